@@ -1,0 +1,1 @@
+"""Models on disk: Hugging Face directories, GGUF files, and the checkpoints of a run."""

@@ -1,0 +1,353 @@
+"""Hugging Face directories: read into sharded arrays, and written as transformers and vLLM load.
+
+Reading goes tensor by tensor: the host holds one of them, the devices hold their shards. Writing
+goes file by file, into a directory beside the target that takes its name when all is there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from absl import logging
+
+from atlas_jax import distributed
+from atlas_jax.checkpoint import names
+from atlas_jax.checkpoint import gguf
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.types import Params
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+_BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+
+
+class Source(Protocol):
+    """A model on disk under Hugging Face names and shapes; `[out, in]` for linear maps."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of `config.json`."""
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """Content of `generation_config.json`; empty where there is none."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor."""
+
+
+class SafetensorsSource:
+    """A directory with `config.json` and safetensors, one file or indexed shards."""
+
+    def __init__(self, path: str) -> None:
+        self.path = pathlib.Path(path)
+        self.config = _read_json(self.path / "config.json")
+        generation = self.path / "generation_config.json"
+        self.generation_config = _read_json(generation) if generation.exists() else {}
+        self._files = self._open()
+        self.shapes = {
+            name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
+        }
+
+    def _open(self) -> dict[str, Any]:
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = _read_json(index)["weight_map"]
+            files = sorted({self.path / file for file in weight_map.values()})
+        else:
+            files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            other = ", ".join(sorted(p.name for p in self.path.glob("*.bin"))) or "no weights"
+            raise ValueError(
+                f"{self.path} has no *.safetensors file (it has {other}); save the model with "
+                "safe_serialization=True"
+            )
+        return {name: file for path in files for name, file in _open_file(path)}
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor in the dtype in which it is stored.
+
+        Raises:
+            ValueError: if it is stored in a dtype other than bf16, fp16 or fp32.
+        """
+        dtype = self._files[name].get_slice(name).get_dtype()
+        if dtype not in _DTYPES:
+            raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(_DTYPES)}")
+        return self._files[name].get_tensor(name)
+
+
+def _open_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    if not path.exists():
+        raise ValueError(f"{path} is named in the index but does not exist; download it again")
+    try:
+        file = safetensors.safe_open(path, "numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file: {error}; "
+            "download it again"
+        ) from None
+    return ((name, file) for name in file.keys())  # noqa: SIM118  (not a dict)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; a Hugging Face model directory has one")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def resolve(name_or_path: str) -> str:
+    """Returns a local path: itself if it exists, else the hub repository of that name, fetched.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if os.path.exists(name_or_path):
+        return name_or_path
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return huggingface_hub.snapshot_download(name_or_path, allow_patterns=list(_DOWNLOADS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model {name_or_path!r} is neither a directory nor a .gguf file here, and the hub "
+            f"does not give it: {error}"
+        ) from None
+
+
+def open_source(path: str) -> Source:
+    """Opens a model directory or a `.gguf` file.
+
+    Raises:
+        ValueError: if it is incomplete or not supported.
+    """
+    return gguf.open_gguf(path) if path.endswith(".gguf") else SafetensorsSource(path)
+
+
+def storage_dtype(config: dict[str, Any]) -> str:
+    """Returns the dtype in which `config.json` says that the weights are stored."""
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def load(source: Source, decoder: Decoder) -> Params:
+    """Returns the parameters of `source`, sharded as `decoder` says, in its parameter dtype.
+
+    Raises:
+        ValueError: names the tensors that are missing, unknown or of another shape.
+    """
+    _check(source, decoder)
+    placements = decoder.placements()
+    params: Params = {}
+    for entry in names.entries(decoder.config):
+        shape = names.leaf(decoder.shapes, entry.path)
+        place = names.leaf(placements, entry.path)
+        _set(params, entry.path, _load_kind(source, decoder, entry, shape, place))
+    return params
+
+
+def _load_kind(
+    source: Source,
+    decoder: Decoder,
+    entry: names.Entry,
+    shape: jax.ShapeDtypeStruct,
+    place: jax.sharding.NamedSharding,
+) -> jax.Array:
+    """Returns all tensors of one kind, stacked where there is one in each layer."""
+    if not entry.per_layer:
+        tensor = names.from_hf(entry, source.read(entry.name), shape.shape)
+        return _place(tensor, place).astype(shape.dtype)
+    one = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+    stacked = jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=place)()
+    for i, name in enumerate(names.hf_names(entry, decoder.config)):
+        tensor = names.from_hf(entry, source.read(name), shape.shape[1:])
+        stacked = _write_layer(stacked, _place(tensor, one), np.int32(i))
+        # Dispatch runs ahead of the writes; without waiting, many tensors would be held at once.
+        stacked.block_until_ready()
+    return stacked
+
+
+def _place(tensor: np.ndarray, place: jax.sharding.NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(tensor.shape, place, lambda index: tensor[index])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), index, 0)
+
+
+def _check(source: Source, decoder: Decoder) -> None:
+    expected = names.hf_shapes(decoder.config, decoder.shapes)
+    found = {k: v for k, v in source.shapes.items() if not k.endswith(_BUFFERS)}
+    if decoder.config.tie_embeddings and "lm_head.weight" in found:
+        del found["lm_head.weight"]
+        if not np.array_equal(
+            source.read("lm_head.weight"), source.read("model.embed_tokens.weight")
+        ):
+            raise ValueError(
+                "config.json says tie_word_embeddings, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set tie_word_embeddings to false"
+            )
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"the weights do not fit config.json: missing {_some(missing)}; unknown {_some(extra)}"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"tensor {name} has shape {found[name]}, but config.json asks for {shape}"
+            )
+
+
+def _some(found: list[str]) -> str:
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "") or "none"
+
+
+def _set(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+class ModelFiles(NamedTuple):
+    """What an export holds beside the weights."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+
+
+def export(
+    params: Params,
+    decoder: Decoder,
+    files: ModelFiles,
+    directory: str,
+    *,
+    dtype: str,
+    max_shard_size: int,
+) -> None:
+    """Writes a directory that `AutoModelForCausalLM.from_pretrained` and vLLM load as it is.
+
+    Every process calls it, since a parameter may be spread over all of them; the first one writes.
+
+    Args:
+        params: the parameters.
+        decoder: their architecture and places.
+        files: configuration and tokenizer.
+        directory: replaced if it exists.
+        dtype: of the tensors written.
+        max_shard_size: bytes of tensors in one file.
+    """
+    target = pathlib.Path(directory)
+    partial = target.with_name(f".{target.name}.partial")
+    main = distributed.is_main()
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_files(partial, files, dtype)
+    _write_weights(params, decoder, partial if main else None, dtype, max_shard_size)
+    if main:
+        _replace(partial, target)
+        logging.info("wrote %s", target)
+    distributed.barrier(f"export {directory}")
+
+
+def _write_files(directory: pathlib.Path, files: ModelFiles, dtype: str) -> None:
+    config = {k: v for k, v in files.config.items() if k not in ("torch_dtype", "dtype")}
+    config["dtype"] = dtype
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = json.dumps(files.generation_config, indent=2) + "\n"
+    (directory / "generation_config.json").write_text(generation)
+    files.tokenizer.save_pretrained(directory)
+
+
+def _write_weights(
+    params: Params,
+    decoder: Decoder,
+    directory: pathlib.Path | None,
+    dtype: str,
+    max_shard_size: int,
+) -> None:
+    item = jnp.dtype(dtype).itemsize
+    sizes = {
+        name: int(np.prod(shape)) * item
+        for name, shape in names.hf_shapes(decoder.config, decoder.shapes).items()
+    }
+    shards = _shards(sizes, max_shard_size)
+    weight_map = {}
+    tensors = _tensors(params, decoder, dtype, [name for shard in shards for name in shard])
+    for i, shard in enumerate(shards):
+        content = dict(next(tensors) for _ in shard)
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        if directory is not None:
+            safetensors.numpy.save_file(content, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1 and directory is not None:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text)
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Cuts the names, in order, into files of at most `limit` bytes, or of one tensor."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _tensors(
+    params: Params, decoder: Decoder, dtype: str, order: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and content of each Hugging Face tensor, cast on the device."""
+    whole = decoder.sharding.replicated
+    layer = jax.jit(lambda p, i: p[i].astype(dtype), out_shardings=whole)
+    table = jax.jit(lambda p: p.astype(dtype), out_shardings=whole)
+    kinds = {
+        name: (entry, i)
+        for entry in names.entries(decoder.config)
+        for i, name in enumerate(names.hf_names(entry, decoder.config))
+    }
+    for name in order:
+        entry, i = kinds[name]
+        param = names.leaf(params, entry.path)
+        value = layer(param, np.int32(i)) if entry.per_layer else table(param)
+        yield name, names.to_hf(entry, np.asarray(value))
+
+
+def _replace(partial: pathlib.Path, target: pathlib.Path) -> None:
+    """Gives `partial` the name of `target`; at no time is half a directory under that name."""
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,311 @@
+r"""Conversations and plain texts to tokens, and which of them the model is trained to write.
+
+What an assistant turn is, the chat template itself says: the turn's text is what the conversation
+up to and including it has beyond the same conversation before it, rendered with the generation
+prompt. The text is tokenized once, as a whole, and a token is trained if it holds a character of
+a trained turn:
+
+    user "2+2?", assistant "4", user "3+3?", assistant "6", in ChatML; trained text is underlined
+
+    …assistant\n4<|im_end|>\n<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n6<|im_end|>\n
+               -----------                                                          -----------
+
+What follows the last stop token of a turn (here the newline) belongs to the next prompt: the model
+has stopped by then. Templates that show earlier turns differently from the last one (Qwen3 leaves
+out their thinking) give one example for each assistant turn, as the model would have seen it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from atlas_jax.data.examples import Conversation, PlainText, Sample
+from atlas_jax.types import Example, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOTES = {
+    "rejected": "left out, each for the reason given",
+    "empty": "dropped: nothing is written in them that could be trained on",
+    "masked": "dropped: no trained token within max_seq_length",
+    "truncated": "cut at max_seq_length",
+    "no_stop": "the model will not learn to stop: an assistant turn ends without a stop token",
+    "split": "one example for each assistant turn: the template changes earlier turns",
+    "other_prompt": "the template starts the turn otherwise than its generation prompt does",
+}
+"""What can be remarkable about an example -> what it means."""
+
+_CHUNK = 256  # texts that one call of the tokenizer spreads over its threads
+
+
+class MaskOptions(NamedTuple):
+    """What is trained on."""
+
+    completion_only: bool
+    """Train on assistant turns and completions; false trains on all tokens but the first."""
+    max_length: int
+    """Tokens after which an example is cut."""
+    stop_ids: frozenset[int]
+    """Tokens that end a turn."""
+
+
+class Rendered(NamedTuple):
+    """Text with the `[start, end)` character spans that are trained."""
+
+    name: str
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    templated: bool
+    """The text came from a chat template, which writes the special tokens itself."""
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+    """Why it was rejected."""
+
+
+class Encoded(NamedTuple):
+    """One row's example, or why there is none."""
+
+    name: str
+    example: Example | None
+    notes: tuple[str, ...]
+    """Keys of `NOTES`."""
+    reason: str = ""
+
+
+def mask_options(
+    tokenizer: PreTrainedTokenizerBase,
+    completion_only: bool,
+    max_length: int,
+    stop_ids: Collection[int] = (),
+) -> MaskOptions:
+    """Returns options whose stop tokens are the tokenizer's end of text and `stop_ids`."""
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return MaskOptions(completion_only, max_length, frozenset((*own, *stop_ids)))
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample]) -> None:
+    """Checks that the tokenizer has what the samples need.
+
+    Raises:
+        ValueError: for one without offsets, without a chat template that conversations need, or
+            without the end-of-text token that plain texts need.
+    """
+    where = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {where!r} reports no character offsets; use one with a tokenizer.json"
+        )
+    kinds = {type(sample) for sample in samples}
+    if Conversation in kinds and not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer {where!r} has no chat template, which conversations need; set "
+            "--config.tokenizer_name_or_path to the instruction-tuned model's tokenizer, put a "
+            "chat_template.jinja beside the model, or give rows of plain prompt and completion"
+        )
+    if PlainText in kinds and tokenizer.eos_token is None:
+        raise ValueError(
+            f"tokenizer {where!r} has no end-of-text token for completions to end with; set "
+            "eos_token in its tokenizer_config.json"
+        )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample], options: MaskOptions
+) -> Iterator[Encoded]:
+    """Yields the example or examples of each sample, in order, and the samples without one."""
+    rendered = (part for s in samples for part in render(tokenizer, s, options.completion_only))
+    for _, group in itertools.groupby(rendered, key=lambda part: part.templated):
+        while chunk := list(itertools.islice(group, _CHUNK)):
+            yield from _encode_chunk(tokenizer, chunk, options)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, sample: Sample, completion_only: bool
+) -> list[Rendered]:
+    """Returns the text of a sample with its trained spans, in as many parts as examples follow.
+
+    A sample that has nothing to train on, or that the template refuses, has the note for it.
+    """
+    from jinja2 import TemplateError
+
+    templated = isinstance(sample, Conversation)
+    if not _written(sample, completion_only).strip():
+        return [Rendered(sample.name, "", (), templated, ("empty",))]
+    if isinstance(sample, PlainText):
+        text = sample.prompt + sample.completion + str(tokenizer.eos_token)
+        start = len(sample.prompt) if completion_only else 0
+        return [Rendered(sample.name, text, ((start, len(text)),), templated)]
+    try:
+        if completion_only:
+            return _render_turns(tokenizer, sample)
+        text = _apply_template(tokenizer, sample.messages)
+        return [Rendered(sample.name, text, ((0, len(text)),), templated)]
+    except (ValueError, TemplateError) as error:
+        return [Rendered(sample.name, "", (), templated, ("rejected",), str(error))]
+
+
+def render_sample(tokenizer: PreTrainedTokenizerBase, example: Example, color: bool = False) -> str:
+    """Returns the example's text with what is trained marked, for a person to check.
+
+    Args:
+        tokenizer: decodes the tokens, special ones included.
+        example: what to show.
+        color: mark by green terminal colour instead of ⟦ and ⟧.
+    """
+    opening, closing = ("\x1b[32m", "\x1b[0m") if color else ("⟦", "⟧")
+    mask = example.loss_mask
+    edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
+    # Decoded from the start each time: some decoders drop the space before a text's first word.
+    texts = [_decode(tokenizer, example.tokens[:edge]) for edge in edges]
+    parts = []
+    for start, before, after in zip(edges[:-1], texts[:-1], texts[1:], strict=True):
+        part = after[len(before) :]
+        parts.append(f"{opening}{part}{closing}" if mask[start : start + 1].any() else part)
+    return "".join(parts)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> str:
+    text = tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)
+    return str(text)
+
+
+def _written(sample: Sample, completion_only: bool) -> str:
+    """Returns the words that training can reach, of every turn together."""
+    if isinstance(sample, PlainText):
+        return sample.completion if completion_only else sample.prompt + sample.completion
+    if not completion_only:
+        return "".join(message["content"] for message in sample.messages)
+    turns = (sample.messages[i] for i in _trained_turns(sample))
+    return "".join(m["content"] + str(m.get("tool_calls") or "") for m in turns)
+
+
+def _trained_turns(sample: Conversation) -> list[int]:
+    turns = range(sample.num_context, len(sample.messages))
+    return [i for i in turns if sample.messages[i]["role"] == "assistant"]
+
+
+def _render_turns(tokenizer: PreTrainedTokenizerBase, sample: Conversation) -> list[Rendered]:
+    full = _apply_template(tokenizer, sample.messages)
+    turns = {i: _render_turn(tokenizer, sample, i) for i in _trained_turns(sample)}
+    if all(full.startswith(turn.text) for turn in turns.values()):
+        spans = tuple(span for turn in turns.values() for span in turn.spans)
+        notes = tuple(sorted({note for turn in turns.values() for note in turn.notes}))
+        return [Rendered(sample.name, full, spans, True, notes)]
+    return [
+        turn._replace(name=f"{sample.name} (message {i + 1})", notes=(*turn.notes, "split"))
+        for i, turn in turns.items()
+    ]
+
+
+def _render_turn(tokenizer: PreTrainedTokenizerBase, sample: Conversation, turn: int) -> Rendered:
+    """Returns the conversation up to and including one assistant turn, that turn trained."""
+    history = sample.messages[:turn]
+    prompt = _apply_template(tokenizer, history, add_generation_prompt=True)
+    text = _apply_template(tokenizer, sample.messages[: turn + 1])
+    if text.startswith(prompt):
+        return Rendered(sample.name, text, ((len(prompt), len(text)),), True)
+    # The turn has another beginning than the one that generation is given (some templates put
+    # "<think>" into the generation prompt only): what both have in common is the prompt.
+    bare = _apply_template(tokenizer, history)
+    start = _common_length(prompt, text)
+    if start <= len(bare) or not text.startswith(bare):
+        raise ValueError(
+            f"the chat template renders message {turn + 1} otherwise than as a continuation of "
+            f"the messages before it: after {text[:start][-40:]!r} stands "
+            f"{text[start:][:40]!r}, its generation prompt has {prompt[start:][:40]!r}; use a "
+            "template that only appends, or rows of plain prompt and completion"
+        )
+    return Rendered(sample.name, text, ((start, len(text)),), True, ("other_prompt",))
+
+
+def _common_length(a: str, b: str) -> int:
+    pairs = zip(a, b, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+) -> str:
+    conversation: list[Any] = [dict(message) for message in messages]
+    return str(
+        tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    )
+
+
+def _encode_chunk(
+    tokenizer: PreTrainedTokenizerBase, chunk: list[Rendered], options: MaskOptions
+) -> Iterator[Encoded]:
+    encoding = tokenizer(
+        [part.text for part in chunk],
+        add_special_tokens=not chunk[0].templated,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    for i, part in enumerate(chunk):
+        if part.text:
+            yield _encode_one(part, {key: value[i] for key, value in encoding.items()}, options)
+        else:
+            yield Encoded(part.name, None, part.notes, part.reason)
+
+
+def _encode_one(part: Rendered, encoding: dict[str, Any], options: MaskOptions) -> Encoded:
+    tokens = np.asarray(encoding["input_ids"], np.int32)
+    added = np.asarray(encoding["special_tokens_mask"], bool)
+    is_stop = np.isin(tokens, list(options.stop_ids))
+    covered = token_spans(np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2))
+    turns = [_turn_mask(covered, span, added) for span in part.spans]
+    notes = list(part.notes)
+    if not all((turn & is_stop).any() for turn in turns):
+        notes.append("no_stop")
+    if options.completion_only:
+        mask = np.any([_until_stop(turn, is_stop) for turn in turns], axis=0)
+    else:
+        mask = np.ones(len(tokens), bool)
+    mask[:1] = False  # nothing comes before the first token that could predict it
+    tokens, mask, length = tokens[: options.max_length], mask[: options.max_length], len(tokens)
+    if not mask.any():
+        return Encoded(part.name, None, (*part.notes, "masked"))
+    if len(tokens) < length:
+        notes.append("truncated")
+    return Encoded(part.name, Example(tokens, mask), tuple(notes))
+
+
+def token_spans(offsets: np.ndarray) -> np.ndarray:
+    """Returns `[start, end)` of the characters that each token holds, at least one each.
+
+    Byte-level tokenizers report a token of nothing but a space with an empty span behind that
+    space; it gets its character back. Other empty spans get the character that they stand at.
+
+    Args:
+        offsets: [T, 2] int64, as the tokenizer reports them.
+    """
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])[: len(ends)]
+    starts = np.where(starts == ends, np.minimum(starts, before), starts)
+    return np.stack([starts, np.maximum(ends, starts + 1)], axis=1)
+
+
+def _turn_mask(covered: np.ndarray, span: tuple[int, int], added: np.ndarray) -> np.ndarray:
+    """Returns the tokens that hold a character of the span, but those the tokenizer added.
+
+    A token over the edge of a prompt counts: the completion's first word would else be lost.
+    """
+    start, end = span
+    return (covered[:, 0] < end) & (covered[:, 1] > start) & ~added
+
+
+def _until_stop(turn: np.ndarray, is_stop: np.ndarray) -> np.ndarray:
+    """Returns the turn without what follows its last stop token."""
+    stops = np.flatnonzero(turn & is_stop)
+    return turn & (np.arange(len(turn)) <= stops[-1]) if stops.size else turn

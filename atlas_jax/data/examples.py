@@ -1,0 +1,213 @@
+"""Rows of the accepted shapes, turned into conversations or plain texts.
+
+| format | fields of a row | becomes |
+|---|---|---|
+| `messages` | `messages`: list of `{"role", "content"}` | the conversation as it is |
+| `prompt_completion` | `prompt`, `completion`: two texts | plain text, without a chat template |
+| `prompt_completion` | `prompt`, `completion`: two lists of messages | a conversation of both |
+| `teaching` | `problem_text`, `student_approach`, | a question and a lesson, worded by |
+|            | `teacher_diagnosis`, `teacher_teaching` | the templates of the config |
+
+With `format="auto"` a row has the first of these formats of which it has all fields. Fields that
+are null count as absent, because columnar files write null for what a row does not have.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias, cast
+
+from atlas_jax.config import DataConfig
+from atlas_jax.data.sources import Row, Rows, check_rejected
+from atlas_jax.types import Message
+
+FIELDS = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "teaching": ("problem_text", "student_approach", "teacher_diagnosis", "teacher_teaching"),
+}
+"""Format -> the fields that a row of it must have."""
+
+_ROLES = ("system", "user", "assistant", "tool")
+_TEMPLATE_FIELDS = {
+    "teacher_template": ("question", "approach"),
+    "lesson_template": ("approach", "diagnosis", "teaching"),
+}
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+class Conversation(NamedTuple):
+    """Messages for the tokenizer's chat template."""
+
+    name: str
+    messages: list[Message]
+    num_context: int = 0
+    """Messages at the start that are only read: assistant turns among them are not trained."""
+
+
+class PlainText(NamedTuple):
+    """A prompt and its completion as they stand, for models without a chat template."""
+
+    name: str
+    prompt: str
+    completion: str
+
+
+Sample: TypeAlias = Conversation | PlainText
+
+
+class Samples(NamedTuple):
+    """The usable rows of a dataset, and `name: reason` of the others."""
+
+    samples: list[Sample]
+    rejected: list[str]
+
+
+def parse_rows(rows: Rows, config: DataConfig) -> Samples:
+    """Returns every row as a conversation or plain text.
+
+    Raises:
+        ValueError: for a template with an unknown field, and if more than
+            `config.max_rejected_frac` of the rows have none of the accepted shapes.
+    """
+    check_templates(config)
+    samples: list[Sample] = []
+    rejected = []
+    for row in rows.rows:
+        try:
+            samples.append(to_sample(row, config))
+        except ValueError as error:
+            rejected.append(f"{row.name}: {error}")
+    check_rejected(rejected, len(rows.rows), config.max_rejected_frac)
+    return Samples(samples, rejected)
+
+
+def to_sample(row: Row, config: DataConfig) -> Sample:
+    """Returns one row as a conversation or plain text.
+
+    Raises:
+        ValueError: says what is wrong with the row, without its name.
+    """
+    fields = {key: value for key, value in row.fields.items() if value is not None}
+    kind = row_format(fields, config.format)
+    if kind == "messages":
+        sample: Sample = Conversation(row.name, _messages(fields["messages"], "messages"))
+    elif kind == "teaching":
+        sample = Conversation(row.name, _teaching(fields, config))
+    else:
+        sample = _prompt_completion(row.name, fields["prompt"], fields["completion"])
+    if isinstance(sample, PlainText):
+        return sample
+    if all(m["role"] != "assistant" for m in sample.messages[sample.num_context :]):
+        raise ValueError("has no assistant message to train on; add one, or remove the row")
+    return _with_system_prompt(sample, config.system_prompt)
+
+
+def row_format(fields: Mapping[str, Any], wanted: str) -> str:
+    """Returns which format a row with these fields has.
+
+    Args:
+        fields: the row's fields.
+        wanted: the format that it must have, or `auto`.
+
+    Raises:
+        ValueError: names the missing fields, those that are there and the accepted shapes.
+    """
+    choices = list(FIELDS) if wanted == "auto" else [wanted]
+    for choice in choices:
+        if all(field in fields for field in FIELDS[choice]):
+            return choice
+    closest = max(choices, key=lambda choice: sum(field in fields for field in FIELDS[choice]))
+    missing = [field for field in FIELDS[closest] if field not in fields]
+    shapes = " or ".join(f"({', '.join(FIELDS[choice])})" for choice in choices)
+    raise ValueError(
+        f"lacks {', '.join(missing)}; it has {', '.join(fields) or 'no fields'}; "
+        f"data.format={wanted} accepts rows with {shapes}"
+    )
+
+
+def check_templates(config: DataConfig) -> None:
+    """Checks the placeholders of the teaching templates.
+
+    Raises:
+        ValueError: for a placeholder that no field fills.
+    """
+    for option, known in _TEMPLATE_FIELDS.items():
+        for name in _PLACEHOLDER.findall(getattr(config, option)):
+            if name not in known:
+                raise ValueError(
+                    f"data.{option} has the unknown field {{{name}}}; it may use "
+                    f"{', '.join(f'{{{field}}}' for field in known)}"
+                )
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Returns `template` with `{name}` replaced by `values[name]`; braces in values stay as is."""
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+def _prompt_completion(name: str, prompt: Any, completion: Any) -> Sample:
+    if isinstance(prompt, list) and isinstance(completion, list):
+        context = _messages(prompt, "prompt")
+        return Conversation(name, context + _messages(completion, "completion"), len(context))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return PlainText(name, _text(prompt, "prompt"), _text(completion, "completion"))
+    raise ValueError(
+        f"has a prompt of type {type(prompt).__name__} and a completion of type "
+        f"{type(completion).__name__}; both must be texts, or both lists of messages"
+    )
+
+
+def _teaching(fields: Mapping[str, Any], config: DataConfig) -> list[Message]:
+    for option in _TEMPLATE_FIELDS:
+        if not getattr(config, option):
+            raise ValueError(f"is a teaching row but data.{option} is empty; set it in the config")
+    values = [_text(fields[field], field) for field in FIELDS["teaching"]]
+    known = dict(zip(("question", "approach", "diagnosis", "teaching"), values, strict=True))
+    return [
+        Message(role="user", content=fill(config.teacher_template, known)),
+        Message(role="assistant", content=fill(config.lesson_template, known)),
+    ]
+
+
+def _with_system_prompt(sample: Conversation, system_prompt: str) -> Conversation:
+    if not system_prompt or sample.messages[0]["role"] == "system":
+        return sample
+    system = Message(role="system", content=system_prompt)
+    num_context = sample.num_context + 1
+    return sample._replace(messages=[system, *sample.messages], num_context=num_context)
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"has {field} that are no list of messages; write [{{role, content}}, …]")
+    return [_message(item, f"{field}[{i}]") for i, item in enumerate(value)]
+
+
+def _message(value: Any, place: str) -> Message:
+    """Checks one message; keys beside role and content are kept for the chat template."""
+    if not isinstance(value, dict):
+        raise ValueError(f"has a {type(value).__name__} as {place}; write {{role, content}}")
+    given = {key: item for key, item in value.items() if item is not None}
+    if given.get("tool_calls"):
+        given.setdefault("content", "")  # calling a tool takes no words
+    missing = [key for key in ("role", "content") if key not in given]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)} in {place}, which has {', '.join(given)}")
+    if given["role"] not in _ROLES:
+        raise ValueError(
+            f"has the role {given['role']!r} in {place}; it must be one of {', '.join(_ROLES)}"
+        )
+    _text(given["content"], f"{place}.content")
+    return cast(Message, given)
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"has a {type(value).__name__} as {place}; it must be a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half a surrogate pair in {place} ({error}); repair it") from error
+    return value

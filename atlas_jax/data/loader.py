@@ -1,0 +1,343 @@
+"""Dataset rows to an endless, restorable stream of batches.
+
+All rows are tokenized once, up front, into flat arrays. What step `n` holds is a pure function of
+those arrays, the seed and `n`, computed when asked for: no state but the step has to be saved, any
+number of processes sees the same global batches, and Grain's threads assemble them ahead of time.
+
+    epoch e:  permutation(seed, e)  ->  rows (packed, or one example each)  ->  global_rows a step
+    process p of P takes rows [p * global_rows / P, (p + 1) * global_rows / P) of each step
+
+The last step of an epoch is filled up with blank rows, so that every example is seen exactly once
+an epoch and every step has the same shape.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import logging
+
+from atlas_jax.config import TrainConfig
+from atlas_jax.data import chat, examples
+from atlas_jax.data.packing import bucket_length, collate, pack_best_fit
+from atlas_jax.data.sources import Rows, check_rejected
+from atlas_jax.types import Batch, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ORDER_STREAM = 3  # keeps the order's random numbers apart from those of `sources`
+_NUM_SHOWN = 5
+
+
+class Layout(NamedTuple):
+    """How the rows of a step are divided over processes."""
+
+    global_rows: int
+    """Rows a step, over all processes."""
+    process_index: int = 0
+    num_processes: int = 1
+
+
+class Order(NamedTuple):
+    """What decides which examples a step holds, beside the examples themselves."""
+
+    global_rows: int
+    max_seq_length: int
+    packing: bool
+    shuffle: bool
+    seed: int
+
+
+class Report(NamedTuple):
+    """What became of the rows; the tuples hold the names of those that `chat.NOTES` describes."""
+
+    rows: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+    rejected: tuple[str, ...]
+    """`name: reason` of rows that could not be read, have no accepted shape or fit no template."""
+    empty: tuple[str, ...]
+    masked: tuple[str, ...]
+    truncated: tuple[str, ...]
+    no_stop: tuple[str, ...]
+    split: tuple[str, ...]
+    other_prompt: tuple[str, ...]
+
+
+class Sequences(NamedTuple):
+    """Examples end to end; example `i` is `[offsets[i], offsets[i + 1])` of the flat arrays."""
+
+    tokens: np.ndarray  # [sum of T] int32
+    loss_mask: np.ndarray  # [sum of T] bool
+    offsets: np.ndarray  # [examples + 1] int64
+
+
+def build(
+    rows: Rows,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    stop_ids: Sequence[int] = (),
+    training: bool = True,
+) -> TokenDataset:
+    """Tokenizes rows and returns the dataset that serves them as batches.
+
+    Args:
+        rows: what `sources.load_rows` returned.
+        config: lengths, packing, seed and the `data` options.
+        tokenizer: a fast one; conversations need its chat template.
+        layout: rows a step, and which of them are this process's.
+        stop_ids: tokens that end a turn beside the tokenizer's end of text, such as those of the
+            model's `generation_config.json`.
+        training: false keeps the order of the rows, for evaluation.
+
+    Raises:
+        ValueError: for a layout that does not divide, a tokenizer that lacks what the rows need,
+            too many rejected rows, and when no example is left.
+    """
+    _check_layout(layout)
+    samples, rejected = examples.parse_rows(rows, config.data)
+    chat.check_tokenizer(tokenizer, samples)
+    options = chat.mask_options(
+        tokenizer, config.data.completion_only, config.max_seq_length, stop_ids
+    )
+    encoded = list(chat.encode(tokenizer, samples, options))
+    rejected += [f"{e.name}: {e.reason}" for e in encoded if "rejected" in e.notes]
+    check_rejected(rejected, len(rows.rows), config.data.max_rejected_frac)
+    sequences = _flatten([e.example for e in encoded if e.example])
+    report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, encoded)
+    _log(report)
+    _check_not_empty(report)
+    order = Order(
+        layout.global_rows,
+        config.max_seq_length,
+        config.packing,
+        training and config.data.shuffle,
+        config.seed,
+    )
+    buckets = capped_buckets(config.data.length_buckets, config.max_seq_length)
+    return TokenDataset(sequences, report, order, layout, buckets, config.data.num_workers)
+
+
+class TokenDataset:
+    """Tokenized examples as batches of one process, by step."""
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        report: Report,
+        order: Order,
+        layout: Layout,
+        buckets: tuple[int, ...],
+        num_threads: int,
+    ) -> None:
+        self.report = report
+        self.fingerprint = fingerprint(sequences, order)
+        """Changes with the examples and with anything that decides which step holds which."""
+        self._sequences = sequences
+        self._lengths = np.diff(sequences.offsets)
+        self._order = order
+        self._layout = layout
+        self._buckets = buckets
+        self._num_threads = num_threads
+        self._first_steps = [0]  # of each epoch that was asked for, and of the one after
+        self._rows: dict[int, Sequence[Sequence[int]]] = {}  # of the latest epochs
+        self._lock = threading.RLock()  # Grain's threads share the two above
+
+    def example(self, index: int) -> Example:
+        """Returns one example, in the order of the dataset's rows."""
+        part = slice(self._sequences.offsets[index], self._sequences.offsets[index + 1])
+        return Example(self._sequences.tokens[part], self._sequences.loss_mask[part])
+
+    def num_steps(self, epochs: float) -> int:
+        """Returns the steps of the first `epochs` passes; a started step counts."""
+        whole = int(epochs)
+        with self._lock:
+            self._know_epochs(math.ceil(epochs))
+            first, after = self._first_steps[whole], self._first_steps[math.ceil(epochs)]
+        return first + math.ceil((epochs - whole) * (after - first))
+
+    def batch(self, step: int) -> Batch:
+        """Returns this process's rows of one step, counted from the first step of epoch 0."""
+        rows = self._step_rows(step)
+        length = self._order.max_seq_length
+        if not self._order.packing:
+            # The length comes from the whole step, so that all processes have the same.
+            length = bucket_length(
+                max(int(self._lengths[row].sum()) for row in rows), self._buckets
+            )
+        share = self._layout.global_rows // self._layout.num_processes
+        first = self._layout.process_index * share
+        mine = [[self.example(i) for i in row] for row in rows[first : first + share]]
+        return collate(mine + [[]] * (share - len(mine)), length)
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Batches:
+        """Returns an iterator over the batches of `[start_step, stop_step)`.
+
+        Args:
+            start_step: the step whose batch comes first.
+            stop_step: None goes on epoch after epoch without an end.
+        """
+        return Batches(self, start_step, sys.maxsize if stop_step is None else stop_step)
+
+    def read(self, start_step: int, stop_step: int) -> grain.DatasetIterator[Batch]:
+        """Returns Grain's iterator over a range of steps, which threads assemble ahead."""
+        options = grain.ReadOptions(
+            num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads
+        )
+        steps = grain.MapDataset.source(range(start_step, stop_step))
+        return iter(steps.map(self.batch).to_iter_dataset(options))
+
+    def _step_rows(self, step: int) -> Sequence[Sequence[int]]:
+        with self._lock:
+            while self._first_steps[-1] <= step:
+                self._know_epochs(len(self._first_steps))
+            epoch = bisect.bisect_right(self._first_steps, step) - 1
+            first = (step - self._first_steps[epoch]) * self._order.global_rows
+            return self._epoch_rows(epoch)[first : first + self._order.global_rows]
+
+    def _know_epochs(self, count: int) -> None:
+        """Extends `_first_steps` to the end of the first `count` epochs."""
+        for epoch in range(len(self._first_steps) - 1, count):
+            num_rows = len(self._epoch_rows(epoch)) if self._order.packing else len(self._lengths)
+            steps = math.ceil(num_rows / self._order.global_rows)
+            self._first_steps.append(self._first_steps[-1] + steps)
+
+    def _epoch_rows(self, epoch: int) -> Sequence[Sequence[int]]:
+        if epoch not in self._rows:
+            # Two epochs are kept, because threads that read ahead stand in both at their border.
+            self._rows = {e: rows for e, rows in self._rows.items() if abs(e - epoch) == 1}
+            self._rows[epoch] = epoch_rows(self._lengths, self._order, epoch)
+        return self._rows[epoch]
+
+
+class Batches(Iterator[Batch]):
+    """The batches of a range of steps; its state is the step that comes next."""
+
+    def __init__(self, dataset: TokenDataset, start_step: int, stop_step: int) -> None:
+        self._dataset = dataset
+        self._step = start_step
+        self._stop_step = stop_step
+        self._reader = dataset.read(start_step, stop_step)
+
+    def __next__(self) -> Batch:
+        batch = next(self._reader)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position as plain JSON values: the next step and the data's fingerprint."""
+        return {"step": self._step, "fingerprint": self._dataset.fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues with the batch that came next when `state` was taken.
+
+        Raises:
+            ValueError: if the state is from other data or other settings of their order.
+        """
+        if state["fingerprint"] != self._dataset.fingerprint:
+            raise ValueError(
+                f"the checkpoint at step {state['step']} is from data {state['fingerprint']}, this "
+                f"run has {self._dataset.fingerprint}: the examples, the tokenizer, the seed, the "
+                "batch size, max_seq_length, packing or shuffle differ; restore them, or start "
+                "with a new output_dir and resume_from"
+            )
+        self.close()
+        self._step = state["step"]
+        self._reader = self._dataset.read(self._step, self._stop_step)
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._reader.close()
+
+
+def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Sequence[Sequence[int]]:
+    """Returns the examples of each row of an epoch, every example exactly once.
+
+    Args:
+        lengths: [examples] tokens of each example.
+        order: whether to shuffle and to pack.
+        epoch: counted from 0; each has an order of its own when shuffled.
+    """
+    indices = np.arange(len(lengths))
+    if order.shuffle:
+        indices = np.random.default_rng((order.seed, _ORDER_STREAM, epoch)).permutation(indices)
+    if not order.packing:
+        return indices[:, None]  # type: ignore[return-value]
+    rows = pack_best_fit(lengths[indices], order.max_seq_length)
+    return [indices[row].tolist() for row in rows]
+
+
+def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
+    """Returns the buckets below `max_seq_length`, ascending, and that length itself."""
+    return (*sorted({bucket for bucket in buckets if bucket < max_seq_length}), max_seq_length)
+
+
+def fingerprint(sequences: Sequences, order: Order) -> str:
+    """Returns a short hash of the examples and of what decides their order."""
+    digest = hashlib.sha256(json.dumps(order._asdict(), sort_keys=True).encode())
+    for array in sequences:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_layout(layout: Layout) -> None:
+    if layout.global_rows % layout.num_processes:
+        raise ValueError(
+            f"{layout.global_rows} rows a step do not divide over {layout.num_processes} "
+            "processes; use a multiple as train_batch_size"
+        )
+
+
+def _flatten(kept: list[Example]) -> Sequences:
+    lengths = [len(example.tokens) for example in kept]
+    return Sequences(
+        tokens=np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in kept)]),
+        loss_mask=np.concatenate([np.zeros(0, bool), *(e.loss_mask for e in kept)]),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+    )
+
+
+def _report(num_rows: int, rejected: list[str], encoded: list[chat.Encoded]) -> Report:
+    kept = [e.example for e in encoded if e.example]
+    names = {note: tuple(e.name for e in encoded if note in e.notes) for note in chat.NOTES}
+    return Report(
+        rows=num_rows,
+        examples=len(kept),
+        tokens=sum(len(example.tokens) for example in kept),
+        trained_tokens=sum(int(example.loss_mask.sum()) for example in kept),
+        **{**names, "rejected": tuple(rejected)},
+    )
+
+
+def _log(report: Report) -> None:
+    logging.info(
+        "%d rows -> %d examples, %d tokens, %d of them trained",
+        *(report.rows, report.examples, report.tokens, report.trained_tokens),
+    )
+    for note, meaning in chat.NOTES.items():
+        names = getattr(report, note)
+        if names:
+            shown = ", ".join(names[:_NUM_SHOWN]) + (", …" if len(names) > _NUM_SHOWN else "")
+            logging.warning("%d %s (%s): %s", len(names), note, meaning, shown)
+
+
+def _check_not_empty(report: Report) -> None:
+    if not report.examples:
+        counts = ", ".join(f"{len(getattr(report, note))} {note}" for note in chat.NOTES)
+        raise ValueError(
+            f"no example is left of {report.rows} rows: {counts}; look at the rows and at "
+            "data.format, raise max_seq_length if they are masked, or set "
+            "data.completion_only=false to train on prompts too"
+        )

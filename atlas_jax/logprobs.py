@@ -1,0 +1,176 @@
+"""Token log-probabilities from hidden states, a chunk of positions at a time.
+
+Logits of all positions, `[B, T, V]`, never exist, forward or backward: the backward pass computes
+each chunk's logits again. The vocabulary may be split over `tensor`, and rows are split over
+`data` and `fsdp`; the gradient of the table is summed over devices once, behind the last chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from atlas_jax.models.vocab import DIMS, local_ids
+from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
+from atlas_jax.types import Batch
+
+_ROWS = PartitionSpec(BATCH_AXES)
+
+
+def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns the token behind each position; behind the last one, 0."""
+    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+
+
+def batch_logprobs(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    batch: Batch,
+    sharding: Sharding,
+    chunk_size: int,
+) -> Float[Array, "B T"]:
+    """Returns the log-probability of every token of `batch` given those before it.
+
+    Entry t belongs to `tokens[:, t]`, as `loss_mask` does; entry 0 of a row is 0. At the first
+    token of a later segment the number has no meaning, and `loss_mask` is false there.
+    """
+    ahead = token_logprobs(hidden, table, next_tokens(batch.tokens), sharding, chunk_size)
+    return jnp.pad(ahead[:, :-1], ((0, 0), (1, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_logprobs(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    sharding: Sharding,
+    chunk_size: int,
+) -> Float[Array, "B T"]:
+    """Returns `log softmax(hidden @ table.T)` at `targets`, in float32.
+
+    Args:
+        hidden: normed last hidden states; the product is computed in their dtype and summed in
+            float32.
+        table: the output embedding as it rests between steps.
+        targets: token ids.
+        sharding: of the table and of the rows.
+        chunk_size: positions of a row whose logits exist at one time.
+    """
+    return _run_forward(hidden, table, targets, sharding, chunk_size)[0]
+
+
+def _run_forward(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, sharding: Sharding, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-probabilities and the log-partition function, both `[B, T]`."""
+    rest = sharding.params(DIMS).spec
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=sharding.mesh,
+        in_specs=(_ROWS, rest, _ROWS),
+        out_specs=(_ROWS, _ROWS),
+        check_vma=False,
+    )
+    def local(
+        hidden: jax.Array, table: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        table = all_gather(table, rest, hidden.dtype)
+
+        def chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+            logits = _logits(inputs[0], table)
+            log_partition = _logsumexp(logits)
+            return None, jnp.stack([_pick(logits, inputs[1]) - log_partition, log_partition])
+
+        chunks = _split(hidden, chunk_size), _split(targets, chunk_size)
+        results = jax.lax.scan(chunk, None, chunks)[1]  # [chunks, 2, B, T / chunks]
+        logprobs, log_partition = (_join(results[:, i], targets.shape[1]) for i in (0, 1))
+        return logprobs, log_partition
+
+    return local(hidden, table, targets)
+
+
+def _forward(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, sharding: Sharding, chunk_size: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    logprobs, log_partition = _run_forward(hidden, table, targets, sharding, chunk_size)
+    return logprobs, (hidden, table, targets, log_partition)
+
+
+def _backward(
+    sharding: Sharding, chunk_size: int, residuals: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """The derivative of `log softmax` at target y: one-hot(y) - softmax."""
+    rest, split = sharding.params(DIMS).spec, sharding.optimizer(DIMS, memory=False).spec
+    hidden, table, targets, log_partition = residuals
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=sharding.mesh,
+        in_specs=(_ROWS, rest, _ROWS, _ROWS, _ROWS),
+        out_specs=(_ROWS, split),
+        check_vma=False,
+    )
+    def local(hidden: jax.Array, table: jax.Array, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = all_gather(table, rest, hidden.dtype)
+
+        def chunk(d_table: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            h, targets, log_partition, g = inputs
+            ids, found = local_ids(targets, whole.shape[0])
+            is_target = (jnp.arange(whole.shape[0]) == ids[..., None]) & found[..., None]
+            softmax = jnp.exp(_logits(h, whole) - log_partition[..., None])
+            d_logits = ((is_target - softmax) * g[..., None]).astype(h.dtype)
+            d_hidden = jnp.einsum("btv,vd->btd", d_logits, whole)
+            return d_table + jnp.einsum(
+                "btv,btd->vd", d_logits, h, preferred_element_type=jnp.float32
+            ), d_hidden
+
+        start = jnp.zeros(whole.shape, jnp.float32)
+        chunks = [_split(x, chunk_size) for x in (hidden, *rows)]
+        d_table, d_hidden = jax.lax.scan(chunk, start, tuple(chunks))
+        d_hidden = jax.lax.psum(_join(d_hidden, hidden.shape[1]), "tensor")
+        return d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
+
+    d_hidden, d_table = local(hidden, table, targets, log_partition, g)
+    return d_hidden, d_table, np.zeros(targets.shape, jax.dtypes.float0)
+
+
+token_logprobs.defvjp(_forward, _backward)
+
+
+def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+
+
+def _logsumexp(logits: jax.Array) -> jax.Array:
+    """Over a vocabulary that is split over `tensor`."""
+    top = jax.lax.pmax(jnp.max(logits, axis=-1), "tensor")
+    total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), "tensor")
+    return top + jnp.log(total)
+
+
+def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the logit of each target, from the device that holds it."""
+    ids, found = local_ids(targets, logits.shape[-1])
+    picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return jax.lax.psum(jnp.where(found, picked, 0), "tensor")
+
+
+def _split(x: jax.Array, chunk_size: int) -> jax.Array:
+    """Cuts `[B, T, ...]` into `[chunks, B, chunk, ...]`, the last chunk filled with zeros."""
+    rows, length = x.shape[:2]
+    chunks = -(-length // chunk_size)
+    size = -(-length // chunks)
+    x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+
+
+def _join(chunks: jax.Array, length: int) -> jax.Array:
+    """Inverts `_split`."""
+    rows = jnp.moveaxis(chunks, 0, 1)
+    return rows.reshape(rows.shape[0], -1, *rows.shape[3:])[:, :length]

@@ -1,0 +1,1 @@
+"""One decoder for every supported family, driven by `ModelConfig`."""

@@ -1,0 +1,176 @@
+"""Causal self-attention on each kind of device, with packed sequences kept apart.
+
+Every implementation computes the same function: position t sees s <= t of its own segment, and of
+the last `window` positions where there is a window. Rows of padding give finite numbers that no
+loss reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from atlas_jax.sharding import BATCH_AXES
+
+AttentionFn = Callable[..., jax.Array]
+"""`(query [B T N H], key [B T K H], value, segment_ids [B T], scale=, window=) -> [B T N H]`"""
+
+_SPLASH_MULTIPLE = 128  # TPU lanes: row lengths that the kernel's blocks divide
+
+
+def select(name: str, mesh: Mesh, packed: bool, dtype: jnp.dtype) -> AttentionFn:
+    """Returns the attention of that name for the devices of `mesh`.
+
+    Args:
+        name: `auto`, `xla`, `cudnn` or `splash`; `auto` is `splash` on TPU, `cudnn` on an NVIDIA
+            GPU in half precision, else `xla`.
+        mesh: what the batch and the heads are sharded over.
+        packed: whether a row may hold several segments.
+        dtype: of activations.
+
+    Raises:
+        ValueError: if these devices cannot run it.
+    """
+    platform = mesh.devices.flat[0].platform
+    half = dtype == jnp.bfloat16
+    if name == "auto":
+        name = {"tpu": "splash", "gpu": "cudnn" if half else "xla"}.get(platform, "xla")
+    if name == "cudnn" and (platform != "gpu" or not half):
+        raise ValueError(
+            f"attn_implementation='cudnn' needs an NVIDIA GPU and bfloat16, not {platform} and "
+            f"{dtype}; use 'auto' or 'xla'"
+        )
+    if name == "splash" and platform != "tpu":
+        raise ValueError(
+            f"attn_implementation='splash' needs a TPU, not {platform}; use 'auto' or 'xla'"
+        )
+    choices: dict[str, AttentionFn] = {
+        "xla": xla,
+        "cudnn": functools.partial(cudnn, packed=packed),
+        "splash": functools.partial(splash, mesh=mesh),
+    }
+    return choices[name]
+
+
+def visible(segment_ids: Int[Array, "B T"], window: int) -> Bool[Array, "B 1 T T"]:
+    """Returns which position (last dim) each position (dim before) sees."""
+    length = segment_ids.shape[1]
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    near = (distance >= 0) & (distance < (window or length))
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return (near & same)[:, None]
+
+
+def xla(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int = 0,
+) -> Float[Array, "B T N H"]:
+    """Attention in plain XLA operations; scores `[B, N, T, T]` exist in float32."""
+    mask = visible(segment_ids, window)
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, scale=scale, implementation="xla"
+    )
+
+
+def cudnn(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int = 0,
+    packed: bool = True,
+) -> Float[Array, "B T N H"]:
+    """Flash attention of cuDNN.
+
+    Unpacked rows need no mask beyond causality, since padding stands at the end. cuDNN's public
+    interface has no segment ids, so packed rows pass the mask, of which `[B, 1, T, T]` exists.
+    """
+    left = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=visible(segment_ids, 0) if packed else None,
+        is_causal=True,
+        scale=scale,
+        local_window_size=left,
+        implementation="cudnn",
+    )
+
+
+def splash(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: int = 0,
+    mesh: Mesh,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Splash attention, the sparse flash attention of TPUs (jax.experimental.pallas.ops.tpu).
+
+    Raises:
+        ValueError: if the row length is no multiple of the kernel's block.
+    """
+    length = query.shape[1]
+    if length % _SPLASH_MULTIPLE:
+        raise ValueError(
+            f"attn_implementation='splash' needs row lengths that are multiples of "
+            f"{_SPLASH_MULTIPLE}, not {length}; change data.length_buckets or max_seq_length"
+        )
+    rows = PartitionSpec(BATCH_AXES, None, "tensor", None)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, PartitionSpec(BATCH_AXES)),
+        out_specs=rows,
+        check_vma=False,
+    )
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+    ) -> jax.Array:  # this device's rows and heads
+        heads_first = [jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)]
+        kernel = _splash_kernel(q.shape[2], length, window, interpret)
+        ids = splash_attention.SegmentIds(segments, segments)
+        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2)
+
+    return local(query, key, value, segment_ids)
+
+
+def _splash_kernel(
+    heads: int, length: int, window: int, interpret: bool
+) -> splash_attention.SplashAttentionKernel:
+    if window:
+        mask = splash_attention.LocalMask((length, length), (window - 1, 0), 0)
+    else:
+        mask = splash_attention.CausalMask((length, length))
+    block = next(b for b in (512, 256, 128) if length % b == 0)
+    sizes = splash_attention.BlockSizes(
+        **dict.fromkeys(
+            ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+             "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), block
+        )
+    )  # fmt: skip
+    return splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )

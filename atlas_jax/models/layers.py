@@ -1,0 +1,181 @@
+"""The parts of a decoder layer: norm, rotary embedding, attention, gated MLP.
+
+Parameters name their dims in the metadata `dims`, which `sharding` maps to mesh axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from atlas_jax.models.config import ModelConfig, Rope
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+Attend = Callable[..., jax.Array]
+"""`attend(query, key, value) -> [B, T, N, H]`; masks and windows are bound by the caller."""
+
+
+class Rotation(NamedTuple):
+    """Rotary angles of a batch: cosine and sine, each `[B, T, H/2]` float32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+INIT_SCALE = 0.02
+"""Standard deviation of random matrices."""
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, " D"], config: ModelConfig
+) -> Float[Array, "*B D"]:
+    """Returns `x` over its root mean square, times the scale (arXiv:1910.07467, eq. 4).
+
+    Computed in float32, returned in the dtype of `x`.
+    """
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    factor = scale.astype(jnp.float32) + config.norm_offset
+    return (wide * jax.lax.rsqrt(mean_square + config.norm_eps) * factor).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    def __init__(self, size: int, config: ModelConfig) -> None:
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norm_offset), dims=(None,))
+        self.config = config
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns the norm of the last dim of `x`."""
+        return rms_norm(x, self.scale[...], self.config)
+
+
+def rotation(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> Rotation:
+    """Returns the angles `position * theta ** (-2 i / H)`, stretched as `rope` says.
+
+    Reference: RoFormer, arXiv:2104.09864, eq. 15; `llama3` stretches wavelengths as Llama 3.1 does
+    (its model card and transformers' `_compute_llama3_parameters`).
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    frequencies = (1.0 / rope.theta**exponents).astype(np.float32)
+    if rope.kind == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.kind == "llama3":
+        frequencies = _llama3(frequencies, rope)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def _llama3(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
+    """Divides low frequencies by the factor, keeps high ones, and blends in between."""
+    turns = rope.original_max_positions * frequencies / (2 * np.pi)
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(blend, 0.0, 1.0)
+    return keep * frequencies + (1 - keep) * frequencies / rope.factor
+
+
+def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
+    """Rotates the pairs `(x[i], x[i + H/2])` of every head, in float32."""
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
+    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """A linear map between named dims, with an optional bias."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dims: tuple[str | None, ...],
+        equation: str,
+        bias_dims: int = 0,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.kernel = nnx.Param(INIT_SCALE * jax.random.normal(rngs.params(), shape), dims=dims)
+        self.bias = (
+            nnx.Param(jnp.zeros(shape[-bias_dims:]), dims=dims[-bias_dims:]) if bias_dims else None
+        )
+        self.equation = equation
+
+    def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
+        """Returns the einsum of `x` with the kernel, plus the bias."""
+        y = jnp.einsum(self.equation, x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        bias = 2 if config.qkv_bias else 0
+        kv = ("embed", "kv_heads", None)
+        into = "btd,dnh->btnh"
+        self.q = Projection((d, n, h), ("embed", "heads", None), into, bias, rngs=rngs)
+        self.k = Projection((d, k, h), kv, into, bias, rngs=rngs)
+        self.v = Projection((d, k, h), kv, into, bias, rngs=rngs)
+        self.o = Projection(
+            (n, h, d), ("heads", None, "embed"), "btnh,nhd->btd", int(config.output_bias), rngs=rngs
+        )
+        self.q_norm = Norm(h, config) if config.qk_norm else None
+        self.k_norm = Norm(h, config) if config.qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
+    ) -> Float[Array, "B T D"]:
+        """Returns the attention of every position to those that `attend` lets it see."""
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return self.o(attend(rotate(query, angles), rotate(key, angles), value))
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer (GLU variants, arXiv:2002.05202): `down(act(gate x) * up x)`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        d, f, bias = config.hidden_size, config.intermediate_size, int(config.mlp_bias)
+        self.gate = Projection((d, f), ("embed", "mlp"), "btd,df->btf", bias, rngs=rngs)
+        self.up = Projection((d, f), ("embed", "mlp"), "btd,df->btf", bias, rngs=rngs)
+        self.down = Projection((f, d), ("mlp", "embed"), "btf,fd->btd", bias, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the layer's output for every position."""
+        return self.down(_ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        size = config.hidden_size
+        self.attention_norm = Norm(size, config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = Norm(size, config)
+        self.mlp = MLP(config, rngs=rngs)
+        self.attention_post_norm = Norm(size, config) if config.post_norms else None
+        self.mlp_post_norm = Norm(size, config) if config.post_norms else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
+    ) -> Float[Array, "B T D"]:
+        """Returns the layer's output for every position."""
+        y = self.attention(self.attention_norm(x), angles, attend)
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = self.mlp(self.mlp_norm(x))
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))

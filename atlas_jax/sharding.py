@@ -1,0 +1,186 @@
+"""The device mesh, and which array dim lies on which mesh axis.
+
+Models name the dims of their parameters (`embed`, `heads`, `mlp`, `vocab` …); the one table below
+says where each goes. All arrays are global; computation follows by GSPMD, but for the few places
+that use `jax.shard_map` (`logprobs`, attention kernels).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from atlas_jax.config import MeshConfig
+from atlas_jax.types import Batch
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+"""Rows of a batch are split over both: fsdp is data parallelism with split parameters."""
+
+_TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
+_FSDP_DIM = "embed"
+
+Dims = tuple[str | None, ...]
+"""What each dim of one parameter is; None is never split."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the `data x fsdp x tensor` mesh over `devices`, by default all of them.
+
+    `tensor` varies fastest, so that tensor parallelism stays between neighbouring devices.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    fixed = int(np.prod([s for s in sizes if s != -1]))
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise ValueError(
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not use "
+            f"{len(devices)} devices exactly; set one size to -1 and let the others divide "
+            f"{len(devices)}"
+        )
+    shape = tuple(len(devices) // fixed if s == -1 else s for s in sizes)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Where arrays live on `mesh`, for one of the modes of `TrainConfig.sharding`."""
+
+    mesh: Mesh
+    mode: str = "fsdp"
+    offload: str = "none"
+
+    @property
+    def num_replicas(self) -> int:
+        """Parts that the rows of a batch are split in."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def params(self, dims: Dims) -> NamedSharding:
+        """Returns where a parameter rests between steps."""
+        return self._named(dims, split=self.mode == "fsdp")
+
+    def optimizer(self, dims: Dims, memory: bool = True) -> NamedSharding:
+        """Returns where a moment of a parameter rests, and its gradient is accumulated.
+
+        Args:
+            dims: of the parameter.
+            memory: whether to apply `offload`; false gives the place on the device.
+        """
+        sharding = self._named(dims, split=self.mode != "replicated")
+        return self.rest(sharding) if memory else sharding
+
+    def rest(self, sharding: NamedSharding) -> NamedSharding:
+        """Returns `sharding` in the memory that optimizer state rests in."""
+        if self.offload == "optimizer":
+            return sharding.with_memory_kind("pinned_host")
+        return sharding
+
+    def gathered(self, dims: Dims) -> NamedSharding:
+        """Returns where a parameter is while its layer computes: whole but for `tensor`."""
+        return self._named(dims, split=False)
+
+    def rows(self, *leading: None) -> NamedSharding:
+        """Returns the sharding of arrays whose dim behind `leading` counts batch rows."""
+        return NamedSharding(self.mesh, PartitionSpec(*leading, BATCH_AXES))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of an array that every device holds whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def _named(self, dims: Dims, split: bool) -> NamedSharding:
+        axes = [
+            "tensor" if d in _TENSOR_DIMS else "fsdp" if d == _FSDP_DIM and split else None
+            for d in dims
+        ]
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def local_shape(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+        """Returns the shape that a gathered parameter has on one device."""
+        return self.gathered(dims).shard_shape(shape)
+
+    def check(self, name: str, shape: tuple[int, ...], dims: Dims) -> None:
+        """Checks that a parameter divides over the mesh.
+
+        Raises:
+            ValueError: names the parameter, its shape and the axis.
+        """
+        for size, axis in zip(shape, self._named(dims, split=True).spec, strict=True):
+            if axis is not None and size % self.mesh.shape[axis]:
+                raise ValueError(
+                    f"parameter {name} of shape {shape}: {size} does not divide over mesh.{axis}="
+                    f"{self.mesh.shape[axis]}; use a divisor of {size} for mesh.{axis}"
+                )
+
+
+def gather(sharding: Sharding, tree: Any, dims: Any, dtype: jnp.dtype) -> Any:
+    """Returns parameters cast to `dtype`, then gathered over `fsdp`; gradients go back split.
+
+    The cast comes first, so that half-precision bytes travel. Without the explicit constraint in
+    both directions GSPMD is free to gather all layers at once, or to leave gradients whole.
+    """
+
+    def one(param: jax.Array, axes: Dims) -> jax.Array:
+        return _gather(param, dtype, sharding.gathered(axes), sharding.optimizer(axes, False))
+
+    return jax.tree.map(one, tree, dims)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(
+    param: jax.Array, dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding
+) -> jax.Array:
+    return jax.lax.with_sharding_constraint(param.astype(dtype), whole)
+
+
+def _gather_fwd(
+    param: jax.Array, dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    return _gather(param, dtype, whole, split), jnp.zeros((0,), param.dtype)
+
+
+def _gather_bwd(
+    dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding, like: jax.Array, g: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(g.astype(like.dtype), split),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def all_gather(param: jax.Array, spec: PartitionSpec, dtype: jnp.dtype) -> jax.Array:
+    """Inside `shard_map`: returns this device's part of a parameter, whole but for `tensor`."""
+    param = param.astype(dtype)
+    if "fsdp" not in spec:
+        return param
+    return jax.lax.all_gather(param, "fsdp", axis=spec.index("fsdp"), tiled=True)
+
+
+def sum_over_rows(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Inside `shard_map`: sums what each device found for its rows; the sum is split as `spec`."""
+    if "fsdp" in spec:
+        dim = spec.index("fsdp")
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
+    else:
+        gradient = jax.lax.psum(gradient, "fsdp")
+    return jax.lax.psum(gradient, "data")
+
+
+def to_global(batch: Batch, sharding: Sharding, microbatches: int) -> Batch:
+    """Returns this process's rows `[B, T]` as part of the global `[microbatches, B, T]` arrays."""
+
+    def place(rows: np.ndarray) -> jax.Array:
+        local = rows.reshape(microbatches, -1, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding.rows(None), local)
+
+    return Batch(*map(place, batch))

@@ -1,0 +1,169 @@
+"""The training step: gradients over microbatches and one update, in one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from atlas_jax.losses import LossSum
+from atlas_jax.sharding import Sharding
+from atlas_jax.types import Batch, Metrics, Params
+
+LossFn = Callable[[Params, Batch], tuple[LossSum, Metrics]]
+"""`(params, one microbatch) -> ((sum, weight), metrics)`"""
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and what a checkpoint holds of the devices."""
+
+    step: jax.Array  # [] int32, completed updates
+    params: Params
+    opt_state: optax.OptState
+    rng: jax.Array  # [2] uint32, root key of the run's random numbers
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation, its schedule, and where its state rests."""
+
+    transform: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    shapes: Any  # tree of jax.ShapeDtypeStruct
+    placement: Any  # tree of NamedSharding
+
+
+def place_optimizer(
+    transform: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    shapes: Params,
+    dims: Params,
+    sharding: Sharding,
+) -> Optimizer:
+    """Returns the optimizer with a place on the mesh for each array of its state."""
+    state = jax.eval_shape(transform.init, shapes)
+    places = jax.tree.map(lambda _, d: sharding.optimizer(d), shapes, dims)
+    placement = optax.tree_map_params(
+        transform,
+        lambda _, place: place,
+        state,
+        places,
+        transform_non_params=lambda _: sharding.replicated,
+    )
+    return Optimizer(transform, learning_rate, state, placement)
+
+
+def init_state(params: Params, optimizer: Optimizer, sharding: Sharding, seed: int) -> TrainState:
+    """Returns the state of step 0 around `params`, the optimizer's moments created in place."""
+    opt_state = jax.jit(optimizer.transform.init, out_shardings=optimizer.placement)(params)
+    start = (jnp.int32(0), jax.random.key_data(jax.random.key(seed)))
+    step, rng = jax.device_put(start, sharding.replicated)
+    return TrainState(step, params, opt_state, rng)
+
+
+def abstract_state(
+    shapes: Params, placements: Params, optimizer: Optimizer, sharding: Sharding
+) -> TrainState:
+    """Returns the shapes, dtypes and places of a `TrainState`, to restore a checkpoint into."""
+
+    def at(shape: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+    return TrainState(
+        step=at(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated),
+        params=jax.tree.map(at, shapes, placements),
+        opt_state=jax.tree.map(at, optimizer.shapes, optimizer.placement),
+        rng=at(jax.ShapeDtypeStruct((2,), jnp.uint32), sharding.replicated),
+    )
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: Optimizer, dims: Params, sharding: Sharding
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the compiled `(state, batch) -> (state, metrics)`; it consumes the state.
+
+    The batch is `[microbatches, B, T]` (`sharding.to_global`). Gradients of the microbatches' loss
+    sums are added up in the parameters' dtype, split as the optimizer state is, and divided once by
+    the sum of the weights.
+
+    Args:
+        loss_fn: the loss sum of one microbatch, its weight, and metrics.
+        optimizer: from `place_optimizer`.
+        dims: of the parameters.
+        sharding: where everything lives.
+    """
+
+    def split(grads: Params) -> Params:
+        return jax.tree.map(
+            lambda g, d: jax.lax.with_sharding_constraint(g, sharding.optimizer(d, memory=False)),
+            grads,
+            dims,
+        )
+
+    def microbatch(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        def loss(params: Params) -> tuple[jax.Array, Metrics]:
+            (total, weight), metrics = loss_fn(params, batch)
+            return total, metrics | {"loss/total": (total, weight)}
+
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        return split(grads), metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, metrics = _accumulate(microbatch, state.params, batch)
+        weight = jnp.maximum(metrics["loss/total"][1], 1.0)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        opt_state = _on_device(state.opt_state, optimizer.placement, sharding)
+        updates, opt_state = optimizer.transform.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "optim/grad_norm": (optax.global_norm(grads), jnp.float32(1)),
+            "optim/learning_rate": (optimizer.learning_rate(state.step), jnp.float32(1)),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+    places = TrainState(
+        sharding.replicated,
+        jax.tree.map(lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)),
+        optimizer.placement,
+        sharding.replicated,
+    )
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, None)
+    )
+
+
+def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Batch], Metrics]:
+    """Returns the compiled `(params, batch [microbatches, B, T]) -> metrics`."""
+
+    def step(params: Params, batch: Batch) -> Metrics:
+        def one(batch: Batch) -> Metrics:
+            loss, metrics = loss_fn(params, batch)
+            return metrics | {"loss/total": loss}
+
+        return jax.tree.map(jnp.sum, jax.lax.map(one, batch))
+
+    return jax.jit(step)
+
+
+def _accumulate(
+    microbatch: Callable[[Params, Batch], tuple[Params, Metrics]], params: Params, batch: Batch
+) -> tuple[Params, Metrics]:
+    """Returns the sums of gradients and metrics over the leading dim of `batch`."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return microbatch(params, first)
+
+    def add(sums: Any, batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, microbatch(params, batch)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(microbatch, params, first))
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _on_device(tree: Any, placement: Any, sharding: Sharding) -> Any:
+    """Brings offloaded optimizer state to the devices."""
+    if sharding.offload != "optimizer":
+        return tree
+    return jax.device_put(tree, jax.tree.map(lambda p: p.with_memory_kind("device"), placement))

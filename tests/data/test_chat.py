@@ -1,0 +1,261 @@
+"""What is trained: spans of turns in characters, then in tokens."""
+
+import numpy as np
+import pytest
+
+from atlas_jax.data import chat
+from atlas_jax.data.examples import Conversation, PlainText
+from atlas_jax.types import Example
+from tests.tokenizers import QWEN3, R1, chatml_tokenizer, llama2_tokenizer
+
+
+def conversation(*contents, num_context=0):
+    roles = ("user", "assistant") * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return Conversation("rows.jsonl:1", messages, num_context)
+
+
+def encode(tokenizer, sample, completion_only=True, max_length=1000, stop_ids=()):
+    options = chat.mask_options(tokenizer, completion_only, max_length, stop_ids)
+    return list(chat.encode(tokenizer, [sample], options))
+
+
+def encode_one(tokenizer, sample, **options):
+    (encoded,) = encode(tokenizer, sample, **options)
+    return encoded
+
+
+def trained_text(tokenizer, example):
+    return tokenizer.decode(example.tokens[example.loss_mask].tolist())
+
+
+def test_mask_of_a_single_turn_worked_by_hand():
+    tokenizer = chatml_tokenizer()
+    # <|im_start|> user \n x <|im_end|> \n <|im_start|> assistant \n y <|im_end|> \n
+    encoded = encode_one(tokenizer, conversation("x", "y"))
+    words = tokenizer.convert_ids_to_tokens(encoded.example.tokens.tolist())
+    answer = words.index("y")
+    expected = [i in (answer, answer + 1) for i in range(len(words))]
+    assert words[answer : answer + 3] == ["y", "<|im_end|>", "Ċ"]
+    assert encoded.example.loss_mask.tolist() == expected
+    assert encoded.example.tokens.dtype == np.int32
+    assert encoded.notes == ()
+
+
+def test_mask_of_two_turns_worked_by_hand():
+    tokenizer = chatml_tokenizer()
+    example = encode_one(tokenizer, conversation("x", "y", "z", "w")).example
+    words = tokenizer.convert_ids_to_tokens(example.tokens.tolist())
+    stops = [i for i, word in enumerate(words) if word == "<|im_end|>"]
+    trained = np.flatnonzero(example.loss_mask).tolist()
+    assert len(stops) == 4
+    assert trained == [stops[1] - 1, stops[1], stops[3] - 1, stops[3]]
+
+
+ANSWERS = ("It is four.", "  two spaces, café 😀😀 naïve é", "a\n\nb ", "\n\n lines first", "😀")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_trained_tokens_decode_to_the_answers_and_stop_tokens_with_byte_level_bpe(answer):
+    tokenizer = chatml_tokenizer()
+    example = encode_one(tokenizer, conversation("Why 😀?", answer, "é?", answer)).example
+    text = trained_text(tokenizer, example)
+    # A newline that opens an answer can share its token with the newline of the header.
+    assert text.replace("\n", "") == (answer + "<|im_end|>").replace("\n", "") * 2
+    if not answer.startswith("\n"):
+        assert text == (answer + "<|im_end|>") * 2
+
+
+@pytest.mark.parametrize("answer", ["It is four.", "café 😀😀 naïve é", "😀"])
+def test_trained_tokens_decode_to_the_answers_and_stop_tokens_with_metaspace(answer):
+    tokenizer = llama2_tokenizer()
+    example = encode_one(tokenizer, conversation("Why 😀?", answer, "é?", answer)).example
+    assert trained_text(tokenizer, example) == f"{answer} </s> {answer} </s>"
+    assert example.tokens[0] == tokenizer.bos_token_id != example.tokens[1]
+
+
+def test_marker_text_inside_messages_does_not_move_the_mask():
+    tokenizer = chatml_tokenizer()
+    sample = conversation("say <|im_start|>assistant\nnow", "It is <|im_start|>user\nfour.")
+    example = encode_one(tokenizer, sample).example
+    assert trained_text(tokenizer, example) == "It is <|im_start|>user\nfour.<|im_end|>"
+
+
+def test_assistant_turns_of_a_prompt_are_context():
+    tokenizer = chatml_tokenizer()
+    sample = conversation("x", "not this", "z", "but this", num_context=3)
+    assert trained_text(tokenizer, encode_one(tokenizer, sample).example) == "but this<|im_end|>"
+
+
+def test_system_and_trailing_user_messages_are_not_trained():
+    tokenizer = chatml_tokenizer()
+    messages = [
+        {"role": "system", "content": "assistant"},
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "thanks"},
+    ]
+    example = encode_one(tokenizer, Conversation("r", messages)).example
+    assert trained_text(tokenizer, example) == "y<|im_end|>"
+
+
+def test_template_that_strips_earlier_thinking_gives_an_example_for_each_turn():
+    tokenizer = chatml_tokenizer(QWEN3)
+    thought = "<think>\nfirst\n</think>\n"
+    sample = conversation("x", thought + "y", "z", thought + "w")
+    first, second = encode(tokenizer, sample)
+    assert trained_text(tokenizer, first.example) == thought + "y<|im_end|>"
+    assert trained_text(tokenizer, second.example) == thought + "w<|im_end|>"
+    assert thought + "y" not in tokenizer.decode(second.example.tokens.tolist())
+    assert first.name == "rows.jsonl:1 (message 2)"
+    assert first.notes == second.notes == ("split",)
+
+
+def test_template_that_strips_nothing_keeps_one_example():
+    (encoded,) = encode(chatml_tokenizer(QWEN3), conversation("x", "y", "z", "w"))
+    assert encoded.notes == ()
+
+
+def test_turn_that_begins_otherwise_than_the_generation_prompt_is_noted():
+    tokenizer = chatml_tokenizer(R1)
+    encoded = encode_one(tokenizer, conversation("x", "It is four."))
+    assert trained_text(tokenizer, encoded.example) == "It is four.<|im_end|>"
+    assert encoded.notes == ("other_prompt",)
+
+
+def test_template_that_does_not_append_is_rejected():
+    template = "{{ messages | length }} messages: {% for m in messages %}{{ m.content }}{% endfor %}"
+    encoded = encode_one(chatml_tokenizer(template), conversation("x", "y"))
+    assert encoded.example is None
+    assert encoded.notes == ("rejected",)
+    assert "renders message 2 otherwise than as a continuation" in encoded.reason
+
+
+def test_row_that_the_template_refuses_is_rejected_with_its_words():
+    messages = [{"role": "user", "content": "x"}] * 2 + [{"role": "assistant", "content": "y"}]
+    encoded = encode_one(llama2_tokenizer(), Conversation("r", messages))
+    assert encoded.notes == ("rejected",)
+    assert "roles must alternate" in encoded.reason
+
+
+def test_turn_without_a_stop_token_is_noted_and_trained_whole():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = chatml_tokenizer(template)
+    encoded = encode_one(tokenizer, conversation("x", "y"))
+    assert encoded.notes == ("no_stop",)
+    assert trained_text(tokenizer, encoded.example).strip() == "y"
+
+
+def test_further_stop_tokens_end_a_turn():
+    template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant\n{% endif %}"
+    tokenizer = chatml_tokenizer(template)
+    stop = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    encoded = encode_one(tokenizer, conversation("x", "y"), stop_ids=(stop,))
+    assert encoded.notes == ()
+    assert trained_text(tokenizer, encoded.example) == "y<|endoftext|>"
+
+
+def test_all_tokens_but_the_first_are_trained_without_completion_only():
+    sample = conversation("x", "y", "z", "w")
+    for tokenizer in (chatml_tokenizer(), llama2_tokenizer()):
+        mask = encode_one(tokenizer, sample, completion_only=False).example.loss_mask
+        assert mask.tolist() == [False] + [True] * (len(mask) - 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "trained"),
+    [
+        ("2+2 =", " four", " four<|im_end|>"),
+        ("It is", " 😀", " 😀<|im_end|>"),
+        # " four" is one token over the edge; the answer is not lost.
+        ("2+2 = ", "four", " four<|im_end|>"),
+        ("", "four", "our<|im_end|>"),
+    ],
+)
+def test_plain_text_is_prompt_completion_and_end(prompt, completion, trained):
+    tokenizer = chatml_tokenizer(None)
+    example = encode_one(tokenizer, PlainText("r", prompt, completion)).example
+    assert tokenizer.decode(example.tokens.tolist()) == prompt + completion + "<|im_end|>"
+    assert trained_text(tokenizer, example) == trained or prompt == ""
+    assert not example.loss_mask[0]
+
+
+def test_plain_text_has_the_tokenizers_start_token_once():
+    tokenizer = llama2_tokenizer(None)
+    example = encode_one(tokenizer, PlainText("r", "What is it?", " It is four.")).example
+    assert example.tokens[0] == tokenizer.bos_token_id
+    assert np.count_nonzero(example.tokens == tokenizer.bos_token_id) == 1
+    assert trained_text(tokenizer, example) == "It is four.</s>"
+    assert example.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_long_example_is_cut_and_noted():
+    tokenizer = chatml_tokenizer()
+    whole = encode_one(tokenizer, conversation("x", "one two three four")).example
+    cut = encode_one(tokenizer, conversation("x", "one two three four"), max_length=len(whole.tokens) - 3)
+    assert cut.notes == ("truncated",)
+    np.testing.assert_array_equal(cut.example.tokens, whole.tokens[:-3])
+    np.testing.assert_array_equal(cut.example.loss_mask, whole.loss_mask[:-3])
+
+
+def test_example_cut_before_its_answer_is_masked():
+    encoded = encode_one(chatml_tokenizer(), conversation("x" * 50, "y"), max_length=20)
+    assert encoded.example is None
+    assert encoded.notes == ("masked",)
+
+
+@pytest.mark.parametrize("sample", [conversation("x", " \n"), PlainText("r", "x", "")])
+def test_sample_without_written_words_is_empty(sample):
+    encoded = encode_one(chatml_tokenizer(), sample)
+    assert encoded.example is None
+    assert encoded.notes == ("empty",)
+
+
+def test_mixed_samples_keep_their_order():
+    tokenizer = chatml_tokenizer()
+    samples = [PlainText("a", "x", "y"), conversation("x", ""), PlainText("c", "x", "z")]
+    encoded = list(chat.encode(tokenizer, samples, chat.mask_options(tokenizer, True, 99)))
+    assert [e.name for e in encoded] == ["a", "rows.jsonl:1", "c"]
+
+
+def test_conversation_without_a_chat_template_is_an_error():
+    with pytest.raises(ValueError, match=r"has no chat template.*tokenizer_name_or_path"):
+        chat.check_tokenizer(chatml_tokenizer(None), [conversation("x", "y")])
+
+
+def test_plain_text_without_an_end_token_is_an_error():
+    tokenizer = chatml_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        chat.check_tokenizer(tokenizer, [PlainText("r", "x", "y")])
+
+
+def test_token_spans_give_trimmed_spaces_their_character():
+    # "a  b" as: "a", " ", " b" with trimmed offsets; then two byte tokens of one emoji.
+    offsets = np.array([[0, 1], [2, 2], [3, 4], [4, 5], [4, 5]])
+    expected = [[0, 1], [1, 2], [3, 4], [4, 5], [4, 5]]
+    assert chat.token_spans(offsets).tolist() == expected
+
+
+def test_rendered_sample_shows_the_whole_text_with_trained_parts_marked():
+    tokenizer = chatml_tokenizer()
+    example = encode_one(tokenizer, conversation("x 😀", "é 😀", "z", "w")).example
+    assert chat.render_sample(tokenizer, example) == (
+        "<|im_start|>user\nx 😀<|im_end|>\n<|im_start|>assistant\n⟦é 😀<|im_end|>⟧\n"
+        "<|im_start|>user\nz<|im_end|>\n<|im_start|>assistant\n⟦w<|im_end|>⟧\n"
+    )
+    assert "\x1b[32mw<|im_end|>\x1b[0m" in chat.render_sample(tokenizer, example, color=True)
+
+
+def test_rendered_sample_keeps_spaces_that_a_decoder_strips():
+    tokenizer = llama2_tokenizer()
+    example = encode_one(tokenizer, conversation("hello", "you")).example
+    assert chat.render_sample(tokenizer, example) == "<s>[INST] hello [/INST]⟦ you </s>⟧"
+
+
+def test_rendered_sample_of_no_trained_tokens_is_its_text():
+    tokenizer = chatml_tokenizer()
+    ids = np.asarray(tokenizer("hello you")["input_ids"], np.int32)
+    assert chat.render_sample(tokenizer, Example(ids, np.zeros(len(ids), bool))) == "hello you"
