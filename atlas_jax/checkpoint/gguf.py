@@ -69,8 +69,7 @@ class GGUFSource:
         reader = _reader(path)
         self.path = path
         try:
-            self._tensors = _hf_tensors(reader)
-            self.config, self.generation_config = _configs(reader, self._tensors)
+            self.config, self.generation_config, self._tensors = _content(reader)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         self.shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
@@ -132,17 +131,19 @@ def _metadata(reader: gguf.GGUFReader) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-def _configs(
-    reader: gguf.GGUFReader, tensors: Mapping[str, ReaderTensor]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _content(
+    reader: gguf.GGUFReader,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, ReaderTensor]]:
+    """Returns config, generation config, and the tensors under their Hugging Face names."""
     metadata = _metadata(reader)
     factors = [t.data for t in reader.tensors if t.name == _ROPE_FACTORS]
     config = model_config(metadata, factors[0] if factors else None)
+    tensors = _hf_tensors(reader)
     config |= _told_by_tensors(config["model_type"], tensors)
     generation = generation_config(metadata, config["vocab_size"])
     for name, ids in generation.items():
         config[name] = ids[0] if isinstance(ids, list) else ids
-    return config, generation
+    return config, generation, tensors
 
 
 def _hf_tensors(reader: gguf.GGUFReader) -> dict[str, ReaderTensor]:
@@ -191,11 +192,11 @@ def _told_by_tensors(arch: str, tensors: Mapping[str, ReaderTensor]) -> dict[str
 
 
 def _dequantised(tensor: ReaderTensor) -> np.ndarray:
-    if tensor.tensor_type.name == "F16":
+    if tensor.tensor_type.name in ("F32", "F16"):
         return np.array(tensor.data)
     if tensor.tensor_type.name == "BF16":
         return np.array(tensor.data).view(ml_dtypes.bfloat16)
-    return np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
 
 
 def _halves_from_pairs(values: np.ndarray, heads: int) -> np.ndarray:

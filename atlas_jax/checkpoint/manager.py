@@ -1,0 +1,91 @@
+"""Checkpoints of a run: what it takes to continue exactly, written in the background by Orbax.
+
+`checkpoints/STEP/` holds `params`, `train` (step, optimizer, random key), `data` (position and
+fingerprint) and `config`. A directory gets its name when everything in it is written.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from atlas_jax.step import TrainState
+from atlas_jax.types import Params
+
+
+class Restored(NamedTuple):
+    """Content of a checkpoint; `state` lacks where only parameters were saved."""
+
+    state: TrainState
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints under one `output_dir`."""
+
+    def __init__(self, output_dir: str, keep: int = 0) -> None:
+        """Opens the directory; `keep` newest checkpoints stay, 0 keeps all."""
+        self.directory = pathlib.Path(output_dir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=True),
+            item_names=("params", "train", "data", "config"),
+        )
+
+    def latest(self) -> int | None:
+        """Returns the newest complete step, None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
+        """Starts to write the state; returns when the devices may change it."""
+        rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                train=ocp.args.StandardSave(rest),
+                data=ocp.args.JsonSave(data),
+                config=ocp.args.JsonSave(config),
+            ),
+        )
+
+    def save_params(self, params: Params) -> None:
+        """Writes parameters only, as step 0."""
+        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+
+    def restore(self, step: int, abstract: TrainState) -> Restored:
+        """Returns what was saved at `step`, each array on the place that `abstract` says."""
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                train=ocp.args.StandardRestore(rest),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        return Restored(TrainState(params=found.params, **found.train), found.data)
+
+    def restore_params(self, step: int, abstract: Params) -> Params:
+        """Returns only the parameters that were saved at `step`."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args).params
+
+    def has_training_state(self, step: int) -> bool:
+        """Returns whether `step` holds more than parameters."""
+        return (self.directory / str(step) / "train").exists()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def abstract(shapes: Params, placements: Params) -> Params:
+    """Returns shapes with their places, to restore into."""
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placements
+    )

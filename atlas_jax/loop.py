@@ -1,0 +1,208 @@
+"""The training loop: batch, step, log, evaluate, save, stop. It knows no algorithm."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from absl import logging
+from tqdm import tqdm
+
+from atlas_jax import distributed, metrics
+from atlas_jax.checkpoint.manager import Checkpoints
+from atlas_jax.config import TrainConfig, masked
+from atlas_jax.metrics import MetricWriter
+from atlas_jax.sharding import Sharding, to_global
+from atlas_jax.step import TrainState
+from atlas_jax.types import Batch, Metrics, Params
+
+
+class Batches(Protocol):
+    """Batches of this process, and the position in them."""
+
+    def __next__(self) -> Batch:
+        """Returns the next batch."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position behind the last batch, ready for JSON."""
+
+
+class Job(NamedTuple):
+    """What stays the same while a run trains."""
+
+    config: TrainConfig
+    num_steps: int
+    sharding: Sharding
+    microbatches: int
+    flops_per_token: Callable[[int], float]  # by row length
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Params], dict[str, float]] | None
+    writer: MetricWriter
+    checkpoints: Checkpoints
+    fingerprint: str  # of the data, saved with the position
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    state: TrainState
+    last: dict[str, float]  # metrics of the last logged step and the last evaluation
+    stopped: bool  # by a signal, before its last step
+
+
+class _Pending(NamedTuple):
+    """A step whose metrics the devices still compute."""
+
+    step: int
+    metrics: Metrics
+    tokens: int
+    length: int
+
+
+def run(job: Job, state: TrainState, batches: Batches) -> Outcome:
+    """Trains until `job.num_steps`, or until SIGTERM or SIGINT, and saves where it stopped.
+
+    Metrics of a step are fetched when the next one has been dispatched, so that devices never wait
+    for the log.
+
+    Raises:
+        RuntimeError: when a loss or gradient is not finite; nothing of that step is saved.
+    """
+    start = int(state.step)
+    log = _Log(job, start)
+    pending: _Pending | None = None
+    with _stop_signal() as stop_requested, log.progress:
+        for step in range(start + 1, job.num_steps + 1):
+            batch = next(batches)
+            state, values = job.train_step(state, to_global(batch, job.sharding, job.microbatches))
+            if pending:
+                log.fetch(pending)
+            pending = _Pending(step, values, _global_tokens(batch), batch.tokens.shape[1])
+            stop = distributed.any_process(stop_requested())
+            last = stop or step == job.num_steps
+            save = last or _due(step, job.config.save_steps)
+            evaluate = job.evaluate and (last and not stop or _due(step, job.config.eval_steps))
+            if save or evaluate:
+                log.fetch(pending)
+                pending = None
+            if evaluate and job.evaluate:
+                log.write(step, job.evaluate(state.params))
+            if save:
+                _save(job, state, batches)
+            if stop:
+                logging.warning("stopped by a signal at step %d; the same command continues", step)
+                break
+    job.checkpoints.close()
+    return Outcome(state, log.last, int(state.step) < job.num_steps)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _save(job: Job, state: TrainState, batches: Batches) -> None:
+    data = {"fingerprint": job.fingerprint, "iterator": batches.get_state()}
+    job.checkpoints.save(state, data, masked(job.config))
+
+
+def _global_tokens(batch: Batch) -> int:
+    """Returns how many tokens the step reads over all processes, padding left out."""
+    return int((batch.segment_ids > 0).sum()) * jax.process_count()
+
+
+class _Log:
+    """Adds up metrics between two lines of the log, and times the steps."""
+
+    def __init__(self, job: Job, start: int) -> None:
+        self._job = job
+        self._total: Metrics = {}
+        self._secs: list[float] = []
+        self._tokens = self._flops = 0.0
+        self._mark = time.perf_counter()
+        self.last: dict[str, float] = {}
+        self.progress = tqdm(
+            total=job.num_steps, initial=start, unit="step", disable=not distributed.is_main(),
+            dynamic_ncols=True, mininterval=1.0, desc=job.config.algorithm,
+        )  # fmt: skip
+
+    def fetch(self, pending: _Pending) -> None:
+        """Waits for the metrics of one step, checks them, and writes them when it is time."""
+        values = jax.device_get(pending.metrics)
+        now = time.perf_counter()
+        self._secs.append(now - self._mark)
+        self._mark = now
+        self._total = metrics.add(self._total, values)
+        self._tokens += pending.tokens
+        self._flops += pending.tokens * self._job.flops_per_token(pending.length)
+        self._check_finite(pending.step, values)
+        if (
+            _due(pending.step, self._job.config.logging_steps)
+            or pending.step == self._job.num_steps
+        ):
+            self._flush(pending.step)
+        self.progress.update()
+
+    def _check_finite(self, step: int, values: Metrics) -> None:
+        found = metrics.means(metrics.add({}, values))
+        for name in ("loss/total", "optim/grad_norm"):
+            if not math.isfinite(found[name]):
+                good = self._job.checkpoints.latest()
+                where = (
+                    "there is no checkpoint yet"
+                    if good is None
+                    else (
+                        f"the last good checkpoint is {self._job.checkpoints.directory / str(good)}"
+                    )
+                )
+                self._job.checkpoints.close()
+                raise RuntimeError(
+                    f"{name} is {found[name]} at step {step}; {where}. Lower learning_rate (now "
+                    f"{self._job.config.learning_rate}) or look at the rows of that step"
+                )
+
+    def _flush(self, step: int) -> None:
+        values = metrics.means(self._total)
+        secs, devices = sum(self._secs), jax.device_count()
+        values["perf/step_secs"] = secs / len(self._secs)
+        values["perf/tokens_per_sec_per_device"] = self._tokens / secs / devices
+        peak = metrics.peak_flops(jax.devices()[0])
+        if peak:
+            values["perf/mfu"] = self._flops / secs / devices / peak
+        self.write(step, values)
+        self.progress.set_postfix(
+            loss=f"{values['loss/total']:.3f}",
+            lr=f"{values['optim/learning_rate']:.1e}",
+            tok_s=f"{self._tokens / secs:.0f}",
+        )
+        self._total, self._secs, self._tokens, self._flops = {}, [], 0.0, 0.0
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes metrics to all files, and as a line to `training.log`."""
+        self._job.writer.write(step, values)
+        self.last |= values
+        shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
+        logging.info("step %d/%d %s", step, self._job.num_steps, shown)
+        self._mark = time.perf_counter()
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM or SIGINT came; a second one acts as usual."""
+    received: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,104 @@
+"""Metrics as `(sum, weight)` until they are written, and the files that they are written to."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from atlas_jax.types import Metrics
+
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
+_PEAK_FLOPS = {
+    "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 2307e12,
+}  # fmt: skip
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Returns the bfloat16 peak of a device in FLOP/s; None where it is not known."""
+    return next((v for k, v in _PEAK_FLOPS.items() if k in device.device_kind), None)
+
+
+def add(total: Metrics, metrics: Metrics) -> Metrics:
+    """Returns the sums of two sets of metrics, name by name."""
+    result = dict(total)
+    for name, (value, weight) in metrics.items():
+        before = result[name] if name in result else (0.0, 0.0)
+        result[name] = (before[0] + float(value), before[1] + float(weight))
+    return result
+
+
+def means(total: Metrics) -> dict[str, float]:
+    """Returns `sum / weight` of each metric; NaN where nothing was weighed."""
+    return {k: value / weight if weight else math.nan for k, (value, weight) in total.items()}
+
+
+class MetricWriter:
+    """Appends to `metrics.jsonl` and to TensorBoard event files of one run."""
+
+    def __init__(self, directory: str, start_step: int, enabled: bool = True) -> None:
+        """Opens the files; what a run wrote behind `start_step` before it was killed is dropped."""
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._path = pathlib.Path(directory) / "metrics.jsonl"
+        _drop_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(directory))
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._event(start_step + 1, session_log=log)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars of one step."""
+        if not self._enabled:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step} | finite) + "\n")
+        self._file.flush()
+        scalars = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        self._event(step, summary=summary_pb2.Summary(value=scalars))
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Shows Markdown in TensorBoard's text tab."""
+        if not self._enabled:
+            return
+        value = summary_pb2.Summary.Value(
+            tag=name, metadata=text_metadata.create_summary_metadata(name, "")
+        )
+        value.tensor.dtype = 7  # DT_STRING
+        value.tensor.tensor_shape.dim.add(size=1)
+        value.tensor.string_val.append(text.encode())
+        self._event(step, summary=summary_pb2.Summary(value=[value]))
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._enabled:
+            self._file.close()
+            self._events.close()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`; a line cut off by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)

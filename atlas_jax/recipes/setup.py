@@ -1,0 +1,202 @@
+"""What all recipes share: the run's files, the model, and where its weights come from."""
+
+from __future__ import annotations
+
+import json
+import logging as python_logging
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from atlas_jax import distributed, optim, step
+from atlas_jax.checkpoint import gguf, hf, manager
+from atlas_jax.config import TrainConfig, masked
+from atlas_jax.models import attention
+from atlas_jax.models.config import from_hf
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.sharding import Sharding, make_mesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Model(NamedTuple):
+    """A model on disk and how it is computed; its parameters are not loaded yet."""
+
+    source: hf.Source
+    decoder: Decoder
+    files: hf.ModelFiles
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, as `generation_config.json` says."""
+        ids = self.files.generation_config.get("eos_token_id")
+        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+class Start(NamedTuple):
+    """Where training begins."""
+
+    state: step.TrainState
+    data: dict[str, Any]  # position in the data; empty at the beginning
+
+
+def open_run(config: TrainConfig) -> None:
+    """Makes `output_dir`, with the resolved config in it, and sends the log to `training.log`."""
+    directory = pathlib.Path(config.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    if config.compilation_cache_dir:
+        path = os.path.expanduser(config.compilation_cache_dir)
+        jax.config.update("jax_compilation_cache_dir", path)
+    if not distributed.is_main():
+        return
+    (directory / "config.json").write_text(json.dumps(masked(config), indent=2) + "\n")
+    handler = python_logging.FileHandler(directory / "training.log")
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.get_absl_logger().addHandler(handler)
+    logging.info("jax %s, %d x %s", jax.__version__, jax.device_count(), jax.devices()[0])
+
+
+def make_sharding(config: TrainConfig) -> Sharding:
+    """Returns the mesh over all devices and the rules of `config.sharding`."""
+    return Sharding(make_mesh(config.mesh), config.sharding, config.offload)
+
+
+def open_model(config: TrainConfig, sharding: Sharding) -> Model:
+    """Opens the model and its tokenizer, and checks that they fit each other.
+
+    Raises:
+        ValueError: for files that are missing, broken or not supported.
+    """
+    path = hf.resolve(config.model_name_or_path)
+    source = hf.open_source(path)
+    tokenizer = load_tokenizer(config.tokenizer_name_or_path or path)
+    options = config.model
+    on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
+    automatic = "float32" if on_cpu else "bfloat16"
+    dtype = jnp.dtype(automatic if options.compute_dtype == "auto" else options.compute_dtype)
+    architecture = from_hf(source.config)
+    check_vocabulary(tokenizer, architecture.vocab_size)
+    if config.max_seq_length > architecture.max_positions:
+        raise ValueError(
+            f"max_seq_length={config.max_seq_length} is more than the "
+            f"{architecture.max_positions} positions of {path}; use at most that"
+        )
+    decoder = Decoder(
+        architecture,
+        sharding,
+        attention.select(config.attn_implementation, sharding.mesh, config.packing, dtype),
+        param_dtype=jnp.dtype(options.param_dtype),
+        compute_dtype=dtype,
+        remat=config.gradient_checkpointing,
+    )
+    return Model(source, decoder, hf.ModelFiles(source.config, source.generation_config, tokenizer))
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a model directory, `.gguf` file or hub id.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if path.endswith(".gguf"):
+        return gguf.load_tokenizer(path)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"{path} has no tokenizer: {error}") from None
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Checks that the model has a row for every token.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the model; fewer are usual (padding).
+    """
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {highest}, but the model's vocab_size is {vocab_size}; "
+            "set tokenizer_name_or_path to the tokenizer that the model was trained with"
+        )
+
+
+def make_optimizer(config: TrainConfig, decoder: Decoder, num_steps: int) -> step.Optimizer:
+    """Returns AdamW with the schedule of a run of `num_steps`."""
+    learning_rate = optim.schedule(config, num_steps)
+    transform = optim.adamw(config, learning_rate)
+    return step.place_optimizer(
+        transform, learning_rate, decoder.shapes, decoder.dims, decoder.sharding
+    )
+
+
+def begin(
+    config: TrainConfig,
+    model: Model,
+    optimizer: step.Optimizer,
+    checkpoints: manager.Checkpoints,
+    fingerprint: str,
+) -> Start:
+    """Returns the state to train from, the first that there is of:
+
+    1. the newest checkpoint of this run,
+    2. the newest checkpoint of `resume_from`,
+    3. the weights of `model_name_or_path`.
+
+    Raises:
+        ValueError: if `resume_from` has no checkpoint, or was made of other data.
+    """
+    if checkpoints.latest() is not None:
+        return _restore(checkpoints, model, optimizer, fingerprint)
+    if config.resume_from:
+        other = manager.Checkpoints(config.resume_from)
+        if other.latest() is None:
+            raise ValueError(f"resume_from={config.resume_from} has no checkpoint; leave it empty")
+        start = _restore(other, model, optimizer, fingerprint)
+        other.close()
+        return start
+    params = hf.load(model.source, model.decoder)
+    logging.info("loaded %s", config.model_name_or_path)
+    return Start(step.init_state(params, optimizer, model.decoder.sharding, config.seed), {})
+
+
+def _restore(
+    checkpoints: manager.Checkpoints, model: Model, optimizer: step.Optimizer, fingerprint: str
+) -> Start:
+    number, decoder = checkpoints.latest(), model.decoder
+    assert number is not None
+    placements, sharding = decoder.placements(), decoder.sharding
+    if not checkpoints.has_training_state(number):
+        abstract = manager.abstract(decoder.shapes, placements)
+        params = checkpoints.restore_params(number, abstract)
+        return Start(step.init_state(params, optimizer, sharding, 0), {})
+    abstract_state = step.abstract_state(decoder.shapes, placements, optimizer, sharding)
+    restored = checkpoints.restore(number, abstract_state)
+    if restored.data["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{checkpoints.directory} was made with other data, sequence length, batch size or "
+            "seed; restore them, or set another output_dir and start from the exported model"
+        )
+    logging.info("continuing %s at step %d", checkpoints.directory, number)
+    return Start(restored.state, restored.data["iterator"])
+
+
+def export(config: TrainConfig, model: Model, params: Any) -> str:
+    """Writes `final/` and returns its path."""
+    dtype = config.model.export_dtype
+    directory = os.path.join(config.output_dir, "final")
+    hf.export(
+        params,
+        model.decoder,
+        model.files,
+        directory,
+        dtype=hf.storage_dtype(model.source.config) if dtype == "auto" else dtype,
+        max_shard_size=config.model.max_shard_size,
+    )
+    return directory

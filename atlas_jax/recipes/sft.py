@@ -1,0 +1,115 @@
+"""Supervised fine-tuning: conversations in, cross entropy on what the assistant writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+from atlas_jax import distributed, logprobs, losses, loop, metrics, step
+from atlas_jax.checkpoint.manager import Checkpoints
+from atlas_jax.config import SFTConfig, batch_plan
+from atlas_jax.data import chat, loader, sources
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.recipes import setup
+from atlas_jax.sharding import to_global
+from atlas_jax.types import Batch, Metrics, Params
+
+_TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
+"""What the ATLAS training guide calls success: upper bounds of the last logged step."""
+
+
+def run(config: SFTConfig) -> None:
+    """Fine-tunes a model and writes `final/`; see configs/run/teacher_sft.py for an example."""
+    sharding = setup.make_sharding(config)
+    plan = batch_plan(config, sharding.num_replicas)
+    setup.open_run(config)
+    model = setup.open_model(config, sharding)
+    model.decoder.placements()
+    train, held_out = _datasets(config, model, plan.global_rows, sharding.num_replicas)
+    num_steps = config.max_steps
+    if num_steps == -1:
+        num_steps = train.num_steps(config.num_train_epochs)
+    optimizer = setup.make_optimizer(config, model.decoder, num_steps)
+    loss_fn = make_loss(model.decoder, config.loss_chunk_size)
+    checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
+    start = setup.begin(config, model, optimizer, checkpoints, train.fingerprint)
+    first = int(start.state.step)
+    job = loop.Job(
+        config=config,
+        num_steps=num_steps,
+        sharding=sharding,
+        microbatches=plan.microbatches,
+        flops_per_token=model.decoder.config.flops_per_token,
+        train_step=step.make_train_step(loss_fn, optimizer, model.decoder.dims, sharding),
+        evaluate=make_evaluate(loss_fn, held_out, model.decoder) if held_out else None,
+        writer=metrics.MetricWriter(config.output_dir, first, distributed.is_main()),
+        checkpoints=checkpoints,
+        fingerprint=train.fingerprint,
+    )
+    batches = train.batches(first)
+    if start.data:
+        batches.set_state(start.data)
+    outcome = loop.run(job, start.state, batches)
+    job.writer.close()
+    if not outcome.stopped:
+        _report(outcome, setup.export(config, model, outcome.state.params))
+
+
+def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
+    """Returns the cross entropy of a batch as a function of the parameters."""
+
+    def loss(params: Params, batch: Batch) -> tuple[losses.LossSum, Metrics]:
+        hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
+        table = decoder.output_table(params)
+        found = logprobs.batch_logprobs(hidden, table, batch, decoder.sharding, chunk_size)
+        return losses.cross_entropy(found, batch.loss_mask), {}
+
+    return loss
+
+
+def make_evaluate(
+    loss_fn: step.LossFn, held_out: loader.TokenDataset, decoder: Decoder
+) -> Callable[[Params], dict[str, float]]:
+    """Returns the mean loss over all held-out tokens as a function of the parameters."""
+    eval_step = step.make_eval_step(loss_fn)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        total: Metrics = {}
+        batches = held_out.batches(0)
+        for _ in range(held_out.num_steps(1)):
+            batch = to_global(next(batches), decoder.sharding, 1)
+            total = metrics.add(total, jax.device_get(eval_step(params, batch)))
+        return {"eval/loss": metrics.means(total)["loss/total"]}
+
+    return evaluate
+
+
+def _datasets(
+    config: SFTConfig, model: setup.Model, global_rows: int, eval_rows: int
+) -> tuple[loader.TokenDataset, loader.TokenDataset | None]:
+    rows, held_out = sources.load_rows(config.data, config.seed)
+    tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
+    train = loader.build(
+        rows, config, tokenizer, loader.Layout(global_rows, *process), model.stop_ids
+    )
+    sample = chat.render_sample(tokenizer, train.example(0))
+    logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
+    if held_out is None:
+        return train, None
+    layout = loader.Layout(eval_rows * config.per_device_train_batch_size, *process)
+    return train, loader.build(held_out, config, tokenizer, layout, model.stop_ids, training=False)
+
+
+def _report(outcome: loop.Outcome, directory: str) -> None:
+    """Logs what was reached beside what the guide calls success, and where the model lies."""
+    lines = [f"{'metric':<20}{'reached':>10}{'target':>10}"]
+    for name, bound in _TARGETS.items():
+        value = outcome.last.get(name)
+        if value is not None:
+            verdict = "ok" if value < bound else "missed"
+            lines.append(f"{name:<20}{value:>10.3f}{'< ' + str(bound):>10}  {verdict}")
+    if "eval/loss" in outcome.last:
+        lines.append(f"{'eval/loss':<20}{outcome.last['eval/loss']:>10.3f}")
+    logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)

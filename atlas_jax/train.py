@@ -1,0 +1,55 @@
+"""Every training run: `python -m atlas_jax.train --config configs/run/NAME.py [--config.key=value]`.
+
+Flags to a frozen config, the config checked, JAX started, the recipe run. A config file takes an
+argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from atlas_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the recipe of the config; a user's error is one line, without a traceback."""
+    if _CONFIG.value is None or argv[1:]:
+        raise app.UsageError(f"--config FILE is needed, and nothing else: {argv[1:]}")
+    try:
+        run(config_lib.freeze(_CONFIG.value))
+    except ValueError as error:
+        if os.environ.get("ATLAS_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(ATLAS_TRACEBACK=1 shows where)")
+
+
+def run(config: config_lib.TrainConfig) -> None:
+    """Checks the config, starts JAX and trains."""
+    config_lib.validate(config)
+    from atlas_jax import distributed
+    from atlas_jax.recipes import sft
+
+    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    {"sft": sft.run}[config.algorithm](config)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a key that the config lacks is answered with the nearest that it has."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).strip(chr(39))}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,21 @@
+"""SFT warm-up of an 8B teacher on teaching demonstrations, with the values of the ATLAS guide.
+
+    launch/launch.sh 8 configs/run/teacher_sft.py output_dir=checkpoints/sft
+
+Global batch on 8 devices: 2 rows x 8 devices x 8 accumulation steps = 128.
+"""
+
+from ml_collections import ConfigDict
+
+from atlas_jax import config
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    c = config.defaults(config.SFTConfig)
+    c.output_dir = "checkpoints/sft"
+    c.learning_rate = 2e-5
+    c.num_train_epochs = 1.0
+    c.per_device_train_batch_size = 2
+    c.gradient_accumulation_steps = 8
+    c.warmup_ratio = 0.1
+    return config.apply_parts(c, argument, model="llama3_8b", data="arc_atlas_sft")
