@@ -45,7 +45,6 @@ class Job(NamedTuple):
     evaluate: Callable[[Params], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
-    fingerprint: str  # of the data, saved with the position
 
 
 class Outcome(NamedTuple):
@@ -87,7 +86,7 @@ def run(job: Job, state: TrainState, batches: Batches) -> Outcome:
             stop = distributed.any_process(stop_requested())
             last = stop or step == job.num_steps
             save = last or _due(step, job.config.save_steps)
-            evaluate = job.evaluate and (last and not stop or _due(step, job.config.eval_steps))
+            evaluate = job.evaluate and ((last and not stop) or _due(step, job.config.eval_steps))
             if save or evaluate:
                 log.fetch(pending)
                 pending = None
@@ -107,8 +106,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _save(job: Job, state: TrainState, batches: Batches) -> None:
-    data = {"fingerprint": job.fingerprint, "iterator": batches.get_state()}
-    job.checkpoints.save(state, data, masked(job.config))
+    job.checkpoints.save(state, batches.get_state(), masked(job.config))
 
 
 def _global_tokens(batch: Batch) -> int:
@@ -195,12 +193,13 @@ class _Log:
 def _stop_signal() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGTERM or SIGINT came; a second one acts as usual."""
     received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
 
     def remember(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous = {int(n): signal.signal(n, remember) for n in numbers}
     try:
         yield lambda: bool(received)
     finally:

@@ -11,7 +11,7 @@ import optax
 
 from atlas_jax.losses import LossSum
 from atlas_jax.sharding import Sharding
-from atlas_jax.types import Batch, Metrics, Params
+from atlas_jax.types import Array, Batch, Metrics, Params
 
 LossFn = Callable[[Params, Batch], tuple[LossSum, Metrics]]
 """`(params, one microbatch) -> ((sum, weight), metrics)`"""
@@ -20,10 +20,10 @@ LossFn = Callable[[Params, Batch], tuple[LossSum, Metrics]]
 class TrainState(NamedTuple):
     """All that a step changes, and what a checkpoint holds of the devices."""
 
-    step: jax.Array  # [] int32, completed updates
+    step: Array  # [] int32, completed updates
     params: Params
     opt_state: optax.OptState
-    rng: jax.Array  # [2] uint32, root key of the run's random numbers
+    rng: Array  # [2] uint32, root key of the run's random numbers
 
 
 class Optimizer(NamedTuple):

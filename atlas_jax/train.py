@@ -1,4 +1,4 @@
-"""Every training run: `python -m atlas_jax.train --config configs/run/NAME.py [--config.key=value]`.
+"""Every run: `python -m atlas_jax.train --config configs/run/NAME.py [--config.key=value …]`.
 
 Flags to a frozen config, the config checked, JAX started, the recipe run. A config file takes an
 argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -39,7 +41,8 @@ def run(config: config_lib.TrainConfig) -> None:
     from atlas_jax.recipes import sft
 
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    {"sft": sft.run}[config.algorithm](config)
+    recipes: dict[str, Callable[[Any], None]] = {"sft": sft.run}
+    recipes[config.algorithm](config)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -10,14 +10,12 @@ Dimension legend, used in every shape annotation and einsum of the package:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import jax
-
-    Array: TypeAlias = np.ndarray | jax.Array
+Array: TypeAlias = Any
+"""NumPy on the host, `jax.Array` on devices, and whatever a tree of the same structure holds."""
 
 
 class Message(TypedDict):

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,8 +22,7 @@ import safetensors.numpy
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.checkpoint import names
-from atlas_jax.checkpoint import gguf
+from atlas_jax.checkpoint import gguf, names
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
@@ -139,7 +138,7 @@ def open_source(path: str) -> Source:
     Raises:
         ValueError: if it is incomplete or not supported.
     """
-    return gguf.open_gguf(path) if path.endswith(".gguf") else SafetensorsSource(path)
+    return gguf.GGUFSource(path) if path.endswith(".gguf") else SafetensorsSource(path)
 
 
 def storage_dtype(config: dict[str, Any]) -> str:
@@ -262,7 +261,7 @@ def export(
     if main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_files(partial, files, dtype)
+        write_files(str(partial), files._replace(config=_stored_as(files.config, dtype)))
     _write_weights(params, decoder, partial if main else None, dtype, max_shard_size)
     if main:
         _replace(partial, target)
@@ -270,13 +269,25 @@ def export(
     distributed.barrier(f"export {directory}")
 
 
-def _write_files(directory: pathlib.Path, files: ModelFiles, dtype: str) -> None:
-    config = {k: v for k, v in files.config.items() if k not in ("torch_dtype", "dtype")}
-    config["dtype"] = dtype
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def _stored_as(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")} | {"dtype": dtype}
+
+
+def write_files(directory: str, files: ModelFiles) -> None:
+    """Writes what a model directory holds beside the weights."""
+    path = pathlib.Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
     generation = json.dumps(files.generation_config, indent=2) + "\n"
-    (directory / "generation_config.json").write_text(generation)
+    (path / "generation_config.json").write_text(generation)
     files.tokenizer.save_pretrained(directory)
+
+
+def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFiles:
+    """Returns what `write_files` wrote."""
+    path = pathlib.Path(directory)
+    generation = _read_json(path / "generation_config.json")
+    return ModelFiles(_read_json(path / "config.json"), generation, load_tokenizer(directory))
 
 
 def _write_weights(
@@ -292,7 +303,7 @@ def _write_weights(
         for name, shape in names.hf_shapes(decoder.config, decoder.shapes).items()
     }
     shards = _shards(sizes, max_shard_size)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     tensors = _tensors(params, decoder, dtype, [name for shard in shards for name in shard])
     for i, shard in enumerate(shards):
         content = dict(next(tensors) for _ in shard)

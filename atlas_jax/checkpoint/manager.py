@@ -15,6 +15,9 @@ import orbax.checkpoint as ocp
 from atlas_jax.step import TrainState
 from atlas_jax.types import Params
 
+MODEL_FILES = "model"
+"""Directory of a run with `config.json` and the tokenizer, for `tools/convert_checkpoint.py`."""
+
 
 class Restored(NamedTuple):
     """Content of a checkpoint; `state` lacks where only parameters were saved."""

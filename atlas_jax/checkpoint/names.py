@@ -96,7 +96,7 @@ def hf_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def hf_shapes(config: ModelConfig, shapes: Params) -> dict[str, tuple[int, ...]]:
     """Returns name and shape of every Hugging Face tensor of a model."""
-    result = {}
+    result: dict[str, tuple[int, ...]] = {}
     for entry in entries(config):
         shape = leaf(shapes, entry.path).shape[1 if entry.per_layer else 0 :]
         result |= dict.fromkeys(hf_names(entry, config), hf_shape(entry, shape))

@@ -155,17 +155,16 @@ def splash(
 
 def _splash_kernel(
     heads: int, length: int, window: int, interpret: bool
-) -> splash_attention.SplashAttentionKernel:
+) -> Callable[..., jax.Array]:
     if window:
-        mask = splash_attention.LocalMask((length, length), (window - 1, 0), 0)
+        mask: splash_attention.Mask = splash_attention.LocalMask((length,) * 2, (window - 1, 0), 0)
     else:
         mask = splash_attention.CausalMask((length, length))
     block = next(b for b in (512, 256, 128) if length % b == 0)
     sizes = splash_attention.BlockSizes(
-        **dict.fromkeys(
-            ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
-             "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), block
-        )
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),

@@ -86,6 +86,9 @@ def open_model(config: TrainConfig, sharding: Sharding) -> Model:
             f"max_seq_length={config.max_seq_length} is more than the "
             f"{architecture.max_positions} positions of {path}; use at most that"
         )
+    files = hf.ModelFiles(source.config, source.generation_config, tokenizer)
+    if distributed.is_main():
+        hf.write_files(os.path.join(config.output_dir, manager.MODEL_FILES), files)
     decoder = Decoder(
         architecture,
         sharding,
@@ -94,7 +97,7 @@ def open_model(config: TrainConfig, sharding: Sharding) -> Model:
         compute_dtype=dtype,
         remat=config.gradient_checkpointing,
     )
-    return Model(source, decoder, hf.ModelFiles(source.config, source.generation_config, tokenizer))
+    return Model(source, decoder, files)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -141,7 +144,6 @@ def begin(
     model: Model,
     optimizer: step.Optimizer,
     checkpoints: manager.Checkpoints,
-    fingerprint: str,
 ) -> Start:
     """Returns the state to train from, the first that there is of:
 
@@ -150,15 +152,15 @@ def begin(
     3. the weights of `model_name_or_path`.
 
     Raises:
-        ValueError: if `resume_from` has no checkpoint, or was made of other data.
+        ValueError: if `resume_from` has no checkpoint.
     """
     if checkpoints.latest() is not None:
-        return _restore(checkpoints, model, optimizer, fingerprint)
+        return _restore(checkpoints, model, optimizer)
     if config.resume_from:
         other = manager.Checkpoints(config.resume_from)
         if other.latest() is None:
             raise ValueError(f"resume_from={config.resume_from} has no checkpoint; leave it empty")
-        start = _restore(other, model, optimizer, fingerprint)
+        start = _restore(other, model, optimizer)
         other.close()
         return start
     params = hf.load(model.source, model.decoder)
@@ -166,9 +168,7 @@ def begin(
     return Start(step.init_state(params, optimizer, model.decoder.sharding, config.seed), {})
 
 
-def _restore(
-    checkpoints: manager.Checkpoints, model: Model, optimizer: step.Optimizer, fingerprint: str
-) -> Start:
+def _restore(checkpoints: manager.Checkpoints, model: Model, optimizer: step.Optimizer) -> Start:
     number, decoder = checkpoints.latest(), model.decoder
     assert number is not None
     placements, sharding = decoder.placements(), decoder.sharding
@@ -178,13 +178,8 @@ def _restore(
         return Start(step.init_state(params, optimizer, sharding, 0), {})
     abstract_state = step.abstract_state(decoder.shapes, placements, optimizer, sharding)
     restored = checkpoints.restore(number, abstract_state)
-    if restored.data["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{checkpoints.directory} was made with other data, sequence length, batch size or "
-            "seed; restore them, or set another output_dir and start from the exported model"
-        )
     logging.info("continuing %s at step %d", checkpoints.directory, number)
-    return Start(restored.state, restored.data["iterator"])
+    return Start(restored.state, restored.data)
 
 
 def export(config: TrainConfig, model: Model, params: Any) -> str:

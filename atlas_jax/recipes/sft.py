@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from atlas_jax import distributed, logprobs, losses, loop, metrics, step
+from atlas_jax import distributed, logprobs, loop, losses, metrics, step
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import SFTConfig, batch_plan
 from atlas_jax.data import chat, loader, sources
@@ -34,7 +34,7 @@ def run(config: SFTConfig) -> None:
     optimizer = setup.make_optimizer(config, model.decoder, num_steps)
     loss_fn = make_loss(model.decoder, config.loss_chunk_size)
     checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
-    start = setup.begin(config, model, optimizer, checkpoints, train.fingerprint)
+    start = setup.begin(config, model, optimizer, checkpoints)
     first = int(start.state.step)
     job = loop.Job(
         config=config,
@@ -46,7 +46,6 @@ def run(config: SFTConfig) -> None:
         evaluate=make_evaluate(loss_fn, held_out, model.decoder) if held_out else None,
         writer=metrics.MetricWriter(config.output_dir, first, distributed.is_main()),
         checkpoints=checkpoints,
-        fingerprint=train.fingerprint,
     )
     batches = train.batches(first)
     if start.data:

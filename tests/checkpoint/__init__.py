@@ -1,0 +1,1 @@
+"""Tests of atlas_jax.checkpoint."""

@@ -171,15 +171,19 @@ def test_all_tokens_but_the_first_are_trained_without_completion_only():
         ("It is", " 😀", " 😀<|im_end|>"),
         # " four" is one token over the edge; the answer is not lost.
         ("2+2 = ", "four", " four<|im_end|>"),
-        ("", "four", "our<|im_end|>"),
     ],
 )
 def test_plain_text_is_prompt_completion_and_end(prompt, completion, trained):
     tokenizer = chatml_tokenizer(None)
     example = encode_one(tokenizer, PlainText("r", prompt, completion)).example
     assert tokenizer.decode(example.tokens.tolist()) == prompt + completion + "<|im_end|>"
-    assert trained_text(tokenizer, example) == trained or prompt == ""
-    assert not example.loss_mask[0]
+    assert trained_text(tokenizer, example) == trained
+
+
+def test_first_token_of_plain_text_is_never_trained():
+    tokenizer = chatml_tokenizer(None)
+    mask = encode_one(tokenizer, PlainText("r", "", "It is four.")).example.loss_mask
+    assert mask.tolist() == [False] + [True] * (len(mask) - 1)
 
 
 def test_plain_text_has_the_tokenizers_start_token_once():
