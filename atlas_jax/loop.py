@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from absl import logging
@@ -23,6 +23,7 @@ from atlas_jax.step import TrainState
 from atlas_jax.types import Batch, Metrics, Params
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Batches of this process, and the position in them."""
 

@@ -33,7 +33,7 @@ def add(total: Metrics, metrics: Metrics) -> Metrics:
     """Returns the sums of two sets of metrics, name by name."""
     result = dict(total)
     for name, (value, weight) in metrics.items():
-        before = result[name] if name in result else (0.0, 0.0)
+        before = result.get(name, (0.0, 0.0))
         result[name] = (before[0] + float(value), before[1] + float(weight))
     return result
 

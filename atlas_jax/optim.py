@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
@@ -43,7 +45,7 @@ def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientT
 def is_matrix(params: Params) -> Params:
     """Returns a tree that is true for kernels and embedding tables, false for norms and biases."""
 
-    def decays(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:
+    def decays(path: tuple[jax.tree_util.DictKey, ...], _: Any) -> bool:
         return path[-1].key in ("kernel", "embed", "head")
 
     return jax.tree.map_with_path(decays, params)

@@ -118,7 +118,7 @@ def make_train_step(
         updates, opt_state = optimizer.transform.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
-            "optim/grad_norm": (optax.global_norm(grads), jnp.float32(1)),
+            "optim/grad_norm": (optax.tree.norm(grads), jnp.float32(1)),
             "optim/learning_rate": (optimizer.learning_rate(state.step), jnp.float32(1)),
         }
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ _DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 
+@runtime_checkable
 class Source(Protocol):
     """A model on disk under Hugging Face names and shapes; `[out, in]` for linear maps."""
 

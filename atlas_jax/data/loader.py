@@ -20,7 +20,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import grain
 import numpy as np
@@ -34,6 +34,9 @@ from atlas_jax.types import Batch, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Table: TypeAlias = list[list[int]] | np.ndarray
+"""The examples of each row, as indices: lists of several when packed, else one column."""
 
 _ORDER_STREAM = 3  # keeps the order's random numbers apart from those of `sources`
 _NUM_SHOWN = 5
@@ -152,7 +155,7 @@ class TokenDataset:
         self._buckets = buckets
         self._num_threads = num_threads
         self._first_steps = [0]  # of each epoch that was asked for, and of the one after
-        self._rows: dict[int, Sequence[Sequence[int]]] = {}  # of the latest epochs
+        self._rows: dict[int, Table] = {}  # of the latest epochs
         self._lock = threading.RLock()  # Grain's threads share the two above
 
     def example(self, index: int) -> Example:
@@ -160,7 +163,7 @@ class TokenDataset:
         part = slice(self._sequences.offsets[index], self._sequences.offsets[index + 1])
         return Example(self._sequences.tokens[part], self._sequences.loss_mask[part])
 
-    def num_steps(self, epochs: float) -> int:
+    def num_steps(self, epochs: int | float) -> int:
         """Returns the steps of the first `epochs` passes; a started step counts."""
         whole = int(epochs)
         with self._lock:
@@ -179,7 +182,7 @@ class TokenDataset:
             )
         share = self._layout.global_rows // self._layout.num_processes
         first = self._layout.process_index * share
-        mine = [[self.example(i) for i in row] for row in rows[first : first + share]]
+        mine = [[self.example(int(i)) for i in row] for row in rows[first : first + share]]
         return collate(mine + [[]] * (share - len(mine)), length)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Batches:
@@ -199,7 +202,7 @@ class TokenDataset:
         steps = grain.MapDataset.source(range(start_step, stop_step))
         return iter(steps.map(self.batch).to_iter_dataset(options))
 
-    def _step_rows(self, step: int) -> Sequence[Sequence[int]]:
+    def _step_rows(self, step: int) -> Table:
         with self._lock:
             while self._first_steps[-1] <= step:
                 self._know_epochs(len(self._first_steps))
@@ -214,7 +217,7 @@ class TokenDataset:
             steps = math.ceil(num_rows / self._order.global_rows)
             self._first_steps.append(self._first_steps[-1] + steps)
 
-    def _epoch_rows(self, epoch: int) -> Sequence[Sequence[int]]:
+    def _epoch_rows(self, epoch: int) -> Table:
         if epoch not in self._rows:
             # Two epochs are kept, because threads that read ahead stand in both at their border.
             self._rows = {e: rows for e, rows in self._rows.items() if abs(e - epoch) == 1}
@@ -262,7 +265,7 @@ class Batches(Iterator[Batch]):
         self._reader.close()
 
 
-def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Sequence[Sequence[int]]:
+def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Table:
     """Returns the examples of each row of an epoch, every example exactly once.
 
     Args:
@@ -274,7 +277,7 @@ def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Sequence[Sequen
     if order.shuffle:
         indices = np.random.default_rng((order.seed, _ORDER_STREAM, epoch)).permutation(indices)
     if not order.packing:
-        return indices[:, None]  # type: ignore[return-value]
+        return indices[:, None]
     rows = pack_best_fit(lengths[indices], order.max_seq_length)
     return [indices[row].tolist() for row in rows]
 

@@ -55,10 +55,18 @@ def open_run(config: TrainConfig) -> None:
     if not distributed.is_main():
         return
     (directory / "config.json").write_text(json.dumps(masked(config), indent=2) + "\n")
+    for quiet in logging.get_absl_logger().handlers:
+        quiet.addFilter(_own_or_serious)
     handler = python_logging.FileHandler(directory / "training.log")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(_own_or_serious)
     logging.get_absl_logger().addHandler(handler)
     logging.info("jax %s, %d x %s", jax.__version__, jax.device_count(), jax.devices()[0])
+
+
+def _own_or_serious(record: python_logging.LogRecord) -> bool:
+    """Lets through what this package logs, and the warnings of others (Orbax logs every file)."""
+    return record.levelno >= python_logging.WARNING or "atlas_jax" in record.pathname
 
 
 def make_sharding(config: TrainConfig) -> Sharding:
@@ -145,7 +153,9 @@ def begin(
     optimizer: step.Optimizer,
     checkpoints: manager.Checkpoints,
 ) -> Start:
-    """Returns the state to train from, the first that there is of:
+    """Returns the state to train from.
+
+    It is the first that there is of:
 
     1. the newest checkpoint of this run,
     2. the newest checkpoint of `resume_from`,

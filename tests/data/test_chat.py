@@ -124,7 +124,9 @@ def test_turn_that_begins_otherwise_than_the_generation_prompt_is_noted():
 
 
 def test_template_that_does_not_append_is_rejected():
-    template = "{{ messages | length }} messages: {% for m in messages %}{{ m.content }}{% endfor %}"
+    template = (
+        "{{ messages | length }} messages: {% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     encoded = encode_one(chatml_tokenizer(template), conversation("x", "y"))
     assert encoded.example is None
     assert encoded.notes == ("rejected",)
@@ -198,7 +200,9 @@ def test_plain_text_has_the_tokenizers_start_token_once():
 def test_long_example_is_cut_and_noted():
     tokenizer = chatml_tokenizer()
     whole = encode_one(tokenizer, conversation("x", "one two three four")).example
-    cut = encode_one(tokenizer, conversation("x", "one two three four"), max_length=len(whole.tokens) - 3)
+    cut = encode_one(
+        tokenizer, conversation("x", "one two three four"), max_length=len(whole.tokens) - 3
+    )
     assert cut.notes == ("truncated",)
     np.testing.assert_array_equal(cut.example.tokens, whole.tokens[:-3])
     np.testing.assert_array_equal(cut.example.loss_mask, whole.loss_mask[:-3])

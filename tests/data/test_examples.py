@@ -105,7 +105,11 @@ def test_given_format_is_taken_where_several_fit():
         ({"messages": []}, {}, "has messages that are no list of messages"),
         ({"messages": "x"}, {}, "has messages that are no list of messages"),
         ({"messages": ["x"]}, {}, "has a str as messages[0]"),
-        ({"messages": [{"from": "human"}]}, {}, "lacks role, content in messages[0], which has from"),
+        (
+            {"messages": [{"from": "human"}]},
+            {},
+            "lacks role, content in messages[0], which has from",
+        ),
         (
             {"messages": [USER, {"role": "bot", "content": "y"}]},
             {},
@@ -116,8 +120,16 @@ def test_given_format_is_taken_where_several_fit():
             {},
             "has a list as messages[0].content; it must be a text",
         ),
-        ({"prompt": "a", "completion": 4}, {}, "has a prompt of type str and a completion of type int"),
-        (TEACHING | {"student_approach": 3}, {}, "has a int as student_approach; it must be a text"),
+        (
+            {"prompt": "a", "completion": 4},
+            {},
+            "has a prompt of type str and a completion of type int",
+        ),
+        (
+            TEACHING | {"student_approach": 3},
+            {},
+            "has a int as student_approach; it must be a text",
+        ),
         (TEACHING, {"lesson_template": ""}, "is a teaching row but data.lesson_template is empty"),
         ({"prompt": "a", "completion": "\ud83d"}, {}, "has half a surrogate pair in completion"),
     ],
@@ -129,7 +141,9 @@ def test_unusable_row_says_what_is_wrong(fields, changes, reason):
 
 def test_unusable_rows_stop_with_file_and_line():
     rows = Rows([Row("t.jsonl:1", TEACHING), Row("t.jsonl:2", {"question": "q"})], [])
-    with pytest.raises(ValueError, match=r"1 of 2 dataset rows(.|\n)*t\.jsonl:2: lacks messages; it"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 dataset rows(.|\n)*t\.jsonl:2: lacks messages; it"
+    ):
         examples.parse_rows(rows, CONFIG)
 
 
@@ -143,7 +157,9 @@ def test_few_unusable_rows_are_named():
 @pytest.mark.parametrize("option", ["teacher_template", "lesson_template"])
 def test_unknown_template_field_is_an_error_at_start(option):
     config = dataclasses.replace(CONFIG, **{option: "{approach} {answer}"})
-    with pytest.raises(ValueError, match=rf"data\.{option} has the unknown field {{answer}}; it may"):
+    with pytest.raises(
+        ValueError, match=rf"data\.{option} has the unknown field {{answer}}; it may"
+    ):
         examples.parse_rows(Rows([], []), config)
 
 

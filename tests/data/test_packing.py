@@ -26,13 +26,15 @@ def test_packing_never_splits_loses_or_repeats_an_example():
     rows = pack_best_fit(lengths, 64)
     assert sorted(i for row in rows for i in row) == list(range(500))
     assert max(lengths[row].sum() for row in rows) <= 64
-    # No two rows could be one: best fit would have filled the earlier of them first.
+    # At most one row is half empty: the later of two would have gone into the earlier.
     assert sorted(lengths[row].sum() for row in rows)[:2][1] > 32
     assert rows == pack_best_fit(lengths, 64)
 
 
 def test_example_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="example 1 has 11 tokens and does not fit into a row of 10"):
+    with pytest.raises(
+        ValueError, match="example 1 has 11 tokens and does not fit into a row of 10"
+    ):
         pack_best_fit([3, 11], 10)
 
 

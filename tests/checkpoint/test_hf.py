@@ -1,0 +1,158 @@
+"""Hugging Face directories, both ways."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from atlas_jax.checkpoint import hf
+from atlas_jax.config import MeshConfig
+from tests import tiny
+from tests.tokenizers import chatml_tokenizer
+
+
+def tensors(directory):
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        found |= safetensors.numpy.load_file(path)
+    return found
+
+
+def export(decoder, params, source, directory, dtype, size=10**9):
+    config = hf.SafetensorsSource(source).config
+    files = hf.ModelFiles(config, {"eos_token_id": [1, 2]}, chatml_tokenizer())
+    hf.export(params, decoder, files, str(directory), dtype=dtype, max_shard_size=size)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip_is_bitwise(family, dtype, tmp_path):
+    path = tiny.save(family, tmp_path / "source", getattr(torch, dtype), max_shard_size="100KB")
+    decoder, params = tiny.load(path, MeshConfig(fsdp=4, tensor=2))
+    export(decoder, params, path, tmp_path / "out", dtype, size=100_000)
+    before, after = tensors(tmp_path / "source"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype
+        assert after[name].tobytes() == value.tobytes(), name
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_export_loads_in_transformers_without_a_warning(tmp_path):
+    path = tiny.save("qwen3", tmp_path / "source")
+    decoder, params = tiny.load(path)
+    export(decoder, params, path, tmp_path / "out", "float32")
+    code = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "import transformers as t, torch, sys\n"
+        "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "t.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(m(torch.arange(1, 9)[None]).logits.double().sum().item())"
+    )
+    command = [sys.executable, "-c", code]
+    runs = [
+        subprocess.run([*command, str(tmp_path / d)], capture_output=True, text=True, check=False)
+        for d in ("out", "source")
+    ]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert not [x for x in runs[0].stderr.splitlines() if "warn" in x.lower() or "newly" in x]
+    expected = tiny.hf_model("qwen3")(torch.arange(1, 9)[None]).logits.double().sum().item()
+    assert float(runs[0].stdout) == pytest.approx(expected, abs=1e-3)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [1, 2]
+
+
+def test_every_device_holds_its_part_only(tmp_path):
+    decoder, params = tiny.load(tiny.save("llama2", tmp_path), MeshConfig(fsdp=8))
+    total = sum(x.nbytes for x in jax.tree.leaves(params))
+    one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
+    assert one < total / 7
+    assert decoder.sharding.num_replicas == 8
+
+
+def rewrite(path, change):
+    file = path / "model.safetensors"
+    content = safetensors.numpy.load_file(file)
+    change(content)
+    safetensors.numpy.save_file(content, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            "missing model.layers.1.mlp.up_proj",
+        ),
+        (lambda t: t.update(spare=np.zeros(3, np.float32)), "unknown spare"),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(3, np.float32)}),
+            r"model.norm.weight has shape \(3,\), but config.json asks for \(64,\)",
+        ),
+        (lambda t: t.update({"model.norm.weight": np.zeros(64, np.int32)}), "dtype I32"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, message, tmp_path):
+    path = tiny.save("llama2", tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        tiny.load(path)
+
+
+def test_tied_weights_that_differ_are_refused(tmp_path):
+    path = tiny.save("smollm2", tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": np.ones((320, 64), np.float32)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+        tiny.load(path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = tiny.save("llama2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model.safetensors .* is truncated"):
+        hf.SafetensorsSource(path)
+
+
+def test_an_index_that_names_a_lost_file_is_an_error(tmp_path):
+    path = tiny.save("llama2", tmp_path, max_shard_size="100KB")
+    next(iter(tmp_path.glob("model-00002*"))).unlink()
+    with pytest.raises(ValueError, match="named in the index but does not exist"):
+        hf.SafetensorsSource(path)
+
+
+def test_a_directory_without_weights_or_config_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"config.json does not exist"):
+        hf.open_source(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no \*.safetensors file"):
+        hf.open_source(str(tmp_path))
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(ValueError, match="neither a directory nor"):
+        hf.resolve("nobody/there")
+
+
+def test_loading_holds_one_tensor_not_the_model(tmp_path):
+    """A model of several shards, loaded in a process whose host allocations are traced."""
+    big = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=12, vocab_size=2048)
+    config = transformers.LlamaConfig(**(tiny._SIZES | big), tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="5MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    code = (
+        "import sys, tracemalloc\n"
+        "from tests import tiny\n"
+        "import numpy, jax\n"
+        "tracemalloc.start()\n"
+        "d, p = tiny.load(sys.argv[1], devices=jax.devices()[:1])\n"
+        "print(tracemalloc.get_traced_memory()[1], sum(x.nbytes for x in jax.tree.leaves(p)))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    peak, total = map(int, subprocess.check_output(command, text=True).split())
+    assert peak < total / 4, json.dumps({"peak": peak, "total": total})

@@ -1,0 +1,7 @@
+"""Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"

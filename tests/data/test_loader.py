@@ -1,0 +1,245 @@
+"""The stream of batches: complete, the same for every number of processes, restorable."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from atlas_jax.config import SFTConfig
+from atlas_jax.data import loader
+from atlas_jax.data.loader import Layout
+from atlas_jax.data.sources import Row, Rows
+from tests.tokenizers import chatml_tokenizer
+
+CONFIG = SFTConfig(max_seq_length=64)
+TOKENIZER = chatml_tokenizer()
+NUM_ROWS = 11
+
+
+def rows(count=NUM_ROWS):
+    """Texts of 4 to 14 tokens whose first token tells them apart."""
+    texts = [(chr(65 + i), "4" * (i % 11 + 2)) for i in range(count)]
+    return Rows(
+        [Row(f"t.jsonl:{i + 1}", {"prompt": p, "completion": c}) for i, (p, c) in enumerate(texts)],
+        [],
+    )
+
+
+def build(layout=Layout(4), data=None, training=True, **changes):  # noqa: B008 - immutable
+    config = dataclasses.replace(CONFIG, **changes)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **(data or {})))
+    return loader.build(rows(), config, TOKENIZER, layout, training=training)
+
+
+def segments(batch):
+    """Returns the tokens of every example in a batch."""
+    found = []
+    for tokens, ids in zip(batch.tokens, batch.segment_ids, strict=True):
+        found += [tuple(tokens[ids == i].tolist()) for i in range(1, ids.max() + 1)]
+    return found
+
+
+def epoch(dataset, number):
+    steps = range(dataset.num_steps(number), dataset.num_steps(number + 1))
+    return [example for step in steps for example in segments(dataset.batch(step))]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_epoch_holds_every_example_exactly_once(packing):
+    dataset = build(packing=packing)
+    every = sorted(tuple(dataset.example(i).tokens.tolist()) for i in range(NUM_ROWS))
+    assert len(set(every)) == NUM_ROWS
+    for number in (0, 1, 2):
+        assert sorted(epoch(dataset, number)) == every
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_order_follows_seed_and_epoch(packing):
+    dataset, again, other = (build(packing=packing, seed=seed) for seed in (1, 1, 2))
+    assert epoch(dataset, 0) == epoch(again, 0)
+    assert epoch(dataset, 1) == epoch(again, 1)
+    assert epoch(dataset, 0) != epoch(dataset, 1)
+    assert epoch(dataset, 0) != epoch(other, 0)
+
+
+@pytest.mark.parametrize("changes", [{"training": False}, {"data": {"shuffle": False}}])
+def test_rows_keep_their_order_without_shuffling(changes):
+    dataset = build(**changes)
+    in_order = [tuple(dataset.example(i).tokens.tolist()) for i in range(NUM_ROWS)]
+    assert epoch(dataset, 0) == epoch(dataset, 1) == in_order
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_together_hold_the_global_batch(packing, processes):
+    whole = build(packing=packing)
+    parts = [build(Layout(4, p, processes), packing=packing) for p in range(processes)]
+    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    for step in range(whole.num_steps(2)):
+        shares = [part.batch(step) for part in parts]
+        together = [np.concatenate(arrays) for arrays in zip(*shares, strict=True)]
+        assert same(together, whole.batch(step))
+
+
+def test_last_batch_of_an_epoch_is_filled_with_blank_rows():
+    batch = build().batch(2)  # 11 rows in steps of 4
+    assert batch.segment_ids.any(axis=1).tolist() == [True, True, True, False]
+    assert not batch.loss_mask[3].any()
+
+
+def test_process_whose_share_is_all_blank_has_the_same_shape():
+    first, last = (build(Layout(4, p, 4)).batch(2) for p in (0, 3))
+    assert first.tokens.shape == last.tokens.shape
+    assert not last.segment_ids.any()
+
+
+def test_unpacked_batches_have_the_bucket_of_their_longest_row():
+    dataset = build(data={"shuffle": False, "length_buckets": (8, 12, 128)})
+    lengths = [len(dataset.example(i).tokens) for i in range(NUM_ROWS)]
+    assert (max(lengths[:4]), max(lengths[4:8]), max(lengths)) == (7, 11, 14)
+    assert [dataset.batch(step).tokens.shape for step in range(3)] == [(4, 8), (4, 12), (4, 64)]
+
+
+def test_packed_batches_have_the_length_of_a_row():
+    dataset = build(packing=True, max_seq_length=30)
+    assert {dataset.batch(step).tokens.shape for step in range(4)} == {(4, 30)}
+
+
+def test_buckets_above_the_longest_row_are_cut_to_it():
+    assert loader.capped_buckets((256, 64, 128), 100) == (64, 100)
+    assert loader.capped_buckets((64, 100), 100) == (64, 100)
+    assert loader.capped_buckets((), 100) == (100,)
+
+
+def test_num_steps_counts_started_steps_of_fractions():
+    dataset = build()  # 3 steps an epoch
+    assert [dataset.num_steps(e) for e in (0.1, 0.5, 1.0, 1.5, 2.0, 10.0)] == [1, 2, 3, 5, 6, 30]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_restored_iterator_continues_as_if_uninterrupted(packing, stop):
+    dataset = build(Layout(2), packing=packing, max_seq_length=32)
+    assert dataset.num_steps(1) < 7  # so that the run below crosses an epoch's border
+    whole = dataset.batches()
+    expected = [next(whole) for _ in range(9)]
+    first = dataset.batches()
+    for _ in range(stop):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    assert state["step"] == stop
+    second = build(Layout(2), packing=packing, max_seq_length=32).batches()
+    next(second)  # what was read before the restore does not matter
+    second.set_state(state)
+    assert all(same(next(second), batch) for batch in expected[stop:])
+    for batches in (whole, first, second):
+        batches.close()
+
+
+def test_batches_of_a_range_start_and_stop_there():
+    dataset = build()
+    found = list(dataset.batches(2, 5))
+    assert len(found) == 3
+    assert all(same(a, dataset.batch(step)) for a, step in zip(found, (2, 3, 4), strict=True))
+
+
+def test_iterator_restored_at_its_end_is_exhausted():
+    dataset = build()
+    batches = dataset.batches(0, 3)
+    list(batches)
+    state = batches.get_state()
+    again = dataset.batches(0, 3)
+    again.set_state(state)
+    assert list(again) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"packing": True}, {"max_seq_length": 9}, {"data": {"shuffle": False}}],
+)
+def test_state_of_other_data_is_refused(changes):
+    state = build(**changes).batches().get_state()
+    with pytest.raises(ValueError, match=r"checkpoint at step 0 is from data .* new output_dir"):
+        build().batches().set_state(state)
+
+
+def test_fingerprint_changes_with_a_row_and_with_its_mask():
+    def fingerprint(fields, completion_only=True):
+        data = dataclasses.replace(CONFIG.data, completion_only=completion_only)
+        config = dataclasses.replace(CONFIG, data=data)
+        named = Rows([Row("t:0", fields)], [])
+        return loader.build(named, config, TOKENIZER, Layout(1)).fingerprint
+
+    found = {
+        fingerprint(conversation("x", "y")),
+        fingerprint(conversation("x", "z")),
+        fingerprint(conversation("x", "y"), completion_only=False),
+    }
+    assert len(found) == 3
+
+
+def test_fingerprint_does_not_depend_on_processes_or_padding():
+    buckets = {"length_buckets": (16,), "num_workers": 1}
+    assert build().fingerprint == build(Layout(4, 1, 2), data=buckets).fingerprint
+    assert build().fingerprint != build(Layout(8)).fingerprint
+
+
+def test_layout_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match="6 rows a step do not divide over 4 processes"):
+        build(Layout(6, 0, 4))
+
+
+def conversation(user, assistant):
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"messages": messages}
+
+
+def test_report_counts_and_names_every_row():
+    fields = [
+        conversation("x", "y"),
+        conversation("x", "  "),
+        conversation("x" * 60, "y"),
+        conversation("x", "y" * 60),
+        {"question": "q"},
+    ]
+    named = Rows([Row(f"t:{i}", f) for i, f in enumerate(fields)], ["t:9: is not JSON"])
+    config = dataclasses.replace(
+        CONFIG, max_seq_length=40, data=dataclasses.replace(CONFIG.data, max_rejected_frac=0.5)
+    )
+    report = loader.build(named, config, TOKENIZER, Layout(1)).report
+    assert (report.rows, report.examples) == (6, 2)
+    assert report.empty == ("t:1",)
+    assert report.masked == ("t:2",)
+    assert report.truncated == ("t:3",)
+    assert report.rejected[0] == "t:9: is not JSON"
+    assert report.rejected[1].startswith("t:4: lacks messages; it has question")
+    assert (report.no_stop, report.split, report.other_prompt) == ((), (), ())
+    # "y" and its stop token, and the example that was cut: 40 tokens less its prompt.
+    prompt = TOKENIZER("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert report.trained_tokens == 2 + 40 - len(prompt)
+    assert report.tokens == len(prompt) + 3 + 40
+
+
+def test_nothing_left_is_an_error_with_the_counts():
+    named = Rows([Row("t:0", conversation("x" * 60, "y")), Row("t:1", conversation("x", ""))], [])
+    config = dataclasses.replace(CONFIG, max_seq_length=40)
+    with pytest.raises(ValueError, match=r"no example is left of 2 rows: .*1 empty, 1 masked"):
+        loader.build(named, config, TOKENIZER, Layout(1))
+
+
+def test_rows_that_the_template_refuses_stop_the_run():
+    refusing = chatml_tokenizer("{{ raise_exception('never') }}")
+    named = Rows([Row("t:0", conversation("x", "y"))], [])
+    with pytest.raises(ValueError, match=r"1 of 1 dataset rows(.|\n)*t:0: .*never"):
+        loader.build(named, CONFIG, refusing, Layout(1))
+
+
+def test_conversations_without_a_chat_template_stop_the_run():
+    named = Rows([Row("t:0", conversation("x", "y"))], [])
+    with pytest.raises(ValueError, match="has no chat template"):
+        loader.build(named, CONFIG, chatml_tokenizer(None), Layout(1))

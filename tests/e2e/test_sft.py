@@ -1,0 +1,211 @@
+"""Whole runs of `python -m atlas_jax.train`, in processes of their own."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests import tiny
+from tests.tokenizers import chatml_tokenizer
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny model with a tokenizer, and rows of one simple task."""
+    directory = tmp_path_factory.mktemp("inputs")
+    tiny.save("smollm2", directory / "model")
+    chatml_tokenizer().save_pretrained(directory / "model")
+    rows = [
+        {"messages": [
+            {"role": "user", "content": f"say {word} {i}"},
+            {"role": "assistant", "content": word},
+        ]}
+        for i in range(16) for word in ("one", "two", "three")
+    ]  # fmt: skip
+    for name, part in (("train", rows[6:]), ("eval", rows[:6])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (directory / f"{name}.jsonl").write_text(lines)
+    return directory
+
+
+def command(inputs, output, *extra, devices=2):
+    values = {
+        "model_name_or_path": inputs / "model", "output_dir": output,
+        "data.dataset_path": inputs / "train.jsonl", "data.eval_path": inputs / "eval.jsonl",
+        "data.format": "messages", "data.system_prompt": "", "max_seq_length": 128,
+        "max_steps": STEPS, "save_steps": 2, "learning_rate": 1e-2, "compilation_cache_dir": "",
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    flags = [f"--config.{k}={v}" for k, v in values.items()]
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "ATLAS_TRACEBACK": "1",
+    }  # fmt: skip
+    run = [sys.executable, "-m", "atlas_jax.train", "--config=configs/run/quickstart_sft.py"]
+    return {"args": [*run, *flags, *extra], "env": environment}
+
+
+def train(inputs, output, *extra, **options):
+    result = subprocess.run(
+        **command(inputs, output, *extra, **options), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def metrics(output):
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    keep = ("step", "loss/total", "optim/grad_norm", "optim/learning_rate", "eval/loss")
+    return [{k: v for k, v in json.loads(line).items() if k in keep} for line in lines]
+
+
+def parameters(output):
+    path = output.absolute() / "checkpoints" / str(STEPS) / "params"
+    return jax.tree.leaves(ocp.StandardCheckpointer().restore(path))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("whole")
+    result = train(inputs, output)
+    return output, result
+
+
+def test_a_run_learns_and_leaves_what_it_promises(inputs, whole):
+    output, result = whole
+    found = metrics(output)
+    losses = [line["loss/total"] for line in found if "loss/total" in line]
+    assert len(losses) == STEPS
+    assert losses[-1] < 0.7 * losses[0]
+    assert found[-1]["eval/loss"] < losses[0]
+    for name in ("config.json", "training.log", "metrics.jsonl"):
+        assert (output / name).stat().st_size
+    assert list(output.glob("events.out.tfevents*"))
+    assert sorted(int(p.name) for p in (output / "checkpoints").iterdir()) == [STEPS]
+    assert "loss/total" in result.stderr
+    assert str(output / "final") in result.stderr
+    assert (
+        "⟦one" in (output / "training.log").read_text()
+        or "⟦t" in (output / "training.log").read_text()
+    )
+
+
+def test_the_export_is_a_transformers_model(whole):
+    import torch
+    import transformers
+
+    directory = whole[0] / "final"
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say two 3"}], add_generation_prompt=True,
+        return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.isfinite(model(**ids).logits).all()
+
+
+def test_the_run_is_readable_in_tensorboard(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole[0]))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("loss/total")]
+    written = [line["loss/total"] for line in metrics(whole[0]) if "loss/total" in line]
+    np.testing.assert_allclose(shown, written, rtol=1e-6)
+
+
+def _kill_at(inputs, output, step, number):
+    """Starts a run and sends a signal as soon as the log shows `step`."""
+    process = subprocess.Popen(
+        **command(inputs, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = output / "training.log"
+    for _ in range(1200):
+        if log.exists() and f"step {step}/" in log.read_text():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_a_stopped_run_continues_bitwise(inputs, whole, tmp_path, number):
+    code = _kill_at(inputs, tmp_path, 3, number)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    assert not (tmp_path / "final").exists()
+    train(inputs, tmp_path)
+    assert metrics(tmp_path) == metrics(whole[0])
+    for ours, theirs in zip(parameters(tmp_path), parameters(whole[0]), strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+def test_a_finished_run_changes_nothing_when_started_again(inputs, whole):
+    before = metrics(whole[0])
+    train(inputs, whole[0])
+    assert metrics(whole[0]) == before
+
+
+def test_other_data_is_refused_on_resume(inputs, whole):
+    options = command(inputs, whole[0], "--config.seed=7", "--config.max_steps=9")
+    options["env"].pop("ATLAS_TRACEBACK")
+    result = subprocess.run(**options, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "seed" in result.stderr.splitlines()[-2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path):
+    options = command(inputs, tmp_path, "--config.learning_rate=1e30", "--config.max_grad_norm=0.0")
+    result = subprocess.run(**options, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "Lower learning_rate" in result.stderr
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert STEPS not in saved
+
+
+def test_checkpoints_convert_both_ways(inputs, whole, tmp_path):
+    import safetensors.numpy
+
+    tool = [sys.executable, "tools/convert_checkpoint.py"]
+    for src, dst in (
+        (whole[0], tmp_path / "hf"),
+        (whole[0] / "final", tmp_path / "orbax"),
+        (tmp_path / "orbax", tmp_path / "hf2"),
+    ):
+        subprocess.run([*tool, str(src), str(dst)], check=True, capture_output=True)
+    files = [
+        p / "model.safetensors" for p in (whole[0] / "final", tmp_path / "hf", tmp_path / "hf2")
+    ]
+    first, *others = [safetensors.numpy.load_file(file) for file in files]
+    for other in others:
+        assert {k: v.tobytes() for k, v in other.items()} == {
+            k: v.tobytes() for k, v in first.items()
+        }
+
+
+def test_launch_passes_keys_on(inputs, tmp_path):
+    values = [a.removeprefix("--config.") for a in command(inputs, tmp_path)["args"][4:]]
+    launch = ["bash", "launch/launch.sh", "2", "configs/run/quickstart_sft.py", *values]
+    python = pathlib.Path(sys.executable).parent
+    environment = os.environ | {"XLA_FLAGS": "", "PATH": f"{python}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        [*launch, "max_steps=1", "+offload"], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["max_steps"], written["offload"]) == (1, "optimizer")
+    wrong = subprocess.run(
+        [*launch, "deepspeed=zero2.json"], capture_output=True, text=True, check=False
+    )
+    assert "sharding=zero1" in wrong.stderr

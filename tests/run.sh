@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: `bash tests/run.sh [pytest arguments]`.
+# Makes or reuses .venv; needs Python 3.11 to 3.13 and pip, no GPU and no model hub.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+need_environment test
+run() { .venv/bin/python -m "$@"; }
+run ruff format --check --quiet .
+run ruff check --quiet .
+run mypy
+.venv/bin/lint-imports --no-cache | tail -n 3
+export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+run pytest --quiet --durations=8 "$@"

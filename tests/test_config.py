@@ -1,0 +1,155 @@
+"""Options: defaults, errors, and that each of them is read."""
+
+import ast
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from atlas_jax import config
+from atlas_jax.config import MeshConfig, SFTConfig
+from atlas_jax.sharding import make_mesh
+
+BASE = SFTConfig(
+    model_name_or_path="m", output_dir="o", data=config.DataConfig(dataset_path="d.jsonl")
+)
+
+
+def frozen(**changes):
+    draft = config.defaults(SFTConfig)
+    draft.update_from_flattened_dict(changes)
+    return config.freeze(draft)
+
+
+def test_defaults_survive_freezing():
+    assert frozen() == SFTConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "value"),
+    [
+        ("gradient_checkpointing", "true", "full"),
+        ("gradient_checkpointing", "False", "none"),
+        ("attn_implementation", "flash_attention_2", "auto"),
+    ],
+)
+def test_words_of_the_original_are_understood(name, word, value):
+    assert getattr(frozen(**{name: word}), name) == value
+
+
+def test_an_unknown_option_is_answered_with_the_nearest():
+    draft = config.defaults(SFTConfig)
+    with draft.unlocked():
+        draft.learning_rat = 1.0
+    with pytest.raises(ValueError, match="learning_rat; did you mean 'learning_rate'"):
+        config.freeze(draft)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"sharding": "fdsp"}, "sharding='fdsp'.*did you mean 'fsdp'"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio=1.5 must be at least 0 and below 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"mesh": MeshConfig(data=-1, fsdp=-1)}, "at most -1"),
+    ],
+)
+def test_impossible_values_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config.validate(dataclasses.replace(BASE, **change))
+
+
+def test_a_possible_config_is_accepted():
+    config.validate(BASE)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((2, 0, 0), (16, 1)), ((2, 8, 0), (128, 8)), ((2, 0, 64), (64, 4))]
+)
+def test_batch_sizes_are_completed(sizes, expected):
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size")
+    plan = config.batch_plan(
+        dataclasses.replace(BASE, **dict(zip(names, sizes, strict=True))), num_replicas=8
+    )
+    assert (plan.global_rows, plan.microbatches) == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "accumulation", "message"),
+    [(60, 0, "use 48 or 64"), (7, 0, "use 16"), (60, 3, "= 48; use 48")],
+)
+def test_batch_sizes_that_do_not_divide_name_the_nearest(total, accumulation, message):
+    changed = dataclasses.replace(
+        BASE, train_batch_size=total, gradient_accumulation_steps=accumulation
+    )
+    with pytest.raises(ValueError, match=message):
+        config.batch_plan(changed, num_replicas=8)
+
+
+def test_a_mesh_that_does_not_use_all_devices_is_refused():
+    with pytest.raises(ValueError, match="does not use 8 devices exactly"):
+        make_mesh(MeshConfig(data=3))
+
+
+def test_secrets_are_masked():
+    url = "postgresql://atlas:hunter2@db:5433/atlas"
+    changed = dataclasses.replace(BASE, data=config.DataConfig(dataset_path=url))
+    text = str(config.masked(changed))
+    assert "hunter2" not in text
+    assert "postgresql://atlas:***@db:5433/atlas" in text
+
+
+def test_every_option_is_read_somewhere():
+    read = set()
+    for path in pathlib.Path("atlas_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    unread = {name.split(".")[-1] for name in config.flat(SFTConfig())} - read
+    assert not unread
+
+
+@pytest.mark.parametrize("run", sorted(p.stem for p in pathlib.Path("configs/run").glob("*.py")))
+def test_every_run_file_is_valid(run):
+    module = __import__(f"configs.run.{run}", fromlist=["get_config"])
+    config.validate(config.freeze(module.get_config()))
+    for model in pathlib.Path("configs/model").glob("*.py"):
+        config.freeze(module.get_config(f"model={model.stem}"))
+    with pytest.raises(ValueError, match=r"configs/model/llama9.py does not exist"):
+        module.get_config("model=llama9")
+    with pytest.raises(ValueError, match="is not one of model=NAME, data=NAME"):
+        module.get_config("modle=llama3_8b")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.learning_rat=1", "learning_rate"),
+        ("--config.max_steps=1.5", "max_steps"),
+        ("--config=configs/run/absent.py", "absent.py"),
+        ("--config.data.dataset_path=absent.jsonl", "absent.jsonl"),
+        ("--config.train_batch_size=7", "per_device_train_batch_size"),
+    ],
+)
+def test_the_command_answers_a_mistake_in_one_line(flag, message, tmp_path):
+    command = [
+        sys.executable, "-m", "atlas_jax.train", "--config=configs/run/teacher_sft.py",
+        f"--config.output_dir={tmp_path}", f"--config.model_name_or_path={tmp_path}", flag,
+    ]  # fmt: skip
+    if flag.startswith("--config="):
+        command[3:6] = []
+    if "dataset" in flag:
+        from tests import tiny
+        from tests.tokenizers import chatml_tokenizer
+
+        tiny.save("smollm2", tmp_path)
+        chatml_tokenizer().save_pretrained(tmp_path)
+        command.append("--config.max_seq_length=64")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    error = result.stderr.strip().splitlines()
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr, error[-5:]

@@ -1,0 +1,128 @@
+"""Measures one recipe and prints one JSON line: `python tools/bench.py sft --model DIR …`.
+
+The batches are fixed random tokens, or with --packing the rows of a JSONL file packed; the model
+may be a directory that holds a `config.json` only, whose weights are then random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax import metrics, optim, step
+from atlas_jax.checkpoint import hf
+from atlas_jax.config import DataConfig, MeshConfig, SFTConfig
+from atlas_jax.data import loader, sources
+from atlas_jax.models import attention
+from atlas_jax.models.config import from_hf
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.recipes import setup, sft
+from atlas_jax.sharding import Sharding, make_mesh, to_global
+from atlas_jax.types import Batch, Params
+
+
+def main() -> None:
+    """Parses the arguments, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", choices=["sft"])
+    parser.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
+    parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
+    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
+    parser.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn", "splash"])
+    parser.add_argument("--chunk", type=int, default=256, help="loss_chunk_size")
+    parser.add_argument("--packing", default="", metavar="FILE", help="rows to pack")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+def measure(args: argparse.Namespace) -> dict[str, float | str | list[float] | None]:
+    """Runs the steps and returns the figures; the first step, which compiles, counts apart."""
+    sharding = Sharding(make_mesh(MeshConfig()))
+    decoder, params = _model(args, sharding)
+    config = SFTConfig(learning_rate=1e-5, lr_scheduler_type="constant", warmup_ratio=0.0)
+    rate = optim.schedule(config, args.steps)
+    optimizer = step.place_optimizer(
+        optim.adamw(config, rate), rate, decoder.shapes, decoder.dims, sharding
+    )
+    state = step.init_state(params, optimizer, sharding, 0)
+    del params
+    loss_fn = sft.make_loss(decoder, args.chunk)
+    train_step = step.make_train_step(loss_fn, optimizer, decoder.dims, sharding)
+    times, losses, tokens = [], [], 0
+    for batch in _batches(args, decoder.config.vocab_size):
+        placed = to_global(batch, sharding, 1)
+        tokens = int((batch.segment_ids > 0).sum())
+        start = time.perf_counter()
+        state, found = train_step(state, placed)
+        losses.append(metrics.means(metrics.add({}, jax.device_get(found)))["loss/total"])
+        times.append(time.perf_counter() - start)
+    return _figures(decoder, times, tokens, args) | {"loss": losses[:3]}
+
+
+def _figures(
+    decoder: Decoder, times: list[float], tokens: int, args: argparse.Namespace
+) -> dict[str, float | str | list[float] | None]:
+    median, device = float(np.median(times[1:])), jax.devices()[0]
+    speed = tokens / median
+    peak = metrics.peak_flops(device)
+    flops = decoder.config.flops_per_token(args.length)
+    memory = device.memory_stats() or {}
+    device_bytes = memory.get("peak_bytes_in_use")
+    return {
+        "system": "atlas_jax",
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "step_s": median,
+        "tok_s": speed,
+        "tok_s_device": speed / jax.device_count(),
+        "tflops_device": speed * flops / jax.device_count() / 1e12,
+        "mfu": speed * flops / jax.device_count() / peak if peak else None,
+        "compile_s": times[0] - median,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_device_gib": device_bytes / 2**30 if device_bytes else None,
+    }
+
+
+def _model(args: argparse.Namespace, sharding: Sharding) -> tuple[Decoder, Params]:
+    path = pathlib.Path(args.model)
+    only_config = path.is_dir() and not list(path.glob("*.safetensors"))
+    source = None if only_config else hf.open_source(args.model)
+    shape = json.loads((path / "config.json").read_text()) if source is None else source.config
+    on_cpu = jax.devices()[0].platform == "cpu"
+    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    attend = attention.select(args.attention, sharding.mesh, bool(args.packing), jnp.dtype(dtype))
+    decoder = Decoder(
+        from_hf(shape), sharding, attend, compute_dtype=jnp.dtype(dtype), remat=args.remat
+    )
+    return decoder, decoder.init(0) if source is None else hf.load(source, decoder)
+
+
+def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
+    if args.packing:
+        config = SFTConfig(
+            packing=True, max_seq_length=args.length, data=DataConfig(dataset_path=args.packing)
+        )
+        rows, _ = sources.load_rows(config.data, config.seed)
+        tokenizer = setup.load_tokenizer(args.model)
+        packed = loader.build(rows, config, tokenizer, loader.Layout(args.batch))
+        return [packed.batch(i) for i in range(args.steps)]
+    rng = np.random.default_rng(0)
+    shape = (args.batch, args.length)
+    positions = np.broadcast_to(np.arange(args.length, dtype=np.int32), shape).copy()
+    ones = np.ones(shape, np.int32)
+    return [
+        Batch(rng.integers(3, vocab, shape, dtype=np.int32), positions, ones, positions > 0)
+        for _ in range(args.steps)
+    ]
+
+
+if __name__ == "__main__":
+    main()
