@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
 import re
 from typing import Any, TypeVar
 
@@ -318,6 +319,10 @@ def validate(config: TrainConfig) -> None:
         for name in names:
             if name in values and not holds(values[name]):
                 raise ValueError(f"{name}={values[name]} must be {rule}")
+    if os.path.realpath(config.output_dir) == os.path.realpath(config.model_name_or_path):
+        raise ValueError(
+            f"output_dir={config.output_dir} is the model's own directory; name another one"
+        )
     if config.max_steps == 0 or config.max_steps < -1:
         raise ValueError(f"max_steps={config.max_steps} must be above 0, or -1 to count epochs")
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

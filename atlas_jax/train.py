@@ -24,11 +24,11 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
 
 def main(argv: list[str]) -> None:
     """Runs the recipe of the config; a user's error is one line, without a traceback."""
-    if _CONFIG.value is None or argv[1:]:
-        raise app.UsageError(f"--config FILE is needed, and nothing else: {argv[1:]}")
     try:
+        if _CONFIG.value is None or argv[1:]:
+            raise ValueError(f"--config FILE is needed, and nothing else: {argv[1:]}")
         run(config_lib.freeze(_CONFIG.value))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("ATLAS_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(ATLAS_TRACEBACK=1 shows where)")

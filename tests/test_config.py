@@ -55,6 +55,7 @@ def test_an_unknown_option_is_answered_with_the_nearest():
         ({"warmup_ratio": 1.5}, "warmup_ratio=1.5 must be at least 0 and below 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
         ({"max_steps": 0}, "max_steps=0"),
+        ({"output_dir": "m"}, "the model's own directory"),
         ({"mesh": MeshConfig(data=-1, fsdp=-1)}, "at most -1"),
     ],
 )
@@ -137,7 +138,7 @@ def test_every_run_file_is_valid(run):
 def test_the_command_answers_a_mistake_in_one_line(flag, message, tmp_path):
     command = [
         sys.executable, "-m", "atlas_jax.train", "--config=configs/run/teacher_sft.py",
-        f"--config.output_dir={tmp_path}", f"--config.model_name_or_path={tmp_path}", flag,
+        f"--config.output_dir={tmp_path / 'run'}", f"--config.model_name_or_path={tmp_path}", flag,
     ]  # fmt: skip
     if flag.startswith("--config="):
         command[3:6] = []

@@ -282,6 +282,10 @@ def write_files(directory: str, files: ModelFiles) -> None:
     generation = json.dumps(files.generation_config, indent=2) + "\n"
     (path / "generation_config.json").write_text(generation)
     files.tokenizer.save_pretrained(directory)
+    # transformers 5 names a class that version 4, which vLLM may run, does not know.
+    options = path / "tokenizer_config.json"
+    text = options.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    options.write_text(text)
 
 
 def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFiles:
