@@ -307,6 +307,20 @@ def validate(config: TrainConfig) -> None:
     for name in ("model_name_or_path", "output_dir", "data.dataset_path"):
         if name in values and not values[name]:
             raise ValueError(f"{name} is empty; set --config.{name}=…")
+    _check_values(values)
+    if os.path.realpath(config.output_dir) == os.path.realpath(config.model_name_or_path):
+        raise ValueError(
+            f"output_dir={config.output_dir} is the model's own directory; name another one"
+        )
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise ValueError(f"max_steps={config.max_steps} must be above 0, or -1 to count epochs")
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if sum(a == -1 for a in axes) > 1 or any(a == 0 or a < -1 for a in axes):
+        raise ValueError(f"mesh sizes {axes} must be positive, and one of them at most -1")
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Checks each option by itself."""
     for name, choices in CHOICES.items():
         if name in values and values[name] not in choices:
             hint = nearest(str(values[name]), choices)
@@ -319,15 +333,6 @@ def validate(config: TrainConfig) -> None:
         for name in names:
             if name in values and not holds(values[name]):
                 raise ValueError(f"{name}={values[name]} must be {rule}")
-    if os.path.realpath(config.output_dir) == os.path.realpath(config.model_name_or_path):
-        raise ValueError(
-            f"output_dir={config.output_dir} is the model's own directory; name another one"
-        )
-    if config.max_steps == 0 or config.max_steps < -1:
-        raise ValueError(f"max_steps={config.max_steps} must be above 0, or -1 to count epochs")
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if sum(a == -1 for a in axes) > 1 or any(a == 0 or a < -1 for a in axes):
-        raise ValueError(f"mesh sizes {axes} must be positive, and one of them at most -1")
 
 
 def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:

@@ -21,7 +21,7 @@ from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.types import Batch
 
 _SIZES = dict(
-    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+    vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
 )  # fmt: skip
 _LLAMA3 = dict(
@@ -85,7 +85,7 @@ def decoder_and_params(config, source, mesh=None, devices=None, mode="fsdp", **o
     return decoder, hf.load(source, decoder)
 
 
-def batch(lengths: list[list[int]], width: int, vocab: int = 320, seed: int = 0) -> Batch:
+def batch(lengths: list[list[int]], width: int, vocab: int = 400, seed: int = 0) -> Batch:
     """Returns rows that hold sequences of these lengths, each token but the first a target."""
     rng = np.random.default_rng(seed)
     tokens, positions, segments = (np.zeros((len(lengths), width), np.int32) for _ in range(3))

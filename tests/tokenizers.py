@@ -42,13 +42,20 @@ R1 = (
 )
 
 
-def chatml_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer (GPT-2, Qwen, SmolLM2) with ChatML's special tokens."""
+def chatml_tokenizer(
+    template: str | None = CHATML, trim_offsets: bool = True
+) -> PreTrainedTokenizerFast:
+    """Returns a byte-level BPE tokenizer (GPT-2, Qwen, SmolLM2) with ChatML's special tokens.
+
+    Args:
+        template: the chat template.
+        trim_offsets: report spans without the spaces that tokens begin with; families differ.
+    """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         SENTENCES,

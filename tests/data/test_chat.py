@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from atlas_jax.data import chat
 from atlas_jax.data.examples import Conversation, PlainText
@@ -55,9 +56,12 @@ def test_mask_of_two_turns_worked_by_hand():
 ANSWERS = ("It is four.", "  two spaces, café 😀😀 naïve é", "a\n\nb ", "\n\n lines first", "😀")
 
 
+@pytest.mark.parametrize("trim_offsets", [True, False])
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_trained_tokens_decode_to_the_answers_and_stop_tokens_with_byte_level_bpe(answer):
-    tokenizer = chatml_tokenizer()
+def test_trained_tokens_decode_to_the_answers_and_stop_tokens_with_byte_level_bpe(
+    answer, trim_offsets
+):
+    tokenizer = chatml_tokenizer(trim_offsets=trim_offsets)
     example = encode_one(tokenizer, conversation("Why 😀?", answer, "é?", answer)).example
     text = trained_text(tokenizer, example)
     # A newline that opens an answer can share its token with the newline of the header.
@@ -166,6 +170,7 @@ def test_all_tokens_but_the_first_are_trained_without_completion_only():
         assert mask.tolist() == [False] + [True] * (len(mask) - 1)
 
 
+@pytest.mark.parametrize("trim_offsets", [True, False])
 @pytest.mark.parametrize(
     ("prompt", "completion", "trained"),
     [
@@ -175,8 +180,8 @@ def test_all_tokens_but_the_first_are_trained_without_completion_only():
         ("2+2 = ", "four", " four<|im_end|>"),
     ],
 )
-def test_plain_text_is_prompt_completion_and_end(prompt, completion, trained):
-    tokenizer = chatml_tokenizer(None)
+def test_plain_text_is_prompt_completion_and_end(prompt, completion, trained, trim_offsets):
+    tokenizer = chatml_tokenizer(None, trim_offsets)
     example = encode_one(tokenizer, PlainText("r", prompt, completion)).example
     assert tokenizer.decode(example.tokens.tolist()) == prompt + completion + "<|im_end|>"
     assert trained_text(tokenizer, example) == trained
@@ -195,6 +200,16 @@ def test_plain_text_has_the_tokenizers_start_token_once():
     assert np.count_nonzero(example.tokens == tokenizer.bos_token_id) == 1
     assert trained_text(tokenizer, example) == "It is four.</s>"
     assert example.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_end_token_that_the_tokenizer_adds_a_second_time_is_not_trained():
+    tokenizer = llama2_tokenizer(None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    example = encode_one(tokenizer, PlainText("r", "", "It is four.")).example
+    assert example.tokens[-2:].tolist() == [tokenizer.eos_token_id] * 2
+    assert example.loss_mask.tolist() == [False] + [True] * (len(example.tokens) - 2) + [False]
 
 
 def test_long_example_is_cut_and_noted():

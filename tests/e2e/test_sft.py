@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,20 @@ def test_other_data_is_refused_on_resume(inputs, whole):
     result = subprocess.run(**options, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "seed" in result.stderr.splitlines()[-2]
+
+
+def test_a_tokenizer_of_another_model_is_refused(inputs, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    tokenizer = chatml_tokenizer()
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(20)])
+    tokenizer.save_pretrained(model)
+    options = command(inputs, tmp_path / "run", f"--config.model_name_or_path={model}")
+    options["env"].pop("ATLAS_TRACEBACK")
+    result = subprocess.run(**options, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "the model's vocab_size is 400" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path):
