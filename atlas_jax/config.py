@@ -24,7 +24,8 @@ class DataConfig:
     """Where training rows come from and how they become token sequences."""
 
     dataset_path: str = ""
-    """A `.jsonl` or `.parquet` file, several separated by commas, or a hub dataset id."""
+    """A `.jsonl` or `.parquet` file, several separated by commas, a hub dataset (`owner/name`), or
+    one file of it (`owner/name:folder/file.jsonl`)."""
     dataset_split: str = "train"
     """Split of a hub dataset; files have none."""
     dataset_max_samples: int = 0
@@ -33,6 +34,8 @@ class DataConfig:
     """`messages`, `prompt_completion`, `teaching`, or `auto`: told from the fields of the rows."""
     eval_path: str = ""
     """Rows to evaluate on, in the forms of `dataset_path`; takes precedence over the ratio."""
+    eval_split: str = "test"
+    """Split that is read where `eval_path` is a hub dataset."""
     eval_split_ratio: float = 0.0
     """Share of the rows held out for evaluation when `eval_path` is empty."""
     shuffle: bool = True

@@ -5,6 +5,7 @@ A row that cannot be read is rejected with its name and the reason; too many of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -50,7 +51,8 @@ def load_rows(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
     """
     rows = draw(read_rows(config, config.dataset_path), config.dataset_max_samples, seed)
     if config.eval_path:
-        return rows, read_rows(config, config.eval_path)
+        held_out = dataclasses.replace(config, dataset_split=config.eval_split)
+        return rows, read_rows(held_out, config.eval_path)
     if config.eval_split_ratio:
         return split(rows, config.eval_split_ratio, seed)
     return rows, None

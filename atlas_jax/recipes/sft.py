@@ -51,6 +51,7 @@ def run(config: SFTConfig) -> None:
     if start.data:
         batches.set_state(start.data)
     outcome = loop.run(job, start.state, batches)
+    batches.close()
     job.writer.close()
     if not outcome.stopped:
         _report(outcome, setup.export(config, model, outcome.state.params))
@@ -76,10 +77,11 @@ def make_evaluate(
 
     def evaluate(params: Params) -> dict[str, float]:
         total: Metrics = {}
-        batches = held_out.batches(0)
-        for _ in range(held_out.num_steps(1)):
-            batch = to_global(next(batches), decoder.sharding, 1)
-            total = metrics.add(total, jax.device_get(eval_step(params, batch)))
+        batches = held_out.batches(0, held_out.num_steps(1))
+        for batch in batches:
+            placed = to_global(batch, decoder.sharding, 1)
+            total = metrics.add(total, jax.device_get(eval_step(params, placed)))
+        batches.close()
         return {"eval/loss": metrics.means(total)["loss/total"]}
 
     return evaluate
