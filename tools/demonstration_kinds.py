@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 NAMES = (
-    "Anna Ben Clara David Elena Felix Grace Hugo Ines Jonas Kira Leo Maria Noah Olga Paul".split()
-)
-THINGS = "apples stamps marbles books shells coins cards pencils ribbons candles buttons".split()
+    "Anna", "Ben", "Clara", "David", "Elena", "Felix", "Grace", "Hugo", "Ines", "Jonas", "Kira",
+    "Leo", "Maria", "Noah", "Olga", "Paul",
+)  # fmt: skip
+THINGS = (
+    "apples", "stamps", "marbles", "books", "shells", "coins", "cards", "pencils", "ribbons",
+    "candles", "buttons",
+)  # fmt: skip
 
 
 class Kind(NamedTuple):

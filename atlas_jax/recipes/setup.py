@@ -55,8 +55,7 @@ def open_run(config: TrainConfig) -> None:
     if not distributed.is_main():
         return
     (directory / "config.json").write_text(json.dumps(masked(config), indent=2) + "\n")
-    for quiet in logging.get_absl_logger().handlers:
-        quiet.addFilter(_own_or_serious)
+    logging.get_absl_handler().addFilter(_own_or_serious)
     handler = python_logging.FileHandler(directory / "training.log")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(_own_or_serious)
@@ -66,7 +65,10 @@ def open_run(config: TrainConfig) -> None:
 
 def _own_or_serious(record: python_logging.LogRecord) -> bool:
     """Lets through what this package logs, and the warnings of others (Orbax logs every file)."""
-    return record.levelno >= python_logging.WARNING or "atlas_jax" in record.pathname
+    package = pathlib.Path(__file__).parent.parent
+    return (
+        record.levelno >= python_logging.WARNING or package in pathlib.Path(record.pathname).parents
+    )
 
 
 def make_sharding(config: TrainConfig) -> Sharding:
