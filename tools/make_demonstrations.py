@@ -1,6 +1,6 @@
 """Makes the teaching demonstrations of the quickstart, and measures what their lessons are worth.
 
-    python tools/make_demonstrations.py --model DIR --output configs/data/quickstart --measure 160
+    python tools/make_demonstrations.py --model DIR --output configs/data/quickstart --measure 120
 
 The student's approaches are what the model at DIR writes; everything else follows from the seed.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import pathlib
 import random
 import re
@@ -124,9 +125,10 @@ class Student:
         import torch
         import transformers
 
+        torch.set_num_threads(os.cpu_count() or 1)
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, padding_side="left")
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16
+            path, dtype=torch.float32
         )
 
     def answer(self, prompts: list[str], max_new_tokens: int, batch: int = 64) -> list[str]:
