@@ -63,19 +63,23 @@ def init_state(params: Params, optimizer: Optimizer, sharding: Sharding, seed: i
     return TrainState(step, params, opt_state, rng)
 
 
+def abstract(shapes: Any, placements: Any) -> Any:
+    """Returns shapes with their places, a tree to restore a checkpoint into."""
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placements
+    )
+
+
 def abstract_state(
     shapes: Params, placements: Params, optimizer: Optimizer, sharding: Sharding
 ) -> TrainState:
-    """Returns the shapes, dtypes and places of a `TrainState`, to restore a checkpoint into."""
-
-    def at(shape: jax.ShapeDtypeStruct, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-
+    """Returns the shapes, dtypes and places of a `TrainState`."""
+    everywhere = sharding.replicated
     return TrainState(
-        step=at(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated),
-        params=jax.tree.map(at, shapes, placements),
-        opt_state=jax.tree.map(at, optimizer.shapes, optimizer.placement),
-        rng=at(jax.ShapeDtypeStruct((2,), jnp.uint32), sharding.replicated),
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        params=abstract(shapes, placements),
+        opt_state=abstract(optimizer.shapes, optimizer.placement),
+        rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
     )
 
 

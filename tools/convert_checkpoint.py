@@ -22,6 +22,7 @@ from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes.setup import load_tokenizer
 from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.step import abstract as abstract_tree
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def convert(src: str, dst: str, dtype: str, max_shard_size: int) -> str:
         run, step = found
         files = hf.read_files(str(run / manager.MODEL_FILES), load_tokenizer)
         decoder = _decoder(files)
-        abstract = manager.abstract(decoder.shapes, decoder.placements())
+        abstract = abstract_tree(decoder.shapes, decoder.placements())
         params = manager.Checkpoints(str(run)).restore_params(step, abstract)
     else:
         path = hf.resolve(src)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 
 from atlas_jax.step import TrainState
@@ -85,10 +84,3 @@ class Checkpoints:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def abstract(shapes: Params, placements: Params) -> Params:
-    """Returns shapes with their places, to restore into."""
-    return jax.tree.map(
-        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placements
-    )

@@ -185,7 +185,7 @@ def _restore(checkpoints: manager.Checkpoints, model: Model, optimizer: step.Opt
     assert number is not None
     placements, sharding = decoder.placements(), decoder.sharding
     if not checkpoints.has_training_state(number):
-        abstract = manager.abstract(decoder.shapes, placements)
+        abstract = step.abstract(decoder.shapes, placements)
         params = checkpoints.restore_params(number, abstract)
         return Start(step.init_state(params, optimizer, sharding, 0), {})
     abstract_state = step.abstract_state(decoder.shapes, placements, optimizer, sharding)
