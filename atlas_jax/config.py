@@ -122,7 +122,7 @@ class TrainConfig:
     train_batch_size: int = 0
     """Rows an optimizer step over all devices; 0 is the product of the other two."""
     gradient_checkpointing: str = "full"
-    """`none` keeps all activations, `dots` the outputs of matrix products, `full` one vector a
+    """`none` computes no matrix product twice, `dots` recomputes attention, `full` keeps a vector a
     layer and recomputes the rest; `true` and `false` mean `full` and `none`."""
     attn_implementation: str = "auto"
     """`xla`, `cudnn` (NVIDIA), `splash` (TPU), or `auto`: the device's flash attention."""

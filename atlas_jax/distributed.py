@@ -67,3 +67,10 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(jax.numpy.asarray(flag)).any())
+
+
+def max_over_processes(number: int) -> int:
+    """Returns the highest `number` of all processes; every process must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(jax.numpy.asarray(number)).max())

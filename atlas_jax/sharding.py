@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.config import MeshConfig
-from atlas_jax.types import Batch
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -64,6 +65,11 @@ class Sharding:
     def num_replicas(self) -> int:
         """Parts that the rows of a batch are split in."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def local_replicas(self) -> int:
+        """Parts of them that lie on this process's devices."""
+        return self.num_replicas // jax.process_count()
 
     def params(self, dims: Dims) -> NamedSharding:
         """Returns where a parameter rests between steps."""
@@ -176,11 +182,24 @@ def sum_over_rows(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.lax.psum(gradient, "data")
 
 
-def to_global(batch: Batch, sharding: Sharding, microbatches: int) -> Batch:
+def to_global(batch: T, sharding: Sharding, microbatches: int) -> T:
     """Returns this process's rows `[B, T]` as part of the global `[microbatches, B, T]` arrays."""
 
     def place(rows: np.ndarray) -> jax.Array:
         local = rows.reshape(microbatches, -1, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding.rows(None), local)
 
-    return Batch(*map(place, batch))
+    return jax.tree.map(place, batch)
+
+
+def place_rows(rows: np.ndarray, sharding: Sharding) -> jax.Array:
+    """Returns this process's rows `[B, ...]` as part of the global array."""
+    return jax.make_array_from_process_local_data(sharding.rows(), rows)
+
+
+def from_global(array: jax.Array) -> np.ndarray:
+    """Returns this process's rows of a global array whose first dim counts rows."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

@@ -10,6 +10,7 @@ Dimension legend, used in every shape annotation and einsum of the package:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -55,6 +56,86 @@ class Batch(NamedTuple):
     segment_ids: Array  # [B, T] int32, 0 is padding
     loss_mask: Array  # [B, T] bool, true where this token, as a target, is trained on
 
+
+class PolicyBatch(NamedTuple):
+    """A rectangle of prompts and the completions that were sampled behind them.
+
+    A row is one prompt and, behind it, several of its completions: each sees the prompt and itself.
+    Example of a prompt of 2 tokens with completions of 2 and 1 tokens, padded to 6:
+        tokens       = [p0, p1, a0, a1, b0, 0]
+        positions    = [ 0,  1,  2,  3,  2, 0]
+        segment_ids  = [ 1,  1,  1,  1,  1, 0]
+        sequence_ids = [ 0,  0,  1,  1,  2, 0]
+        loss_mask    = [ F,  F,  T,  T,  T, F]
+
+    Every array of numbers is aligned with `tokens`, and 0 where `loss_mask` is false.
+    """
+
+    tokens: Array  # [B, T] int32
+    positions: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32, 0 is padding
+    sequence_ids: Array  # [B, T] int32, the completion of its row, from 1; 0 is the prompt
+    loss_mask: Array  # [B, T] bool, true where this token was sampled and is trained on
+    advantages: Array  # [B, T] float32, of the token's completion
+    rollout_logprobs: Array  # [B, T] float32, as the engine reported
+    old_logprobs: Array | None = None  # [B, T] float32; None: those of the update itself
+    ref_logprobs: Array | None = None  # [B, T] float32; None: no reference
+
+
+class Completion(NamedTuple):
+    """What a model wrote behind one prompt."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # up to and including the stop token
+    logprobs: tuple[float, ...]  # under the distribution that was sampled from
+    untruncated_logprobs: tuple[float, ...]  # the same before top_p, top_k and min_p
+    finish_reason: str  # "stop", "length", or "error: why"
+    text: str  # without the stop token
+    weights_version: int  # the step whose weights wrote it
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were sampled, the stop token included."""
+        return len(self.token_ids)
+
+
+class Question(NamedTuple):
+    """One problem to teach, and what else its row says about it."""
+
+    id: str
+    question: str
+    ground_truth: str  # "" if there is none
+    fields: dict[str, str]  # further template fields
+
+
+class Rollout(NamedTuple):
+    """One member of a group, as rewards see it and `rollouts/*.jsonl` records it.
+
+    Under `protocol=direct` the policy answers the question itself, and there is no student.
+    """
+
+    question: Question
+    policy: Completion  # what the trained model wrote
+    teaching: str  # the lesson as the student reads it; "" is no teaching
+    baseline: Completion | None  # the student's answer alone
+    probe: Completion | None  # how the student would approach it
+    guided: Completion | None  # the student's answer with the lesson
+
+    @property
+    def answer(self) -> Completion:
+        """The answer that counts: the student's with the lesson, else the policy's own."""
+        return self.guided or self.policy
+
+
+class RewardResult(NamedTuple):
+    """What one reward says of one rollout."""
+
+    score: float | None  # None: could not be scored
+    details: dict[str, Any]  # for the record
+
+
+Reward = Callable[[Sequence[Rollout]], list[RewardResult]]
+"""Scores the rollouts of a step, in their order. It sees texts and metadata, and knows no JAX."""
 
 Params = dict[str, Any]
 """A pure nested dict of arrays: the whole model, or anything of the same structure."""

@@ -19,7 +19,12 @@ from jaxtyping import Array, Bool, Float, Int
 from atlas_jax.sharding import BATCH_AXES
 
 AttentionFn = Callable[..., jax.Array]
-"""`(query [B T N H], key [B T K H], value, segment_ids [B T], scale=, window=) -> [B T N H]`"""
+"""`(query [B T N H], key [B T K H], value, segment_ids [B T], sequence_ids, scale=, window=)`
+
+returns `[B T N H]`; `sequence_ids` are None or `[B T]`."""
+
+MASKED = -1e30
+"""Score of what is not seen; finite, so that a row that sees nothing gives no NaN."""
 
 _SPLASH_MULTIPLE = 128  # TPU lanes: row lengths that the kernel's blocks divide
 
@@ -58,12 +63,21 @@ def select(name: str, mesh: Mesh, packed: bool, dtype: jnp.dtype) -> AttentionFn
     return choices[name]
 
 
-def visible(segment_ids: Int[Array, "B T"], window: int) -> Bool[Array, "B 1 T T"]:
-    """Returns which position (last dim) each position (dim before) sees."""
+def visible(
+    segment_ids: Int[Array, "B T"], sequence_ids: Int[Array, "B T"] | None, window: int
+) -> Bool[Array, "B 1 T T"]:
+    """Returns which position (last dim) each position (dim before) sees.
+
+    With `sequence_ids` a window counts places in the row, not positions, so that it must not be
+    shorter than the row (`check_shared`).
+    """
     length = segment_ids.shape[1]
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     near = (distance >= 0) & (distance < (window or length))
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if sequence_ids is not None:
+        keys = sequence_ids[:, None, :]
+        same &= (keys == 0) | (sequence_ids[:, :, None] == keys)
     return (near & same)[:, None]
 
 
@@ -72,15 +86,28 @@ def xla(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    sequence_ids: Int[Array, "B T"] | None = None,
     *,
     scale: float,
     window: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Attention in plain XLA operations; scores `[B, N, T, T]` exist in float32."""
-    mask = visible(segment_ids, window)
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, scale=scale, implementation="xla"
-    )
+    """Attention in plain XLA operations; scores `[B, N, T, T]` exist in float32.
+
+    Heads come first and the query heads of a group stand in one matrix, so that no score is
+    transposed: on CPU twice as fast as `jax.nn.dot_product_attention`, forward and backward.
+    """
+    rows, length, heads, size = query.shape
+    groups = key.shape[2]
+    query = (query * scale).reshape(rows, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(rows, groups, -1, size)
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+    scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(rows, groups, -1, length, length)
+    mask = visible(segment_ids, sequence_ids, window)[:, :, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(value.dtype)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(rows, groups, -1, length), value)
+    out = out.reshape(rows, groups, -1, length, size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(rows, length, heads, size)
 
 
 def cudnn(
@@ -88,6 +115,7 @@ def cudnn(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    sequence_ids: Int[Array, "B T"] | None = None,
     *,
     scale: float,
     window: int = 0,
@@ -99,11 +127,12 @@ def cudnn(
     interface has no segment ids, so packed rows pass the mask, of which `[B, 1, T, T]` exists.
     """
     left = (window - 1, 0) if window else None
+    masked = packed or sequence_ids is not None
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
-        mask=visible(segment_ids, 0) if packed else None,
+        mask=visible(segment_ids, sequence_ids, 0) if masked else None,
         is_causal=True,
         scale=scale,
         local_window_size=left,
@@ -111,11 +140,12 @@ def cudnn(
     )
 
 
-def splash(
+def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
+    sequence_ids: Int[Array, "B T"] | None = None,
     *,
     scale: float,
     window: int = 0,
@@ -127,6 +157,11 @@ def splash(
     Raises:
         ValueError: if the row length is no multiple of the kernel's block.
     """
+    if sequence_ids is not None:
+        raise ValueError(
+            "attn_implementation='splash' cannot share a prompt between completions; set "
+            "rollout.share_prompt=false"
+        )
     length = query.shape[1]
     if length % _SPLASH_MULTIPLE:
         raise ValueError(

@@ -25,6 +25,13 @@ Attend = Callable[..., jax.Array]
 """`attend(query, key, value) -> [B, T, N, H]`; masks and windows are bound by the caller."""
 
 
+class KeysValues(NamedTuple):
+    """What later positions attend to: rotated keys and values, each `[B, T, K, H]`."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
 class Rotation(NamedTuple):
     """Rotary angles of a batch: cosine and sine, each `[B, T, H/2]` float32."""
 
@@ -136,12 +143,13 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Returns the attention of every position to those that `attend` lets it see."""
         query, key, value = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        return self.o(attend(rotate(query, angles), rotate(key, angles), value))
+        key = rotate(key, angles)
+        return self.o(attend(rotate(query, angles), key, value)), KeysValues(key, value)
 
 
 class MLP(nnx.Module):
@@ -173,9 +181,9 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
-    ) -> Float[Array, "B T D"]:
-        """Returns the layer's output for every position."""
-        y = self.attention(self.attention_norm(x), angles, attend)
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """Returns the layer's output for every position, and its keys and values."""
+        y, kept = self.attention(self.attention_norm(x), angles, attend)
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), kept

@@ -82,3 +82,20 @@ def local_ids(tokens: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     ids = tokens - jax.lax.axis_index("tensor") * size
     found = (ids >= 0) & (ids < size)
     return jnp.where(found, ids, 0), found
+
+
+def logits(
+    hidden: Float[Array, "P G D"], table: Float[Array, "V D"], sharding: Sharding
+) -> Float[Array, "P G V"]:
+    """Returns `hidden @ table.T` in float32, the whole vocabulary on every device of `tensor`."""
+    rest, rows = sharding.params(DIMS).spec, PartitionSpec(BATCH_AXES)
+
+    @functools.partial(
+        jax.shard_map, mesh=sharding.mesh, in_specs=(rows, rest), out_specs=rows, check_vma=False
+    )
+    def local(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        table = all_gather(table, rest, hidden.dtype)
+        part = jnp.einsum("pgd,vd->pgv", hidden, table, preferred_element_type=jnp.float32)
+        return jax.lax.all_gather(part, "tensor", axis=2, tiled=True)
+
+    return local(hidden, table)

@@ -1,0 +1,132 @@
+"""Decoding with a key/value cache: a group of rows shares the keys and values of its prompt.
+
+Rows form a grid `[P, G]`: G continuations of each of P prompts. A prompt is run once, whatever G
+is, and its keys and values exist once. All rows sample in step: after t tokens, row (p, g) stands
+at position `lengths[p] + t`, and its own keys and values fill the first t entries of its cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from atlas_jax.models.attention import MASKED
+from atlas_jax.models.layers import KeysValues
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.types import Params
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer; the leading L of each array is scanned."""
+
+    prompt: KeysValues  # [L, P, S, K, H], right-padded
+    own: KeysValues  # [L, P, G, C, K, H], of the tokens behind the prompt
+    lengths: jax.Array  # [P] int32, tokens of each prompt
+
+
+def prefill(
+    decoder: Decoder, params: Params, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]
+) -> tuple[Float[Array, "P D"], KeysValues]:
+    """Runs right-padded prompts.
+
+    Returns:
+        The hidden state behind each prompt's last token, and the prompts' keys and values.
+    """
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segment_ids = (places < lengths[:, None]).astype(jnp.int32)
+    angles = decoder.angles(places)
+
+    def attend(window: int, *qkv: jax.Array) -> jax.Array:
+        return decoder.attention(
+            *qkv, segment_ids, None, scale=decoder.config.score_scale, window=window
+        )
+
+    x, kept = jax.lax.scan(
+        lambda x, layer: decoder.layer(layer, x, angles, attend),
+        decoder.embed(params, tokens),
+        decoder.stacked(params),
+    )
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return decoder.norm(params, last)[:, 0], kept
+
+
+def decode(
+    decoder: Decoder,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "P G"],
+    time: Int[Array, ""],
+) -> tuple[Float[Array, "P G D"], Cache]:
+    """Runs one token of each row, the one that was sampled as number `time`.
+
+    Returns:
+        The hidden states behind it, and the cache with its keys and values at entry `time`.
+    """
+    positions = jnp.broadcast_to(cache.lengths[:, None] + time, tokens.shape)
+    angles = decoder.angles(positions)
+    layer_ids = jnp.arange(decoder.config.num_layers)
+
+    def step(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
+        x, own = carry
+        layer, prompt, index = scanned
+        mine = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, 0, False), own)
+
+        def attend(window: int, *qkv: jax.Array) -> jax.Array:
+            return _attend(decoder, cache.lengths, time, prompt, mine, window, qkv)
+
+        x, new = decoder.layer(layer, x, angles, attend)
+        own = jax.tree.map(lambda c, n: _put(c, n, index, time), own, new)
+        return (x, own), None
+
+    x = decoder.embed(params, tokens)
+    scanned = (decoder.stacked(params), cache.prompt, layer_ids)
+    (x, own), _ = jax.lax.scan(step, (x, cache.own), scanned)
+    return decoder.norm(params, x), cache._replace(own=own)
+
+
+def _put(cache: jax.Array, new: jax.Array, layer: jax.Array, time: jax.Array) -> jax.Array:
+    """Writes `new [P, G, K, H]` as entry `time` of one layer of `cache [L, P, G, C, K, H]`."""
+    return jax.lax.dynamic_update_slice(
+        cache, new[None, :, :, None].astype(cache.dtype), (layer, 0, 0, time, 0, 0)
+    )
+
+
+def _attend(
+    decoder: Decoder,
+    lengths: jax.Array,
+    time: jax.Array,
+    prompt: KeysValues,
+    own: KeysValues,
+    window: int,
+    qkv: tuple[jax.Array, ...],
+) -> jax.Array:
+    """Attends to the prompt, to the row's own earlier tokens, and to the new token itself."""
+    query, key, value = qkv
+    p, g, n, h = query.shape
+    query = query.reshape(p, g, key.shape[2], -1, h) * decoder.config.score_scale
+    wide = {"preferred_element_type": jnp.float32}
+    scores = [
+        jnp.einsum("pgkrh,pskh->pgkrs", query, prompt.keys, **wide),
+        jnp.einsum("pgkrh,pgckh->pgkrc", query, own.keys, **wide),
+        jnp.einsum("pgkrh,pgkh->pgkr", query, key, **wide)[..., None],
+    ]
+    place = jnp.arange(prompt.keys.shape[1])
+    in_prompt = place < lengths[:, None]  # [P, S]
+    in_own = jnp.arange(own.keys.shape[2]) < time
+    if window:
+        in_prompt &= lengths[:, None] + time - place < window
+        in_own &= time - jnp.arange(own.keys.shape[2]) < window
+    scores[0] = jnp.where(in_prompt[:, None, None, None], scores[0], MASKED)
+    scores[1] = jnp.where(in_own, scores[1], MASKED)
+    weights = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1).astype(value.dtype)
+    sizes = prompt.keys.shape[1], prompt.keys.shape[1] + own.keys.shape[2]
+    of_prompt, of_own, of_self = jnp.split(weights, sizes, axis=-1)
+    out = (
+        jnp.einsum("pgkrs,pskh->pgkrh", of_prompt, prompt.values)
+        + jnp.einsum("pgkrc,pgckh->pgkrh", of_own, own.values)
+        + of_self * value[:, :, :, None]
+    )
+    return out.reshape(p, g, n, h)

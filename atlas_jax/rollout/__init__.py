@@ -1,0 +1,1 @@
+"""From questions to scored completions: generation and the teaching protocol."""

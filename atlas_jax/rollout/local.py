@@ -1,0 +1,347 @@
+"""Generation inside the training process, from the training parameters as they are sharded.
+
+Prompts are run once, then tokens are decoded in chunks. After a chunk the rows that have finished
+are dropped where that at least halves the grid, so that a long answer does not keep the others
+computing. Lengths and row counts are rounded up to powers of two, one compilation each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax import distributed
+from atlas_jax.models import cache as kv
+from atlas_jax.models import vocab
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.sampling import Sampling, draw
+from atlas_jax.sharding import Sharding, from_global, place_rows
+from atlas_jax.types import Completion, Params
+
+_CHUNK = 32  # tokens between two looks at which rows have finished
+_SHORTEST = 32  # bucket of the shortest prompts
+
+
+class _Grid(NamedTuple):
+    """Rows that are being decoded, `[P, G]`; arrays on the devices."""
+
+    cache: kv.Cache
+    tokens: jax.Array  # [P, G] int32, sampled last and not yet in the cache
+    alive: jax.Array  # [P, G] bool
+    limits: jax.Array  # [P, G] int32, tokens that a row may have
+    keys: jax.Array  # [P, G, 2] uint32, root of each row's random numbers
+    time: jax.Array  # [] int32, the number of `tokens`, counted from 0
+
+
+class _Chunk(NamedTuple):
+    """What was sampled, `[P, G, C]`; entries behind a row's end have no meaning."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    untruncated: jax.Array
+
+
+@dataclasses.dataclass
+class _Row:
+    """What one row has written so far."""
+
+    limit: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    untruncated: list[float] = dataclasses.field(default_factory=list)
+    done: bool = False
+
+    def extend(self, chunk: Sequence[np.ndarray], stop_ids: tuple[int, ...]) -> None:
+        """Takes tokens until one stops the row."""
+        for token, logprob, untruncated in zip(*chunk, strict=True):
+            if self.done:
+                return
+            self.tokens.append(int(token))
+            self.logprobs.append(float(logprob))
+            self.untruncated.append(float(untruncated))
+            self.done = int(token) in stop_ids or len(self.tokens) >= self.limit
+
+
+_Places = list[list[_Row]]
+"""The rows of this process's part of the grid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalEngine:
+    """Generates with a decoder in this process.
+
+    Attributes:
+        decoder: of the model.
+        tokenizer: turns token ids into text.
+        stop_ids: tokens that end a text.
+        max_rows: rows of this process that are decoded at one time; the others wait.
+    """
+
+    decoder: Decoder
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    max_rows: int = 256
+
+    def generate(
+        self, params: Params, version: int, requests: Sequence[Request], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Returns the completions of each request, in order.
+
+        A row's text follows from its prompt, its seed and the parameters. Every process calls
+        this together, each with its own requests, as many as the others.
+
+        Args:
+            params: of the decoder, as they rest between steps.
+            version: the step that these parameters are from, for the record.
+            requests: prompts, `num_samples` the same in all of them.
+            sampling: how tokens are drawn.
+
+        Raises:
+            ValueError: if a request is empty or does not fit the model's positions.
+        """
+        for request in requests:
+            self._check(request)
+        size = max(1, self.max_rows // requests[0].num_samples) if requests else 1
+        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+        return [group for part in parts for group in self._run(params, version, part, sampling)]
+
+    def _check(self, request: Request) -> None:
+        most = self.decoder.config.max_positions
+        if not request.prompt_ids:
+            raise ValueError("a prompt has no tokens; give the model something to continue")
+        if len(request.prompt_ids) + request.max_tokens > most:
+            raise ValueError(
+                f"a prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones "
+                f"do not fit the model's {most} positions; lower max_prompt_length or the limit "
+                "of new tokens"
+            )
+
+    def _run(
+        self, params: Params, version: int, requests: Sequence[Request], sampling: Sampling
+    ) -> list[list[Completion]]:
+        sharding = self.decoder.sharding
+        groups = [[_Row(r.max_tokens) for _ in range(r.num_samples)] for r in requests]
+        places = _fill(groups, _bucket(len(groups), sharding), requests[0].num_samples)
+        static = self.decoder, self.stop_ids, sampling
+        grid, chunk = _start(*static, params, *_inputs(requests, places, sharding))
+        while True:
+            for rows, found in zip(places, _host(chunk), strict=True):
+                for row, *columns in zip(rows, *found, strict=True):
+                    row.extend(columns, self.stop_ids)
+            if not distributed.any_process(any(not r.done for rows in groups for r in rows)):
+                break
+            grid, places = _shrink(grid, places, sharding)
+            grid, chunk = _decode(*static, params, _with_room(grid, sharding))
+        return [
+            [self._completion(request, row, version) for row in rows]
+            for request, rows in zip(requests, groups, strict=True)
+        ]
+
+    def _completion(self, request: Request, row: _Row, version: int) -> Completion:
+        stopped = row.tokens[-1] in self.stop_ids
+        text = self.tokenizer.decode(
+            row.tokens[: len(row.tokens) - stopped], skip_special_tokens=True
+        )
+        return Completion(
+            request.prompt_ids,
+            tuple(row.tokens),
+            tuple(row.logprobs),
+            tuple(row.untruncated),
+            "stop" if stopped else "length",
+            text,
+            version,
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(
+    decoder: Decoder,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    params: Params,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    keys: jax.Array,
+) -> tuple[_Grid, _Chunk]:
+    """Runs the prompts `[P, S]` and samples the first token of each row."""
+    size = limits.shape[1]
+    hidden, kept = kv.prefill(decoder, params, prompts, lengths)
+    hidden = jnp.broadcast_to(hidden[:, None], (hidden.shape[0], size, hidden.shape[1]))
+    empty = jax.tree.map(
+        lambda x: jnp.zeros((*x.shape[:2], size, _CHUNK, *x.shape[3:]), x.dtype), kept
+    )
+    grid = _Grid(
+        cache=kv.Cache(kept, empty, lengths),
+        tokens=jnp.zeros(limits.shape, jnp.int32),
+        alive=limits > 0,
+        limits=limits,
+        keys=keys,
+        time=jnp.int32(-1),
+    )
+    grid, drawn = _sample(decoder, stop_ids, sampling, params, grid, hidden)
+    return grid, jax.tree.map(lambda x: x[..., None], drawn)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(
+    decoder: Decoder,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    params: Params,
+    grid: _Grid,
+) -> tuple[_Grid, _Chunk]:
+    """Samples `_CHUNK` tokens of each row, or fewer when all rows end before."""
+
+    def more(carry: tuple[jax.Array, _Grid, _Chunk]) -> jax.Array:
+        return (carry[0] < _CHUNK) & jnp.any(carry[1].alive)
+
+    def step(carry: tuple[jax.Array, _Grid, _Chunk]) -> tuple[jax.Array, _Grid, _Chunk]:
+        count, grid, chunk = carry
+        hidden, cache = kv.decode(decoder, params, grid.cache, grid.tokens, grid.time)
+        grid = grid._replace(cache=cache)
+        grid, drawn = _sample(decoder, stop_ids, sampling, params, grid, hidden)
+        chunk = jax.tree.map(lambda c, d: c.at[..., count].set(d), chunk, drawn)
+        return count + 1, grid, chunk
+
+    shape = (*grid.tokens.shape, _CHUNK)
+    floats = jnp.zeros(shape, jnp.float32)
+    chunk = _Chunk(jnp.zeros(shape, jnp.int32), floats, floats)
+    return jax.lax.while_loop(more, step, (jnp.int32(0), grid, chunk))[1:]
+
+
+def _sample(
+    decoder: Decoder,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    params: Params,
+    grid: _Grid,
+    hidden: jax.Array,
+) -> tuple[_Grid, _Chunk]:
+    """Draws the next token of each row from the hidden states `[P, G, D]`."""
+    time = grid.time + 1
+    logits = vocab.logits(hidden, decoder.output_table(params), decoder.sharding)
+    keys = jax.vmap(jax.vmap(lambda key: _fold_in(key, time)))(grid.keys)
+    drawn = draw(logits, keys, sampling)
+    stopped = jnp.isin(drawn.tokens, jnp.asarray(stop_ids, jnp.int32)) | (time + 1 >= grid.limits)
+    grid = grid._replace(tokens=drawn.tokens, alive=grid.alive & ~stopped, time=time)
+    return grid, _Chunk(*drawn)
+
+
+def _fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
+    return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), number))
+
+
+def _inputs(
+    requests: Sequence[Request], places: _Places, sharding: Sharding
+) -> tuple[jax.Array, ...]:
+    """Returns prompts `[P, S]`, their lengths, the limits and the keys of the rows on devices."""
+    longest = distributed.max_over_processes(max(len(r.prompt_ids) for r in requests))
+    tokens = np.zeros((len(places), _power_of_two(max(longest, _SHORTEST))), np.int32)
+    lengths = np.ones(len(places), np.int32)
+    seeds = np.zeros(len(places), np.uint32)
+    for i, request in enumerate(requests):
+        tokens[i, : len(request.prompt_ids)] = request.prompt_ids
+        lengths[i] = len(request.prompt_ids)
+        seeds[i] = request.seed
+    size = len(places[0])
+    limits = np.asarray([[row.limit for row in rows] for rows in places], np.int32)
+    roots = _keys(jnp.asarray(np.repeat(seeds, size)), jnp.tile(jnp.arange(size), len(seeds)))
+    keys = np.asarray(roots).reshape(len(places), size, -1)
+    return tuple(place_rows(x, sharding) for x in (tokens, lengths, limits, keys))
+
+
+@jax.jit
+def _keys(seeds: jax.Array, streams: jax.Array) -> jax.Array:
+    def root(seed: jax.Array, stream: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), stream))
+
+    return jax.vmap(root)(seeds, streams)
+
+
+def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _Places]:
+    """Drops finished rows where that at least halves the grid; rows stay on their device."""
+    parts = sharding.local_replicas
+    share = len(places) // parts
+    alive = [[i for i, row in enumerate(rows) if not row.done] for rows in places]
+    prompts = [[i for i in range(p * share, (p + 1) * share) if alive[i]] for p in range(parts)]
+    height = distributed.max_over_processes(max(map(len, prompts)))
+    width = distributed.max_over_processes(max(map(len, alive)))
+    height, width = _power_of_two(max(height, 1)), _power_of_two(max(width, 1))
+    if 2 * height * width > share * len(places[0]):
+        return grid, places
+    taken = np.zeros((parts * height, 1 + width), np.int32)  # prompt within its part, then rows
+    kept: _Places = [[_Row(done=True)] * width for _ in range(parts * height)]
+    for part, chosen in enumerate(prompts):
+        for j, i in enumerate(chosen, part * height):
+            taken[j, 0] = i - part * share
+            taken[j, 1 : 1 + len(alive[i])] = alive[i]
+            kept[j] = ([places[i][k] for k in alive[i]] + kept[j])[:width]
+    still = np.asarray([[not row.done for row in rows] for rows in kept])
+    moved = _take(sharding.num_replicas, grid, place_rows(taken, sharding))
+    return moved._replace(alive=place_rows(still, sharding)), kept
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _take(parts: int, grid: _Grid, taken: jax.Array) -> _Grid:
+    """Returns the chosen prompts of each part of the grid, and the chosen rows of each prompt."""
+    prompts, rows = taken[:, 0].reshape(parts, -1), taken[:, 1:]
+
+    def of_prompts(x: jax.Array) -> jax.Array:  # [P, ...]
+        split = x.reshape(parts, -1, *x.shape[1:])
+        return jax.vmap(lambda x, i: x[i])(split, prompts).reshape(-1, *x.shape[1:])
+
+    def of_rows(x: jax.Array) -> jax.Array:  # [P, G, ...]
+        return jax.vmap(lambda x, i: x[i])(of_prompts(x), rows)
+
+    cache = kv.Cache(
+        jax.tree.map(jax.vmap(of_prompts), grid.cache.prompt),
+        jax.tree.map(jax.vmap(of_rows), grid.cache.own),
+        of_prompts(grid.cache.lengths),
+    )
+    tokens, alive, limits, keys = map(of_rows, (grid.tokens, grid.alive, grid.limits, grid.keys))
+    return _Grid(cache, tokens, alive, limits, keys, grid.time)
+
+
+def _with_room(grid: _Grid, sharding: Sharding) -> _Grid:
+    """Doubles the rows' own cache where the next chunk would not fit."""
+    held = grid.cache.own.keys.shape[3]
+    if int(grid.time) + _CHUNK <= held:
+        return grid
+    return grid._replace(cache=grid.cache._replace(own=_double(grid.cache.own)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _double(own: Any) -> Any:
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, x.shape[3] if dim == 3 else 0) for dim in range(x.ndim)])
+
+    return jax.tree.map(one, own)
+
+
+def _host(chunk: _Chunk) -> list[tuple[np.ndarray, ...]]:
+    """Returns this process's rows of each array, prompt by prompt."""
+    return list(zip(*map(from_global, chunk), strict=True))
+
+
+def _fill(groups: _Places, count: int, size: int) -> _Places:
+    """Returns the groups, and behind them groups of finished rows until they are `count`."""
+    idle = [[_Row(done=True)] * size for _ in range(count - len(groups))]
+    return groups + idle
+
+
+def _bucket(count: int, sharding: Sharding) -> int:
+    """Returns how many prompts of this process the grid has for `count` of them."""
+    parts = sharding.local_replicas
+    return parts * _power_of_two(distributed.max_over_processes(-(-count // parts)))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
