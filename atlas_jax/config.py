@@ -1,8 +1,8 @@
-"""Every option of every run, as frozen dataclasses. Imports no JAX.
+"""From a config file to checked options. Imports no JAX.
 
 A config file calls `defaults(SFTConfig)`, which returns a locked `ConfigDict` with every field, and
 changes what differs; `train.py` calls `freeze` on the result, which gives back the frozen
-dataclass, and `validate` on that. A field that is absent here cannot be set anywhere.
+dataclass of `options`, and `validate` on that.
 """
 
 from __future__ import annotations
@@ -16,177 +16,39 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from atlas_jax.options import (
+    ALGORITHMS,
+    CHOICES,
+    FRACTIONS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    REWARDS,
+    SYNONYMS,
+    DataConfig,
+    GRPOConfig,
+    MeshConfig,
+    ModelOptions,
+    RewardConfig,
+    RolloutConfig,
+    SFTConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ALGORITHMS",
+    "CHOICES",
+    "REWARDS",
+    "DataConfig",
+    "GRPOConfig",
+    "MeshConfig",
+    "ModelOptions",
+    "RewardConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "TrainConfig",
+]
+
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where training rows come from and how they become token sequences."""
-
-    dataset_path: str = ""
-    """A `.jsonl` or `.parquet` file, several separated by commas, a hub dataset (`owner/name`), or
-    one file of it (`owner/name:folder/file.jsonl`)."""
-    dataset_split: str = "train"
-    """Split of a hub dataset; files have none."""
-    dataset_max_samples: int = 0
-    """Rows kept, drawn at random with `seed`; 0 keeps all."""
-    format: str = "auto"
-    """`messages`, `prompt_completion`, `teaching`, or `auto`: told from the fields of the rows."""
-    eval_path: str = ""
-    """Rows to evaluate on, in the forms of `dataset_path`; takes precedence over the ratio."""
-    eval_split: str = "test"
-    """Split that is read where `eval_path` is a hub dataset."""
-    eval_split_ratio: float = 0.0
-    """Share of the rows held out for evaluation when `eval_path` is empty."""
-    shuffle: bool = True
-    """Draw a new order every epoch; false keeps the order of the file."""
-    completion_only: bool = True
-    """Train on what the assistant writes only; false trains on prompts too."""
-    system_prompt: str = ""
-    """System message put before rows that have none."""
-    teacher_template: str = ""
-    """User message of a `teaching` row; fields `{question}` and `{approach}`."""
-    lesson_template: str = ""
-    """Assistant message of a `teaching` row; fields `{approach} {diagnosis} {teaching}`."""
-    length_buckets: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-    """Row lengths that unpacked batches are padded to; one compilation each."""
-    max_rejected_frac: float = 0.01
-    """Share of unreadable rows above which the run stops."""
-    num_workers: int = 2
-    """Threads that assemble batches ahead of the step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
-
-    data: int = 1
-    """Replicas of the model; batch rows are split over them."""
-    fsdp: int = -1
-    """Parts that parameters, gradients and optimizer state are split in; batch rows too."""
-    tensor: int = 1
-    """Parts that heads, hidden units and the vocabulary are split in."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """How the model is held and computed; what it is comes from its `config.json`."""
-
-    param_dtype: str = "float32"
-    """dtype of the master parameters and of the optimizer's moments."""
-    compute_dtype: str = "auto"
-    """dtype of activations and of the weights in matrix products; `auto` is bfloat16 on
-    accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32."""
-    export_dtype: str = "auto"
-    """dtype of `final/`; `auto` is what the source was stored in."""
-    max_shard_size: int = 5_000_000_000
-    """Bytes above which an export is split over several safetensors files."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """What every recipe shares; the names are those of TRL and of the original."""
-
-    algorithm: str = ""
-    """The recipe that runs; set by the config file, never by hand."""
-    model_name_or_path: str = ""
-    """Hugging Face directory, `.gguf` file or hub id of the model that is trained."""
-    tokenizer_name_or_path: str = ""
-    """Where the tokenizer comes from; empty takes the model's own."""
-    output_dir: str = ""
-    """Everything that the run writes. Running the same command again continues there."""
-    resume_from: str = ""
-    """Another run's `output_dir` to start from, when this run has no checkpoint of its own."""
-    seed: int = 42
-    learning_rate: float = 2e-5
-    """Peak of the schedule."""
-    lr_scheduler_type: str = "cosine"
-    """`constant`, `linear` or `cosine`, each after the warm-up."""
-    warmup_ratio: float = 0.1
-    """Share of all steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.01
-    """Decoupled (AdamW) and for matrices only: norms and biases have none."""
-    max_grad_norm: float = 1.0
-    """Global norm that gradients are clipped to; 0 clips nothing."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    num_train_epochs: float = 1.0
-    """Passes over the data when `max_steps` is -1."""
-    max_steps: int = -1
-    """Optimizer steps; -1 takes `num_train_epochs`."""
-    per_device_train_batch_size: int = 2
-    """Rows in one forward pass on each device of the `data` and `fsdp` axes."""
-    gradient_accumulation_steps: int = 0
-    """Forward passes an optimizer step; 0 is inferred from `train_batch_size`, or is 1."""
-    train_batch_size: int = 0
-    """Rows an optimizer step over all devices; 0 is the product of the other two."""
-    gradient_checkpointing: str = "full"
-    """`none` computes no matrix product twice, `dots` recomputes attention, `full` keeps a vector a
-    layer and recomputes the rest; `true` and `false` mean `full` and `none`."""
-    attn_implementation: str = "auto"
-    """`xla`, `cudnn` (NVIDIA), `splash` (TPU), or `auto`: the device's flash attention."""
-    max_seq_length: int = 2048
-    """Tokens in a row; longer examples are cut there and counted."""
-    packing: bool = False
-    """Put several examples in a row (best fit), kept apart by segment ids."""
-    loss_chunk_size: int = 256
-    """Positions a row whose logits exist at one time."""
-    logging_steps: int = 1
-    save_steps: int = 100
-    """Steps between checkpoints; 0 saves at the end only."""
-    save_total_limit: int = 3
-    """Checkpoints kept, newest first; 0 keeps all."""
-    eval_steps: int = 0
-    """Steps between evaluations; 0 evaluates at the end only."""
-    sharding: str = "fsdp"
-    """`fsdp` splits parameters, gradients and optimizer state over the `fsdp` axis (ZeRO-3),
-    `zero1` gradients and optimizer state (ZeRO-1/2), `replicated` nothing."""
-    offload: str = "none"
-    """`optimizer` keeps the optimizer state in host memory between steps."""
-    compilation_cache_dir: str = "~/.cache/atlas_jax/xla"
-    """Compiled programs are kept here between runs; empty keeps none."""
-    data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig()
-    model: ModelOptions = ModelOptions()
-
-
-@dataclasses.dataclass(frozen=True)
-class SFTConfig(TrainConfig):
-    """Supervised fine-tuning: cross entropy on what the assistant writes."""
-
-    algorithm: str = "sft"
-
-
-ALGORITHMS: dict[str, type[TrainConfig]] = {"sft": SFTConfig}
-
-CHOICES = {
-    "lr_scheduler_type": ("constant", "linear", "cosine"),
-    "gradient_checkpointing": ("none", "dots", "full"),
-    "attn_implementation": ("auto", "xla", "cudnn", "splash"),
-    "sharding": ("fsdp", "zero1", "replicated"),
-    "offload": ("none", "optimizer"),
-    "data.format": ("auto", "messages", "prompt_completion", "teaching"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.compute_dtype": ("auto", "float32", "bfloat16"),
-    "model.export_dtype": ("auto", "float32", "bfloat16", "float16"),
-}
-
-_SYNONYMS = {
-    ("gradient_checkpointing", "true"): "full",
-    ("gradient_checkpointing", "false"): "none",
-    ("attn_implementation", "flash_attention_2"): "auto",
-}
-
-_POSITIVE = (
-    "per_device_train_batch_size", "max_seq_length", "loss_chunk_size", "logging_steps",
-    "num_train_epochs", "learning_rate", "adam_epsilon", "model.max_shard_size", "data.num_workers",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "gradient_accumulation_steps", "train_batch_size", "save_steps", "save_total_limit",
-    "eval_steps", "weight_decay", "max_grad_norm", "data.dataset_max_samples",
-)  # fmt: skip
-_FRACTIONS = ("warmup_ratio", "data.eval_split_ratio", "data.max_rejected_frac")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +132,7 @@ def _frozen(cls: type[T], values: ConfigDict, prefix: str) -> T:
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
-    value = _SYNONYMS.get((name, str(value).lower()), value)
+    value = SYNONYMS.get((name, str(value).lower()), value)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if isinstance(default, tuple):
@@ -317,9 +179,58 @@ def validate(config: TrainConfig) -> None:
         )
     if config.max_steps == 0 or config.max_steps < -1:
         raise ValueError(f"max_steps={config.max_steps} must be above 0, or -1 to count epochs")
+    if isinstance(config, GRPOConfig):
+        _check_grpo(config)
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if sum(a == -1 for a in axes) > 1 or any(a == 0 or a < -1 for a in axes):
         raise ValueError(f"mesh sizes {axes} must be positive, and one of them at most -1")
+
+
+def _check_grpo(config: GRPOConfig) -> None:
+    """Checks what only GRPO has."""
+    if config.num_generations < 2:
+        raise ValueError(
+            f"num_generations={config.num_generations}: a group of one has no mean to compare "
+            "with; use 2 or more"
+        )
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"top_p={config.top_p} must be above 0 and at most 1; 1 keeps all tokens")
+    if not 0 < config.ref_model_mixup_alpha <= 1:
+        raise ValueError(
+            f"ref_model_mixup_alpha={config.ref_model_mixup_alpha} must be above 0 and at most 1"
+        )
+    if config.packing:
+        raise ValueError("packing=True is for SFT; GRPO rows hold a prompt and its completions")
+    if config.sync_ref_model and not config.beta:
+        raise ValueError("sync_ref_model=True without a reference; raise beta above 0")
+    if config.rollout.protocol == "teaching" and not config.student_model:
+        raise ValueError(
+            "student_model is empty; set --config.student_model=…, or "
+            "--config.rollout.protocol=direct to train without a student"
+        )
+    _check_rewards(config)
+
+
+def _check_rewards(config: GRPOConfig) -> None:
+    reward = config.reward
+    for name in reward.names:
+        if name not in REWARDS:
+            hint = nearest(name, REWARDS)
+            raise ValueError(f"reward.names has {name!r}; known are {', '.join(REWARDS)}{hint}")
+    if reward.weights and len(reward.weights) != len(reward.names):
+        raise ValueError(
+            f"reward.weights={reward.weights} for reward.names={reward.names}; give one weight "
+            "for each name, or none"
+        )
+    if not reward.names or len(set(reward.names)) < len(reward.names):
+        raise ValueError(
+            f"reward.names={reward.names} must name each reward once, and one at least"
+        )
+    if config.rollout.protocol == "direct" and "teaching_gain" in reward.names:
+        raise ValueError(
+            "the reward teaching_gain compares a student's answers, and protocol=direct has no "
+            "student; use reward.names=('exact_match',)"
+        )
 
 
 def _check_values(values: dict[str, Any]) -> None:
@@ -329,9 +240,9 @@ def _check_values(values: dict[str, Any]) -> None:
             hint = nearest(str(values[name]), choices)
             raise ValueError(f"{name}={values[name]!r} is not one of {', '.join(choices)}{hint}")
     for names, holds, rule in (
-        (_POSITIVE, lambda v: v > 0, "above 0"),
-        (_NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
-        (_FRACTIONS, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (POSITIVE, lambda v: v > 0, "above 0"),
+        (NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
+        (FRACTIONS, lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ):
         for name in names:
             if name in values and not holds(values[name]):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+
+from atlas_jax.types import Metrics
 
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
 _CLUSTERS = ("SLURM_JOB_NUM_NODES", "OMPI_MCA_orte_hnp_uri", "JOBSET_NAME", "TPU_WORKER_HOSTNAMES")
@@ -74,3 +77,12 @@ def max_over_processes(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.process_allgather(jax.numpy.asarray(number)).max())
+
+
+def sum_over_processes(metrics: Metrics) -> Metrics:
+    """Returns the sums of `(sum, weight)` metrics; every process has the same names."""
+    if jax.process_count() == 1:
+        return metrics
+    values = np.asarray([metrics[name] for name in sorted(metrics)], np.float64)
+    total = multihost_utils.process_allgather(values.view(np.uint32)).view(np.float64).sum(0)
+    return {name: tuple(total[i]) for i, name in enumerate(sorted(metrics))}

@@ -8,6 +8,7 @@ each chunk's logits again. The vocabulary may be split over `tensor`, and rows a
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,22 @@ from jaxtyping import Array, Float, Int
 
 from atlas_jax.models.vocab import DIMS, local_ids
 from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
-from atlas_jax.types import Batch
+from atlas_jax.types import Batch, PolicyBatch
 
 _ROWS = PartitionSpec(BATCH_AXES)
+
+
+class Head(NamedTuple):
+    """How log-probabilities are computed; static in compiled programs."""
+
+    sharding: Sharding
+    """Of the table and of the rows."""
+    chunk_size: int
+    """Positions of a row whose logits exist at one time."""
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    with_entropy: bool = False
+    """Whether the entropy is computed too; else it is 0."""
 
 
 def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -28,84 +42,111 @@ def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def batch_logprobs(
-    hidden: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
-    batch: Batch,
-    sharding: Sharding,
-    chunk_size: int,
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: Batch, head: Head
 ) -> Float[Array, "B T"]:
     """Returns the log-probability of every token of `batch` given those before it.
 
     Entry t belongs to `tokens[:, t]`, as `loss_mask` does; entry 0 of a row is 0. At the first
     token of a later segment the number has no meaning, and `loss_mask` is false there.
     """
-    ahead = token_logprobs(hidden, table, next_tokens(batch.tokens), sharding, chunk_size)
+    ahead, _ = token_logprobs(hidden, table, next_tokens(batch.tokens), head)
     return jnp.pad(ahead[:, :-1], ((0, 0), (1, 0)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def policy_logprobs(
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: PolicyBatch, head: Head
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Returns the log-probability of every sampled token given its prompt and completion so far.
+
+    Entry t belongs to `tokens[:, t]`; the entropy is of the distribution that it was drawn from,
+    and is not differentiated. Entries outside `loss_mask` have no meaning.
+    """
+    before = _predecessors(batch.sequence_ids, batch.segment_ids)
+    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+    return token_logprobs(hidden, table, batch.tokens, head)
+
+
+def _predecessors(
+    sequence_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Int[Array, "B T"]:
+    """Returns where the token before each token stands: a completion continues its prompt."""
+    length = sequence_ids.shape[1]
+    prompt_end = jnp.sum((sequence_ids == 0) & (segment_ids > 0), axis=1, keepdims=True) - 1
+    begins = sequence_ids != jnp.pad(sequence_ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.maximum(jnp.where(begins, prompt_end, jnp.arange(length) - 1), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(
     hidden: Float[Array, "B T D"],
     table: Float[Array, "V D"],
     targets: Int[Array, "B T"],
-    sharding: Sharding,
-    chunk_size: int,
-) -> Float[Array, "B T"]:
-    """Returns `log softmax(hidden @ table.T)` at `targets`, in float32.
+    head: Head,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Returns `log softmax(hidden @ table.T / temperature)` at `targets`, and the entropy in nats.
+
+    Both are float32; the entropy is not differentiated.
 
     Args:
         hidden: normed last hidden states; the product is computed in their dtype and summed in
             float32.
         table: the output embedding as it rests between steps.
         targets: token ids.
-        sharding: of the table and of the rows.
-        chunk_size: positions of a row whose logits exist at one time.
+        head: how to compute.
     """
-    return _run_forward(hidden, table, targets, sharding, chunk_size)[0]
+    return _run_forward(hidden, table, targets, head)[:2]
 
 
 def _run_forward(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, sharding: Sharding, chunk_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probabilities and the log-partition function, both `[B, T]`."""
-    rest = sharding.params(DIMS).spec
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, head: Head
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns log-probabilities, entropy and the log-partition function, each `[B, T]`."""
+    rest = head.sharding.params(DIMS).spec
 
     @functools.partial(
         jax.shard_map,
-        mesh=sharding.mesh,
+        mesh=head.sharding.mesh,
         in_specs=(_ROWS, rest, _ROWS),
-        out_specs=(_ROWS, _ROWS),
+        out_specs=(_ROWS,) * 3,
         check_vma=False,
     )
     def local(
         hidden: jax.Array, table: jax.Array, targets: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         table = all_gather(table, rest, hidden.dtype)
 
         def chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-            logits = _logits(inputs[0], table)
+            logits = _logits(inputs[0], table, head)
             log_partition = _logsumexp(logits)
-            return None, jnp.stack([_pick(logits, inputs[1]) - log_partition, log_partition])
+            entropy = jnp.zeros_like(log_partition)
+            if head.with_entropy:
+                mean = jnp.sum(jnp.exp(logits - log_partition[..., None]) * logits, axis=-1)
+                entropy = log_partition - jax.lax.psum(mean, "tensor")
+            logprobs = _pick(logits, inputs[1]) - log_partition
+            return None, jnp.stack([logprobs, entropy, log_partition])
 
-        chunks = _split(hidden, chunk_size), _split(targets, chunk_size)
-        results = jax.lax.scan(chunk, None, chunks)[1]  # [chunks, 2, B, T / chunks]
-        logprobs, log_partition = (_join(results[:, i], targets.shape[1]) for i in (0, 1))
-        return logprobs, log_partition
+        chunks = _split(hidden, head.chunk_size), _split(targets, head.chunk_size)
+        results = jax.lax.scan(chunk, None, chunks)[1]  # [chunks, 3, B, T / chunks]
+        logprobs, entropy, log_partition = (
+            _join(results[:, i], targets.shape[1]) for i in range(3)
+        )
+        return logprobs, entropy, log_partition
 
     return local(hidden, table, targets)
 
 
 def _forward(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, sharding: Sharding, chunk_size: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    logprobs, log_partition = _run_forward(hidden, table, targets, sharding, chunk_size)
-    return logprobs, (hidden, table, targets, log_partition)
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, head: Head
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    logprobs, entropy, log_partition = _run_forward(hidden, table, targets, head)
+    return (logprobs, entropy), (hidden, table, targets, log_partition)
 
 
 def _backward(
-    sharding: Sharding, chunk_size: int, residuals: tuple[jax.Array, ...], g: jax.Array
+    head: Head, residuals: tuple[jax.Array, ...], g: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
     """The derivative of `log softmax` at target y: one-hot(y) - softmax."""
+    sharding = head.sharding
     rest, split = sharding.params(DIMS).spec, sharding.optimizer(DIMS, memory=False).spec
     hidden, table, targets, log_partition = residuals
 
@@ -123,28 +164,30 @@ def _backward(
             h, targets, log_partition, g = inputs
             ids, found = local_ids(targets, whole.shape[0])
             is_target = (jnp.arange(whole.shape[0]) == ids[..., None]) & found[..., None]
-            softmax = jnp.exp(_logits(h, whole) - log_partition[..., None])
-            d_logits = ((is_target - softmax) * g[..., None]).astype(h.dtype)
+            softmax = jnp.exp(_logits(h, whole, head) - log_partition[..., None])
+            d_logits = (is_target - softmax) * (g / head.temperature)[..., None]
+            d_logits = d_logits.astype(h.dtype)
             d_hidden = jnp.einsum("btv,vd->btd", d_logits, whole)
             return d_table + jnp.einsum(
                 "btv,btd->vd", d_logits, h, preferred_element_type=jnp.float32
             ), d_hidden
 
         start = jnp.zeros(whole.shape, jnp.float32)
-        chunks = [_split(x, chunk_size) for x in (hidden, *rows)]
+        chunks = [_split(x, head.chunk_size) for x in (hidden, *rows)]
         d_table, d_hidden = jax.lax.scan(chunk, start, tuple(chunks))
         d_hidden = jax.lax.psum(_join(d_hidden, hidden.shape[1]), "tensor")
         return d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
 
-    d_hidden, d_table = local(hidden, table, targets, log_partition, g)
+    d_hidden, d_table = local(hidden, table, targets, log_partition, g[0])
     return d_hidden, d_table, np.zeros(targets.shape, jax.dtypes.float0)
 
 
 token_logprobs.defvjp(_forward, _backward)
 
 
-def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+def _logits(hidden: jax.Array, table: jax.Array, head: Head) -> jax.Array:
+    logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+    return logits if head.temperature == 1.0 else logits / head.temperature
 
 
 def _logsumexp(logits: jax.Array) -> jax.Array:

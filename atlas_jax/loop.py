@@ -18,20 +18,30 @@ from atlas_jax import distributed, metrics
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
-from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.step import TrainState
-from atlas_jax.types import Batch, Metrics, Params
+from atlas_jax.types import Metrics, Params
+
+
+class StepInput(NamedTuple):
+    """What one step trains on."""
+
+    batch: Any  # placed arrays, [microbatches, B, T]
+    num_tokens: int  # that it reads over all processes, padding left out
+    metrics: Metrics  # of how it came about, over all processes
 
 
 @runtime_checkable
-class Batches(Protocol):
-    """Batches of this process, and the position in them."""
+class Feed(Protocol):
+    """Where batches come from, and the position in them."""
 
-    def __next__(self) -> Batch:
-        """Returns the next batch."""
+    def next(self, state: TrainState) -> StepInput:
+        """Returns the next batch; completions are sampled from the state's parameters."""
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position behind the last batch, ready for JSON."""
+
+    def get_reference(self) -> Params | None:
+        """Returns reference parameters that change while training; None if there are none."""
 
 
 class Job(NamedTuple):
@@ -39,11 +49,9 @@ class Job(NamedTuple):
 
     config: TrainConfig
     num_steps: int
-    sharding: Sharding
-    microbatches: int
     flops_per_token: Callable[[int], float]  # by row length
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[Params], dict[str, float]] | None
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
 
@@ -60,12 +68,13 @@ class _Pending(NamedTuple):
     """A step whose metrics the devices still compute."""
 
     step: int
-    metrics: Metrics
+    metrics: Metrics  # on the devices
+    known: Metrics  # on the host
     tokens: int
     length: int
 
 
-def run(job: Job, state: TrainState, batches: Batches) -> Outcome:
+def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
     """Trains until `job.num_steps`, or until SIGTERM or SIGINT, and saves where it stopped.
 
     Metrics of a step are fetched when the next one has been dispatched, so that devices never wait
@@ -79,11 +88,12 @@ def run(job: Job, state: TrainState, batches: Batches) -> Outcome:
     pending: _Pending | None = None
     with _stop_signal() as stop_requested, log.progress:
         for step in range(start + 1, job.num_steps + 1):
-            batch = next(batches)
-            state, values = job.train_step(state, to_global(batch, job.sharding, job.microbatches))
+            given = feed.next(state)
+            state, values = job.train_step(state, given.batch)
             if pending:
                 log.fetch(pending)
-            pending = _Pending(step, values, _global_tokens(batch), batch.tokens.shape[1])
+            length = given.batch.tokens.shape[-1]
+            pending = _Pending(step, values, given.metrics, given.num_tokens, length)
             stop = distributed.any_process(stop_requested())
             last = stop or step == job.num_steps
             save = last or _due(step, job.config.save_steps)
@@ -92,9 +102,9 @@ def run(job: Job, state: TrainState, batches: Batches) -> Outcome:
                 log.fetch(pending)
                 pending = None
             if evaluate and job.evaluate:
-                log.write(step, job.evaluate(state.params))
+                log.write(step, job.evaluate(state))
             if save:
-                _save(job, state, batches)
+                _save(job, state, feed)
             if stop:
                 logging.warning("stopped by a signal at step %d; the same command continues", step)
                 break
@@ -106,13 +116,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _save(job: Job, state: TrainState, batches: Batches) -> None:
-    job.checkpoints.save(state, batches.get_state(), masked(job.config))
-
-
-def _global_tokens(batch: Batch) -> int:
-    """Returns how many tokens the step reads over all processes, padding left out."""
-    return int((batch.segment_ids > 0).sum()) * jax.process_count()
+def _save(job: Job, state: TrainState, feed: Feed) -> None:
+    config, reference = masked(job.config), feed.get_reference()
+    job.checkpoints.save(state, feed.get_state(), config, reference)
 
 
 class _Log:
@@ -136,7 +142,7 @@ class _Log:
         now = time.perf_counter()
         self._secs.append(now - self._mark)
         self._mark = now
-        self._total = metrics.add(self._total, values)
+        self._total = metrics.add(metrics.add(self._total, values), pending.known)
         self._tokens += pending.tokens
         self._flops += pending.tokens * self._job.flops_per_token(pending.length)
         self._check_finite(pending.step, values)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from atlas_jax.types import Metrics
@@ -66,6 +67,18 @@ class MetricWriter:
         self._file.flush()
         scalars = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._event(step, summary=summary_pb2.Summary(value=scalars))
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Shows Markdown in TensorBoard's text tab."""
+        if not self._enabled:
+            return
+        value = summary_pb2.Summary.Value(
+            tag=name, metadata=text_metadata.create_summary_metadata(name, "")
+        )
+        value.tensor.dtype = 7  # DT_STRING
+        value.tensor.tensor_shape.dim.add(size=1)
+        value.tensor.string_val.append(text.encode())
+        self._event(step, summary=summary_pb2.Summary(value=[value]))
 
     def _event(self, step: int, **content: Any) -> None:
         self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, **content))

@@ -11,9 +11,9 @@ import optax
 
 from atlas_jax.losses import LossSum
 from atlas_jax.sharding import Sharding
-from atlas_jax.types import Array, Batch, Metrics, Params
+from atlas_jax.types import Array, Metrics, Params
 
-LossFn = Callable[[Params, Batch], tuple[LossSum, Metrics]]
+LossFn = Callable[[Params, Any], tuple[LossSum, Metrics]]
 """`(params, one microbatch) -> ((sum, weight), metrics)`"""
 
 
@@ -84,8 +84,8 @@ def abstract_state(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: Optimizer, dims: Params, sharding: Sharding
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    loss_fn: LossFn, optimizer: Optimizer, dims: Params, sharding: Sharding, num_updates: int = 1
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Returns the compiled `(state, batch) -> (state, metrics)`; it consumes the state.
 
     The batch is `[microbatches, B, T]` (`sharding.to_global`). Gradients of the microbatches' loss
@@ -97,6 +97,7 @@ def make_train_step(
         optimizer: from `place_optimizer`.
         dims: of the parameters.
         sharding: where everything lives.
+        num_updates: updates on each batch; metrics are summed over them.
     """
 
     def split(grads: Params) -> Params:
@@ -106,7 +107,7 @@ def make_train_step(
             dims,
         )
 
-    def microbatch(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+    def microbatch(params: Params, batch: Any) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
             (total, weight), metrics = loss_fn(params, batch)
             return total, metrics | {"loss/total": (total, weight)}
@@ -114,7 +115,7 @@ def make_train_step(
         grads, metrics = jax.grad(loss, has_aux=True)(params)
         return split(grads), metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = _accumulate(microbatch, state.params, batch)
         weight = jnp.maximum(metrics["loss/total"][1], 1.0)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
@@ -123,9 +124,23 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics |= {
             "optim/grad_norm": (optax.tree.norm(grads), jnp.float32(1)),
-            "optim/learning_rate": (optimizer.learning_rate(state.step), jnp.float32(1)),
+            "optim/learning_rate": (
+                optimizer.learning_rate(state.step * num_updates + number),
+                jnp.float32(1),
+            ),
         }
-        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+        return TrainState(state.step, params, opt_state, state.rng), metrics
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = update(state, batch, 0)
+        if num_updates > 1:
+            state, more = jax.lax.scan(
+                lambda state, number: update(state, batch, number),
+                state,
+                jnp.arange(1, num_updates),
+            )
+            metrics = jax.tree.map(lambda first, rest: first + rest.sum(), metrics, more)
+        return state._replace(step=state.step + 1), metrics
 
     places = TrainState(
         sharding.replicated,
@@ -138,11 +153,11 @@ def make_train_step(
     )
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Batch], Metrics]:
+def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
     """Returns the compiled `(params, batch [microbatches, B, T]) -> metrics`."""
 
-    def step(params: Params, batch: Batch) -> Metrics:
-        def one(batch: Batch) -> Metrics:
+    def step(params: Params, batch: Any) -> Metrics:
+        def one(batch: Any) -> Metrics:
             loss, metrics = loss_fn(params, batch)
             return metrics | {"loss/total": loss}
 
@@ -152,14 +167,14 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Batch], Metrics]:
 
 
 def _accumulate(
-    microbatch: Callable[[Params, Batch], tuple[Params, Metrics]], params: Params, batch: Batch
+    microbatch: Callable[[Params, Any], tuple[Params, Metrics]], params: Params, batch: Any
 ) -> tuple[Params, Metrics]:
     """Returns the sums of gradients and metrics over the leading dim of `batch`."""
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
         return microbatch(params, first)
 
-    def add(sums: Any, batch: Batch) -> tuple[Any, None]:
+    def add(sums: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, microbatch(params, batch)), None
 
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(microbatch, params, first))

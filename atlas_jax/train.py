@@ -6,14 +6,13 @@ argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from atlas_jax import cli
 from atlas_jax import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
@@ -23,36 +22,23 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
 
 
 def main(argv: list[str]) -> None:
-    """Runs the recipe of the config; a user's error is one line, without a traceback."""
-    try:
-        if _CONFIG.value is None or argv[1:]:
-            raise ValueError(f"--config FILE is needed, and nothing else: {argv[1:]}")
-        run(config_lib.freeze(_CONFIG.value))
-    except (ValueError, OSError) as error:
-        if os.environ.get("ATLAS_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}\n(ATLAS_TRACEBACK=1 shows where)")
+    """Runs the recipe of the config."""
+    if _CONFIG.value is None or argv[1:]:
+        raise ValueError(f"--config FILE is needed, and nothing else: {argv[1:]}")
+    run(config_lib.freeze(_CONFIG.value))
 
 
 def run(config: config_lib.TrainConfig) -> None:
     """Checks the config, starts JAX and trains."""
     config_lib.validate(config)
     from atlas_jax import distributed
-    from atlas_jax.recipes import sft
+    from atlas_jax.recipes import grpo, sft
 
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    recipes: dict[str, Callable[[Any], None]] = {"sft": sft.run}
+    recipes: dict[str, Callable[[Any], None]] = {"sft": sft.run, "grpo": grpo.run}
     recipes[config.algorithm](config)
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a key that the config lacks is answered with the nearest that it has."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).strip(chr(39))}")
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    app.run(main, flags_parser=parse)
+    app.run(cli.guarded(main), flags_parser=cli.parse)

@@ -13,6 +13,3 @@ need_environment() {
     touch "$stamp"
   fi
 }
-
-# Huge pages for what XLA allocates anew in every step on CPU: 7 % less time for SmolLM2-135M.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}

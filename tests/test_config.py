@@ -109,7 +109,8 @@ def test_every_option_is_read_somewhere():
     for path in pathlib.Path("atlas_jax").rglob("*.py"):
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    unread = {name.split(".")[-1] for name in config.flat(SFTConfig())} - read
+    options = config.flat(SFTConfig()) | config.flat(config.GRPOConfig())
+    unread = {name.split(".")[-1] for name in options} - read
     assert not unread
 
 

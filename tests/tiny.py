@@ -109,6 +109,6 @@ def loss_sum(decoder: Decoder, params, rows: Batch, chunk: int = 16):
     rows = Batch(*map(jnp.asarray, rows))
     table = decoder.output_table(params)
     found = logprobs.batch_logprobs(
-        hidden(decoder, params, rows), table, rows, decoder.sharding, chunk
+        hidden(decoder, params, rows), table, rows, logprobs.Head(decoder.sharding, chunk)
     )
     return losses.cross_entropy(found, rows.loss_mask)[0]

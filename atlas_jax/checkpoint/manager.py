@@ -1,7 +1,8 @@
 """Checkpoints of a run: what it takes to continue exactly, written in the background by Orbax.
 
 `checkpoints/STEP/` holds `params`, `train` (step, optimizer, random key), `data` (position and
-fingerprint) and `config`. A directory gets its name when everything in it is written.
+fingerprint), `config`, and `reference` where a reference model follows the policy. A directory
+gets its name when everything in it is written.
 """
 
 from __future__ import annotations
@@ -34,15 +35,22 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=True),
-            item_names=("params", "train", "data", "config"),
+            item_names=("params", "train", "data", "config", "reference"),
         )
 
     def latest(self) -> int | None:
         """Returns the newest complete step, None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: dict[str, Any], config: dict[str, Any]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        data: dict[str, Any],
+        config: dict[str, Any],
+        reference: Params | None = None,
+    ) -> None:
         """Starts to write the state; returns when the devices may change it."""
+        more = {} if reference is None else {"reference": ocp.args.StandardSave(reference)}
         rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
         self._manager.save(
             int(state.step),
@@ -51,6 +59,7 @@ class Checkpoints:
                 train=ocp.args.StandardSave(rest),
                 data=ocp.args.JsonSave(data),
                 config=ocp.args.JsonSave(config),
+                **more,
             ),
         )
 
@@ -71,10 +80,14 @@ class Checkpoints:
         )
         return Restored(TrainState(params=found.params, **found.train), found.data)
 
-    def restore_params(self, step: int, abstract: Params) -> Params:
-        """Returns only the parameters that were saved at `step`."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).params
+    def restore_params(self, step: int, abstract: Params, item: str = "params") -> Params:
+        """Returns only the parameters, or the reference, that were saved at `step`."""
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        return self._manager.restore(step, args=args)[item]
+
+    def has_reference(self, step: int) -> bool:
+        """Returns whether a reference was saved at `step`."""
+        return (self.directory / str(step) / "reference").exists()
 
     def has_training_state(self, step: int) -> bool:
         """Returns whether `step` holds more than parameters."""

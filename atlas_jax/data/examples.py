@@ -34,7 +34,7 @@ _TEMPLATE_FIELDS = {
     "teacher_template": ("question", "approach"),
     "lesson_template": ("approach", "diagnosis", "teaching"),
 }
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 class Conversation(NamedTuple):
@@ -134,7 +134,7 @@ def check_templates(config: DataConfig) -> None:
         ValueError: for a placeholder that no field fills.
     """
     for option, known in _TEMPLATE_FIELDS.items():
-        for name in _PLACEHOLDER.findall(getattr(config, option)):
+        for name in PLACEHOLDER.findall(getattr(config, option)):
             if name not in known:
                 raise ValueError(
                     f"data.{option} has the unknown field {{{name}}}; it may use "
@@ -144,7 +144,7 @@ def check_templates(config: DataConfig) -> None:
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Returns `template` with `{name}` replaced by `values[name]`; braces in values stay as is."""
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def _prompt_completion(name: str, prompt: Any, completion: Any) -> Sample:

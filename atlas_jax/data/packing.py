@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from atlas_jax.types import Batch, Example
+from atlas_jax.types import Batch, Completion, Example, PolicyBatch
 
 
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
@@ -109,3 +110,69 @@ def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
             batch.loss_mask[row, start + 1 : end] = example.loss_mask[1:]
             start = end
     return batch
+
+
+class Scored(NamedTuple):
+    """A completion with what the losses need of it."""
+
+    completion: Completion
+    advantage: float
+    trains: bool
+    """Whether the loss counts it."""
+
+
+def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int) -> PolicyBatch:
+    """Returns groups of completions as rows, `per_row` completions behind each copy of a prompt.
+
+    Args:
+        groups: completions of one prompt each; all groups have the same size.
+        per_row: completions of a row; it divides the size of a group.
+        length: tokens of a row.
+
+    Raises:
+        ValueError: if a row does not fit.
+    """
+    rows = [
+        group[first : first + per_row]
+        for group in groups
+        for first in range(0, len(group), per_row)
+    ]
+    shape = (len(rows), length)
+    batch = PolicyBatch(
+        tokens=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+        segment_ids=np.zeros(shape, np.int32),
+        sequence_ids=np.zeros(shape, np.int32),
+        loss_mask=np.zeros(shape, bool),
+        advantages=np.zeros(shape, np.float32),
+        rollout_logprobs=np.zeros(shape, np.float32),
+    )
+    for row, completions in enumerate(rows):
+        needed = row_tokens(completions)
+        if needed > length:
+            raise ValueError(f"row {row} holds {needed} tokens, but has room for {length}")
+        _fill_policy_row(PolicyBatch(*(x[row] for x in batch[:7])), completions)
+    return batch
+
+
+def row_tokens(completions: Sequence[Scored]) -> int:
+    """Returns the tokens of a row of one prompt and these completions."""
+    prompt = len(completions[0].completion.prompt_ids)
+    return prompt + sum(c.completion.num_tokens for c in completions)
+
+
+def _fill_policy_row(row: PolicyBatch, completions: Sequence[Scored]) -> None:
+    """Writes the prompt and the completions into the arrays `[T]` of one row."""
+    prompt = completions[0].completion.prompt_ids
+    end = len(prompt)
+    row.tokens[:end] = prompt
+    row.positions[:end] = np.arange(end)
+    row.segment_ids[: row_tokens(completions)] = 1
+    for number, (completion, advantage, trains) in enumerate(completions, start=1):
+        start, end = end, end + completion.num_tokens
+        row.tokens[start:end] = completion.token_ids
+        row.positions[start:end] = len(prompt) + np.arange(end - start)
+        row.sequence_ids[start:end] = number
+        row.loss_mask[start:end] = trains
+        row.advantages[start:end] = advantage
+        row.rollout_logprobs[start:end] = completion.untruncated_logprobs

@@ -76,37 +76,67 @@ def make_sharding(config: TrainConfig) -> Sharding:
     return Sharding(make_mesh(config.mesh), config.sharding, config.offload)
 
 
-def open_model(config: TrainConfig, sharding: Sharding) -> Model:
-    """Opens the model and its tokenizer, and checks that they fit each other.
+def open_model(config: TrainConfig, sharding: Sharding, longest: int) -> Model:
+    """Opens the model that is trained, and writes its config and tokenizer beside the checkpoints.
+
+    Args:
+        config: of the run.
+        sharding: where its parameters live.
+        longest: tokens of the longest sequence.
 
     Raises:
         ValueError: for files that are missing, broken or not supported.
     """
-    path = hf.resolve(config.model_name_or_path)
-    source = hf.open_source(path)
-    tokenizer = load_tokenizer(config.tokenizer_name_or_path or path)
-    options = config.model
+    dtype = jnp.dtype(config.model.param_dtype)
+    tokenizer = config.tokenizer_name_or_path
+    model = _open(config, config.model_name_or_path, sharding, dtype, tokenizer)
+    most = model.decoder.config.max_positions
+    if longest > most:
+        raise ValueError(
+            f"sequences of {longest} tokens are longer than the {most} positions of "
+            f"{config.model_name_or_path}; lower max_seq_length, or max_prompt_length and "
+            "max_new_tokens"
+        )
+    if distributed.is_main():
+        hf.write_files(os.path.join(config.output_dir, manager.MODEL_FILES), model.files)
+    return model
+
+
+def open_frozen(config: TrainConfig, path: str, sharding: Sharding) -> Model:
+    """Opens a model that is not trained: its parameters rest in the compute dtype.
+
+    Raises:
+        ValueError: for files that are missing, broken or not supported.
+    """
+    return _open(config, path, sharding, compute_dtype(config, sharding), "")
+
+
+def compute_dtype(config: TrainConfig, sharding: Sharding) -> jnp.dtype:
+    """Returns the dtype of activations that `model.compute_dtype` means on these devices."""
     on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
-    automatic = "float32" if on_cpu else "bfloat16"
-    dtype = jnp.dtype(automatic if options.compute_dtype == "auto" else options.compute_dtype)
+    wanted = config.model.compute_dtype
+    return jnp.dtype(("float32" if on_cpu else "bfloat16") if wanted == "auto" else wanted)
+
+
+def _open(
+    config: TrainConfig, name: str, sharding: Sharding, param_dtype: jnp.dtype, tokenizer_name: str
+) -> Model:
+    path = hf.resolve(name)
+    source = hf.open_source(path)
+    tokenizer = load_tokenizer(tokenizer_name or path)
+    dtype = compute_dtype(config, sharding)
     architecture = from_hf(source.config)
     check_vocabulary(tokenizer, architecture.vocab_size)
-    if config.max_seq_length > architecture.max_positions:
-        raise ValueError(
-            f"max_seq_length={config.max_seq_length} is more than the "
-            f"{architecture.max_positions} positions of {path}; use at most that"
-        )
-    files = hf.ModelFiles(source.config, source.generation_config, tokenizer)
-    if distributed.is_main():
-        hf.write_files(os.path.join(config.output_dir, manager.MODEL_FILES), files)
     decoder = Decoder(
         architecture,
         sharding,
         attention.select(config.attn_implementation, sharding.mesh, config.packing, dtype),
-        param_dtype=jnp.dtype(options.param_dtype),
+        param_dtype=param_dtype,
         compute_dtype=dtype,
         remat=config.gradient_checkpointing,
     )
+    decoder.placements()
+    files = hf.ModelFiles(source.config, source.generation_config, tokenizer)
     return Model(source, decoder, files)
 
 

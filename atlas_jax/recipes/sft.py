@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -13,7 +14,7 @@ from atlas_jax.config import SFTConfig, batch_plan
 from atlas_jax.data import chat, loader, sources
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import setup
-from atlas_jax.sharding import to_global
+from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.types import Batch, Metrics, Params
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
@@ -25,8 +26,7 @@ def run(config: SFTConfig) -> None:
     sharding = setup.make_sharding(config)
     plan = batch_plan(config, sharding.num_replicas)
     setup.open_run(config)
-    model = setup.open_model(config, sharding)
-    model.decoder.placements()
+    model = setup.open_model(config, sharding, config.max_seq_length)
     train, held_out = _datasets(config, model, plan.global_rows, sharding.num_replicas)
     num_steps = config.max_steps
     if num_steps == -1:
@@ -39,8 +39,6 @@ def run(config: SFTConfig) -> None:
     job = loop.Job(
         config=config,
         num_steps=num_steps,
-        sharding=sharding,
-        microbatches=plan.microbatches,
         flops_per_token=model.decoder.config.flops_per_token,
         train_step=step.make_train_step(loss_fn, optimizer, model.decoder.dims, sharding),
         evaluate=make_evaluate(loss_fn, held_out, model.decoder) if held_out else None,
@@ -50,11 +48,32 @@ def run(config: SFTConfig) -> None:
     batches = train.batches(first)
     if start.data:
         batches.set_state(start.data)
-    outcome = loop.run(job, start.state, batches)
+    outcome = loop.run(job, start.state, _Feed(batches, sharding, plan.microbatches))
     batches.close()
     job.writer.close()
     if not outcome.stopped:
         _report(outcome, setup.export(config, model, outcome.state.params))
+
+
+class _Feed(NamedTuple):
+    """Puts the loader's batches on the devices."""
+
+    batches: loader.Batches
+    sharding: Sharding
+    microbatches: int
+
+    def next(self, state: step.TrainState) -> loop.StepInput:
+        """Returns the next batch; it does not depend on the state."""
+        batch = next(self.batches)
+        num_tokens = int((batch.segment_ids > 0).sum()) * jax.process_count()
+        return loop.StepInput(to_global(batch, self.sharding, self.microbatches), num_tokens, {})
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position in the data."""
+        return self.batches.get_state()
+
+    def get_reference(self) -> None:
+        """There is no reference model."""
 
 
 def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
@@ -63,7 +82,8 @@ def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
     def loss(params: Params, batch: Batch) -> tuple[losses.LossSum, Metrics]:
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
         table = decoder.output_table(params)
-        found = logprobs.batch_logprobs(hidden, table, batch, decoder.sharding, chunk_size)
+        head = logprobs.Head(decoder.sharding, chunk_size)
+        found = logprobs.batch_logprobs(hidden, table, batch, head)
         return losses.cross_entropy(found, batch.loss_mask), {}
 
     return loss
@@ -71,16 +91,16 @@ def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
 
 def make_evaluate(
     loss_fn: step.LossFn, held_out: loader.TokenDataset, decoder: Decoder
-) -> Callable[[Params], dict[str, float]]:
-    """Returns the mean loss over all held-out tokens as a function of the parameters."""
+) -> Callable[[step.TrainState], dict[str, float]]:
+    """Returns the mean loss over all held-out tokens as a function of the state."""
     eval_step = step.make_eval_step(loss_fn)
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(state: step.TrainState) -> dict[str, float]:
         total: Metrics = {}
         batches = held_out.batches(0, held_out.num_steps(1))
         for batch in batches:
             placed = to_global(batch, decoder.sharding, 1)
-            total = metrics.add(total, jax.device_get(eval_step(params, placed)))
+            total = metrics.add(total, jax.device_get(eval_step(state.params, placed)))
         batches.close()
         return {"eval/loss": metrics.means(total)["loss/total"]}
 

@@ -30,3 +30,5 @@ class Speaker(NamedTuple):
     encode: Callable[[str], tuple[int, ...]]
     """A user's message -> the prompt under the model's chat template."""
     generate: Generate
+    context: int
+    """Tokens that a prompt and its completion may have together."""

@@ -108,9 +108,13 @@ class LocalEngine:
         """
         for request in requests:
             self._check(request)
-        size = max(1, self.max_rows // requests[0].num_samples) if requests else 1
-        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-        return [group for part in parts for group in self._run(params, version, part, sampling)]
+        samples = distributed.max_over_processes(max((r.num_samples for r in requests), default=1))
+        size = max(1, self.max_rows // samples)
+        done: list[list[Completion]] = []
+        for first in range(0, distributed.max_over_processes(len(requests)), size):
+            part = requests[first : first + size]
+            done += self._run(params, version, part, samples, sampling)
+        return done
 
     def _check(self, request: Request) -> None:
         most = self.decoder.config.max_positions
@@ -124,11 +128,17 @@ class LocalEngine:
             )
 
     def _run(
-        self, params: Params, version: int, requests: Sequence[Request], sampling: Sampling
+        self,
+        params: Params,
+        version: int,
+        requests: Sequence[Request],
+        samples: int,
+        sampling: Sampling,
     ) -> list[list[Completion]]:
+        """Decodes one grid; this process may have no request while others have."""
         sharding = self.decoder.sharding
-        groups = [[_Row(r.max_tokens) for _ in range(r.num_samples)] for r in requests]
-        places = _fill(groups, _bucket(len(groups), sharding), requests[0].num_samples)
+        groups = [[_Row(r.max_tokens) for _ in range(samples)] for r in requests]
+        places = _fill(groups, _bucket(len(groups), sharding), samples)
         static = self.decoder, self.stop_ids, sampling
         grid, chunk = _start(*static, params, *_inputs(requests, places, sharding))
         while True:
@@ -243,7 +253,8 @@ def _inputs(
     requests: Sequence[Request], places: _Places, sharding: Sharding
 ) -> tuple[jax.Array, ...]:
     """Returns prompts `[P, S]`, their lengths, the limits and the keys of the rows on devices."""
-    longest = distributed.max_over_processes(max(len(r.prompt_ids) for r in requests))
+    own = max((len(r.prompt_ids) for r in requests), default=1)
+    longest = distributed.max_over_processes(own)
     tokens = np.zeros((len(places), _power_of_two(max(longest, _SHORTEST))), np.int32)
     lengths = np.ones(len(places), np.int32)
     seeds = np.zeros(len(places), np.uint32)
@@ -289,7 +300,7 @@ def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _P
     return moved._replace(alive=place_rows(still, sharding)), kept
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=0)
 def _take(parts: int, grid: _Grid, taken: jax.Array) -> _Grid:
     """Returns the chosen prompts of each part of the grid, and the chosen rows of each prompt."""
     prompts, rows = taken[:, 0].reshape(parts, -1), taken[:, 1:]
@@ -318,7 +329,7 @@ def _with_room(grid: _Grid, sharding: Sharding) -> _Grid:
     return grid._replace(cache=grid.cache._replace(own=_double(grid.cache.own)))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit
 def _double(own: Any) -> Any:
     def one(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, x.shape[3] if dim == 3 else 0) for dim in range(x.ndim)])

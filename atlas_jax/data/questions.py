@@ -1,0 +1,134 @@
+"""Questions for GRPO and for evaluation: what rows hold, and the order in which they are asked.
+
+| part of a question | fields, the first that a row has |
+|---|---|
+| question | `prompt`, `problem_text`, `question`, `input` |
+| ground truth | `ground_truth`, `answer`, `solution` |
+
+All other fields that are texts or numbers may be used by templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from atlas_jax.data.examples import PLACEHOLDER
+from atlas_jax.data.sources import Row, Rows, check_rejected
+from atlas_jax.types import Question
+
+_QUESTION = ("prompt", "problem_text", "question", "input")
+_GROUND_TRUTH = ("ground_truth", "answer", "solution")
+_ORDER_STREAM = 3
+_HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
+
+
+def parse_questions(rows: Rows, max_rejected_frac: float, needs_truth: bool) -> list[Question]:
+    """Returns a question for each row.
+
+    Args:
+        rows: of the dataset.
+        max_rejected_frac: share of unusable rows above which the run stops.
+        needs_truth: whether a row without ground truth is unusable.
+
+    Raises:
+        ValueError: for too many unusable rows, and if none is left.
+    """
+    questions, rejected = [], []
+    for row in rows.rows:
+        try:
+            questions.append(to_question(row, needs_truth))
+        except ValueError as error:
+            rejected.append(f"{row.name}: {error}")
+    check_rejected(rejected, len(rows.rows), max_rejected_frac)
+    if not questions:
+        raise ValueError("the dataset has no usable question; look at data.dataset_path")
+    return questions
+
+
+def to_question(row: Row, needs_truth: bool) -> Question:
+    """Returns one row as a question.
+
+    Raises:
+        ValueError: says what the row lacks, without its name.
+    """
+    fields = {k: v for k, v in row.fields.items() if v is not None}
+    question, truth = _first(fields, _QUESTION), _first(fields, _GROUND_TRUTH)
+    if not question:
+        raise ValueError(
+            f"has no question; it has {', '.join(fields) or 'no fields'}; name the text one of "
+            f"{', '.join(_QUESTION)}"
+        )
+    if needs_truth and not truth:
+        raise ValueError(
+            "has no ground truth, which the reward needs; add one of "
+            f"{', '.join(_GROUND_TRUTH)}, or choose another reward"
+        )
+    shown = {
+        k: str(v)
+        for k, v in fields.items()
+        if isinstance(v, str | int | float) and not _HIDDEN.search(k) and k not in _QUESTION
+    }
+    return Question(_text(fields.get("id", row.name)), question, truth, shown)
+
+
+def check_template(option: str, template: str, known: Sequence[str], needed: Sequence[str]) -> None:
+    """Checks the placeholders of a template.
+
+    Raises:
+        ValueError: for one that nothing fills, and for a needed one that is not there.
+    """
+    found = PLACEHOLDER.findall(template)
+    shown = ", ".join(f"{{{name}}}" for name in known)
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{option} has the unknown field {{{name}}}; it may use {shown}")
+    for name in needed:
+        if name not in found:
+            raise ValueError(
+                f"{option}={template!r} lacks {{{name}}}; the model would never see the {name}"
+            )
+
+
+class Order:
+    """In which order questions are asked: every epoch a new permutation."""
+
+    def __init__(self, questions: Sequence[Question], seed: int, shuffle: bool) -> None:
+        self._questions = questions
+        self._seed = seed
+        self._shuffle = shuffle
+        self._known = -1, np.arange(0)  # an epoch and its permutation
+
+    def at(self, position: int) -> Question:
+        """Returns the question that is asked as number `position`, from 0 and without an end."""
+        epoch, place = divmod(position, len(self._questions))
+        return self._questions[int(self._permutation(epoch)[place])]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._known[0] != epoch:
+            indices = np.arange(len(self._questions))
+            if self._shuffle:
+                rng = np.random.default_rng((self._seed, _ORDER_STREAM, epoch))
+                indices = rng.permutation(indices)
+            self._known = epoch, indices
+        return self._known[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the questions and of what decides their order."""
+        digest = hashlib.sha256(f"{self._seed} {self._shuffle}".encode())
+        for question in self._questions:
+            digest.update(repr(question[:3]).encode())
+        return digest.hexdigest()[:16]
+
+
+def _first(fields: dict[str, Any], names: Sequence[str]) -> str:
+    return next((text for name in names if (text := _text(fields.get(name, "")))), "")
+
+
+def _text(value: Any) -> str:
+    return str(value).strip() if isinstance(value, str | int | float) else ""

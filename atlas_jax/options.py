@@ -1,0 +1,291 @@
+"""Every option of every run, as frozen dataclasses. Imports no JAX.
+
+What is absent here cannot be set anywhere; the text behind an option is its documentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where training rows come from and how they become token sequences."""
+
+    dataset_path: str = ""
+    """A `.jsonl` or `.parquet` file, several separated by commas, a hub dataset (`owner/name`), or
+    one file of it (`owner/name:folder/file.jsonl`)."""
+    dataset_split: str = "train"
+    """Split of a hub dataset; files have none."""
+    dataset_max_samples: int = 0
+    """Rows kept, drawn at random with `seed`; 0 keeps all."""
+    format: str = "auto"
+    """`messages`, `prompt_completion`, `teaching`, or `auto`: told from the fields of the rows."""
+    eval_path: str = ""
+    """Rows to evaluate on, in the forms of `dataset_path`; takes precedence over the ratio."""
+    eval_split: str = "test"
+    """Split that is read where `eval_path` is a hub dataset."""
+    eval_split_ratio: float = 0.0
+    """Share of the rows held out for evaluation when `eval_path` is empty."""
+    shuffle: bool = True
+    """Draw a new order every epoch; false keeps the order of the file."""
+    completion_only: bool = True
+    """Train on what the assistant writes only; false trains on prompts too."""
+    system_prompt: str = ""
+    """System message put before rows that have none."""
+    teacher_template: str = ""
+    """User message of a `teaching` row; fields `{question}` and `{approach}`."""
+    lesson_template: str = ""
+    """Assistant message of a `teaching` row; fields `{approach} {diagnosis} {teaching}`."""
+    length_buckets: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    """Row lengths that unpacked batches are padded to; one compilation each."""
+    max_rejected_frac: float = 0.01
+    """Share of unreadable rows above which the run stops."""
+    num_workers: int = 2
+    """Threads that assemble batches ahead of the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+
+    data: int = 1
+    """Replicas of the model; batch rows are split over them."""
+    fsdp: int = -1
+    """Parts that parameters, gradients and optimizer state are split in; batch rows too."""
+    tensor: int = 1
+    """Parts that heads, hidden units and the vocabulary are split in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """How the model is held and computed; what it is comes from its `config.json`."""
+
+    param_dtype: str = "float32"
+    """dtype of the master parameters and of the optimizer's moments."""
+    compute_dtype: str = "auto"
+    """dtype of activations and of the weights in matrix products; `auto` is bfloat16 on
+    accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32."""
+    export_dtype: str = "auto"
+    """dtype of `final/`; `auto` is what the source was stored in."""
+    max_shard_size: int = 5_000_000_000
+    """Bytes above which an export is split over several safetensors files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What every recipe shares; the names are those of TRL and of the original."""
+
+    algorithm: str = ""
+    """The recipe that runs; set by the config file, never by hand."""
+    model_name_or_path: str = ""
+    """Hugging Face directory, `.gguf` file or hub id of the model that is trained."""
+    tokenizer_name_or_path: str = ""
+    """Where the tokenizer comes from; empty takes the model's own."""
+    output_dir: str = ""
+    """Everything that the run writes. Running the same command again continues there."""
+    resume_from: str = ""
+    """Another run's `output_dir` to start from, when this run has no checkpoint of its own."""
+    seed: int = 42
+    learning_rate: float = 2e-5
+    """Peak of the schedule."""
+    lr_scheduler_type: str = "cosine"
+    """`constant`, `linear` or `cosine`, each after the warm-up."""
+    warmup_ratio: float = 0.1
+    """Share of all steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Decoupled (AdamW) and for matrices only: norms and biases have none."""
+    max_grad_norm: float = 1.0
+    """Global norm that gradients are clipped to; 0 clips nothing."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    num_train_epochs: float = 1.0
+    """Passes over the data when `max_steps` is -1."""
+    max_steps: int = -1
+    """Optimizer steps; -1 takes `num_train_epochs`."""
+    per_device_train_batch_size: int = 2
+    """Rows in one forward pass on each device of the `data` and `fsdp` axes."""
+    gradient_accumulation_steps: int = 0
+    """Forward passes an optimizer step; 0 is inferred from `train_batch_size`, or is 1."""
+    train_batch_size: int = 0
+    """Rows an optimizer step over all devices; 0 is the product of the other two."""
+    gradient_checkpointing: str = "full"
+    """`none` computes no matrix product twice, `dots` recomputes attention, `full` keeps a vector a
+    layer and recomputes the rest; `true` and `false` mean `full` and `none`."""
+    attn_implementation: str = "auto"
+    """`xla`, `cudnn` (NVIDIA), `splash` (TPU), or `auto`: the device's flash attention."""
+    max_seq_length: int = 2048
+    """Tokens in a row; longer examples are cut there and counted."""
+    packing: bool = False
+    """Put several examples in a row (best fit), kept apart by segment ids."""
+    loss_chunk_size: int = 256
+    """Positions a row whose logits exist at one time."""
+    logging_steps: int = 1
+    save_steps: int = 100
+    """Steps between checkpoints; 0 saves at the end only."""
+    save_total_limit: int = 3
+    """Checkpoints kept, newest first; 0 keeps all."""
+    eval_steps: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    sharding: str = "fsdp"
+    """`fsdp` splits parameters, gradients and optimizer state over the `fsdp` axis (ZeRO-3),
+    `zero1` gradients and optimizer state (ZeRO-1/2), `replicated` nothing."""
+    offload: str = "none"
+    """`optimizer` keeps the optimizer state in host memory between steps."""
+    compilation_cache_dir: str = "~/.cache/atlas_jax/xla"
+    """Compiled programs are kept here between runs; empty keeps none."""
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    model: ModelOptions = ModelOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: cross entropy on what the assistant writes."""
+
+    algorithm: str = "sft"
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions come about: the protocol, its templates, and generation."""
+
+    protocol: str = "teaching"
+    """`teaching`: the trained teacher helps a frozen student; `direct`: plain GRPO, the trained
+    model answers the questions itself."""
+    student_baseline_template: str = ""
+    """User message for the student's answer alone; field `{question}`."""
+    student_diagnostic_template: str = ""
+    """User message that asks for the student's approach; field `{question}`."""
+    student_with_teaching_template: str = ""
+    """User message for the student's answer with a lesson; fields `{question} {teaching}`."""
+    direct_template: str = "{question}"
+    """User message of `protocol=direct`; field `{question}`."""
+    question_fields: tuple[str, ...] = ()
+    """Further fields of the rows that templates may use."""
+    student_system_prompt: str = ""
+    """System message of the student; `data.system_prompt` is the trained model's."""
+    missing_teaching: str = "none"
+    """What a text without `<teaching>` counts as: `none` is no teaching (the answer alone stands),
+    `whole` makes all of it the lesson, `unscored` trains nothing."""
+    max_answer_tokens: int = 0
+    """New tokens of a student's answer; 0 takes `max_new_tokens`."""
+    share_prompt: bool = True
+    """Process a prompt once for several of its completions, in training as in generation."""
+    max_rows: int = 256
+    """Rows that a process decodes at one time."""
+    refill_rounds: int = 0
+    """Further draws of questions to replace groups whose rewards are all equal (DAPO's dynamic
+    sampling, arXiv:2503.14476)."""
+    eval_limit: int = 64
+    """Held-out questions of an evaluation, the first ones; 0 takes all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What a completion is worth."""
+
+    names: tuple[str, ...] = ("teaching_gain",)
+    """Rewards that are added up: `teaching_gain`, `exact_match`."""
+    weights: tuple[float, ...] = ()
+    """One weight for each; empty weighs each 1."""
+    efficiency_weight: float = 1.0
+    """What a fully saved answer adds to a right one (`teaching_gain`)."""
+    degradation_penalty: float = 1.0
+    """What a right answer turned wrong costs (`teaching_gain`)."""
+    answer_leak_penalty: float = 0.0
+    """What a lesson that states the answer costs (`teaching_gain`)."""
+    max_failed_frac: float = 0.2
+    """Share of a step's samples without a score above which the run stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(TrainConfig):
+    """Group relative policy optimization of a teacher, or of a plain policy."""
+
+    algorithm: str = "grpo"
+    student_model: str = ""
+    """Hugging Face directory, `.gguf` file or hub id of the frozen student."""
+    num_generations: int = 8
+    """Completions of one prompt: the group whose mean is the baseline."""
+    max_prompt_length: int = 2048
+    """Tokens of a prompt; a longer one trains nothing and is counted."""
+    max_new_tokens: int = 512
+    """Tokens of a completion."""
+    max_probe_tokens: int = 500
+    """Tokens of the student's approach."""
+    temperature: float = 0.7
+    """Of sampling, and of the log-probabilities that are trained on."""
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    beta: float = 0.04
+    """Weight of the KL divergence to the reference; 0 keeps no reference."""
+    loss_type: str = "grpo"
+    """`grpo`, `bnpo`, `dr_grpo`, `dapo`, `gspo` or `cispo`."""
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    num_iterations: int = 1
+    """Updates on each batch of completions; one step makes all of them."""
+    scale_rewards: str = "group"
+    """What advantages are divided by: the standard deviation of the `group`, of the `batch`, or
+    `none`."""
+    importance_sampling: str = "token"
+    """Correction between what sampled and what trains: `none`, `token` or `sequence`."""
+    importance_sampling_cap: float = 2.0
+    mask_truncated_completions: bool = False
+    """Train nothing on completions that ran into `max_new_tokens`."""
+    sync_ref_model: bool = False
+    """Let the reference follow the policy."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the policy in the new reference."""
+    ref_model_sync_steps: int = 512
+    """Steps between two such updates."""
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+
+
+ALGORITHMS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig}
+
+REWARDS = ("teaching_gain", "exact_match")
+
+CHOICES = {
+    "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "gradient_checkpointing": ("none", "dots", "full"),
+    "attn_implementation": ("auto", "xla", "cudnn", "splash"),
+    "sharding": ("fsdp", "zero1", "replicated"),
+    "offload": ("none", "optimizer"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"),
+    "scale_rewards": ("none", "group", "batch"),
+    "importance_sampling": ("none", "token", "sequence"),
+    "rollout.protocol": ("teaching", "direct"),
+    "rollout.missing_teaching": ("none", "whole", "unscored"),
+    "data.format": ("auto", "messages", "prompt_completion", "teaching"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "model.export_dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+SYNONYMS = {
+    ("gradient_checkpointing", "true"): "full",
+    ("gradient_checkpointing", "false"): "none",
+    ("attn_implementation", "flash_attention_2"): "auto",
+}
+
+POSITIVE = (
+    "per_device_train_batch_size", "max_seq_length", "loss_chunk_size", "logging_steps",
+    "num_train_epochs", "learning_rate", "adam_epsilon", "model.max_shard_size", "data.num_workers",
+    "max_prompt_length", "max_new_tokens", "max_probe_tokens", "num_iterations", "rollout.max_rows",
+    "epsilon_low", "epsilon_high", "importance_sampling_cap", "ref_model_sync_steps", "temperature",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "gradient_accumulation_steps", "train_batch_size", "save_steps", "save_total_limit",
+    "eval_steps", "weight_decay", "max_grad_norm", "data.dataset_max_samples", "top_k", "beta",
+    "rollout.max_answer_tokens", "rollout.refill_rounds", "rollout.eval_limit",
+    "reward.efficiency_weight", "reward.degradation_penalty", "reward.answer_leak_penalty",
+)  # fmt: skip
+FRACTIONS = (
+    "warmup_ratio", "data.eval_split_ratio", "data.max_rejected_frac", "min_p",
+    "reward.max_failed_frac",
+)  # fmt: skip

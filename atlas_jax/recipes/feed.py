@@ -1,0 +1,234 @@
+"""Where GRPO's batches come from: questions asked, rollouts scored, rows laid out."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from atlas_jax import distributed, loop, losses, metrics, step
+from atlas_jax.config import GRPOConfig
+from atlas_jax.data import questions as asked
+from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens
+from atlas_jax.rollout import measures, record, teaching
+from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.sharding import Sharding, to_global
+from atlas_jax.types import Metrics, Params, PolicyBatch, Reward, RewardResult, Rollout
+
+
+class Layout(NamedTuple):
+    """How the completions of a step become rows."""
+
+    questions: int
+    """Groups a step, of this process."""
+    per_row: int
+    """Completions behind one copy of their prompt."""
+    microbatches: int
+    buckets: tuple[int, ...]
+    """Row lengths, one compilation each."""
+
+
+class Parts(NamedTuple):
+    """What a step needs, fixed while the run trains."""
+
+    config: GRPOConfig
+    layout: Layout
+    order: asked.Order
+    policy: Callable[[Params, int], Speaker]
+    student: Speaker | None
+    protocol: teaching.Protocol
+    reward: Reward
+    score: Callable[[Params, PolicyBatch], jax.Array]
+    sharding: Sharding
+    writer: metrics.MetricWriter
+
+
+class Groups(NamedTuple):
+    """What a step has collected; one entry a question."""
+
+    rollouts: list[list[Rollout]]
+    results: list[list[RewardResult]]
+
+
+class Feed:
+    """Makes each step's batch with the policy of that step; its state is the next question."""
+
+    def __init__(self, parts: Parts, reference: Params | None) -> None:
+        self._parts = parts
+        self._reference = reference
+        self._position = 0
+
+    def next(self, state: step.TrainState) -> loop.StepInput:
+        """Returns a batch of new completions, scored."""
+        parts, config = self._parts, self._parts.config
+        version, start = int(state.step), time.perf_counter()
+        self._sync_reference(version, state.params)
+        groups, score_secs = self._collect(state.params, version)
+        generate_secs = time.perf_counter() - start - score_secs
+        samples = self._samples(groups)
+        record.write(config.output_dir, version + 1, jax.process_index(), samples)
+        parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
+        values = self._measure(groups)
+        start = time.perf_counter()
+        batch = to_global(_rows(samples, parts.layout), parts.sharding, parts.layout.microbatches)
+        if self._reference is not None:
+            batch = batch._replace(ref_logprobs=parts.score(self._reference, batch))
+        if config.num_iterations > 1:
+            batch = batch._replace(old_logprobs=parts.score(state.params, batch))
+        jax.block_until_ready(batch)
+        values["perf/generate_secs"] = generate_secs, 1
+        values["perf/score_secs"] = score_secs, 1
+        values["perf/logprobs_secs"] = time.perf_counter() - start, 1
+        return loop.StepInput(batch, _num_tokens(samples), values)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position in the questions."""
+        return {"position": self._position, "fingerprint": self._parts.order.fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues behind the questions that were asked when `state` was taken.
+
+        Raises:
+            ValueError: if the state is from other questions.
+        """
+        fingerprint = self._parts.order.fingerprint
+        if state["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"the checkpoint is from questions {state['fingerprint']}, this run has "
+                f"{fingerprint}: the dataset, the seed or data.shuffle differ; restore them, or "
+                "start with a new output_dir and resume_from"
+            )
+        self._position = state["position"]
+
+    def get_reference(self) -> Params | None:
+        """Returns the reference if it follows the policy, so that checkpoints must hold it."""
+        return self._reference if self._parts.config.sync_ref_model else None
+
+    def _sync_reference(self, version: int, params: Params) -> None:
+        config = self._parts.config
+        due = config.sync_ref_model and version and version % config.ref_model_sync_steps == 0
+        if due and self._reference is not None:
+            self._reference = _mix(config.ref_model_mixup_alpha, self._reference, params)
+
+    def _collect(self, params: Params, version: int) -> tuple[Groups, float]:
+        """Returns the groups of a step, and the seconds that scoring took.
+
+        Groups without any difference in reward are replaced by later ones while `refill_rounds`
+        last; what is still missing then is filled up with them.
+        """
+        wanted = self._parts.layout.questions
+        useful, rest, secs = Groups([], []), Groups([], []), 0.0
+        for _ in range(1 + self._parts.config.rollout.refill_rounds):
+            found, spent = self._ask(params, version, wanted - len(useful.rollouts))
+            secs += spent
+            for group, scores in zip(*found, strict=True):
+                kept = useful if _differs(scores) else rest
+                kept.rollouts.append(group)
+                kept.results.append(scores)
+            if not distributed.any_process(len(useful.rollouts) < wanted):
+                break
+        rollouts, results = useful.rollouts + rest.rollouts, useful.results + rest.results
+        return Groups(rollouts[:wanted], results[:wanted]), secs
+
+    def _ask(self, params: Params, version: int, count: int) -> tuple[Groups, float]:
+        """Returns the groups of this process's next `count` questions, scored."""
+        parts = self._parts
+        stride = distributed.max_over_processes(count)
+        first = self._position + stride * jax.process_index()
+        self._position += stride * jax.process_count()
+        places = range(first, first + count)
+        config = parts.config
+        sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
+        rollouts = teaching.run(
+            [parts.order.at(i) for i in places],
+            places,
+            parts.policy(params, version),
+            parts.student,
+            parts.protocol,
+            teaching.Draws(sampling, config.seed),
+        )
+        start = time.perf_counter()
+        flat = iter(parts.reward([r for group in rollouts for r in group]))
+        results = [[next(flat) for _ in group] for group in rollouts]
+        return Groups(rollouts, results), time.perf_counter() - start
+
+    def _samples(self, groups: Groups) -> list[list[record.Sample]]:
+        """Returns the rollouts with their advantages, and whether they train."""
+        config = self._parts.config
+        scores = [[math.nan if r.score is None else r.score for r in g] for g in groups.results]
+        rewards = np.asarray(scores).reshape(-1, config.num_generations)
+        advantages = losses.group_advantages(rewards, config.scale_rewards)
+        return [
+            [
+                record.Sample(rollout, result, float(advantage), self._trains(rollout, result))
+                for rollout, result, advantage in zip(*members, strict=True)
+            ]
+            for members in zip(groups.rollouts, groups.results, advantages, strict=True)
+        ]
+
+    def _trains(self, rollout: Rollout, result: RewardResult) -> bool:
+        truncated = rollout.policy.finish_reason == "length"
+        left_out = truncated and self._parts.config.mask_truncated_completions
+        return result.score is not None and bool(rollout.policy.token_ids) and not left_out
+
+    def _measure(self, groups: Groups) -> Metrics:
+        reward = self._parts.config.reward
+        values = measures.of_rewards(groups.results, reward.names)
+        values |= measures.of_generation(groups.rollouts)
+        if self._parts.student:
+            values |= measures.of_teaching(groups.rollouts, groups.results)
+        values = distributed.sum_over_processes(values)
+        failed, total = values["reward/failed_frac"]
+        if failed > reward.max_failed_frac * total:
+            reasons = [r.details for group in groups.results for r in group if r.score is None]
+            raise RuntimeError(
+                f"{failed:.0f} of {total:.0f} samples could not be scored, more than "
+                f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}. Look "
+                f"at {self._parts.config.output_dir}/rollouts"
+            )
+        return values
+
+
+def _differs(results: Sequence[RewardResult]) -> bool:
+    return len({r.score for r in results if r.score is not None}) > 1
+
+
+def _rows(samples: Sequence[Sequence[record.Sample]], layout: Layout) -> PolicyBatch:
+    """Returns the rows of this process; a completion that failed is one masked token."""
+    groups = [[_scored(sample) for sample in group] for group in samples]
+    longest = max(
+        row_tokens(group[first : first + layout.per_row])
+        for group in groups
+        for first in range(0, len(group), layout.per_row)
+    )
+    length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
+    return collate_policy(groups, layout.per_row, length)
+
+
+def _scored(sample: record.Sample) -> Scored:
+    policy = sample.rollout.policy
+    if not policy.prompt_ids:
+        policy = policy._replace(prompt_ids=(0,))
+    return Scored(policy, sample.advantage, sample.trains)
+
+
+def _num_tokens(samples: Sequence[Sequence[record.Sample]]) -> int:
+    """Returns the sampled tokens that the step trains on, over all processes."""
+    own = sum(s.rollout.policy.num_tokens for group in samples for s in group)
+    return own * jax.process_count()
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _mix(alpha: float, reference: Params, params: Params) -> Params:
+    """Returns `(1 - alpha) reference + alpha params`."""
+
+    def one(r: jax.Array, p: jax.Array) -> jax.Array:
+        return ((1 - alpha) * r + alpha * p.astype(r.dtype)).astype(r.dtype)
+
+    return jax.tree.map(one, reference, params)

@@ -1,0 +1,298 @@
+"""GRPO (arXiv:2402.03300): groups of completions, each rewarded against the mean of its group.
+
+A step asks new questions, lets the current policy write a group for each, scores the rollouts,
+and makes `num_iterations` updates on them. The policy is a teacher whose lessons help a frozen
+student, or, with `protocol=direct`, a model that answers by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from atlas_jax import distributed, logprobs, loop, losses, metrics, step
+from atlas_jax.checkpoint import hf
+from atlas_jax.checkpoint.manager import Checkpoints
+from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, batch_plan
+from atlas_jax.data import questions as asked
+from atlas_jax.data import sources
+from atlas_jax.data.loader import capped_buckets
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.recipes import setup, speakers
+from atlas_jax.recipes.feed import Feed, Layout, Parts
+from atlas_jax.rewards import verifiable
+from atlas_jax.rollout import evaluation
+from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.sharding import Sharding
+from atlas_jax.types import Metrics, Params, PolicyBatch, Question, Reward
+
+_WARNINGS = {"loss/kl": (5.0, "above"), "teaching/non_degradation_rate": (0.9, "below")}
+"""What the ATLAS training guide warns about."""
+
+
+def run(config: GRPOConfig) -> None:
+    """Trains a policy and writes `final/`; see configs/run/teacher_rcl.py for an example."""
+    sharding = setup.make_sharding(config)
+    plan = batch_plan(config, sharding.num_replicas)
+    layout = make_layout(config, plan, sharding.num_replicas, jax.process_count())
+    protocol = speakers.protocol(config, config.num_generations)
+    setup.open_run(config)
+    train, held_out = _questions(config)
+    model = setup.open_model(config, sharding, config.max_prompt_length + config.max_new_tokens)
+    order = asked.Order(train, config.seed, config.data.shuffle)
+    num_steps = config.max_steps
+    if num_steps == -1:
+        per_step = layout.questions * jax.process_count()
+        num_steps = math.ceil(config.num_train_epochs * len(train) / per_step)
+    optimizer = setup.make_optimizer(config, model.decoder, num_steps * config.num_iterations)
+    checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
+    start = setup.begin(config, model, optimizer, checkpoints)
+    first = int(start.state.step)
+    loss_fn = make_loss(model.decoder, config, layout.per_row)
+    policy = speakers.local(model, config.data.system_prompt, config.rollout.max_rows)
+    writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
+    parts = Parts(
+        config=config,
+        layout=layout,
+        order=order,
+        policy=policy,
+        student=open_student(config, sharding),
+        protocol=protocol,
+        reward=make_reward(config.reward),
+        score=make_score(model.decoder, config, layout.per_row),
+        sharding=sharding,
+        writer=writer,
+    )
+    feed = Feed(parts, _reference(config, model, checkpoints, start.state))
+    if start.data:
+        feed.set_state(start.data)
+    job = loop.Job(
+        config=config,
+        num_steps=num_steps,
+        flops_per_token=model.decoder.config.flops_per_token,
+        train_step=step.make_train_step(
+            loss_fn, optimizer, model.decoder.dims, sharding, config.num_iterations
+        ),
+        evaluate=make_evaluate(parts, held_out) if held_out else None,
+        writer=writer,
+        checkpoints=checkpoints,
+    )
+    outcome = loop.run(job, start.state, feed)
+    writer.close()
+    if not outcome.stopped:
+        _finish(config, outcome, setup.export(config, model, outcome.state.params))
+
+
+def make_layout(
+    config: GRPOConfig, plan: BatchPlan, num_replicas: int, num_processes: int
+) -> Layout:
+    """Returns how a step's completions are divided.
+
+    A microbatch has `per_device_train_batch_size` completions a device, so a row holds a divisor
+    of that and of the group.
+
+    Raises:
+        ValueError: if groups do not divide the step or would be split over processes.
+    """
+    size = config.num_generations
+    unit = math.lcm(size * num_processes, config.per_device_train_batch_size * num_replicas)
+    if plan.global_rows % (size * num_processes):
+        below, above = plan.global_rows // unit * unit, (plan.global_rows // unit + 1) * unit
+        sizes = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"{plan.global_rows} completions a step do not divide into groups of num_generations="
+            f"{size} over {num_processes} processes; set train_batch_size={sizes}, or another "
+            "num_generations"
+        )
+    longest = config.max_prompt_length + config.max_new_tokens
+    room = max(config.max_seq_length, longest)
+    per_row = 1
+    if config.rollout.share_prompt:
+        common = math.gcd(size, config.per_device_train_batch_size)
+        fitting = [
+            k
+            for k in range(1, common + 1)
+            if common % k == 0 and config.max_prompt_length + k * config.max_new_tokens <= room
+        ]
+        per_row = max(fitting)
+    buckets = capped_buckets(config.data.length_buckets, room)
+    return Layout(plan.global_rows // size // num_processes, per_row, plan.microbatches, buckets)
+
+
+def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn:
+    """Returns the policy loss of a batch as a function of the parameters."""
+    options = losses.PolicyOptions(
+        loss_type=config.loss_type,
+        epsilon_low=config.epsilon_low,
+        epsilon_high=config.epsilon_high,
+        beta=config.beta,
+        importance_sampling=config.importance_sampling,
+        importance_sampling_cap=config.importance_sampling_cap,
+        max_new_tokens=config.max_new_tokens,
+        num_sequences=per_row,
+    )
+
+    def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
+        found, entropy = _logprobs(decoder, config, per_row, params, batch)
+        total, values = losses.policy_loss(found, batch, options)
+        counted = jnp.where(batch.loss_mask, entropy, 0.0)
+        weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
+        return total, values | {"policy/entropy": (jnp.sum(counted), weight)}
+
+    return loss
+
+
+def make_score(
+    decoder: Decoder, config: GRPOConfig, per_row: int
+) -> Callable[[Params, PolicyBatch], jax.Array]:
+    """Returns the compiled `(params, batch [microbatches, B, T]) -> log-probabilities`."""
+
+    def score(params: Params, batch: PolicyBatch) -> jax.Array:
+        def one(batch: PolicyBatch) -> jax.Array:
+            found, _ = _logprobs(decoder, config, per_row, params, batch)
+            return jnp.where(batch.loss_mask, found, 0.0)
+
+        return jax.lax.map(one, batch)
+
+    return jax.jit(score)
+
+
+def _logprobs(
+    decoder: Decoder, config: GRPOConfig, per_row: int, params: Params, batch: PolicyBatch
+) -> tuple[jax.Array, jax.Array]:
+    shared = batch.sequence_ids if per_row > 1 else None
+    hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
+    head = logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature, True)
+    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
+
+
+def make_reward(config: RewardConfig) -> Reward:
+    """Returns the weighted sum of the rewards that the config names."""
+    known: dict[str, Callable[[], Reward]] = {
+        "exact_match": verifiable.exact_match,
+        "teaching_gain": functools.partial(
+            verifiable.teaching_gain,
+            config.efficiency_weight,
+            config.degradation_penalty,
+            config.answer_leak_penalty,
+        ),
+    }
+    weights = config.weights or (1.0,) * len(config.names)
+    return verifiable.combine(
+        {name: (known[name](), weight) for name, weight in zip(config.names, weights, strict=True)}
+    )
+
+
+def _reference(
+    config: GRPOConfig, model: setup.Model, checkpoints: Checkpoints, state: step.TrainState
+) -> Params | None:
+    """Returns the policy that the run began with, or what has become of it by syncing."""
+    if not config.beta:
+        return None
+    decoder = model.decoder
+    dtype = decoder.param_dtype if config.sync_ref_model else decoder.compute_dtype
+    latest = checkpoints.latest()
+    if latest is None:
+        return jax.jit(lambda p: jax.tree.map(lambda x: jnp.copy(x.astype(dtype)), p))(state.params)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), decoder.shapes)
+    abstract = step.abstract(shapes, decoder.placements())
+    if checkpoints.has_reference(latest):
+        return checkpoints.restore_params(latest, abstract, "reference")
+    if config.resume_from:
+        origin = Checkpoints(config.resume_from)
+        number = origin.latest()
+        if number is None:
+            raise ValueError(
+                f"resume_from={config.resume_from} has no checkpoint any more, which the "
+                "reference model comes from; restore it"
+            )
+        return origin.restore_params(number, abstract)
+    frozen = setup.open_frozen(config, config.model_name_or_path, decoder.sharding)
+    return hf.load(frozen.source, frozen.decoder)
+
+
+def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
+    """Returns the frozen student; None under `protocol=direct`.
+
+    Raises:
+        ValueError: if it cannot be loaded or lacks positions for a lesson and an answer.
+    """
+    if config.rollout.protocol == "direct":
+        return None
+    prompt = config.rollout.student_system_prompt
+    student = open_speaker(config, config.student_model, prompt, sharding)
+    longest = config.max_new_tokens + (config.rollout.max_answer_tokens or config.max_new_tokens)
+    if longest > student.context:
+        raise ValueError(
+            f"student {config.student_model} has {student.context} positions, fewer than a lesson "
+            f"of max_new_tokens={config.max_new_tokens} and an answer ({longest} together); lower "
+            "max_new_tokens or rollout.max_answer_tokens"
+        )
+    return student
+
+
+def open_speaker(config: GRPOConfig, path: str, system_prompt: str, sharding: Sharding) -> Speaker:
+    """Returns a model that only generates, its parameters in the compute dtype."""
+    model = setup.open_frozen(config, path, sharding)
+    bind = speakers.local(model, system_prompt, config.rollout.max_rows)
+    return bind(hf.load(model.source, model.decoder), 0)
+
+
+def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | None]:
+    rows, held_out = sources.load_rows(config.data, config.seed)
+    most, needs_truth = config.data.max_rejected_frac, bool(config.reward.names)
+    train = asked.parse_questions(rows, most, needs_truth)
+    logging.info("%d questions; the first: %s", len(train), train[0].question)
+    if held_out is None:
+        return train, None
+    questions = asked.parse_questions(held_out, most, needs_truth)
+    return train, questions[: config.rollout.eval_limit or None]
+
+
+def make_evaluate(
+    parts: Parts, questions: list[Question]
+) -> Callable[[step.TrainState], dict[str, float]]:
+    """Returns the metrics of greedy answers to held-out questions as a function of the state."""
+
+    def run_evaluation(state: step.TrainState) -> dict[str, float]:
+        policy = parts.policy(state.params, int(state.step))
+        protocol = parts.protocol._replace(num_generations=1)
+        rollouts = evaluation.ask(questions, policy, parts.student, protocol, Sampling(0.0))
+        return {f"eval/{k}": v for k, v in evaluation.summary(rollouts).items()}
+
+    return run_evaluation
+
+
+def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
+    """Writes `trainer_state.json`, and logs what was reached beside what the guide promises."""
+    if not distributed.is_main():
+        return
+    lines = [f"{'metric':<36}{'reached':>10}   success in the guide"]
+    wanted = {
+        "reward/mean": "rising",
+        "teaching/non_degradation_rate": "> 0.95 (warning < 0.90)",
+        "policy/kl": "0.5 to 2.0 (warning > 5.0)",
+        "teaching/student_accuracy": "above teaching/baseline_accuracy",
+        "teaching/baseline_accuracy": "",
+        "eval/student_accuracy": "above eval/baseline_accuracy",
+        "eval/baseline_accuracy": "",
+    }
+    for name, goal in wanted.items():
+        if name in outcome.last:
+            lines.append(f"{name:<36}{outcome.last[name]:>10.3f}   {goal}")
+    for name, (bound, side) in _WARNINGS.items():
+        value = outcome.last.get(name, bound)
+        if (value > bound) if side == "above" else (value < bound):
+            advice = "lower learning_rate or raise beta"
+            logging.warning("%s is %.3f, %s %s; %s", name, value, side, bound, advice)
+    state = {"global_step": int(outcome.state.step), "metrics": outcome.last}
+    (pathlib.Path(directory) / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
+    logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)

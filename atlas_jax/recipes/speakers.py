@@ -1,0 +1,103 @@
+"""Models as the teaching protocol uses them: prompts under their own chat template, generation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from atlas_jax.config import GRPOConfig
+from atlas_jax.data.questions import check_template
+from atlas_jax.recipes.setup import Model
+from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.local import LocalEngine
+from atlas_jax.rollout.teaching import Limits, Protocol, Templates
+from atlas_jax.types import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def local(model: Model, system_prompt: str, max_rows: int) -> Callable[[Params, int], Speaker]:
+    """Returns a function of parameters and their version: the model that generates with them."""
+    stop_ids = stop_tokens(model)
+    engine = LocalEngine(model.decoder, model.files.tokenizer, stop_ids, max_rows)
+    encode = encoder(model.files.tokenizer, system_prompt)
+    context = model.decoder.config.max_positions
+
+    def bind(params: Params, version: int) -> Speaker:
+        generate = functools.partial(engine.generate, params, version)
+        return Speaker(encode, generate, context)
+
+    return bind
+
+
+def stop_tokens(model: Model) -> tuple[int, ...]:
+    """Returns the tokens that end a text: those of `generation_config.json`, else the tokenizer's.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    eos = model.files.tokenizer.eos_token_id
+    stop_ids = model.stop_ids or (() if eos is None else (eos,))
+    if not stop_ids:
+        raise ValueError(
+            f"{model.files.tokenizer.name_or_path} has no stop token; set eos_token_id in its "
+            "generation_config.json"
+        )
+    return stop_ids
+
+
+def encoder(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str
+) -> Callable[[str], tuple[int, ...]]:
+    """Returns a user's message -> prompt ids, under the chat template if the tokenizer has one."""
+
+    def encode(text: str) -> tuple[int, ...]:
+        if not tokenizer.chat_template:
+            whole = f"{system_prompt}\n\n{text}" if system_prompt else text
+            return tuple(tokenizer(whole).input_ids)
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages = [*system, {"role": "user", "content": text}]
+        ids: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return tuple(ids)
+
+    return encode
+
+
+def protocol(config: GRPOConfig, num_generations: int) -> Protocol:
+    """Returns how groups come about.
+
+    Raises:
+        ValueError: for a template with an unknown field or without a needed one.
+    """
+    rollout, known = config.rollout, ("question", *config.rollout.question_fields)
+    checks: dict[str, tuple[str, ...]]
+    if rollout.protocol == "direct":
+        checks = {"direct_template": ()}
+    else:
+        checks = {
+            "student_baseline_template": (),
+            "student_diagnostic_template": (),
+            "student_with_teaching_template": ("teaching",),
+        }
+        template = config.data.teacher_template
+        check_template("data.teacher_template", template, (*known, "approach"), ("question",))
+    for option, more in checks.items():
+        template = getattr(rollout, option)
+        check_template(f"rollout.{option}", template, (*known, *more), ("question", *more))
+    templates = Templates(
+        rollout.student_baseline_template,
+        rollout.student_diagnostic_template,
+        config.data.teacher_template,
+        rollout.student_with_teaching_template,
+        rollout.direct_template,
+    )
+    answer = rollout.max_answer_tokens or config.max_new_tokens
+    limits = Limits(
+        config.max_new_tokens, config.max_probe_tokens, answer, config.max_prompt_length
+    )
+    kind, missing = rollout.protocol, rollout.missing_teaching
+    return Protocol(kind, templates, limits, num_generations, missing)

@@ -1,0 +1,145 @@
+"""Baseline against taught answers on the same questions, with how sure the difference is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atlas_jax import metrics
+from atlas_jax.rewards.answers import is_correct
+from atlas_jax.rollout import measures, teaching
+from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.types import Metrics, Question, RewardResult, Rollout
+
+_RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A metric and its 95 % bootstrap interval over questions."""
+
+    value: float
+    low: float
+    high: float
+
+
+def ask(
+    questions: Sequence[Question],
+    policy: Speaker,
+    student: Speaker | None,
+    protocol: teaching.Protocol,
+    sampling: Sampling,
+    seed: int = 0,
+) -> list[Rollout]:
+    """Returns one rollout of each question."""
+    draws = teaching.Draws(sampling, seed)
+    groups = teaching.run(questions, range(len(questions)), policy, student, protocol, draws)
+    return [group[0] for group in groups]
+
+
+def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns the metrics of `measures.of_teaching`, or the accuracy of direct answers."""
+    values = metrics.means(_measure(rollouts))
+    return {name.removeprefix("teaching/"): value for name, value in values.items()}
+
+
+def intervals(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Interval]:
+    """Returns each metric of `summary` with its percentile bootstrap interval.
+
+    Reference: Efron, Bootstrap methods (1979); questions are drawn with replacement.
+    """
+    each = [_measure([rollout]) for rollout in rollouts]
+    names = list(_measure(rollouts))
+    table = np.asarray([[one[name] for name in names] for one in each], float)  # [N, metrics, 2]
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), size=_RESAMPLES)
+    sums = np.einsum("rn,nmk->rmk", drawn, table)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = sums[..., 0] / sums[..., 1]
+        values = table.sum(0)[:, 0] / table.sum(0)[:, 1]
+    result = {}
+    for i, name in enumerate(names):
+        known = ratios[:, i][np.isfinite(ratios[:, i])]
+        low, high = np.quantile(known, (0.025, 0.975)) if known.size else (math.nan, math.nan)
+        key = name.removeprefix("teaching/")
+        result[key] = Interval(float(values[i]), float(low), float(high))
+    return result
+
+
+def mcnemar(improved: int, degraded: int) -> float:
+    """Returns the two-sided p-value that changes to right and to wrong are equally likely.
+
+    The exact test of McNemar (Psychometrika 12, 1947): the smaller count under Binomial(n, 1/2).
+    """
+    changed, fewer = improved + degraded, min(improved, degraded)
+    tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
+    return min(1.0, 2 * tail)
+
+
+def report(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Any]:
+    """Returns the evaluation as JSON values."""
+    found = intervals(rollouts, seed)
+    result: dict[str, Any] = {
+        "questions": len(rollouts),
+        "metrics": {name: interval._asdict() for name, interval in found.items()},
+    }
+    if rollouts[0].guided:
+        pairs = [(_right(r, "baseline"), _right(r, "guided")) for r in rollouts]
+        improved, degraded = sum(a > b for b, a in pairs), sum(b > a for b, a in pairs)
+        result |= {
+            "improved": improved,
+            "degraded": degraded,
+            "mcnemar_p": mcnemar(improved, degraded),
+        }
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the evaluation as lines of text."""
+    lines = [f"{'metric':<28}{'value':>9}   95 % interval"]
+    for name, interval in result["metrics"].items():
+        value, low, high = (interval[k] for k in ("value", "low", "high"))
+        lines.append(f"{name:<28}{value:>9.3f}   {low:.3f} to {high:.3f}")
+    if "mcnemar_p" in result:
+        lines.append(
+            f"wrong to right {result['improved']}, right to wrong {result['degraded']} of "
+            f"{result['questions']}: McNemar p = {result['mcnemar_p']:.3g}"
+        )
+    return "\n".join(lines)
+
+
+def examples(rollouts: Sequence[Rollout], count: int = 3) -> str:
+    """Returns a few rollouts as text: first where teaching helped, then where it harmed."""
+
+    def rank(rollout: Rollout) -> int:
+        return _right(rollout, "baseline") - _right(rollout, "guided")
+
+    blocks = []
+    for rollout in sorted(rollouts, key=rank)[:count]:
+        parts = {
+            "question": rollout.question.question,
+            "truth": rollout.question.ground_truth,
+            "alone": rollout.baseline.text if rollout.baseline else "",
+            "lesson": rollout.teaching or "(none)",
+            "answer": rollout.answer.text,
+        }
+        blocks.append("\n".join(f"{name:>9}: {text.strip()}" for name, text in parts.items()))
+    return "\n\n".join(blocks)
+
+
+def _measure(rollouts: Sequence[Rollout]) -> Metrics:
+    if any(r.guided for r in rollouts):
+        unscored = [[RewardResult(None, {})] for _ in rollouts]
+        values = measures.of_teaching([[r] for r in rollouts], unscored)
+        del values["teaching/token_efficiency"]
+        return values
+    right = sum(is_correct(r.policy.text, r.question.ground_truth) for r in rollouts)
+    return {"accuracy": (right, len(rollouts))}
+
+
+def _right(rollout: Rollout, which: str) -> bool:
+    completion = getattr(rollout, which) or rollout.policy
+    return is_correct(completion.text, rollout.question.ground_truth)

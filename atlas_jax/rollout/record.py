@@ -1,0 +1,86 @@
+"""The record of every sample, and lessons to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from atlas_jax.types import Completion, RewardResult, Rollout
+
+
+class Sample(NamedTuple):
+    """A rollout with what became of it."""
+
+    rollout: Rollout
+    result: RewardResult
+    advantage: float
+    trains: bool
+
+
+def write(directory: str, step: int, process: int, groups: Sequence[Sequence[Sample]]) -> str:
+    """Writes one JSON line a sample to `rollouts/`, and returns the path.
+
+    The file is written whole or not at all; a step that is repeated after a kill replaces it.
+    """
+    path = pathlib.Path(directory) / "rollouts" / f"step_{step:06d}_process_{process}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for group in groups:
+            for member, sample in enumerate(group):
+                file.write(json.dumps(as_record(step, member, sample), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    return str(path)
+
+
+def as_record(step: int, member: int, sample: Sample) -> dict[str, Any]:
+    """Returns a sample as JSON values, with all that it takes to reread or replay it."""
+    rollout, result = sample.rollout, sample.result
+    question = rollout.question
+    return {
+        "step": step,
+        "question_id": question.id,
+        "member": member,
+        "question": question.question,
+        "ground_truth": question.ground_truth,
+        "fields": question.fields,
+        "policy": _completion(rollout.policy),
+        "teaching": rollout.teaching,
+        "baseline": _completion(rollout.baseline),
+        "probe": _completion(rollout.probe),
+        "guided": _completion(rollout.guided),
+        "reward": result.score,
+        "reward_details": result.details,
+        "advantage": sample.advantage,
+        "trains": sample.trains,
+    }
+
+
+def lessons_table(groups: Sequence[Sequence[Sample]], count: int = 4) -> str:
+    """Returns the first member of a few groups as a Markdown table."""
+    lines = ["| question | truth | alone | text | answer | reward |", "|---|---|---|---|---|---|"]
+    for group in groups[:count]:
+        rollout, result = group[0].rollout, group[0].result
+        cells = (
+            rollout.question.question,
+            rollout.question.ground_truth,
+            rollout.baseline.text if rollout.baseline else "",
+            rollout.teaching or rollout.policy.text,
+            rollout.answer.text,
+            "not scored" if result.score is None else f"{result.score:.2f}",
+        )
+        lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def _completion(completion: Completion | None) -> dict[str, Any] | None:
+    if completion is None:
+        return None
+    return completion._asdict() | {"num_tokens": completion.num_tokens}

@@ -1,0 +1,34 @@
+"""GRPO of a teacher against a frozen student, with the values of the ATLAS guide.
+
+python -m atlas_jax.train --config configs/run/teacher_rcl.py \
+    --config.resume_from=checkpoints/sft --config.output_dir=checkpoints/grpo
+
+32 lessons a question, 4 questions a step on 8 devices. The guide expects reward/mean to rise,
+teaching/non_degradation_rate above 0.95 and a KL of 0.5 to 2.0.
+"""
+
+from ml_collections import ConfigDict
+
+from atlas_jax import config
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    c = config.defaults(config.GRPOConfig)
+    c.output_dir = "checkpoints/grpo"
+    c.student_model = "Qwen/Qwen3-4B-Instruct-2507"
+    c.learning_rate = 5e-7
+    c.lr_scheduler_type = "constant"
+    c.warmup_ratio = 0.1
+    c.weight_decay = 0.01
+    c.beta = 0.04
+    c.temperature = 0.7
+    c.top_p = 0.95
+    c.num_generations = 32
+    c.max_new_tokens = 512
+    c.per_device_train_batch_size = 4
+    c.gradient_accumulation_steps = 4
+    c.max_seq_length = 4096
+    c.max_steps = 250
+    c.save_steps = 10
+    c.eval_steps = 10
+    return config.apply_parts(c, argument, model="qwen3_8b", data="arc_atlas_rl")
