@@ -167,8 +167,8 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 def all_gather(param: jax.Array, spec: PartitionSpec, dtype: jnp.dtype) -> jax.Array:
     """Inside `shard_map`: returns this device's part of a parameter, whole but for `tensor`."""
     param = param.astype(dtype)
-    if "fsdp" not in spec:
-        return param
+    if "fsdp" not in spec or jax.lax.axis_size("fsdp") == 1:
+        return param  # gathering from one device would copy
     return jax.lax.all_gather(param, "fsdp", axis=spec.index("fsdp"), tiled=True)
 
 

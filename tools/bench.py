@@ -1,7 +1,8 @@
-"""Measures one recipe and prints one JSON line: `python tools/bench.py sft --model DIR …`.
+"""Measures one recipe and prints one JSON line: `python tools/bench.py sft|grpo --model DIR …`.
 
-The batches are fixed random tokens, or with --packing the rows of a JSONL file packed; the model
-may be a directory that holds a `config.json` only, whose weights are then random.
+The batches of `sft` are fixed random tokens, or with --packing the rows of a JSONL file packed; the
+model may be a directory that holds a `config.json` only, whose weights are then random. `grpo` is
+the direct protocol with completions of full length and a reward of constant cost.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pathlib
 import resource
 import time
 
+import bench_grpo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,17 +33,26 @@ from atlas_jax.types import Batch, Params
 def main() -> None:
     """Parses the arguments, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", choices=["sft"])
-    parser.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
-    parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
-    parser.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn", "splash"])
-    parser.add_argument("--chunk", type=int, default=256, help="loss_chunk_size")
-    parser.add_argument("--packing", default="", metavar="FILE", help="rows to pack")
-    print(json.dumps(measure(parser.parse_args())))
+    recipes = parser.add_subparsers(dest="recipe", required=True)
+    sft_parser, grpo_parser = recipes.add_parser("sft"), recipes.add_parser("grpo")
+    for each in (sft_parser, grpo_parser):
+        each.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
+        each.add_argument("--steps", type=int, default=6)
+        each.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+        each.add_argument("--remat", default="none", choices=["none", "dots", "full"])
+        each.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn", "splash"])
+        each.add_argument("--chunk", type=int, default=256, help="loss_chunk_size")
+    sft_parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
+    sft_parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    sft_parser.add_argument("--packing", default="", metavar="FILE", help="rows to pack")
+    grpo_parser.add_argument("--prompts", type=int, default=4, help="questions a step")
+    grpo_parser.add_argument("--generations", type=int, default=4)
+    grpo_parser.add_argument("--max-new-tokens", type=int, default=64)
+    grpo_parser.add_argument("--beta", type=float, default=0.04)
+    grpo_parser.add_argument("--top-p", type=float, default=1.0)
+    grpo_parser.add_argument("--unshared", action="store_true", help="a prompt for each completion")
+    args = parser.parse_args()
+    print(json.dumps({"sft": measure, "grpo": bench_grpo.measure}[args.recipe](args)))
 
 
 def measure(args: argparse.Namespace) -> dict[str, float | str | list[float] | None]:

@@ -67,31 +67,25 @@ def decode(
     """
     positions = jnp.broadcast_to(cache.lengths[:, None] + time, tokens.shape)
     angles = decoder.angles(positions)
-    layer_ids = jnp.arange(decoder.config.num_layers)
 
-    def step(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
-        x, own = carry
-        layer, prompt, index = scanned
-        mine = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, 0, False), own)
+    def step(x: jax.Array, scanned: tuple) -> tuple[jax.Array, KeysValues]:
+        layer, prompt, own = scanned
 
         def attend(window: int, *qkv: jax.Array) -> jax.Array:
-            return _attend(decoder, cache.lengths, time, prompt, mine, window, qkv)
+            return _attend(decoder, cache.lengths, time, prompt, own, window, qkv)
 
-        x, new = decoder.layer(layer, x, angles, attend)
-        own = jax.tree.map(lambda c, n: _put(c, n, index, time), own, new)
-        return (x, own), None
+        return decoder.layer(layer, x, angles, attend)
 
-    x = decoder.embed(params, tokens)
-    scanned = (decoder.stacked(params), cache.prompt, layer_ids)
-    (x, own), _ = jax.lax.scan(step, (x, cache.own), scanned)
+    # The scan only reads the cache and hands out what is new: one write for all layers.
+    scanned = (decoder.stacked(params), cache.prompt, cache.own)
+    x, new = jax.lax.scan(step, decoder.embed(params, tokens), scanned)
+    own = jax.tree.map(lambda c, n: _put(c, n, time), cache.own, new)
     return decoder.norm(params, x), cache._replace(own=own)
 
 
-def _put(cache: jax.Array, new: jax.Array, layer: jax.Array, time: jax.Array) -> jax.Array:
-    """Writes `new [P, G, K, H]` as entry `time` of one layer of `cache [L, P, G, C, K, H]`."""
-    return jax.lax.dynamic_update_slice(
-        cache, new[None, :, :, None].astype(cache.dtype), (layer, 0, 0, time, 0, 0)
-    )
+def _put(cache: jax.Array, new: jax.Array, time: jax.Array) -> jax.Array:
+    """Writes `new [L, P, G, K, H]` as entry `time` of `cache [L, P, G, C, K, H]`."""
+    return jax.lax.dynamic_update_slice(cache, new[:, :, :, None], (0, 0, 0, time, 0, 0))
 
 
 def _attend(
