@@ -60,7 +60,9 @@ def run(config: GRPOConfig, limit: int, output: str, seed: int) -> None:
 
     protocol = speakers.protocol(config, 1)
     rows = sources.read_rows(config.data, config.data.dataset_path)
-    questions = parse_questions(rows, config.data.max_rejected_frac, True)[: limit or None]
+    fields = config.rollout.question_fields
+    questions = parse_questions(rows, config.data.max_rejected_frac, True, fields)
+    questions = questions[: limit or None]
     sharding = setup.make_sharding(config)
     teacher = grpo.open_speaker(
         config, config.model_name_or_path, config.data.system_prompt, sharding

@@ -6,8 +6,8 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -54,6 +54,7 @@ class Job(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
+    healthy: Mapping[str, tuple[float, float]] = MappingProxyType({})  # metric -> its range
 
 
 class Outcome(NamedTuple):
@@ -193,6 +194,9 @@ class _Log:
         self.last |= values
         shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
         logging.info("step %d/%d %s", step, self._job.num_steps, shown)
+        for name, (low, high) in self._job.healthy.items():
+            if name in values and not low <= values[name] <= high:
+                logging.warning("%s=%.4g is outside %g to %g", name, values[name], low, high)
         self._mark = time.perf_counter()
 
 

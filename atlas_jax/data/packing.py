@@ -174,5 +174,6 @@ def _fill_policy_row(row: PolicyBatch, completions: Sequence[Scored]) -> None:
         row.positions[start:end] = len(prompt) + np.arange(end - start)
         row.sequence_ids[start:end] = number
         row.loss_mask[start:end] = trains
-        row.advantages[start:end] = advantage
-        row.rollout_logprobs[start:end] = completion.untruncated_logprobs
+        if trains:
+            row.advantages[start:end] = advantage
+            row.rollout_logprobs[start:end] = completion.untruncated_logprobs

@@ -27,21 +27,31 @@ _ORDER_STREAM = 3
 _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 
 
-def parse_questions(rows: Rows, max_rejected_frac: float, needs_truth: bool) -> list[Question]:
+def parse_questions(
+    rows: Rows, max_rejected_frac: float, needs_truth: bool, needed_fields: Sequence[str] = ()
+) -> list[Question]:
     """Returns a question for each row.
 
     Args:
         rows: of the dataset.
         max_rejected_frac: share of unusable rows above which the run stops.
         needs_truth: whether a row without ground truth is unusable.
+        needed_fields: further fields that templates may use, without which a row is unusable.
 
     Raises:
-        ValueError: for too many unusable rows, and if none is left.
+        ValueError: for a field that templates must not use, for too many unusable rows, and if none
+            is left.
     """
+    for name in needed_fields:
+        if _HIDDEN.search(name) or name in _QUESTION:
+            raise ValueError(
+                f"rollout.question_fields has {name!r}; the question is {{question}} in templates, "
+                "and answers are never shown to a model; leave it out, or rename the field"
+            )
     questions, rejected = [], []
     for row in rows.rows:
         try:
-            questions.append(to_question(row, needs_truth))
+            questions.append(_with_fields(to_question(row, needs_truth), needed_fields))
         except ValueError as error:
             rejected.append(f"{row.name}: {error}")
     check_rejected(rejected, len(rows.rows), max_rejected_frac)
@@ -73,7 +83,14 @@ def to_question(row: Row, needs_truth: bool) -> Question:
         for k, v in fields.items()
         if isinstance(v, str | int | float) and not _HIDDEN.search(k) and k not in _QUESTION
     }
-    return Question(_text(fields.get("id", row.name)), question, truth, shown)
+    return Question(_text(fields.get("id", "")) or row.name, question, truth, shown)
+
+
+def _with_fields(question: Question, needed: Sequence[str]) -> Question:
+    for name in needed:
+        if name not in question.fields:
+            raise ValueError(f"lacks the field {name!r} of rollout.question_fields; add it")
+    return question
 
 
 def check_template(option: str, template: str, known: Sequence[str], needed: Sequence[str]) -> None:

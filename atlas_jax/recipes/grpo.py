@@ -34,8 +34,8 @@ from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding
 from atlas_jax.types import Metrics, Params, PolicyBatch, Question, Reward
 
-_WARNINGS = {"loss/kl": (5.0, "above"), "teaching/non_degradation_rate": (0.9, "below")}
-"""What the ATLAS training guide warns about."""
+_HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
+"""Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
 
 
 def run(config: GRPOConfig) -> None:
@@ -84,6 +84,7 @@ def run(config: GRPOConfig) -> None:
         evaluate=make_evaluate(parts, held_out) if held_out else None,
         writer=writer,
         checkpoints=checkpoints,
+        healthy=_HEALTHY,
     )
     outcome = loop.run(job, start.state, feed)
     writer.close()
@@ -109,8 +110,8 @@ def make_layout(
         sizes = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
             f"{plan.global_rows} completions a step do not divide into groups of num_generations="
-            f"{size} over {num_processes} processes; set train_batch_size={sizes}, or another "
-            "num_generations"
+            f"{size} over {num_processes} processes; set train_batch_size={sizes} and "
+            "gradient_accumulation_steps=0, or another num_generations"
         )
     longest = config.max_prompt_length + config.max_new_tokens
     room = max(config.max_seq_length, longest)
@@ -141,7 +142,7 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
     )
 
     def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
-        found, entropy = _logprobs(decoder, config, per_row, params, batch)
+        found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
         total, values = losses.policy_loss(found, batch, options)
         counted = jnp.where(batch.loss_mask, entropy, 0.0)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
@@ -166,11 +167,16 @@ def make_score(
 
 
 def _logprobs(
-    decoder: Decoder, config: GRPOConfig, per_row: int, params: Params, batch: PolicyBatch
+    decoder: Decoder,
+    config: GRPOConfig,
+    per_row: int,
+    params: Params,
+    batch: PolicyBatch,
+    with_entropy: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     shared = batch.sequence_ids if per_row > 1 else None
     hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
-    head = logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature, True)
+    head = logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature, with_entropy)
     return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
 
 
@@ -249,11 +255,12 @@ def open_speaker(config: GRPOConfig, path: str, system_prompt: str, sharding: Sh
 def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | None]:
     rows, held_out = sources.load_rows(config.data, config.seed)
     most, needs_truth = config.data.max_rejected_frac, bool(config.reward.names)
-    train = asked.parse_questions(rows, most, needs_truth)
+    fields = config.rollout.question_fields
+    train = asked.parse_questions(rows, most, needs_truth, fields)
     logging.info("%d questions; the first: %s", len(train), train[0].question)
     if held_out is None:
         return train, None
-    questions = asked.parse_questions(held_out, most, needs_truth)
+    questions = asked.parse_questions(held_out, most, needs_truth, fields)
     return train, questions[: config.rollout.eval_limit or None]
 
 
@@ -275,6 +282,7 @@ def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
     """Writes `trainer_state.json`, and logs what was reached beside what the guide promises."""
     if not distributed.is_main():
         return
+    last = _last_metrics(config.output_dir)
     lines = [f"{'metric':<36}{'reached':>10}   success in the guide"]
     wanted = {
         "reward/mean": "rising",
@@ -286,13 +294,22 @@ def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
         "eval/baseline_accuracy": "",
     }
     for name, goal in wanted.items():
-        if name in outcome.last:
-            lines.append(f"{name:<36}{outcome.last[name]:>10.3f}   {goal}")
-    for name, (bound, side) in _WARNINGS.items():
-        value = outcome.last.get(name, bound)
-        if (value > bound) if side == "above" else (value < bound):
-            advice = "lower learning_rate or raise beta"
-            logging.warning("%s is %.3f, %s %s; %s", name, value, side, bound, advice)
-    state = {"global_step": int(outcome.state.step), "metrics": outcome.last}
+        if name in last:
+            lines.append(f"{name:<36}{_finite(last[name]):>10.3f}   {goal}")
+    state = {"global_step": int(outcome.state.step), "metrics": last}
     (pathlib.Path(directory) / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
     logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
+
+
+def _last_metrics(output_dir: str) -> dict[str, float | None]:
+    """Returns the newest value of each metric, also of a run that had ended before."""
+    last: dict[str, float | None] = {}
+    for line in (pathlib.Path(output_dir) / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    last.pop("step", None)
+    return last
+
+
+def _finite(value: float | None) -> float:
+    """Returns the number that `metrics.jsonl` has null for."""
+    return math.nan if value is None else value

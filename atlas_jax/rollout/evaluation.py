@@ -86,9 +86,10 @@ def report(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Any]:
         "questions": len(rollouts),
         "metrics": {name: interval._asdict() for name, interval in found.items()},
     }
-    if rollouts[0].guided:
-        pairs = [(_right(r, "baseline"), _right(r, "guided")) for r in rollouts]
-        improved, degraded = sum(a > b for b, a in pairs), sum(b > a for b, a in pairs)
+    counted = _measure(rollouts)
+    if "teaching/improvement_rate" in counted:
+        improved = counted["teaching/improvement_rate"][0]
+        degraded = counted["teaching/degradation_rate"][0]
         result |= {
             "improved": improved,
             "degraded": degraded,
@@ -114,8 +115,9 @@ def table(result: dict[str, Any]) -> str:
 def examples(rollouts: Sequence[Rollout], count: int = 3) -> str:
     """Returns a few rollouts as text: first where teaching helped, then where it harmed."""
 
-    def rank(rollout: Rollout) -> int:
-        return _right(rollout, "baseline") - _right(rollout, "guided")
+    def rank(rollout: Rollout) -> tuple[bool, int]:
+        lost = _right(rollout, "baseline") - _right(rollout, "guided")
+        return not lost, lost
 
     blocks = []
     for rollout in sorted(rollouts, key=rank)[:count]:

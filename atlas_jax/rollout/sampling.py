@@ -86,7 +86,7 @@ def _nucleus(probs: jax.Array, top_p: float) -> jax.Array:
     """
     wanted = top_p * jnp.sum(probs, axis=-1, keepdims=True)
 
-    def narrow(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def narrow(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # low holds enough, high does not
         middle = low + (high - low) // 2
         value = jax.lax.bitcast_convert_type(middle, jnp.float32)

@@ -167,13 +167,12 @@ def _guide(
     protocol: Protocol,
     draws: Draws,
 ) -> list[list[Rollout]]:
-    """Adds the student's answers with the lessons; without a lesson the answer alone stands."""
+    """Adds the student's answers with the lessons, or what stands in their place."""
     requests, targets = [], []
     for i, (group, place) in enumerate(zip(groups, places, strict=True)):
         for j, rollout in enumerate(group):
             if not rollout.teaching:
-                standing = rollout.baseline if protocol.missing_teaching == "none" else None
-                group[j] = rollout._replace(guided=standing)
+                group[j] = rollout._replace(guided=_untaught(rollout, protocol))
                 continue
             prompt = _fill(
                 protocol.templates.with_teaching, rollout.question, {"teaching": rollout.teaching}
@@ -185,6 +184,15 @@ def _guide(
     for (i, j), (answer,) in zip(targets, answers, strict=True):
         groups[i][j] = groups[i][j]._replace(guided=answer)
     return groups
+
+
+def _untaught(rollout: Rollout, protocol: Protocol) -> Completion | None:
+    """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
+    if not rollout.policy.token_ids:
+        return _failed("error: the teacher's prompt does not fit")
+    if protocol.missing_teaching == "unscored":
+        return _failed("error: no lesson")
+    return rollout.baseline
 
 
 def _ask(
@@ -203,7 +211,11 @@ def _ask(
 
 def _too_long(request: Request, room: int) -> Completion:
     reason = f"error: prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
-    return Completion((), (), (), (), f"{reason} exceed {room}", "", -1)
+    return _failed(f"{reason} exceed {room}")
+
+
+def _failed(reason: str) -> Completion:
+    return Completion((), (), (), (), reason, "", -1)
 
 
 def _fill(template: str, question: Question, more: Mapping[str, str]) -> str:
