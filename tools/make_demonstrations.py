@@ -1,6 +1,7 @@
-"""Makes the teaching demonstrations of the quickstart, and measures what their lessons are worth.
+r"""Makes the teaching demonstrations of the quickstart, and measures what their lessons are worth.
 
-    python tools/make_demonstrations.py --model DIR --output configs/data/quickstart --measure
+    PYTHONPATH=. python tools/make_demonstrations.py --model DIR --output configs/data/quickstart \
+      --measure
 
 The approaches are what the student, the model in DIR, writes greedily. All else follows from the
 seed.
@@ -14,9 +15,11 @@ import json
 import pathlib
 import random
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-from demonstration_kinds import KINDS, NAMES, Kind
+from demonstration_kinds import KINDS, METHODS
+
+from atlas_jax.rewards.verifiable import is_correct, states_answer
 
 TASK = 'Solve the problem in one short sentence, then write "Answer:" and the final answer.'
 BASELINE = "{question}\n\n" + TASK
@@ -28,32 +31,6 @@ PROBE = (
 PROBE_TOKENS = 60
 ANSWER_TOKENS = 48
 
-LEADS = (
-    "Write the calculation first: {calc}.",
-    "First write the calculation: {calc}.",
-    "Always write the calculation first: {calc}.",
-    "Write the {noun} first: {calc}.",
-    "Write the calculation before the answer: {calc}.",
-    "Write the calculation first, here {calc}.",
-    "Write the calculation and its result: {calc} = ?",
-)
-"""How a lesson goes on after its reason."""
-
-
-class Operation(NamedTuple):
-    """What an operation is called, and how an approach may mention it."""
-
-    noun: str
-    mention: str
-
-
-OPERATIONS = {
-    "+": Operation("addition", r"\badd|\bsum\b|\bplus\b|\+"),
-    "-": Operation("subtraction", r"subtract|\bminus\b|take away|difference|\d\s*-\s*\d"),
-    "*": Operation("multiplication", r"multipl|\btimes\b(?! as many)|product|\*|\d\s*[x×]\s*\d"),
-    "/": Operation("division", r"divi[ds]|quotient|\d\s*[/÷]\s*\d"),
-}
-
 Record = dict[str, str]
 
 
@@ -64,7 +41,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--train", type=int, default=320)
     parser.add_argument("--eval", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
     parser.add_argument("--measure", action="store_true")
     args = parser.parse_args()
@@ -83,92 +60,107 @@ def main() -> None:
 
 
 def make_problems(count: int, seed: int) -> list[Record]:
-    """Returns different problems, the kinds in turn, none with its answer in question or lesson."""
-    rng = random.Random(seed)
+    """Returns different problems, the kinds in turn, none with its answer in the lesson.
+
+    Every kind has a draw of its own, so that its problems do not depend on the other kinds. The
+    answer is in the question only where it has to be chosen from there.
+    """
+    draws = {name: random.Random(f"{seed} {name}") for name in KINDS}
     seen: set[str] = set()
     records: list[Record] = []
     names = list(KINDS)
     while len(records) < count:
         name = names[len(records) % len(names)]
-        record = {"kind": name} | make_problem(KINDS[name], rng)
-        question, lesson = record["problem_text"], record["teacher_teaching"]
-        if question in seen or record["ground_truth"] in numbers(f"{question} {lesson}"):
+        question, answer, lesson = KINDS[name].make(draws[name])
+        given = states_answer(question, answer) and not KINDS[name].chosen
+        if question in seen or given or states_answer(lesson, answer):
             continue
         seen.add(question)
-        records.append(record)
+        records.append(
+            {
+                "kind": name,
+                "problem_text": question,
+                "ground_truth": answer,
+                "teacher_teaching": lesson,
+            }
+        )
     return records
 
 
-def make_problem(kind: Kind, rng: random.Random) -> Record:
-    """Returns one problem of a kind with its answer and its lesson."""
-    x, y = rng.randint(*kind.first), rng.randint(*kind.second)
-    if kind.operation == "/":
-        x *= y
-    answer = {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[kind.operation]
-    fields = {"name": rng.choice(NAMES), "x": x, "y": y} | rng.choice(kind.nouns)._asdict()
-    lesson = f"{rng.choice(kind.reasons)} {rng.choice(LEADS)}"
-    return {
-        "problem_text": capitalise(rng.choice(kind.questions).format(**fields)),
-        "ground_truth": str(answer),
-        "teacher_teaching": lesson.format(
-            calc=f"{x} {kind.operation} {y}", noun=OPERATIONS[kind.operation].noun, **fields
-        ),
-    }
-
-
 def diagnose(record: Record, rng: random.Random) -> str:
-    """Says what is right or missing in the student's approach, from what it mentions."""
+    """Says what is right or missing in the student's approach, from what it mentions.
+
+    Raises:
+        ValueError: if the diagnosis would state the answer.
+    """
     kind, approach = KINDS[record["kind"]], record["student_approach"]
-    noun = OPERATIONS[kind.operation].noun
-    named = {op for op, (_, mention) in OPERATIONS.items() if re.search(mention, approach, re.I)}
-    if named == {kind.operation}:
-        method = (f"The student rightly thinks of {noun}", f"Choosing {noun} is right")
-    elif kind.operation in named:
-        other = OPERATIONS[min(named - {kind.operation})].noun
+    needed = METHODS[kind.method].noun
+    named = {
+        name
+        for name, (_, mention) in METHODS.items()
+        if re.search(mention, approach, re.IGNORECASE)
+    }
+    others = sorted(METHODS[name].noun for name in named - {kind.method})
+    if kind.method in named and others:
         method = (
-            f"The student mentions {noun} but mixes it with {other}",
-            f"The right {noun} is there, but so is a needless {other}",
+            f"The student mentions {needed} but mixes it with {others[0]}",
+            f"The right {needed} is there, but so is a needless {others[0]}",
         )
-    elif named:
-        other = OPERATIONS[min(named)].noun
+    elif kind.method in named:
+        method = (f"The student rightly thinks of {needed}", f"Choosing {needed} is right")
+    elif others:
         method = (
-            f"The student plans {other} where {noun} is needed",
-            f"The plan turns to {other}, but the problem asks for {noun}",
+            f"The student plans {others[0]} where {needed} is needed",
+            f"The plan turns to {others[0]}, but the problem asks for {needed}",
         )
     else:
         method = (
-            f"The student does not name an operation; {noun} is needed",
-            f"The approach misses the {noun}",
+            f"The student does not name a method; {needed} is needed",
+            f"The approach misses the {needed}",
         )
-    return f"{rng.choice(method)}: {kind.clue}. {rng.choice(_about_numbers(record))}"
+    diagnosis = f"{rng.choice(method)}: {kind.clue}. {rng.choice(_about_numbers(record))}"
+    if states_answer(diagnosis, record["ground_truth"]):
+        raise ValueError(
+            f"the diagnosis {diagnosis!r} states the answer {record['ground_truth']!r}; word it "
+            "without numbers"
+        )
+    return diagnosis
 
 
 def _about_numbers(record: Record) -> tuple[str, ...]:
     """Returns sentences on how the approach deals with the numbers of the question."""
     given, used = set(numbers(record["problem_text"])), set(numbers(record["student_approach"]))
+    foreign = used - given - set(numbers(record["teacher_teaching"]))
+    if KINDS[record["kind"]].chosen:
+        if foreign:
+            return ("It brings in numbers that are not on offer.", "Some of its numbers are new.")
+        if used:
+            return (
+                "It repeats numbers of the question without weighing them.",
+                "Numbers are there, but not what to look at in them.",
+            )
+        return (
+            "It does not say what to look at in the numbers.",
+            "It stays general and leaves the numbers out.",
+        )
     if record["ground_truth"] in used:
         return (
-            "The right value appears in it; one clear calculation should lead to it.",
-            "The result is in it, but not the one calculation that a plan should show.",
+            "The right value appears in it; a clear plan should lead to it.",
+            "The result is in it, but not the way that a plan should show.",
         )
-    if used - given:
+    if foreign:
         return (
             "It brings in numbers that do not belong there.",
             "Some of its numbers are made up or wrongly worked out.",
         )
-    if given <= used:
+    if given and given <= used:
         return (
-            "Both numbers are there, but the one calculation is not written out.",
-            "It repeats the numbers without putting them into one calculation.",
+            "The numbers are repeated, but what to do with them is not written out.",
+            "It repeats the question without a plan for its numbers.",
         )
     if used:
-        return ("It uses only one of the two numbers.", "One of the two numbers is left out.")
-    return ("It leaves the two numbers out.", "It does not say which numbers to use.")
-
-
-def capitalise(text: str) -> str:
-    """Returns the text with a capital first letter, the rest as it is."""
-    return text[:1].upper() + text[1:]
+        return ("It uses only a part of the numbers.", "A number is left out.")
+    return ("It leaves the numbers out.", "It does not say which numbers to use.")
 
 
 def numbers(text: str) -> list[str]:
@@ -181,21 +173,6 @@ def whole_sentences(text: str) -> str:
     line = " ".join(text.split())
     ends = [match.end() for match in re.finditer(r"[.!?][\"')]*(?=\s|$)", line)]
     return line[: ends[-1]] if ends else line
-
-
-def extract(reply: str) -> str:
-    """Returns the final answer of a reply, a number, or an empty text.
-
-    The last `<solution>` counts, else the line behind the last "Answer:" or "answer is", else the
-    whole reply; of that, the last number, because "6 * 7 = 42" states 42.
-    """
-    tagged = re.findall(r"<solution>(.*?)</solution>", reply, re.IGNORECASE | re.DOTALL)
-    marked = re.split(r"answer(?:\s+is)?\s*:|answer\s+is", reply, flags=re.IGNORECASE)
-    part = tagged[-1] if tagged else marked[-1]
-    if len(marked) > 1 and not tagged:
-        part = part.strip().partition("\n")[0]
-    found = numbers(part)
-    return found[-1] if found else ""
 
 
 def write(path: pathlib.Path, split: str, records: list[Record]) -> None:
@@ -267,7 +244,7 @@ def measure(student: Student, records: list[Record]) -> str:
         ]
         pairs = zip(student.reply(prompts, ANSWER_TOKENS), records, strict=True)
         right[arm] = collections.Counter(
-            record["kind"] for reply, record in pairs if extract(reply) == record["ground_truth"]
+            record["kind"] for reply, record in pairs if is_correct(reply, record["ground_truth"])
         )
     counts = collections.Counter(record["kind"] for record in records)
     lines = ["| kind | problems | alone | taught | gain |", "|---|---|---|---|---|"]
