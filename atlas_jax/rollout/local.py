@@ -81,7 +81,8 @@ class LocalEngine:
         decoder: of the model.
         tokenizer: turns token ids into text.
         stop_ids: tokens that end a text.
-        max_rows: rows of this process that are decoded at one time; the others wait.
+        max_rows: rows of this process that are decoded at one time; the others wait. A device
+            has one prompt with its samples at least.
     """
 
     decoder: Decoder
@@ -104,22 +105,31 @@ class LocalEngine:
             sampling: how tokens are drawn.
 
         Raises:
-            ValueError: if a request is empty or does not fit the model's positions.
+            ValueError: if a request is empty, or wants no tokens or more than the model has
+                positions for.
         """
         for request in requests:
             self._check(request)
         samples = distributed.max_over_processes(max((r.num_samples for r in requests), default=1))
-        size = max(1, self.max_rows // samples)
+        size = self._prompts_at_once(samples)
         done: list[list[Completion]] = []
         for first in range(0, distributed.max_over_processes(len(requests)), size):
             part = requests[first : first + size]
             done += self._run(params, version, part, samples, sampling)
         return done
 
+    def _prompts_at_once(self, samples: int) -> int:
+        """Returns the largest grid, in prompts, of at most `max_rows` rows, or else the least."""
+        parts = self.decoder.sharding.local_replicas
+        share = self.max_rows // (samples * parts)
+        return parts * (1 << max(share.bit_length() - 1, 0))
+
     def _check(self, request: Request) -> None:
         most = self.decoder.config.max_positions
         if not request.prompt_ids:
             raise ValueError("a prompt has no tokens; give the model something to continue")
+        if request.max_tokens < 1:
+            raise ValueError(f"a request has max_tokens={request.max_tokens}; ask for 1 or more")
         if len(request.prompt_ids) + request.max_tokens > most:
             raise ValueError(
                 f"a prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones "

@@ -1,0 +1,150 @@
+"""Baseline against taught answers: how large the difference is, and how sure."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from atlas_jax.rollout import evaluation
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.types import Completion, Question
+from tests.rollout.scripts import Script, protocol
+
+GREEDY = Sampling(0.0)
+
+
+@pytest.mark.parametrize(
+    ("improved", "degraded", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),  # 2 * 1/2
+        (5, 0, 2 / 32),
+        (8, 1, 2 * (1 + 9) / 512),
+        (10, 2, 2 * (1 + 12 + 66) / 4096),
+        (3, 3, 1.0),
+        (2, 1, 1.0),  # 2 * (1 + 3) / 8
+    ],
+)
+def test_mcnemar_is_the_two_sided_binomial(improved, degraded, p):
+    assert evaluation.mcnemar(improved, degraded) == pytest.approx(p, rel=1e-12)
+    assert evaluation.mcnemar(degraded, improved) == evaluation.mcnemar(improved, degraded)
+
+
+def test_mcnemar_holds_for_large_counts():
+    assert 0 < evaluation.mcnemar(3000, 2000) < 1e-40
+
+
+# What the student answers alone and with its lesson, and what is right.
+CASES = {
+    "helped": ("1", "4", "4"), "harmed": ("5", "6", "5"), "kept": ("7", "7", "7"),
+    "lost": ("8", "9", "3"), "long": ("2", "2", "2"),
+}  # fmt: skip
+
+
+def ask(names, room=1000, missing="none"):
+    """Returns the rollouts of questions that are named as the cases are."""
+
+    def pupil(prompt, member):
+        alone, taught, _ = next(CASES[name] for name in CASES if name in prompt)
+        return "how" if prompt.startswith("probe") else taught if "with" in prompt else alone
+
+    def tutor(prompt, member):
+        return "nothing" if "kept" in prompt else "<teaching>think</teaching>"
+
+    asked = [Question(f"{i}", name, CASES[name][2], {}) for i, name in enumerate(names)]
+    student = Script(pupil, context=room).speaker
+    how = protocol(missing, size=1)
+    return evaluation.ask(asked, Script(tutor).speaker, student, how, GREEDY)
+
+
+def test_the_report_of_four_questions_by_hand():
+    result = evaluation.report(ask(["helped", "harmed", "kept", "lost"]))
+    values = {name: interval["value"] for name, interval in result["metrics"].items()}
+    assert values == {
+        "student_accuracy": 0.5, "baseline_accuracy": 0.5, "accuracy_delta": 0.0,
+        "improvement_rate": 0.25, "degradation_rate": 0.25, "non_degradation_rate": 0.75,
+        "completion_rate": 1.0, "response_token_reduction": 0.0, "missing_frac": 0.25,
+        "answer_leak_frac": 0.0, "probe_tokens": 4.0,
+    }  # fmt: skip
+    counts = {name: result[name] for name in ("questions", "improved", "degraded", "mcnemar_p")}
+    assert counts == {"questions": 4, "improved": 1, "degraded": 1, "mcnemar_p": 1.0}
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_summary_is_the_values_of_the_report():
+    rollouts = ask(["helped", "harmed", "kept", "lost"])
+    values = {k: v["value"] for k, v in evaluation.report(rollouts)["metrics"].items()}
+    assert evaluation.summary(rollouts) == values
+
+
+def test_what_did_not_come_about_is_no_change():
+    """Where the student's prompt with the lesson does not fit, nothing was degraded."""
+    rollouts = ask(["harmed", "helped", "harmed"], room=len("with think: helped") + 30)
+    harmed = rollouts[0]._replace(guided=Completion((), (), (), (), "error: x", "", -1))
+    result = evaluation.report([harmed, *rollouts[1:]])
+    assert (result["improved"], result["degraded"]) == (1, 1)
+    assert result["metrics"]["degradation_rate"]["value"] == 0.5
+
+
+def test_a_question_without_a_lesson_does_not_hide_the_others():
+    result = evaluation.report(ask(["kept", "helped", "helped"], missing="unscored"))
+    assert (result["improved"], result["degraded"]) == (2, 0)
+    assert result["metrics"]["student_accuracy"]["value"] == 1.0
+    assert result["metrics"]["missing_frac"]["value"] == pytest.approx(1 / 3)
+
+
+def test_intervals_hold_the_value_and_narrow_with_more_questions():
+    widths = []
+    for copies in (4, 16, 64):
+        rollouts = ask(["helped", "harmed", "kept", "lost"] * copies)
+        found = evaluation.intervals(rollouts)
+        for interval in found.values():
+            assert interval.low <= interval.value <= interval.high
+        widths.append(found["student_accuracy"].high - found["student_accuracy"].low)
+    for wide, narrow in itertools.pairwise(widths):
+        assert narrow == pytest.approx(wide / 2, rel=0.3)
+    # The normal approximation of a share of one half among 256.
+    assert widths[-1] == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(256), rel=0.15)
+
+
+def test_intervals_follow_from_their_seed():
+    rollouts = ask(["helped", "harmed", "kept", "lost"] * 8)
+    assert evaluation.intervals(rollouts, 1) == evaluation.intervals(rollouts, 1)
+    assert evaluation.intervals(rollouts, 1) != evaluation.intervals(rollouts, 2)
+
+
+def test_a_certain_result_has_no_width():
+    assert evaluation.intervals(ask(["kept"] * 5))["student_accuracy"] == (1.0, 1.0, 1.0)
+
+
+def test_direct_answers_have_an_accuracy():
+    asked = [Question(str(i), f"q{i}", str(i % 2), {}) for i in range(8)]
+    how = protocol(kind="direct", size=1)
+    rollouts = evaluation.ask(asked, Script(lambda *_: "1").speaker, None, how, GREEDY)
+    result = evaluation.report(rollouts)
+    assert evaluation.summary(rollouts) == {"accuracy": 0.5}
+    assert result["metrics"]["accuracy"]["value"] == 0.5
+    assert "mcnemar_p" not in result
+    assert "McNemar" not in evaluation.table(result)
+    assert "accuracy" in evaluation.table(result)
+
+
+def test_the_table_shows_each_metric_and_the_test():
+    result = evaluation.report(ask(["helped"] * 5 + ["kept"] * 3))
+    lines = evaluation.table(result).splitlines()
+    assert lines[0].split() == ["metric", "value", "95", "%", "interval"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
+    assert set(rows) == set(result["metrics"])
+    low, high = (result["metrics"]["baseline_accuracy"][k] for k in ("low", "high"))
+    assert rows["baseline_accuracy"] == ["0.375", f"{low:.3f}", "to", f"{high:.3f}"]
+    assert lines[-1] == "wrong to right 5, right to wrong 0 of 8: McNemar p = 0.0625"
+
+
+def test_examples_show_first_what_helped_then_what_harmed():
+    shown = evaluation.examples(ask(["kept", "lost", "harmed", "helped"])).split("\n\n")
+    assert [block.splitlines()[0].split()[-1] for block in shown] == ["helped", "harmed", "kept"]
+    assert [line.strip() for line in shown[0].splitlines()] == [
+        "question: helped", "truth: 4", "alone: 1", "lesson: think", "answer: 4",
+    ]  # fmt: skip
+    assert "lesson: (none)" in shown[2]

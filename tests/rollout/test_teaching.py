@@ -1,0 +1,447 @@
+"""The teaching protocol, what is measured of it, and the batches that come of it."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from atlas_jax import config as config_lib
+from atlas_jax import metrics
+from atlas_jax.checkpoint import hf
+from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
+from atlas_jax.data.questions import Order
+from atlas_jax.recipes import grpo, setup, speakers
+from atlas_jax.recipes.feed import Feed, Layout, Parts
+from atlas_jax.rewards import verifiable
+from atlas_jax.rollout import measures, teaching
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.teaching import Draws
+from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.step import TrainState
+from atlas_jax.types import Question, RewardResult, Rollout
+from tests import words
+from tests.rollout.scripts import Script, completion, protocol, questions
+
+DRAWS = Draws(Sampling(), 7)
+LESSON = "<teaching> say {} </teaching>"
+
+
+def pupil(prompt, member):
+    """Answers 9, or what the lesson says."""
+    if prompt.startswith("probe"):
+        return f"approach of {prompt[-2:]}"
+    return prompt.split()[2].strip(":") if prompt.startswith("with say") else "9"
+
+
+def tutor(prompt, member):
+    return LESSON.format(member)
+
+
+def taught(asked, places=None, student=None, policy=None, how=None):
+    student, policy = student or Script(pupil), policy or Script(tutor)
+    places = range(len(asked)) if places is None else places
+    how = how or protocol()
+    groups = teaching.run(asked, places, policy.speaker, student.speaker, how, DRAWS)
+    return groups, student, policy
+
+
+def test_the_student_answers_alone_once_a_question_and_the_teacher_once_a_group():
+    groups, student, policy = taught(questions(2))
+    assert student.prompts[:4] == ["alone q0", "alone q1", "probe q0", "probe q1"]
+    assert policy.prompts == ["teach q0 approach of q0", "teach q1 approach of q1"]
+    assert [r.num_samples for r in policy.requests] == [3, 3]
+    assert student.prompts[4:] == [f"with say {g}: q{i}" for i in (0, 1) for g in (0, 1, 2)]
+    assert len(student.calls) == 2
+    assert len(policy.calls) == 1
+    for i, group in enumerate(groups):
+        assert len({r.policy.prompt_ids for r in group}) == 1
+        assert [r.teaching for r in group] == ["say 0", "say 1", "say 2"]
+        assert [r.guided.text for r in group] == ["0", "1", "2"]
+        assert {r.baseline.text for r in group} == {"9"}
+        assert {r.probe.text for r in group} == {f"approach of q{i}"}
+        assert [r.answer for r in group] == [r.guided for r in group]
+
+
+def test_texts_have_the_limits_of_their_kind():
+    _, student, policy = taught(questions(1))
+    assert [r.max_tokens for r in student.requests] == [30, 20, 30, 30, 30]
+    assert [r.max_tokens for r in policy.requests] == [60]
+
+
+def test_without_a_student_the_policy_answers():
+    policy = Script(lambda prompt, member: f"{member}")
+    how = protocol(kind="direct")
+    groups = teaching.run(questions(2), range(2), policy.speaker, None, how, DRAWS)
+    assert policy.prompts == ["direct q0", "direct q1"]
+    assert [[r.answer.text for r in group] for group in groups] == [["0", "1", "2"]] * 2
+    assert {(r.baseline, r.probe, r.guided, r.teaching) for g in groups for r in g} == {
+        (None, None, None, "")
+    }
+
+
+def test_further_fields_and_braces_reach_the_prompt_as_they_are():
+    how = protocol()
+    how = how._replace(templates=how.templates._replace(baseline="{topic}: {question}"))
+    asked = [Question("id", "is {topic} {approach}?", "4", {"topic": "{x}"})]
+    assert taught(asked, how=how)[1].prompts[0] == "{x}: is {topic} {approach}?"
+
+
+@pytest.mark.parametrize("missing", ["none", "whole", "unscored"])
+@pytest.mark.parametrize(
+    ("text", "lesson"),
+    [
+        ("<thinking>x</thinking><teaching>\n add \n</teaching> end", "add"),
+        ("<teaching>first</teaching><teaching>second</teaching>", "first"),
+        ("<teaching>two\nlines</teaching>", "two\nlines"),
+        ("<teaching>never closed", None),
+        ("no tags ", None),
+        ("</teaching>wrong order<teaching>", None),
+        ("<teaching> </teaching>", ""),
+        ("", ""),
+    ],
+)
+def test_a_lesson_is_what_stands_between_its_tags(text, lesson, missing):
+    groups, student, _ = taught(
+        questions(1), policy=Script(lambda *_: text), how=protocol(missing, size=2)
+    )
+    expected = text.strip() if lesson is None and missing == "whole" else lesson or ""
+    assert teaching.has_lesson(text) == bool(lesson)
+    for rollout in groups[0]:
+        assert rollout.teaching == expected
+        if expected:
+            assert rollout.guided.token_ids
+        elif missing == "unscored":
+            assert rollout.guided.finish_reason == "error: no lesson"
+        else:
+            assert rollout.guided is rollout.baseline
+    assert len(student.requests) == (4 if expected else 2)
+
+
+@pytest.mark.parametrize("reward", [verifiable.exact_match(), verifiable.teaching_gain()])
+def test_what_a_teacher_answers_itself_earns_nothing(reward):
+    """Without a lesson, neither the teacher's own text nor the answer alone is a taught answer."""
+    policy = Script(lambda prompt, member: "The answer is 0")
+    (group,), _, _ = taught(questions(1), policy=policy, how=protocol("unscored"))
+    assert [r.score for r in reward(group)] == [None] * 3
+    (group,), _, _ = taught(questions(1), policy=policy, how=protocol("none"))
+    assert [r.score for r in reward(group)] == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("limits", "contexts", "failed"),
+    [
+        ({"prompt": 22}, (1000, 1000), "policy"),
+        ({}, (38, 1000), "guided"),
+        ({}, (37, 1000), "baseline"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_not_sent_and_score_nothing(limits, contexts, failed):
+    student = Script(pupil, context=contexts[0])
+    groups, _, policy = taught(questions(2), student=student, how=protocol(**limits))
+    reward = verifiable.combine({"gain": (verifiable.teaching_gain(), 1.0)})
+    for rollout in groups[0]:
+        found = getattr(rollout, failed)
+        assert found.finish_reason.startswith("error: ")
+        assert (found.token_ids, found.text, found.weights_version) == ((), "", -1)
+    assert [r.score for r in reward(groups[0])] == [None] * 3
+    if failed == "policy":
+        assert not policy.requests
+        assert "prompt of 23 tokens and 60 new ones exceed 82" in groups[0][0].policy.finish_reason
+        assert verifiable.exact_match()(groups[0])[0].score is None
+
+
+def test_a_prompt_of_just_the_limit_is_sent():
+    _, _, policy = taught(questions(1), how=protocol(prompt=23))
+    assert len(policy.requests[0].prompt_ids) == 23
+
+
+def seeds(*scripts):
+    return [r.seed for script in scripts for r in script.requests]
+
+
+def test_seeds_follow_from_the_place_alone():
+    _, student, policy = taught(questions(3), places=[4, 5, 6])
+    _, alone, single = taught(questions(3)[1:2], places=[5])
+    together = dict(zip(student.prompts + policy.prompts, seeds(student, policy), strict=True))
+    assert dict(zip(alone.prompts + single.prompts, seeds(alone, single), strict=True)).items() <= (
+        together.items()
+    )
+    assert len(set(together.values())) == len(together)
+    _, moved, _ = taught(questions(3)[1:2], places=[6])
+    assert not set(seeds(moved)) & set(seeds(alone))
+    assert Draws(Sampling(), 8).seed_of(5, 0) != DRAWS.seed_of(5, 0)
+    assert all(0 <= seed < 2**32 for seed in together.values())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small model that speaks with its own engine, at version 3."""
+    names = ("alone", "probe", "teach", "with", "direct", *(f"q{i}" for i in range(8)))
+    path = words.save(tmp_path_factory.mktemp("tiny"), names)
+    config = GRPOConfig(model_name_or_path=path, output_dir="unused")
+    sharding = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none")
+    model = setup.open_frozen(config, path, sharding)
+    return speakers.local(model, "", 64)(hf.load(model.source, model.decoder), 3)
+
+
+def test_real_models_teach_and_answer(tiny):
+    how = protocol("whole", policy=6, probe=4, answer=5, prompt=20)
+
+    def ask(asked, places):
+        return teaching.run(asked, places, tiny, tiny, how, DRAWS)
+
+    groups = ask(questions(3), [0, 1, 2])
+    for group in groups:
+        assert len({r.policy.prompt_ids for r in group}) == 1
+        assert len({id(r.baseline) for r in group}) == len({id(r.probe) for r in group}) == 1
+        for rollout in group:
+            assert 1 <= rollout.policy.num_tokens <= 6
+            assert rollout.policy.weights_version == 3
+            assert rollout.teaching == rollout.policy.text.strip()
+            assert rollout.guided.num_tokens <= 5
+    assert len({r.policy.token_ids for group in groups for r in group}) > 6
+    backwards = ask(questions(3)[::-1], [2, 1, 0])
+    for ours, theirs in zip(
+        itertools.chain(*backwards[::-1]), itertools.chain(*groups), strict=True
+    ):
+        assert ours.policy.token_ids == theirs.policy.token_ids
+        assert ours.guided.token_ids == theirs.guided.token_ids
+        np.testing.assert_allclose(ours.policy.logprobs, theirs.policy.logprobs, atol=1e-5)
+
+
+def rollout(before, after, lesson, tokens, finish="stop"):
+    """A rollout of a question whose answer is 4; `tokens` of lesson, baseline and guided answer."""
+    text = f"<teaching>{lesson}</teaching>" if lesson else "none"
+    policy, baseline, guided = (
+        completion(t, n) for t, n in zip((text, before, after), tokens, strict=True)
+    )
+    guided = guided._replace(finish_reason=finish)
+    question = Question("id", "2+2?", "4", {})
+    return Rollout(question, policy, lesson, baseline, completion("?", 3), guided)
+
+
+FOUR = [
+    [
+        rollout("it is 5", "it is 4", "add", (6, 10, 4)),  # wrong to right
+        rollout("it is 4", "it is 4", "", (5, 8, 6)),  # right to right, no lesson
+    ],
+    [
+        rollout("it is 4", "it is 7", "guess", (5, 6, 8), "length"),  # right to wrong
+        rollout("it is 1", "it is 2", "say 4", (4, 4, 4)),  # wrong to wrong, leaks
+    ],
+]
+SCORES = [[RewardResult(s, {}) for s in group] for group in ((1.0, 0.25), (-1.0, 0.0))]
+EXPECTED = {
+    "student_accuracy": (2, 4), "baseline_accuracy": (2, 4), "accuracy_delta": (0, 4),
+    "improvement_rate": (1, 4), "degradation_rate": (1, 4), "non_degradation_rate": (3, 4),
+    "completion_rate": (3, 4), "response_token_reduction": (28 - 22, 28),
+    "token_efficiency": (25.0, 20), "missing_frac": (1, 4), "answer_leak_frac": (1, 4),
+    "probe_tokens": (12, 4),
+}  # fmt: skip
+
+
+def test_the_teaching_metrics_of_four_rollouts_by_hand():
+    found = measures.of_teaching(FOUR, SCORES)
+    assert found == {f"teaching/{name}": value for name, value in EXPECTED.items()}
+
+
+def test_texts_that_did_not_come_about_count_in_no_rate():
+    failed = FOUR[0][0].policy._replace(token_ids=(), text="", finish_reason="error: x")
+    lost = FOUR[0][0]._replace(policy=failed, teaching="", guided=failed)
+    unknown = FOUR[0][0]._replace(question=Question("id", "?", "", {}))
+    more = [[lost, unknown]]
+    found = measures.of_teaching(FOUR + more, [*SCORES, [RewardResult(None, {})] * 2])
+    changed = {"token_efficiency": (25.0, 26), "missing_frac": (1, 5), "probe_tokens": (18, 6)}
+    assert found == {f"teaching/{name}": value for name, value in (EXPECTED | changed).items()}
+
+
+def test_the_reward_metrics_by_hand():
+    def result(score, a=None, b=None):
+        return RewardResult(score, {"a": {"score": a}, "b": {"score": b}})
+
+    results = [
+        [result(1.0, 1.0, 0.0), result(0.0, 0.5, 0.0)],
+        [result(None, None, 2.0), result(0.5, 0.5, 0.0)],
+        [result(0.5, 0.5, 0.0), result(0.5, 0.5, 0.0)],
+    ]
+    found = measures.of_rewards(results, ("a", "b"))
+    spread = found.pop("reward/std")
+    assert spread == (pytest.approx(np.sqrt(0.5)), 2)  # groups with two scores or more
+    assert found == {
+        "reward/mean": (2.5, 5), "reward/zero_std_group_frac": (1, 2),
+        "reward/failed_frac": (1, 6), "reward/a": (3.0, 5), "reward/b": (2.0, 6),
+    }  # fmt: skip
+    assert "reward/a" not in measures.of_rewards(results, ("a",))
+
+
+def test_the_generation_metrics_by_hand():
+    def written(*completions):
+        question = questions(1)[0]
+        return [Rollout(question, c, "", None, None, None) for c in completions]
+
+    failed = completion("", 0, "error: x", prompt="")
+    groups = [
+        written(completion("a", 2), completion("b", 2), completion("c", 4, "length", "long")),
+        written(failed, failed),
+    ]
+    assert measures.of_generation(groups) == {
+        "rollout/completion_tokens": (8, 3), "rollout/prompt_tokens": (6, 3),
+        "rollout/truncated_frac": (1, 5), "rollout/failed_frac": (2, 5),
+        "rollout/text_repeat_frac": (1, 5),
+    }  # fmt: skip
+
+
+CONFIG = dataclasses.replace(
+    GRPOConfig(),
+    num_generations=2,
+    beta=0.0,
+    reward=RewardConfig(names=("exact_match",), max_failed_frac=0.5),
+    rollout=RolloutConfig(protocol="direct"),
+)
+
+
+def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
+    """Returns a feed of two groups of two whose policy is a script."""
+    config = dataclasses.replace(config, output_dir=str(tmp_path))
+    config_lib.validate(dataclasses.replace(config, model_name_or_path="m",
+        data=dataclasses.replace(config.data, dataset_path="d")))  # fmt: skip
+    parts = Parts(
+        config=config,
+        layout=Layout(questions=2, per_row=2, microbatches=1, buckets=(64, 256)),
+        order=Order(questions(count), 0, False),
+        policy=lambda params, version: Script(say, version=version).speaker,
+        student=None,
+        protocol=how or protocol(kind="direct", size=2),
+        reward=reward or grpo.make_reward(config.reward),
+        score=lambda params, batch: batch.rollout_logprobs,
+        sharding=Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none"),
+        writer=metrics.MetricWriter(str(tmp_path), 0, enabled=False),
+    )
+    return Feed(parts, None)
+
+
+def state_of(step):
+    return TrainState(np.int32(step), {}, None, None)
+
+
+def recorded(tmp_path, step):
+    path = tmp_path / "rollouts" / f"step_{step:06d}_process_0.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def useful(prompt, member):
+    """One of two is right for q1, q4 and q5, none for the others."""
+    number = prompt.split("q")[1]
+    return number if member and number in "145" else "9"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "asked", "position"),
+    [
+        (0, ["id1", "id0"], 2),
+        (1, ["id1", "id0"], 3),
+        (2, ["id1", "id0"], 4),
+        (3, ["id1", "id4"], 5),
+    ],
+)
+def test_groups_without_a_difference_are_replaced(tmp_path, rounds, asked, position):
+    rollout_options = dataclasses.replace(CONFIG.rollout, refill_rounds=rounds)
+    config = dataclasses.replace(CONFIG, rollout=rollout_options)
+    feed = make_feed(tmp_path, useful, config=config)
+    given = feed.next(state_of(6))
+    found = recorded(tmp_path, 7)
+    assert [s["question_id"] for s in found][::2] == asked
+    assert feed.get_state()["position"] == position
+    assert {s["policy"]["weights_version"] for s in found} == {6}
+    zero = 2 - len({"id1", "id4"} & set(asked))
+    assert given.metrics["reward/zero_std_group_frac"] == (zero, 2)
+    rows = np.asarray(given.batch.advantages)[0]
+    assert [bool(row.any()) for row in rows] == [name in ("id1", "id4") for name in asked]
+
+
+def test_the_feed_continues_where_its_state_says(tmp_path):
+    feed = make_feed(tmp_path, useful)
+    feed.next(state_of(0))
+    other = make_feed(tmp_path / "other", useful)
+    other.set_state(json.loads(json.dumps(feed.get_state())))
+    feed.next(state_of(1))
+    other.next(state_of(1))
+    assert recorded(tmp_path, 2) == recorded(tmp_path / "other", 2)
+    assert [s["question_id"] for s in recorded(tmp_path, 2)] == ["id2", "id2", "id3", "id3"]
+
+
+def test_other_questions_are_refused_on_resume(tmp_path):
+    saved = make_feed(tmp_path, useful).get_state()
+    with pytest.raises(ValueError, match=r"the dataset, the seed or data.shuffle differ; restore"):
+        make_feed(tmp_path, useful, count=7).set_state(saved)
+
+
+@pytest.mark.parametrize("allowed", [0.25, 0.24])
+def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
+    def reward(rollouts):
+        scores = (None if (r.question.id, r.policy.text) == ("id1", "1") else 0.0 for r in rollouts)
+        return [RewardResult(score, {"unscored": "why"}) for score in scores]
+
+    options = dataclasses.replace(CONFIG.reward, max_failed_frac=allowed)
+    config = dataclasses.replace(CONFIG, reward=options)
+    feed = make_feed(tmp_path, useful, reward, config)
+    if allowed == 0.25:
+        given = feed.next(state_of(0))
+        assert given.metrics["reward/failed_frac"] == (1, 4)
+        assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, True, False]
+        mask = np.asarray(given.batch.loss_mask) & (np.asarray(given.batch.sequence_ids) == 2)
+        assert mask.any(axis=-1).tolist() == [[True, False]]
+        return
+    with pytest.raises(RuntimeError, match=r"1 of 4 samples(?s:.*)max_failed_frac=0.24.*why"):
+        feed.next(state_of(0))
+    assert len(recorded(tmp_path, 1)) == 4  # to look at
+
+
+def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
+    how = protocol(kind="direct", size=2, prompt=9)
+    long = [Question("long", "a question too long", "1", {}), *questions(2)[1:]]
+    feed = make_feed(tmp_path, useful, how=how, count=2)
+    feed._parts = feed._parts._replace(order=Order(long, 0, False))
+    given = feed.next(state_of(0))
+    assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, False, False]
+    assert np.asarray(given.batch.loss_mask).any(axis=-1).tolist() == [[True, False]]
+    assert given.metrics["rollout/failed_frac"] == (2, 4)
+    assert given.metrics["reward/failed_frac"] == (2, 4)
+    assert given.num_tokens == 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_completions_can_be_left_out(tmp_path, masked):
+    config = dataclasses.replace(CONFIG, mask_truncated_completions=masked)
+    how = protocol(kind="direct", size=2, policy=4)
+    feed = make_feed(tmp_path, lambda _, member: "12345" if member else "1", None, config, how)
+    given = feed.next(state_of(0))
+    assert given.metrics["rollout/truncated_frac"] == (2, 4)
+    assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, not masked] * 2
+
+
+@pytest.mark.parametrize(
+    ("option", "template", "message"),
+    [
+        ("student_with_teaching_template", "{question}", r"lacks \{teaching\}"),
+        ("student_baseline_template", "{question} {teaching}", r"unknown field \{teaching\}"),
+        ("student_diagnostic_template", "how?", r"lacks \{question\}"),
+    ],
+)
+def test_templates_are_checked(option, template, message):
+    fine = dataclasses.replace(
+        RolloutConfig(),
+        student_baseline_template="{question}",
+        student_diagnostic_template="{question} {topic}",
+        student_with_teaching_template="{question} {teaching}",
+        question_fields=("topic",),
+    )
+    data = config_lib.DataConfig(teacher_template="{question} {approach} {topic}")
+    config = dataclasses.replace(GRPOConfig(), rollout=fine, data=data)
+    assert speakers.protocol(config, 5).num_generations == 5
+    wrong = dataclasses.replace(config, rollout=dataclasses.replace(fine, **{option: template}))
+    with pytest.raises(ValueError, match=f"rollout.{option}.*{message}"):
+        speakers.protocol(wrong, 5)
