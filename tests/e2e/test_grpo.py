@@ -1,0 +1,328 @@
+"""Whole GRPO runs of `python -m atlas_jax.train` in their own processes, and what is refused."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from atlas_jax import config as config_lib
+from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, RolloutConfig
+from atlas_jax.recipes import grpo, setup
+from tests import words
+
+STEPS = 8
+GENERATIONS = 4
+PER_STEP = 16  # completions
+QUESTIONS = tuple(f"q{i}" for i in range(8))
+FILES = {"teaching": "quickstart_grpo", "direct": "rlvr_gsm8k"}
+OPTIONS = {
+    "teaching": {
+        "data.teacher_template": "{question} plan {approach}",
+        "rollout.student_baseline_template": "{question} answer",
+        "rollout.student_diagnostic_template": "{question} plan",
+        "rollout.student_with_teaching_template": "{question} hint {teaching} answer",
+        "rollout.missing_teaching": "whole", "rollout.max_answer_tokens": 4,
+        "max_probe_tokens": 3, "beta": 0.04, "sync_ref_model": True,
+        "ref_model_sync_steps": 1, "num_iterations": 2, "data.eval_path": "",
+    },
+    "direct": {"rollout.direct_template": "{question} answer", "beta": 0.0},
+}  # fmt: skip
+COMMON_METRICS = (
+    "loss/total", "loss/policy", "policy/entropy", "policy/clip_frac", "policy/ratio_mean",
+    "rollout/mismatch_kl", "rollout/importance_weight", "rollout/completion_tokens",
+    "rollout/prompt_tokens", "rollout/truncated_frac", "rollout/failed_frac",
+    "rollout/text_repeat_frac", "reward/mean", "reward/std", "reward/failed_frac",
+    "reward/zero_std_group_frac", "optim/grad_norm", "optim/learning_rate", "perf/step_secs",
+    "perf/generate_secs", "perf/score_secs", "perf/logprobs_secs",
+    "perf/tokens_per_sec_per_device",
+)  # fmt: skip
+METRICS = {
+    "teaching": (
+        "loss/kl", "policy/kl", "teaching/student_accuracy", "teaching/baseline_accuracy",
+        "teaching/accuracy_delta", "teaching/improvement_rate", "teaching/degradation_rate",
+        "teaching/non_degradation_rate", "teaching/completion_rate", "teaching/missing_frac",
+        "teaching/response_token_reduction", "teaching/token_efficiency", "teaching/probe_tokens",
+        "teaching/answer_leak_frac",
+    ),
+    "direct": (),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny model, teacher and student at once, and questions with a digit as their answer."""
+    directory = tmp_path_factory.mktemp("inputs")
+    words.save(directory / "model", (*QUESTIONS, "answer", "hint", "plan"))
+    lines = [json.dumps({"question": q, "answer": str(i % 3)}) for i, q in enumerate(QUESTIONS)]
+    (directory / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def command(inputs, output, protocol):
+    values = {
+        "model_name_or_path": inputs / "model", "student_model": inputs / "model",
+        "output_dir": output, "data.dataset_path": inputs / "questions.jsonl",
+        "data.eval_path": inputs / "questions.jsonl", "data.system_prompt": "",
+        "max_prompt_length": 12, "max_new_tokens": 4, "max_seq_length": 32,
+        "data.length_buckets": "(32,)", "num_generations": GENERATIONS, "temperature": 1.0,
+        "top_p": 1.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_ratio": 0.0,
+        "max_steps": STEPS, "save_steps": 2, "save_total_limit": 2, "eval_steps": 0,
+        "compilation_cache_dir": inputs / "xla", **OPTIONS[protocol],
+    }  # fmt: skip
+    flags = [f"--config.{k}={v}" for k, v in values.items()]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "ATLAS_TRACEBACK": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    run = [sys.executable, "-m", "atlas_jax.train", f"--config=configs/run/{FILES[protocol]}.py"]
+    return {"args": [*run, *flags], "env": environment}
+
+
+def train(inputs, output, protocol):
+    result = subprocess.run(
+        **command(inputs, output, protocol), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def metrics(output):
+    """The lines of `metrics.jsonl` without what a clock says."""
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines
+    ]
+
+
+def rollouts(output):
+    return {path.name: path.read_bytes() for path in (output / "rollouts").iterdir()}
+
+
+def samples(output, step):
+    lines = (output / "rollouts" / f"step_{step:06d}_process_0.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def parameters(output, item="params"):
+    path = output.absolute() / "checkpoints" / str(STEPS) / item
+    return jax.tree.leaves(ocp.StandardCheckpointer().restore(path))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """Returns protocol -> the directory of an uninterrupted run, made once."""
+    made = {}
+
+    def make(protocol):
+        if protocol not in made:
+            made[protocol] = tmp_path_factory.mktemp(protocol)
+            train(inputs, made[protocol], protocol)
+        return made[protocol]
+
+    return make
+
+
+@pytest.mark.parametrize("protocol", FILES)
+def test_a_run_leaves_what_it_promises(whole, protocol):
+    output = whole(protocol)
+    for name in ("config.json", "training.log", "metrics.jsonl", "final/model.safetensors"):
+        assert (output / name).stat().st_size
+    assert list(output.glob("events.out.tfevents*"))
+    assert sorted(int(p.name) for p in (output / "checkpoints").iterdir()) == [STEPS - 2, STEPS]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss/total" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    for line in steps:
+        assert {*COMMON_METRICS, *METRICS[protocol]} <= set(line)
+    state = json.loads((output / "final" / "trainer_state.json").read_text())
+    assert state["global_step"] == STEPS
+    assert state["metrics"].items() >= {k: v for k, v in steps[-1].items() if k != "step"}.items()
+    if protocol == "direct":
+        assert state["metrics"]["eval/accuracy"] == lines[-1]["eval/accuracy"]
+
+
+@pytest.mark.parametrize("protocol", FILES)
+def test_every_sample_is_on_record(whole, protocol):
+    output = whole(protocol)
+    assert len(rollouts(output)) == STEPS
+    rewards = []
+    for step in range(1, STEPS + 1):
+        found = samples(output, step)
+        assert len(found) == PER_STEP
+        for i, sample in enumerate(found):
+            policy = sample["policy"]
+            assert (sample["step"], sample["member"]) == (step, i % GENERATIONS)
+            assert policy["weights_version"] == step - 1
+            assert 1 <= len(policy["token_ids"]) == len(policy["logprobs"]) <= 4
+            assert max(policy["logprobs"]) <= 0
+            assert policy["num_tokens"] == len(policy["token_ids"])
+            assert policy["prompt_ids"] == found[i - i % GENERATIONS]["policy"]["prompt_ids"]
+            assert sample["question"] in QUESTIONS
+            assert sample["ground_truth"] == str(int(sample["question"][1]) % 3)
+            assert set(sample["reward_details"]) == (
+                {"teaching_gain"} if protocol == "teaching" else {"exact_match"}
+            )
+            if protocol == "teaching":
+                assert sample["teaching"] == policy["text"].strip()
+                assert sample["probe"]["token_ids"]
+                assert sample["baseline"]["token_ids"]
+                assert sample["guided"]["weights_version"] == 0
+        for first in range(0, PER_STEP, GENERATIONS):
+            group = np.asarray([s["reward"] for s in found[first : first + GENERATIONS]])
+            advantages = [s["advantage"] for s in found[first : first + GENERATIONS]]
+            expected = (group - group.mean()) / (group.std(ddof=1) + 1e-4)
+            np.testing.assert_allclose(advantages, expected, atol=1e-5)
+        rewards.append([s["reward"] for s in found])
+    lines = [line for line in metrics(output) if "loss/total" in line]
+    np.testing.assert_allclose([x["reward/mean"] for x in lines], np.mean(rewards, 1), atol=1e-6)
+    assert np.std(rewards) > 0, "a run without any difference in reward shows nothing"
+
+
+@pytest.mark.parametrize("protocol", FILES)
+def test_the_trainer_agrees_with_what_sampled(whole, protocol):
+    lines = [line for line in metrics(whole(protocol)) if "loss/total" in line]
+    assert max(line["rollout/mismatch_kl"] for line in lines) < 1e-6
+
+
+def _kill_at(inputs, output, protocol, step):
+    """Starts a run and kills it once the log shows `step` and a checkpoint before it is whole."""
+    process = subprocess.Popen(
+        **command(inputs, output, protocol), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log, saved = output / "training.log", output / "checkpoints" / str(step - 1)
+    for _ in range(12000):
+        if saved.exists() and f"step {step}/" in log.read_text():
+            break
+        time.sleep(0.01)
+    process.kill()
+    return process.wait()
+
+
+@pytest.mark.parametrize("protocol", FILES)
+def test_a_killed_run_continues_bitwise(inputs, whole, tmp_path, protocol):
+    assert _kill_at(inputs, tmp_path, protocol, 3) == -signal.SIGKILL
+    assert not (tmp_path / "final").exists()
+    begun = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert 2 in begun
+    assert STEPS not in begun
+    result = train(inputs, tmp_path, protocol)
+    assert f"at step {max(begun)}" in result.stderr
+    assert metrics(tmp_path) == metrics(whole(protocol))
+    assert rollouts(tmp_path) == rollouts(whole(protocol))
+    for item in ("params", "reference") if protocol == "teaching" else ("params",):
+        pairs = zip(parameters(tmp_path, item), parameters(whole(protocol), item), strict=True)
+        assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+def test_a_finished_run_changes_nothing_when_started_again(inputs, whole):
+    output = whole("direct")
+    state = (output / "final" / "trainer_state.json").read_text()
+    before = metrics(output), rollouts(output)
+    train(inputs, output, "direct")
+    assert (metrics(output), rollouts(output)) == before
+    assert (output / "final" / "trainer_state.json").read_text() == state
+
+
+def test_the_export_is_a_transformers_model(inputs, whole):
+    import torch
+    import transformers
+
+    directory = whole("teaching") / "final"
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer("q3 answer", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.isfinite(model(**ids).logits).all()
+    before = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
+    moved = model.lm_head.weight - before.lm_head.weight
+    assert moved.abs().max() > 1e-3
+
+
+BASE = GRPOConfig(
+    model_name_or_path="m",
+    student_model="s",
+    output_dir="o",
+    data=config_lib.DataConfig(dataset_path="d.jsonl"),
+)
+
+
+def test_the_base_of_the_refusals_is_accepted():
+    config_lib.validate(BASE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_generations": 1}, "num_generations=1.*use 2 or more"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be above 0"),
+        ({"packing": True}, "packing=True is for SFT"),
+        ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        ({"student_model": ""}, "student_model is empty.*protocol=direct"),
+        ({"sync_ref_model": True, "beta": 0.0}, "raise beta above 0"),
+        ({"loss_type": "grop"}, "did you mean 'grpo'"),
+        (
+            {"reward": RewardConfig(names=("exact_mach",))},
+            "'exact_mach'; known are .*did you mean 'exact_match'",
+        ),
+        (
+            {"reward": RewardConfig(names=("exact_match",), weights=(1.0, 2.0))},
+            "give one weight for each name",
+        ),
+        ({"reward": RewardConfig(names=())}, "one at least"),
+        (
+            {"rollout": RolloutConfig(protocol="direct")},
+            r"teaching_gain.*no student; use reward.names=\('exact_match',\)",
+        ),
+    ],
+)
+def test_impossible_options_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.validate(dataclasses.replace(BASE, **change))
+
+
+@pytest.mark.parametrize(("rows", "device_rows"), [(6, 2), (2, 2), (20, 2), (27, 3)])
+def test_sizes_that_cannot_work_name_ones_that_can(rows, device_rows):
+    draft = dataclasses.replace(
+        BASE,
+        num_generations=8,
+        per_device_train_batch_size=device_rows,
+        gradient_accumulation_steps=rows // device_rows,
+    )
+    with pytest.raises(ValueError, match="do not divide into groups of num_generations=8") as error:
+        grpo.make_layout(draft, config_lib.batch_plan(draft, 1), 1, 1)
+    advice = str(error.value).partition("train_batch_size=")[2]
+    named = [int(word) for word in advice.replace(",", " ").split() if word.isdigit()]
+    assert named
+    for size in named:
+        changed = dataclasses.replace(draft, train_batch_size=size, gradient_accumulation_steps=0)
+        layout = grpo.make_layout(changed, config_lib.batch_plan(changed, 1), 1, 1)
+        assert layout.questions * 8 == size
+    assert "gradient_accumulation_steps=0" in str(error.value)
+
+
+def test_a_row_holds_as_many_completions_as_fit_and_divide():
+    draft = dataclasses.replace(
+        BASE, num_generations=8, per_device_train_batch_size=4, max_prompt_length=100,
+        max_new_tokens=50, max_seq_length=299,
+    )  # fmt: skip
+    plan = BatchPlan(16, 2)
+    assert grpo.make_layout(draft, plan, 2, 1).per_row == 2
+    wider = dataclasses.replace(draft, max_seq_length=300)
+    assert grpo.make_layout(wider, plan, 2, 1).per_row == 4
+    apart = dataclasses.replace(wider, rollout=RolloutConfig(share_prompt=False))
+    assert grpo.make_layout(apart, plan, 2, 1).per_row == 1
+
+
+def test_a_student_without_enough_positions_is_refused(inputs):
+    draft = dataclasses.replace(BASE, student_model=str(inputs / "model"), max_new_tokens=40)
+    with pytest.raises(ValueError, match=r"has 64 positions.*\(80 together\); lower"):
+        grpo.open_student(draft, setup.make_sharding(draft))
