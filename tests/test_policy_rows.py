@@ -13,8 +13,10 @@ from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import Scored, collate_policy
 from atlas_jax.losses import policy_loss
 from atlas_jax.models import attention
+from atlas_jax.recipes.feed import Layout
+from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.sharding import make_mesh
-from atlas_jax.types import Completion
+from atlas_jax.types import Completion, PolicyBatch
 from tests import tiny
 from tests.policy_reference import OPTIONS
 
@@ -267,8 +269,35 @@ def test_log_probabilities_and_entropy_equal_plain_computation_at_any_temperatur
                 np.testing.assert_allclose(entropy[row, t], expected, rtol=1e-4)
 
 
+def test_gradients_equal_plain_computation_at_a_temperature(one):
+    decoder, params = one
+    batch = collate_policy(make_groups(), 1, 24)
+    batch = PolicyBatch(*(None if x is None else jnp.asarray(x) for x in batch))
+    table = decoder.output_table(params)
+    hidden = jax.jit(decoder.hidden)(params, *batch[:3])
+
+    def ours(hidden, table):
+        found, _ = logprobs.policy_logprobs(hidden, table, batch, head(decoder))
+        return jnp.sum(jnp.where(batch.loss_mask, found, 0.0))
+
+    def plain(hidden, table):  # a row of one: the token before is the place before
+        found = jax.nn.log_softmax(hidden @ table.T / TEMPERATURE)[:, :-1]
+        picked = jnp.take_along_axis(found, batch.tokens[:, 1:, None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(batch.loss_mask[:, 1:], picked, 0.0))
+
+    found, expected = (jax.jit(jax.grad(f, (0, 1)))(hidden, table) for f in (ours, plain))
+    close(found, expected)
+
+
 def test_splash_refuses_shared_prompts():
     mesh = make_mesh(MeshConfig(fsdp=1), ONE)
     heads, ids = jnp.zeros((1, 128, 1, 128)), jnp.ones((1, 128), jnp.int32)
     with pytest.raises(ValueError, match=r"set rollout\.share_prompt=false"):
         attention.splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
+
+
+def test_a_window_shorter_than_a_row_gives_each_completion_its_own_prompt(tmp_path):
+    layout = Layout(questions=1, per_row=4, microbatches=1, buckets=(64, 128))
+    for family, per_row in (("gemma3", 1), ("mistral_window", 1), ("qwen3", 4)):
+        decoder, _ = tiny.load(tiny.save(family, tmp_path / family), devices=ONE)
+        assert fit_attention(layout, decoder, "auto").per_row == per_row

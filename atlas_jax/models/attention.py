@@ -69,7 +69,7 @@ def visible(
     """Returns which position (last dim) each position (dim before) sees.
 
     With `sequence_ids` a window counts places in the row, not positions, so that it must not be
-    shorter than the row (`check_shared`).
+    shorter than the row (`recipes.grpo.fit_attention`).
     """
     length = segment_ids.shape[1]
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]

@@ -47,6 +47,7 @@ def run(config: GRPOConfig) -> None:
     setup.open_run(config)
     train, held_out = _questions(config)
     model = setup.open_model(config, sharding, config.max_prompt_length + config.max_new_tokens)
+    layout = fit_attention(layout, model.decoder, config.attn_implementation)
     order = asked.Order(train, config.seed, config.data.shuffle)
     num_steps = config.max_steps
     if num_steps == -1:
@@ -126,6 +127,21 @@ def make_layout(
         per_row = max(fitting)
     buckets = capped_buckets(config.data.length_buckets, room)
     return Layout(plan.global_rows // size // num_processes, per_row, plan.microbatches, buckets)
+
+
+def fit_attention(layout: Layout, decoder: Decoder, attention: str) -> Layout:
+    """Returns the layout with a prompt for each completion where attention cannot share one.
+
+    Splash attention cannot, and a window that is shorter than a row would count the places of
+    other completions.
+    """
+    config = decoder.config
+    window = config.window if any(config.local_layers) else 0
+    splash = decoder.sharding.mesh.devices.flat[0].platform == "tpu" and attention != "xla"
+    if layout.per_row == 1 or not (splash or 0 < window < layout.buckets[-1]):
+        return layout
+    logging.info("each completion gets a row with its prompt: its attention cannot share one")
+    return layout._replace(per_row=1)
 
 
 def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn:

@@ -1,0 +1,147 @@
+"""The batches that come of rollouts: which groups train, what stops a run, where it continues."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from atlas_jax import config as config_lib
+from atlas_jax import metrics
+from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
+from atlas_jax.data.questions import Order
+from atlas_jax.recipes import grpo
+from atlas_jax.recipes.feed import Feed, Layout, Parts
+from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.step import TrainState
+from atlas_jax.types import Question, RewardResult
+from tests.rollout.scripts import Script, protocol, questions
+
+CONFIG = dataclasses.replace(
+    GRPOConfig(),
+    num_generations=2,
+    beta=0.0,
+    reward=RewardConfig(names=("exact_match",), max_failed_frac=0.5),
+    rollout=RolloutConfig(protocol="direct"),
+)
+
+
+def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
+    """Returns a feed of two groups of two whose policy is a script."""
+    config = dataclasses.replace(config, output_dir=str(tmp_path))
+    config_lib.validate(dataclasses.replace(config, model_name_or_path="m",
+        data=dataclasses.replace(config.data, dataset_path="d")))  # fmt: skip
+    parts = Parts(
+        config=config,
+        layout=Layout(questions=2, per_row=2, microbatches=1, buckets=(64, 256)),
+        order=Order(questions(count), 0, False),
+        policy=lambda params, version: Script(say, version=version).speaker,
+        student=None,
+        protocol=how or protocol(kind="direct", size=2),
+        reward=reward or grpo.make_reward(config.reward),
+        score=lambda params, batch: batch.rollout_logprobs,
+        sharding=Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none"),
+        writer=metrics.MetricWriter(str(tmp_path), 0, enabled=False),
+    )
+    return Feed(parts, None)
+
+
+def state_of(step):
+    return TrainState(np.int32(step), {}, None, None)
+
+
+def recorded(tmp_path, step):
+    path = tmp_path / "rollouts" / f"step_{step:06d}_process_0.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def useful(prompt, member):
+    """One of two is right for q1, q4 and q5, none for the others."""
+    number = prompt.split("q")[1]
+    return number if member and number in "145" else "9"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "asked", "position"),
+    [
+        (0, ["id1", "id0"], 2),
+        (1, ["id1", "id0"], 3),
+        (2, ["id1", "id0"], 4),
+        (3, ["id1", "id4"], 5),
+    ],
+)
+def test_groups_without_a_difference_are_replaced(tmp_path, rounds, asked, position):
+    rollout_options = dataclasses.replace(CONFIG.rollout, refill_rounds=rounds)
+    config = dataclasses.replace(CONFIG, rollout=rollout_options)
+    feed = make_feed(tmp_path, useful, config=config)
+    given = feed.next(state_of(6))
+    found = recorded(tmp_path, 7)
+    assert [s["question_id"] for s in found][::2] == asked
+    assert feed.get_state()["position"] == position
+    assert {s["policy"]["weights_version"] for s in found} == {6}
+    zero = 2 - len({"id1", "id4"} & set(asked))
+    assert given.metrics["reward/zero_std_group_frac"] == (zero, 2)
+    rows = np.asarray(given.batch.advantages)[0]
+    assert [bool(row.any()) for row in rows] == [name in ("id1", "id4") for name in asked]
+
+
+def test_the_feed_continues_where_its_state_says(tmp_path):
+    feed = make_feed(tmp_path, useful)
+    feed.next(state_of(0))
+    other = make_feed(tmp_path / "other", useful)
+    other.set_state(json.loads(json.dumps(feed.get_state())))
+    feed.next(state_of(1))
+    other.next(state_of(1))
+    assert recorded(tmp_path, 2) == recorded(tmp_path / "other", 2)
+    assert [s["question_id"] for s in recorded(tmp_path, 2)] == ["id2", "id2", "id3", "id3"]
+
+
+def test_other_questions_are_refused_on_resume(tmp_path):
+    saved = make_feed(tmp_path, useful).get_state()
+    with pytest.raises(ValueError, match=r"the dataset, the seed or data.shuffle differ; restore"):
+        make_feed(tmp_path, useful, count=7).set_state(saved)
+
+
+@pytest.mark.parametrize("allowed", [0.25, 0.24])
+def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
+    def reward(rollouts):
+        scores = (None if (r.question.id, r.policy.text) == ("id1", "1") else 0.0 for r in rollouts)
+        return [RewardResult(score, {"unscored": "why"}) for score in scores]
+
+    options = dataclasses.replace(CONFIG.reward, max_failed_frac=allowed)
+    config = dataclasses.replace(CONFIG, reward=options)
+    feed = make_feed(tmp_path, useful, reward, config)
+    if allowed == 0.25:
+        given = feed.next(state_of(0))
+        assert given.metrics["reward/failed_frac"] == (1, 4)
+        assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, True, False]
+        mask = np.asarray(given.batch.loss_mask) & (np.asarray(given.batch.sequence_ids) == 2)
+        assert mask.any(axis=-1).tolist() == [[True, False]]
+        return
+    with pytest.raises(RuntimeError, match=r"1 of 4 samples(?s:.*)max_failed_frac=0.24.*why"):
+        feed.next(state_of(0))
+    assert len(recorded(tmp_path, 1)) == 4  # to look at
+
+
+def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
+    how = protocol(kind="direct", size=2, prompt=9)
+    long = [Question("long", "a question too long", "1", {}), *questions(2)[1:]]
+    feed = make_feed(tmp_path, useful, how=how, count=2)
+    feed._parts = feed._parts._replace(order=Order(long, 0, False))
+    given = feed.next(state_of(0))
+    assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, False, False]
+    assert np.asarray(given.batch.loss_mask).any(axis=-1).tolist() == [[True, False]]
+    assert given.metrics["rollout/failed_frac"] == (2, 4)
+    assert given.metrics["reward/failed_frac"] == (2, 4)
+    assert given.num_tokens == 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_completions_can_be_left_out(tmp_path, masked):
+    config = dataclasses.replace(CONFIG, mask_truncated_completions=masked)
+    how = protocol(kind="direct", size=2, policy=4)
+    feed = make_feed(tmp_path, lambda _, member: "12345" if member else "1", None, config, how)
+    given = feed.next(state_of(0))
+    assert given.metrics["rollout/truncated_frac"] == (2, 4)
+    assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, not masked] * 2
