@@ -289,7 +289,7 @@ def test_impossible_options_are_refused(change, message):
         config_lib.validate(dataclasses.replace(BASE, **change))
 
 
-@pytest.mark.parametrize(("rows", "device_rows"), [(6, 2), (2, 2), (20, 2), (27, 3)])
+@pytest.mark.parametrize(("rows", "device_rows"), [(6, 2), (2, 2), (20, 2), (45, 3)])
 def test_sizes_that_cannot_work_name_ones_that_can(rows, device_rows):
     draft = dataclasses.replace(
         BASE,
