@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from atlas_jax.options import (
+from atlas_jax.option_rules import (
     ALGORITHMS,
     CHOICES,
     FRACTIONS,
@@ -24,15 +24,9 @@ from atlas_jax.options import (
     POSITIVE,
     REWARDS,
     SYNONYMS,
-    DataConfig,
-    GRPOConfig,
-    MeshConfig,
-    ModelOptions,
-    RewardConfig,
-    RolloutConfig,
-    SFTConfig,
-    TrainConfig,
 )
+from atlas_jax.options import DataConfig, MeshConfig, ModelOptions, SFTConfig, TrainConfig
+from atlas_jax.options_grpo import GRPOConfig, RewardConfig, RolloutConfig
 
 __all__ = [
     "ALGORITHMS",

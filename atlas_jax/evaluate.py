@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,6 +17,7 @@ from ml_collections import config_flags
 from atlas_jax import cli
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
+from atlas_jax.files import write_whole
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/run/teacher_rcl.py", "GRPO run file.")
 _TEACHER = flags.DEFINE_string("teacher", "", "Directory, .gguf file or hub id of the teacher.")
@@ -75,10 +75,7 @@ def run(config: GRPOConfig, limit: int, output: str, seed: int) -> None:
     result["samples"] = [
         record.as_record(0, 0, record.Sample(r, unscored, 0.0, False)) for r in rollouts
     ]
-    partial = pathlib.Path(output).with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(output)
+    write_whole(output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     logging.info("written: %s", output)
 
 

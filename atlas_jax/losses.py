@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from atlas_jax.option_rules import CHOICES
 from atlas_jax.types import PolicyBatch
 
 LossSum = tuple[Float[Array, ""], Float[Array, ""]]
 
-_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo")
-_IMPORTANCE_SAMPLING = ("none", "token", "sequence")
-_SCALE_REWARDS = ("none", "group", "batch")
 _STD_FLOOR = 1e-4
 
 
@@ -135,7 +133,7 @@ def group_advantages(
         Shao et al. 2024, arXiv:2402.03300, section 4.1.2. `none`: Liu et al. 2025,
         arXiv:2503.20783. `batch`: Liu et al. 2025, arXiv:2508.08221.
     """
-    _one_of("scale_rewards", scale_rewards, _SCALE_REWARDS)
+    _one_of("scale_rewards", scale_rewards)
     rewards = rewards.astype(np.float64)
     infinite = np.argwhere(np.isinf(rewards))
     if infinite.size:
@@ -161,8 +159,8 @@ def group_advantages(
 
 def _check(batch: PolicyBatch, options: PolicyOptions) -> None:
     """Raises `ValueError` for options that cannot be computed."""
-    _one_of("loss_type", options.loss_type, _LOSS_TYPES)
-    _one_of("importance_sampling", options.importance_sampling, _IMPORTANCE_SAMPLING)
+    _one_of("loss_type", options.loss_type)
+    _one_of("importance_sampling", options.importance_sampling)
     if options.beta != 0 and batch.ref_logprobs is None:
         raise ValueError(
             f"no reference log-probabilities for beta={options.beta}; "
@@ -170,10 +168,10 @@ def _check(batch: PolicyBatch, options: PolicyOptions) -> None:
         )
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises `ValueError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"unknown {name}: {value!r}; use one of {', '.join(allowed)}")
+def _one_of(name: str, value: str) -> None:
+    """Raises `ValueError` unless `value` is a choice of that option."""
+    if value not in CHOICES[name]:
+        raise ValueError(f"unknown {name}: {value!r}; use one of {', '.join(CHOICES[name])}")
 
 
 def _members(batch: PolicyBatch, options: PolicyOptions) -> Bool[Array, "B T G"]:

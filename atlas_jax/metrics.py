@@ -14,6 +14,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from atlas_jax.files import write_whole
 from atlas_jax.types import Metrics
 
 # Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
@@ -99,6 +100,4 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(kept))

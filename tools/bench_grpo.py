@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import resource
 import tempfile
 import time
@@ -18,10 +17,8 @@ from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, GRPOConfig, ModelOptions, RolloutConfig, batch_plan
 from atlas_jax.data.questions import Order
 from atlas_jax.recipes import feed, grpo, setup, speakers
-from atlas_jax.rollout.engine import Speaker
-from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.sharding import Sharding
-from atlas_jax.types import Params, Question, RewardResult, Rollout
+from atlas_jax.types import Question, RewardResult, Rollout
 
 _PHASES = ("generate", "score", "logprobs")
 _LONGEST_PROMPT = 64
@@ -111,13 +108,6 @@ def _parts(
     layout: feed.Layout,
     sharding: Sharding,
 ) -> feed.Parts:
-    engine = LocalEngine(model.decoder, model.files.tokenizer, ())  # no stop: full length
-
-    def policy(params: Params, version: int) -> Speaker:
-        encode = speakers.encoder(model.files.tokenizer, "")
-        generate = functools.partial(engine.generate, params, version)
-        return Speaker(encode, generate, model.decoder.config.max_positions)
-
     questions = [
         Question(str(i), f"Write the number {i} in words and explain how you know.", "", {})
         for i in range(args.prompts * args.steps)
@@ -126,7 +116,7 @@ def _parts(
         config=config,
         layout=layout,
         order=Order(questions, 0, False),
-        policy=policy,
+        policy=speakers.local(model, "", config.rollout.max_rows, ()),  # no stop: full length
         student=None,
         protocol=speakers.protocol(config, args.generations),
         reward=_distinct_characters,

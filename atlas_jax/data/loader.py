@@ -29,7 +29,7 @@ from absl import logging
 from atlas_jax.config import TrainConfig
 from atlas_jax.data import chat, examples
 from atlas_jax.data.packing import bucket_length, collate, pack_best_fit
-from atlas_jax.data.sources import Rows, check_rejected
+from atlas_jax.data.sources import Rows, check_rejected, epoch_order
 from atlas_jax.types import Batch, Example
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 Table: TypeAlias = list[list[int]] | np.ndarray
 """The examples of each row, as indices: lists of several when packed, else one column."""
 
-_ORDER_STREAM = 3  # keeps the order's random numbers apart from those of `sources`
 _NUM_SHOWN = 5
 
 
@@ -273,9 +272,7 @@ def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Table:
         order: whether to shuffle and to pack.
         epoch: counted from 0; each has an order of its own when shuffled.
     """
-    indices = np.arange(len(lengths))
-    if order.shuffle:
-        indices = np.random.default_rng((order.seed, _ORDER_STREAM, epoch)).permutation(indices)
+    indices = epoch_order(len(lengths), epoch, order.seed, order.shuffle)
     if not order.packing:
         return indices[:, None]
     rows = pack_best_fit(lengths[indices], order.max_seq_length)

@@ -132,11 +132,7 @@ def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int
     Raises:
         ValueError: if a row does not fit.
     """
-    rows = [
-        group[first : first + per_row]
-        for group in groups
-        for first in range(0, len(group), per_row)
-    ]
+    rows = split_rows(groups, per_row)
     shape = (len(rows), length)
     batch = PolicyBatch(
         tokens=np.zeros(shape, np.int32),
@@ -153,6 +149,15 @@ def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int
             raise ValueError(f"row {row} holds {needed} tokens, but has room for {length}")
         _fill_policy_row(PolicyBatch(*(x[row] for x in batch[:7])), completions)
     return batch
+
+
+def split_rows(groups: Sequence[Sequence[Scored]], per_row: int) -> list[Sequence[Scored]]:
+    """Returns the completions of each row, `per_row` of one group."""
+    return [
+        group[first : first + per_row]
+        for group in groups
+        for first in range(0, len(group), per_row)
+    ]
 
 
 def row_tokens(completions: Sequence[Scored]) -> int:

@@ -10,6 +10,7 @@ All other fields that are texts or numbers may be used by templates.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -18,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.data.examples import PLACEHOLDER
-from atlas_jax.data.sources import Row, Rows, check_rejected
+from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order
 from atlas_jax.types import Question
 
 _QUESTION = ("prompt", "problem_text", "question", "input")
 _GROUND_TRUTH = ("ground_truth", "answer", "solution")
-_ORDER_STREAM = 3
 _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 
 
@@ -127,14 +127,11 @@ class Order:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._known[0] != epoch:
-            indices = np.arange(len(self._questions))
-            if self._shuffle:
-                rng = np.random.default_rng((self._seed, _ORDER_STREAM, epoch))
-                indices = rng.permutation(indices)
-            self._known = epoch, indices
+            count = len(self._questions)
+            self._known = epoch, epoch_order(count, epoch, self._seed, self._shuffle)
         return self._known[1]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of the questions and of what decides their order."""
         digest = hashlib.sha256(f"{self._seed} {self._shuffle}".encode())

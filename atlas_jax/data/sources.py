@@ -20,7 +20,7 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 _NUM_SHOWN = 5
 # Tags that keep the random streams of one seed apart.
-_DRAW_STREAM, _SPLIT_STREAM = 1, 2
+_DRAW_STREAM, _SPLIT_STREAM, _ORDER_STREAM = 1, 2, 3
 
 
 class Row(NamedTuple):
@@ -109,6 +109,14 @@ def draw(rows: Rows, count: int, seed: int) -> Rows:
     rng = np.random.default_rng((seed, _DRAW_STREAM))
     chosen = np.sort(rng.permutation(len(rows.rows))[:count])
     return rows._replace(rows=[rows.rows[i] for i in chosen])
+
+
+def epoch_order(count: int, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
+    """Returns `[count]` indices in the order of an epoch: a new permutation each if shuffled."""
+    indices = np.arange(count)
+    if not shuffle:
+        return indices
+    return np.random.default_rng((seed, _ORDER_STREAM, epoch)).permutation(indices)
 
 
 def split(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows]:

@@ -14,7 +14,7 @@ import numpy as np
 from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
-from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens
+from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
@@ -182,7 +182,8 @@ class Feed:
         values = measures.of_rewards(groups.results, reward.names)
         values |= measures.of_generation(groups.rollouts)
         if self._parts.student:
-            values |= measures.of_teaching(groups.rollouts, groups.results)
+            values |= measures.of_teaching(groups.rollouts)
+            values |= measures.of_efficiency(groups.rollouts, groups.results)
         values = distributed.sum_over_processes(values)
         failed, total = values["reward/failed_frac"]
         if failed > reward.max_failed_frac * total:
@@ -202,11 +203,7 @@ def _differs(results: Sequence[RewardResult]) -> bool:
 def _rows(samples: Sequence[Sequence[record.Sample]], layout: Layout) -> PolicyBatch:
     """Returns the rows of this process; a completion that failed is one masked token."""
     groups = [[_scored(sample) for sample in group] for group in samples]
-    longest = max(
-        row_tokens(group[first : first + layout.per_row])
-        for group in groups
-        for first in range(0, len(group), layout.per_row)
-    )
+    longest = max(map(row_tokens, split_rows(groups, layout.per_row)))
     length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
     return collate_policy(groups, layout.per_row, length)
 

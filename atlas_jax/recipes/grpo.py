@@ -7,6 +7,7 @@ student, or, with `protocol=direct`, a model that answers by itself.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, batch_plan
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.data.loader import capped_buckets
+from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import setup, speakers
 from atlas_jax.recipes.feed import Feed, Layout, Parts
@@ -224,8 +226,8 @@ def _reference(
     latest = checkpoints.latest()
     if latest is None:
         return jax.jit(lambda p: jax.tree.map(lambda x: jnp.copy(x.astype(dtype)), p))(state.params)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), decoder.shapes)
-    abstract = step.abstract(shapes, decoder.placements())
+    frozen = dataclasses.replace(decoder, param_dtype=dtype)
+    abstract = step.abstract(frozen.shapes, frozen.placements())
     if checkpoints.has_reference(latest):
         return checkpoints.restore_params(latest, abstract, "reference")
     if config.resume_from:
@@ -236,9 +238,10 @@ def _reference(
                 f"resume_from={config.resume_from} has no checkpoint any more, which the "
                 "reference model comes from; restore it"
             )
-        return origin.restore_params(number, abstract)
-    frozen = setup.open_frozen(config, config.model_name_or_path, decoder.sharding)
-    return hf.load(frozen.source, frozen.decoder)
+        params = origin.restore_params(number, abstract)
+        origin.close()
+        return params
+    return hf.load(model.source, frozen)
 
 
 def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
@@ -313,7 +316,7 @@ def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
         if name in last:
             lines.append(f"{name:<36}{_finite(last[name]):>10.3f}   {goal}")
     state = {"global_step": int(outcome.state.step), "metrics": last}
-    (pathlib.Path(directory) / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
+    write_whole(f"{directory}/trainer_state.json", json.dumps(state, indent=2) + "\n")
     logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
 
 

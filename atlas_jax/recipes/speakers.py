@@ -18,9 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def local(model: Model, system_prompt: str, max_rows: int) -> Callable[[Params, int], Speaker]:
-    """Returns a function of parameters and their version: the model that generates with them."""
-    stop_ids = stop_tokens(model)
+def local(
+    model: Model, system_prompt: str, max_rows: int, stop_ids: tuple[int, ...] | None = None
+) -> Callable[[Params, int], Speaker]:
+    """Returns a function of parameters and their version: the model that generates with them.
+
+    Args:
+        model: what generates.
+        system_prompt: put before every message; empty puts none.
+        max_rows: rows that are decoded at one time.
+        stop_ids: tokens that end a text; None takes the model's own, see `stop_tokens`.
+    """
+    if stop_ids is None:
+        stop_ids = stop_tokens(model)
     engine = LocalEngine(model.decoder, model.files.tokenizer, stop_ids, max_rows)
     encode = encoder(model.files.tokenizer, system_prompt)
     context = model.decoder.config.max_positions

@@ -13,7 +13,7 @@ from atlas_jax.rewards.answers import is_correct
 from atlas_jax.rollout import measures, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Metrics, Question, RewardResult, Rollout
+from atlas_jax.types import Metrics, Question, Rollout
 
 _RESAMPLES = 2000
 
@@ -52,7 +52,7 @@ def intervals(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Interval]
     Reference: Efron, Bootstrap methods (1979); questions are drawn with replacement.
     """
     each = [_measure([rollout]) for rollout in rollouts]
-    names = list(_measure(rollouts))
+    names = list(each[0])
     table = np.asarray([[one[name] for name in names] for one in each], float)  # [N, metrics, 2]
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), size=_RESAMPLES)
@@ -134,10 +134,7 @@ def examples(rollouts: Sequence[Rollout], count: int = 3) -> str:
 
 def _measure(rollouts: Sequence[Rollout]) -> Metrics:
     if any(r.guided for r in rollouts):
-        unscored = [[RewardResult(None, {})] for _ in rollouts]
-        values = measures.of_teaching([[r] for r in rollouts], unscored)
-        del values["teaching/token_efficiency"]
-        return values
+        return measures.of_teaching([rollouts])
     right = sum(is_correct(r.policy.text, r.question.ground_truth) for r in rollouts)
     return {"accuracy": (right, len(rollouts))}
 

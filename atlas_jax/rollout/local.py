@@ -158,7 +158,7 @@ class LocalEngine:
             if not distributed.any_process(any(not r.done for rows in groups for r in rows)):
                 break
             grid, places = _shrink(grid, places, sharding)
-            grid, chunk = _decode(*static, params, _with_room(grid, sharding))
+            grid, chunk = _decode(*static, params, _with_room(grid))
         return [
             [self._completion(request, row, version) for row in rows]
             for request, rows in zip(requests, groups, strict=True)
@@ -331,7 +331,7 @@ def _take(parts: int, grid: _Grid, taken: jax.Array) -> _Grid:
     return _Grid(cache, tokens, alive, limits, keys, grid.time)
 
 
-def _with_room(grid: _Grid, sharding: Sharding) -> _Grid:
+def _with_room(grid: _Grid) -> _Grid:
     """Doubles the rows' own cache where the next chunk would not fit."""
     held = grid.cache.own.keys.shape[3]
     if int(grid.time) + _CHUNK <= held:

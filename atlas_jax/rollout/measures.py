@@ -49,12 +49,18 @@ def of_generation(groups: Sequence[Sequence[Rollout]]) -> Metrics:
     }
 
 
-def of_teaching(
+def of_efficiency(
     groups: Sequence[Sequence[Rollout]], results: Sequence[Sequence[RewardResult]]
 ) -> Metrics:
+    """Returns the reward for every 100 tokens of the policy."""
+    earned = sum(r.score for group in results for r in group if r.score is not None)
+    spent = _tokens(r.policy for group in groups for r in group)
+    return {"teaching/token_efficiency": (100.0 * earned, spent)}
+
+
+def of_teaching(groups: Sequence[Sequence[Rollout]]) -> Metrics:
     """Returns the metrics of baseline against guided answers."""
     rollouts = [r for group in groups for r in group]
-    scores = [r.score for group in results for r in group]
     pairs = [
         (r, is_correct(r.baseline.text, truth), is_correct(r.guided.text, truth))
         for r in rollouts
@@ -68,8 +74,6 @@ def of_teaching(
     lessons = [r for r in rollouts if r.policy.token_ids]
     baseline = _tokens(r.baseline for r, _, _ in pairs)
     guided = _tokens(r.guided for r, _, _ in pairs)
-    spent = sum(r.policy.num_tokens for r in lessons)
-    earned = sum(s for s in scores if s is not None)
     complete = sum(_completes(r.guided) for r, _, _ in pairs)
     leaks = sum(states_answer(r.teaching, r.question.ground_truth) for r, _, _ in pairs)
     return {
@@ -81,7 +85,6 @@ def of_teaching(
         "teaching/non_degradation_rate": (count - lost, count),
         "teaching/completion_rate": (complete, count),
         "teaching/response_token_reduction": (baseline - guided, baseline),
-        "teaching/token_efficiency": (100.0 * earned, spent),
         "teaching/missing_frac": (
             sum(not has_lesson(r.policy.text) for r in lessons),
             len(lessons),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from atlas_jax.files import write_whole
 from atlas_jax.types import Completion, RewardResult, Rollout
 
 
@@ -26,13 +26,8 @@ def write(directory: str, step: int, process: int, groups: Sequence[Sequence[Sam
     The file is written whole or not at all; a step that is repeated after a kill replaces it.
     """
     path = pathlib.Path(directory) / "rollouts" / f"step_{step:06d}_process_{process}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for group in groups:
-            for member, sample in enumerate(group):
-                file.write(json.dumps(as_record(step, member, sample), ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    records = (as_record(step, i, sample) for group in groups for i, sample in enumerate(group))
+    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     return str(path)
 
 

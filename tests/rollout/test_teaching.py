@@ -239,7 +239,7 @@ EXPECTED = {
 
 
 def test_the_teaching_metrics_of_four_rollouts_by_hand():
-    found = measures.of_teaching(FOUR, SCORES)
+    found = measures.of_teaching(FOUR) | measures.of_efficiency(FOUR, SCORES)
     assert found == {f"teaching/{name}": value for name, value in EXPECTED.items()}
 
 
@@ -248,7 +248,8 @@ def test_texts_that_did_not_come_about_count_in_no_rate():
     lost = FOUR[0][0]._replace(policy=failed, teaching="", guided=failed)
     unknown = FOUR[0][0]._replace(question=Question("id", "?", "", {}))
     more = [[lost, unknown]]
-    found = measures.of_teaching(FOUR + more, [*SCORES, [RewardResult(None, {})] * 2])
+    results = [*SCORES, [RewardResult(None, {})] * 2]
+    found = measures.of_teaching(FOUR + more) | measures.of_efficiency(FOUR + more, results)
     changed = {"token_efficiency": (25.0, 26), "missing_frac": (1, 5), "probe_tokens": (18, 6)}
     assert found == {f"teaching/{name}": value for name, value in (EXPECTED | changed).items()}
 

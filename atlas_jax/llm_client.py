@@ -1,0 +1,186 @@
+"""An async client of OpenAI-compatible HTTP servers: vLLM for rollouts, any endpoint for judges.
+
+It posts JSON and returns JSON. Connection errors, time-outs, 429 and 5xx are tried again with
+exponential back-off and jitter, or after what `Retry-After` says; every other refusal is final.
+Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import aiohttp
+
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_SHOWN = 300  # characters of a reply that an error message repeats
+
+
+class ClientOptions(NamedTuple):
+    """How one server is asked."""
+
+    max_in_flight: int = 64
+    """Requests that the server has at one time; the others wait here."""
+    timeout_secs: float = 600.0
+    """Longest that one try may take, its connection included."""
+    max_tries: int = 4
+    """Tries of one request; 1 repeats nothing."""
+    backoff_secs: float = 0.5
+    """Mean wait before the second try; doubled before each further one."""
+    max_backoff_secs: float = 30.0
+    """Longest wait between two tries, `Retry-After` included."""
+
+
+class ServerError(Exception):
+    """A request that brought no usable reply.
+
+    Attributes:
+        url: of the request.
+        status: of the last reply, 0 where there was none.
+        body: the start of the last reply, or what went wrong instead of one.
+    """
+
+    def __init__(self, url: str, status: int, body: str) -> None:
+        super().__init__(f"{url}: {status or 'no reply'}: {body[:_SHOWN]}")
+        self.url, self.status, self.body = url, status, body
+
+
+class RefusedError(ServerError):
+    """The server is well and will not do what it was asked; asking again would not help."""
+
+
+class UnavailableError(ServerError):
+    """The server cannot be reached or is in trouble, after every try."""
+
+
+class Client:
+    """Connections to one server; use it in `async with`, inside one event loop."""
+
+    def __init__(
+        self, base_url: str, api_key: str = "", options: ClientOptions | None = None
+    ) -> None:
+        """Makes a client; nothing is connected yet.
+
+        Args:
+            base_url: what paths are appended to, with or without a slash at its end.
+            api_key: sent as a bearer token unless empty; never part of an error or a log.
+            options: None takes the defaults.
+        """
+        self.base_url = base_url.rstrip("/")
+        self.num_retries = 0  # tries after the first, over all requests
+        self._options = options or ClientOptions()
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._slots = asyncio.Semaphore(self._options.max_in_flight)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            headers=self._headers,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self._options.timeout_secs),
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if self._session:
+            await self._session.close()
+        self._session = None
+
+    async def post(
+        self,
+        path: str,
+        payload: Mapping[str, Any] | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Returns the JSON reply to a POST; None where the reply is empty.
+
+        Raises:
+            RefusedError: for a status that another try would not change.
+            UnavailableError: after `max_tries` connection errors, time-outs, 429, 5xx, or replies
+                that are not JSON.
+        """
+        return await self._request("POST", path, payload, params)
+
+    async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
+        """Returns the JSON reply to a GET; raises as `post` does."""
+        return await self._request("GET", path, None, params)
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        payload: Mapping[str, Any] | None,
+        params: Mapping[str, str] | None,
+    ) -> Any:
+        url, wait = f"{self.base_url}{path}", 0.0
+        failure = UnavailableError(url, 0, "not tried")
+        for attempt in range(self._options.max_tries):
+            if attempt:
+                self.num_retries += 1
+                await asyncio.sleep(max(wait, self._backoff(attempt)))
+            try:
+                async with self._slots:
+                    return await self._once(method, url, payload, params)
+            except _TransientError as later:
+                failure, wait = later.failure, min(later.wait, self._options.max_backoff_secs)
+        raise failure
+
+    async def _once(
+        self,
+        method: str,
+        url: str,
+        payload: Mapping[str, Any] | None,
+        params: Mapping[str, str] | None,
+    ) -> Any:
+        if self._session is None:
+            raise RuntimeError("the client is not open; use it in `async with`")
+        try:
+            async with self._session.request(method, url, json=payload, params=params) as reply:
+                body = await reply.text(errors="replace")
+                retry_after = reply.headers.get("Retry-After", "")
+                status = reply.status
+        except TimeoutError:
+            why = f"no reply within {self._options.timeout_secs:g} s"
+            raise _TransientError(UnavailableError(url, 0, why)) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _TransientError(
+                UnavailableError(url, 0, f"{type(error).__name__}: {error}")
+            ) from None
+        if status in _TRANSIENT or status >= 500:
+            raise _TransientError(UnavailableError(url, status, body), _seconds(retry_after))
+        if status >= 400:
+            raise RefusedError(url, status, body)
+        try:
+            return json.loads(body) if body.strip() else None
+        except ValueError:
+            raise _TransientError(UnavailableError(url, status, f"not JSON: {body}")) from None
+
+    def _backoff(self, attempt: int) -> float:
+        """Returns a wait in seconds before try number `attempt`, counted from 0."""
+        mean = self._options.backoff_secs * 2 ** (attempt - 1)
+        return min(mean * random.uniform(0.5, 1.5), self._options.max_backoff_secs)
+
+
+class _TransientError(Exception):
+    """A try that failed in a way that may pass."""
+
+    def __init__(self, failure: UnavailableError, wait: float = 0.0) -> None:
+        super().__init__(str(failure))
+        self.failure, self.wait = failure, wait
+
+
+def _seconds(header: str) -> float:
+    """Returns the seconds of a `Retry-After` header; dates and nonsense are 0."""
+    try:
+        return max(float(header), 0.0)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,106 @@
+"""The options that only GRPO has, as frozen dataclasses. Imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from atlas_jax.options import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How completions come about: the protocol, its templates, and generation."""
+
+    protocol: str = "teaching"
+    """`teaching`: the trained teacher helps a frozen student; `direct`: plain GRPO, the trained
+    model answers the questions itself."""
+    student_baseline_template: str = ""
+    """User message for the student's answer alone; field `{question}`."""
+    student_diagnostic_template: str = ""
+    """User message that asks for the student's approach; field `{question}`."""
+    student_with_teaching_template: str = ""
+    """User message for the student's answer with a lesson; fields `{question} {teaching}`."""
+    direct_template: str = "{question}"
+    """User message of `protocol=direct`; field `{question}`."""
+    question_fields: tuple[str, ...] = ()
+    """Further fields of the rows that templates may use."""
+    student_system_prompt: str = ""
+    """System message of the student; `data.system_prompt` is the trained model's."""
+    missing_teaching: str = "none"
+    """What a text without `<teaching>` counts as: `none` is no teaching (the answer alone stands),
+    `whole` makes all of it the lesson, `unscored` trains nothing."""
+    max_answer_tokens: int = 0
+    """New tokens of a student's answer; 0 takes `max_new_tokens`."""
+    share_prompt: bool = True
+    """Process a prompt once for several of its completions, in training as in generation."""
+    max_rows: int = 256
+    """Rows that a process decodes at one time."""
+    refill_rounds: int = 0
+    """Further draws of questions to replace groups whose rewards are all equal (DAPO's dynamic
+    sampling, arXiv:2503.14476)."""
+    eval_limit: int = 64
+    """Held-out questions of an evaluation, the first ones; 0 takes all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What a completion is worth."""
+
+    names: tuple[str, ...] = ("teaching_gain",)
+    """Rewards that are added up: `teaching_gain`, `exact_match`."""
+    weights: tuple[float, ...] = ()
+    """One weight for each; empty weighs each 1."""
+    efficiency_weight: float = 1.0
+    """What a fully saved answer adds to a right one (`teaching_gain`)."""
+    degradation_penalty: float = 1.0
+    """What a right answer turned wrong costs (`teaching_gain`)."""
+    answer_leak_penalty: float = 0.0
+    """What a lesson that states the answer costs (`teaching_gain`)."""
+    max_failed_frac: float = 0.2
+    """Share of a step's samples without a score above which the run stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(TrainConfig):
+    """Group relative policy optimization of a teacher, or of a plain policy."""
+
+    algorithm: str = "grpo"
+    student_model: str = ""
+    """Hugging Face directory, `.gguf` file or hub id of the frozen student."""
+    num_generations: int = 8
+    """Completions of one prompt: the group whose mean is the baseline."""
+    max_prompt_length: int = 2048
+    """Tokens of a prompt; a longer one trains nothing and is counted."""
+    max_new_tokens: int = 512
+    """Tokens of a completion."""
+    max_probe_tokens: int = 500
+    """Tokens of the student's approach."""
+    temperature: float = 0.7
+    """Of sampling, and of the log-probabilities that are trained on."""
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    beta: float = 0.04
+    """Weight of the KL divergence to the reference; 0 keeps no reference."""
+    loss_type: str = "grpo"
+    """`grpo`, `bnpo`, `dr_grpo`, `dapo`, `gspo` or `cispo`."""
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    num_iterations: int = 1
+    """Updates on each batch of completions; one step makes all of them."""
+    scale_rewards: str = "group"
+    """What advantages are divided by: the standard deviation of the `group`, of the `batch`, or
+    `none`."""
+    importance_sampling: str = "token"
+    """Correction between what sampled and what trains: `none`, `token` or `sequence`."""
+    importance_sampling_cap: float = 2.0
+    mask_truncated_completions: bool = False
+    """Train nothing on completions that ran into `max_new_tokens`."""
+    sync_ref_model: bool = False
+    """Let the reference follow the policy."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the policy in the new reference."""
+    ref_model_sync_steps: int = 512
+    """Steps between two such updates."""
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
