@@ -1,21 +1,24 @@
-"""Token log-probabilities from hidden states, a chunk of positions at a time.
+"""Cross entropy and token log-probabilities from hidden states, a chunk of positions at a time.
 
-Logits of all positions, `[B, T, V]`, never exist, forward or backward: the backward pass computes
-each chunk's logits again. The vocabulary may be split over `tensor`, and rows are split over
-`data` and `fsdp`; the gradient of the table is summed over devices once, behind the last chunk.
+Logits of all positions, `[B, T, V]`, never exist, forward or backward. `cross_entropy` knows the
+derivative of its sum up to a factor, and so finds the gradients in the same pass over the logits;
+`token_logprobs` computes each chunk's logits again in the backward pass. The vocabulary may be
+split over `tensor`, and rows are split over `data` and `fsdp`; the gradient of the table is summed
+over devices once, behind the last chunk.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from atlas_jax.losses import LossSum
 from atlas_jax.models.vocab import DIMS, local_ids
 from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
 from atlas_jax.types import Batch, PolicyBatch
@@ -36,44 +39,136 @@ class Head(NamedTuple):
     """Whether the entropy is computed too; else it is 0."""
 
 
-def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Returns the token behind each position; behind the last one, 0."""
-    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+class Ahead(NamedTuple):
+    """What stands behind each position."""
+
+    targets: Any  # [B, T] int32, token ids
+    mask: Any  # [B, T] bool, true where the target is trained on
 
 
-def batch_logprobs(
+def next_tokens(values: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
+    """Returns what stands one position later; behind the last one, 0 or false."""
+    return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+
+
+def cross_entropy(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: Batch, head: Head
-) -> Float[Array, "B T"]:
-    """Returns the log-probability of every token of `batch` given those before it.
+) -> LossSum:
+    """Returns the negative log-likelihood of the trained tokens in nats, and how many they are.
 
-    Entry t belongs to `tokens[:, t]`, as `loss_mask` does; entry 0 of a row is 0. At the first
-    token of a later segment the number has no meaning, and `loss_mask` is false there.
+    Args:
+        hidden: normed last hidden states; products are computed in their dtype.
+        table: the output embedding as it rests between steps.
+        batch: of the hidden states.
+        head: how to compute; the temperature is 1.
     """
-    ahead, _ = token_logprobs(hidden, table, next_tokens(batch.tokens), head)
-    return jnp.pad(ahead[:, :-1], ((0, 0), (1, 0)))
+    ahead = Ahead(next_tokens(batch.tokens), next_tokens(batch.loss_mask))
+    return -masked_sum(hidden, table, ahead, head), jnp.sum(batch.loss_mask).astype(jnp.float32)
 
 
 def policy_logprobs(
-    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: PolicyBatch, head: Head
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "V D"],
+    batch: PolicyBatch,
+    head: Head,
+    max_sampled: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns the log-probability of every sampled token given its prompt and completion so far.
 
     Entry t belongs to `tokens[:, t]`; the entropy is of the distribution that it was drawn from,
-    and is not differentiated. Entries outside `loss_mask` have no meaning.
+    and is not differentiated. Entries outside `loss_mask` have no meaning. Logits are computed
+    behind the prompts only.
+
+    Args:
+        hidden: normed last hidden states.
+        table: the output embedding as it rests between steps.
+        batch: of the hidden states; a row's completions stand behind its prompt.
+        head: how to compute.
+        max_sampled: tokens that the completions of a row have together at most.
     """
-    before = _predecessors(batch.sequence_ids, batch.segment_ids)
-    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    return token_logprobs(hidden, table, batch.tokens, head)
+    length = batch.tokens.shape[1]
+    size = min(max_sampled, length)
+    prompt = jnp.sum((batch.sequence_ids == 0) & (batch.segment_ids > 0), axis=1, keepdims=True)
+    start = jnp.minimum(prompt, length - size)
+    sampled = start + jnp.arange(size)  # [B, size]
+    before = jnp.take_along_axis(_predecessors(batch.sequence_ids, prompt), sampled, axis=1)
+    found = token_logprobs(
+        jnp.take_along_axis(hidden, before[..., None], axis=1),
+        table,
+        jnp.take_along_axis(batch.tokens, sampled, axis=1),
+        head,
+    )
+    back = jnp.clip(jnp.arange(length) - start, 0, size - 1)
+    logprobs, entropy = (jnp.take_along_axis(x, back, axis=1) for x in found)
+    return logprobs, entropy
 
 
-def _predecessors(
-    sequence_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
-) -> Int[Array, "B T"]:
+def _predecessors(sequence_ids: Int[Array, "B T"], prompt: Int[Array, "B 1"]) -> Int[Array, "B T"]:
     """Returns where the token before each token stands: a completion continues its prompt."""
-    length = sequence_ids.shape[1]
-    prompt_end = jnp.sum((sequence_ids == 0) & (segment_ids > 0), axis=1, keepdims=True) - 1
     begins = sequence_ids != jnp.pad(sequence_ids[:, :-1], ((0, 0), (1, 0)))
-    return jnp.maximum(jnp.where(begins, prompt_end, jnp.arange(length) - 1), 0)
+    here = jnp.arange(sequence_ids.shape[1])
+    return jnp.maximum(jnp.where(begins, prompt, here) - 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def masked_sum(
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], ahead: Ahead, head: Head
+) -> Float[Array, ""]:
+    """Returns the sum of `log softmax(hidden @ table.T / temperature)` at the masked targets."""
+    logprobs, _ = token_logprobs(hidden, table, ahead.targets, head)
+    return jnp.sum(jnp.where(ahead.mask, logprobs, 0.0))
+
+
+def _sum_forward(
+    hidden: jax.Array, table: jax.Array, ahead: Ahead, head: Head
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns the sum, and its gradients by the hidden states and by the table."""
+    rest = head.sharding.params(DIMS).spec
+    split = head.sharding.optimizer(DIMS, memory=False).spec
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=head.sharding.mesh,
+        in_specs=(_ROWS, rest, _ROWS, _ROWS),
+        out_specs=(PartitionSpec(), _ROWS, split),
+        check_vma=False,
+    )
+    def local(
+        hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        whole = all_gather(table, rest, hidden.dtype)
+
+        def chunk(sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> Any:
+            h, targets, mask = inputs
+            logits = _logits(h, whole, head)
+            log_partition = _logsumexp(logits)
+            found = jnp.where(mask, _pick(logits, targets) - log_partition, 0.0)
+            g = mask.astype(jnp.float32)
+            d_hidden, d_table = _chunk_gradients(
+                logits, log_partition, (h, targets, g), whole, head
+            )
+            return (sums[0] + jnp.sum(found), sums[1] + d_table), d_hidden
+
+        start = jnp.float32(0), jnp.zeros(whole.shape, jnp.float32)
+        chunks = tuple(_split(x, head.chunk_size) for x in (hidden, targets, mask))
+        (total, d_table), d_hidden = jax.lax.scan(chunk, start, chunks)
+        d_hidden = jax.lax.psum(_join(d_hidden, hidden.shape[1]), "tensor")
+        total = jax.lax.psum(total, BATCH_AXES)
+        return total, d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
+
+    total, *gradients = local(hidden, table, ahead.targets, ahead.mask)
+    return total, tuple(gradients)
+
+
+def _sum_backward(
+    head: Head, gradients: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, Ahead]:
+    d_hidden, d_table = (g.astype(x.dtype) * x for x in gradients)
+    none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
+    return d_hidden, d_table, Ahead(none, none)
+
+
+masked_sum.defvjp(_sum_forward, _sum_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -145,7 +240,6 @@ def _forward(
 def _backward(
     head: Head, residuals: tuple[jax.Array, ...], g: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, np.ndarray]:
-    """The derivative of `log softmax` at target y: one-hot(y) - softmax."""
     sharding = head.sharding
     rest, split = sharding.params(DIMS).spec, sharding.optimizer(DIMS, memory=False).spec
     hidden, table, targets, log_partition = residuals
@@ -162,15 +256,9 @@ def _backward(
 
         def chunk(d_table: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             h, targets, log_partition, g = inputs
-            ids, found = local_ids(targets, whole.shape[0])
-            is_target = (jnp.arange(whole.shape[0]) == ids[..., None]) & found[..., None]
-            softmax = jnp.exp(_logits(h, whole, head) - log_partition[..., None])
-            d_logits = (is_target - softmax) * (g / head.temperature)[..., None]
-            d_logits = d_logits.astype(h.dtype)
-            d_hidden = jnp.einsum("btv,vd->btd", d_logits, whole)
-            return d_table + jnp.einsum(
-                "btv,btd->vd", d_logits, h, preferred_element_type=jnp.float32
-            ), d_hidden
+            logits = _logits(h, whole, head)
+            d_hidden, more = _chunk_gradients(logits, log_partition, (h, targets, g), whole, head)
+            return d_table + more, d_hidden
 
         start = jnp.zeros(whole.shape, jnp.float32)
         chunks = [_split(x, head.chunk_size) for x in (hidden, *rows)]
@@ -183,6 +271,28 @@ def _backward(
 
 
 token_logprobs.defvjp(_forward, _backward)
+
+
+def _chunk_gradients(
+    logits: jax.Array,
+    log_partition: jax.Array,
+    inputs: tuple[jax.Array, jax.Array, jax.Array],
+    table: jax.Array,
+    head: Head,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients by hidden states and table of `g log softmax` at the targets.
+
+    The derivative of `log softmax` at target y by the logits is one-hot(y) - softmax.
+    """
+    hidden, targets, g = inputs
+    ids, found = local_ids(targets, table.shape[0])
+    is_target = (jnp.arange(table.shape[0]) == ids[..., None]) & found[..., None]
+    softmax = jnp.exp(logits - log_partition[..., None])
+    d_logits = (is_target - softmax) * (g / head.temperature)[..., None]
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.einsum("btv,vd->btd", d_logits, table)
+    d_table = jnp.einsum("btv,btd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+    return d_hidden, d_table
 
 
 def _logits(hidden: jax.Array, table: jax.Array, head: Head) -> jax.Array:

@@ -21,12 +21,6 @@ LossSum = tuple[Float[Array, ""], Float[Array, ""]]
 _STD_FLOOR = 1e-4
 
 
-def cross_entropy(logprobs: Float[Array, "B T"], loss_mask: Bool[Array, "B T"]) -> LossSum:
-    """Returns the negative log-likelihood of the masked tokens in nats, and how many they are."""
-    total = -jnp.sum(jnp.where(loss_mask, logprobs, 0.0))
-    return total, jnp.sum(loss_mask).astype(jnp.float32)
-
-
 class PolicyOptions(NamedTuple):
     """What `policy_loss` computes. All of it is static under `jax.jit`."""
 

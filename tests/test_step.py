@@ -126,7 +126,8 @@ def test_no_device_holds_all_parameters_under_fsdp(saved):
         assert text not in program.as_text(), f"a whole {text} exists on a device"
 
 
-def test_logits_never_exist():
+@pytest.mark.parametrize("fused", [True, False])
+def test_logits_never_exist(fused):
     """The step of a 150k vocabulary needs a quarter of the memory of one with whole logits."""
     mesh = make_mesh(MeshConfig(), ONE)
     sharding = Sharding(mesh)
@@ -137,6 +138,9 @@ def test_logits_never_exist():
 
     def chunked(hidden, table, targets):
         head = logprobs.Head(sharding, 32)
+        if fused:
+            ahead = logprobs.Ahead(targets, targets > 0)
+            return logprobs.masked_sum(hidden, table, ahead, head)
         return logprobs.token_logprobs(hidden, table, targets, head)[0].sum()
 
     def plain(hidden, table, targets):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from atlas_jax import logprobs, losses
+from atlas_jax import logprobs
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
@@ -108,7 +108,5 @@ def loss_sum(decoder: Decoder, params, rows: Batch, chunk: int = 16):
     """Returns the summed negative log-likelihood of the targets."""
     rows = Batch(*map(jnp.asarray, rows))
     table = decoder.output_table(params)
-    found = logprobs.batch_logprobs(
-        hidden(decoder, params, rows), table, rows, logprobs.Head(decoder.sharding, chunk)
-    )
-    return losses.cross_entropy(found, rows.loss_mask)[0]
+    head = logprobs.Head(decoder.sharding, chunk)
+    return logprobs.cross_entropy(hidden(decoder, params, rows), table, rows, head)[0]

@@ -195,7 +195,8 @@ def _logprobs(
     shared = batch.sequence_ids if per_row > 1 else None
     hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
     head = logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature, with_entropy)
-    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
+    sampled = per_row * config.max_new_tokens
+    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head, sampled)
 
 
 def make_reward(config: RewardConfig) -> Reward:

@@ -83,8 +83,7 @@ def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
         table = decoder.output_table(params)
         head = logprobs.Head(decoder.sharding, chunk_size)
-        found = logprobs.batch_logprobs(hidden, table, batch, head)
-        return losses.cross_entropy(found, batch.loss_mask), {}
+        return logprobs.cross_entropy(hidden, table, batch, head), {}
 
     return loss
 

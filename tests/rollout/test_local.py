@@ -183,7 +183,8 @@ def trainer_logprobs(engine, params, groups, per_row, temperature):
     def run(params):
         shared = batch.sequence_ids if per_row > 1 else None
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
-        return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)[0]
+        table = decoder.output_table(params)
+        return logprobs.policy_logprobs(hidden, table, batch, head, 256)[0]
 
     batch = PolicyBatch(*(None if x is None else jnp.asarray(x) for x in batch))
     found, sequence_ids = np.asarray(jax.jit(run)(params)), np.asarray(batch.sequence_ids)

@@ -1,0 +1,67 @@
+"""The chunked cross entropy against numbers worked by hand and against `token_logprobs`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax import logprobs
+from atlas_jax.config import MeshConfig
+from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.types import Batch
+from tests import tiny
+
+MESHES = {
+    "one": (MeshConfig(), jax.devices()[:1]),
+    "fsdp8": (MeshConfig(fsdp=8), None),
+    "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), None),
+}
+
+
+def test_cross_entropy_by_hand():
+    """Tokens 0, 1, 1: the table's logits are 0 and ln 3, so that token 1 has probability 3/4."""
+    sharding = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]))
+    hidden, table = jnp.ones((1, 3, 1)), jnp.log(jnp.array([[1.0], [3.0]]))
+    ids = jnp.ones((1, 3), jnp.int32)
+    mask = jnp.array([[False, True, True]])
+    batch = Batch(jnp.array([[0, 1, 1]]), ids, ids, mask)
+
+    def loss(hidden, table):
+        total, weight = logprobs.cross_entropy(hidden, table, batch, logprobs.Head(sharding, 2))
+        return total, weight
+
+    (total, weight), (d_hidden, d_table) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+        hidden, table
+    )
+    assert weight == 2
+    np.testing.assert_allclose(total, 2 * np.log(4 / 3), rtol=1e-6)
+    np.testing.assert_allclose(d_table, [[0.5], [-0.5]], rtol=1e-6)  # 2 (p - onehot)
+    expected = -0.25 * np.log(3)  # sum_v (p - onehot) table[v]; nothing stands behind the last
+    np.testing.assert_allclose(d_hidden[0, :, 0], [expected, expected, 0.0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sum_equals_summed_log_probabilities(mesh, temperature):
+    """In value and in gradients, for any factor, chunk, and mesh."""
+    sharding = Sharding(make_mesh(*MESHES[mesh]))
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(8, 21, 16)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(96, 16)), jnp.float32)
+    rows = tiny.batch([[21], [9, 8], [3], [20, 1]] * 2, width=21, vocab=96)
+    targets, mask = map(logprobs.next_tokens, map(jnp.asarray, (rows.tokens, rows.loss_mask)))
+    ahead = logprobs.Ahead(targets, mask & (rng.random(mask.shape) < 0.7))
+    head = logprobs.Head(sharding, 8, temperature)
+
+    def fused(hidden, table):
+        return 3.0 * logprobs.masked_sum(hidden, table, ahead, head)
+
+    def apart(hidden, table):
+        found, _ = logprobs.token_logprobs(hidden, table, targets, head)
+        return 3.0 * jnp.sum(jnp.where(ahead.mask, found, 0.0))
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, table) for f in (fused, apart)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
