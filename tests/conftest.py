@@ -5,3 +5,23 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from tests import vllm_servers, words
+
+VLLM_WORDS = (*(f"q{i}" for i in range(8)), "answer", "hint", "plan")
+VLLM_SIZES = {"hidden_size": 64, "max_position_embeddings": 256}
+"""vLLM on a CPU has no attention for heads smaller than 32."""
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory):
+    """A vLLM server of a tiny random model that speaks in VLLM_WORDS and digits.
+
+    Whoever loads other weights or pauses it sets it right again.
+    """
+    directory = tmp_path_factory.mktemp("vllm")
+    model = words.save(directory / "model", VLLM_WORDS, **VLLM_SIZES)
+    with vllm_servers.running([model], directory) as (server,):
+        yield server
