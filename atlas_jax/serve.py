@@ -24,14 +24,7 @@ from typing import Any
 
 from absl import logging
 
-KNOWN_VERSIONS = ("0.32.0",)
-"""Of vLLM, tested with; another one has to pass the probe of its routes."""
-
-ROUTES = (
-    "/health", "/inference/v1/generate", "/pause", "/resume", "/collective_rpc",
-    "/reset_prefix_cache", "/update_weight_version", "/weight_info", "/server_info",
-)  # fmt: skip
-"""What `rollout/` asks of a server."""
+from atlas_jax.rollout import capabilities
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLUGIN = pathlib.Path(__file__).parent / "vllm_plugin"
@@ -78,8 +71,8 @@ def command(python: str, model: str, host: str, port: int, more: Sequence[str]) 
         "--model", model, "--host", host, "--port", str(port),
         "--enable-scale-out",  # token ids in, token ids out
         "--generation-config", "vllm",  # no defaults of the model's own sampling
-        "--logprobs-mode", "processed_logits",
-        "--logits-processors", "whole_vocabulary:WholeVocabulary",
+        "--logprobs-mode", capabilities.LOGPROBS[0],
+        "--logits-processors", capabilities.LOGPROBS[1],
         "--api-server-count", "1",  # pausing acts on one front end
     ]  # fmt: skip
     return own + ([] if has_gpu() else ["--enforce-eager"]) + list(more)
@@ -126,19 +119,10 @@ def check(url: str, api_key: str = "") -> None:
         ValueError: names what is missing.
     """
     version = _get(f"{url}/version", api_key)["version"]
-    explain_missing(url, version, _get(f"{url}/openapi.json", api_key)["paths"])
-    if version not in KNOWN_VERSIONS:
-        logging.warning("vLLM %s is not one of the tested %s", version, ", ".join(KNOWN_VERSIONS))
-
-
-def explain_missing(url: str, version: str, paths: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if `paths`, of the server's `/openapi.json`, lack a route of `ROUTES`."""
-    missing = [route for route in ROUTES if route not in paths]
-    if missing:
-        raise ValueError(
-            f"the server {url} (vLLM {version}) lacks {', '.join(missing)}; start it with "
-            f"python -m atlas_jax.serve, or take vLLM {' or '.join(KNOWN_VERSIONS)}"
-        )
+    capabilities.check_routes(url, version, _get(f"{url}/openapi.json", api_key)["paths"])
+    known = capabilities.KNOWN_VERSIONS
+    if version not in known:
+        logging.warning("vLLM %s is not one of the tested %s", version, ", ".join(known))
 
 
 def _get(url: str, api_key: str) -> Any:

@@ -8,6 +8,7 @@ import urllib.request
 import pytest
 
 from atlas_jax import serve
+from atlas_jax.rollout import capabilities
 from tests import vllm_servers
 
 
@@ -36,9 +37,10 @@ def test_log_probabilities_are_of_the_whole_vocabulary_at_the_temperature(vllm_s
 
 
 def test_a_server_without_the_routes_is_refused_by_name():
-    paths = dict.fromkeys(r for r in serve.ROUTES if r not in ("/pause", "/collective_rpc"))
+    lost = ("/pause", "/collective_rpc")
+    paths = dict.fromkeys(r for r in capabilities.ROUTES if r not in lost)
     with pytest.raises(ValueError, match=r"vLLM 0\.9.*lacks /pause, /collective_rpc; start it"):
-        serve.explain_missing("http://host:1", "0.9", paths)
+        capabilities.check_routes("http://host:1", "0.9", paths)
 
 
 @pytest.mark.parametrize(

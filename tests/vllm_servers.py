@@ -23,11 +23,12 @@ START_SECS = 300.0
 
 
 class Server(NamedTuple):
-    """A server that runs, and what it printed."""
+    """A server that runs, what it printed, and the model that it was started with."""
 
     url: str
     process: subprocess.Popen[bytes]
     log: pathlib.Path
+    root: str
 
     def kill(self) -> None:
         """Ends vLLM with SIGKILL, as a crash would: no request gets an answer any more."""
@@ -62,7 +63,7 @@ def launch(model: str | os.PathLike[str], log: pathlib.Path, *flags: str, port: 
         process = subprocess.Popen(
             [*command, "--dtype", "float32", *flags], stdout=output, stderr=subprocess.STDOUT
         )
-    return Server(f"http://127.0.0.1:{port}", process, log)
+    return Server(f"http://127.0.0.1:{port}", process, log, str(model))
 
 
 def wait(server: Server) -> None:

@@ -83,12 +83,17 @@ class SafetensorsSource:
         Raises:
             ValueError: if it is stored in a dtype other than bf16, fp16 or fp32.
         """
+        self.dtype(name)
+        return self._files[name].get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """Returns the dtype in which a tensor is stored; raises as `read` does."""
         dtype = self._files[name].get_slice(name).get_dtype()
         if dtype not in writer.DTYPES:
             raise ValueError(
                 f"tensor {name} has dtype {dtype}; supported are {', '.join(writer.DTYPES)}"
             )
-        return self._files[name].get_tensor(name)
+        return writer.DTYPES[dtype]
 
 
 def _open_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -193,18 +198,30 @@ def _write_layer(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.
     return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), index, 0)
 
 
+def stored_shapes(source: Source, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Returns name and shape of the parameters in `source`, buffers and a tied head left out."""
+    return {
+        name: shape
+        for name, shape in source.shapes.items()
+        if not name.endswith(_BUFFERS) and not (tied and name == "lm_head.weight")
+    }
+
+
 def _check(source: Source, decoder: Decoder) -> None:
     expected = names.hf_shapes(decoder.config, decoder.shapes)
-    found = {k: v for k, v in source.shapes.items() if not k.endswith(_BUFFERS)}
-    if decoder.config.tie_embeddings and "lm_head.weight" in found:
-        del found["lm_head.weight"]
-        if not np.array_equal(
+    tied = decoder.config.tie_embeddings
+    found = stored_shapes(source, tied)
+    if (
+        tied
+        and "lm_head.weight" in source.shapes
+        and not np.array_equal(
             source.read("lm_head.weight"), source.read("model.embed_tokens.weight")
-        ):
-            raise ValueError(
-                "config.json says tie_word_embeddings, but lm_head.weight differs from "
-                "model.embed_tokens.weight; set tie_word_embeddings to false"
-            )
+        )
+    ):
+        raise ValueError(
+            "config.json says tie_word_embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false"
+        )
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         raise ValueError(
