@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from absl import flags
 
+from atlas_jax.types import DependencyError
+
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; a key that the config lacks is answered with the nearest that it has."""
@@ -23,7 +25,7 @@ def guarded(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]
     def main(argv: list[str]) -> None:
         try:
             command(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, DependencyError) as error:
             if os.environ.get("ATLAS_TRACEBACK"):
                 raise
             sys.exit(f"error: {error}\n(ATLAS_TRACEBACK=1 shows where)")

@@ -202,7 +202,37 @@ def _check_grpo(config: GRPOConfig) -> None:
             "student_model is empty; set --config.student_model=…, or "
             "--config.rollout.protocol=direct to train without a student"
         )
+    _check_backend(config)
     _check_rewards(config)
+
+
+def _check_backend(config: GRPOConfig) -> None:
+    """Checks what generation by servers needs."""
+    rollout = config.rollout
+    if rollout.backend == "local":
+        if rollout.max_staleness:
+            raise ValueError(
+                f"rollout.max_staleness={rollout.max_staleness} with rollout.backend=local, where "
+                "the training devices generate; use rollout.backend=vllm, or 0"
+            )
+        return
+    needed = ("teacher",) if rollout.protocol == "direct" else ("teacher", "student")
+    for role in needed:
+        if not getattr(rollout, f"{role}_servers"):
+            raise ValueError(
+                f"rollout.backend=vllm without rollout.{role}_servers; give their addresses, or "
+                "run launch/launch_with_server.sh"
+            )
+    if config.min_p:
+        raise ValueError(
+            f"min_p={config.min_p} with rollout.backend=vllm: vLLM cuts by min_p before it takes "
+            "log-probabilities, so that they lack what was cut; use top_p or top_k, and min_p=0"
+        )
+    if rollout.max_staleness and config.importance_sampling == "none":
+        raise ValueError(
+            f"rollout.max_staleness={rollout.max_staleness} trains on completions of older "
+            "weights, which importance_sampling=none leaves uncorrected; use token or sequence"
+        )
 
 
 def _check_rewards(config: GRPOConfig) -> None:

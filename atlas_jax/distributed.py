@@ -86,3 +86,10 @@ def sum_over_processes(metrics: Metrics) -> Metrics:
     values = np.asarray([metrics[name] for name in sorted(metrics)], np.float64)
     total = multihost_utils.process_allgather(values.view(np.uint32)).view(np.float64).sum(0)
     return {name: tuple(total[i]) for i, name in enumerate(sorted(metrics))}
+
+
+def from_main(values: np.ndarray) -> np.ndarray:
+    """Returns the first process's array; every process calls it with one of the same shape."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))

@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
         student_model=_STUDENT.value,
         output_dir=config.output_dir or "unused",
         data=data,
+        rollout=dataclasses.replace(config.rollout, backend="local", max_staleness=0),
     )
     config_lib.validate(config)
     run(config, _LIMIT.value, _OUTPUT.value, _SEED.value)

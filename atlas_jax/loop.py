@@ -19,7 +19,7 @@ from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
 from atlas_jax.step import TrainState
-from atlas_jax.types import Metrics, Params
+from atlas_jax.types import DependencyError, Metrics, Params
 
 
 class StepInput(NamedTuple):
@@ -83,13 +83,18 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
 
     Raises:
         RuntimeError: when a loss or gradient is not finite; nothing of that step is saved.
+        DependencyError: when the feed raises it; what was reached is saved.
     """
     start = int(state.step)
     log = _Log(job, start)
     pending: _Pending | None = None
     with _stop_signal() as stop_requested, log.progress:
         for step in range(start + 1, job.num_steps + 1):
-            given = feed.next(state)
+            try:
+                given = feed.next(state)
+            except DependencyError:
+                _save_new(job, state, feed)
+                raise
             state, values = job.train_step(state, given.batch)
             if pending:
                 log.fetch(pending)
@@ -120,6 +125,14 @@ def _due(step: int, every: int) -> bool:
 def _save(job: Job, state: TrainState, feed: Feed) -> None:
     config, reference = masked(job.config), feed.get_reference()
     job.checkpoints.save(state, feed.get_state(), config, reference)
+
+
+def _save_new(job: Job, state: TrainState, feed: Feed) -> None:
+    """Saves where the run cannot go on, unless that is saved already."""
+    if int(state.step) and job.checkpoints.latest() != int(state.step):
+        _save(job, state, feed)
+    job.checkpoints.close()
+    logging.error("stopped at step %d; the same command continues there", int(state.step))
 
 
 class _Log:

@@ -40,6 +40,32 @@ class RolloutConfig:
     sampling, arXiv:2503.14476)."""
     eval_limit: int = 64
     """Held-out questions of an evaluation, the first ones; 0 takes all."""
+    backend: str = "local"
+    """`local` generates with the training devices, `vllm` with servers over HTTP."""
+    teacher_servers: str = ""
+    """Addresses of the vLLM servers of the model that is trained, separated by commas."""
+    student_servers: str = ""
+    """Those of the student; no weights are ever pushed to them."""
+    max_in_flight: int = 256
+    """Completions that a server works on at one time."""
+    request_timeout_secs: float = 1800.0
+    """Longest that a completion may take, its wait at a paused server included."""
+    sync_dir: str = ""
+    """Where new weights go on their way to the servers, which read it under the same path; empty
+    is in `/dev/shm` if all servers are on this host, else in `output_dir`."""
+    sync_dtype: str = "bfloat16"
+    """dtype of the weights on their way."""
+    sync_timeout_secs: float = 600.0
+    """Longest that pausing or reloading a server may take."""
+    pause_mode: str = "keep"
+    """While weights change, completions in flight are frozen and go on with the new ones (`keep`),
+    or end first (`wait`)."""
+    probe_tolerance: float = 0.1
+    """Mean absolute difference of log-probabilities on a fixed prompt, in nats, above which a
+    server is held to have other weights than the trainer."""
+    max_staleness: int = 0
+    """Updates by which the weights that begin a completion may be older than those it trains;
+    0 generates and trains in turn, more generates ahead while training goes on."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,10 @@ Array: TypeAlias = Any
 """NumPy on the host, `jax.Array` on devices, and whatever a tree of the same structure holds."""
 
 
+class DependencyError(RuntimeError):
+    """What a run needs from outside has failed; its training state is sound and worth saving."""
+
+
 class Message(TypedDict):
     """One turn of a chat, as chat templates take it."""
 
@@ -87,7 +91,7 @@ class Completion(NamedTuple):
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]  # up to and including the stop token
-    logprobs: tuple[float, ...]  # under the distribution that was sampled from
+    logprobs: tuple[float, ...]  # under the distribution that was sampled from; () if not known
     untruncated_logprobs: tuple[float, ...]  # the same before top_p, top_k and min_p
     finish_reason: str  # "stop", "length", or "error: why"
     text: str  # without the stop token

@@ -8,8 +8,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+from tests import vllm_servers, words
+
+VLLM_WORDS = (*(f"q{i}" for i in range(8)), "answer", "hint", "plan")
+VLLM_SIZES = {"hidden_size": 64, "max_position_embeddings": 256}
+"""vLLM on a CPU has no attention for heads smaller than 32."""
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory):
+    """A vLLM server of a tiny random model that speaks in VLLM_WORDS and digits.
+
+    Whoever loads other weights or pauses it sets it right again.
+    """
+    directory = tmp_path_factory.mktemp("vllm")
+    model = words.save(directory / "model", VLLM_WORDS, **VLLM_SIZES)
+    with vllm_servers.running([model], directory) as (server,):
+        yield server
+
 
 def pytest_collection_modifyitems(items):
-    """Keeps the tests of a file in one process, since they share compiled programs."""
+    """Keeps the tests of a file, and all that use `vllm_server`, in one of several processes."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
+        shared = "vllm_server" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("vllm" if shared else item.path.name))

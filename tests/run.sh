@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: `bash tests/run.sh [pytest arguments]`.
-# Makes or reuses .venv; needs Python 3.11 to 3.13 and pip, no GPU and no model hub.
+# Makes or reuses .venv and .venv-vllm; needs Python 3.11 to 3.13 and pip, no GPU and no model hub.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 need_environment test
+PYTHON=.venv/bin/python launch/install_vllm.sh
 run() { .venv/bin/python -m "$@"; }
 run ruff format --check --quiet .
 run ruff check --quiet .

@@ -25,15 +25,17 @@ def tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
     )
 
 
-def save(directory: pathlib.Path, words: tuple[str, ...], seed: int = 0) -> str:
+def save(directory: pathlib.Path, words: tuple[str, ...], seed: int = 0, **sizes: int) -> str:
     """Saves a random model of these words with its tokenizer, and returns the path."""
     names = tokenizer(words)
     torch.manual_seed(seed)
+    shape = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
     config = transformers.LlamaConfig(
-        vocab_size=len(names), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=False, eos_token_id=names.eos_token_id, bos_token_id=None,
-        pad_token_id=names.pad_token_id,
+        vocab_size=len(names), eos_token_id=names.eos_token_id, bos_token_id=None,
+        pad_token_id=names.pad_token_id, **(shape | sizes),
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
     names.save_pretrained(directory)

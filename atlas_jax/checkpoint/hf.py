@@ -18,15 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.checkpoint import gguf, names
+from atlas_jax.checkpoint import gguf, names, writer
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
@@ -85,10 +83,17 @@ class SafetensorsSource:
         Raises:
             ValueError: if it is stored in a dtype other than bf16, fp16 or fp32.
         """
-        dtype = self._files[name].get_slice(name).get_dtype()
-        if dtype not in _DTYPES:
-            raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(_DTYPES)}")
+        self.dtype(name)
         return self._files[name].get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """Returns the dtype in which a tensor is stored; raises as `read` does."""
+        dtype = self._files[name].get_slice(name).get_dtype()
+        if dtype not in writer.DTYPES:
+            raise ValueError(
+                f"tensor {name} has dtype {dtype}; supported are {', '.join(writer.DTYPES)}"
+            )
+        return writer.DTYPES[dtype]
 
 
 def _open_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -193,18 +198,30 @@ def _write_layer(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.
     return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), index, 0)
 
 
+def stored_shapes(source: Source, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Returns name and shape of the parameters in `source`, buffers and a tied head left out."""
+    return {
+        name: shape
+        for name, shape in source.shapes.items()
+        if not name.endswith(_BUFFERS) and not (tied and name == "lm_head.weight")
+    }
+
+
 def _check(source: Source, decoder: Decoder) -> None:
     expected = names.hf_shapes(decoder.config, decoder.shapes)
-    found = {k: v for k, v in source.shapes.items() if not k.endswith(_BUFFERS)}
-    if decoder.config.tie_embeddings and "lm_head.weight" in found:
-        del found["lm_head.weight"]
-        if not np.array_equal(
+    tied = decoder.config.tie_embeddings
+    found = stored_shapes(source, tied)
+    if (
+        tied
+        and "lm_head.weight" in source.shapes
+        and not np.array_equal(
             source.read("lm_head.weight"), source.read("model.embed_tokens.weight")
-        ):
-            raise ValueError(
-                "config.json says tie_word_embeddings, but lm_head.weight differs from "
-                "model.embed_tokens.weight; set tie_word_embeddings to false"
-            )
+        )
+    ):
+        raise ValueError(
+            "config.json says tie_word_embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false"
+        )
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         raise ValueError(
@@ -263,7 +280,8 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_files(str(partial), files._replace(config=_stored_as(files.config, dtype)))
-    _write_weights(params, decoder, partial if main else None, dtype, max_shard_size)
+    files_of = _shards(writer.tensors(decoder), dtype, max_shard_size)
+    writer.write(params, decoder, partial, dtype, files_of, lambda _: main)
     if main:
         _replace(partial, target)
         logging.info("wrote %s", target)
@@ -295,65 +313,18 @@ def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFil
     return ModelFiles(_read_json(path / "config.json"), generation, load_tokenizer(directory))
 
 
-def _write_weights(
-    params: Params,
-    decoder: Decoder,
-    directory: pathlib.Path | None,
-    dtype: str,
-    max_shard_size: int,
-) -> None:
-    item = jnp.dtype(dtype).itemsize
-    sizes = {
-        name: int(np.prod(shape)) * item
-        for name, shape in names.hf_shapes(decoder.config, decoder.shapes).items()
-    }
-    shards = _shards(sizes, max_shard_size)
-    weight_map: dict[str, str] = {}
-    tensors = _tensors(params, decoder, dtype, [name for shard in shards for name in shard])
-    for i, shard in enumerate(shards):
-        content = dict(next(tensors) for _ in shard)
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        if directory is not None:
-            safetensors.numpy.save_file(content, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1 and directory is not None:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text)
-
-
-def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Cuts the names, in order, into files of at most `limit` bytes, or of one tensor."""
-    shards: list[list[str]] = [[]]
+def _shards(tensors: list[writer.Tensor], dtype: str, limit: int) -> list[list[writer.Tensor]]:
+    """Cuts the tensors, in order, into files of at most `limit` bytes, or of one tensor."""
+    shards: list[list[writer.Tensor]] = [[]]
     used = 0
-    for name, size in sizes.items():
+    for tensor in tensors:
+        size = writer.num_bytes(tensor, dtype)
         if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
-        shards[-1].append(name)
+        shards[-1].append(tensor)
         used += size
     return shards
-
-
-def _tensors(
-    params: Params, decoder: Decoder, dtype: str, order: list[str]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and content of each Hugging Face tensor, cast on the device."""
-    whole = decoder.sharding.replicated
-    layer = jax.jit(lambda p, i: p[i].astype(dtype), out_shardings=whole)
-    table = jax.jit(lambda p: p.astype(dtype), out_shardings=whole)
-    kinds = {
-        name: (entry, i)
-        for entry in names.entries(decoder.config)
-        for i, name in enumerate(names.hf_names(entry, decoder.config))
-    }
-    for name in order:
-        entry, i = kinds[name]
-        param = names.leaf(params, entry.path)
-        value = layer(param, np.int32(i)) if entry.per_layer else table(param)
-        yield name, names.to_hf(entry, np.asarray(value))
 
 
 def _replace(partial: pathlib.Path, target: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from atlas_jax.models.config import ModelConfig
-from atlas_jax.types import Params
+from atlas_jax.types import Array, Params
 
 LAYER = "model.layers.{}."
 
@@ -108,9 +108,7 @@ def from_hf(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndar
     return (tensor.T if entry.kind == "linear" else tensor).reshape(shape)
 
 
-def to_hf(entry: Entry, value: np.ndarray) -> np.ndarray:
-    """Returns one layer of a parameter in Hugging Face layout, contiguous."""
+def to_hf(entry: Entry, value: Array) -> Array:
+    """Returns one layer of a parameter in Hugging Face layout."""
     shape = hf_shape(entry, value.shape)
-    if entry.kind == "same":
-        return np.ascontiguousarray(value.reshape(shape))
-    return np.ascontiguousarray(value.reshape(shape[::-1]).T)
+    return value.reshape(shape) if entry.kind == "same" else value.reshape(shape[::-1]).T

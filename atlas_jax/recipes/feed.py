@@ -15,6 +15,7 @@ from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
+from atlas_jax.recipes.ahead import Ahead
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
@@ -47,6 +48,8 @@ class Parts(NamedTuple):
     score: Callable[[Params, PolicyBatch], jax.Array]
     sharding: Sharding
     writer: metrics.MetricWriter
+    pushed: Callable[[], Metrics] = dict
+    """Metrics of the last time that the policy was brought to its servers."""
 
 
 class Groups(NamedTuple):
@@ -57,24 +60,31 @@ class Groups(NamedTuple):
 
 
 class Feed:
-    """Makes each step's batch with the policy of that step; its state is the next question."""
+    """Makes each step's batch; its state is the next question.
+
+    The policy is that of the step, or of at most `rollout.max_staleness` steps before.
+    """
 
     def __init__(self, parts: Parts, reference: Params | None) -> None:
         self._parts = parts
         self._reference = reference
         self._position = 0
+        self._ahead = Ahead(self._collect, parts.config.rollout.max_staleness)
 
     def next(self, state: step.TrainState) -> loop.StepInput:
         """Returns a batch of new completions, scored."""
         parts, config = self._parts, self._parts.config
-        version, start = int(state.step), time.perf_counter()
+        version = int(state.step)
         self._sync_reference(version, state.params)
-        groups, score_secs = self._collect(state.params, version)
-        generate_secs = time.perf_counter() - start - score_secs
+        policy = parts.policy(state.params, version)
+        synced = time.perf_counter()
+        made = self._ahead.take(policy, self._position)
+        self._position, (groups, score_secs) = made.position, made.content
+        wait_secs = time.perf_counter() - synced
         samples = self._samples(groups)
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
-        values = self._measure(groups)
+        values = self._measure(groups, version) | parts.pushed()
         start = time.perf_counter()
         batch = to_global(_rows(samples, parts.layout), parts.sharding, parts.layout.microbatches)
         if self._reference is not None:
@@ -82,7 +92,8 @@ class Feed:
         if config.num_iterations > 1:
             batch = batch._replace(old_logprobs=parts.score(state.params, batch))
         jax.block_until_ready(batch)
-        values["perf/generate_secs"] = generate_secs, 1
+        values["perf/generate_secs"] = made.secs - score_secs, 1
+        values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = score_secs, 1
         values["perf/logprobs_secs"] = time.perf_counter() - start, 1
         return loop.StepInput(batch, _num_tokens(samples), values)
@@ -110,45 +121,50 @@ class Feed:
         """Returns the reference if it follows the policy, so that checkpoints must hold it."""
         return self._reference if self._parts.config.sync_ref_model else None
 
+    def close(self) -> None:
+        """Leaves batches that are being made."""
+        self._ahead.close()
+
     def _sync_reference(self, version: int, params: Params) -> None:
         config = self._parts.config
         due = config.sync_ref_model and version and version % config.ref_model_sync_steps == 0
         if due and self._reference is not None:
             self._reference = _mix(config.ref_model_mixup_alpha, self._reference, params)
 
-    def _collect(self, params: Params, version: int) -> tuple[Groups, float]:
-        """Returns the groups of a step, and the seconds that scoring took.
+    def _collect(self, policy: Speaker, position: int) -> tuple[tuple[Groups, float], int]:
+        """Returns the groups of a step, the seconds that scoring took, and the next position.
 
         Groups without any difference in reward are replaced by later ones while `refill_rounds`
         last; what is still missing then is filled up with them.
         """
-        wanted = self._parts.layout.questions
+        wanted, rounds = self._parts.layout.questions, self._parts.config.rollout.refill_rounds
         useful, rest, secs = Groups([], []), Groups([], []), 0.0
-        for _ in range(1 + self._parts.config.rollout.refill_rounds):
-            found, spent = self._ask(params, version, wanted - len(useful.rollouts))
+        for number in range(1 + rounds):
+            count = wanted - len(useful.rollouts)
+            # Without refills the processes need not talk, which a thread could not do in order.
+            stride = distributed.max_over_processes(count) if number else wanted
+            found, spent = self._ask(policy, position + stride * jax.process_index(), count)
+            position += stride * jax.process_count()
             secs += spent
             for group, scores in zip(*found, strict=True):
                 kept = useful if _differs(scores) else rest
                 kept.rollouts.append(group)
                 kept.results.append(scores)
-            if not distributed.any_process(len(useful.rollouts) < wanted):
+            if number == rounds or not distributed.any_process(len(useful.rollouts) < wanted):
                 break
         rollouts, results = useful.rollouts + rest.rollouts, useful.results + rest.results
-        return Groups(rollouts[:wanted], results[:wanted]), secs
+        return (Groups(rollouts[:wanted], results[:wanted]), secs), position
 
-    def _ask(self, params: Params, version: int, count: int) -> tuple[Groups, float]:
-        """Returns the groups of this process's next `count` questions, scored."""
+    def _ask(self, policy: Speaker, first: int, count: int) -> tuple[Groups, float]:
+        """Returns the groups of `count` questions from place `first` on, scored."""
         parts = self._parts
-        stride = distributed.max_over_processes(count)
-        first = self._position + stride * jax.process_index()
-        self._position += stride * jax.process_count()
         places = range(first, first + count)
         config = parts.config
         sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
         rollouts = teaching.run(
             [parts.order.at(i) for i in places],
             places,
-            parts.policy(params, version),
+            policy,
             parts.student,
             parts.protocol,
             teaching.Draws(sampling, config.seed),
@@ -177,10 +193,10 @@ class Feed:
         left_out = truncated and self._parts.config.mask_truncated_completions
         return result.score is not None and bool(rollout.policy.token_ids) and not left_out
 
-    def _measure(self, groups: Groups) -> Metrics:
+    def _measure(self, groups: Groups, version: int) -> Metrics:
         reward = self._parts.config.reward
         values = measures.of_rewards(groups.results, reward.names)
-        values |= measures.of_generation(groups.rollouts)
+        values |= measures.of_generation(groups.rollouts, version)
         if self._parts.student:
             values |= measures.of_teaching(groups.rollouts)
             values |= measures.of_efficiency(groups.rollouts, groups.results)

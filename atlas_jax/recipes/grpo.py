@@ -27,7 +27,7 @@ from atlas_jax.data import sources
 from atlas_jax.data.loader import capped_buckets
 from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import setup, speakers
+from atlas_jax.recipes import serving, setup, speakers
 from atlas_jax.recipes.feed import Feed, Layout, Parts
 from atlas_jax.rewards import verifiable
 from atlas_jax.rollout import evaluation
@@ -60,19 +60,22 @@ def run(config: GRPOConfig) -> None:
     start = setup.begin(config, model, optimizer, checkpoints)
     first = int(start.state.step)
     loss_fn = make_loss(model.decoder, config, layout.per_row)
-    policy = speakers.local(model, config.data.system_prompt, config.rollout.max_rows)
+    engines = {"local": _local_engines, "vllm": _served_engines}[config.rollout.backend](
+        config, model, sharding
+    )
     writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
     parts = Parts(
         config=config,
         layout=layout,
         order=order,
-        policy=policy,
-        student=open_student(config, sharding),
+        policy=engines.policy,
+        student=engines.student,
         protocol=protocol,
         reward=make_reward(config.reward),
         score=make_score(model.decoder, config, layout.per_row),
         sharding=sharding,
         writer=writer,
+        pushed=engines.pushed,
     )
     feed = Feed(parts, _reference(config, model, checkpoints, start.state))
     if start.data:
@@ -89,8 +92,12 @@ def run(config: GRPOConfig) -> None:
         checkpoints=checkpoints,
         healthy=_HEALTHY,
     )
-    outcome = loop.run(job, start.state, feed)
-    writer.close()
+    try:
+        outcome = loop.run(job, start.state, feed)
+    finally:
+        feed.close()
+        engines.close()
+        writer.close()
     if not outcome.stopped:
         _finish(config, outcome, setup.export(config, model, outcome.state.params))
 
@@ -245,6 +252,17 @@ def _reference(
     return hf.load(model.source, frozen)
 
 
+def _local_engines(config: GRPOConfig, model: setup.Model, sharding: Sharding) -> speakers.Engines:
+    policy = speakers.local(model, config.data.system_prompt, config.rollout.max_rows)
+    return speakers.Engines(policy, open_student(config, sharding))
+
+
+def _served_engines(config: GRPOConfig, model: setup.Model, sharding: Sharding) -> speakers.Engines:
+    direct = config.rollout.protocol == "direct"
+    student = None if direct else setup.open_frozen(config, config.student_model, sharding)
+    return serving.engines(config, model, student, make_score(model.decoder, config, 1))
+
+
 def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
     """Returns the frozen student; None under `protocol=direct`.
 
@@ -255,14 +273,7 @@ def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
         return None
     prompt = config.rollout.student_system_prompt
     student = open_speaker(config, config.student_model, prompt, sharding)
-    longest = config.max_new_tokens + (config.rollout.max_answer_tokens or config.max_new_tokens)
-    if longest > student.context:
-        raise ValueError(
-            f"student {config.student_model} has {student.context} positions, fewer than a lesson "
-            f"of max_new_tokens={config.max_new_tokens} and an answer ({longest} together); lower "
-            "max_new_tokens or rollout.max_answer_tokens"
-        )
-    return student
+    return speakers.check_student(config, student)
 
 
 def open_speaker(config: GRPOConfig, path: str, system_prompt: str, sharding: Sharding) -> Speaker:

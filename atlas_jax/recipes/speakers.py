@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.questions import check_template
@@ -12,10 +13,22 @@ from atlas_jax.recipes.setup import Model
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.teaching import Limits, Protocol, Templates
-from atlas_jax.types import Params
+from atlas_jax.types import Metrics, Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Engines(NamedTuple):
+    """What generates in a run."""
+
+    policy: Callable[[Params, int], Speaker]
+    """Parameters and their version -> the trained model; every process calls it together."""
+    student: Speaker | None
+    pushed: Callable[[], Metrics] = dict
+    """Metrics of the last time that the policy was brought to where it generates, once."""
+    close: Callable[[], None] = lambda: None
+    """Gives up what is in flight."""
 
 
 def local(
@@ -61,9 +74,17 @@ def stop_tokens(model: Model) -> tuple[int, ...]:
 def encoder(
     tokenizer: PreTrainedTokenizerBase, system_prompt: str
 ) -> Callable[[str], tuple[int, ...]]:
-    """Returns a user's message -> prompt ids, under the chat template if the tokenizer has one."""
+    """Returns a user's message -> prompt ids, under the chat template if the tokenizer has one.
+
+    It may be called from several threads.
+    """
+    lock = threading.Lock()  # a tokenizer is no thread's but one's at a time
 
     def encode(text: str) -> tuple[int, ...]:
+        with lock:
+            return render(text)
+
+    def render(text: str) -> tuple[int, ...]:
         if not tokenizer.chat_template:
             whole = f"{system_prompt}\n\n{text}" if system_prompt else text
             return tuple(tokenizer(whole).input_ids)
@@ -75,6 +96,22 @@ def encoder(
         return tuple(ids)
 
     return encode
+
+
+def check_student(config: GRPOConfig, student: Speaker) -> Speaker:
+    """Returns the student.
+
+    Raises:
+        ValueError: if it lacks positions for a lesson and an answer.
+    """
+    longest = config.max_new_tokens + (config.rollout.max_answer_tokens or config.max_new_tokens)
+    if longest > student.context:
+        raise ValueError(
+            f"student {config.student_model} has {student.context} positions, fewer than a lesson "
+            f"of max_new_tokens={config.max_new_tokens} and an answer ({longest} together); lower "
+            "max_new_tokens or rollout.max_answer_tokens"
+        )
+    return student
 
 
 def protocol(config: GRPOConfig, num_generations: int) -> Protocol:

@@ -35,8 +35,8 @@ def of_rewards(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) 
     return found
 
 
-def of_generation(groups: Sequence[Sequence[Rollout]]) -> Metrics:
-    """Returns the metrics of the policy's completions and their prompts."""
+def of_generation(groups: Sequence[Sequence[Rollout]], version: int) -> Metrics:
+    """Returns the metrics of the policy's completions, trained at `version`, and their prompts."""
     written = [r.policy for group in groups for r in group]
     whole = [c for c in written if c.token_ids]
     lengths = sum(c.num_tokens for c in whole)
@@ -46,6 +46,10 @@ def of_generation(groups: Sequence[Sequence[Rollout]]) -> Metrics:
         "rollout/truncated_frac": (sum(c.finish_reason == "length" for c in whole), len(written)),
         "rollout/failed_frac": (len(written) - len(whole), len(written)),
         "rollout/text_repeat_frac": (_repeats(groups), len(written)),
+        "rollout/version_lag_max": (
+            max((version - c.weights_version for c in whole), default=0),
+            1,
+        ),
     }
 
 

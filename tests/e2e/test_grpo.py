@@ -41,7 +41,8 @@ COMMON_METRICS = (
     "rollout/prompt_tokens", "rollout/truncated_frac", "rollout/failed_frac",
     "rollout/text_repeat_frac", "reward/mean", "reward/std", "reward/failed_frac",
     "reward/zero_std_group_frac", "optim/grad_norm", "optim/learning_rate", "perf/step_secs",
-    "perf/generate_secs", "perf/score_secs", "perf/logprobs_secs",
+    "perf/generate_secs", "perf/score_secs", "perf/logprobs_secs", "perf/wait_secs",
+    "rollout/version_lag_max",
     "perf/tokens_per_sec_per_device",
 )  # fmt: skip
 METRICS = {

@@ -283,10 +283,10 @@ def test_the_generation_metrics_by_hand():
         written(completion("a", 2), completion("b", 2), completion("c", 4, "length", "long")),
         written(failed, failed),
     ]
-    assert measures.of_generation(groups) == {
+    assert measures.of_generation(groups, version=3) == {
         "rollout/completion_tokens": (8, 3), "rollout/prompt_tokens": (6, 3),
         "rollout/truncated_frac": (1, 5), "rollout/failed_frac": (2, 5),
-        "rollout/text_repeat_frac": (1, 5),
+        "rollout/text_repeat_frac": (1, 5), "rollout/version_lag_max": (3, 1),
     }  # fmt: skip
 
 

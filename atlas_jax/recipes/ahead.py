@@ -1,0 +1,75 @@
+"""Batches made ahead of the step that trains on them."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from atlas_jax.rollout.engine import Speaker
+
+
+class Made(NamedTuple):
+    """What was made, and how."""
+
+    content: Any
+    position: int
+    """Behind the last question that was asked."""
+    secs: float
+    """That it took."""
+
+
+class Ahead:
+    """Makes batches one after another, up to `depth` of them before they are asked for.
+
+    With depth 0 a batch is made when it is asked for. Otherwise a thread makes the next ones while
+    the step trains; a batch is begun with the policy of at most `depth` steps before its own.
+    """
+
+    def __init__(self, make: Callable[[Speaker, int], tuple[Any, int]], depth: int) -> None:
+        """Starts nothing yet.
+
+        Args:
+            make: a policy and the first question -> a batch and the position behind it.
+            depth: batches ahead.
+        """
+        self._make = make
+        self._depth = depth
+        self._end = 0
+        self._worker: ThreadPoolExecutor | None = None
+        self._waiting: collections.deque[Future[Made]] = collections.deque()
+
+    def take(self, policy: Speaker, position: int) -> Made:
+        """Returns the batch that begins at `position`, and has the next ones made with `policy`."""
+        if not self._depth:
+            return self._one(policy, position)
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "rollouts")
+            self._end = position
+        if not self._waiting:
+            self._submit(policy)
+        made = self._waiting.popleft().result()
+        while len(self._waiting) < self._depth:
+            self._submit(policy)
+        return made
+
+    def _submit(self, policy: Speaker) -> None:
+        assert self._worker is not None
+        self._waiting.append(self._worker.submit(self._next, policy))
+
+    def _next(self, policy: Speaker) -> Made:
+        made = self._one(policy, self._end)
+        self._end = made.position
+        return made
+
+    def _one(self, policy: Speaker, position: int) -> Made:
+        start = time.perf_counter()
+        content, end = self._make(policy, position)
+        return Made(content, end, time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Leaves what has not begun."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=False, cancel_futures=True)

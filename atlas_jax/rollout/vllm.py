@@ -1,0 +1,146 @@
+"""Generation by vLLM servers: token ids in, token ids and log-probabilities out.
+
+No text is tokenised again. A completion that a server refused, aborted or ended in an error, whose
+log-probabilities are impossible, or that weights wrote which failed their probe, comes back as an
+`error`, which trains nothing and is counted with its reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from atlas_jax.llm_client import RefusedError
+from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.servers import Pool, Server
+from atlas_jax.types import Completion, DependencyError
+
+_REFUSED_REQUEST = frozenset({400, 413, 422})  # the request is at fault, not the server
+_ROUNDING = 1e-3  # by which a log-probability may be above 0
+_LOWEST = -9000.0  # vLLM says -9999 for minus infinity
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmEngine:
+    """Generates with the servers of a pool.
+
+    Attributes:
+        pool: of servers.
+        tokenizer: turns token ids into text; used by the pool's thread alone.
+        stop_ids: tokens that end a text.
+        vocab_size: of the model.
+    """
+
+    pool: Pool
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Returns the completions of each request, in order.
+
+        A group's prompt is sent once a sample, all to one server, which computes it once.
+
+        Raises:
+            DependencyError: if no server is left.
+        """
+        return self.pool.run(self._generate(requests, sampling))
+
+    async def _generate(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> list[list[Completion]]:
+        await self.pool.revive()
+        servers = self.pool.spread([request.num_samples for request in requests])
+        return await asyncio.gather(
+            *(
+                asyncio.gather(*(self.one(r, g, sampling, server) for g in range(r.num_samples)))
+                for r, server in zip(requests, servers, strict=True)
+            )
+        )
+
+    async def one(
+        self, request: Request, sample: int, sampling: Sampling, server: Server
+    ) -> Completion:
+        """Returns one completion; `server` is asked first."""
+        body = payload(request, sample, sampling, self.stop_ids)
+        try:
+            server, reply = await self.pool.ask(body, server)
+        except RefusedError as error:
+            if error.status not in _REFUSED_REQUEST:
+                raise DependencyError(f"the {self.pool.role} server says no: {error}") from None
+            return _failed(request, f"refused: {error.body}")
+        await self.pool.settled.wait()
+        return self.read(request, reply, server.versions if self.pool.label else None)
+
+    def read(
+        self, request: Request, reply: Mapping[str, Any], versions: Mapping[str, int] | None
+    ) -> Completion:
+        """Returns what a server answered, as an `error` if it must not be trained on.
+
+        Args:
+            request: what it was asked.
+            reply: what it answered.
+            versions: labels of the weights that it may have used, with the step of each; None
+                takes any weights, as those of step 0.
+        """
+        try:
+            (choice,) = reply["choices"]
+            tokens = tuple(choice["token_ids"])
+            content = choice["logprobs"]["content"]
+            logprobs = tuple(float(entry["logprob"]) for entry in content)
+            sampled = tuple(entry["token_id"] for entry in content)
+            labels = {span["version"] for span in choice["weight_versions"]}
+            reason = choice["finish_reason"]
+        except (KeyError, TypeError, ValueError) as error:
+            return _failed(request, f"not a completion: {type(error).__name__} {error}")
+        stopped = reason == "stop"
+        if reason not in ("stop", "length"):
+            return _failed(request, f"the server ended it with {reason!r}")
+        if not tokens or sampled != tokens or not all(0 <= t < self.vocab_size for t in tokens):
+            return _failed(request, "its token ids are impossible")
+        if stopped != (tokens[-1] in self.stop_ids):
+            return _failed(request, f"finish_reason {reason!r} with last token {tokens[-1]}")
+        if not all(math.isfinite(x) and _LOWEST < x <= _ROUNDING for x in logprobs):
+            return _failed(request, "a log-probability is impossible")
+        unknown = labels - versions.keys() if versions is not None else set()
+        if unknown:
+            return _failed(request, f"written by weights {sorted(unknown)} that failed their probe")
+        text = self.tokenizer.decode(tokens[: len(tokens) - stopped], skip_special_tokens=True)
+        version = min(versions[label] for label in labels) if versions else 0
+        return Completion(request.prompt_ids, tokens, (), logprobs, reason, text, version)
+
+
+def payload(
+    request: Request, sample: int, sampling: Sampling, stop_ids: Sequence[int]
+) -> dict[str, Any]:
+    """Returns the body of `POST /inference/v1/generate` for one sample of a request.
+
+    `sampling.temperature` 0 asks for the likeliest token at temperature 1, so that the
+    log-probabilities are those of `sampling.draw`.
+    """
+    greedy = sampling.temperature == 0
+    seed = np.random.SeedSequence((request.seed, sample)).generate_state(1)[0]
+    return {
+        "token_ids": list(request.prompt_ids),
+        "sampling_params": {
+            "temperature": 1.0 if greedy else sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": 1 if greedy else sampling.top_k,
+            "max_tokens": request.max_tokens,
+            "seed": int(seed),
+            "logprobs": 0,
+            "stop_token_ids": list(stop_ids),
+            "ignore_eos": True,  # `stop_token_ids` alone end a text
+            "detokenize": False,
+        },
+    }
+
+
+def _failed(request: Request, why: str) -> Completion:
+    return Completion(request.prompt_ids, (), (), (), f"error: {why}", "", -1)

@@ -1,0 +1,81 @@
+"""What stands between a trainer and its vLLM servers, put together for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from atlas_jax.checkpoint import hf
+from atlas_jax.config import GRPOConfig, MeshConfig
+from atlas_jax.recipes import grpo, serving, setup, speakers
+from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.local import LocalEngine
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.servers import Pool, PoolOptions
+from atlas_jax.rollout.vllm import VllmEngine
+from atlas_jax.rollout.weights import DiskSync, Probe, SyncOptions
+from atlas_jax.sharding import Sharding, make_mesh
+
+CONFIG = dataclasses.replace(GRPOConfig(), temperature=0.7, top_p=0.95)
+SAMPLING = Sampling(CONFIG.temperature, CONFIG.top_p)
+
+
+class Trainer(NamedTuple):
+    """A model as the trainer has it."""
+
+    model: setup.Model
+    params: Any
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return speakers.stop_tokens(self.model)
+
+    def score(self, prompt, ids):
+        """Returns the trainer's log-probabilities of a continuation."""
+        score = grpo.make_score(self.model.decoder, CONFIG, 1)
+        exact = dataclasses.replace(
+            CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype="float32")
+        )
+        return serving.probe_score(exact, self.model, score)(self.params, prompt, ids)
+
+    def generate(self, requests, sampling):
+        """Returns what the trainer's own engine writes."""
+        engine = LocalEngine(self.model.decoder, self.model.files.tokenizer, self.stop_ids)
+        return engine.generate(self.params, 0, requests, sampling)
+
+
+class Served(NamedTuple):
+    """Servers, generation with them, and the way of weights to them."""
+
+    pool: Pool
+    engine: VllmEngine
+    sync: DiskSync
+
+
+def trainer(path: str) -> Trainer:
+    """Returns a model on one device, in float32."""
+    sharding = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp")
+    model = setup.open_frozen(CONFIG, path, sharding)
+    return Trainer(model, hf.load(model.source, model.decoder))
+
+
+@contextlib.contextmanager
+def connected(ours: Trainer, urls, directory, mode: str = "keep") -> Iterator[Served]:
+    """Yields the servers of `urls` with no weights pushed to them yet."""
+    model = ours.model
+    pool = Pool("teacher", urls, PoolOptions(64, 60.0, 60.0))
+    try:
+        pool.open()
+        vocab_size = model.decoder.config.vocab_size
+        engine = VllmEngine(pool, model.files.tokenizer, ours.stop_ids, vocab_size)
+        score = serving.probe_score(CONFIG, model, grpo.make_score(model.decoder, CONFIG, 1))
+        probe = Probe(Request((5, 6, 7), 8, seed=0), SAMPLING, score)
+        options = SyncOptions(str(directory / "weights"), "bfloat16", mode, 1e-3)
+        yield Served(pool, engine, DiskSync(engine, model.decoder, model.files, options, probe))
+    finally:
+        pool.close()

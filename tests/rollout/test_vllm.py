@@ -1,0 +1,292 @@
+"""What generation and weight pushes rely on, held against real vLLM servers."""
+
+import asyncio
+import dataclasses
+import json
+import re
+import shutil
+import threading
+import time
+import urllib.error
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from atlas_jax.rollout import capabilities
+from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.vllm import payload
+from atlas_jax.rollout.weights import check_manifest
+from atlas_jax.types import DependencyError
+from tests import vllm_servers, words
+from tests.conftest import VLLM_SIZES, VLLM_WORDS
+from tests.rollout import served
+from tests.rollout.served import SAMPLING
+
+GREEDY = Sampling(0.0)
+REQUESTS = [
+    Request((5, 6, 7), 12, seed=3, num_samples=3),
+    Request((9, 4), 12, seed=4, num_samples=3),
+]
+
+
+@pytest.fixture(scope="module")
+def old(vllm_server):
+    """The model that the server was started with."""
+    return served.trainer(vllm_server.root)
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("new")
+    return served.trainer(words.save(directory, VLLM_WORDS, seed=1, **VLLM_SIZES))
+
+
+@pytest.fixture(scope="module")
+def link(vllm_server, old, tmp_path_factory):
+    with served.connected(old, [vllm_server.url], tmp_path_factory.mktemp("link")) as found:
+        yield found
+
+
+def long_requests(count=4):
+    """Requests that run until they are cut."""
+    return [Request((5, 6, 7 + i), 200, seed=i) for i in range(count)]
+
+
+def endless(engine):
+    return dataclasses.replace(engine, stop_ids=())
+
+
+def test_new_weights_write_what_the_trainer_writes_with_them(link, old, new):
+    for version, ours in ((1, new), (2, old)):
+        values = link.sync.push(ours.params, version)
+        theirs = link.engine.generate(REQUESTS, GREEDY)
+        expected = ours.generate(REQUESTS, GREEDY)
+        for group, other in zip(theirs, expected, strict=True):
+            for completion, wanted in zip(group, other, strict=True):
+                assert completion.token_ids == wanted.token_ids
+                assert completion.weights_version == version
+                assert (completion.text, completion.finish_reason) == (
+                    wanted.text, wanted.finish_reason,
+                )  # fmt: skip
+                np.testing.assert_allclose(
+                    completion.untruncated_logprobs, wanted.untruncated_logprobs, atol=0.02
+                )
+        assert values["sync/probe_diff"][0] < 1e-4
+        assert values["sync/servers"] == (1, 1)
+    assert [g[0].token_ids for g in new.generate(REQUESTS, GREEDY)] != [
+        g[0].token_ids for g in old.generate(REQUESTS, GREEDY)
+    ], "two models that write the same show nothing"
+
+
+def test_what_is_written_is_the_size_of_the_model(link, old):
+    values = link.sync.push(old.params, 3)
+    (version,) = link.sync._root.glob("v*")
+    tensors = safetensors.numpy.load_file(version / "model.safetensors")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    numbers = sum(p.numel() for p in _torch(old).parameters())
+    assert values["sync/bytes"] == (size, 1)
+    assert size == 2 * numbers
+
+
+def _torch(ours):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(ours.model.source.path)
+
+
+def test_log_probabilities_are_those_of_the_trainer_before_truncation(link, old):
+    link.sync.push(old.params, 4)
+    groups = link.engine.generate(REQUESTS, SAMPLING)
+    rounded = [
+        np.abs(old.score(c.prompt_ids, np.asarray(c.token_ids)) - c.untruncated_logprobs).mean()
+        for group in groups
+        for c in group
+    ]
+    assert max(rounded) < 0.01  # the server's weights are in bfloat16
+    assert len({c.token_ids for c in groups[0]}) > 1, "samples of a group differ"
+    again = link.engine.generate(REQUESTS, SAMPLING)
+    assert [[c.token_ids for c in g] for g in again] == [[c.token_ids for c in g] for g in groups]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"), [((5,) * 300, "maximum|longer|context"), ((5, 10**6), "vocabulary|range")]
+)
+def test_a_request_that_is_refused_trains_nothing_and_says_why(link, old, prompt, reason):
+    link.sync.push(old.params, 5)
+    requests = [Request(prompt, 8, seed=0), REQUESTS[0]]
+    (refused,), fine = link.engine.generate(requests, SAMPLING)
+    assert refused.finish_reason.startswith("error: refused: ")
+    assert any(word in refused.finish_reason.lower() for word in reason.split("|"))
+    assert not refused.token_ids
+    assert all(c.token_ids for c in fine)
+
+
+def test_a_directory_without_a_tensor_is_refused_which_vllm_would_take(
+    link, old, tmp_path, vllm_server
+):
+    link.sync.push(old.params, 6)
+    (version,) = link.sync._root.glob("v*")
+    shutil.copytree(version, tmp_path / "partial")
+    file = tmp_path / "partial" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+    check_manifest(version, link.sync._shapes, "bfloat16")
+    with pytest.raises(ValueError, match=r"missing model\.layers\.0\.self_attn\.q_proj\.weight"):
+        check_manifest(tmp_path / "partial", link.sync._shapes, "bfloat16")
+    with pytest.raises(ValueError, match="does not fit the servers.*bfloat16"):
+        check_manifest(version, link.sync._shapes, "float32")
+    how = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "partial")}}
+    assert vllm_server.post("/collective_rpc", how) == {"results": [None]}
+    link.sync.push(old.params, 7)
+
+
+def test_a_server_recovers_from_a_path_that_does_not_exist(link, old, vllm_server):
+    vllm_server.post("/pause?mode=keep")
+    how = {"method": "reload_weights", "kwargs": {"weights_path": "/nowhere/at/all"}}
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        vllm_server.post("/collective_rpc", how)
+    link.sync.push(old.params, 8)
+    assert link.engine.generate(REQUESTS[:1], GREEDY)[0][0].weights_version == 8
+
+
+def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new):
+    """Weights change under completions in flight, which go on with the new ones."""
+    link.sync.push(old.params, 9)
+    server = link.pool.servers[0]
+    requests = long_requests()
+    bodies = [payload(request, 0, SAMPLING, ()) for request in requests]
+
+    async def ask():
+        return await asyncio.gather(*(link.pool.ask(body, server) for body in bodies))
+
+    replies = []
+    thread = threading.Thread(target=lambda: replies.extend(link.pool.run(ask())))
+    thread.start()
+    while not server.tasks:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    link.sync.push(new.params, 10)
+    thread.join()
+    changed = 0
+    for request, (_, reply) in zip(requests, replies, strict=True):
+        (choice,) = reply["choices"]
+        first, *rest = choice["weight_versions"]
+        assert server.versions[first["version"]] == 9
+        found = np.asarray([entry["logprob"] for entry in choice["logprobs"]["content"]])
+        ids = np.asarray(choice["token_ids"])[: 128 - len(request.prompt_ids)]
+        difference = np.abs(old.score(request.prompt_ids, ids) - found[: len(ids)])
+        assert difference[: first["end"]].mean() < 0.01
+        for span in rest:
+            assert server.versions[span["version"]] == 10
+            behind = difference[span["start"] : span["end"]]
+            changed += len(behind) > 8 and behind.mean() > 0.05
+        completion = endless(link.engine).read(request, reply, server.versions)
+        assert completion.weights_version == 9
+    assert changed, "nothing was in flight when the weights changed"
+    link.sync.push(old.params, 11)
+
+
+def test_what_must_not_be_trained_on_comes_back_as_an_error(link, old):
+    """Replies as vLLM sends them, each with one thing wrong."""
+    link.sync.push(old.params, 12)
+    server, request = link.pool.servers[0], Request((5, 6), 4, seed=0)
+    body = payload(request, 0, SAMPLING, ())
+    _, reply = link.pool.run(link.pool.ask(body, server))
+    engine = endless(link.engine)
+    assert engine.read(request, reply, server.versions).finish_reason == "length"
+    for change, reason in (
+        ({"finish_reason": "abort"}, "'abort'"),
+        ({"finish_reason": "error"}, "'error'"),
+        ({"finish_reason": "stop"}, "with last token"),
+        ({"token_ids": [1, 2, 3]}, "token ids"),
+        ({"weight_versions": [{"version": "0.0", "start": 0, "end": 4}]}, r"\['0.0'\].*probe"),
+        ({"logprobs": None}, "not a completion"),
+    ):
+        wrong = json.loads(json.dumps(reply))
+        wrong["choices"][0] |= change
+        pattern = engine.read(request, wrong, server.versions).finish_reason
+        assert pattern.startswith("error: ")
+        assert re.search(reason, pattern), pattern
+    for value in (-9999.0, float("nan"), 0.5):
+        wrong = json.loads(json.dumps(reply))
+        wrong["choices"][0]["logprobs"]["content"][1]["logprob"] = value
+        assert "impossible" in engine.read(request, wrong, server.versions).finish_reason
+
+
+def test_a_server_of_another_model_is_refused(vllm_server, tmp_path):
+    other = served.trainer(
+        words.save(tmp_path, VLLM_WORDS, **(VLLM_SIZES | {"intermediate_size": 96}))
+    )
+    with pytest.raises(ValueError, match="started with.*of another shape.*start it with the same"):
+        with served.connected(other, [vllm_server.url], tmp_path):
+            pass
+
+
+def test_a_server_with_other_log_probabilities_is_refused():
+    info = {
+        "vllm_config": {
+            "model_config": {"logprobs_mode": "raw_logprobs", "logits_processors": None}
+        }
+    }
+    with pytest.raises(ValueError, match="raw_logprobs.*not of the whole vocabulary"):
+        capabilities.check_logprobs("http://host:1", info)
+
+
+def test_an_address_where_nothing_listens_is_an_error(old, tmp_path):
+    url = f"http://127.0.0.1:{vllm_servers.free_port()}"
+    with pytest.raises(ValueError, match="cannot use the teacher server.*start it|Start it"):
+        with served.connected(old, [url], tmp_path):
+            pass
+
+
+def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, new, tmp_path):
+    """One story, since each chapter leaves a server less: lagging, killed while it writes, killed
+    while it takes weights.
+    """
+    root = str(old.model.source.path)
+    with (
+        vllm_servers.running([root, root], tmp_path) as (first, second),
+        served.connected(old, [first.url, second.url], tmp_path, "wait") as link,
+    ):
+        link.sync.push(old.params, 1)
+        one, two = link.pool.servers
+        groups = link.engine.generate(REQUESTS, SAMPLING)
+        assert {c.weights_version for group in groups for c in group} == {1}
+
+        second.post("/update_weight_version", {"new_version": "old"})
+        link.pool.call(lambda: link.pool.drop(two, "test"))
+        link.engine.generate(REQUESTS, SAMPLING)
+        assert (one.up, two.up) == (True, False), "it lags, so it does not come back"
+        values = link.sync.push(new.params, 2)
+        assert (one.up, two.up) == (True, True)
+        assert values["sync/servers"] == (2, 1)
+
+        written = []
+        ask = threading.Thread(
+            target=lambda: written.extend(endless(link.engine).generate(long_requests(6), SAMPLING))
+        )
+        ask.start()
+        while not two.tasks:
+            time.sleep(0.01)
+        second.kill()
+        ask.join()
+        assert [len(c.token_ids) for (c,) in written] == [200] * 6
+        assert {c.weights_version for (c,) in written} == {2}
+        assert (one.up, two.up) == (True, False)
+
+        ask = threading.Thread(target=_give_up, args=(link,))
+        ask.start()
+        while not one.tasks:
+            time.sleep(0.01)
+        threading.Timer(0.3, first.kill).start()  # `wait` waits for the completion in flight
+        with pytest.raises(DependencyError, match=f"step 3 reached no teacher.*{first.url}"):
+            link.sync.push(old.params, 3)
+        ask.join()
+
+
+def _give_up(link):
+    with pytest.raises(DependencyError, match="no teacher server is left"):
+        endless(link.engine).generate(long_requests(20), SAMPLING)
