@@ -163,10 +163,15 @@ def validate(config: TrainConfig) -> None:
         ValueError: names the option, its value and what to write instead.
     """
     values = flat(config)
-    for name in ("model_name_or_path", "output_dir", "data.dataset_path"):
+    for name in ("model_name_or_path", "output_dir"):
         if name in values and not values[name]:
             raise ValueError(f"{name} is empty; set --config.{name}=…")
     _check_values(values)
+    if bool(config.data.dataset_path) == bool(config.data.db_url):
+        state = "both set" if config.data.db_url else "empty"
+        raise ValueError(
+            f"data.dataset_path and data.db_url are {state}; set one of them with --config.data.…=…"
+        )
     if os.path.realpath(config.output_dir) == os.path.realpath(config.model_name_or_path):
         raise ValueError(
             f"output_dir={config.output_dir} is the model's own directory; name another one"
@@ -301,7 +306,9 @@ def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
 
 
 _SECRET_NAME = re.compile(r"token$|secret|password|api_key|credential", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(\w+://[^/\s:@]*):[^/\s@]*@")
+_PASSWORD = re.compile(
+    r"(?P<url>\w+://[^/\s:@]*:)\S*(?=@)|(?P<key>password=)('(\\.|[^'\\])*'|[^\s&]*)", re.IGNORECASE
+)
 
 
 def masked(config: TrainConfig) -> dict[str, Any]:
@@ -312,6 +319,8 @@ def masked(config: TrainConfig) -> dict[str, Any]:
             return {k: mask(k, v) for k, v in value.items()}
         if isinstance(value, str) and value and _SECRET_NAME.search(name):
             return "***"
-        return _URL_PASSWORD.sub(r"\1:***@", value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return _PASSWORD.sub(lambda m: f"{m['url'] or m['key']}***", value)
 
     return mask("", dataclasses.asdict(config))

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     config = config_lib.freeze(_CONFIG.value)
     if not isinstance(config, GRPOConfig):
         raise ValueError(f"--config has algorithm={config.algorithm!r}; use a GRPO run file")
-    data = dataclasses.replace(config.data, dataset_path=_DATA.value, eval_path="")
+    data = dataclasses.replace(config.data, dataset_path=_DATA.value, db_url="", eval_path="")
     config = dataclasses.replace(
         config,
         model_name_or_path=_TEACHER.value,

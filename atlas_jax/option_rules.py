@@ -23,7 +23,7 @@ CHOICES = {
     "rollout.backend": ("local", "vllm"),
     "rollout.sync_dtype": ("bfloat16", "float32"),
     "rollout.pause_mode": ("keep", "wait"),
-    "data.format": ("auto", "messages", "prompt_completion", "teaching"),
+    "data.format": ("auto", "messages", "prompt_completion", "teaching", "session"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.export_dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -38,6 +38,7 @@ SYNONYMS = {
 POSITIVE = (
     "per_device_train_batch_size", "max_seq_length", "loss_chunk_size", "logging_steps",
     "num_train_epochs", "learning_rate", "adam_epsilon", "model.max_shard_size", "data.num_workers",
+    "data.statement_timeout_secs",
     "max_prompt_length", "max_new_tokens", "max_probe_tokens", "num_iterations", "rollout.max_rows",
     "epsilon_low", "epsilon_high", "importance_sampling_cap", "ref_model_sync_steps", "temperature",
     "rollout.max_in_flight", "rollout.request_timeout_secs", "rollout.sync_timeout_secs",
@@ -47,8 +48,8 @@ NOT_NEGATIVE = (
     "gradient_accumulation_steps", "train_batch_size", "save_steps", "save_total_limit",
     "eval_steps", "weight_decay", "max_grad_norm", "data.dataset_max_samples", "top_k", "beta",
     "rollout.max_answer_tokens", "rollout.refill_rounds", "rollout.eval_limit",
-    "rollout.max_staleness", "reward.efficiency_weight", "reward.degradation_penalty",
-    "reward.answer_leak_penalty",
+    "rollout.max_staleness", "data.max_sessions",
+    "reward.efficiency_weight", "reward.degradation_penalty", "reward.answer_leak_penalty",
 )  # fmt: skip
 FRACTIONS = (
     "warmup_ratio", "data.eval_split_ratio", "data.max_rejected_frac", "min_p",

@@ -20,7 +20,34 @@ class DataConfig:
     dataset_max_samples: int = 0
     """Rows kept, drawn at random with `seed`; 0 keeps all."""
     format: str = "auto"
-    """`messages`, `prompt_completion`, `teaching`, or `auto`: told from the fields of the rows."""
+    """`messages`, `prompt_completion`, `teaching`, `session` (traces of the Atlas runtime), or
+    `auto`: told from the fields of the rows, for all but sessions."""
+    db_url: str = ""
+    """The runtime's database, `postgresql://user:password@host:5432/name`, in place of
+    `dataset_path`."""
+    refresh: bool = False
+    """Read the database again, which a run otherwise does once, for its snapshot."""
+    statement_timeout_secs: float = 30.0
+    """After which the database gives up a statement."""
+    max_sessions: int = 0
+    """Sessions read, the newest; 0 reads all."""
+    min_reward: float = 0.0
+    """Lowest `reward_stats.score` of a session; 0 takes those without a score too."""
+    status_filters: tuple[str, ...] = ()
+    """Sessions taken by status, such as `succeeded`; empty takes all."""
+    review_status_filters: tuple[str, ...] = ("approved",)
+    """Sessions taken by review; empty takes the pending and quarantined ones too."""
+    learning_key: str = ""
+    """The only learning key whose sessions are taken."""
+    created_after: str = ""
+    """Earliest time of a session, inclusive, such as `2025-12-31` or with a time of day, in UTC."""
+    created_before: str = ""
+    """Latest time of a session, exclusive."""
+    include_trajectory_events: bool = True
+    """Read a session's events, which tell what a teacher wrote where its steps do not."""
+    answer_as_truth: bool = True
+    """Take the final answer of a session that succeeded and was approved as the ground truth where
+    none was recorded."""
     eval_path: str = ""
     """Rows to evaluate on, in the forms of `dataset_path`; takes precedence over the ratio."""
     eval_split: str = "test"

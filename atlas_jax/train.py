@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from atlas_jax import cli
 from atlas_jax import config as config_lib
+from atlas_jax.data import snapshot
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> None:
 def run(config: config_lib.TrainConfig) -> None:
     """Checks the config, starts JAX and trains."""
     config_lib.validate(config)
+    snapshot.check(config.data, config.output_dir)
     from atlas_jax import distributed
     from atlas_jax.recipes import grpo, sft
 

@@ -27,6 +27,7 @@ FIELDS = {
     "prompt_completion": ("prompt", "completion"),
     "teaching": ("problem_text", "student_approach", "teacher_diagnosis", "teacher_teaching"),
 }
+FIELDS["session"] = FIELDS["teaching"]  # of the lessons that a session's row is unfolded into
 """Format -> the fields that a row of it must have."""
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -93,7 +94,7 @@ def to_sample(row: Row, config: DataConfig) -> Sample:
     kind = row_format(fields, config.format)
     if kind == "messages":
         sample: Sample = Conversation(row.name, _messages(fields["messages"], "messages"))
-    elif kind == "teaching":
+    elif kind in ("teaching", "session"):
         sample = Conversation(row.name, _teaching(fields, config))
     else:
         sample = _prompt_completion(row.name, fields["prompt"], fields["completion"])

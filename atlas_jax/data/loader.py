@@ -27,9 +27,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax.config import TrainConfig
-from atlas_jax.data import chat, examples
+from atlas_jax.data import chat, examples, sessions
 from atlas_jax.data.packing import bucket_length, collate, pack_best_fit
-from atlas_jax.data.sources import Rows, check_rejected, epoch_order
+from atlas_jax.data.sources import Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Batch, Example
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def build(
             too many rejected rows, and when no example is left.
     """
     _check_layout(layout)
+    rows = unfold(rows, sessions.LESSONS)
     samples, rejected = examples.parse_rows(rows, config.data)
     chat.check_tokenizer(tokenizer, samples)
     options = chat.mask_options(

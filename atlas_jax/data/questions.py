@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.data.examples import PLACEHOLDER
-from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order
+from atlas_jax.data.sessions import QUESTIONS
+from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Question
 
 _QUESTION = ("prompt", "problem_text", "question", "input")
@@ -30,7 +31,7 @@ _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 def parse_questions(
     rows: Rows, max_rejected_frac: float, needs_truth: bool, needed_fields: Sequence[str] = ()
 ) -> list[Question]:
-    """Returns a question for each row.
+    """Returns a question for each row; of sessions, one for each step whose truth is known.
 
     Args:
         rows: of the dataset.
@@ -48,6 +49,7 @@ def parse_questions(
                 f"rollout.question_fields has {name!r}; the question is {{question}} in templates, "
                 "and answers are never shown to a model; leave it out, or rename the field"
             )
+    rows = unfold(rows, QUESTIONS, "ground_truth" if needs_truth else "")
     questions, rejected = [], []
     for row in rows.rows:
         try:

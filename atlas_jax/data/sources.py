@@ -1,20 +1,25 @@
-"""Rows of JSONL files, Parquet files and hub datasets, each with the name that errors call it by.
+"""Rows of files, hub datasets and the runtime's sessions, each with the name that errors use.
 
-A row that cannot be read is rejected with its name and the reason; too many of them stop the run.
+A row that cannot be read is rejected with its name and the reason; too many of them stop the run. A
+session is one row, whose lessons or questions `unfold` makes rows of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from atlas_jax.config import DataConfig
+from atlas_jax.data import sessions, snapshot, trace_files
+from atlas_jax.files import write_whole
 
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
@@ -39,23 +44,35 @@ class Rows(NamedTuple):
     """`name: reason` of each row that could not be read."""
 
 
-def load_rows(config: DataConfig, seed: int) -> tuple[Rows, Rows | None]:
+def load_rows(
+    config: DataConfig, seed: int, output_dir: str = "", is_main: bool = True
+) -> tuple[Rows, Rows | None]:
     """Returns the rows to train on and those to evaluate on.
 
     Both are the same in every run with the same files, options and seed, share no row, and keep
     the order of the files. The second is None when neither `eval_path` nor `eval_split_ratio`
     is set. `dataset_max_samples` limits the rows of `dataset_path` before any are held out.
 
+    Args:
+        config: where rows come from.
+        seed: of draws and of the split.
+        output_dir: of the run; holds the snapshot of `db_url`, and gets `rejected.jsonl`.
+        is_main: whether this process writes that.
+
     Raises:
         ValueError: for a file that is missing or unreadable, and for too many rejected rows.
     """
-    rows = draw(read_rows(config, config.dataset_path), config.dataset_max_samples, seed)
-    if config.eval_path:
-        held_out = dataclasses.replace(config, dataset_split=config.eval_split)
-        return rows, read_rows(held_out, config.eval_path)
-    if config.eval_split_ratio:
+    rows = _read(config, config.dataset_path, output_dir)
+    other = dataclasses.replace(config, dataset_split=config.eval_split)
+    held_out = _read(other, config.eval_path, "") if config.eval_path else None
+    if output_dir and is_main:
+        _list_rejected(f"{output_dir}/rejected.jsonl", rows, held_out)
+    for part in filter(None, (rows, held_out)):
+        check_rejected(part.rejected, len(part.rows) + len(part.rejected), config.max_rejected_frac)
+    rows = draw(rows, config.dataset_max_samples, seed)
+    if config.eval_split_ratio and held_out is None:
         return split(rows, config.eval_split_ratio, seed)
-    return rows, None
+    return rows, held_out
 
 
 def read_rows(config: DataConfig, path: str) -> Rows:
@@ -71,18 +88,39 @@ def read_rows(config: DataConfig, path: str) -> Rows:
         ValueError: for a file that is missing or unreadable, for a dataset without rows, and for
             a share of rejected rows above `config.max_rejected_frac`.
     """
-    parts = [part for part in (p.strip() for p in path.split(",")) if part]
-    rows, rejected = [], []
-    for part in parts:
-        for name, value in _records(part, config.dataset_split):
-            if isinstance(value, dict):
-                rows.append(Row(name, value))
-            else:
-                rejected.append(f"{name}: {value}")
-    check_rejected(rejected, len(rows) + len(rejected), config.max_rejected_frac)
-    if not rows:
-        raise ValueError(f"dataset {path!r} has no rows; give a file with one JSON object a line")
-    return Rows(rows, rejected)
+    rows = _read(config, path, "")
+    check_rejected(rows.rejected, len(rows.rows) + len(rows.rejected), config.max_rejected_frac)
+    return rows
+
+
+def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
+    """Returns the lessons or the questions of sessions as rows; rows of other kinds stay.
+
+    Args:
+        rows: of a dataset.
+        part: `sessions.LESSONS` or `sessions.QUESTIONS`.
+        needed: a field that must not be empty in them.
+
+    Raises:
+        ValueError: if the sessions hold none at all.
+    """
+    unfolded, num_sessions, num_parts = [], 0, 0
+    for row in rows.rows:
+        if part not in row.fields:
+            unfolded.append(row)
+            continue
+        found = [fields for fields in row.fields[part] if not needed or fields[needed]]
+        unfolded += [Row(f"{row.name} {part}[{i}]", fields) for i, fields in enumerate(found)]
+        num_sessions, num_parts = num_sessions + 1, num_parts + len(found)
+    if num_sessions:
+        logging.info("%d sessions hold %d %s", num_sessions, num_parts, part)
+    if num_sessions and not unfolded:
+        lack = f" with a {needed}" if needed else ""
+        raise ValueError(
+            f"{num_sessions} sessions hold no {part}{lack}; take others (data.min_reward, "
+            "data.status_filters, data.review_status_filters), or see the README's part on sessions"
+        )
+    return rows._replace(rows=unfolded)
 
 
 def check_rejected(rejected: list[str], num_rows: int, max_frac: float) -> None:
@@ -139,6 +177,40 @@ def split(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows]:
     train = [row for row, out in zip(rows.rows, held_out, strict=True) if not out]
     evaluation = [row for row, out in zip(rows.rows, held_out, strict=True) if out]
     return rows._replace(rows=train), Rows(evaluation, [])
+
+
+def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
+    """Returns the rows of `path`, or of the snapshot in `output_dir` where there is no path."""
+    rows, rejected = [], []
+    for name, value in _all_records(config, path, output_dir):
+        if isinstance(value, dict):
+            rows.append(Row(name, value))
+        else:
+            rejected.append(f"{name}: {value}")
+    if not rows and not rejected:
+        raise ValueError(f"dataset {path!r} has no rows; give a file with one JSON object a line")
+    return Rows(rows, rejected)
+
+
+def _all_records(
+    config: DataConfig, path: str, output_dir: str
+) -> Iterable[tuple[str, dict[str, Any] | str]]:
+    if not path:
+        return sessions.to_records(snapshot.read(output_dir), config)
+    parts = [part for part in (p.strip() for p in path.split(",")) if part]
+    if config.format == "session":
+        return sessions.to_records(_chain(trace_files.read(part) for part in parts), config)
+    return _chain(_records(part, config.dataset_split) for part in parts)
+
+
+_chain = itertools.chain.from_iterable
+
+
+def _list_rejected(path: str, *parts: Rows | None) -> None:
+    reasons = [reason for part in parts if part for reason in part.rejected]
+    if reasons:
+        lines = (dict(zip(("name", "reason"), r.split(": ", 1), strict=True)) for r in reasons)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _records(path: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:

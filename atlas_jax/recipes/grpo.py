@@ -79,7 +79,7 @@ def run(config: GRPOConfig) -> None:
     )
     feed = Feed(parts, _reference(config, model, checkpoints, start.state))
     if start.data:
-        feed.set_state(start.data)
+        feed.set_state(setup.data_state(config, start, order.fingerprint))
     job = loop.Job(
         config=config,
         num_steps=num_steps,
@@ -284,7 +284,9 @@ def open_speaker(config: GRPOConfig, path: str, system_prompt: str, sharding: Sh
 
 
 def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | None]:
-    rows, held_out = sources.load_rows(config.data, config.seed)
+    rows, held_out = sources.load_rows(
+        config.data, config.seed, config.output_dir, distributed.is_main()
+    )
     most, needs_truth = config.data.max_rejected_frac, bool(config.reward.names)
     fields = config.rollout.question_fields
     train = asked.parse_questions(rows, most, needs_truth, fields)

@@ -15,6 +15,7 @@ from absl import logging
 from atlas_jax import distributed, optim, step
 from atlas_jax.checkpoint import gguf, hf, manager
 from atlas_jax.config import TrainConfig, masked
+from atlas_jax.data import snapshot
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
@@ -46,14 +47,27 @@ class Start(NamedTuple):
 
 
 def open_run(config: TrainConfig) -> None:
-    """Makes `output_dir`, with the resolved config in it, and sends the log to `training.log`."""
+    """Makes `output_dir`, with the resolved config and the database's snapshot in it.
+
+    The log goes to `training.log` from here on.
+
+    Raises:
+        ValueError: for a database that cannot be trained on.
+        OSError: if the database is lost.
+    """
     directory = pathlib.Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     if config.compilation_cache_dir:
         path = os.path.expanduser(config.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", path)
-    if not distributed.is_main():
-        return
+    if distributed.is_main():
+        _open_log(config, directory)
+        if config.data.db_url:
+            snapshot.take(config.data, config.output_dir)
+    distributed.barrier("data")
+
+
+def _open_log(config: TrainConfig, directory: pathlib.Path) -> None:
     (directory / "config.json").write_text(json.dumps(masked(config), indent=2) + "\n")
     logging.get_absl_handler().addFilter(_own_or_serious)
     handler = python_logging.FileHandler(directory / "training.log")
@@ -208,6 +222,11 @@ def begin(
     params = hf.load(model.source, model.decoder)
     logging.info("loaded %s", config.model_name_or_path)
     return Start(step.init_state(params, optimizer, model.decoder.sharding, config.seed), {})
+
+
+def data_state(config: TrainConfig, start: Start, fingerprint: str) -> dict[str, Any]:
+    """Returns the position in the data; data that was refreshed takes it over as it is."""
+    return start.data | ({"fingerprint": fingerprint} if config.data.refresh else {})
 
 
 def _restore(checkpoints: manager.Checkpoints, model: Model, optimizer: step.Optimizer) -> Start:

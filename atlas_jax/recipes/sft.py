@@ -47,7 +47,7 @@ def run(config: SFTConfig) -> None:
     )
     batches = train.batches(first)
     if start.data:
-        batches.set_state(start.data)
+        batches.set_state(setup.data_state(config, start, train.fingerprint))
     outcome = loop.run(job, start.state, _Feed(batches, sharding, plan.microbatches))
     batches.close()
     job.writer.close()
@@ -109,7 +109,9 @@ def make_evaluate(
 def _datasets(
     config: SFTConfig, model: setup.Model, global_rows: int, eval_rows: int
 ) -> tuple[loader.TokenDataset, loader.TokenDataset | None]:
-    rows, held_out = sources.load_rows(config.data, config.seed)
+    rows, held_out = sources.load_rows(
+        config.data, config.seed, config.output_dir, distributed.is_main()
+    )
     tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
     train = loader.build(
         rows, config, tokenizer, loader.Layout(global_rows, *process), model.stop_ids

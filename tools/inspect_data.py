@@ -1,0 +1,111 @@
+"""Shows what a run would train on: `python tools/inspect_data.py CONFIG [--config.key=value …]`.
+
+CONFIG is that of the run, such as configs/run/teacher_sft.py:data=runtime_pg. Prints how many
+sessions there are by status, review and reward, what is rejected and why, and five examples as the
+model sees them, with what is trained in ⟦⟧. Reads a database afresh and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+
+from absl import app
+from ml_collections import config_flags
+
+from atlas_jax import cli, training_data
+from atlas_jax import config as config_lib
+from atlas_jax.config import DataConfig, GRPOConfig, TrainConfig
+from atlas_jax.data import chat, loader, questions, snapshot, sources, trace_files
+from atlas_jax.data.sources import Rows
+from atlas_jax.data.trace_query import score_of
+from atlas_jax.data.traces import AtlasSessionTrace
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+_NUM_SHOWN = 5
+
+
+def main(argv: list[str]) -> None:
+    """Prints the report."""
+    config = config_lib.freeze(_CONFIG.value)
+    data = config.data
+    if data.db_url or data.format == "session":
+        print_counts(data)
+    with tempfile.TemporaryDirectory() as folder:
+        if data.db_url:
+            snapshot.take(data, folder)
+        loose = dataclasses.replace(data, max_rejected_frac=1.0)
+        rows, held_out = sources.load_rows(loose, config.seed, folder)
+    print(f"{len(rows.rows)} rows to train on, {len(held_out.rows) if held_out else 0} held out")
+    print(f"{len(rows.rejected)} rejected")
+    for reason in rows.rejected[:20]:
+        print(f"  {reason}")
+    config = dataclasses.replace(config, data=loose)
+    (print_questions if isinstance(config, GRPOConfig) else print_examples)(config, rows)
+
+
+def print_counts(config: DataConfig) -> None:
+    """Prints the sessions of the source by status, review and reward, whatever the filters."""
+    tables: dict[str, Counter[str]] = {
+        "status": Counter(),
+        "review": Counter(),
+        "reward": Counter(),
+    }
+    for session in all_sessions(config):
+        metadata = session.session_metadata
+        score = score_of(metadata.get("reward_stats"))
+        tables["status"][str(metadata["status"])] += 1
+        tables["review"][metadata["review_status"]] += 1
+        tables["reward"]["none" if score is None else f"{int(score * 5) / 5:.1f} and up"] += 1
+    for name, counts in tables.items():
+        print(name)
+        for value, count in sorted(counts.items()):
+            print(f"  {value:<16}{count:>8}")
+
+
+def all_sessions(config: DataConfig) -> Iterator[AtlasSessionTrace]:
+    """Yields every session of the source that can be read."""
+    if config.db_url:
+        yield from training_data.iter_training_sessions(
+            config.db_url, include_trajectory_events=False
+        )
+        return
+    for part in filter(None, map(str.strip, config.dataset_path.split(","))):
+        for _, session in trace_files.read(part):
+            if isinstance(session, AtlasSessionTrace):
+                yield session
+
+
+def print_examples(config: TrainConfig, rows: Rows) -> None:
+    """Prints conversations as the tokenizer renders them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.tokenizer_name_or_path or config.model_name_or_path
+    )
+    dataset = loader.build(rows, config, tokenizer, loader.Layout(1))
+    report = dataset.report
+    print(f"{report.examples} examples, {report.tokens} tokens, {report.trained_tokens} trained")
+    for i in range(min(_NUM_SHOWN, report.examples)):
+        print(f"--- example {i}\n{chat.render_sample(tokenizer, dataset.example(i))}")
+
+
+def print_questions(config: GRPOConfig, rows: Rows) -> None:
+    """Prints questions with their ground truth and fields."""
+    found = questions.parse_questions(
+        rows, 1.0, bool(config.reward.names), config.rollout.question_fields
+    )
+    print(f"{len(found)} questions")
+    for question in found[:_NUM_SHOWN]:
+        print(f"--- {question.id}\n{question.question}\n--- ground truth\n{question.ground_truth}")
+        for name in config.rollout.question_fields:
+            print(f"--- {name}\n{question.fields[name]}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv[1] = f"--config={sys.argv[1]}"
+    app.run(cli.guarded(main), flags_parser=cli.parse)
