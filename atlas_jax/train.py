@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
 def run(config: config_lib.TrainConfig) -> None:
     """Checks the config, starts JAX and trains."""
     config_lib.validate(config)
+    config_lib.check_environment(config)
     from atlas_jax import distributed
     from atlas_jax.recipes import grpo, sft
 

@@ -15,6 +15,7 @@ from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
+from atlas_jax.recipes.scoring import score
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
@@ -64,17 +65,25 @@ class Feed:
         self._reference = reference
         self._position = 0
 
-    def next(self, state: step.TrainState) -> loop.StepInput:
+    def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns a batch of new completions, scored."""
+        position = self._position
+        try:
+            return self._next(state, pause)
+        except (loop.NoBatchError, loop.StopRequestedError):
+            self._position = position  # the step that is repeated asks the same questions
+            raise
+
+    def _next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         parts, config = self._parts, self._parts.config
         version, start = int(state.step), time.perf_counter()
-        self._sync_reference(version, state.params)
-        groups, score_secs = self._collect(state.params, version)
+        groups, score_secs = self._collect(state.params, version, pause)
         generate_secs = time.perf_counter() - start - score_secs
         samples = self._samples(groups)
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
         values = self._measure(groups)
+        self._sync_reference(version, state.params)
         start = time.perf_counter()
         batch = to_global(_rows(samples, parts.layout), parts.sharding, parts.layout.microbatches)
         if self._reference is not None:
@@ -116,7 +125,9 @@ class Feed:
         if due and self._reference is not None:
             self._reference = _mix(config.ref_model_mixup_alpha, self._reference, params)
 
-    def _collect(self, params: Params, version: int) -> tuple[Groups, float]:
+    def _collect(
+        self, params: Params, version: int, pause: Callable[[float], None]
+    ) -> tuple[Groups, float]:
         """Returns the groups of a step, and the seconds that scoring took.
 
         Groups without any difference in reward are replaced by later ones while `refill_rounds`
@@ -125,7 +136,7 @@ class Feed:
         wanted = self._parts.layout.questions
         useful, rest, secs = Groups([], []), Groups([], []), 0.0
         for _ in range(1 + self._parts.config.rollout.refill_rounds):
-            found, spent = self._ask(params, version, wanted - len(useful.rollouts))
+            found, spent = self._ask(params, version, wanted - len(useful.rollouts), pause)
             secs += spent
             for group, scores in zip(*found, strict=True):
                 kept = useful if _differs(scores) else rest
@@ -136,7 +147,9 @@ class Feed:
         rollouts, results = useful.rollouts + rest.rollouts, useful.results + rest.results
         return Groups(rollouts[:wanted], results[:wanted]), secs
 
-    def _ask(self, params: Params, version: int, count: int) -> tuple[Groups, float]:
+    def _ask(
+        self, params: Params, version: int, count: int, pause: Callable[[float], None]
+    ) -> tuple[Groups, float]:
         """Returns the groups of this process's next `count` questions, scored."""
         parts = self._parts
         stride = distributed.max_over_processes(count)
@@ -154,7 +167,8 @@ class Feed:
             teaching.Draws(sampling, config.seed),
         )
         start = time.perf_counter()
-        flat = iter(parts.reward([r for group in rollouts for r in group]))
+        asked = [r for group in rollouts for r in group]
+        flat = iter(score(parts.reward, asked, config.reward, pause))
         results = [[next(flat) for _ in group] for group in rollouts]
         return Groups(rollouts, results), time.perf_counter() - start
 
@@ -179,7 +193,9 @@ class Feed:
 
     def _measure(self, groups: Groups) -> Metrics:
         reward = self._parts.config.reward
-        values = measures.of_rewards(groups.results, reward.names)
+        values = measures.of_rewards(groups.results, reward.parts)
+        if "rim" in reward.parts:
+            values |= measures.of_judges(groups.results, reward.rim.judge_names)
         values |= measures.of_generation(groups.rollouts)
         if self._parts.student:
             values |= measures.of_teaching(groups.rollouts)
@@ -188,7 +204,7 @@ class Feed:
         failed, total = values["reward/failed_frac"]
         if failed > reward.max_failed_frac * total:
             reasons = [r.details for group in groups.results for r in group if r.score is None]
-            raise RuntimeError(
+            raise loop.NoBatchError(
                 f"{failed:.0f} of {total:.0f} samples could not be scored, more than "
                 f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}. Look "
                 f"at {self._parts.config.output_dir}/rollouts"
