@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import os
 import re
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from atlas_jax import endpoints
 from atlas_jax.option_rules import (
     ALGORITHMS,
     CHOICES,
@@ -23,10 +25,12 @@ from atlas_jax.option_rules import (
     NOT_NEGATIVE,
     POSITIVE,
     REWARDS,
+    SHARES,
     SYNONYMS,
 )
 from atlas_jax.options import DataConfig, MeshConfig, ModelOptions, SFTConfig, TrainConfig
 from atlas_jax.options_grpo import GRPOConfig, RewardConfig, RolloutConfig
+from atlas_jax.options_rim import RIMConfig
 
 __all__ = [
     "ALGORITHMS",
@@ -36,6 +40,7 @@ __all__ = [
     "GRPOConfig",
     "MeshConfig",
     "ModelOptions",
+    "RIMConfig",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",
@@ -73,7 +78,8 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
     Args:
         config: what the parts change; each part module has `apply(config) -> None`.
         argument: what stands behind the colon of `--config file.py:model=x,data=y`.
-        **parts: the names that hold where the argument says nothing, in order of application.
+        **parts: the names that hold where the argument says nothing, in order of application;
+            "" applies nothing. The files of `rim` lie in `configs/` itself.
 
     Raises:
         ValueError: for a kind or a name that does not exist.
@@ -86,17 +92,46 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
             )
         parts[kind] = name
     for kind, name in parts.items():
-        module = f"configs.{kind}.{name}"
-        try:
-            importlib.import_module(module).apply(config)
-        except ModuleNotFoundError as error:
-            if error.name not in (module, f"configs.{kind}", "configs"):
-                raise
-            raise ValueError(
-                f"configs/{kind}/{name}.py does not exist; run from the repository root and give "
-                f"the name of a file in configs/{kind}/"
-            ) from None
+        folder = "configs" if kind == "rim" else f"configs.{kind}"
+        if name:
+            _apply(folder, name, config)
     return config
+
+
+def _apply(folder: str, name: str, config: ConfigDict) -> None:
+    module, path = f"{folder}.{name}", folder.replace(".", "/")
+    try:
+        importlib.import_module(module).apply(config)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, folder, "configs"):
+            raise
+        raise ValueError(
+            f"{path}/{name}.py does not exist; run from the repository root and give the name of "
+            f"a file in {path}/"
+        ) from None
+
+
+def read_rim(path: str) -> RIMConfig:
+    """Returns the options of the judges that a file like `configs/rim_config.py` sets.
+
+    Raises:
+        ValueError: if the file is missing, or sets what there is not.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist; name a file like configs/rim_config.py")
+    spec = importlib.util.spec_from_file_location("rim_options", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file; name one like configs/rim_config.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    draft = defaults(GRPOConfig)
+    try:
+        module.apply(draft)
+    except AttributeError as error:
+        raise ValueError(f"{path}: {error}; see configs/rim_config.py") from None
+    config = freeze(draft)
+    assert isinstance(config, GRPOConfig)
+    return config.reward.rim
 
 
 def freeze(config: ConfigDict) -> TrainConfig:
@@ -119,7 +154,7 @@ def _frozen(cls: type[T], values: ConfigDict, prefix: str) -> T:
     for name, default in known.items():
         value = values[name]
         if dataclasses.is_dataclass(default):
-            fields[name] = _frozen(type(default), value, f"{name}.")
+            fields[name] = _frozen(type(default), value, f"{prefix}{name}.")
         else:
             fields[name] = _typed(prefix + name, value, default)
     return cls(**fields)
@@ -246,20 +281,64 @@ def _check_rewards(config: GRPOConfig) -> None:
         if name not in REWARDS:
             hint = nearest(name, REWARDS)
             raise ValueError(f"reward.names has {name!r}; known are {', '.join(REWARDS)}{hint}")
-    if reward.weights and len(reward.weights) != len(reward.names):
+    if reward.weights and len(reward.weights) != len(reward.parts):
         raise ValueError(
-            f"reward.weights={reward.weights} for reward.names={reward.names}; give one weight "
-            "for each name, or none"
+            f"reward.weights={reward.weights} for {reward.parts}; give one weight for each name, "
+            "or none"
         )
     if not reward.names or len(set(reward.names)) < len(reward.names):
         raise ValueError(
             f"reward.names={reward.names} must name each reward once, and one at least"
         )
-    if config.rollout.protocol == "direct" and "teaching_gain" in reward.names:
+    if any(secs < 0 for secs in reward.retry_waits_secs):
+        raise ValueError(
+            f"reward.retry_waits_secs={reward.retry_waits_secs} must be 0 or more; give none to "
+            "stop at once"
+        )
+    if "rim" in reward.parts:
+        check_rim(reward.rim)
+        if config.rollout.protocol == "direct" and set(reward.rim.judge_names) - {"accuracy"}:
+            raise ValueError(
+                f"the judges {', '.join(reward.rim.judge_names)} are active, and protocol=direct "
+                "has no lesson to judge; leave accuracy alone on in reward.rim.active_judges"
+            )
+    if config.rollout.protocol == "direct" and "teaching_gain" in reward.parts:
         raise ValueError(
             "the reward teaching_gain compares a student's answers, and protocol=direct has no "
             "student; use reward.names=('exact_match',)"
         )
+
+
+def check_rim(rim: RIMConfig) -> None:
+    """Checks the options of the judges.
+
+    Raises:
+        ValueError: names the option, its value and what to write instead.
+    """
+    _check_values(flat(rim, "reward.rim."))
+    if not rim.judge_names:
+        raise ValueError("reward.rim.active_judges are all False; set one at least to True")
+    temperatures = rim.temperatures
+    if len(set(temperatures)) != max(len(temperatures), 1) or min(temperatures) < 0:
+        raise ValueError(
+            f"reward.rim.temperatures={temperatures} must be 0 or more, each of them once, and "
+            "one at least"
+        )
+    if rim.replay and not rim.cache_dir:
+        raise ValueError("reward.rim.replay=True without a cache; set reward.rim.cache_dir")
+    endpoints.resolve_all(rim)
+
+
+def check_environment(config: TrainConfig) -> None:
+    """Checks the keys that a run reads from the environment.
+
+    Raises:
+        ValueError: names the variable that is not set.
+    """
+    if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
+        rim = config.reward.rim
+        for endpoint in endpoints.resolve_all(rim).values() if not rim.replay else ():
+            endpoints.api_key(endpoint)
 
 
 def _check_values(values: dict[str, Any]) -> None:
@@ -272,6 +351,7 @@ def _check_values(values: dict[str, Any]) -> None:
         (POSITIVE, lambda v: v > 0, "above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
         (FRACTIONS, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (SHARES, lambda v: 0 <= v <= 1, "at least 0 and at most 1"),
     ):
         for name in names:
             if name in values and not holds(values[name]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
@@ -33,6 +34,11 @@ class ClientOptions(NamedTuple):
     """Mean wait before the second try; doubled before each further one."""
     max_backoff_secs: float = 30.0
     """Longest wait between two tries, `Retry-After` included."""
+    requests_per_minute: float = 0.0
+    """Tries that begin in a minute; 0 is no limit."""
+    max_failures_in_row: int = 0
+    """Tries in a row that may fail, over all requests, before the server counts as down and every
+    request fails at once; 0 is no limit."""
 
 
 class ServerError(Exception):
@@ -57,6 +63,25 @@ class UnavailableError(ServerError):
     """The server cannot be reached or is in trouble, after every try."""
 
 
+class Pace:
+    """Lets a number of units pass in a minute, a second's worth of them at once."""
+
+    def __init__(self, per_minute: float) -> None:
+        """Makes a pace; 0 is no limit."""
+        self._secs_per_unit = 60.0 / per_minute if per_minute else 0.0
+        self._free_at = 0.0
+
+    async def wait(self, units: float = 1.0) -> None:
+        """Returns when the units before these have passed."""
+        start = max(self._free_at, time.monotonic() - 1.0)
+        self._free_at = start + units * self._secs_per_unit
+        await asyncio.sleep(max(0.0, start - time.monotonic()))
+
+    def correct(self, units: float) -> None:
+        """Counts units that were more, or with a minus fewer, than `wait` was told."""
+        self._free_at += units * self._secs_per_unit
+
+
 class Client:
     """Connections to one server; use it in `async with`, inside one event loop."""
 
@@ -75,6 +100,8 @@ class Client:
         self._options = options or ClientOptions()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._slots = asyncio.Semaphore(self._options.max_in_flight)
+        self._pace = Pace(self._options.requests_per_minute)
+        self._failures_in_row = 0
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -129,10 +156,22 @@ class Client:
                 await asyncio.sleep(max(wait, self._backoff(attempt)))
             try:
                 async with self._slots:
-                    return await self._once(method, url, payload, params)
+                    self._check_up(url)
+                    if self._options.requests_per_minute:
+                        await self._pace.wait()
+                    reply = await self._once(method, url, payload, params)
+                self._failures_in_row = 0
+                return reply
             except _TransientError as later:
+                self._failures_in_row += 1
                 failure, wait = later.failure, min(later.wait, self._options.max_backoff_secs)
         raise failure
+
+    def _check_up(self, url: str) -> None:
+        most = self._options.max_failures_in_row
+        if most and self._failures_in_row >= most:
+            why = f"given up after {self._failures_in_row} failures in a row"
+            raise UnavailableError(url, 0, why)
 
     async def _once(
         self,

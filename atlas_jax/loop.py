@@ -22,6 +22,10 @@ from atlas_jax.step import TrainState
 from atlas_jax.types import DependencyError, Metrics, Params
 
 
+class StopRequestedError(Exception):
+    """A signal came while a batch waited for something."""
+
+
 class StepInput(NamedTuple):
     """What one step trains on."""
 
@@ -30,12 +34,23 @@ class StepInput(NamedTuple):
     metrics: Metrics  # of how it came about, over all processes
 
 
+_PAUSE_SECS = 2.0
+"""A pause looks this often whether the run is to stop."""
+
+
 @runtime_checkable
 class Feed(Protocol):
     """Where batches come from, and the position in them."""
 
-    def next(self, state: TrainState) -> StepInput:
-        """Returns the next batch; completions are sampled from the state's parameters."""
+    def next(self, state: TrainState, pause: Callable[[float], None]) -> StepInput:
+        """Returns the next batch; completions are sampled from the state's parameters.
+
+        `pause` waits for so many seconds, in every process, and raises `StopRequestedError` when a
+        signal has come. Where `next` raises, `get_state` is still the position before the batch.
+
+        Raises:
+            DependencyError: if the batch cannot be made, waiting included.
+        """
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position behind the last batch, ready for JSON."""
@@ -83,7 +98,7 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
 
     Raises:
         RuntimeError: when a loss or gradient is not finite; nothing of that step is saved.
-        DependencyError: when the feed raises it; what was reached is saved.
+        DependencyError: when the feed cannot go on; the steps before it are saved.
     """
     start = int(state.step)
     log = _Log(job, start)
@@ -91,10 +106,16 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
     with _stop_signal() as stop_requested, log.progress:
         for step in range(start + 1, job.num_steps + 1):
             try:
-                given = feed.next(state)
-            except DependencyError:
-                _save_new(job, state, feed)
-                raise
+                given = feed.next(state, _pause(stop_requested))
+            except (DependencyError, StopRequestedError) as error:
+                if pending:
+                    log.fetch(pending)
+                _save(job, state, feed)
+                _log_stop(int(state.step), error)
+                if isinstance(error, DependencyError):
+                    job.checkpoints.close()
+                    raise
+                break
             state, values = job.train_step(state, given.batch)
             if pending:
                 log.fetch(pending)
@@ -112,7 +133,7 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
             if save:
                 _save(job, state, feed)
             if stop:
-                logging.warning("stopped by a signal at step %d; the same command continues", step)
+                _log_stop(step, StopRequestedError("a signal"))
                 break
     job.checkpoints.close()
     return Outcome(state, log.last, int(state.step) < job.num_steps)
@@ -122,17 +143,28 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _pause(stop_requested: Callable[[], bool]) -> Callable[[float], None]:
+    """Returns the function that a feed waits with."""
+
+    def pause(secs: float) -> None:
+        slices = max(1, math.ceil(secs / _PAUSE_SECS))
+        for _ in range(slices):
+            time.sleep(secs / slices)
+            if distributed.any_process(stop_requested()):
+                raise StopRequestedError("a signal, while it waited")
+
+    return pause
+
+
+def _log_stop(step: int, why: Exception) -> None:
+    logging.warning("stopped at step %d by %s; the same command continues", step, why)
+
+
 def _save(job: Job, state: TrainState, feed: Feed) -> None:
+    if job.checkpoints.latest() == int(state.step):
+        return
     config, reference = masked(job.config), feed.get_reference()
     job.checkpoints.save(state, feed.get_state(), config, reference)
-
-
-def _save_new(job: Job, state: TrainState, feed: Feed) -> None:
-    """Saves where the run cannot go on, unless that is saved already."""
-    if int(state.step) and job.checkpoints.latest() != int(state.step):
-        _save(job, state, feed)
-    job.checkpoints.close()
-    logging.error("stopped at step %d; the same command continues there", int(state.step))
 
 
 class _Log:

@@ -18,6 +18,9 @@ CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"),
     "scale_rewards": ("none", "group", "batch"),
     "importance_sampling": ("none", "token", "sequence"),
+    "reward.kind": ("rule", "rim", "mixed"),
+    "reward.rim.small_model.response_format": ("auto", "json_schema", "json_object", "none"),
+    "reward.rim.large_model.response_format": ("auto", "json_schema", "json_object", "none"),
     "rollout.protocol": ("teaching", "direct"),
     "rollout.missing_teaching": ("none", "whole", "unscored"),
     "rollout.backend": ("local", "vllm"),
@@ -43,6 +46,9 @@ POSITIVE = (
     "epsilon_low", "epsilon_high", "importance_sampling_cap", "ref_model_sync_steps", "temperature",
     "rollout.max_in_flight", "rollout.request_timeout_secs", "rollout.sync_timeout_secs",
     "rollout.probe_tolerance",
+    "reward.rim.small_model.max_tokens", "reward.rim.large_model.max_tokens",
+    "reward.rim.prompt.max_chars", "reward.rim.limits.max_in_flight",
+    "reward.rim.limits.timeout_secs", "reward.rim.limits.max_tries",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gradient_accumulation_steps", "train_batch_size", "save_steps", "save_total_limit",
@@ -50,8 +56,23 @@ NOT_NEGATIVE = (
     "rollout.max_answer_tokens", "rollout.refill_rounds", "rollout.eval_limit",
     "rollout.max_staleness", "data.max_sessions",
     "reward.efficiency_weight", "reward.degradation_penalty", "reward.answer_leak_penalty",
+    "reward.rim.variance_threshold", "reward.rim.arbiter_temperature",
+    "reward.rim.small_model.input_price", "reward.rim.small_model.output_price",
+    "reward.rim.large_model.input_price", "reward.rim.large_model.output_price",
+    "reward.rim.limits.requests_per_minute", "reward.rim.limits.tokens_per_minute",
+    "reward.rim.limits.max_calls", "reward.rim.limits.max_cost",
 )  # fmt: skip
 FRACTIONS = (
-    "warmup_ratio", "data.eval_split_ratio", "data.max_rejected_frac", "min_p",
+    "warmup_ratio",
+    "data.eval_split_ratio",
+    "data.max_rejected_frac",
+    "min_p",
     "reward.max_failed_frac",
+)
+SHARES = (
+    "reward.rim.uncertainty_threshold", "reward.rim.anti_gaming.cap_score",
+    "reward.rim.anti_gaming.max_repeated_frac",
+    "reward.rim.consistency_rules.process_over_accuracy",
+    "reward.rim.consistency_rules.process_for_helpfulness",
+    "reward.rim.consistency_rules.helpfulness_over_diagnostic",
 )  # fmt: skip

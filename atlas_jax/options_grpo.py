@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from atlas_jax.options import TrainConfig
+from atlas_jax.options_rim import RIMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,12 @@ class RolloutConfig:
 class RewardConfig:
     """What a completion is worth."""
 
+    kind: str = "rule"
+    """`rule` adds up the rewards of `names`, `rim` asks judges, `mixed` adds up both."""
     names: tuple[str, ...] = ("teaching_gain",)
-    """Rewards that are added up: `teaching_gain`, `exact_match`."""
+    """Rules that are added up: `teaching_gain`, `exact_match`; `kind=rim` has none."""
     weights: tuple[float, ...] = ()
-    """One weight for each; empty weighs each 1."""
+    """One weight for each of the rules, then one for the judges; empty weighs each 1."""
     efficiency_weight: float = 1.0
     """What a fully saved answer adds to a right one (`teaching_gain`)."""
     degradation_penalty: float = 1.0
@@ -83,7 +86,17 @@ class RewardConfig:
     answer_leak_penalty: float = 0.0
     """What a lesson that states the answer costs (`teaching_gain`)."""
     max_failed_frac: float = 0.2
-    """Share of a step's samples without a score above which the run stops."""
+    """Share of a step's samples without a score above which the run waits and asks again for them,
+    and stops with a checkpoint when that does not help."""
+    retry_waits_secs: tuple[float, ...] = (30.0, 60.0, 120.0, 300.0, 600.0)
+    """Waits before each further attempt to score them."""
+    rim: RIMConfig = dataclasses.field(default=RIMConfig())
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is added up, in the order of `weights`."""
+        rules = () if self.kind == "rim" else self.names
+        return rules if self.kind == "rule" else (*rules, "rim")
 
 
 @dataclasses.dataclass(frozen=True)

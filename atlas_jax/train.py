@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
 def run(config: config_lib.TrainConfig) -> None:
     """Checks the config, starts JAX and trains."""
     config_lib.validate(config)
+    config_lib.check_environment(config)
     snapshot.check(config.data, config.output_dir)
     from atlas_jax import distributed
     from atlas_jax.recipes import grpo, sft

@@ -136,6 +136,7 @@ class RewardResult(NamedTuple):
 
     score: float | None  # None: could not be scored
     details: dict[str, Any]  # for the record
+    later: bool = False  # without a score, and the reason may pass: asking again is worth it
 
 
 Reward = Callable[[Sequence[Rollout]], list[RewardResult]]

@@ -74,7 +74,7 @@ def _measure(args: argparse.Namespace, config: GRPOConfig) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     for _ in range(args.steps):
         start = time.perf_counter()
-        given = source.next(state)
+        given = source.next(state, time.sleep)
         ready = time.perf_counter()
         state, found = train_step(state, given.batch)
         values = metrics.means(metrics.add(metrics.add({}, given.metrics), jax.device_get(found)))

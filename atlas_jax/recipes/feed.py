@@ -16,11 +16,20 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
 from atlas_jax.recipes.ahead import Ahead
+from atlas_jax.recipes.scoring import ask_again
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, to_global
-from atlas_jax.types import Metrics, Params, PolicyBatch, Reward, RewardResult, Rollout
+from atlas_jax.types import (
+    DependencyError,
+    Metrics,
+    Params,
+    PolicyBatch,
+    Reward,
+    RewardResult,
+    Rollout,
+)
 
 
 class Layout(NamedTuple):
@@ -71,20 +80,22 @@ class Feed:
         self._position = 0
         self._ahead = Ahead(self._collect, parts.config.rollout.max_staleness)
 
-    def next(self, state: step.TrainState) -> loop.StepInput:
+    def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns a batch of new completions, scored."""
         parts, config = self._parts, self._parts.config
         version = int(state.step)
-        self._sync_reference(version, state.params)
         policy = parts.policy(state.params, version)
         synced = time.perf_counter()
         made = self._ahead.take(policy, self._position)
-        self._position, (groups, score_secs) = made.position, made.content
+        groups, score_secs = made.content
         wait_secs = time.perf_counter() - synced
+        groups = self._with_patience(groups, pause)
         samples = self._samples(groups)
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
         values = self._measure(groups, version) | parts.pushed()
+        self._position = made.position  # where nothing was raised: a step repeated asks the same
+        self._sync_reference(version, state.params)
         start = time.perf_counter()
         batch = to_global(_rows(samples, parts.layout), parts.sharding, parts.layout.microbatches)
         if self._reference is not None:
@@ -170,9 +181,17 @@ class Feed:
             teaching.Draws(sampling, config.seed),
         )
         start = time.perf_counter()
-        flat = iter(parts.reward([r for group in rollouts for r in group]))
-        results = [[next(flat) for _ in group] for group in rollouts]
-        return Groups(rollouts, results), time.perf_counter() - start
+        results = parts.reward([r for group in rollouts for r in group])
+        return _grouped(rollouts, results), time.perf_counter() - start
+
+    def _with_patience(self, groups: Groups, pause: Callable[[float], None]) -> Groups:
+        """Returns the groups, samples without a score asked for again where they are too many."""
+        rollouts = [r for group in groups.rollouts for r in group]
+        results = [r for group in groups.results for r in group]
+        options = self._parts.config.reward
+        return _grouped(
+            groups.rollouts, ask_again(self._parts.reward, rollouts, results, options, pause)
+        )
 
     def _samples(self, groups: Groups) -> list[list[record.Sample]]:
         """Returns the rollouts with their advantages, and whether they train."""
@@ -195,7 +214,9 @@ class Feed:
 
     def _measure(self, groups: Groups, version: int) -> Metrics:
         reward = self._parts.config.reward
-        values = measures.of_rewards(groups.results, reward.names)
+        values = measures.of_rewards(groups.results, reward.parts)
+        if "rim" in reward.parts:
+            values |= measures.of_judges(groups.results, reward.rim.judge_names)
         values |= measures.of_generation(groups.rollouts, version)
         if self._parts.student:
             values |= measures.of_teaching(groups.rollouts)
@@ -204,12 +225,18 @@ class Feed:
         failed, total = values["reward/failed_frac"]
         if failed > reward.max_failed_frac * total:
             reasons = [r.details for group in groups.results for r in group if r.score is None]
-            raise RuntimeError(
+            raise DependencyError(
                 f"{failed:.0f} of {total:.0f} samples could not be scored, more than "
                 f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}. Look "
                 f"at {self._parts.config.output_dir}/rollouts"
             )
         return values
+
+
+def _grouped(rollouts: list[list[Rollout]], results: Sequence[RewardResult]) -> Groups:
+    """Returns the results as they belong to the rollouts of each group."""
+    flat = iter(results)
+    return Groups(rollouts, [[next(flat) for _ in group] for group in rollouts])
 
 
 def _differs(results: Sequence[RewardResult]) -> bool:

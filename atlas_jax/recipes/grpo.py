@@ -8,7 +8,6 @@ student, or, with `protocol=direct`, a model that answers by itself.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -21,7 +20,7 @@ from absl import logging
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, batch_plan
+from atlas_jax.config import BatchPlan, GRPOConfig, batch_plan
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.data.loader import capped_buckets
@@ -29,12 +28,12 @@ from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import serving, setup, speakers
 from atlas_jax.recipes.feed import Feed, Layout, Parts
-from atlas_jax.rewards import verifiable
+from atlas_jax.recipes.scoring import make_reward
 from atlas_jax.rollout import evaluation
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding
-from atlas_jax.types import Metrics, Params, PolicyBatch, Question, Reward
+from atlas_jax.types import Metrics, Params, PolicyBatch, Question
 
 _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
 """Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
@@ -71,7 +70,7 @@ def run(config: GRPOConfig) -> None:
         policy=engines.policy,
         student=engines.student,
         protocol=protocol,
-        reward=make_reward(config.reward),
+        reward=make_reward(config),
         score=make_score(model.decoder, config, layout.per_row),
         sharding=sharding,
         writer=writer,
@@ -206,23 +205,6 @@ def _logprobs(
     return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head, sampled)
 
 
-def make_reward(config: RewardConfig) -> Reward:
-    """Returns the weighted sum of the rewards that the config names."""
-    known: dict[str, Callable[[], Reward]] = {
-        "exact_match": verifiable.exact_match,
-        "teaching_gain": functools.partial(
-            verifiable.teaching_gain,
-            config.efficiency_weight,
-            config.degradation_penalty,
-            config.answer_leak_penalty,
-        ),
-    }
-    weights = config.weights or (1.0,) * len(config.names)
-    return verifiable.combine(
-        {name: (known[name](), weight) for name, weight in zip(config.names, weights, strict=True)}
-    )
-
-
 def _reference(
     config: GRPOConfig, model: setup.Model, checkpoints: Checkpoints, state: step.TrainState
 ) -> Params | None:
@@ -287,7 +269,7 @@ def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | Non
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main()
     )
-    most, needs_truth = config.data.max_rejected_frac, bool(config.reward.names)
+    most, needs_truth = config.data.max_rejected_frac, config.reward.kind != "rim"
     fields = config.rollout.question_fields
     train = asked.parse_questions(rows, most, needs_truth, fields)
     logging.info("%d questions; the first: %s", len(train), train[0].question)

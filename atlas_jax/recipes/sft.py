@@ -62,7 +62,7 @@ class _Feed(NamedTuple):
     sharding: Sharding
     microbatches: int
 
-    def next(self, state: step.TrainState) -> loop.StepInput:
+    def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns the next batch; it does not depend on the state."""
         batch = next(self.batches)
         num_tokens = int((batch.segment_ids > 0).sum()) * jax.process_count()

@@ -1,1 +1,5 @@
-"""What a rollout is worth: rewards that compare answers with a known one. Imports no JAX."""
+"""What completions are worth: rules that compare answers, and judges."""
+
+from atlas_jax.rewards.rim import RIMReward
+
+__all__ = ["RIMReward"]

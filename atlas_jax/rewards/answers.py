@@ -89,7 +89,7 @@ def extract_answer(text: str) -> str | None:
     `\fbox`, GSM8K's `####`, what follows the last "Final Answer:", "Answer:", "the answer is" or
     "answer =", the text itself where it is one option of multiple choice, the last number.
     """
-    return _marked_answer(text) or _bare_option(text) or _last_number(text)
+    return marked_answer(text) or _bare_option(text) or _last_number(text)
 
 
 def normalise(answer: str) -> str:
@@ -109,7 +109,7 @@ def is_correct(text: str, ground_truth: str) -> bool:
     may be a whole solution that marks its answer.
     """
     answer = extract_answer(text)
-    truth = _marked_answer(ground_truth) or ground_truth
+    truth = marked_answer(ground_truth) or ground_truth
     given, wanted = _option(answer or ""), _option(truth)
     if given and wanted:
         return given.letter == wanted.letter
@@ -124,7 +124,7 @@ def states_answer(lesson: str, ground_truth: str) -> bool:
     A fraction counts only in lowest terms, because "6/2" does not yet say 3. The letter of an
     option counts as "(B)" or behind "answer is" and the like.
     """
-    plain, truth = _plain(lesson), _marked_answer(ground_truth) or ground_truth
+    plain, truth = _plain(lesson), marked_answer(ground_truth) or ground_truth
     option = _option(truth)
     if option and _states_letter(plain, option.letter.upper()):
         return True
@@ -134,7 +134,7 @@ def states_answer(lesson: str, ground_truth: str) -> bool:
     return target != "" and _phrase(target) in _phrase(_canonical(plain))
 
 
-def _marked_answer(text: str) -> str | None:
+def marked_answer(text: str) -> str | None:
     """Returns the answer that is marked as such."""
     tags = itertools.pairwise(_TAG.finditer(text))
     spans = [(a.end(), b.start()) for a, b in tags if not a[1] and b[1]]

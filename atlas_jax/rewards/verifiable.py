@@ -83,7 +83,8 @@ def teaching_gain(
 def combine(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
     """Returns the weighted sum of named rewards.
 
-    A sample is None where a reward that has weight says None. A reward of weight 0 is recorded
+    A sample is None where a reward that has weight says None, and may be scored later where each
+    of these may. A reward of weight 0 is recorded
     only. The details are those of each reward, under its name and with its score.
 
     Raises:
@@ -108,8 +109,11 @@ def combine(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
 
 def _unscored(ground_truth: str, completions: Mapping[str, Completion | None]) -> str | None:
     """Returns why a rollout cannot be scored; None if it can be."""
-    if not ground_truth.strip():
-        return "no ground truth"
+    return failure(completions) if ground_truth.strip() else "no ground truth"
+
+
+def failure(completions: Mapping[str, Completion | None]) -> str | None:
+    """Returns which of the completions is missing or failed; None if all of them are whole."""
     for name, completion in completions.items():
         if completion is None:
             return f"no {name}"
@@ -148,7 +152,8 @@ def _checked(name: str, reward: Reward, rollouts: Sequence[Rollout]) -> list[Rew
 
 def _weighted(row: Mapping[str, RewardResult], weights: Mapping[str, float]) -> RewardResult:
     details: dict[str, Any] = {n: {**r.details, "score": r.score} for n, r in row.items()}
-    scores = [(weights[n], r.score) for n, r in row.items() if weights[n]]
-    if any(score is None for _, score in scores):
-        return RewardResult(None, details)
-    return RewardResult(sum(w * score for w, score in scores if score is not None), details)
+    weighed = [(weights[n], r) for n, r in row.items() if weights[n]]
+    missing = [r.later for _, r in weighed if r.score is None]
+    if missing:
+        return RewardResult(None, details, all(missing))
+    return RewardResult(sum(w * r.score for w, r in weighed if r.score is not None), details)

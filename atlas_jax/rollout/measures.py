@@ -35,6 +35,30 @@ def of_rewards(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) 
     return found
 
 
+def of_judges(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) -> Metrics:
+    """Returns the metrics of the judges' reward, per sample; `names` are the active judges."""
+    heard = [d for group in results for r in group if "judges" in (d := r.details["rim"])]
+    verdicts = [v for d in heard for v in d["judges"].values()]
+    several = [v["spread"] for v in verdicts if len(v["samples"]) > 1]
+    calls, cached, tokens, cost = (
+        sum(d[field] for d in heard) for field in ("calls", "cached", "tokens", "cost")
+    )
+    found = {
+        "reward/escalated_frac": (sum(bool(v["escalation"]) for v in verdicts), len(verdicts)),
+        "reward/disagreement": (sum(several), len(several)),
+        "reward/gamed_frac": (sum(bool(d["gaming"]) for d in heard), len(heard)),
+        "reward/cache_hit_frac": (cached, cached + calls),
+        "reward/calls": (calls, len(heard)),
+        "reward/tokens": (tokens, len(heard)),
+        "reward/cost": (cost, len(heard)),
+    }
+    for name in names:
+        scores = [d["judges"][name]["score"] for d in heard]
+        known = [s for s in scores if s is not None]
+        found[f"rim_rewards/{name}"] = (sum(known), len(known))
+    return found
+
+
 def of_generation(groups: Sequence[Sequence[Rollout]], version: int) -> Metrics:
     """Returns the metrics of the policy's completions, trained at `version`, and their prompts."""
     written = [r.policy for group in groups for r in group]

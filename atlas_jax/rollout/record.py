@@ -65,10 +65,18 @@ def lessons_table(groups: Sequence[Sequence[Sample]], count: int = 4) -> str:
             rollout.baseline.text if rollout.baseline else "",
             rollout.teaching or rollout.policy.text,
             rollout.answer.text,
-            "not scored" if result.score is None else f"{result.score:.2f}",
+            _verdict(result),
         )
         lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
     return "\n".join(lines)
+
+
+def _verdict(result: RewardResult) -> str:
+    """Returns a score, and what a judge's reward was capped for."""
+    if result.score is None:
+        return "not scored"
+    gaming = result.details["rim"]["gaming"] if "rim" in result.details else []
+    return "; ".join([f"{result.score:.2f}", *gaming])
 
 
 def _cell(text: str) -> str:

@@ -30,4 +30,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.save_steps = 3
     c.save_total_limit = 1
     c.rollout.eval_limit = 16
-    return config.apply_parts(c, argument, model="smollm2_135m", data="quickstart_rl")
+    return config.apply_parts(c, argument, model="smollm2_135m", data="quickstart_rl", rim="")

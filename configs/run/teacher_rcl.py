@@ -3,8 +3,10 @@
 python -m atlas_jax.train --config configs/run/teacher_rcl.py \
     --config.resume_from=checkpoints/sft --config.output_dir=checkpoints/grpo
 
-32 lessons a question, 4 questions a step on 8 devices. The guide expects reward/mean to rise,
-teaching/non_degradation_rate above 0.95 and a KL of 0.5 to 2.0.
+32 lessons a question, 4 questions a step on 8 devices. Judges reward them: helpfulness and process,
+as configs/rim_offline_config.py has it; `…/teacher_rcl.py:rim=rim_config` takes all four, and
+`--config.reward.kind=mixed` adds the rule of what a lesson changed. The guide expects reward/mean
+to rise, teaching/non_degradation_rate above 0.95 and a KL of 0.5 to 2.0.
 """
 
 from ml_collections import ConfigDict
@@ -31,4 +33,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.max_steps = 250
     c.save_steps = 10
     c.eval_steps = 10
-    return config.apply_parts(c, argument, model="qwen3_8b", data="arc_atlas_rl")
+    c.reward.kind = "rim"
+    return config.apply_parts(
+        c, argument, model="qwen3_8b", data="arc_atlas_rl", rim="rim_offline_config"
+    )

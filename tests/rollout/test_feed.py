@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
         policy=lambda params, version: Script(say, version=version).speaker,
         student=None,
         protocol=how or protocol(kind="direct", size=2),
-        reward=reward or grpo.make_reward(config.reward),
+        reward=reward or grpo.make_reward(config),
         score=lambda params, batch: batch.rollout_logprobs,
         sharding=Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none"),
         writer=metrics.MetricWriter(str(tmp_path), 0, enabled=False),
@@ -75,7 +76,7 @@ def test_groups_without_a_difference_are_replaced(tmp_path, rounds, asked, posit
     rollout_options = dataclasses.replace(CONFIG.rollout, refill_rounds=rounds)
     config = dataclasses.replace(CONFIG, rollout=rollout_options)
     feed = make_feed(tmp_path, useful, config=config)
-    given = feed.next(state_of(6))
+    given = feed.next(state_of(6), time.sleep)
     found = recorded(tmp_path, 7)
     assert [s["question_id"] for s in found][::2] == asked
     assert feed.get_state()["position"] == position
@@ -88,11 +89,11 @@ def test_groups_without_a_difference_are_replaced(tmp_path, rounds, asked, posit
 
 def test_the_feed_continues_where_its_state_says(tmp_path):
     feed = make_feed(tmp_path, useful)
-    feed.next(state_of(0))
+    feed.next(state_of(0), time.sleep)
     other = make_feed(tmp_path / "other", useful)
     other.set_state(json.loads(json.dumps(feed.get_state())))
-    feed.next(state_of(1))
-    other.next(state_of(1))
+    feed.next(state_of(1), time.sleep)
+    other.next(state_of(1), time.sleep)
     assert recorded(tmp_path, 2) == recorded(tmp_path / "other", 2)
     assert [s["question_id"] for s in recorded(tmp_path, 2)] == ["id2", "id2", "id3", "id3"]
 
@@ -113,14 +114,14 @@ def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
     config = dataclasses.replace(CONFIG, reward=options)
     feed = make_feed(tmp_path, useful, reward, config)
     if allowed == 0.25:
-        given = feed.next(state_of(0))
+        given = feed.next(state_of(0), time.sleep)
         assert given.metrics["reward/failed_frac"] == (1, 4)
         assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, True, False]
         mask = np.asarray(given.batch.loss_mask) & (np.asarray(given.batch.sequence_ids) == 2)
         assert mask.any(axis=-1).tolist() == [[True, False]]
         return
     with pytest.raises(RuntimeError, match=r"1 of 4 samples(?s:.*)max_failed_frac=0.24.*why"):
-        feed.next(state_of(0))
+        feed.next(state_of(0), time.sleep)
     assert len(recorded(tmp_path, 1)) == 4  # to look at
 
 
@@ -129,7 +130,7 @@ def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
     long = [Question("long", "a question too long", "1", {}), *questions(2)[1:]]
     feed = make_feed(tmp_path, useful, how=how, count=2)
     feed._parts = feed._parts._replace(order=Order(long, 0, False))
-    given = feed.next(state_of(0))
+    given = feed.next(state_of(0), time.sleep)
     assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, False, False]
     assert np.asarray(given.batch.loss_mask).any(axis=-1).tolist() == [[True, False]]
     assert given.metrics["rollout/failed_frac"] == (2, 4)
@@ -142,6 +143,6 @@ def test_truncated_completions_can_be_left_out(tmp_path, masked):
     config = dataclasses.replace(CONFIG, mask_truncated_completions=masked)
     how = protocol(kind="direct", size=2, policy=4)
     feed = make_feed(tmp_path, lambda _, member: "12345" if member else "1", None, config, how)
-    given = feed.next(state_of(0))
+    given = feed.next(state_of(0), time.sleep)
     assert given.metrics["rollout/truncated_frac"] == (2, 4)
     assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, not masked] * 2

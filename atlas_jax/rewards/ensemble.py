@@ -1,0 +1,91 @@
+"""From judges' opinions to one score: escalation, choice, consistency, aggregation.
+
+Pure functions. Nothing depends on the order in which replies arrive.
+
+Reference: the RIM reward of ATLAS (Arc Intelligence), with its faults left out: an arbiter that
+fails leaves the first opinions standing, and what no judge could score has no score.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from atlas_jax.options_rim import ConsistencyRules, RIMConfig
+
+_ROUNDING = 1e-9
+
+
+class Opinion(NamedTuple):
+    """What one call says."""
+
+    score: float  # in 0..1
+    uncertainty: float  # in 0..1
+    rationale: str
+    principles: tuple[dict[str, Any], ...]  # name, weight, description
+    model: str
+    temperature: float
+
+
+class Verdict(NamedTuple):
+    """What one judge says of one sample."""
+
+    opinion: Opinion | None  # the one that counts; None: the judge has no score
+    samples: tuple[Opinion, ...]  # of the small model, in the order of the temperatures
+    spread: float  # standard deviation of their scores
+    escalation: str  # why the large model was asked; "" if it was not
+    failures: tuple[str, ...]  # calls that brought no opinion
+
+
+def spread(samples: Sequence[Opinion]) -> float:
+    """Returns the population standard deviation of the scores; 0 for fewer than two."""
+    return statistics.pstdev([s.score for s in samples]) if len(samples) > 1 else 0.0
+
+
+def escalation(samples: Sequence[Opinion], config: RIMConfig) -> str:
+    """Returns why the large model has to decide; "" if it does not."""
+    if not samples:
+        return "no valid sample"
+    deviation = spread(samples)
+    if deviation > config.variance_threshold + _ROUNDING:
+        return f"disagreement {deviation:.3f} > {config.variance_threshold:g}"
+    highest = max(s.uncertainty for s in samples)
+    if highest > config.uncertainty_threshold:
+        return f"uncertainty {highest:.3f} > {config.uncertainty_threshold:g}"
+    return ""
+
+
+def choose(samples: Sequence[Opinion]) -> Opinion | None:
+    """Returns the opinion of least uncertainty, of equal ones the first by temperature."""
+    return min(samples, key=lambda s: s.uncertainty, default=None)
+
+
+def consistent(
+    scores: Mapping[str, float], rules: ConsistencyRules
+) -> tuple[dict[str, float], list[str]]:
+    """Returns the scores that may stand beside each other, and the rules that changed some.
+
+    A rule is left out where one of its judges has no score. The order is fixed: process to
+    accuracy, helpfulness to process, helpfulness to diagnostic.
+    """
+    found, applied = dict(scores), []
+
+    def cap(name: str, limit: float, why: str) -> None:
+        if found[name] > limit + _ROUNDING:
+            found[name] = limit
+            applied.append(f"{name} at most {limit:.3g}: {why}")
+
+    if {"process", "accuracy"} <= found.keys():
+        cap("process", found["accuracy"] + rules.process_over_accuracy, "accuracy")
+    bound = rules.process_for_helpfulness
+    if {"process", "helpfulness"} <= found.keys() and found["process"] < bound:
+        cap("helpfulness", bound, "process")
+    if {"helpfulness", "diagnostic"} <= found.keys():
+        cap("helpfulness", found["diagnostic"] + rules.helpfulness_over_diagnostic, "diagnostic")
+    return {name: min(max(score, 0.0), 1.0) for name, score in found.items()}, applied
+
+
+def aggregate(scores: Mapping[str, float]) -> float | None:
+    """Returns the mean over the judges that have a score; None if none has."""
+    return statistics.fmean(scores.values()) if scores else None

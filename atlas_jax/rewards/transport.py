@@ -1,0 +1,259 @@
+"""Calls of judges' models: one flat pool within limits and a budget, over a cache on disk.
+
+A call brings an opinion or says why it has none; nothing else ever stands for a reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+from atlas_jax.endpoints import Endpoint, api_key, resolve_all
+from atlas_jax.llm_client import (
+    Client,
+    ClientOptions,
+    Pace,
+    RefusedError,
+    ServerError,
+    UnavailableError,
+)
+from atlas_jax.options_rim import JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.rewards.ensemble import Opinion
+from atlas_jax.rewards.judges import SCHEMA, Unreadable, parse
+from atlas_jax.rewards.replies import Cache, Ledger, Reply, key_of
+from atlas_jax.types import Message
+
+_FORMATS: dict[str, dict[str, Any] | None] = {
+    "json_schema": {
+        "type": "json_schema",
+        "json_schema": {"name": "judgement", "schema": SCHEMA},
+    },
+    "json_object": {"type": "json_object"},
+    "none": None,
+}
+_CHARS_PER_TOKEN = 4  # an estimate, until a reply says
+
+
+class ReplayError(RuntimeError):
+    """A reply that replay needs and the cache lacks."""
+
+
+class Answer(NamedTuple):
+    """What came of one call."""
+
+    opinion: Opinion | None
+    failure: str  # "" where there is an opinion
+    later: bool  # whether the failure may pass
+    cached: bool  # no call was made
+    tokens: int = 0
+    cost: float = 0.0
+    calls: int = 0
+
+
+class Pool:
+    """Open connections for one batch of calls; equal calls are made once."""
+
+    def __init__(self, owner: Transport, clients: dict[str, Client]) -> None:
+        self._owner = owner
+        self._clients = clients
+        self._asked: dict[str, asyncio.Task[Answer]] = {}
+
+    async def ask(
+        self,
+        which: str,
+        messages: Sequence[Message],
+        temperature: float,
+    ) -> Answer:
+        """Returns what a model says.
+
+        Args:
+            which: `small_model` or `large_model`.
+            messages: the conversation.
+            temperature: of sampling.
+
+        Raises:
+            ReplayError: on replay, if the cache has no reply.
+        """
+        model = self._owner.models[which]
+        key = key_of(model.endpoint.model, messages, temperature, model.options.max_tokens)
+        if key in self._asked:
+            answer = await self._asked[key]
+            return answer._replace(cached=True, tokens=0, cost=0.0, calls=0)
+
+        call = self._owner.call(self._clients[which], model, key, messages, temperature)
+        self._asked[key] = asyncio.ensure_future(call)
+        return await self._asked[key]
+
+
+class _Model(NamedTuple):
+    endpoint: Endpoint
+    options: JudgeModel
+    api_key: str
+
+
+class Transport:
+    """What stays from one batch to the next: cache, account, and what a server has refused."""
+
+    def __init__(self, config: RIMConfig, share: int = 1, ledger_path: str = "") -> None:
+        """Finds endpoints and keys; nothing is connected yet.
+
+        Args:
+            config: of RIM.
+            share: how many processes keep the limits together.
+            ledger_path: file with the account of this process; "" keeps it in memory.
+
+        Raises:
+            ValueError: for an endpoint or a key that is not known.
+        """
+        self._replay = config.replay
+        self._limits = _shared(config.limits, share)
+        self._cache = Cache(config.cache_dir)
+        self._ledger = Ledger(ledger_path)
+        options = {"small_model": config.small_model, "large_model": config.large_model}
+        self.models = {
+            name: _Model(endpoint, options[name], "" if config.replay else api_key(endpoint))
+            for name, endpoint in resolve_all(config).items()
+        }
+        self._refused: dict[Endpoint, int] = {}  # how many formats the endpoint does not take
+        self._pace = Pace(self._limits.tokens_per_minute)
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[Pool]:
+        """Yields a pool of calls, inside one event loop; the account is saved at its end."""
+        limits = self._limits
+        options = ClientOptions(
+            max_in_flight=limits.max_in_flight,
+            timeout_secs=limits.timeout_secs,
+            max_tries=limits.max_tries,
+            requests_per_minute=limits.requests_per_minute,
+            max_failures_in_row=2 * limits.max_in_flight,
+        )
+        servers = {(m.endpoint.base_url, m.api_key) for m in self.models.values()}
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._ledger.save)
+            clients = {
+                server: await stack.enter_async_context(Client(*server, options))
+                for server in servers
+            }
+            yield Pool(
+                self,
+                {n: clients[m.endpoint.base_url, m.api_key] for n, m in self.models.items()},
+            )
+
+    async def call(
+        self,
+        client: Client,
+        model: _Model,
+        key: str,
+        messages: Sequence[Message],
+        temperature: float,
+    ) -> Answer:
+        """Returns one answer, from the cache or from the server."""
+        name = model.endpoint.model
+        kept = self._cache.read(key)
+        found = parse(kept.text, name, temperature) if kept else None
+        if isinstance(found, Opinion):
+            return Answer(found, "", False, True)
+        if found and self._replay:
+            return Answer(None, found.reason, False, True)
+        if self._replay:
+            raise ReplayError(
+                f"the cache has no reply of {name} at temperature {temperature:g} "
+                f"to {messages[-1]['content'][:200]!r}; replay only what was scored with the same "
+                "options, or set reward.rim.replay=False"
+            )
+        payload = {
+            "model": name,
+            "messages": list(messages),
+            "temperature": temperature,
+            "max_tokens": model.options.max_tokens,
+        }
+        tokens, cost, calls = 0, 0.0, 0
+        failure, later = "", True
+        for _ in range(self._limits.max_tries):
+            if failure := self._unaffordable():
+                later = False
+                break
+            calls += 1
+            try:
+                reply = await self._post(client, model, payload)
+            except ServerError as error:
+                failure, later = str(error), isinstance(error, UnavailableError)
+                break
+            tokens += reply.input_tokens + reply.output_tokens
+            cost += _cost(reply, model.options)
+            self._cache.write(key, reply)
+            read = parse(reply.text, name, temperature)
+            if not isinstance(read, Unreadable):
+                return Answer(read, "", False, False, tokens, cost, calls)
+            failure = read.reason
+        return Answer(None, failure, later, False, tokens, cost, calls)
+
+    def _unaffordable(self) -> str:
+        """Returns which budget has no call left; "" if there is one."""
+        limits, spent = self._limits, self._ledger.spent
+        if limits.max_calls and spent.calls >= limits.max_calls:
+            return f"this process's {limits.max_calls} of reward.rim.limits.max_calls are used up"
+        if limits.max_cost and spent.cost >= limits.max_cost:
+            return f"this process's {limits.max_cost:g} of reward.rim.limits.max_cost is used up"
+        return ""
+
+    async def _post(self, client: Client, model: _Model, payload: dict[str, Any]) -> Reply:
+        """Makes one call, in the strictest format that the server takes."""
+        chars = sum(len(message["content"]) for message in payload["messages"])
+        estimate = chars // _CHARS_PER_TOKEN
+        self._ledger.begin()
+        if self._limits.tokens_per_minute:
+            await self._pace.wait(estimate)
+        while True:
+            used = self._refused.setdefault(model.endpoint, 0)
+            wanted = model.options.response_format
+            name = list(_FORMATS)[used] if wanted == "auto" else wanted
+            body = payload | ({"response_format": _FORMATS[name]} if _FORMATS[name] else {})
+            try:
+                raw = await client.post("/chat/completions", body)
+            except RefusedError as error:
+                if wanted != "auto" or name == "none" or not _refuses_format(error):
+                    raise
+                self._refused[model.endpoint] = max(self._refused[model.endpoint], used + 1)
+                continue
+            reply = _reply(raw, estimate)
+            total = reply.input_tokens + reply.output_tokens
+            self._pace.correct(total - estimate)
+            self._ledger.add(total, _cost(reply, model.options))
+            return reply
+
+
+def _shared(limits: JudgeLimits, share: int) -> JudgeLimits:
+    """Returns the limits of one of `share` processes; a limit that there is stays one."""
+    if share == 1:
+        return limits
+    names = ("max_in_flight", "requests_per_minute", "tokens_per_minute", "max_calls")
+    parts = {n: max(getattr(limits, n) // share, 1) for n in names if getattr(limits, n)}
+    return dataclasses.replace(limits, max_cost=limits.max_cost / share, **parts)
+
+
+def _refuses_format(error: RefusedError) -> bool:
+    body = error.body.lower()
+    words = ("response_format", "json_schema", "json_object", "schema", "structured", "guided")
+    return error.status in (400, 404, 415, 422, 501) and any(word in body for word in words)
+
+
+def _reply(raw: Any, estimate: int) -> Reply:
+    """Returns what a chat completion holds; "" where it is none."""
+    try:
+        text = raw["choices"][0]["message"]["content"]
+        usage = raw.get("usage") or {}
+        input_tokens = int(usage.get("prompt_tokens") or estimate)
+        output_tokens = int(usage.get("completion_tokens") or len(text or "") // _CHARS_PER_TOKEN)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return Reply("", estimate, 0)
+    return Reply(text if isinstance(text, str) else "", input_tokens, output_tokens)
+
+
+def _cost(reply: Reply, options: JudgeModel) -> float:
+    millions = reply.input_tokens * options.input_price + reply.output_tokens * options.output_price
+    return millions / 1e6
