@@ -121,5 +121,11 @@ class RIMConfig:
     @property
     def judge_names(self) -> tuple[str, ...]:
         """The active judges."""
-        active = dataclasses.asdict(self.active_judges)
+        judges = self.active_judges
+        active = {
+            "accuracy": judges.accuracy,
+            "helpfulness": judges.helpfulness,
+            "process": judges.process,
+            "diagnostic": judges.diagnostic,
+        }
         return tuple(name for name, is_active in active.items() if is_active)
