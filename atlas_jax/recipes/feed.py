@@ -18,7 +18,7 @@ from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_to
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.sharding import Sharding, to_global
+from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.types import Metrics, Params, PolicyBatch, Reward, RewardResult, Rollout
 
 
@@ -226,6 +226,7 @@ def _mix(alpha: float, reference: Params, params: Params) -> Params:
     """Returns `(1 - alpha) reference + alpha params`."""
 
     def one(r: jax.Array, p: jax.Array) -> jax.Array:
-        return ((1 - alpha) * r + alpha * p.astype(r.dtype)).astype(r.dtype)
+        old, new = fetch(r), fetch(p).astype(r.dtype)
+        return put_back(((1 - alpha) * old + alpha * new).astype(r.dtype), r)
 
     return jax.tree.map(one, reference, params)
