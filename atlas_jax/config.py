@@ -23,6 +23,7 @@ from atlas_jax.option_rules import (
     CHOICES,
     FRACTIONS,
     NOT_NEGATIVE,
+    OFFLOADS,
     POSITIVE,
     REWARDS,
     SHARES,
@@ -213,11 +214,29 @@ def validate(config: TrainConfig) -> None:
         )
     if config.max_steps == 0 or config.max_steps < -1:
         raise ValueError(f"max_steps={config.max_steps} must be above 0, or -1 to count epochs")
+    _check_offload(config)
     if isinstance(config, GRPOConfig):
         _check_grpo(config)
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if sum(a == -1 for a in axes) > 1 or any(a == 0 or a < -1 for a in axes):
         raise ValueError(f"mesh sizes {axes} must be positive, and one of them at most -1")
+
+
+def _check_offload(config: TrainConfig) -> None:
+    parts = config.offload.split(",")
+    for part in parts:
+        if part not in OFFLOADS or ("none" in parts and len(parts) > 1):
+            raise ValueError(
+                f"offload={config.offload!r} is not none, nor some of {', '.join(OFFLOADS[1:])}"
+                f"{nearest(part, OFFLOADS)}"
+            )
+    if "activations" in parts and config.gradient_checkpointing != "full":
+        raise ValueError(
+            f"offload=activations moves what gradient_checkpointing=full keeps, not "
+            f"{config.gradient_checkpointing}; use full, or no activations"
+        )
+    if "reference" in parts and not (isinstance(config, GRPOConfig) and config.beta):
+        raise ValueError("offload=reference without a reference model; take it out of offload")
 
 
 def _check_grpo(config: GRPOConfig) -> None:

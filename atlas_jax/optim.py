@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from atlas_jax.config import TrainConfig
@@ -30,7 +31,7 @@ def schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
     """Returns clipping by global norm, then AdamW (arXiv:1711.05101) with decay for matrices."""
-    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
+    clip = clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
     update = optax.adamw(
         learning_rate,
         b1=config.adam_beta1,
@@ -38,8 +39,24 @@ def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientT
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         mask=is_matrix,
+        mu_dtype=None if config.adam_mu_dtype == "auto" else config.adam_mu_dtype,
     )
     return optax.chain(clip, update) if clip else update
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Returns `optax.clip_by_global_norm` that takes the norm, so that it may see a part alone."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> Any:
+        del params
+        norm = optax.tree.norm(updates) if norm is None else norm
+
+        def clip(x: jax.Array) -> jax.Array:
+            return jnp.where(norm < max_norm, x, x / norm.astype(x.dtype) * max_norm)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def is_matrix(params: Params) -> Params:

@@ -14,7 +14,7 @@ CHOICES = {
     "gradient_checkpointing": ("none", "dots", "full"),
     "attn_implementation": ("auto", "xla", "cudnn", "splash"),
     "sharding": ("fsdp", "zero1", "replicated"),
-    "offload": ("none", "optimizer"),
+    "adam_mu_dtype": ("auto", "float32", "bfloat16"),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"),
     "scale_rewards": ("none", "group", "batch"),
     "importance_sampling": ("none", "token", "sequence"),
@@ -31,6 +31,9 @@ CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.export_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+
+OFFLOADS = ("none", "optimizer", "params", "activations", "reference")
+"""What `offload` may name, with commas."""
 
 SYNONYMS = {
     ("gradient_checkpointing", "true"): "full",

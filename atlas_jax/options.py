@@ -127,6 +127,8 @@ class TrainConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    adam_mu_dtype: str = "auto"
+    """dtype of the first moment; `auto` is `model.param_dtype`, which the second always has."""
     num_train_epochs: float = 1.0
     """Passes over the data when `max_steps` is -1."""
     max_steps: int = -1
@@ -159,7 +161,9 @@ class TrainConfig:
     """`fsdp` splits parameters, gradients and optimizer state over the `fsdp` axis (ZeRO-3),
     `zero1` gradients and optimizer state (ZeRO-1/2), `replicated` nothing."""
     offload: str = "none"
-    """`optimizer` keeps the optimizer state in host memory between steps."""
+    """What rests in host memory: `none`, or with commas some of `optimizer` (its state), `params`
+    (of the layers, each fetched as it computes), `activations` (what `gradient_checkpointing=full`
+    keeps) and `reference` (the layers of GRPO's reference model)."""
     compilation_cache_dir: str = "~/.cache/atlas_jax/xla"
     """Compiled programs are kept here between runs; empty keeps none."""
     data: DataConfig = DataConfig()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.config import MeshConfig
 
@@ -53,13 +53,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """Returns `cpu`, `gpu` or `tpu`: what the devices of `mesh` are, present or compiled for."""
+    return mesh.abstract_mesh.abstract_device.platform
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """Where arrays live on `mesh`, for one of the modes of `TrainConfig.sharding`."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     mode: str = "fsdp"
     offload: str = "none"
+    """What rests in host memory, as `TrainConfig.offload` says."""
 
     @property
     def num_replicas(self) -> int:
@@ -73,7 +79,12 @@ class Sharding:
 
     def params(self, dims: Dims) -> NamedSharding:
         """Returns where a parameter rests between steps."""
-        return self._named(dims, split=self.mode == "fsdp")
+        sharding = self._named(dims, split=self.mode == "fsdp")
+        return self.in_host(sharding) if self.params_in_host(dims) else sharding
+
+    def params_in_host(self, dims: Dims) -> bool:
+        """Whether a parameter rests in host memory: those of scanned layers under `params`."""
+        return "params" in self.offload and len(dims) > 1 and dims[0] is None
 
     def optimizer(self, dims: Dims, memory: bool = True) -> NamedSharding:
         """Returns where a moment of a parameter rests, and its gradient is accumulated.
@@ -83,13 +94,11 @@ class Sharding:
             memory: whether to apply `offload`; false gives the place on the device.
         """
         sharding = self._named(dims, split=self.mode != "replicated")
-        return self.rest(sharding) if memory else sharding
+        return self.in_host(sharding) if memory and "optimizer" in self.offload else sharding
 
-    def rest(self, sharding: NamedSharding) -> NamedSharding:
-        """Returns `sharding` in the memory that optimizer state rests in."""
-        if self.offload == "optimizer":
-            return sharding.with_memory_kind("pinned_host")
-        return sharding
+    def in_host(self, sharding: NamedSharding) -> NamedSharding:
+        """Returns `sharding` in host memory that devices can reach."""
+        return sharding.with_memory_kind("pinned_host")
 
     def gathered(self, dims: Dims) -> NamedSharding:
         """Returns where a parameter is while its layer computes: whole but for `tensor`."""
@@ -142,23 +151,41 @@ def gather(sharding: Sharding, tree: Any, dims: Any, dtype: jnp.dtype) -> Any:
     return jax.tree.map(one, tree, dims)
 
 
+def in_host(x: jax.Array) -> bool:
+    """Whether an array that is being traced is in host memory."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def fetch(x: jax.Array) -> jax.Array:
+    """Returns an array that is being traced in device memory."""
+    return jax.device_put(x, jax.memory.Space.Device) if in_host(x) else x
+
+
+def put_back(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns `new` in the memory of `old`; both are being traced."""
+    return jax.device_put(new, jax.memory.Space.Host) if in_host(old) else new
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(
     param: jax.Array, dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding
 ) -> jax.Array:
+    param = fetch(param)
     return jax.lax.with_sharding_constraint(param.astype(dtype), whole)
 
 
 def _gather_fwd(
     param: jax.Array, dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
-    return _gather(param, dtype, whole, split), jnp.zeros((0,), param.dtype)
+    like = put_back(jnp.zeros((0,), param.dtype), param)
+    return _gather(param, dtype, whole, split), like
 
 
 def _gather_bwd(
     dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding, like: jax.Array, g: jax.Array
 ) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(g.astype(like.dtype), split),)
+    g = jax.lax.with_sharding_constraint(g.astype(like.dtype), split)
+    return (put_back(g, like),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from atlas_jax import offload
 from atlas_jax.losses import LossSum
-from atlas_jax.sharding import Sharding
+from atlas_jax.sharding import Sharding, fetch
 from atlas_jax.types import Array, Metrics, Params
 
 LossFn = Callable[[Params, Any], tuple[LossSum, Metrics]]
@@ -29,7 +30,7 @@ class TrainState(NamedTuple):
 class Optimizer(NamedTuple):
     """An optax transformation, its schedule, and where its state rests."""
 
-    transform: optax.GradientTransformation
+    transform: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     shapes: Any  # tree of jax.ShapeDtypeStruct
     placement: Any  # tree of NamedSharding
@@ -52,7 +53,7 @@ def place_optimizer(
         places,
         transform_non_params=lambda _: sharding.replicated,
     )
-    return Optimizer(transform, learning_rate, state, placement)
+    return Optimizer(optax.with_extra_args_support(transform), learning_rate, state, placement)
 
 
 def init_state(params: Params, optimizer: Optimizer, sharding: Sharding, seed: int) -> TrainState:
@@ -102,7 +103,9 @@ def make_train_step(
 
     def split(grads: Params) -> Params:
         return jax.tree.map(
-            lambda g, d: jax.lax.with_sharding_constraint(g, sharding.optimizer(d, memory=False)),
+            lambda g, d: jax.lax.with_sharding_constraint(
+                fetch(g), sharding.optimizer(d, memory=False)
+            ),
             grads,
             dims,
         )
@@ -119,11 +122,11 @@ def make_train_step(
         grads, metrics = _accumulate(microbatch, state.params, batch)
         weight = jnp.maximum(metrics["loss/total"][1], 1.0)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        opt_state = _on_device(state.opt_state, optimizer.placement, sharding)
-        updates, opt_state = optimizer.transform.update(grads, opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(grads)
+        change = offload.by_leaf if offload.any_in_host(state) else offload.whole
+        params, opt_state = change(optimizer.transform, grads, state, norm)
         metrics |= {
-            "optim/grad_norm": (optax.tree.norm(grads), jnp.float32(1)),
+            "optim/grad_norm": (norm, jnp.float32(1)),
             "optim/learning_rate": (
                 optimizer.learning_rate(state.step * num_updates + number),
                 jnp.float32(1),
@@ -177,12 +180,6 @@ def _accumulate(
     def add(sums: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, microbatch(params, batch)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(microbatch, params, first))
+    shapes = jax.eval_shape(microbatch, params, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, batch)[0]
-
-
-def _on_device(tree: Any, placement: Any, sharding: Sharding) -> Any:
-    """Brings offloaded optimizer state to the devices."""
-    if sharding.offload != "optimizer":
-        return tree
-    return jax.device_put(tree, jax.tree.map(lambda p: p.with_memory_kind("device"), placement))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on N devices of this machine:
 #   launch/launch.sh N configs/run/NAME.py [key=value …] [+offload]
-# key=value sets --config.key; +offload keeps the optimizer state in host memory.
+# key=value sets --config.key; +offload keeps the optimizer state in host memory; offload=… takes more.
 # Without a GPU or TPU the N devices are virtual ones on the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

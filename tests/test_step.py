@@ -1,5 +1,7 @@
 """Identities of the training step: packing, microbatches, chunks and meshes change nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,8 +67,11 @@ def trained(saved, mesh, devices, microbatches=1, mode="fsdp", remat="none", off
     """Returns metrics and momentum, a sum of gradients, after two steps."""
     decoder, params = tiny.load(saved, mesh, devices, mode=mode, remat=remat)
     sharding = Sharding(decoder.sharding.mesh, mode, offload)
+    decoder = dataclasses.replace(decoder, sharding=sharding)
+    params = jax.device_put(params, decoder.placements())
+    transform = optax.chain(optim.clip_by_global_norm(0.5), optax.sgd(1e-3, momentum=0.9))
     optimizer = step.place_optimizer(
-        optax.sgd(1e-3, momentum=0.9), lambda _: 1e-3, decoder.shapes, decoder.dims, sharding
+        transform, lambda _: 1e-3, decoder.shapes, decoder.dims, sharding
     )
     state = step.init_state(params, optimizer, sharding, 0)
     train_step = step.make_train_step(sft.make_loss(decoder, 8), optimizer, decoder.dims, sharding)
@@ -90,7 +95,14 @@ def test_meshes_agree(saved, reference, name, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(microbatches=4), dict(remat="full"), dict(remat="dots"), dict(offload="optimizer")],
+    [
+        dict(microbatches=4),
+        dict(remat="full"),
+        dict(remat="dots"),
+        dict(offload="optimizer"),
+        dict(offload="optimizer,params"),
+        dict(remat="full", offload="activations"),
+    ],
     ids=str,
 )
 def test_ways_to_save_memory_change_nothing(saved, reference, options):

@@ -13,9 +13,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from atlas_jax import sharding
 from atlas_jax.sharding import BATCH_AXES
 
 AttentionFn = Callable[..., jax.Array]
@@ -29,7 +30,7 @@ MASKED = -1e30
 _SPLASH_MULTIPLE = 128  # TPU lanes: row lengths that the kernel's blocks divide
 
 
-def select(name: str, mesh: Mesh, packed: bool, dtype: jnp.dtype) -> AttentionFn:
+def select(name: str, mesh: Mesh | AbstractMesh, packed: bool, dtype: jnp.dtype) -> AttentionFn:
     """Returns the attention of that name for the devices of `mesh`.
 
     Args:
@@ -42,7 +43,7 @@ def select(name: str, mesh: Mesh, packed: bool, dtype: jnp.dtype) -> AttentionFn
     Raises:
         ValueError: if these devices cannot run it.
     """
-    platform = mesh.devices.flat[0].platform
+    platform = sharding.platform(mesh)
     half = dtype == jnp.bfloat16
     if name == "auto":
         name = {"tpu": "splash", "gpu": "cudnn" if half else "xla"}.get(platform, "xla")
@@ -149,7 +150,7 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
     *,
     scale: float,
     window: int = 0,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Splash attention, the sparse flash attention of TPUs (jax.experimental.pallas.ops.tpu).

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -43,6 +44,13 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+_KEPT_IN_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["kept"],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -159,10 +167,13 @@ class Decoder:
             return self.attention(*qkv, segment_ids, sequence_ids, scale=scale, window=window)
 
         def step(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-            return self.layer(scanned, x, angles, attend)[0], None
+            return self.layer(scanned, checkpoint_name(x, "kept"), angles, attend)[0], None
 
         angles = self.angles(positions)
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        policy = REMAT_POLICIES[self.remat]
+        if "activations" in self.sharding.offload:
+            policy = _KEPT_IN_HOST
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         x = jax.lax.scan(step, self.embed(params, tokens), self.stacked(params))[0]
         return self.norm(params, x)
 

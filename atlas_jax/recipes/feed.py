@@ -20,7 +20,7 @@ from atlas_jax.recipes.scoring import ask_again
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.sharding import Sharding, to_global
+from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.types import (
     DependencyError,
     Metrics,
@@ -269,6 +269,7 @@ def _mix(alpha: float, reference: Params, params: Params) -> Params:
     """Returns `(1 - alpha) reference + alpha params`."""
 
     def one(r: jax.Array, p: jax.Array) -> jax.Array:
-        return ((1 - alpha) * r + alpha * p.astype(r.dtype)).astype(r.dtype)
+        old, new = fetch(r), fetch(p).astype(r.dtype)
+        return put_back(((1 - alpha) * old + alpha * new).astype(r.dtype), r)
 
     return jax.tree.map(one, reference, params)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import NamedSharding
 
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
 from atlas_jax.checkpoint import hf
@@ -32,7 +33,7 @@ from atlas_jax.recipes.scoring import make_reward
 from atlas_jax.rollout import evaluation
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.sharding import Sharding
+from atlas_jax.sharding import Sharding, fetch, platform
 from atlas_jax.types import Metrics, Params, PolicyBatch, Question
 
 _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
@@ -145,7 +146,7 @@ def fit_attention(layout: Layout, decoder: Decoder, attention: str) -> Layout:
     """
     config = decoder.config
     window = config.window if any(config.local_layers) else 0
-    splash = decoder.sharding.mesh.devices.flat[0].platform == "tpu" and attention != "xla"
+    splash = platform(decoder.sharding.mesh) == "tpu" and attention != "xla"
     if layout.per_row == 1 or not (splash or 0 < window < layout.buckets[-1]):
         return layout
     logging.info("each completion gets a row with its prompt: its attention cannot share one")
@@ -205,6 +206,14 @@ def _logprobs(
     return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head, sampled)
 
 
+def reference_decoder(config: GRPOConfig, decoder: Decoder) -> Decoder:
+    """Returns the decoder of the frozen reference: its dtype, and the memory that it rests in."""
+    dtype = decoder.param_dtype if config.sync_ref_model else decoder.compute_dtype
+    in_host = "params" if "reference" in config.offload else "none"
+    sharding = dataclasses.replace(decoder.sharding, offload=in_host)
+    return dataclasses.replace(decoder, param_dtype=dtype, sharding=sharding)
+
+
 def _reference(
     config: GRPOConfig, model: setup.Model, checkpoints: Checkpoints, state: step.TrainState
 ) -> Params | None:
@@ -212,11 +221,15 @@ def _reference(
     if not config.beta:
         return None
     decoder = model.decoder
-    dtype = decoder.param_dtype if config.sync_ref_model else decoder.compute_dtype
-    latest = checkpoints.latest()
+    frozen = reference_decoder(config, decoder)
+    dtype, latest = frozen.param_dtype, checkpoints.latest()
     if latest is None:
-        return jax.jit(lambda p: jax.tree.map(lambda x: jnp.copy(x.astype(dtype)), p))(state.params)
-    frozen = dataclasses.replace(decoder, param_dtype=dtype)
+
+        def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
+            return jax.device_put(jnp.copy(fetch(x).astype(dtype)), place)
+
+        places = frozen.placements()
+        return jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)(state.params)
     abstract = step.abstract(frozen.shapes, frozen.placements())
     if checkpoints.has_reference(latest):
         return checkpoints.restore_params(latest, abstract, "reference")

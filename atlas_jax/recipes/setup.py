@@ -17,9 +17,9 @@ from atlas_jax.checkpoint import gguf, hf, manager
 from atlas_jax.config import TrainConfig, masked
 from atlas_jax.data import snapshot
 from atlas_jax.models import attention
-from atlas_jax.models.config import from_hf
+from atlas_jax.models.config import ModelConfig, from_hf
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.sharding import Sharding, make_mesh, platform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ def open_frozen(config: TrainConfig, path: str, sharding: Sharding) -> Model:
 
 def compute_dtype(config: TrainConfig, sharding: Sharding) -> jnp.dtype:
     """Returns the dtype of activations that `model.compute_dtype` means on these devices."""
-    on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
+    on_cpu = platform(sharding.mesh) == "cpu"
     wanted = config.model.compute_dtype
     return jnp.dtype(("float32" if on_cpu else "bfloat16") if wanted == "auto" else wanted)
 
@@ -138,9 +138,22 @@ def _open(
     path = hf.resolve(name)
     source = hf.open_source(path)
     tokenizer = load_tokenizer(tokenizer_name or path)
-    dtype = compute_dtype(config, sharding)
     architecture = from_hf(source.config)
     check_vocabulary(tokenizer, architecture.vocab_size)
+    decoder = make_decoder(config, architecture, sharding, param_dtype)
+    files = hf.ModelFiles(source.config, source.generation_config, tokenizer)
+    return Model(source, decoder, files)
+
+
+def make_decoder(
+    config: TrainConfig, architecture: ModelConfig, sharding: Sharding, param_dtype: jnp.dtype
+) -> Decoder:
+    """Returns how a model of `architecture` is computed in this run.
+
+    Raises:
+        ValueError: for attention that the devices lack, or parameters that do not divide over them.
+    """
+    dtype = compute_dtype(config, sharding)
     decoder = Decoder(
         architecture,
         sharding,
@@ -150,8 +163,7 @@ def _open(
         remat=config.gradient_checkpointing,
     )
     decoder.placements()
-    files = hf.ModelFiles(source.config, source.generation_config, tokenizer)
-    return Model(source, decoder, files)
+    return decoder
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,82 @@
+"""Updates of parameters and optimizer state that rest in host memory, one parameter at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from atlas_jax.sharding import fetch, in_host, put_back
+
+Changed = tuple[Any, Any]
+"""New parameters and new optimizer state."""
+
+
+def any_in_host(tree: Any) -> bool:
+    """Whether an array of `tree`, which is being traced, rests in host memory."""
+    return any(in_host(x) for x in jax.tree.leaves(tree))
+
+
+def whole(
+    transform: optax.GradientTransformationExtraArgs, grads: Any, state: Any, norm: jax.Array
+) -> Changed:
+    """Returns what `transform` makes of all parameters of `state` together."""
+    updates, opt_state = transform.update(grads, state.opt_state, state.params, norm=norm)
+    return optax.apply_updates(state.params, updates), opt_state
+
+
+def by_leaf(
+    transform: optax.GradientTransformationExtraArgs, grads: Any, state: Any, norm: jax.Array
+) -> Changed:
+    """Returns the same as `whole`, with one parameter's state on the device at a time.
+
+    Left to itself, the compiler's scheduler fetches all state before the forward pass, which costs
+    more memory than not to offload. So each parameter is fetched, changed and put back in a loop
+    that runs once, of which the compiler cannot know that: its transfers stay inside, and the host
+    buffers are changed in place.
+
+    Args:
+        transform: changes each parameter by itself, given the norm of all gradients.
+        grads: of the parameters.
+        state: a `TrainState`.
+        norm: global norm of the gradients.
+    """
+    leaves, structure = jax.tree.flatten(grads)
+    numbers = jax.tree.unflatten(structure, range(len(leaves)))
+    once = jnp.minimum(state.step + 1, 1)
+
+    def change(number: int) -> Changed:
+        def keep(x: Any, own: int) -> Any:
+            return x if own == number else optax.MaskedNode()
+
+        grad, params = (jax.tree.map(keep, tree, numbers) for tree in (grads, state.params))
+        opt_state = optax.tree_map_params(transform, keep, state.opt_state, numbers)
+        return _one(transform, grad, params, opt_state, (norm, once))
+
+    def merge(*leaves: Any) -> Any:
+        return next(x for x in leaves if not isinstance(x, optax.MaskedNode))
+
+    parts = [change(number) for number in range(len(leaves))]
+    return jax.tree.map(merge, *parts, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+
+def _one(
+    transform: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    params: Any,
+    opt_state: Any,
+    shared: tuple[jax.Array, jax.Array],
+) -> Changed:
+    norm, once = shared
+
+    def body(carry: Any) -> Any:
+        count, held = carry
+        params, opt_state = jax.tree.map(fetch, held)
+        updates, opt_state = transform.update(grads, opt_state, params, norm=norm)
+        changed = optax.apply_updates(params, updates), opt_state
+        return count + 1, jax.tree.map(put_back, changed, held)
+
+    start = jnp.int32(0), (params, opt_state)
+    return jax.lax.while_loop(lambda carry: carry[0] < once, body, start)[1]
