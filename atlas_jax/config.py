@@ -25,7 +25,14 @@ from atlas_jax.option_rules import (
     REWARDS,
     SYNONYMS,
 )
-from atlas_jax.options import DataConfig, MeshConfig, ModelOptions, SFTConfig, TrainConfig
+from atlas_jax.options import (
+    DataConfig,
+    HostsConfig,
+    MeshConfig,
+    ModelOptions,
+    SFTConfig,
+    TrainConfig,
+)
 from atlas_jax.options_grpo import GRPOConfig, RewardConfig, RolloutConfig
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "REWARDS",
     "DataConfig",
     "GRPOConfig",
+    "HostsConfig",
     "MeshConfig",
     "ModelOptions",
     "RewardConfig",

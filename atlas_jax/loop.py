@@ -90,12 +90,14 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
     with _stop_signal() as stop_requested, log.progress:
         for step in range(start + 1, job.num_steps + 1):
             given = feed.next(state)
+            stop_anywhere = distributed.vote(stop_requested())
             state, values = job.train_step(state, given.batch)
+            distributed.arrive(f"step {step}")
             if pending:
                 log.fetch(pending)
             length = given.batch.tokens.shape[-1]
             pending = _Pending(step, values, given.metrics, given.num_tokens, length)
-            stop = distributed.any_process(stop_requested())
+            stop = stop_anywhere()
             last = stop or step == job.num_steps
             save = last or _due(step, job.config.save_steps)
             evaluate = job.evaluate and ((last and not stop) or _due(step, job.config.eval_steps))

@@ -37,6 +37,7 @@ POSITIVE = (
     "num_train_epochs", "learning_rate", "adam_epsilon", "model.max_shard_size", "data.num_workers",
     "max_prompt_length", "max_new_tokens", "max_probe_tokens", "num_iterations", "rollout.max_rows",
     "epsilon_low", "epsilon_high", "importance_sampling_cap", "ref_model_sync_steps", "temperature",
+    "hosts.start_timeout_secs", "hosts.heartbeat_timeout_secs", "hosts.stall_timeout_secs",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "gradient_accumulation_steps", "train_batch_size", "save_steps", "save_total_limit",
