@@ -29,7 +29,14 @@ from atlas_jax.option_rules import (
     SHARES,
     SYNONYMS,
 )
-from atlas_jax.options import DataConfig, MeshConfig, ModelOptions, SFTConfig, TrainConfig
+from atlas_jax.options import (
+    DataConfig,
+    HostsConfig,
+    MeshConfig,
+    ModelOptions,
+    SFTConfig,
+    TrainConfig,
+)
 from atlas_jax.options_grpo import GRPOConfig, RewardConfig, RolloutConfig
 from atlas_jax.options_rim import RIMConfig
 
@@ -39,6 +46,7 @@ __all__ = [
     "REWARDS",
     "DataConfig",
     "GRPOConfig",
+    "HostsConfig",
     "MeshConfig",
     "ModelOptions",
     "RIMConfig",

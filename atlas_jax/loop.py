@@ -116,12 +116,14 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
                     job.checkpoints.close()
                     raise
                 break
+            stop_anywhere = distributed.vote(stop_requested())
             state, values = job.train_step(state, given.batch)
+            distributed.arrive(f"step {step}")
             if pending:
                 log.fetch(pending)
             length = given.batch.tokens.shape[-1]
             pending = _Pending(step, values, given.metrics, given.num_tokens, length)
-            stop = distributed.any_process(stop_requested())
+            stop = stop_anywhere()
             last = stop or step == job.num_steps
             save = last or _due(step, job.config.save_steps)
             evaluate = job.evaluate and ((last and not stop) or _due(step, job.config.eval_steps))

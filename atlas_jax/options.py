@@ -85,6 +85,18 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How long the processes of a run wait for each other before they end with an error."""
+
+    start_timeout_secs: int = 300
+    """For the last process to start."""
+    heartbeat_timeout_secs: int = 100
+    """For a sign of life of a process."""
+    stall_timeout_secs: int = 1800
+    """For a process that lives to come to where the others wait."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """How the model is held and computed; what it is comes from its `config.json`."""
 
@@ -168,6 +180,7 @@ class TrainConfig:
     """Compiled programs are kept here between runs; empty keeps none."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     model: ModelOptions = ModelOptions()
 
 

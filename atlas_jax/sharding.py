@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.config import MeshConfig
@@ -35,10 +37,9 @@ Dims = tuple[str | None, ...]
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the `data x fsdp x tensor` mesh over `devices`, by default all of them.
 
-    `tensor` varies fastest, so that tensor parallelism stays between neighbouring devices.
-
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: if the sizes do not multiply to the number of devices, or if `tensor` does not
+            fit in one process.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -50,7 +51,44 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{len(devices)}"
         )
     shape = tuple(len(devices) // fixed if s == -1 else s for s in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Returns the devices as the network between them suggests, `tensor` inside one process.
+
+    Over the slow network, between slices of TPUs or where `tensor` would else leave its process,
+    goes `data` first, then `fsdp`.
+    """
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        if _tensor_is_local(grid):
+            return grid
+    by_process = len(slices) == 1
+    parts = len({device.process_index for device in devices}) if by_process else len(slices)
+    data = math.gcd(shape[0], parts)
+    fsdp = math.gcd(shape[1], parts // data)
+    if data * fsdp == parts:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // data, shape[1] // fsdp, shape[2]),
+            (data, fsdp, 1),
+            devices,
+            process_is_granule=by_process,
+            allow_split_physical_axes=True,
+        )
+        if _tensor_is_local(grid):
+            return grid
+    raise ValueError(
+        f"mesh data x fsdp x tensor = {shape} has no order in which mesh.tensor={shape[2]} stays "
+        f"inside one process of {parts}; use a mesh.tensor that divides the devices of a process"
+    )
+
+
+def _tensor_is_local(grid: np.ndarray) -> bool:
+    """Returns whether each batch row belongs to one process."""
+    rows = grid.reshape(-1, grid.shape[-1])
+    return all(len({device.process_index for device in row}) == 1 for row in rows)
 
 
 def platform(mesh: Mesh | AbstractMesh) -> str:
@@ -210,10 +248,14 @@ def sum_over_rows(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def to_global(batch: T, sharding: Sharding, microbatches: int) -> T:
-    """Returns this process's rows `[B, T]` as part of the global `[microbatches, B, T]` arrays."""
+    """Returns this process's rows `[B, T]` as part of the global `[microbatches, B, T]` arrays.
+
+    Neighbouring rows lie on one device, so that microbatches do not depend on the processes.
+    """
 
     def place(rows: np.ndarray) -> jax.Array:
-        local = rows.reshape(microbatches, -1, *rows.shape[1:])
+        parts = rows.reshape(sharding.local_replicas, microbatches, -1, *rows.shape[1:])
+        local = parts.swapaxes(0, 1).reshape(microbatches, -1, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding.rows(None), local)
 
     return jax.tree.map(place, batch)

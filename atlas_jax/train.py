@@ -37,9 +37,10 @@ def run(config: config_lib.TrainConfig) -> None:
     from atlas_jax import distributed
     from atlas_jax.recipes import grpo, sft
 
-    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     recipes: dict[str, Callable[[Any], None]] = {"sft": sft.run, "grpo": grpo.run}
-    recipes[config.algorithm](config)
+    where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    with distributed.joined(config.hosts, distributed.Address(*where)):
+        recipes[config.algorithm](config)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ class Feed:
         values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = score_secs, 1
         values["perf/logprobs_secs"] = time.perf_counter() - start, 1
-        return loop.StepInput(batch, _num_tokens(samples), values)
+        num_tokens = int(values["rollout/completion_tokens"][0])
+        return loop.StepInput(batch, num_tokens, values)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the questions."""
@@ -146,25 +147,23 @@ class Feed:
         """Returns the groups of a step, the seconds that scoring took, and the next position.
 
         Groups without any difference in reward are replaced by later ones while `refill_rounds`
-        last; what is still missing then is filled up with them.
+        last.
         """
-        wanted, rounds = self._parts.layout.questions, self._parts.config.rollout.refill_rounds
-        useful, rest, secs = Groups([], []), Groups([], []), 0.0
-        for number in range(1 + rounds):
-            count = wanted - len(useful.rollouts)
-            # Without refills the processes need not talk, which a thread could not do in order.
-            stride = distributed.max_over_processes(count) if number else wanted
-            found, spent = self._ask(policy, position + stride * jax.process_index(), count)
-            position += stride * jax.process_count()
-            secs += spent
-            for group, scores in zip(*found, strict=True):
-                kept = useful if _differs(scores) else rest
-                kept.rollouts.append(group)
-                kept.results.append(scores)
-            if number == rounds or not distributed.any_process(len(useful.rollouts) < wanted):
+        wanted = self._parts.layout.questions
+        groups, secs = self._ask(policy, position + wanted * jax.process_index(), wanted)
+        position += wanted * jax.process_count()
+        for _ in range(self._parts.config.rollout.refill_rounds):
+            equal = [i for i, scores in enumerate(groups.results) if not _differs(scores)]
+            counts = distributed.gather(np.asarray(len(equal)))  # not in a thread: no refills there
+            if not counts.any():
                 break
-        rollouts, results = useful.rollouts + rest.rollouts, useful.results + rest.results
-        return (Groups(rollouts[:wanted], results[:wanted]), secs), position
+            first = position + int(counts[: jax.process_index()].sum())
+            found, spent = self._ask(policy, first, len(equal))
+            position += int(counts.sum())
+            secs += spent
+            for i, group, scores in zip(equal, *found, strict=True):
+                groups.rollouts[i], groups.results[i] = group, scores
+        return (groups, secs), position
 
     def _ask(self, policy: Speaker, first: int, count: int) -> tuple[Groups, float]:
         """Returns the groups of `count` questions from place `first` on, scored."""
@@ -197,8 +196,10 @@ class Feed:
         """Returns the rollouts with their advantages, and whether they train."""
         config = self._parts.config
         scores = [[math.nan if r.score is None else r.score for r in g] for g in groups.results]
-        rewards = np.asarray(scores).reshape(-1, config.num_generations)
-        advantages = losses.group_advantages(rewards, config.scale_rewards)
+        rewards = distributed.gather(np.asarray(scores, np.float64))  # [processes, N, G]
+        shape = rewards.shape
+        advantages = losses.group_advantages(rewards.reshape(-1, shape[-1]), config.scale_rewards)
+        advantages = advantages.reshape(shape)[jax.process_index()]
         return [
             [
                 record.Sample(rollout, result, float(advantage), self._trains(rollout, result))
@@ -256,12 +257,6 @@ def _scored(sample: record.Sample) -> Scored:
     if not policy.prompt_ids:
         policy = policy._replace(prompt_ids=(0,))
     return Scored(policy, sample.advantage, sample.trains)
-
-
-def _num_tokens(samples: Sequence[Sequence[record.Sample]]) -> int:
-    """Returns the sampled tokens that the step trains on, over all processes."""
-    own = sum(s.rollout.policy.num_tokens for group in samples for s in group)
-    return own * jax.process_count()
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -30,7 +30,7 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import serving, setup, speakers
 from atlas_jax.recipes.feed import Feed, Layout, Parts
 from atlas_jax.recipes.scoring import make_reward
-from atlas_jax.rollout import evaluation
+from atlas_jax.rollout import evaluation, record
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, platform
@@ -51,6 +51,7 @@ def run(config: GRPOConfig) -> None:
     model = setup.open_model(config, sharding, config.max_prompt_length + config.max_new_tokens)
     layout = fit_attention(layout, model.decoder, config.attn_implementation)
     order = asked.Order(train, config.seed, config.data.shuffle)
+    distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
     num_steps = config.max_steps
     if num_steps == -1:
         per_step = layout.questions * jax.process_count()
@@ -59,6 +60,8 @@ def run(config: GRPOConfig) -> None:
     checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
     start = setup.begin(config, model, optimizer, checkpoints)
     first = int(start.state.step)
+    if distributed.is_main():
+        record.drop_after(config.output_dir, first)
     loss_fn = make_loss(model.decoder, config, layout.per_row)
     engines = {"local": _local_engines, "vllm": _served_engines}[config.rollout.backend](
         config, model, sharding
@@ -300,8 +303,10 @@ def make_evaluate(
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
         policy = parts.policy(state.params, int(state.step))
         protocol = parts.protocol._replace(num_generations=1)
-        rollouts = evaluation.ask(questions, policy, parts.student, protocol, Sampling(0.0))
-        return {f"eval/{k}": v for k, v in evaluation.summary(rollouts).items()}
+        own = questions[jax.process_index() :: jax.process_count()]
+        rollouts = evaluation.ask(own, policy, parts.student, protocol, Sampling(0.0))
+        values = evaluation.summary(rollouts, taught=parts.student is not None)
+        return {f"eval/{k}": v for k, v in values.items()}
 
     return run_evaluation
 

@@ -16,6 +16,7 @@ from atlas_jax import distributed, optim, step
 from atlas_jax.checkpoint import gguf, hf, manager
 from atlas_jax.config import TrainConfig, masked
 from atlas_jax.data import snapshot
+from atlas_jax.files import write_whole
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, from_hf
 from atlas_jax.models.transformer import Decoder
@@ -60,21 +61,37 @@ def open_run(config: TrainConfig) -> None:
     if config.compilation_cache_dir:
         path = os.path.expanduser(config.compilation_cache_dir)
         jax.config.update("jax_compilation_cache_dir", path)
-    if distributed.is_main():
-        _open_log(config, directory)
-        if config.data.db_url:
-            snapshot.take(config.data, config.output_dir)
-    distributed.barrier("data")
+    _share(directory, json.dumps(masked(config), indent=2) + "\n")
+    _open_log(directory)
+    if config.data.db_url and distributed.is_main():
+        snapshot.take(config.data, config.output_dir)
+    distributed.barrier("the data's snapshot")
 
 
-def _open_log(config: TrainConfig, directory: pathlib.Path) -> None:
-    (directory / "config.json").write_text(json.dumps(masked(config), indent=2) + "\n")
+def _open_log(directory: pathlib.Path) -> None:
     logging.get_absl_handler().addFilter(_own_or_serious)
+    if not distributed.is_main():
+        logging.set_verbosity(logging.WARNING)
+        return
     handler = python_logging.FileHandler(directory / "training.log")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(_own_or_serious)
     logging.get_absl_logger().addHandler(handler)
     logging.info("jax %s, %d x %s", jax.__version__, jax.device_count(), jax.devices()[0])
+
+
+def _share(directory: pathlib.Path, text: str) -> None:
+    """Writes `config.json`, and checks that all processes have the same config and directory."""
+    distributed.check_same(text, "its options differ from those of process 0; give all the same")
+    if distributed.is_main():
+        write_whole(directory / "config.json", text)
+    distributed.barrier("the run's directory")
+    path = directory / "config.json"
+    distributed.check_all(
+        path.exists() and path.read_text() == text,
+        f"output_dir={directory} is not the directory that process 0 writes to; use one on a file "
+        "system that all hosts share",
+    )
 
 
 def _own_or_serious(record: python_logging.LogRecord) -> bool:
@@ -222,6 +239,11 @@ def begin(
     Raises:
         ValueError: if `resume_from` has no checkpoint.
     """
+    distributed.check_same(
+        str(checkpoints.latest()),
+        f"sees {checkpoints.latest()} as the newest checkpoint of {checkpoints.directory}, unlike "
+        "process 0; look whether all hosts share that directory",
+    )
     if checkpoints.latest() is not None:
         return _restore(checkpoints, model, optimizer)
     if config.resume_from:

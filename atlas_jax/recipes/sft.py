@@ -116,6 +116,7 @@ def _datasets(
     train = loader.build(
         rows, config, tokenizer, loader.Layout(global_rows, *process), model.stop_ids
     )
+    distributed.check_same(train.fingerprint, "its training rows differ from those of process 0")
     sample = chat.render_sample(tokenizer, train.example(0))
     logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
     if held_out is None:

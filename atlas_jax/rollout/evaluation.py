@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atlas_jax import metrics
+from atlas_jax import distributed, metrics
 from atlas_jax.rewards.answers import is_correct
 from atlas_jax.rollout import measures, teaching
 from atlas_jax.rollout.engine import Speaker
@@ -40,9 +40,12 @@ def ask(
     return [group[0] for group in groups]
 
 
-def summary(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns the metrics of `measures.of_teaching`, or the accuracy of direct answers."""
-    values = metrics.means(_measure(rollouts))
+def summary(rollouts: Sequence[Rollout], taught: bool) -> dict[str, float]:
+    """Returns the metrics of `measures.of_teaching`, or the accuracy of direct answers.
+
+    They are over the rollouts of all processes, each of which calls this with its own.
+    """
+    values = metrics.means(distributed.sum_over_processes(_measure(rollouts, taught)))
     return {name.removeprefix("teaching/"): value for name, value in values.items()}
 
 
@@ -51,7 +54,8 @@ def intervals(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Interval]
 
     Reference: Efron, Bootstrap methods (1979); questions are drawn with replacement.
     """
-    each = [_measure([rollout]) for rollout in rollouts]
+    taught = _taught(rollouts)
+    each = [_measure([rollout], taught) for rollout in rollouts]
     names = list(each[0])
     table = np.asarray([[one[name] for name in names] for one in each], float)  # [N, metrics, 2]
     rng = np.random.default_rng(seed)
@@ -86,7 +90,7 @@ def report(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Any]:
         "questions": len(rollouts),
         "metrics": {name: interval._asdict() for name, interval in found.items()},
     }
-    counted = _measure(rollouts)
+    counted = _measure(rollouts, _taught(rollouts))
     if "teaching/improvement_rate" in counted:
         improved = counted["teaching/improvement_rate"][0]
         degraded = counted["teaching/degradation_rate"][0]
@@ -132,8 +136,12 @@ def examples(rollouts: Sequence[Rollout], count: int = 3) -> str:
     return "\n\n".join(blocks)
 
 
-def _measure(rollouts: Sequence[Rollout]) -> Metrics:
-    if any(r.guided for r in rollouts):
+def _taught(rollouts: Sequence[Rollout]) -> bool:
+    return any(r.guided for r in rollouts)
+
+
+def _measure(rollouts: Sequence[Rollout], taught: bool) -> Metrics:
+    if taught:
         return measures.of_teaching([rollouts])
     right = sum(is_correct(r.policy.text, r.question.ground_truth) for r in rollouts)
     return {"accuracy": (right, len(rollouts))}

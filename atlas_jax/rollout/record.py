@@ -31,6 +31,13 @@ def write(directory: str, step: int, process: int, groups: Sequence[Sequence[Sam
     return str(path)
 
 
+def drop_after(directory: str, step: int) -> None:
+    """Removes the files of later steps, which a run of other processes may have left."""
+    for path in (pathlib.Path(directory) / "rollouts").glob("step_*_process_*.jsonl"):
+        if int(path.name.split("_")[1]) > step:
+            path.unlink()
+
+
 def as_record(step: int, member: int, sample: Sample) -> dict[str, Any]:
     """Returns a sample as JSON values, with all that it takes to reread or replay it."""
     rollout, result = sample.rollout, sample.result

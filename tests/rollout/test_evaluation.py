@@ -75,7 +75,7 @@ def test_the_report_of_four_questions_by_hand():
 def test_the_summary_is_the_values_of_the_report():
     rollouts = ask(["helped", "harmed", "kept", "lost"])
     values = {k: v["value"] for k, v in evaluation.report(rollouts)["metrics"].items()}
-    assert evaluation.summary(rollouts) == values
+    assert evaluation.summary(rollouts, taught=True) == values
 
 
 def test_what_did_not_come_about_is_no_change():
@@ -123,7 +123,7 @@ def test_direct_answers_have_an_accuracy():
     how = protocol(kind="direct", size=1)
     rollouts = evaluation.ask(asked, Script(lambda *_: "1").speaker, None, how, GREEDY)
     result = evaluation.report(rollouts)
-    assert evaluation.summary(rollouts) == {"accuracy": 0.5}
+    assert evaluation.summary(rollouts, taught=False) == {"accuracy": 0.5}
     assert result["metrics"]["accuracy"]["value"] == 0.5
     assert "mcnemar_p" not in result
     assert "McNemar" not in evaluation.table(result)

@@ -66,10 +66,10 @@ def useful(prompt, member):
 @pytest.mark.parametrize(
     ("rounds", "asked", "position"),
     [
-        (0, ["id1", "id0"], 2),
-        (1, ["id1", "id0"], 3),
-        (2, ["id1", "id0"], 4),
-        (3, ["id1", "id4"], 5),
+        (0, ["id0", "id1"], 2),
+        (1, ["id2", "id1"], 3),
+        (2, ["id3", "id1"], 4),
+        (3, ["id4", "id1"], 5),
     ],
 )
 def test_groups_without_a_difference_are_replaced(tmp_path, rounds, asked, position):

@@ -1,0 +1,222 @@
+"""Each process of a run watches the others, so that none waits for ever for one that is gone.
+
+Every process notes in JAX's coordination service that it lives and how far it has come, and reads
+the notes of the others. A run ends, in every process and with the same words, when one
+
+1. failed: its note says why,
+2. gives no sign of life: it was killed, stopped or cut off,
+3. has not come to where the others wait for it.
+
+JAX's own heartbeats stand behind this with a longer limit. They end a process whose Python is
+stuck, and all others at once when process 0 dies, which holds the service.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import jax
+from absl import logging
+
+_FOLDER = "atlas_jax/notes"
+_LONGEST_INTERVAL_SECS = 5.0
+_SYMPTOMS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""In errors that a process gets when another one is gone."""
+
+
+class Limits(NamedTuple):
+    """How long a process may be silent, and how long it may keep others waiting, in seconds."""
+
+    heartbeat_secs: float
+    stall_secs: float
+
+    @property
+    def interval_secs(self) -> float:
+        """Between two notes of a process."""
+        return min(_LONGEST_INTERVAL_SECS, self.heartbeat_secs / 4)
+
+
+class Note(NamedTuple):
+    """What a process tells the others."""
+
+    host: str
+    beat: int = 0
+    """Grows while the process lives."""
+    arrivals: int = 0
+    """Places that it has come to where processes wait for each other; all come to the same."""
+    place: str = "the start"
+    """The last of them that has a name."""
+    left: bool = False
+    """Whether it has finished."""
+    verdict: str = ""
+    """Why the run ends; empty while it goes on."""
+
+
+class Seen(NamedTuple):
+    """A process's latest note, and when its beat and its arrivals were first seen."""
+
+    note: Note
+    beat_time: float
+    arrival_time: float
+
+
+class Service(Protocol):
+    """The part of JAX's coordination service that is used here."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Sets a value for all processes."""
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """Returns the keys of a folder with their values."""
+
+
+def updated(seen: Mapping[int, Seen], notes: Mapping[int, Note], now: float) -> dict[int, Seen]:
+    """Returns what is known of each process after its latest note was read."""
+    result = dict(seen)
+    for process, note in notes.items():
+        before = result[process]
+        result[process] = Seen(
+            note,
+            before.beat_time if note.beat == before.note.beat else now,
+            before.arrival_time if note.arrivals == before.note.arrivals else now,
+        )
+    return result
+
+
+def judge(seen: Mapping[int, Seen], limits: Limits, now: float) -> str:
+    """Returns why the run must end, "" if it goes on."""
+    for one in seen.values():
+        if one.note.verdict:
+            return one.note.verdict
+    present = {process: one for process, one in seen.items() if not one.note.left}
+    for process, one in present.items():
+        silent = now - one.beat_time
+        if silent > limits.heartbeat_secs:
+            return (
+                f"process {process} on {one.note.host} has given no sign of life for "
+                f"{silent:.0f} s (hosts.heartbeat_timeout_secs={limits.heartbeat_secs:g}); it "
+                f"was killed, stopped or cut off after {one.note.place}"
+            )
+    if not present or now - max(s.arrival_time for s in present.values()) <= limits.stall_secs:
+        return ""
+    first = min(s.note.arrivals for s in present.values())
+    behind = {process: s for process, s in present.items() if s.note.arrivals == first}
+    names = ", ".join(f"process {p} on {s.note.host}" for p, s in behind.items())
+    places = " and ".join(sorted({s.note.place for s in behind.values()}))
+    others = "the others wait" if len(behind) < len(present) else "so have all others"
+    return (
+        f"{names} has not moved on from {places} for {limits.stall_secs:g} s "
+        f"(hosts.stall_timeout_secs), {others}; look at its stack, or raise the limit"
+    )
+
+
+class Watch:
+    """What this process tells, and the threads that tell and judge."""
+
+    def __init__(self, service: Service, process: int, num_processes: int, limits: Limits) -> None:
+        """Tells nothing yet; see `start`."""
+        self._service = service
+        self._process = process
+        self._limits = limits
+        self._note = Note(socket.gethostname())
+        now = time.monotonic()
+        unknown = Note("a host that has not told its name")
+        self._seen = {p: Seen(unknown, now, now) for p in range(num_processes)}
+        self._answered = now
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        """Starts to watch, until the process ends."""
+        for loop in (self._tell_and_judge, self._watch_service):
+            threading.Thread(target=loop, daemon=True, name=f"watch{loop.__name__}").start()
+
+    def arrive(self, place: str = "") -> None:
+        """Notes that this process has come to where the others come too."""
+        with self._lock:
+            arrivals, place = self._note.arrivals + 1, place or self._note.place
+            self._note = self._note._replace(arrivals=arrivals, place=place)
+
+    def leave(self) -> None:
+        """Notes that this process has finished, and watches no longer."""
+        self._over.set()
+        self._tell(left=True)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others that this process fails, which ends it too, soon.
+
+        An error that comes from the end of another process waits until that one is named.
+        """
+        logging.error("process %d: %s: %s", self._process, type(error).__name__, error)
+        if any(symptom in str(error) for symptom in _SYMPTOMS):
+            time.sleep(self._limits.heartbeat_secs + 2 * self._limits.interval_secs)
+        host, first_line = self._note.host, str(error).partition("\n")[0]
+        self._tell(
+            verdict=f"process {self._process} on {host} failed: {type(error).__name__}: "
+            f"{first_line}"
+        )
+        threading.Thread(target=self._exit, daemon=True).start()
+
+    def _tell(self, **changes: Any) -> None:
+        with self._lock:
+            self._note = self._note._replace(beat=self._note.beat + 1, **changes)
+            text = json.dumps(self._note)
+        self._service.key_value_set(f"{_FOLDER}/{self._process}", text, allow_overwrite=True)
+
+    def _read(self) -> dict[int, Note]:
+        found = self._service.key_value_dir_get(_FOLDER)
+        return {int(key.rpartition("/")[2]): Note(*json.loads(text)) for key, text in found}
+
+    def _tell_and_judge(self) -> None:
+        while not self._over.is_set():
+            self._round()
+            self._over.wait(self._limits.interval_secs)
+
+    def _round(self) -> None:
+        try:
+            self._tell()
+            notes = self._read()
+        except jax.errors.JaxRuntimeError as error:
+            logging.warning("the coordination service does not answer: %s", error)
+            return
+        now = time.monotonic()
+        self._answered = now
+        self._seen = updated(self._seen, notes, now)
+        verdict = judge(self._seen, self._limits, now)
+        if verdict and not self._note.verdict:
+            self._tell(verdict=verdict)
+            self._end(verdict)
+
+    def _watch_service(self) -> None:
+        """Ends this process when it is cut off from process 0."""
+        while not self._over.wait(self._limits.interval_secs):
+            silent = time.monotonic() - self._answered
+            if silent > self._limits.heartbeat_secs:
+                self._end(
+                    f"process 0 on {self._seen[0].note.host}, which holds the coordination "
+                    f"service, has not answered for {silent:.0f} s "
+                    f"(hosts.heartbeat_timeout_secs={self._limits.heartbeat_secs:g}); it or the "
+                    "network between is down"
+                )
+
+    def _end(self, verdict: str) -> NoReturn:
+        logging.error(
+            "%s. Process %d ends too; the same command on all hosts continues from the last "
+            "checkpoint",
+            *(verdict, self._process),
+        )
+        self._exit()
+
+    def _exit(self) -> NoReturn:
+        """Ends without waiting for other threads; process 0 stays while others read its note."""
+        time.sleep(3 * self._limits.interval_secs if self._process == 0 else 1)
+        logging.flush()
+        sys.stderr.flush()
+        os._exit(1)
