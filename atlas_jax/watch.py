@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 from absl import logging
@@ -67,6 +67,7 @@ class Seen(NamedTuple):
     arrival_time: float
 
 
+@runtime_checkable
 class Service(Protocol):
     """The part of JAX's coordination service that is used here."""
 
@@ -156,7 +157,7 @@ class Watch:
         """
         logging.error("process %d: %s: %s", self._process, type(error).__name__, error)
         if any(symptom in str(error) for symptom in _SYMPTOMS):
-            time.sleep(self._limits.heartbeat_secs + 2 * self._limits.interval_secs)
+            time.sleep(self._limits.heartbeat_secs + 6 * self._limits.interval_secs)
         host, first_line = self._note.host, str(error).partition("\n")[0]
         self._tell(
             verdict=f"process {self._process} on {host} failed: {type(error).__name__}: "

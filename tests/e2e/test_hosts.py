@@ -1,0 +1,188 @@
+"""Runs of two processes with four devices each, beside one process with eight."""
+
+import functools
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests import processes
+from tests.e2e import test_grpo, test_sft
+
+STEPS = 4
+LIMIT = 6  # hosts.heartbeat_timeout_secs
+SFT = {"max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": 1,
+       "hosts.heartbeat_timeout_secs": LIMIT}  # fmt: skip
+GRPO = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "scale_rewards": "batch", "rollout.refill_rounds": 1, "sync_ref_model": False,
+        "num_iterations": 1, "hosts.heartbeat_timeout_secs": LIMIT}  # fmt: skip
+
+sft_inputs, grpo_inputs = test_sft.inputs, test_grpo.inputs
+
+
+def commands(base, cache, num_processes, devices, **options):
+    """Returns the command of each process of a run with this many devices each."""
+    flags = [f"--config.{k}={v}" for k, v in options.items()]
+    flags.append(f"--config.compilation_cache_dir={cache}")
+    environment = base["env"] | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    joins = processes.address_flags(num_processes) if num_processes > 1 else [[]]
+    return [{"args": [*base["args"], *flags, *join], "env": environment} for join in joins]
+
+
+@pytest.fixture(scope="module")
+def sft(sft_inputs, tmp_path_factory):
+    """Returns `(output, processes, devices, **options) -> commands` of an SFT run."""
+    cache = tmp_path_factory.mktemp("sft_xla")
+
+    def make(output, num_processes=2, devices=4, **options):
+        base = test_sft.command(sft_inputs, output)
+        return commands(base, cache, num_processes, devices, **SFT | options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(sft, tmp_path_factory):
+    """Returns the output of an uninterrupted SFT run of so many processes, made once."""
+
+    @functools.cache
+    def make(num_processes):
+        output = tmp_path_factory.mktemp(f"whole{num_processes}")
+        processes.finish(sft(output, num_processes, 8 // num_processes), output / "logs")
+        return output
+
+    return make
+
+
+def assert_same_run(output, other):
+    """Both have the same metrics and the same model, but for the order of sums."""
+    mine, theirs = test_grpo.metrics(output), test_grpo.metrics(other)
+    assert [line.keys() for line in mine] == [line.keys() for line in theirs]
+    for line, expected in zip(mine, theirs, strict=True):
+        for name, value in expected.items():
+            ours = np.nan if line[name] is None else line[name]
+            np.testing.assert_allclose(ours, np.nan if value is None else value, 1e-4, 1e-6, name)
+    final = [
+        safetensors.numpy.load_file(path / "final/model.safetensors") for path in (output, other)
+    ]
+    assert final[0].keys() == final[1].keys()
+    for name, tensor in final[0].items():
+        np.testing.assert_allclose(tensor, final[1][name], 1e-4, 1e-5, err_msg=name)
+
+
+def assert_bitwise(output, other):
+    assert test_grpo.metrics(output) == test_grpo.metrics(other)
+    names = "final/model.safetensors", "final/config.json"
+    assert all((output / n).read_bytes() == (other / n).read_bytes() for n in names)
+
+
+def saved(output, step):
+    return lambda: (output / "checkpoints" / str(step)).exists()
+
+
+def test_sft_on_two_processes_equals_one(whole):
+    assert_same_run(whole(2), whole(1))
+    log = (whole(2) / "training.log").read_text()
+    assert [log.count(f"step {i}/{STEPS} loss") for i in range(1, STEPS + 1)] == [1] * STEPS
+    assert len(list(whole(2).glob("events.out.tfevents*"))) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_a_lost_process_ends_the_other_by_name_and_the_run_continues(sft, whole, tmp_path, number):
+    output = tmp_path / "run"
+    with processes.started(sft(output, save_steps=1), tmp_path / "logs") as run:
+        run.wait_until(saved(output, 1))
+        run.processes[1].send_signal(number)
+        lost = time.monotonic()
+        assert run.processes[0].wait(60) == 1
+        assert time.monotonic() - lost < 3 * LIMIT
+    error = f"process 1 on {socket.gethostname()} has given no sign of life"
+    assert error in run.text(0)
+    assert error in (output / "training.log").read_text()
+    assert not (output / "final").exists()
+    processes.finish(sft(output), tmp_path / "again")
+    assert_bitwise(output, whole(2))
+
+
+def test_sigterm_of_one_process_stops_all_and_one_host_continues(sft, whole, tmp_path):
+    output = tmp_path / "run"
+    with processes.started(sft(output), tmp_path / "logs") as run:
+        run.wait_until(lambda: "step 1/" in run.text(0))
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.wait(60) == [0, 0]
+    begun = [int(path.name) for path in (output / "checkpoints").iterdir()]
+    assert 1 <= max(begun) < STEPS
+    alone = {"train_batch_size": 16, "gradient_accumulation_steps": 0, "mesh.tensor": 2}
+    processes.finish(sft(output, 1, 4, **alone), tmp_path / "again")
+    assert_same_run(output, whole(2))
+
+
+def test_processes_with_other_options_or_another_directory_are_refused(sft, tmp_path):
+    for change in ("--config.seed=7", f"--config.output_dir={tmp_path / 'other'}"):
+        asked = sft(tmp_path / "run")
+        asked[1]["args"].append(change)
+        with processes.started(asked, tmp_path / "logs") as run:
+            assert all(run.wait(60))
+        for process in range(2):
+            assert "process 1 of 2: its options differ" in run.text(process)
+
+
+def rollouts(output, step):
+    """The samples of a step without what depends on the order of sums, in order of questions."""
+    lines = []
+    for path in sorted((output / "rollouts").glob(f"step_{step:06d}_*")):
+        lines += [json.loads(line) for line in path.read_text().splitlines()]
+    keep = ("question_id", "member", "reward", "advantage", "trains", "teaching")
+    return [
+        {k: line[k] for k in keep}
+        | {k: line[k]["token_ids"] for k in ("policy", "probe", "baseline", "guided")}
+        for line in lines
+    ]
+
+
+def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
+    outputs = []
+    for number in (1, 2):
+        outputs.append(tmp_path / str(number))
+        base = test_grpo.command(grpo_inputs, outputs[-1], "teaching")
+        asked = commands(base, tmp_path / "xla", number, 8 // number, **GRPO)
+        processes.finish(asked, tmp_path / f"logs{number}")
+    assert_same_run(*outputs)
+    assert len(list((outputs[1] / "rollouts").iterdir())) == 4
+    for step in (1, 2):
+        one, two = (rollouts(output, step) for output in outputs)
+        assert len(one) == 32
+        assert one == two
+    state = json.loads((outputs[1] / "final" / "trainer_state.json").read_text())
+    assert "eval/student_accuracy" in state["metrics"]
+
+
+def test_a_checkpoint_is_restored_bitwise_on_other_meshes(whole):
+    from atlas_jax import step
+    from atlas_jax.checkpoint import hf
+    from atlas_jax.checkpoint.manager import Checkpoints
+    from atlas_jax.config import MeshConfig
+    from tests import tiny
+
+    checkpoints = Checkpoints(str(whole(2)))
+    source = str(whole(2) / "final")
+    for devices, mesh in (
+        (8, MeshConfig(data=2, tensor=2)),
+        (4, MeshConfig(tensor=4)),
+        (1, MeshConfig()),
+    ):
+        decoder, _ = tiny.load(source, mesh, jax.devices()[:devices])
+        abstract = step.abstract(decoder.shapes, decoder.placements())
+        params = checkpoints.restore_params(STEPS, abstract)
+        expected = hf.load(hf.SafetensorsSource(source), decoder)
+        for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+            assert ours.sharding == theirs.sharding
+            assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
