@@ -256,8 +256,13 @@ BASE = GRPOConfig(
 )
 
 
+SERVED = RolloutConfig(backend="vllm", teacher_servers="http://a", student_servers="http://b")
+AHEAD = dataclasses.replace(SERVED, max_staleness=1)
+
+
 def test_the_base_of_the_refusals_is_accepted():
     config_lib.validate(BASE)
+    config_lib.validate(dataclasses.replace(BASE, rollout=AHEAD))
 
 
 @pytest.mark.parametrize(
@@ -283,6 +288,14 @@ def test_the_base_of_the_refusals_is_accepted():
             {"rollout": RolloutConfig(protocol="direct")},
             r"teaching_gain.*no student; use reward.names=\('exact_match',\)",
         ),
+        ({"rollout": RolloutConfig(max_staleness=1)}, "max_staleness=1 with.*local.*or 0"),
+        ({"rollout": RolloutConfig(backend="vllm")}, "vllm without rollout.teacher_servers; give"),
+        (
+            {"rollout": RolloutConfig(backend="vllm", teacher_servers="http://a")},
+            "vllm without rollout.student_servers; give",
+        ),
+        ({"rollout": SERVED, "min_p": 0.1}, r"min_p=0.1 with.*vllm.*use top_p or top_k"),
+        ({"rollout": AHEAD, "importance_sampling": "none"}, "none leaves uncorrected; use token"),
     ],
 )
 def test_impossible_options_are_refused(change, message):

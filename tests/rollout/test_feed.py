@@ -16,7 +16,7 @@ from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Layout, Parts
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
-from atlas_jax.types import Question, RewardResult
+from atlas_jax.types import DependencyError, Question, RewardResult
 from tests.rollout.scripts import Script, protocol, questions
 
 CONFIG = dataclasses.replace(
@@ -146,3 +146,62 @@ def test_truncated_completions_can_be_left_out(tmp_path, masked):
     given = feed.next(state_of(0), time.sleep)
     assert given.metrics["rollout/truncated_frac"] == (2, 4)
     assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, not masked] * 2
+
+
+def ahead(config, depth):
+    options = dataclasses.replace(
+        config.rollout, backend="vllm", teacher_servers="http://host", max_staleness=depth
+    )
+    return dataclasses.replace(config, rollout=options)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_batches_made_ahead_ask_the_same_questions(tmp_path, depth):
+    feeds = {
+        name: make_feed(tmp_path / name, useful, config=config)
+        for name, config in (("in_turn", CONFIG), ("ahead", ahead(CONFIG, depth)))
+    }
+    for step in range(6):
+        given = {name: feed.next(state_of(step)) for name, feed in feeds.items()}
+        found = {name: recorded(tmp_path / name, step + 1) for name in feeds}
+        asked = {n: [s["question_id"] for s in samples] for n, samples in found.items()}
+        assert asked["ahead"] == asked["in_turn"]
+        assert feeds["ahead"].get_state() == feeds["in_turn"].get_state()
+        versions = {s["policy"]["weights_version"] for s in found["ahead"]}
+        assert versions == {max(step - depth, 0)}
+        assert given["ahead"].metrics["rollout/version_lag_max"] == (step - min(versions), 1)
+        assert given["in_turn"].metrics["rollout/version_lag_max"] == (0, 1)
+    feeds["ahead"].close()
+
+
+def test_a_batch_in_flight_at_a_checkpoint_is_made_again(tmp_path):
+    config = ahead(CONFIG, 1)
+    whole = make_feed(tmp_path / "whole", useful, config=config)
+    for step in range(3):
+        whole.next(state_of(step))
+        if step == 1:
+            state = json.loads(json.dumps(whole.get_state()))
+    resumed = make_feed(tmp_path / "resumed", useful, config=config)
+    resumed.set_state(state)
+    resumed.next(state_of(2))
+    found, again = (recorded(tmp_path / name, 3) for name in ("whole", "resumed"))
+    assert [s["question_id"] for s in found] == [s["question_id"] for s in again]
+    assert {s["policy"]["weights_version"] for s in found} == {1}
+    assert {s["policy"]["weights_version"] for s in again} == {2}, "with the weights of the resume"
+    for feed in (whole, resumed):
+        feed.close()
+
+
+def test_what_fails_ahead_is_raised_where_it_is_needed(tmp_path):
+    def say(prompt, member):
+        if "q4" in prompt:
+            raise DependencyError("no server is left")
+        return useful(prompt, member)
+
+    feed = make_feed(tmp_path, say, config=ahead(CONFIG, 1))
+    feed.next(state_of(0))
+    feed.next(state_of(1))
+    with pytest.raises(DependencyError, match="no server is left"):
+        feed.next(state_of(2))
+    assert feed.get_state()["position"] == 4
+    feed.close()

@@ -136,7 +136,7 @@ def test_a_directory_without_a_tensor_is_refused_which_vllm_would_take(
     check_manifest(version, link.sync._shapes, "bfloat16")
     with pytest.raises(ValueError, match=r"missing model\.layers\.0\.self_attn\.q_proj\.weight"):
         check_manifest(tmp_path / "partial", link.sync._shapes, "bfloat16")
-    with pytest.raises(ValueError, match="does not fit the servers.*bfloat16"):
+    with pytest.raises(ValueError, match=r"does not fit the servers.*bfloat16"):
         check_manifest(version, link.sync._shapes, "float32")
     how = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "partial")}}
     assert vllm_server.post("/collective_rpc", how) == {"results": [None]}
@@ -220,9 +220,11 @@ def test_a_server_of_another_model_is_refused(vllm_server, tmp_path):
     other = served.trainer(
         words.save(tmp_path, VLLM_WORDS, **(VLLM_SIZES | {"intermediate_size": 96}))
     )
-    with pytest.raises(ValueError, match="started with.*of another shape.*start it with the same"):
-        with served.connected(other, [vllm_server.url], tmp_path):
-            pass
+    with (
+        pytest.raises(ValueError, match=r"started with.*of another shape.*start it with the same"),
+        served.connected(other, [vllm_server.url], tmp_path),
+    ):
+        pass
 
 
 def test_a_server_with_other_log_probabilities_is_refused():
@@ -231,20 +233,23 @@ def test_a_server_with_other_log_probabilities_is_refused():
             "model_config": {"logprobs_mode": "raw_logprobs", "logits_processors": None}
         }
     }
-    with pytest.raises(ValueError, match="raw_logprobs.*not of the whole vocabulary"):
+    with pytest.raises(ValueError, match=r"raw_logprobs.*not of the whole vocabulary"):
         capabilities.check_logprobs("http://host:1", info)
 
 
 def test_an_address_where_nothing_listens_is_an_error(old, tmp_path):
     url = f"http://127.0.0.1:{vllm_servers.free_port()}"
-    with pytest.raises(ValueError, match="cannot use the teacher server.*start it|Start it"):
-        with served.connected(old, [url], tmp_path):
-            pass
+    with (
+        pytest.raises(ValueError, match=r"cannot use the teacher server.*Start it"),
+        served.connected(old, [url], tmp_path),
+    ):
+        pass
 
 
 def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, new, tmp_path):
-    """One story, since each chapter leaves a server less: lagging, killed while it writes, killed
-    while it takes weights.
+    """One story, since each chapter leaves a server less.
+
+    One lags, is killed while it writes, and the other is killed while it takes weights.
     """
     root = str(old.model.source.path)
     with (

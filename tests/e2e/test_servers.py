@@ -1,0 +1,155 @@
+"""`launch/launch_with_server.sh`: servers of SmolLM2 and GRPO against them, on the CPU.
+
+One run of three steps, whose trainer is killed behind the second, and the same command again.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import vllm_servers
+from tests.assets import smollm2_gguf
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    target = tmp_path_factory.mktemp("smollm2") / "model"
+    convert = [sys.executable, "tools/convert_checkpoint.py", str(smollm2_gguf()), str(target)]
+    subprocess.run(convert, check=True, env=os.environ | {"PYTHONPATH": "."})
+    return target
+
+
+def start(smollm2, output, port):
+    """Starts the run and returns its process; what it prints goes to a file."""
+    values = {
+        "model_name_or_path": smollm2, "student_model": smollm2, "output_dir": output,
+        "max_steps": STEPS, "num_generations": 2, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1, "max_new_tokens": 24, "max_probe_tokens": 12,
+        "rollout.max_answer_tokens": 16, "max_prompt_length": 200, "max_seq_length": 256,
+        "data.length_buckets": "(256,)", "temperature": 0.7, "top_p": 0.95, "beta": 0.0,
+        "learning_rate": 1e-5, "save_steps": 1, "eval_steps": 0, "data.eval_path": "",
+        "rollout.sync_dtype": "float32", "rollout.probe_tolerance": 1e-3,
+    }  # fmt: skip
+    words = [f"{name}={value}" for name, value in values.items()]
+    command = ["launch/launch_with_server.sh", "1", "1", "configs/run/quickstart_grpo.py", *words]
+    flags = "--max-model-len 512 --dtype float32"
+    environment = os.environ | {"PORT": str(port), "VLLM_FLAGS": flags}
+    environment.pop("XLA_FLAGS", None)
+    with (output.parent / "printed.log").open("ab") as printed:
+        return subprocess.Popen(
+            command, env=environment, stdout=printed, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def lines(output):
+    path = output / "metrics.jsonl"
+    found = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in found]
+
+
+def trainer_pid(process):
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True,
+        check=True,
+    ).stdout  # fmt: skip
+    (pid,) = [line.split()[0] for line in children.splitlines() if "atlas_jax.train" in line]
+    return int(pid)
+
+
+def session_processes(process, name):
+    """Returns the processes whose command line has `name` and which descend from `process`."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True)
+    rows = [line.split(None, 2) for line in table.stdout.splitlines()]
+    family = {process.pid}
+    for _ in range(6):
+        family |= {int(pid) for pid, parent, _ in rows if int(parent) in family}
+    return [int(pid) for pid, _, args in rows if int(pid) in family and name in args]
+
+
+@pytest.fixture(scope="module")
+def run(smollm2, tmp_path_factory):
+    """The output directory of the whole story, and what was seen on the way."""
+    output = tmp_path_factory.mktemp("run") / "grpo"
+    port = vllm_servers.free_port()
+    seen = {}
+    process = start(smollm2, output, port)
+    try:
+        while process.poll() is None and not (output / "checkpoints" / "2").exists():
+            time.sleep(0.1)
+        assert process.poll() is None, (output.parent / "printed.log").read_text()[-4000:]
+        seen["servers"] = session_processes(process, "api_server")
+        os.kill(trainer_pid(process), signal.SIGKILL)
+        seen["killed"] = process.wait(60)
+        seen["left"] = [pid for pid in seen["servers"] if pathlib.Path(f"/proc/{pid}").exists()]
+        seen["before"] = lines(output)
+        process = start(smollm2, output, port)
+        seen["finished"] = process.wait()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert seen["finished"] == 0, (output.parent / "printed.log").read_text()[-4000:]
+    return output, seen
+
+
+def test_a_kill_ends_the_servers_and_is_the_exit_code(run):
+    _, seen = run
+    assert len(seen["servers"]) == 2
+    assert seen["killed"] == 128 + signal.SIGKILL
+    assert not seen["left"]
+
+
+def test_the_same_command_continues_and_brings_the_servers_to_its_version(run):
+    output, _ = run
+    log = (output / "training.log").read_text()
+    assert "at step 2" in log
+    found = {line["step"]: line for line in lines(output) if "loss/total" in line}
+    assert sorted(found) == [1, 2, 3]
+    assert found[3]["sync/servers"] == 1
+    for step in range(1, STEPS + 1):
+        (path,) = (output / "rollouts").glob(f"step_{step:06d}*")
+        samples = [json.loads(line) for line in path.read_text().splitlines()]
+        written = [s["policy"] for s in samples if s["policy"]["token_ids"]]
+        assert {c["weights_version"] for c in written} == {step - 1}
+        assert {s["guided"]["weights_version"] for s in samples if s["guided"]["token_ids"]} == {0}
+
+
+def test_server_and_trainer_agree_at_every_step(run):
+    """Sampled at temperature 0.7 and top_p 0.95, in float32."""
+    output, _ = run
+    found = [line for line in lines(output) if "loss/total" in line]
+    assert len(found) == STEPS
+    for line in found:
+        assert line["sync/probe_diff"] <= 1e-3
+        assert 0 <= line["rollout/mismatch_kl"] <= 1e-5
+
+
+def test_logs_are_kept_for_each_process(run):
+    output, _ = run
+    assert {path.name.rpartition("_")[0] for path in (output / "logs").glob("*_server_*")} == {
+        "student_server", "teacher_server",
+    }  # fmt: skip
+    assert "step 3/3" in (output / "logs" / "training.log").read_text()
+
+
+def test_a_fresh_server_continues_from_the_export(run, tmp_path):
+    output, _ = run
+    with vllm_servers.running([output / "final"], tmp_path, "--max-model-len", "512") as (server,):
+        payload = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+        reply = server.post("/v1/completions", payload | {"model": str(output / "final")})
+    assert "Paris" in reply["choices"][0]["text"]
+
+
+def test_a_taken_port_is_an_error_before_anything_starts(smollm2, tmp_path, vllm_server):
+    port = int(vllm_server.url.rpartition(":")[2])
+    process = start(smollm2, tmp_path / "grpo", port)
+    assert process.wait(60) == 2
+    assert f"port {port} is taken" in (tmp_path / "printed.log").read_text()

@@ -1,0 +1,49 @@
+"""Seconds from an update to servers that answer with its weights, one JSON line.
+
+python tools/bench_sync.py --model DIR --server http://127.0.0.1:8765 --times 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+
+import jax
+import numpy as np
+
+from atlas_jax.checkpoint import hf
+from atlas_jax.config import GRPOConfig
+from atlas_jax.metrics import means
+from atlas_jax.recipes import grpo, serving, setup
+
+
+def main() -> None:
+    """Pushes the same model a few times; the first push also compiles."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--server", required=True)
+    parser.add_argument("--times", type=int, default=5)
+    options = parser.parse_args()
+    base = GRPOConfig()
+    rollout = dataclasses.replace(
+        base.rollout, protocol="direct", backend="vllm", teacher_servers=options.server
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        config = dataclasses.replace(base, output_dir=directory, rollout=rollout)
+        model = setup.open_frozen(config, options.model, setup.make_sharding(config))
+        params = hf.load(model.source, model.decoder)
+        engines = serving.engines(config, model, None, grpo.make_score(model.decoder, config, 1))
+        found = []
+        for version in range(options.times):
+            engines.policy(params, version)
+            found.append(means(engines.pushed()))
+        engines.close()
+    later = found[1:] or found
+    result = {name: float(np.median([f[name] for f in later])) for name in found[0]}
+    print(json.dumps({"devices": jax.device_count(), "first": found[0], "median": result}))
+
+
+if __name__ == "__main__":
+    main()
