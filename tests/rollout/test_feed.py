@@ -131,8 +131,8 @@ def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
     feed = make_feed(tmp_path, useful, how=how, count=2)
     feed._parts = feed._parts._replace(order=Order(long, 0, False))
     given = feed.next(state_of(0), time.sleep)
-    assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, False, False]
-    assert np.asarray(given.batch.loss_mask).any(axis=-1).tolist() == [[True, False]]
+    assert [s["trains"] for s in recorded(tmp_path, 1)] == [False, False, True, True]
+    assert np.asarray(given.batch.loss_mask).any(axis=-1).tolist() == [[False, True]]
     assert given.metrics["rollout/failed_frac"] == (2, 4)
     assert given.metrics["reward/failed_frac"] == (2, 4)
     assert given.num_tokens == 4
@@ -162,7 +162,7 @@ def test_batches_made_ahead_ask_the_same_questions(tmp_path, depth):
         for name, config in (("in_turn", CONFIG), ("ahead", ahead(CONFIG, depth)))
     }
     for step in range(6):
-        given = {name: feed.next(state_of(step)) for name, feed in feeds.items()}
+        given = {name: feed.next(state_of(step), time.sleep) for name, feed in feeds.items()}
         found = {name: recorded(tmp_path / name, step + 1) for name in feeds}
         asked = {n: [s["question_id"] for s in samples] for n, samples in found.items()}
         assert asked["ahead"] == asked["in_turn"]
@@ -178,12 +178,12 @@ def test_a_batch_in_flight_at_a_checkpoint_is_made_again(tmp_path):
     config = ahead(CONFIG, 1)
     whole = make_feed(tmp_path / "whole", useful, config=config)
     for step in range(3):
-        whole.next(state_of(step))
+        whole.next(state_of(step), time.sleep)
         if step == 1:
             state = json.loads(json.dumps(whole.get_state()))
     resumed = make_feed(tmp_path / "resumed", useful, config=config)
     resumed.set_state(state)
-    resumed.next(state_of(2))
+    resumed.next(state_of(2), time.sleep)
     found, again = (recorded(tmp_path / name, 3) for name in ("whole", "resumed"))
     assert [s["question_id"] for s in found] == [s["question_id"] for s in again]
     assert {s["policy"]["weights_version"] for s in found} == {1}
@@ -199,9 +199,9 @@ def test_what_fails_ahead_is_raised_where_it_is_needed(tmp_path):
         return useful(prompt, member)
 
     feed = make_feed(tmp_path, say, config=ahead(CONFIG, 1))
-    feed.next(state_of(0))
-    feed.next(state_of(1))
+    feed.next(state_of(0), time.sleep)
+    feed.next(state_of(1), time.sleep)
     with pytest.raises(DependencyError, match="no server is left"):
-        feed.next(state_of(2))
+        feed.next(state_of(2), time.sleep)
     assert feed.get_state()["position"] == 4
     feed.close()
