@@ -212,6 +212,24 @@ def from_main(values: np.ndarray) -> np.ndarray:
     return gather(values)[0]
 
 
+@contextlib.contextmanager
+def together(kind: type[Exception]) -> Iterator[None]:
+    """Makes an error of `kind` inside one process an error in all; every process enters it.
+
+    They would else wait for one that does something else now.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except kind as error:
+        problem = error
+    failed = np.flatnonzero(gather(np.asarray(problem is not None)))
+    if problem is not None:
+        raise problem
+    if failed.size:
+        raise kind(f"process {', '.join(map(str, failed))} cannot go on; its log says why")
+
+
 def check_all(good: bool, problem: str) -> None:
     """Checks that `good` is true in every process.
 

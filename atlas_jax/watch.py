@@ -7,6 +7,9 @@ the notes of the others. A run ends, in every process and with the same words, w
 2. gives no sign of life: it was killed, stopped or cut off,
 3. has not come to where the others wait for it.
 
+Time is counted in looks at the notes, so that a machine without time for this process, or a process
+without time for this thread, condemns nobody.
+
 JAX's own heartbeats stand behind this with a longer limit. They end a process whose Python is
 stuck, and all others at once when process 0 dies, which holds the service.
 """
@@ -60,11 +63,11 @@ class Note(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A process's latest note, and when its beat and its arrivals were first seen."""
+    """A process's latest note, and for how many looks its beat and its arrivals are the same."""
 
     note: Note
-    beat_time: float
-    arrival_time: float
+    silent: int = 0
+    still: int = 0
 
 
 @runtime_checkable
@@ -78,34 +81,35 @@ class Service(Protocol):
         """Returns the keys of a folder with their values."""
 
 
-def updated(seen: Mapping[int, Seen], notes: Mapping[int, Note], now: float) -> dict[int, Seen]:
-    """Returns what is known of each process after its latest note was read."""
-    result = dict(seen)
-    for process, note in notes.items():
-        before = result[process]
+def updated(seen: Mapping[int, Seen], notes: Mapping[int, Note]) -> dict[int, Seen]:
+    """Returns what is known of each process after another look at the notes."""
+    result = {}
+    for process, before in seen.items():
+        note = notes.get(process, before.note)
         result[process] = Seen(
             note,
-            before.beat_time if note.beat == before.note.beat else now,
-            before.arrival_time if note.arrivals == before.note.arrivals else now,
+            before.silent + 1 if note.beat == before.note.beat else 0,
+            before.still + 1 if note.arrivals == before.note.arrivals else 0,
         )
     return result
 
 
-def judge(seen: Mapping[int, Seen], limits: Limits, now: float) -> str:
+def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
     """Returns why the run must end, "" if it goes on."""
     for one in seen.values():
         if one.note.verdict:
             return one.note.verdict
     present = {process: one for process, one in seen.items() if not one.note.left}
     for process, one in present.items():
-        silent = now - one.beat_time
+        silent = one.silent * limits.interval_secs
         if silent > limits.heartbeat_secs:
             return (
                 f"process {process} on {one.note.host} has given no sign of life for "
                 f"{silent:.0f} s (hosts.heartbeat_timeout_secs={limits.heartbeat_secs:g}); it "
                 f"was killed, stopped or cut off after {one.note.place}"
             )
-    if not present or now - max(s.arrival_time for s in present.values()) <= limits.stall_secs:
+    still = min((one.still for one in present.values()), default=0)
+    if still * limits.interval_secs <= limits.stall_secs:
         return ""
     first = min(s.note.arrivals for s in present.values())
     behind = {process: s for process, s in present.items() if s.note.arrivals == first}
@@ -127,10 +131,9 @@ class Watch:
         self._process = process
         self._limits = limits
         self._note = Note(socket.gethostname())
-        now = time.monotonic()
         unknown = Note("a host that has not told its name")
-        self._seen = {p: Seen(unknown, now, now) for p in range(num_processes)}
-        self._answered = now
+        self._seen = {p: Seen(unknown) for p in range(num_processes)}
+        self._unanswered = 0  # looks since the service answered
         self._lock = threading.Lock()
         self._over = threading.Event()
 
@@ -187,10 +190,9 @@ class Watch:
         except jax.errors.JaxRuntimeError as error:
             logging.warning("the coordination service does not answer: %s", error)
             return
-        now = time.monotonic()
-        self._answered = now
-        self._seen = updated(self._seen, notes, now)
-        verdict = judge(self._seen, self._limits, now)
+        self._unanswered = 0
+        self._seen = updated(self._seen, notes)
+        verdict = judge(self._seen, self._limits)
         if verdict and not self._note.verdict:
             self._tell(verdict=verdict)
             self._end(verdict)
@@ -198,7 +200,8 @@ class Watch:
     def _watch_service(self) -> None:
         """Ends this process when it is cut off from process 0."""
         while not self._over.wait(self._limits.interval_secs):
-            silent = time.monotonic() - self._answered
+            self._unanswered += 1
+            silent = self._unanswered * self._limits.interval_secs
             if silent > self._limits.heartbeat_secs:
                 self._end(
                     f"process 0 on {self._seen[0].note.host}, which holds the coordination "

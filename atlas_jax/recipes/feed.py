@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -86,7 +87,8 @@ class Feed:
         version = int(state.step)
         policy = parts.policy(state.params, version)
         synced = time.perf_counter()
-        made = self._ahead.take(policy, self._position)
+        with distributed.together(DependencyError):
+            made = self._ahead.take(policy, self._position)
         groups, score_secs = made.content
         wait_secs = time.perf_counter() - synced
         groups = self._with_patience(groups, pause)
@@ -150,15 +152,19 @@ class Feed:
         last.
         """
         wanted = self._parts.layout.questions
-        groups, secs = self._ask(policy, position + wanted * jax.process_index(), wanted)
+        refills = self._parts.config.rollout.refill_rounds
+        agree = distributed.together(DependencyError) if refills else contextlib.nullcontext()
+        with agree:  # not in a thread, where there are no refills
+            groups, secs = self._ask(policy, position + wanted * jax.process_index(), wanted)
         position += wanted * jax.process_count()
-        for _ in range(self._parts.config.rollout.refill_rounds):
+        for _ in range(refills):
             equal = [i for i, scores in enumerate(groups.results) if not _differs(scores)]
-            counts = distributed.gather(np.asarray(len(equal)))  # not in a thread: no refills there
+            counts = distributed.gather(np.asarray(len(equal)))
             if not counts.any():
                 break
             first = position + int(counts[: jax.process_index()].sum())
-            found, spent = self._ask(policy, first, len(equal))
+            with distributed.together(DependencyError):
+                found, spent = self._ask(policy, first, len(equal))
             position += int(counts.sum())
             secs += spent
             for i, group, scores in zip(equal, *found, strict=True):

@@ -15,7 +15,7 @@ from tests import processes
 from tests.e2e import test_grpo, test_sft
 
 STEPS = 4
-LIMIT = 6  # hosts.heartbeat_timeout_secs
+LIMIT = 12  # hosts.heartbeat_timeout_secs
 SFT = {"max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": 1,
        "hosts.heartbeat_timeout_secs": LIMIT}  # fmt: skip
 GRPO = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
