@@ -1,1 +1,1 @@
-"""Whether a run fits its devices and how long its steps take, from the compiler, without devices."""
+"""Whether a run fits its devices and how long its steps take, told by the compiler alone."""

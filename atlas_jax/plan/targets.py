@@ -93,9 +93,13 @@ def parse(name: str) -> Target:
     """
     kind, _, size = name.partition(":")
     if kind not in DEVICES:
-        raise ValueError(f"target {name!r} is none of {', '.join(DEVICES)}; write h100:8 or v5e:4x4")
+        raise ValueError(
+            f"target {name!r} is none of {', '.join(DEVICES)}; write h100:8 or v5e:4x4"
+        )
     device = DEVICES[kind]
-    pattern = r"\d+" if device.platform == "gpu" else r"\d+x\d+x\d+" if kind == "v5p" else r"\d+x\d+"
+    pattern = (
+        r"\d+" if device.platform == "gpu" else r"\d+x\d+x\d+" if kind == "v5p" else r"\d+x\d+"
+    )
     if not re.fullmatch(pattern, size):
         example = {"gpu": f"{kind}:8", "tpu": f"{kind}:4x4" + "x4" * (kind == "v5p")}
         raise ValueError(f"target {name!r} has size {size!r}; write {example[device.platform]}")
@@ -120,8 +124,8 @@ def devices(target: Target) -> list[jax.Device]:
         return topologies.get_topology_desc(name, "tpu").devices
     except (RuntimeError, FileNotFoundError, NotImplementedError, ModuleNotFoundError) as error:
         raise ValueError(
-            f"cannot compile for {target.name}: {str(error).splitlines()[0]}; install the compilers "
-            'with pip install "atlas_jax[plan]", and give a topology that exists'
+            f"cannot compile for {target.name}: {str(error).splitlines()[0]}; install the "
+            'compilers with pip install "atlas_jax[plan]", and give a topology that exists'
         ) from None
 
 
