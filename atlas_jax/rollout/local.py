@@ -150,7 +150,7 @@ class LocalEngine:
         groups = [[_Row(r.max_tokens) for _ in range(samples)] for r in requests]
         places = _fill(groups, _bucket(len(groups), sharding), samples)
         static = self.decoder, self.stop_ids, sampling
-        grid, chunk = _start(*static, params, *_inputs(requests, places, sharding))
+        grid, chunk = start(*static, params, *_inputs(requests, places, sharding))
         while True:
             for rows, found in zip(places, _host(chunk), strict=True):
                 for row, *columns in zip(rows, *found, strict=True):
@@ -158,7 +158,7 @@ class LocalEngine:
             if not distributed.any_process(any(not r.done for rows in groups for r in rows)):
                 break
             grid, places = _shrink(grid, places, sharding)
-            grid, chunk = _decode(*static, params, _with_room(grid))
+            grid, chunk = decode(*static, params, _with_room(grid))
         return [
             [self._completion(request, row, version) for row in rows]
             for request, rows in zip(requests, groups, strict=True)
@@ -181,7 +181,7 @@ class LocalEngine:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(
+def start(
     decoder: Decoder,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
@@ -211,7 +211,7 @@ def _start(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(
+def decode(
     decoder: Decoder,
     stop_ids: tuple[int, ...],
     sampling: Sampling,

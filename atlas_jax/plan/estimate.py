@@ -1,0 +1,156 @@
+"""Memory and time of a run from its compiled programs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from atlas_jax.plan import flops, hlo
+from atlas_jax.plan.programs import Program, Run
+from atlas_jax.plan.targets import Target
+from atlas_jax.sharding import AXES
+
+
+class Memory(NamedTuple):
+    """Bytes of one device while a program runs, by what they hold."""
+
+    params: float
+    optimizer: float
+    gradients: float
+    """Of all parameters, as they are added up; 0 in programs that make none."""
+    resident: float
+    """The reference and a student in this process."""
+    temporaries: float
+    """Activations, gathered parameters, workspaces: all else."""
+    host: float
+    """In host memory, a device."""
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return self.params + self.optimizer + self.gradients + self.resident + self.temporaries
+
+
+class Cost(NamedTuple):
+    """What one run of a program costs a device, and how long that takes at least."""
+
+    flops: float
+    traffic_bytes: float
+    wire_bytes: dict[str, float]
+    """Sent, by mesh axis."""
+    compute_secs: float
+    memory_secs: float
+    network_secs: float
+
+    @property
+    def secs(self) -> float:
+        """The longest of the three, all at the data sheet's speed and hidden behind each other."""
+        return max(self.compute_secs, self.memory_secs, self.network_secs)
+
+
+class Measured(NamedTuple):
+    """One program of the plan."""
+
+    name: str
+    times: int
+    memory: Memory
+    cost: Cost
+    model_flops: float
+    """Over all devices."""
+    compile_secs: float
+
+
+class OutOfMemory(NamedTuple):
+    """A program that its compiler refuses for its size."""
+
+    name: str
+    message: str
+
+
+def device_bytes(tree: Any, host: bool = False) -> float:
+    """Returns what a device holds of a tree of placed shapes, in its memory or in its host's."""
+    total = 0.0
+    for leaf in jax.tree.leaves(tree):
+        if (leaf.sharding.memory_kind == "pinned_host") == host:
+            total += np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return float(total)
+
+
+def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemory:
+    """Compiles a program and returns what it needs."""
+    start = time.perf_counter()
+    traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm[^.]*", str(error))
+        return OutOfMemory(program.name, used[0] if used else str(error).splitlines()[0])
+    secs = time.perf_counter() - start
+    total = flops.count(traced.jaxpr.jaxpr) / target.num_devices
+    cost = _cost(hlo.parse(compiled.as_text()), total, run, target)
+    memory = _memory(run, program, compiled.memory_analysis(), target)
+    return Measured(program.name, program.times, memory, cost, program.model_flops, secs)
+
+
+def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
+    own = program.arguments[0]
+    trains = isinstance(own, type(run.state))
+    params, opt_state = device_bytes(run.state.params), device_bytes(run.state.opt_state)
+    held = sum((device_bytes(tree) for tree in run.resident.values()), 0.0)
+    used = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    used += found.temp_size_in_bytes
+    if target.device.platform == "tpu":  # temporaries share their places there; the sum is too high
+        used = min(used, found.peak_memory_in_bytes)
+    grads = 0.0
+    if trains:
+        places = jax.tree.map(
+            lambda d: run.decoder.sharding.optimizer(d, memory=False),
+            run.decoder.dims,
+            is_leaf=lambda d: isinstance(d, tuple),
+        )
+        shapes = run.decoder.shapes
+        grads = device_bytes(
+            jax.tree.map(
+                lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
+            )
+        )
+    inputs = params + opt_state if trains else device_bytes(own)
+    held_in_host = (device_bytes(t, host=True) for t in (run.state, *run.resident.values()))
+    host = sum(held_in_host, 0.0)
+    host += found.host_temp_size_in_bytes
+    rest = max(used - inputs - grads, 0.0)
+    return Memory(params, opt_state, grads, held, rest, host)
+
+
+def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cost:
+    device = target.device
+    sent: Counter[str] = Counter()
+    network = 0.0
+    for collective in hlo.collectives(module):
+        sent[axes_of(collective.group, tuple(run.mesh.devices.shape))] += collective.wire_bytes
+        hosts = {place // target.devices_a_host for place in collective.group}
+        speed = device.network_bandwidth if len(hosts) > 1 else device.link_bandwidth
+        network += collective.wire_bytes / speed
+    traffic = hlo.memory_traffic(module)
+    return Cost(
+        num_flops,
+        traffic,
+        dict(sent),
+        num_flops / device.peak_flops,
+        traffic / device.memory_bandwidth,
+        network,
+    )
+
+
+def axes_of(group: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """Returns the mesh axes that the devices of a group differ in, joined by `+`."""
+    places = np.stack(np.unravel_index(np.asarray(group), shape))
+    varies = (places != places[:, :1]).any(axis=1)
+    return "+".join(axis for axis, differs in zip(AXES, varies, strict=True) if differs)

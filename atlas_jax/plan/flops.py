@@ -1,0 +1,54 @@
+"""Floating-point operations of a traced program, what it computes a second time included."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+_KERNELS = {
+    "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5, "splash_mha_fwd": 2,
+    "splash_mha_dq": 3, "splash_mha_dkv": 4,
+}  # fmt: skip
+"""Matrix products of T x T x head size for each head in a fused attention kernel."""
+
+
+def count(jaxpr: Any) -> float:
+    """Returns the operations of matrix products and of attention kernels, over all devices.
+
+    A fused kernel of causal attention skips the half above the diagonal, which is not counted.
+    """
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        depth = math.prod(left[d] for d in contracted)
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+    kernel = _kernel(name, params)
+    if kernel:
+        return _attention(kernel, equation)
+    if name == "cond":
+        return max(count(branch.jaxpr) for branch in params["branches"])
+    inner = sum(count(sub) for sub in jax.core.jaxprs_in_params(params))
+    if name == "scan":
+        return inner * params["length"]
+    if name == "shard_map":
+        return inner * params["mesh"].size
+    return inner
+
+
+def _kernel(name: str, params: dict[str, Any]) -> str:
+    label = f"{name} {params['name_and_src_info']}" if "name_and_src_info" in params else name
+    return next((k for k in _KERNELS if label.startswith(k) or f" {k}" in label), "")
+
+
+def _attention(kernel: str, equation: Any) -> float:
+    """The query is `[B, T, N, H]` for cuDNN and `[B, N, T, H]` for splash."""
+    query = next(v.aval.shape for v in equation.invars if v.aval.ndim == 4)
+    length, heads = (query[1], query[2]) if kernel.startswith("dot") else (query[2], query[1])
+    return _KERNELS[kernel] * 2.0 * query[0] * heads * length * length * query[3] / 2

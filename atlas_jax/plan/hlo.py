@@ -1,0 +1,253 @@
+"""Reads the text of a compiled program: what each device sends, and reads and writes.
+
+Loops are counted as often as they run; of a loop whose count the text does not tell, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_BYTES: dict[str, float] = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
+    "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
+    "c64": 8,
+}  # fmt: skip
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
+)
+_FREE = frozenset({
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "iota", "opt-barrier",
+})  # fmt: skip
+
+WIRE: dict[str, Callable[[float, int], float]] = {
+    "all-gather": lambda size, n: size * (n - 1),
+    "reduce-scatter": lambda size, n: size * (n - 1) / n,
+    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "all-to-all": lambda size, n: size * (n - 1) / n,
+    "collective-permute": lambda size, n: size,
+}
+"""Bytes that a device sends in a ring, from those of its operands and the devices of the group."""
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shape: str
+    operands: tuple[str, ...]
+    inside: str
+    """What stands between the brackets: operands, or the value of a constant."""
+    rest: str
+    """What stands behind them."""
+
+
+@dataclasses.dataclass
+class Module:
+    """Computations of a program by name."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+class Collective(NamedTuple):
+    """What one kind of communication over one group of devices sends in a run of the program."""
+
+    opcode: str
+    group: tuple[int, ...]
+    """Places in the mesh of the devices that talk to each other; the first such group."""
+    wire_bytes: float
+    """A device."""
+    count: float
+
+
+def parse(text: str) -> Module:
+    """Returns the computations of `compiled.as_text()`."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found:
+            current[found[1]] = _instruction(found[1], re.sub(r"/\*.*?\*/", "", found[2]))
+    return Module(computations, entry)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    shape, text = text[:end], text[end:].lstrip()
+    opening = text.index("(")
+    closing = _closing(text, opening)
+    inside = text[opening + 1 : closing]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(name, text[:opening], shape, operands, inside, text[closing + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns where the bracket that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place
+    raise ValueError(f"a bracket does not close in {text[:80]!r}")
+
+
+def num_bytes(shape: str) -> float:
+    """Returns the bytes of a shape in device memory; what is in host memory counts nothing."""
+    total = 0.0
+    for kind, dims, layout in _ARRAY.findall(shape):
+        if kind in _BYTES and "S(5)" not in layout:
+            total += _BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
+    return total
+
+
+def executed(module: Module) -> Iterator[tuple[str, float, bool]]:
+    """Yields each computation, how often it runs, and whether it is inside a fusion."""
+    work = [(module.entry, 1.0, False)]
+    while work:
+        name, times, fused = work.pop()
+        yield name, times, fused
+        for one in module.computations[name].values():
+            count = times * (_trips(module, one) if one.opcode == "while" else 1.0)
+            inside = fused or one.opcode == "fusion"
+            if one.opcode in ("reduce", "scatter", "sort", "reduce-window", "map", "custom-call"):
+                continue  # their computations combine two numbers
+            if one.opcode.startswith(("all-reduce", "reduce-scatter")):
+                continue
+            work += [
+                (c, count, inside) for c in _CALLED.findall(one.rest) if c in module.computations
+            ]
+            for several, single in _BRANCHES.findall(one.rest):
+                names = re.findall(r"[\w.\-]+", several) or [single]
+                work += [(c, count / len(names), inside) for c in names]
+
+
+def _trips(module: Module, loop: Instruction) -> int:
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    if not condition:
+        return 1
+    body = module.computations[condition[1]].values()
+    bounds = {i.inside for i in body if i.opcode == "constant" and i.inside.isdigit()}
+    return max(int(bounds.pop()), 1) if len(bounds) == 1 else 1
+
+
+def collectives(module: Module) -> list[Collective]:
+    """Returns what a device sends, by kind and group."""
+    sent: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    seen: set[tuple[str, str, float]] = set()
+    for name, times, fused in executed(module):
+        body = module.computations[name]
+        for one in body.values():
+            opcode = one.opcode.removesuffix("-start")
+            if opcode not in WIRE:
+                continue
+            channel = re.search(r"channel_id=(\d+)", one.rest)
+            if fused and channel:  # a TPU's fusions begin, continue and end the same transfer
+                key = (opcode, channel[1], times)
+                if key in seen:
+                    continue
+                seen.add(key)
+            group = first_group(one.rest)
+            if len(group) < 2:
+                continue
+            size = sum(num_bytes(body[o].shape) for o in one.operands if o in body)
+            sent[opcode, group] += times * WIRE[opcode](size, len(group))
+            counts[opcode, group] += times
+    return [Collective(*key, sent[key], counts[key]) for key in sent]
+
+
+def first_group(attributes: str) -> tuple[int, ...]:
+    """Returns the devices of the first group that an instruction communicates in."""
+    explicit = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
+    if explicit:
+        return tuple(int(d) for d in explicit[1].split(","))
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if named:
+        sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        over = re.findall(r"'(\w+)'", named[2])
+        return _along(list(sizes.values()), [list(sizes).index(a) for a in over])
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        if iota[3]:
+            devices = devices.transpose([int(d) for d in iota[3].split(",")])
+        return tuple(int(d) for d in devices.reshape(shape)[0].ravel())
+    return ()
+
+
+def _along(sizes: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    others = [a for a in range(len(sizes)) if a not in axes]
+    moved = devices.transpose([*others, *axes]).reshape(-1, math.prod(sizes[a] for a in axes))
+    return tuple(int(d) for d in moved[0])
+
+
+def memory_traffic(module: Module) -> float:
+    """Returns the bytes that a device reads from and writes to its memory.
+
+    Each instruction reads its operands and writes its result once; of a slice that it reads or
+    updates in place, the slice alone counts.
+    """
+    total = 0.0
+    for name, times, fused in executed(module):
+        if fused:
+            continue
+        body = module.computations[name]
+        for one in body.values():
+            if one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):
+                total += times * _traffic(module, body, one)
+    return total
+
+
+def _traffic(module: Module, body: dict[str, Instruction], one: Instruction) -> float:
+    shapes = [body[o].shape if o in body else "" for o in one.operands]
+    if one.opcode == "dynamic-slice":
+        return 2 * num_bytes(one.shape)
+    if one.opcode == "dynamic-update-slice":
+        return 2 * num_bytes(shapes[1])
+    called = _CALLED.search(one.rest)
+    if one.opcode != "fusion" or not called:
+        return num_bytes(one.shape) + sum(map(num_bytes, shapes))
+    inner = module.computations[called[1]]
+    total = 0.0
+    for parameter in (i for i in inner.values() if i.opcode == "parameter"):
+        users = [i for i in inner.values() if parameter.name in i.operands]
+        sliced = [_sliced(inner, i, parameter.name) for i in users]
+        whole = num_bytes(parameter.shape)
+        total += whole if None in sliced or not users else min(whole, sum(filter(None, sliced)))
+    updates = [i for i in inner.values() if i.opcode == "dynamic-update-slice"]
+    written = num_bytes(one.shape)
+    for update in updates:
+        written -= num_bytes(update.shape) - num_bytes(inner[update.operands[1]].shape)
+    return total + max(written, 0.0)
+
+
+def _sliced(inner: dict[str, Instruction], user: Instruction, name: str) -> float | None:
+    """Returns the bytes that `user` touches of `name`; None where it takes all of it."""
+    if user.opcode == "dynamic-slice" and user.operands[0] == name:
+        return num_bytes(user.shape)
+    if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        return num_bytes(inner[user.operands[1]].shape)
+    return None

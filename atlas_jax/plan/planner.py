@@ -1,0 +1,28 @@
+"""From a config and the name of a target to a plan."""
+
+from __future__ import annotations
+
+from atlas_jax.config import GRPOConfig, TrainConfig
+from atlas_jax.plan import architectures, estimate, programs, targets
+from atlas_jax.plan.report import Plan
+
+
+def plan(config: TrainConfig, target_name: str, model_config: str = "") -> Plan:
+    """Compiles the programs of a run for a target.
+
+    Args:
+        config: of the run.
+        target_name: as `targets.parse` takes it.
+        model_config: a `config.json` of the model that is trained; empty looks for its own.
+
+    Raises:
+        ValueError: for what the run itself would refuse, or a target that cannot be compiled for.
+    """
+    target = targets.parse(target_name)
+    architecture = architectures.find(config.model_name_or_path, model_config)
+    student = None
+    if isinstance(config, GRPOConfig) and config.rollout.protocol == "teaching":
+        student = architectures.find(config.student_model)
+    devices = targets.devices(target)
+    run = programs.build(config, target, devices, architecture, student)
+    return Plan(target, run, [estimate.measure(run, p, target) for p in run.programs])

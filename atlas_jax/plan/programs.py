@@ -1,0 +1,204 @@
+"""The programs of a run, built as the recipes build them, of shapes instead of arrays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from atlas_jax import step
+from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan
+from atlas_jax.models.config import ModelConfig
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.plan.targets import CompiledSharding, Target
+from atlas_jax.recipes import grpo, setup, sft
+from atlas_jax.rollout import local
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.sharding import BATCH_AXES, Sharding, make_mesh
+from atlas_jax.types import Batch, PolicyBatch
+
+
+class Program(NamedTuple):
+    """One compiled program of a run."""
+
+    name: str
+    function: Callable[..., Any]
+    """A jitted function."""
+    arguments: tuple[Any, ...]
+    """Trees of `jax.ShapeDtypeStruct`."""
+    model_flops: float
+    """Floating-point operations that the model itself needs, over all devices; nothing twice."""
+    times: int = 1
+    """How often a step runs it."""
+
+
+class Run(NamedTuple):
+    """A run as far as the plan sees it."""
+
+    config: TrainConfig
+    decoder: Decoder
+    mesh: Mesh
+    state: step.TrainState
+    """Shapes, dtypes and places."""
+    programs: list[Program]
+    resident: dict[str, Any]
+    """Trees that stay beside the training state: the reference, a student in this process."""
+    num_tokens: int
+    """Positions of rows in a step."""
+
+
+def build(
+    config: TrainConfig,
+    target: Target,
+    devices: list[jax.Device],
+    architecture: ModelConfig,
+    student: ModelConfig | None,
+) -> Run:
+    """Returns the programs of a run on `devices`.
+
+    Raises:
+        ValueError: for a mesh, batch or model that the run itself would refuse.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    sharding = CompiledSharding(mesh, config.sharding, config.offload)
+    dtype = jnp.dtype(config.model.param_dtype)
+    decoder = setup.make_decoder(config, architecture, sharding, dtype)
+    optimizer = setup.make_optimizer(config, decoder, 1000)
+    state = step.abstract_state(decoder.shapes, decoder.placements(), optimizer, sharding)
+    run = Run(config, decoder, mesh, state, [], {}, 0)
+    if isinstance(config, GRPOConfig):
+        return _grpo(run, config, optimizer, student, target)
+    return _sft(run, config, optimizer)
+
+
+def _sft(run: Run, config: TrainConfig, optimizer: step.Optimizer) -> Run:
+    sharding, length = run.decoder.sharding, config.max_seq_length
+    plan = batch_plan(config, sharding.num_replicas)
+    shape = plan.microbatches, plan.global_rows // plan.microbatches, length
+    loss = sft.make_loss(run.decoder, config.loss_chunk_size)
+    train = step.make_train_step(loss, optimizer, run.decoder.dims, sharding)
+    num_tokens = plan.global_rows * length
+    flops = num_tokens * run.decoder.config.flops_per_token(length)
+    program = Program("train", train, (run.state, _batch(Batch, shape, sharding)), flops)
+    return run._replace(programs=[program], num_tokens=num_tokens)
+
+
+def _grpo(
+    run: Run,
+    config: GRPOConfig,
+    optimizer: step.Optimizer,
+    student: ModelConfig | None,
+    target: Target,
+) -> Run:
+    decoder, sharding = run.decoder, run.decoder.sharding
+    hosts = target.num_devices // target.devices_a_host
+    plan = batch_plan(config, sharding.num_replicas)
+    layout = grpo.make_layout(config, plan, sharding.num_replicas, hosts)
+    layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
+    longest = config.max_prompt_length + layout.per_row * config.max_new_tokens
+    length = min(b for b in layout.buckets if b >= longest)
+    rows = plan.global_rows // layout.per_row // plan.microbatches
+    batch = _batch(PolicyBatch, (plan.microbatches, rows, length), sharding)
+    batch = batch._replace(ref_logprobs=batch.rollout_logprobs if config.beta else None)
+    if config.num_iterations > 1:
+        batch = batch._replace(old_logprobs=batch.rollout_logprobs)
+    num_tokens = plan.microbatches * rows * length
+    flops = num_tokens * decoder.config.flops_per_token(length)
+    train = step.make_train_step(
+        grpo.make_loss(decoder, config, layout.per_row),
+        optimizer,
+        decoder.dims,
+        sharding,
+        config.num_iterations,
+    )
+    programs = [Program("update", train, (run.state, batch), flops * config.num_iterations)]
+    resident: dict[str, Any] = {}
+    score = grpo.make_score(decoder, config, layout.per_row)
+    plain = batch._replace(ref_logprobs=None, old_logprobs=None)
+    if config.beta:
+        frozen = grpo.reference_decoder(config, decoder)
+        resident["reference"] = step.abstract(frozen.shapes, frozen.placements())
+        programs.append(
+            Program("logprobs", score, (resident["reference"], plain), flops / 3, times=1)
+        )
+    if config.num_iterations > 1:
+        programs.append(Program("old logprobs", score, (run.state.params, plain), flops / 3))
+    if config.rollout.backend == "local":
+        programs += _generation(config, decoder, run.state.params, plan.global_rows, hosts)
+        if student is not None:
+            frozen = setup.make_decoder(
+                config, student, sharding, setup.compute_dtype(config, sharding)
+            )
+            resident["student"] = step.abstract(frozen.shapes, frozen.placements())
+    return run._replace(programs=programs, resident=resident, num_tokens=num_tokens)
+
+
+def _batch(cls: type[Any], shape: tuple[int, ...], sharding: Sharding) -> Any:
+    """Returns the shapes of a batch; fields that may be None are."""
+    place = sharding.rows(None)
+
+    def array(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    kinds = {"loss_mask": bool, "advantages": jnp.float32, "rollout_logprobs": jnp.float32}
+    needed = [name for name in cls._fields if name not in cls._field_defaults]
+    return cls(**{name: array(kinds.get(name, jnp.int32)) for name in needed})
+
+
+def _generation(
+    config: GRPOConfig, decoder: Decoder, params: Any, completions: int, hosts: int
+) -> list[Program]:
+    """Returns the programs that run prompts, and that decode when the longest rows are full."""
+    sharding, samples = decoder.sharding, config.num_generations
+    parts = sharding.num_replicas
+    share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
+    prompts = parts << (share.bit_length() - 1)
+    prompts = min(prompts, parts * -(-completions // samples // parts))
+    length = 1 << (config.max_prompt_length - 1).bit_length()
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
+    static = decoder, (0,), sampling
+    inputs = (
+        _rows((prompts, length), jnp.int32, sharding),
+        _rows((prompts,), jnp.int32, sharding),
+        _rows((prompts, samples), jnp.int32, sharding),
+        _rows((prompts, samples, 2), jnp.uint32, sharding),
+    )
+    grid, _ = jax.eval_shape(functools.partial(local.start, *static), params, *inputs)
+    held = 1 << (config.max_new_tokens - 1).bit_length()
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dim = x.shape.index(prompts) if prompts in x.shape[:2] else None
+        spec = PartitionSpec() if dim is None else PartitionSpec(*(None,) * dim, BATCH_AXES)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, spec))
+
+    def grow(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x.shape[:3], held, *x.shape[4:]), x.dtype)
+
+    own = jax.tree.map(grow, grid.cache.own)
+    grid = jax.tree.map(place, grid._replace(cache=grid.cache._replace(own=own)))
+    forward = decoder.config.flops_per_token(length) / 3
+    rounds = -(-completions // (samples * prompts))
+    return [
+        Program(
+            "prefill",
+            jax.jit(functools.partial(local.start, *static)),
+            (params, *inputs),
+            prompts * length * forward,
+            rounds,
+        ),
+        Program(
+            "decode one token",
+            jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
+            (params, grid),
+            prompts * samples * decoder.config.flops_per_token(2 * (length + held)) / 3,
+            rounds * config.max_new_tokens,
+        ),
+    ]
+
+
+def _rows(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows())

@@ -1,0 +1,186 @@
+"""The plan as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from atlas_jax.config import GRPOConfig, TrainConfig
+from atlas_jax.models.config import ModelConfig
+from atlas_jax.plan.estimate import Measured, OutOfMemory, device_bytes
+from atlas_jax.plan.programs import Run
+from atlas_jax.plan.targets import Target
+
+_GIB = 2**30
+ASSUMPTIONS = (
+    "Times are lower bounds: the longest of arithmetic, memory traffic and communication at the "
+    "data sheet's speeds, each hidden behind the others. Runtime, host and (GPU) workspaces that "
+    "libraries take by themselves are not counted; a GPU program's memory is arguments plus "
+    "temporaries, a TPU's the compiler's peak."
+)
+
+
+class Plan(NamedTuple):
+    """What is known of one run on one target."""
+
+    target: Target
+    run: Run
+    programs: list[Measured | OutOfMemory]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program fits."""
+        limit = self.target.device.memory_bytes
+        return all(isinstance(p, Measured) and p.memory.total <= limit for p in self.programs)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the program that needs most; infinite where the compiler refuses one."""
+        totals = [p.memory.total if isinstance(p, Measured) else math.inf for p in self.programs]
+        return max(totals)
+
+    @property
+    def step_secs(self) -> float:
+        """All programs of a step, one behind the other."""
+        return sum(p.cost.secs * p.times for p in self.programs if isinstance(p, Measured))
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that the model's own operations take, at most."""
+        known = [p for p in self.programs if isinstance(p, Measured)]
+        secs = self.step_secs
+        peak = self.target.device.peak_flops * self.target.num_devices
+        return sum(p.model_flops * p.times for p in known) / (secs * peak) if secs else 0.0
+
+
+def as_json(plan: Plan, config: TrainConfig) -> dict[str, Any]:
+    """Returns everything that the table shows, in bytes, seconds and operations."""
+    programs = []
+    for program in plan.programs:
+        if isinstance(program, OutOfMemory):
+            programs.append(program._asdict())
+            continue
+        cost = program.cost._asdict() | {"secs": program.cost.secs}
+        memory = program.memory._asdict() | {"total": program.memory.total}
+        programs.append(program._asdict() | {"cost": cost, "memory": memory})
+    return {
+        "target": plan.target.name,
+        "mesh": dict(plan.run.mesh.shape),
+        "memory_bytes": plan.target.device.memory_bytes,
+        "fits": plan.fits,
+        "programs": programs,
+        "step_secs": plan.step_secs,
+        "mfu": plan.mfu,
+        "tokens": plan.run.num_tokens,
+        "checkpoint_bytes": checkpoint_bytes(plan.run),
+        "export_bytes": num_params(plan.run) * 2,
+        "vllm": vllm(plan.run.decoder.config, config) if isinstance(config, GRPOConfig) else None,
+    }
+
+
+def num_params(run: Run) -> int:
+    """Returns the parameters of the model."""
+    import jax
+
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(run.decoder.shapes))
+
+
+def checkpoint_bytes(run: Run) -> float:
+    """Returns the bytes of one training checkpoint, uncompressed."""
+    import jax
+
+    return float(sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(run.state)))
+
+
+def vllm(architecture: ModelConfig, config: GRPOConfig) -> dict[str, float]:
+    """Returns the memory of a vLLM server of this model in bfloat16, over all of its GPUs."""
+    c = architecture
+    per_token = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
+    layer = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
+    layer += 3 * c.hidden_size * c.intermediate_size
+    tables = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
+    length = config.max_prompt_length + config.max_new_tokens
+    return {
+        "weight_bytes": 2.0 * (c.num_layers * layer + tables),
+        "kv_bytes_per_token": float(per_token),
+        "kv_bytes_per_sequence": float(per_token * length),
+    }
+
+
+def table(plan: Plan, config: TrainConfig) -> str:
+    """Returns the plan for a person."""
+    device, run = plan.target.device, plan.run
+    mesh = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items() if v > 1) or "one device"
+    lines = [
+        f"{config.model_name_or_path} ({num_params(run) / 1e9:.2f}B) on {plan.target.name}: {mesh}",
+        "",
+        f"{'GiB a device':<18}{'params':>8}{'optim':>8}{'grads':>8}{'other':>8}{'temp':>8}"
+        f"{'total':>8}{'free':>8}{'host':>8}",
+    ]
+    for program in plan.programs:
+        if isinstance(program, OutOfMemory):
+            lines.append(f"{program.name:<18}does not fit: {program.message}")
+            continue
+        m = program.memory
+        values = (m.params, m.optimizer, m.gradients, m.resident, m.temporaries, m.total)
+        free = device.memory_bytes - m.total
+        cells = "".join(f"{v / _GIB:>8.2f}" for v in (*values, free, m.host))
+        lines.append(f"{program.name:<18}{cells}")
+    lines += ["", f"{'a run, a device':<18}{'TFLOP':>9}{'mem GB':>9}{'sent GB by axis':>26}"
+              f"{'arith s':>9}{'mem s':>9}{'comm s':>9}{'runs':>6}"]  # fmt: skip
+    for program in plan.programs:
+        if isinstance(program, Measured):
+            lines.append(_cost_line(program))
+    lines += ["", *_summary(plan, config)]
+    return "\n".join(lines)
+
+
+def _cost_line(program: Measured) -> str:
+    c = program.cost
+    sent = " ".join(f"{k} {v / 1e9:.3g}" for k, v in c.wire_bytes.items()) or "0"
+    return (
+        f"{program.name:<18}{c.flops / 1e12:>9.3g}{c.traffic_bytes / 1e9:>9.3g}{sent:>26}"
+        f"{c.compute_secs:>9.3g}{c.memory_secs:>9.3g}{c.network_secs:>9.3g}{program.times:>6}"
+    )
+
+
+def _summary(plan: Plan, config: TrainConfig) -> list[str]:
+    run = plan.run
+    lines = [
+        f"step {plan.step_secs:.3g} s at least, {run.num_tokens} positions, MFU {plan.mfu:.0%} at "
+        "most",
+        f"disk: {checkpoint_bytes(run) / _GIB:.1f} GiB a checkpoint, "
+        f"{num_params(run) * 2 / _GIB:.1f} GiB final/ in bfloat16",
+    ]
+    if isinstance(config, GRPOConfig):
+        v = vllm(run.decoder.config, config)
+        room = 0.9 * plan.target.device.memory_bytes - v["weight_bytes"]
+        lines.append(
+            f"vLLM on one such device: {v['weight_bytes'] / _GIB:.1f} GiB weights, "
+            f"{v['kv_bytes_per_sequence'] / _GIB:.2f} GiB a full sequence, so "
+            f"{max(int(room // v['kv_bytes_per_sequence']), 0)} of them at 90 % of its memory"
+        )
+    lines.append(ASSUMPTIONS)
+    lines.append("VERDICT: fits" if plan.fits else "VERDICT: does not fit")
+    return lines
+
+
+def row(plan: Plan) -> str:
+    """Returns one line of a comparison of targets."""
+    known = [p for p in plan.programs if isinstance(p, Measured)]
+    total = sum(p.cost.flops * p.times for p in known) / 1e12
+    traffic = sum(p.cost.traffic_bytes * p.times for p in known) / 1e9
+    sent = sum(sum(p.cost.wire_bytes.values()) * p.times for p in known) / 1e9
+    times = [sum(getattr(p.cost, k) * p.times for p in known)
+             for k in ("compute_secs", "memory_secs", "network_secs")]  # fmt: skip
+    peak = f"{plan.peak_bytes / _GIB:.1f}" if math.isfinite(plan.peak_bytes) else "refused"
+    cells = (f"{total:.4g}", f"{traffic:.4g}", f"{sent:.4g}", *(f"{t:.3g}" for t in times))
+    verdict = "fits" if plan.fits else "does not fit"
+    end = f"{plan.step_secs:.3g} | {plan.mfu:.0%} | {verdict}"
+    return f"| {plan.target.name} | {peak} | {' | '.join(cells)} | {end} |"
+
+
+HEADER = """\
+| target | GiB | TFLOP | memory GB | sent GB | arithmetic s | memory s | comm. s | step s | MFU | |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+__all__ = ["ASSUMPTIONS", "HEADER", "Plan", "as_json", "device_bytes", "row", "table", "vllm"]

@@ -1,0 +1,60 @@
+"""Changes of a config that make it fit, the cheapest first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan
+from atlas_jax.plan.report import Plan
+
+
+class Found(NamedTuple):
+    """A config that was tried."""
+
+    changes: str
+    plan: Plan
+
+
+def nearest(
+    config: TrainConfig, num_replicas: int, attempt: Callable[[TrainConfig], Plan]
+) -> Iterator[Found]:
+    """Yields what was tried, each change on top of those before, until one fits.
+
+    Args:
+        config: that does not fit.
+        num_replicas: parts that its rows are split in.
+        attempt: makes the plan of a config.
+    """
+    said: list[str] = []
+    for text, changed in _changes(config, num_replicas):
+        said.append(text)
+        config = dataclasses.replace(config, **changed)
+        plan = attempt(config)
+        yield Found(" ".join(said), plan)
+        if plan.fits:
+            return
+
+
+def _changes(config: TrainConfig, num_replicas: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = batch_plan(config, num_replicas).global_rows
+    if config.gradient_checkpointing != "full":
+        yield "gradient_checkpointing=full", {"gradient_checkpointing": "full"}
+    if config.per_device_train_batch_size > 1:
+        steps = rows // num_replicas
+        yield (
+            f"per_device_train_batch_size=1 gradient_accumulation_steps={steps}",
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
+        )
+    offloads = [] if config.offload == "none" else config.offload.split(",")
+    possible = ["optimizer", "activations", "params"]
+    if isinstance(config, GRPOConfig) and config.beta:
+        possible.insert(1, "reference")
+    for part in possible:
+        if part not in offloads:
+            offloads.append(part)
+            value = ",".join(offloads)
+            yield f"offload={value}", {"offload": value}
+    if config.loss_chunk_size > 64:
+        yield "loss_chunk_size=64", {"loss_chunk_size": 64}

@@ -1,0 +1,160 @@
+"""Devices that programs are compiled for without being present: `h100:8`, `v5e:4x4`.
+
+Sizes and speeds are those of the makers' data sheets (NVIDIA H100, H200 and A100; Google Cloud TPU
+v5e, v5p, v6e), matrix products in bfloat16 without sparsity. Links count one direction: of NVLink
+and of a network card a GPU; of a TPU both neighbours of one dim of its torus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from atlas_jax.sharding import Sharding
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One kind of device."""
+
+    platform: str
+    memory_bytes: float
+    """What programs may use."""
+    peak_flops: float
+    """A second, bfloat16."""
+    memory_bandwidth: float
+    """Bytes a second."""
+    link_bandwidth: float
+    """Bytes a second to devices of the same host, of a TPU to those of the slice."""
+    network_bandwidth: float
+    """Bytes a second to devices of other hosts."""
+    compiled_as: str
+    """TPU: the name that its compiler knows; GPU: what differs between GPUs for the compiler."""
+
+
+_HOPPER = (
+    "core_count: 132 fpus_per_core: 128 l2_cache_size: 52428800 clock_rate_ghz: 1.98 "
+    "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 "
+    "cuda_compute_capability { major: 9 }"
+)
+_AMPERE = (
+    "core_count: 108 fpus_per_core: 64 l2_cache_size: 41943040 clock_rate_ghz: 1.41 "
+    "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 "
+    "cuda_compute_capability { major: 8 }"
+)
+
+DEVICES = {
+    "h100": Device("gpu", 79.1 * _GIB, 989e12, 3.35e12, 450e9, 50e9, _HOPPER),
+    "h200": Device("gpu", 139.8 * _GIB, 989e12, 4.8e12, 450e9, 50e9, _HOPPER),
+    "a100-80g": Device("gpu", 79.1 * _GIB, 312e12, 2.04e12, 300e9, 25e9, _AMPERE),
+    "a100-40g": Device("gpu", 39.4 * _GIB, 312e12, 1.56e12, 300e9, 25e9, _AMPERE),
+    "v5e": Device("tpu", 15.75 * _GIB, 197e12, 0.82e12, 90e9, 90e9, "v5e"),
+    "v5p": Device("tpu", 95.0 * _GIB, 459e12, 2.77e12, 180e9, 180e9, "v5p"),
+    "v6e": Device("tpu", 31.25 * _GIB, 918e12, 1.64e12, 180e9, 180e9, "v6e"),
+}
+
+GPUS_A_HOST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Some devices of one kind: `name` is as the user wrote it."""
+
+    name: str
+    device: Device
+    shape: tuple[int, ...]
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        return math.prod(self.shape)
+
+    @property
+    def devices_a_host(self) -> int:
+        """Devices that reach each other at `link_bandwidth`; all of a TPU slice."""
+        gpu = self.device.platform == "gpu"
+        return min(GPUS_A_HOST, self.num_devices) if gpu else self.num_devices
+
+
+def parse(name: str) -> Target:
+    """Returns the target that `KIND:COUNT` (GPU) or `KIND:AxB[xC]` (TPU) names.
+
+    Raises:
+        ValueError: for an unknown kind or a size that does not exist.
+    """
+    kind, _, size = name.partition(":")
+    if kind not in DEVICES:
+        raise ValueError(
+            f"target {name!r} is none of {', '.join(DEVICES)}; write h100:8 or v5e:4x4"
+        )
+    device = DEVICES[kind]
+    pattern = (
+        r"\d+" if device.platform == "gpu" else r"\d+x\d+x\d+" if kind == "v5p" else r"\d+x\d+"
+    )
+    if not re.fullmatch(pattern, size):
+        example = {"gpu": f"{kind}:8", "tpu": f"{kind}:4x4" + "x4" * (kind == "v5p")}
+        raise ValueError(f"target {name!r} has size {size!r}; write {example[device.platform]}")
+    target = Target(name, device, tuple(int(n) for n in size.split("x")))
+    count = target.num_devices
+    if not count or (device.platform == "gpu" and count > GPUS_A_HOST and count % GPUS_A_HOST):
+        raise ValueError(f"target {name!r}: use 1 to {GPUS_A_HOST} GPUs, or whole hosts of them")
+    return target
+
+
+def devices(target: Target) -> list[jax.Device]:
+    """Returns devices to compile for.
+
+    Raises:
+        ValueError: if the compiler is not installed or has no such topology.
+    """
+    try:
+        if target.device.platform == "gpu":
+            return _gpus(target)
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        name = target.device.compiled_as + ":" + "x".join(map(str, target.shape))
+        return topologies.get_topology_desc(name, "tpu").devices
+    except (RuntimeError, FileNotFoundError, NotImplementedError, ModuleNotFoundError) as error:
+        raise ValueError(
+            f"cannot compile for {target.name}: {str(error).splitlines()[0]}; install the "
+            'compilers with pip install "atlas_jax[plan]", and give a topology that exists'
+        ) from None
+
+
+def _gpus(target: Target) -> list[jax.Device]:
+    device, hosts = target.device, target.num_devices // target.devices_a_host
+    description = f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+          threads_per_core_limit: 2048 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+          block_dim_limit_z: 65535 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          memory_bandwidth: {int(device.memory_bandwidth)}
+          device_memory_size: {int(device.memory_bytes)}
+          {device.compiled_as}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 8 }}
+        runtime_version {{ major: 13 }}
+        device_description_str: "{target.name.partition(":")[0]}" """
+    shape = f"1x{hosts}x{target.devices_a_host}"
+    return topologies.get_topology_desc(
+        platform="cuda", topology=shape, target_config=description
+    ).devices
+
+
+class CompiledSharding(Sharding):
+    """A sharding over devices that are only compiled for: these do not know their memories."""
+
+    def in_host(self, sharding: NamedSharding) -> NamedSharding:
+        """Returns `sharding` in host memory, on the mesh as a shape, of which nothing is asked."""
+        assert isinstance(self.mesh, jax.sharding.Mesh)
+        shape: Any = self.mesh.abstract_mesh
+        return NamedSharding(shape, sharding.spec, memory_kind="pinned_host")
