@@ -2,8 +2,12 @@
 
 import functools
 import json
+import os
+import pathlib
+import shutil
 import signal
 import socket
+import subprocess
 import time
 
 import jax
@@ -13,8 +17,10 @@ import safetensors.numpy
 
 from tests import processes
 from tests.e2e import test_grpo, test_sft
+from tests.rollout import served
 
 STEPS = 4
+ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LIMIT = 12  # hosts.heartbeat_timeout_secs
 SFT = {"max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": 1,
        "hosts.heartbeat_timeout_secs": LIMIT}  # fmt: skip
@@ -125,6 +131,69 @@ def test_sigterm_of_one_process_stops_all_and_one_host_continues(sft, whole, tmp
     assert_same_run(output, whole(2))
 
 
+@pytest.fixture
+def network(tmp_path):
+    """Two network namespaces with a cable between them: host-0 and host-1, each with an address."""
+    names = [f"atlas{os.getpid()}-{i}" for i in range(2)]
+    files = [pathlib.Path("/etc/netns", name, "hosts") for name in names]
+
+    def ip(*words, check=True):
+        subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
+
+    try:
+        for i, (name, file) in enumerate(zip(names, files, strict=True)):
+            ip("netns", "add", name)
+            file.parent.mkdir(parents=True)
+            file.write_text(f"127.0.0.1 localhost\n{ADDRESSES[i]} host-{i}\n")
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "cable",
+            "netns",
+            names[1],
+        )
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name, file in zip(names, files, strict=True):
+            ip("netns", "delete", name, check=False)
+            file.unlink(missing_ok=True)
+            file.parent.rmdir()
+
+
+def on_hosts(network, asked):
+    """Returns the commands as two hosts run them, each with its own name and address."""
+    inside = 'hostname "$0" && exec "$@"'
+    for i, (name, command) in enumerate(zip(network, asked, strict=True)):
+        flags = [f.replace("127.0.0.1:", f"{ADDRESSES[0]}:") for f in command["args"]]
+        enter = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", inside, f"host-{i}"]
+        command["args"] = [*enter, *flags]
+    return asked
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs network namespaces")
+def test_a_host_that_is_cut_off_ends_both_by_name_and_both_continue(sft, whole, network, tmp_path):
+    output = tmp_path / "run"
+    with processes.started(on_hosts(network, sft(output, save_steps=1)), tmp_path / "logs") as run:
+        run.wait_until(saved(output, 1))
+        subprocess.run(["ip", "-n", network[1], "link", "set", "cable", "down"], check=True)
+        assert all(run.wait(120))
+    assert "process 1 on host-1 has given no sign of life" in run.text(0)
+    assert "process 0 on host-0, which holds the coordination service" in run.text(1)
+    subprocess.run(["ip", "-n", network[1], "link", "set", "cable", "up"], check=True)
+    processes.finish(on_hosts(network, sft(output)), tmp_path / "again")
+    assert_bitwise(output, whole(2))
+
+
 def test_processes_with_other_options_or_another_directory_are_refused(sft, tmp_path):
     for change in ("--config.seed=7", f"--config.output_dir={tmp_path / 'other'}"):
         asked = sft(tmp_path / "run")
@@ -143,7 +212,7 @@ def rollouts(output, step):
     keep = ("question_id", "member", "reward", "advantage", "trains", "teaching")
     return [
         {k: line[k] for k in keep}
-        | {k: line[k]["token_ids"] for k in ("policy", "probe", "baseline", "guided")}
+        | {k: v["token_ids"] for k, v in line.items() if isinstance(v, dict) and "token_ids" in v}
         for line in lines
     ]
 
@@ -163,6 +232,28 @@ def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
         assert one == two
     state = json.loads((outputs[1] / "final" / "trainer_state.json").read_text())
     assert "eval/student_accuracy" in state["metrics"]
+
+
+def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server, tmp_path):
+    options = GRPO | {
+        "model_name_or_path": vllm_server.root, "rollout.backend": "vllm",
+        "rollout.teacher_servers": vllm_server.url, "rollout.sync_dtype": "float32",
+        "rollout.probe_tolerance": 1e-3, "num_iterations": 2,
+    }  # fmt: skip
+    outputs = []
+    for number in (1, 2):
+        outputs.append(tmp_path / str(number))
+        base = test_grpo.command(grpo_inputs, outputs[-1], "direct")
+        asked = commands(base, tmp_path / "xla", number, 8 // number, **options)
+        processes.finish(asked, tmp_path / f"logs{number}")
+    assert_same_run(*outputs)
+    for step in (1, 2):
+        one, two = (rollouts(output, step) for output in outputs)
+        assert len(one) == 32
+        assert one == two
+    first = served.trainer(vllm_server.root)
+    with served.connected(first, [vllm_server.url], tmp_path / "back") as link:
+        link.sync.push(first.params, 0)
 
 
 def test_a_checkpoint_is_restored_bitwise_on_other_meshes(whole):
