@@ -60,7 +60,7 @@ from atlas_jax.options import HostsConfig
 logging.set_verbosity(logging.INFO)
 actor, act, *address = sys.argv[1:]
 host, number, index = (flag.partition("=")[2] for flag in address)
-hosts = HostsConfig(start_timeout_secs=90, heartbeat_timeout_secs=12, stall_timeout_secs=9)
+hosts = HostsConfig(start_timeout_secs=300, heartbeat_timeout_secs=12, stall_timeout_secs=9)
 with distributed.joined(hosts, distributed.Address(host, int(number), int(index))):
     distributed.barrier("the first place")
     if index == actor:
@@ -73,7 +73,7 @@ def run(tmp_path, actor, act, last):
     flags = processes.address_flags(2)
     worker = [sys.executable, "-c", WORKER, str(actor), act]
     with processes.started([{"args": [*worker, *f]} for f in flags], tmp_path) as started:
-        assert started.processes[last].wait(90) == 1
+        assert started.processes[last].wait(300) == 1
     return started.text(last)
 
 
@@ -89,8 +89,8 @@ def test_a_process_that_lives_but_does_not_come_is_named(tmp_path):
 
 
 def test_a_process_that_the_others_never_join_gives_up(tmp_path):
-    text = WORKER.replace("start_timeout_secs=90", "start_timeout_secs=3")
+    text = WORKER.replace("start_timeout_secs=300", "start_timeout_secs=3")
     args = [sys.executable, "-c", text, "0", "pass", *processes.address_flags(2)[0]]
     with processes.started([{"args": args}], tmp_path) as started:
-        assert started.wait(60) == [1]
+        assert started.wait(120) == [1]
     assert "process 0 of 2 waited 3 s (hosts.start_timeout_secs) for the others" in started.text(0)
