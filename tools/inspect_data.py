@@ -106,6 +106,7 @@ def print_questions(config: GRPOConfig, rows: Rows) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, "")  # where configs/ is found
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv[1] = f"--config={sys.argv[1]}"
     app.run(cli.guarded(main), flags_parser=cli.parse)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import psycopg
@@ -55,11 +57,19 @@ class Database(NamedTuple):
     access: Access
 
 
-class _Children(NamedTuple):
-    """What belongs to the sessions of a page, by session id."""
+class _Fetched(NamedTuple):
+    """Sessions of a page, and by session id what belongs to them."""
 
-    steps: Mapping[int, list[dict[str, Any]]]
-    events: Mapping[int, list[dict[str, Any]]]
+    rows: Sequence[dict[str, Any]]
+    steps: Mapping[int, Sequence[dict[str, Any]]]
+    events: Mapping[int, dict[str, Any]]
+    is_last: bool
+
+    def behind(self, page: Page, count: int) -> Page:
+        """Returns the page that begins behind the first `count` of these sessions."""
+        last = self.rows[count - 1]
+        left = None if page.limit is None else page.limit - count
+        return page._replace(limit=left, offset=0, after=(last["created_at"], last["id"]))
 
 
 def open_database(url: str, query: Query, access: Access | None = None) -> Database:
@@ -112,6 +122,9 @@ def read(
         TimeoutError: if a statement takes too long even for a single session.
         ValueError: for what else the server refuses.
     """
+    for name, value in (("limit", limit), ("offset", offset)):
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{name}={value!r} must be 0 or more")
     page, give_up = Page(limit, offset, last_id=database.last_id), None
     while page.limit != 0:
         try:
@@ -119,7 +132,9 @@ def read(
                 yield record
                 page, give_up = behind, None
             return
-        except psycopg.errors.QueryCanceled:
+        except psycopg.errors.QueryCanceled as error:
+            if database.access.page_size == 1:
+                raise explained(error, database.url) from None
             database = database._replace(access=_smaller(database.access))
         except psycopg.Error as error:
             give_up = give_up or time.monotonic() + database.access.retry_secs
@@ -135,8 +150,6 @@ def count(database: Database, query: Query) -> int:
         with _snapshot(database.url, database.access) as connection:
             found = connection.execute(*postgres_sql.count(query, database.schema))
             return next(iter(found))["count"]
-    except psycopg.errors.QueryCanceled:
-        raise _too_slow(database.access) from None
     except psycopg.Error as error:
         raise explained(error, database.url) from None
 
@@ -181,6 +194,11 @@ def explained(error: psycopg.Error, url: str) -> Exception:
             f"the role of {where} may not read it ({text.splitlines()[0]}); let its owner run "
             "GRANT SELECT ON ALL TABLES IN SCHEMA public TO …"
         )
+    if state == "57014":
+        return TimeoutError(
+            f"{where} takes too long ({text}); raise data.statement_timeout_secs, or have an index "
+            "made on trajectory_events (session_id)"
+        )
     if _is_lost(error):
         return ConnectionError(
             f"{where} cannot be read: {text}; check that the server runs, and the host, user and "
@@ -196,18 +214,9 @@ def _is_lost(error: psycopg.Error) -> bool:
 
 
 def _smaller(access: Access) -> Access:
-    if access.page_size == 1:
-        raise _too_slow(access)
     smaller = dataclasses.replace(access, page_size=max(access.page_size // 8, 1))
     logging.warning("a statement took too long; trying pages of %d sessions", smaller.page_size)
     return smaller
-
-
-def _too_slow(access: Access) -> TimeoutError:
-    return TimeoutError(
-        f"a statement took longer than {access.statement_timeout_secs:g} s; raise "
-        "data.statement_timeout_secs, or have an index made on trajectory_events (session_id)"
-    )
 
 
 @contextlib.contextmanager
@@ -227,26 +236,43 @@ def _snapshot(url: str, access: Access) -> Iterator[psycopg.Connection[dict[str,
 
 
 def _pages(database: Database, query: Query, page: Page) -> Iterator[tuple[dict[str, Any], Page]]:
-    """Yields each record, and the page that comes behind it."""
-    size = database.access.page_size
-    with _snapshot(database.url, database.access) as connection:
+    """Yields each record, and the page that comes behind it; one page is fetched ahead."""
+    with (
+        _snapshot(database.url, database.access) as connection,
+        futures.ThreadPoolExecutor(1) as background,
+    ):
         ranges = _event_ranges(connection, database, query, page)
-        for number in itertools.count():
-            wanted = size if page.limit is None else min(size, page.limit)
-            statement = postgres_sql.sessions(query, database.schema, page._replace(limit=wanted))
-            rows = connection.execute(*statement).fetchall()
-            ids = [row["id"] for row in rows]
-            children = _Children(
-                _steps(connection, ids),
-                _events(connection, ids, ranges.get(number), database.access),
-            )
-            for row in rows:
-                left = None if page.limit is None else page.limit - 1
-                page = page._replace(limit=left, offset=0, after=(row["created_at"], row["id"]))
-                steps, events = (by_id.get(row["id"], []) for by_id in children)
-                yield session_record(row, steps, events), page
-            if len(rows) < wanted or page.limit == 0:
+        fetch = functools.partial(_fetch, connection, database, query, ranges)
+        ahead = background.submit(fetch, page, 0)
+        for number in itertools.count(1):
+            fetched = ahead.result()
+            if not fetched.is_last:
+                ahead = background.submit(fetch, fetched.behind(page, len(fetched.rows)), number)
+            for i, row in enumerate(fetched.rows, start=1):
+                steps, events = fetched.steps.get(row["id"], ()), fetched.events.get(row["id"])
+                yield session_record(row, steps, events), fetched.behind(page, i)
+            if fetched.is_last:
                 return
+            page = fetched.behind(page, len(fetched.rows))
+
+
+def _fetch(
+    connection: psycopg.Connection[dict[str, Any]],
+    database: Database,
+    query: Query,
+    ranges: Mapping[int, tuple[int, int]],
+    page: Page,
+    number: int,
+) -> _Fetched:
+    """Returns the sessions of a page, and what belongs to them."""
+    size = database.access.page_size
+    wanted = size if page.limit is None else min(size, page.limit)
+    statement = postgres_sql.sessions(query, database.schema, page._replace(limit=wanted))
+    rows = connection.execute(*statement).fetchall()
+    ids = [row["id"] for row in rows]
+    events = _events(connection, ids, ranges.get(number), database.access)
+    is_last = len(rows) < wanted or wanted == page.limit
+    return _Fetched(rows, _steps(connection, ids), events, is_last)
 
 
 def _event_ranges(
@@ -283,13 +309,10 @@ def _events(
     ids: Sequence[int],
     span: tuple[int, int] | None,
     access: Access,
-) -> dict[int, list[dict[str, Any]]]:
-    events: dict[int, list[dict[str, Any]]] = defaultdict(list)
+) -> dict[int, dict[str, Any]]:
     if span is None:
-        return events
+        return {}
     values = {
         "ids": ids, "first": span[0], "last": span[1], "limit": access.events_per_session,
     }  # fmt: skip
-    for row in connection.execute(postgres_sql.EVENTS, values):
-        events[row["session_id"]].append(row)
-    return events
+    return {row["session_id"]: row for row in connection.execute(postgres_sql.EVENTS, values)}

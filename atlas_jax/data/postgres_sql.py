@@ -29,12 +29,14 @@ FROM guidance_notes WHERE session_id = ANY(%(ids)s) ORDER BY session_id, step_id
 # The newest of each session. The runtime's schema has no index by session, but ids of events lie
 # close together for sessions of one time, so that a range of ids spares reading the whole table.
 EVENTS = """
-SELECT session_id, id, event::text, created_at FROM (
+SELECT session_id, array_agg(id ORDER BY id) AS ids, array_agg(created_at ORDER BY id) AS times,
+  '[' || string_agg(event::text, ',' ORDER BY id) || ']' AS events
+FROM (
   SELECT session_id, id, event, created_at,
     row_number() OVER (PARTITION BY session_id ORDER BY id DESC) AS newest
   FROM trajectory_events
   WHERE id BETWEEN %(first)s AND %(last)s AND session_id = ANY(%(ids)s)
-) AS e WHERE newest <= %(limit)s ORDER BY session_id, id"""
+) AS e WHERE newest <= %(limit)s GROUP BY session_id"""
 
 
 class Schema(NamedTuple):

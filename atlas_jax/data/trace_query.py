@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atlas_jax.config import DataConfig
@@ -27,9 +27,9 @@ class Query:
     created_before: datetime.datetime | None = None
     """Exclusive; without a zone it is UTC."""
     learning_key: str | None = None
-    status_filters: tuple[str, ...] = ()
+    status_filters: Sequence[str] = ()
     """Such as `succeeded`; empty takes all."""
-    review_status_filters: tuple[str, ...] = ()
+    review_status_filters: Sequence[str] = ()
     """Such as `approved`; empty takes all."""
     session_id: int | None = None
     include_trajectory_events: bool = True
@@ -53,7 +53,7 @@ class Query:
             given = getattr(self, name)
             if isinstance(given, str):
                 raise ValueError(f"{name}={given!r} must be a list of texts, such as [{given!r}]")
-            object.__setattr__(self, name, tuple(_text(name, item) for item in given or ()))
+            object.__setattr__(self, name, tuple(_text(name, item) for item in given))
 
     def matches(self, session: AtlasSessionTrace) -> bool:
         """Whether the session passes the filters; `postgres_sql.where` says the same in SQL."""

@@ -16,14 +16,14 @@ _LIFTED = ("triage_dossier", "learning_key", "learning_history", "teacher_notes"
            "drift", "drift_alert", "adaptive_summary")  # fmt: skip
 
 
-def session_record(session: Row, steps: Sequence[Row], events: Sequence[Row]) -> dict[str, Any]:
+def session_record(session: Row, steps: Sequence[Row], events: Row | None) -> dict[str, Any]:
     """Returns a session as one line of an export holds it.
 
     Args:
         session: a row of `sessions`, with its `plan`.
         steps: rows of `step_results` by `step_id`, each with `attempt_details` and
             `guidance_notes`.
-        events: rows of `trajectory_events`, oldest first.
+        events: the columns `ids`, `times` and `events` of its trajectory, oldest first.
     """
     metadata = as_object(session["metadata"])
     plan = decoded(session["plan"])
@@ -49,7 +49,11 @@ def session_record(session: Row, steps: Sequence[Row], events: Sequence[Row]) ->
             record[name] = metadata[name] = value
     record |= _optional(session, metadata)
     if events:
-        record["trajectory_events"] = [_event(event) for event in events]
+        columns = zip(events["ids"], decoded(events["events"]), events["times"], strict=True)
+        record["trajectory_events"] = [
+            {"id": number, "event": event, "created_at": _iso(when)}
+            for number, event, when in columns
+        ]
     return record
 
 
@@ -135,10 +139,6 @@ def _result(step: Row) -> dict[str, Any]:
     shown = {name: metadata[name] for name in ("artifacts", "status") if metadata.get(name)}
     notes = {"notes": metadata["notes"]} if metadata.get("notes") else {}
     return {"output_text": step["output"], **shown, **notes}
-
-
-def _event(row: Row) -> dict[str, Any]:
-    return {"id": row["id"], "event": decoded(row["event"]), "created_at": _iso(row["created_at"])}
 
 
 def _iso(when: datetime.datetime | None) -> str | None:

@@ -13,14 +13,13 @@ T = TypeVar("T", int, float)
 
 def decoded(value: Any) -> Any:
     """Returns the JSON that a text holds, also where it was encoded twice; all else as it is."""
-    for _ in range(2):
-        if not isinstance(value, str):
-            return value
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
-    return value
+    if not isinstance(value, str):
+        return value
+    try:
+        value = json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def as_object(value: Any) -> dict[str, Any]:
