@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
@@ -131,7 +131,7 @@ def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
 
 def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cost:
     device = target.device
-    sent: Counter[str] = Counter()
+    sent: dict[str, float] = defaultdict(float)
     network = 0.0
     for collective in hlo.collectives(module):
         sent[axes_of(collective.group, tuple(run.mesh.devices.shape))] += collective.wire_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class Collective(NamedTuple):
     """Places in the mesh of the devices that talk to each other; the first such group."""
     wire_bytes: float
     """A device."""
-    count: float
+    runs: float
 
 
 def parse(text: str) -> Module:
@@ -110,12 +110,18 @@ def _closing(text: str, start: int) -> int:
 
 
 def num_bytes(shape: str) -> float:
-    """Returns the bytes of a shape in device memory; what is in host memory counts nothing."""
+    """Returns the bytes of a shape, wherever it is."""
     total = 0.0
-    for kind, dims, layout in _ARRAY.findall(shape):
-        if kind in _BYTES and "S(5)" not in layout:
+    for kind, dims, _ in _ARRAY.findall(shape):
+        if kind in _BYTES:
             total += _BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
     return total
+
+
+def _in_memory(shape: str) -> float:
+    """Returns the bytes of a shape in device memory: not in a host's, or on a TPU's core."""
+    arrays = [m for m in _ARRAY.finditer(shape) if not re.search(r"S\([15]\)", m[3] or "")]
+    return sum(num_bytes(m[0]) for m in arrays)
 
 
 def executed(module: Module) -> Iterator[tuple[str, float, bool]]:
@@ -153,8 +159,8 @@ def _trips(module: Module, loop: Instruction) -> int:
 
 def collectives(module: Module) -> list[Collective]:
     """Returns what a device sends, by kind and group."""
-    sent: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    sent: dict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
+    runs: dict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
     seen: set[tuple[str, str, float]] = set()
     for name, times, fused in executed(module):
         body = module.computations[name]
@@ -173,8 +179,8 @@ def collectives(module: Module) -> list[Collective]:
                 continue
             size = sum(num_bytes(body[o].shape) for o in one.operands if o in body)
             sent[opcode, group] += times * WIRE[opcode](size, len(group))
-            counts[opcode, group] += times
-    return [Collective(*key, sent[key], counts[key]) for key in sent]
+            runs[opcode, group] += times
+    return [Collective(*key, sent[key], runs[key]) for key in sent]
 
 
 def first_group(attributes: str) -> tuple[int, ...]:
@@ -224,30 +230,36 @@ def memory_traffic(module: Module) -> float:
 def _traffic(module: Module, body: dict[str, Instruction], one: Instruction) -> float:
     shapes = [body[o].shape if o in body else "" for o in one.operands]
     if one.opcode == "dynamic-slice":
-        return 2 * num_bytes(one.shape)
+        return 2 * _in_memory(one.shape)
     if one.opcode == "dynamic-update-slice":
-        return 2 * num_bytes(shapes[1])
+        return 2 * _in_memory(shapes[1])
     called = _CALLED.search(one.rest)
     if one.opcode != "fusion" or not called:
-        return num_bytes(one.shape) + sum(map(num_bytes, shapes))
+        return _in_memory(one.shape) + sum(map(_in_memory, shapes))
     inner = module.computations[called[1]]
     total = 0.0
     for parameter in (i for i in inner.values() if i.opcode == "parameter"):
-        users = [i for i in inner.values() if parameter.name in i.operands]
-        sliced = [_sliced(inner, i, parameter.name) for i in users]
-        whole = num_bytes(parameter.shape)
-        total += whole if None in sliced or not users else min(whole, sum(filter(None, sliced)))
+        whole = _in_memory(parameter.shape)
+        total += min(whole, _touched(inner, parameter.name, whole))
     updates = [i for i in inner.values() if i.opcode == "dynamic-update-slice"]
-    written = num_bytes(one.shape)
+    written = _in_memory(one.shape)
     for update in updates:
-        written -= num_bytes(update.shape) - num_bytes(inner[update.operands[1]].shape)
+        written -= _in_memory(update.shape) - _in_memory(inner[update.operands[1]].shape)
     return total + max(written, 0.0)
 
 
-def _sliced(inner: dict[str, Instruction], user: Instruction, name: str) -> float | None:
-    """Returns the bytes that `user` touches of `name`; None where it takes all of it."""
-    if user.opcode == "dynamic-slice" and user.operands[0] == name:
-        return num_bytes(user.shape)
-    if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-        return num_bytes(inner[user.operands[1]].shape)
-    return None
+def _touched(inner: dict[str, Instruction], name: str, whole: float) -> float:
+    """Returns the bytes that a fused computation touches of what `name` is."""
+    total = 0.0
+    for user in inner.values():
+        if name not in user.operands:
+            continue
+        if user.opcode == "bitcast":
+            total += _touched(inner, user.name, whole)
+        elif user.opcode == "dynamic-slice" and user.operands[0] == name:
+            total += num_bytes(user.shape)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            total += num_bytes(inner[user.operands[1]].shape)
+        else:
+            total += whole
+    return total
