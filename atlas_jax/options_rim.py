@@ -121,5 +121,11 @@ class RIMConfig:
     @property
     def judge_names(self) -> tuple[str, ...]:
         """The active judges."""
-        active = dataclasses.asdict(self.active_judges)
-        return tuple(name for name, is_active in active.items() if is_active)
+        active = self.active_judges
+        named = {
+            "accuracy": active.accuracy,
+            "helpfulness": active.helpfulness,
+            "process": active.process,
+            "diagnostic": active.diagnostic,
+        }
+        return tuple(name for name, is_active in named.items() if is_active)
