@@ -12,7 +12,7 @@ import json
 import random
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import aiohttp
@@ -86,7 +86,11 @@ class Client:
     """Connections to one server; use it in `async with`, inside one event loop."""
 
     def __init__(
-        self, base_url: str, api_key: str = "", options: ClientOptions | None = None
+        self,
+        base_url: str,
+        api_key: str = "",
+        options: ClientOptions | None = None,
+        admit: Callable[[], str] = str,
     ) -> None:
         """Makes a client; nothing is connected yet.
 
@@ -94,12 +98,14 @@ class Client:
             base_url: what paths are appended to, with or without a slash at its end.
             api_key: sent as a bearer token unless empty; never part of an error or a log.
             options: None takes the defaults.
+            admit: called before each try; what it returns unless empty is why there is none.
         """
         self.base_url = base_url.rstrip("/")
         self.num_retries = 0  # tries after the first, over all requests
         self._options = options or ClientOptions()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._slots = asyncio.Semaphore(self._options.max_in_flight)
+        self._admit = admit
         self._pace = Pace(self._options.requests_per_minute)
         self._failures_in_row = 0
         self._session: aiohttp.ClientSession | None = None
@@ -156,7 +162,7 @@ class Client:
                 await asyncio.sleep(max(wait, self._backoff(attempt)))
             try:
                 async with self._slots:
-                    self._check_up(url)
+                    self._check(url)
                     if self._options.requests_per_minute:
                         await self._pace.wait()
                     reply = await self._once(method, url, payload, params)
@@ -167,7 +173,10 @@ class Client:
                 failure, wait = later.failure, min(later.wait, self._options.max_backoff_secs)
         raise failure
 
-    def _check_up(self, url: str) -> None:
+    def _check(self, url: str) -> None:
+        """Raises what stands against a try."""
+        if why := self._admit():
+            raise RefusedError(url, 0, why)
         most = self._options.max_failures_in_row
         if most and self._failures_in_row >= most:
             why = f"given up after {self._failures_in_row} failures in a row"

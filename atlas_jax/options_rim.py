@@ -121,11 +121,11 @@ class RIMConfig:
     @property
     def judge_names(self) -> tuple[str, ...]:
         """The active judges."""
-        judges = self.active_judges
-        active = {
-            "accuracy": judges.accuracy,
-            "helpfulness": judges.helpfulness,
-            "process": judges.process,
-            "diagnostic": judges.diagnostic,
+        active = self.active_judges
+        named = {
+            "accuracy": active.accuracy,
+            "helpfulness": active.helpfulness,
+            "process": active.process,
+            "diagnostic": active.diagnostic,
         }
-        return tuple(name for name, is_active in active.items() if is_active)
+        return tuple(name for name, is_active in named.items() if is_active)

@@ -8,6 +8,7 @@ fails leaves the first opinions standing, and what no judge could score has no s
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +41,10 @@ class Verdict(NamedTuple):
 
 def spread(samples: Sequence[Opinion]) -> float:
     """Returns the population standard deviation of the scores; 0 for fewer than two."""
-    return statistics.pstdev([s.score for s in samples]) if len(samples) > 1 else 0.0
+    if len(samples) < 2:
+        return 0.0
+    mean = statistics.fmean(s.score for s in samples)
+    return math.sqrt(statistics.fmean((s.score - mean) ** 2 for s in samples))
 
 
 def escalation(samples: Sequence[Opinion], config: RIMConfig) -> str:

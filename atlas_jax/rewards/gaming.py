@@ -12,7 +12,8 @@ import unicodedata
 from atlas_jax.options_rim import AntiGaming
 from atlas_jax.rewards.answers import is_correct, marked_answer, states_answer
 
-_MAX_CHARS = 100_000  # of a text that is searched
+_MAX_CHARS = 50_000  # of a text that is searched
+_MARKS = re.compile(r"[*_`~\x00-\x08\x0e-\x1f\x7f]")
 _RUN = 5  # words in a row that count as copied
 _JUDGE = r"(?:judges?|graders?|evaluators?|assessors?|raters?|scorers?|reward model)"
 _HIGH = r"(?:high(?:est)?|max(?:imum|imal)?|full|perfect|top|best|great|excellent|positive)"
@@ -43,7 +44,7 @@ _ADDRESSES = tuple(
         r"\b(?:ignore|disregard|forget|override)\b.{0,30}"
         r"\b(?:instructions?|rubrics?|criteria|principles|prompts?|guidelines)\b",
         r"\b(?:system|developer) (?:prompt|message|instruction)"
-        r"|<\|?(?:im_start|im_end|system|eot_id)",
+        r"|<\|?(?:im_?start|im_?end|system|eot_?id)",
         r"<{3}|>{3}",
     )
 )
@@ -63,22 +64,24 @@ def find(
     """
     if not rules.enabled:
         return []
+    question, lesson, answer = (_visible(text) for text in (question, lesson, answer))
+    asked, taught, said = (_folded(text) for text in (question, lesson, answer))
     found = []
     if ground_truth.strip() and _gives_away(question, ground_truth, lesson):
         found.append("the lesson states the answer")
-    if _addresses_judge(lesson, question):
+    if _addresses_judge(taught, asked):
         found.append("the lesson addresses the judge")
-    if _addresses_judge(answer, question):
+    if _addresses_judge(said, asked):
         found.append("the student's answer addresses the judge")
-    if repeated_frac(lesson, question) > rules.max_repeated_frac:
+    if _repeated_frac(taught, asked) > rules.max_repeated_frac:
         found.append("the lesson repeats the question or itself")
     return found
 
 
-def repeated_frac(lesson: str, question: str) -> float:
+def _repeated_frac(lesson: str, question: str) -> float:
     """Returns the share of a lesson's words in runs that the question has, or the lesson before."""
-    words = _words(lesson)
-    known = set(_runs(_words(question)))
+    words = re.findall(r"\w+", lesson)
+    known = set(_runs(re.findall(r"\w+", question)))
     copied = [False] * len(words)
     for i, run in enumerate(_runs(words)):
         if run in known:
@@ -95,19 +98,21 @@ def _gives_away(question: str, truth: str, lesson: str) -> bool:
 
 
 def _addresses_judge(text: str, question: str) -> bool:
-    said, asked = _folded(text), _folded(question)
-    return any(p.search(said) and not p.search(asked) for p in _ADDRESSES)
+    return any(p.search(text) and not p.search(question) for p in _ADDRESSES)
+
+
+def _visible(text: str) -> str:
+    """Returns a text without characters that nobody sees, as far as it is searched."""
+    text = text[:_MAX_CHARS]
+    return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) != "Cf")
 
 
 def _folded(text: str) -> str:
     """Returns a text in lower case and one line, without marks that hide words from a search."""
-    text = unicodedata.normalize("NFKD", text[:_MAX_CHARS])
-    kept = (c for c in text if unicodedata.category(c) not in ("Cf", "Mn", "Cc") or c in "\n\t")
-    return " ".join(re.sub(r"[*_`~]", "", "".join(kept)).lower().split())
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", _folded(text))
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", text)
+        text = "".join(c for c in text if not unicodedata.combining(c))
+    return " ".join(_MARKS.sub("", text).lower().split())
 
 
 def _runs(words: list[str]) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ A file has its name when it is whole, so that processes, also of several hosts, 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -27,7 +28,9 @@ class Reply(NamedTuple):
 
 def key_of(model: str, messages: Sequence[Message], temperature: float, max_tokens: int) -> str:
     """Returns the name that a call has in the cache: a digest of all that decides its reply."""
-    content = json.dumps([model, temperature, max_tokens, list(messages)], ensure_ascii=False)
+    texts = [text for m in messages for text in (m["role"], m["content"])]
+    parts = [model, repr(temperature), str(max_tokens), *texts]
+    content = "".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
 
 
@@ -40,6 +43,8 @@ class Cache:
         Raises:
             OSError: if it cannot be written.
         """
+        tag = uuid.uuid4().hex
+        self._partials = (f"{tag}.{i}" for i in itertools.count())
         self._root = pathlib.Path(directory).expanduser() if directory else None
         if self._root:
             for first in range(256):
@@ -60,9 +65,9 @@ class Cache:
         if self._root is None:
             return
         path = self._path(self._root, key)
-        partial = f"{path}.{uuid.uuid4().hex}"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(reply, file)
+        partial = f"{path}.{next(self._partials)}"
+        with open(partial, "wb", buffering=0) as file:
+            file.write(json.dumps(reply).encode())
         os.replace(partial, path)
 
     def _path(self, root: pathlib.Path, key: str) -> str:

@@ -118,7 +118,7 @@ class Transport:
             for name, endpoint in resolve_all(config).items()
         }
         self._refused: dict[Endpoint, int] = {}  # how many formats the endpoint does not take
-        self._pace = Pace(self._limits.tokens_per_minute)
+        self._pace = Pace(float(self._limits.tokens_per_minute))
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Pool]:
@@ -128,14 +128,14 @@ class Transport:
             max_in_flight=limits.max_in_flight,
             timeout_secs=limits.timeout_secs,
             max_tries=limits.max_tries,
-            requests_per_minute=limits.requests_per_minute,
+            requests_per_minute=float(limits.requests_per_minute),
             max_failures_in_row=2 * limits.max_in_flight,
         )
         servers = {(m.endpoint.base_url, m.api_key) for m in self.models.values()}
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._ledger.save)
             clients = {
-                server: await stack.enter_async_context(Client(*server, options))
+                server: await stack.enter_async_context(Client(*server, options, self._admit))
                 for server in servers
             }
             yield Pool(
@@ -174,9 +174,6 @@ class Transport:
         tokens, cost, calls = 0, 0.0, 0
         failure, later = "", True
         for _ in range(self._limits.max_tries):
-            if failure := self._unaffordable():
-                later = False
-                break
             calls += 1
             try:
                 reply = await self._post(client, model, payload)
@@ -192,22 +189,22 @@ class Transport:
             failure = read.reason
         return Answer(None, failure, later, False, tokens, cost, calls)
 
-    def _unaffordable(self) -> str:
-        """Returns which budget has no call left; "" if there is one."""
+    def _admit(self) -> str:
+        """Counts a call, or returns which budget has none left."""
         limits, spent = self._limits, self._ledger.spent
         if limits.max_calls and spent.calls >= limits.max_calls:
             return f"this process's {limits.max_calls} of reward.rim.limits.max_calls are used up"
         if limits.max_cost and spent.cost >= limits.max_cost:
             return f"this process's {limits.max_cost:g} of reward.rim.limits.max_cost is used up"
+        self._ledger.begin()
         return ""
 
     async def _post(self, client: Client, model: _Model, payload: dict[str, Any]) -> Reply:
         """Makes one call, in the strictest format that the server takes."""
         chars = sum(len(message["content"]) for message in payload["messages"])
         estimate = chars // _CHARS_PER_TOKEN
-        self._ledger.begin()
         if self._limits.tokens_per_minute:
-            await self._pace.wait(estimate)
+            await self._pace.wait(float(estimate))
         while True:
             used = self._refused.setdefault(model.endpoint, 0)
             wanted = model.options.response_format
@@ -222,7 +219,7 @@ class Transport:
                 continue
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens
-            self._pace.correct(total - estimate)
+            self._pace.correct(float(total - estimate))
             self._ledger.add(total, _cost(reply, model.options))
             return reply
 

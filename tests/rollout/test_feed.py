@@ -12,6 +12,7 @@ from atlas_jax import config as config_lib
 from atlas_jax import metrics
 from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import Order
+from atlas_jax.loop import NoBatchError, StopRequestedError
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Layout, Parts
 from atlas_jax.sharding import Sharding, make_mesh
@@ -123,6 +124,54 @@ def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
     with pytest.raises(RuntimeError, match=r"1 of 4 samples(?s:.*)max_failed_frac=0.24.*why"):
         feed.next(state_of(0), time.sleep)
     assert len(recorded(tmp_path, 1)) == 4  # to look at
+
+
+@pytest.mark.parametrize("well_after", [2, 3, 4])
+def test_samples_without_a_score_are_asked_for_again(tmp_path, well_after):
+    asked, waits = [], []
+
+    def reward(rollouts):
+        asked.append([(r.question.id, r.policy.text) for r in rollouts])
+        ill = RewardResult(None, {"unscored": "why"}, True)
+        rest = ill if len(asked) < well_after else RewardResult(0.5, {})
+        return [RewardResult(0.5, {}), *[rest] * (len(rollouts) - 1)]
+
+    options = dataclasses.replace(CONFIG.reward, max_failed_frac=0.2, retry_waits_secs=(1.0, 2.0))
+    feed = make_feed(tmp_path, useful, reward, dataclasses.replace(CONFIG, reward=options))
+    if well_after == 4:
+        with pytest.raises(NoBatchError, match=r"1 of 4"):
+            feed.next(state_of(0), waits.append)
+        assert feed.get_state()["position"] == 0  # the same questions next time
+    else:
+        given = feed.next(state_of(0), waits.append)
+        assert given.metrics["reward/failed_frac"] == (0, 4)
+        assert feed.get_state()["position"] == 2
+    assert [len(samples) for samples in asked] == [4, 3, 2][:well_after]
+    assert asked[1] == asked[0][1:]
+    assert waits == [1.0, 2.0][: well_after - 1]
+
+
+def test_what_waiting_does_not_help_is_not_waited_for(tmp_path):
+    def reward(rollouts):
+        return [RewardResult(None, {"unscored": "no key"}) for _ in rollouts]
+
+    waits = []
+    with pytest.raises(NoBatchError, match="no key"):
+        make_feed(tmp_path, useful, reward).next(state_of(0), waits.append)
+    assert waits == []
+
+
+def test_a_signal_while_waiting_leaves_the_position(tmp_path):
+    def reward(rollouts):
+        return [RewardResult(None, {"unscored": "later"}, True) for _ in rollouts]
+
+    def pause(secs):
+        raise StopRequestedError
+
+    feed = make_feed(tmp_path, useful, reward)
+    with pytest.raises(StopRequestedError):
+        feed.next(state_of(0), pause)
+    assert feed.get_state()["position"] == 0
 
 
 def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):

@@ -1,0 +1,121 @@
+"""GRPO with judges whose server is killed: the run waits, or stops with a checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from tests import judge_server, words
+from tests.e2e import test_grpo
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny model, and more questions than a step asks."""
+    directory = tmp_path_factory.mktemp("inputs")
+    words.save(directory / "model", (*test_grpo.QUESTIONS, "answer", "hint", "plan"))
+    lines = [json.dumps({"question": q, "answer": "1"}) for q in test_grpo.QUESTIONS]
+    (directory / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def start(inputs, output, port, waits):
+    """Starts a run of three steps with `mixed` reward and the offline judges."""
+    command = test_grpo.command(inputs, output, "teaching")
+    url = f"http://127.0.0.1:{port}/v1"
+    values = {
+        "max_steps": STEPS, "save_steps": 0, "sync_ref_model": False, "num_iterations": 1,
+        "reward.kind": "mixed", "reward.weights": "(1.0, 0.5)", "reward.retry_waits_secs": waits,
+        "reward.rim.small_model.base_url": url, "reward.rim.small_model.model": "agreeing",
+        "reward.rim.large_model.base_url": url, "reward.rim.large_model.model": "large",
+        "reward.rim.small_model.api_key_env": "", "reward.rim.large_model.api_key_env": "",
+        "reward.rim.limits.max_tries": 1, "reward.rim.cache_dir": output / "judges",
+    }  # fmt: skip
+    command["args"][3] += ":rim=rim_offline_config"
+    command["args"] += [f"--config.{k}={v}" for k, v in values.items()]
+    return subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(output, text, process, count=1):
+    log = output / "training.log"
+    for _ in range(6000):
+        if log.exists() and log.read_text().count(text) >= count:
+            return
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.05)
+    raise AssertionError(f"{text!r} did not come: {log.read_text()[-3000:]}")
+
+
+def checkpoints(output):
+    return sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+
+
+def test_a_run_outlives_its_judges(inputs, tmp_path):
+    with judge_server.running() as server:
+        # The judges die for good: the run stops with what it has learned.
+        process = start(inputs, tmp_path, server.port, "(0.2, 0.2)")
+        wait_for(tmp_path, "step 1/3", process)
+        server.kill()
+        error = process.communicate(timeout=300)[1]
+    assert process.returncode == 1
+    assert "NoBatchError" in error
+    (saved,) = checkpoints(tmp_path)
+    assert saved in (1, 2)
+
+    # Still dead: the run waits, and a signal ends it at once.
+    process = start(inputs, tmp_path, server.port, "(600.0,)")
+    wait_for(tmp_path, "asking again for 16 of them in 600 s", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) is not None
+    assert process.returncode == 0
+    assert checkpoints(tmp_path) == [saved]
+    assert not (tmp_path / "final").exists()
+
+    # The judges come back while it waits: nothing is lost.
+    waits = "(" + "0.5, " * 600 + ")"
+    process = start(inputs, tmp_path, server.port, waits)
+    wait_for(tmp_path, "asking again for 16 of them in 0.5 s", process)
+    with judge_server.running(server.port):
+        error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, error[-3000:]
+    check(tmp_path)
+
+
+def check(output):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss/total" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    for line in steps:
+        samples = test_grpo.samples(output, line["step"])
+        assert len(samples) == test_grpo.PER_STEP
+        scores = {"helpfulness": [], "process": []}
+        for sample in samples:
+            gain, rim = (sample["reward_details"][name] for name in ("teaching_gain", "rim"))
+            assert sample["reward"] == pytest.approx(gain["score"] + 0.5 * rim["score"])
+            assert sample["policy"]["weights_version"] == line["step"] - 1
+            for name, judge in rim["judges"].items():
+                assert judge["rationale"].startswith("because of")
+                scores[name].append(judge["score"])
+        assert line["reward/failed_frac"] == 0
+        assert line["reward/mean"] == pytest.approx(np.mean([s["reward"] for s in samples]))
+        assert line["reward/rim"] == pytest.approx(
+            np.mean([s["reward_details"]["rim"]["score"] for s in samples])
+        )
+        for name, given in scores.items():
+            assert line[f"rim_rewards/{name}"] == pytest.approx(np.mean(given))
+            assert min(given) > 0
+        assert line["reward/calls"] * len(samples) == pytest.approx(
+            sum(s["reward_details"]["rim"]["calls"] for s in samples)
+        )
+        for name in ("escalated_frac", "disagreement", "cache_hit_frac", "tokens", "cost"):
+            assert line[f"reward/{name}"] >= 0
+    account = json.loads((output / "judges_spent_process_0.json").read_text())
+    assert account["calls"] >= sum(line["reward/calls"] * test_grpo.PER_STEP for line in steps)
+    assert (output / "final" / "model.safetensors").stat().st_size
+    assert os.listdir(output / "judges")

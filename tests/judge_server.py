@@ -1,0 +1,168 @@
+"""A judge behind HTTP in a process of its own, well or ill as the model's name says.
+
+An opinion follows from the prompt and the temperature, so that it is the same every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import hashlib
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+
+from aiohttp import web
+
+
+class Judge:
+    """The replies of the server, and how often it was asked."""
+
+    def __init__(self, latency: float) -> None:
+        self.latency = latency
+        self.tries: collections.Counter[str] = collections.Counter()
+        self.stats = {"calls": 0, "in_flight": 0, "max_in_flight": 0, "formats": {}}
+
+    async def reply(self, request: web.Request) -> web.StreamResponse:
+        """Answers as the model of the request does."""
+        body = await request.read()
+        self.stats["calls"] += 1
+        self.stats["in_flight"] += 1
+        self.stats["max_in_flight"] = max(self.stats["max_in_flight"], self.stats["in_flight"])
+        try:
+            await asyncio.sleep(self.latency)
+            return await self._reply(request, json.loads(body), body)
+        finally:
+            self.stats["in_flight"] -= 1
+
+    async def _reply(self, request, asked, body) -> web.StreamResponse:
+        model = asked["model"]
+        form = asked.get("response_format", {"type": "none"})["type"]
+        self.stats["formats"][form] = self.stats["formats"].get(form, 0) + 1
+        if model == "no schemas" and form == "json_schema":
+            return web.json_response(
+                {"error": "response_format json_schema is unknown"}, status=400
+            )
+        if model == "no formats" and form != "none":
+            return web.json_response({"error": "unknown field response_format"}, status=400)
+        if model == "no key":
+            return web.json_response({"error": "no such key"}, status=401)
+        key = hashlib.sha256(body).hexdigest()
+        self.tries[key] += 1
+        if model.startswith("never ") or (model.startswith("first ") and self.tries[key] == 1):
+            return await self._ill(model.split(" ", 1)[1], request)
+        return chat(opinion(model, asked))
+
+    async def _ill(self, how: str, request: web.Request) -> web.StreamResponse:
+        if how == "429":
+            return web.Response(status=429, headers={"Retry-After": "0.01"}, text="slow down")
+        if how == "500":
+            return web.Response(status=500, text="oops")
+        if how == "html":
+            return web.Response(text="<html>welcome</html>", content_type="text/html")
+        if how == "silent":
+            await asyncio.sleep(3600)
+        if how == "half":
+            response = web.StreamResponse(headers={"Content-Length": "1000"})
+            await response.prepare(request)
+            await response.write(b'{"choices": [{"mess')
+            request.transport.close()
+            return response
+        if how == "zero":
+            return chat("I am sorry, I cannot help with that.")
+        return chat('{"principles": [], "rationale": "the lesson", "score": 0.9, "uncert')
+
+
+def opinion(model: str, asked: dict) -> str:
+    """Returns what a judge says: scores of three decimals, all different unless they agree."""
+    prompt = "".join(m["content"] for m in asked["messages"]) + str(asked["temperature"])
+    number = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16)
+    score = round(number % 1000 / 999, 3) if model != "agreeing" else 0.5 + number % 100 / 1000
+    text = json.dumps(
+        {
+            "principles": [{"name": "clear", "weight": 1.0, "description": "says it simply"}],
+            "rationale": f"because of {number}", "score": score, "uncertainty": number % 30 / 100,
+        }
+    )  # fmt: skip
+    return (
+        f"<think>{{}} hm</think>Here you are:\n```json\n{text}\n```" if model == "chatty" else text
+    )
+
+
+def chat(text: str) -> web.Response:
+    """Returns a chat completion."""
+    return web.json_response(
+        {
+            "choices": [{"message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 20},
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency", type=float, default=0.0)
+    options = parser.parse_args()
+    judge = Judge(options.latency)
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", judge.reply)
+    app.router.add_get("/stats", lambda _: _stats(judge))
+    asyncio.run(_serve(app, options.port))
+
+
+async def _stats(judge: Judge) -> web.Response:
+    return web.json_response(judge.stats)
+
+
+async def _serve(app: web.Application, port: int) -> None:
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    sys.stdout.write(f"{runner.addresses[0][1]}\n")
+    sys.stdout.flush()
+    await asyncio.sleep(3600)
+
+
+class Server:
+    """The server as a test sees it."""
+
+    def __init__(self, port: int = 0, latency: float = 0.0) -> None:
+        command = [sys.executable, "-m", "tests.judge_server", f"--port={port}"]
+        root = pathlib.Path(__file__).resolve().parents[1]
+        self._process = subprocess.Popen(
+            [*command, f"--latency={latency}"], stdout=subprocess.PIPE, text=True, cwd=root
+        )
+        self.port = int(self._process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def stats(self) -> dict:
+        """Returns how often it was asked and how."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/stats", timeout=30) as reply:
+            return json.load(reply)
+
+    def kill(self) -> None:
+        """Ends it as a crash would."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@contextlib.contextmanager
+def running(port: int = 0, latency: float = 0.0) -> Iterator[Server]:
+    """Yields a server of its own process."""
+    server = Server(port, latency)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main()
