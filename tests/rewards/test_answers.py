@@ -331,12 +331,12 @@ PIECES = [
 @pytest.mark.parametrize("piece", PIECES)
 def test_hostile_text_takes_linear_time(piece):
     text = "answer is " + piece * (20_000 // len(piece)) + "!"
-    start = time.perf_counter()
+    start = time.process_time()
     for hostile in (text, f"<solution>{text}</solution>"):
         is_correct(hostile, "5")
         states_answer(hostile, "5 5")
         normalise(hostile)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 10  # minutes, if it were quadratic
 
 
 @pytest.mark.parametrize(

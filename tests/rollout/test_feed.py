@@ -12,7 +12,7 @@ from atlas_jax import config as config_lib
 from atlas_jax import metrics
 from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import Order
-from atlas_jax.loop import NoBatchError, StopRequestedError
+from atlas_jax.loop import StopRequestedError
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Layout, Parts
 from atlas_jax.sharding import Sharding, make_mesh
@@ -139,7 +139,7 @@ def test_samples_without_a_score_are_asked_for_again(tmp_path, well_after):
     options = dataclasses.replace(CONFIG.reward, max_failed_frac=0.2, retry_waits_secs=(1.0, 2.0))
     feed = make_feed(tmp_path, useful, reward, dataclasses.replace(CONFIG, reward=options))
     if well_after == 4:
-        with pytest.raises(NoBatchError, match=r"1 of 4"):
+        with pytest.raises(DependencyError, match=r"1 of 4"):
             feed.next(state_of(0), waits.append)
         assert feed.get_state()["position"] == 0  # the same questions next time
     else:
@@ -156,7 +156,7 @@ def test_what_waiting_does_not_help_is_not_waited_for(tmp_path):
         return [RewardResult(None, {"unscored": "no key"}) for _ in rollouts]
 
     waits = []
-    with pytest.raises(NoBatchError, match="no key"):
+    with pytest.raises(DependencyError, match="no key"):
         make_feed(tmp_path, useful, reward).next(state_of(0), waits.append)
     assert waits == []
 
