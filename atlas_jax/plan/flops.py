@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
+from jax.extend.core import jaxprs_in_params
 
 _KERNELS = {
     "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5, "splash_mha_fwd": 2,
@@ -19,7 +19,7 @@ def count(jaxpr: Any) -> float:
 
     A fused kernel of causal attention skips the half above the diagonal, which is not counted.
     """
-    return sum(_equation(equation) for equation in jaxpr.eqns)
+    return sum((_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
 def _equation(equation: Any) -> float:
@@ -34,7 +34,7 @@ def _equation(equation: Any) -> float:
         return _attention(kernel, equation)
     if name == "cond":
         return max(count(branch.jaxpr) for branch in params["branches"])
-    inner = sum(count(sub) for sub in jax.core.jaxprs_in_params(params))
+    inner = sum((count(sub) for sub in jaxprs_in_params(params)), 0.0)
     if name == "scan":
         return inner * params["length"]
     if name == "shard_map":

@@ -121,7 +121,7 @@ def num_bytes(shape: str) -> float:
 def _in_memory(shape: str) -> float:
     """Returns the bytes of a shape in device memory: not in a host's, or on a TPU's core."""
     arrays = [m for m in _ARRAY.finditer(shape) if not re.search(r"S\([15]\)", m[3] or "")]
-    return sum(num_bytes(m[0]) for m in arrays)
+    return sum((num_bytes(m[0]) for m in arrays), 0.0)
 
 
 def executed(module: Module) -> Iterator[tuple[str, float, bool]]:
@@ -235,7 +235,7 @@ def _traffic(module: Module, body: dict[str, Instruction], one: Instruction) -> 
         return 2 * _in_memory(shapes[1])
     called = _CALLED.search(one.rest)
     if one.opcode != "fusion" or not called:
-        return _in_memory(one.shape) + sum(map(_in_memory, shapes))
+        return _in_memory(one.shape) + sum(map(_in_memory, shapes), 0.0)
     inner = module.computations[called[1]]
     total = 0.0
     for parameter in (i for i in inner.values() if i.opcode == "parameter"):
