@@ -16,7 +16,6 @@ import safetensors.numpy
 
 from tests import processes
 from tests.e2e import test_grpo, test_sft
-from tests.rollout import served
 
 STEPS = 4
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -137,9 +136,14 @@ def network(tmp_path):
     def ip(*words, check=True):
         subprocess.run(["ip", *words], check=check, capture_output=True, text=True)
 
+    allowed = os.geteuid() == 0 and shutil.which("ip")
+    if not allowed or subprocess.run(["ip", "netns", "add", names[0]], check=False).returncode:
+        pytest.skip("this machine does not let tests make network namespaces")
+
     try:
         for i, (name, file) in enumerate(zip(names, files, strict=True)):
-            ip("netns", "add", name)
+            if i:
+                ip("netns", "add", name)
             file.parent.mkdir(parents=True)
             file.write_text(f"127.0.0.1 localhost\n{ADDRESSES[i]} host-{i}\n")
         ip(
@@ -177,7 +181,6 @@ def on_hosts(network, asked):
     return asked
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs network namespaces")
 def test_a_host_that_is_cut_off_ends_both_by_name_and_both_continue(sft, whole, network, tmp_path):
     output = tmp_path / "run"
     with processes.started(on_hosts(network, sft(output, save_steps=1)), tmp_path / "logs") as run:
@@ -227,30 +230,6 @@ def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
         one, two = (rollouts(output, step) for output in outputs)
         assert len(one) == 32
         assert one == two
-    state = json.loads((outputs[1] / "final" / "trainer_state.json").read_text())
-    assert "eval/student_accuracy" in state["metrics"]
-
-
-def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server, tmp_path):
-    options = GRPO | {
-        "model_name_or_path": vllm_server.root, "rollout.backend": "vllm",
-        "rollout.teacher_servers": vllm_server.url, "rollout.sync_dtype": "float32",
-        "rollout.probe_tolerance": 1e-3, "num_iterations": 2,
-    }  # fmt: skip
-    outputs = []
-    for number in (1, 2):
-        outputs.append(tmp_path / str(number))
-        base = test_grpo.command(grpo_inputs, outputs[-1], "direct")
-        asked = commands(base, tmp_path / "xla", number, 8 // number, **options)
-        processes.finish(asked, tmp_path / f"logs{number}")
-    assert_same_run(*outputs)
-    for step in (1, 2):
-        one, two = (rollouts(output, step) for output in outputs)
-        assert len(one) == 32
-        assert one == two
-    first = served.trainer(vllm_server.root)
-    with served.connected(first, [vllm_server.url], tmp_path / "back") as link:
-        link.sync.push(first.params, 0)
 
 
 def test_a_checkpoint_is_restored_bitwise_on_other_meshes(whole):
