@@ -139,26 +139,14 @@ def network(tmp_path):
     allowed = os.geteuid() == 0 and shutil.which("ip")
     if not allowed or subprocess.run(["ip", "netns", "add", names[0]], check=False).returncode:
         pytest.skip("this machine does not let tests make network namespaces")
-
     try:
         for i, (name, file) in enumerate(zip(names, files, strict=True)):
             if i:
                 ip("netns", "add", name)
             file.parent.mkdir(parents=True)
             file.write_text(f"127.0.0.1 localhost\n{ADDRESSES[i]} host-{i}\n")
-        ip(
-            "link",
-            "add",
-            "cable",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "cable",
-            "netns",
-            names[1],
-        )
+        ends = ["netns", names[0], "type", "veth", "peer", "cable", "netns", names[1]]
+        ip("link", "add", "cable", *ends)
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
             for device in ("lo", "cable"):
@@ -167,8 +155,7 @@ def network(tmp_path):
     finally:
         for name, file in zip(names, files, strict=True):
             ip("netns", "delete", name, check=False)
-            file.unlink(missing_ok=True)
-            file.parent.rmdir()
+            shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def on_hosts(network, asked):
