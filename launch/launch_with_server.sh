@@ -82,7 +82,8 @@ start() {
 count=$((servers / DEVICES_PER_SERVER)) share=0.9
 half=$(((count + 1) / 2))
 if [ "$protocol" = direct ]; then half=$count; fi
-teacher_at=($(seq 0 $((half - 1)))) student_at=($(seq "$half" $((count - 1))))
+mapfile -t teacher_at < <(seq 0 $((half - 1)))
+mapfile -t student_at < <(seq "$half" $((count - 1)))
 if [ "$protocol" != direct ] && [ "$count" = 1 ]; then student_at=(0) share=0.45; fi
 for i in "${teacher_at[@]}"; do start teacher "$teacher" $((i * DEVICES_PER_SERVER)) $share; done
 for i in "${student_at[@]}"; do start student "$student" $((i * DEVICES_PER_SERVER)) $share; done
@@ -102,7 +103,10 @@ for i in "${!urls[@]}"; do
   echo "${urls[i]} is healthy"
 done
 
-[ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:servers:trainers}")
+if [ ${#gpus[@]} -gt 0 ]; then
+  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:servers:trainers}")
+  export CUDA_VISIBLE_DEVICES
+fi
 setsid launch/launch.sh "$trainers" "$config" "$@" rollout.backend=vllm \
   rollout.teacher_servers="$teacher_urls" rollout.student_servers="$student_urls" \
   > >(tee -a "$logs/training.log") 2>&1 &

@@ -37,7 +37,8 @@ pipe=$(mktemp -u)
 mkfifo -m 600 "$pipe"
 exec 7<>"$pipe" 8<"$pipe" 9>"$pipe" 7<&-
 rm "$pipe"
-trap 'exec 9>&-' INT TERM
+interrupted=
+trap 'interrupted=yes; exec 9>&-' INT TERM
 connections=()
 for i in "${!hosts[@]}"; do
   words=("$remote" "$PWD" "${settings[@]}" ATLAS_PROCESS_ID="$i" launch/launch.sh "$@")
@@ -50,7 +51,7 @@ exec 8<&-
 worst=0
 for connection in "${connections[@]}"; do
   # A signal ends `wait`, not the connection.
-  while code=0; wait "$connection" || code=$?; kill -0 "$connection" 2>/dev/null; do :; done
+  while interrupted=; code=0; wait "$connection" || code=$?; [ -n "$interrupted" ]; do :; done
   [ "$code" = 0 ] || worst=$code
 done
 exit "$worst"

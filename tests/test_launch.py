@@ -26,10 +26,10 @@ export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=$tasks SLURM_STEP_NUM_NODES=$t
 export SLURM_LOCALID=0
 pids=()
 for i in $(seq 0 $((tasks - 1))); do SLURM_PROCID=$i "$@" & pids+=($!); done
-trap 'kill -TERM "${pids[@]}"' TERM
+trap 'interrupted=yes; kill -TERM "${pids[@]}"' TERM
 worst=0
 for pid in "${pids[@]}"; do
-  while code=0; wait "$pid" || code=$?; kill -0 "$pid" 2>/dev/null; do :; done
+  while interrupted=; code=0; wait "$pid" || code=$?; [ -n "$interrupted" ]; do :; done
   [ "$code" = 0 ] || worst=$code
 done
 exit "$worst"
