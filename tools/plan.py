@@ -6,7 +6,7 @@
 
 Compiles the run's own programs for the target: `h100 h200 a100-80g a100-40g` with a number of GPUs,
 `v5e v6e` (AxB) and `v5p` (AxBxC) with a topology. Several targets, separated by commas, give a
-table. Exit code: 0 if all fit, 1 if one does not, 2 for an error. Needs `pip install -e ".[plan]"`.
+table. Exit code: 0 if all fit, 3 if one does not, 1 for an error. Needs `pip install -e ".[plan]"`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, "")  # configs/ is looked for here, as `python -m` does
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps([report.as_json(plan, config) for plan in plans], indent=2))
     elif len(plans) > 1:
         print("\n".join([report.HEADER, *map(report.row, plans), "", report.ASSUMPTIONS]))
-    sys.exit(0 if all(plan.fits for plan in plans) else 1)
+    sys.exit(0 if all(plan.fits for plan in plans) else 3)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -39,3 +41,9 @@ def test_parameters_of_known_models_are_those_of_their_model_cards():
     layer += 3 * c.hidden_size * c.intermediate_size
     total = c.num_layers * layer + 2 * c.vocab_size * c.hidden_size
     assert abs(total / 8.2e9 - 1) < 0.01
+
+
+def test_the_command_refuses_a_wrong_target_before_anything_is_compiled():
+    command = [sys.executable, "tools/plan.py", "--config", "configs/run/teacher_sft.py"]
+    found = subprocess.run([*command, "--target", "h100:12"], capture_output=True, text=True)
+    assert found.returncode == 1 and "whole hosts" in found.stderr
