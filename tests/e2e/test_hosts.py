@@ -229,8 +229,8 @@ def test_a_checkpoint_is_restored_bitwise_on_other_meshes(whole):
     checkpoints = Checkpoints(str(whole(2)))
     source = str(whole(2) / "final")
     for devices, mesh in (
-        (8, MeshConfig(data=2, tensor=2)),
-        (4, MeshConfig(tensor=4)),
+        (8, MeshConfig(data=2, fsdp=2, tensor=2)),
+        (4, MeshConfig(data=2, tensor=2)),
         (1, MeshConfig()),
     ):
         decoder, _ = tiny.load(source, mesh, jax.devices()[:devices])
