@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -55,15 +56,21 @@ def ask_again(
         failed, total, hopeful = _over_processes(results, again)
         if not hopeful or failed <= options.max_failed_frac * total:
             break
-        first = next((results[i].details for i in again), "of another process")
+        first = next((_why(results[i].details) for i in again), "another process knows")
         logging.warning(
             "%d of %d samples have no score; asking again for %d of them in %g s; the first: %s",
-            failed, total, hopeful, secs, str(first)[:500],
+            failed, total, hopeful, secs, first,
         )  # fmt: skip
         pause(secs)
         for i, result in zip(again, reward([rollouts[i] for i in again]), strict=True):
             results[i] = result
     return results
+
+
+def _why(details: dict[str, Any]) -> str:
+    """Returns the reasons of the parts that have no score."""
+    parts = (part for part in details.values() if isinstance(part, dict))
+    return "; ".join(part["unscored"] for part in parts if "unscored" in part)
 
 
 def _over_processes(results: Sequence[RewardResult], again: Sequence[int]) -> tuple[int, int, int]:
