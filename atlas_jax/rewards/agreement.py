@@ -22,7 +22,7 @@ class Bin(NamedTuple):
 
     low: float
     high: float
-    count: int
+    num_samples: int
     score: float  # mean of the scores
     target: float  # mean of what is known
 
@@ -63,7 +63,7 @@ def calibration(scores: Column, targets: Column) -> list[Bin]:
         Bin(
             low=i / _NUM_BINS,
             high=(i + 1) / _NUM_BINS,
-            count=int((places == i).sum()),
+            num_samples=int((places == i).sum()),
             score=float(x[places == i].mean()),
             target=float(y[places == i].mean()),
         )

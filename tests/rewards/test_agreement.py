@@ -40,7 +40,11 @@ def test_auc_counts_pairs_in_the_right_order():
 
 def test_calibration_is_the_mean_of_each_fifth():
     bins = calibration([0.0, 0.1, 0.5, 1.0, 0.9], [0.0, 1.0, 0.25, 1.0, 0.5])
-    assert [(b.low, b.high, b.count) for b in bins] == [(0.0, 0.2, 2), (0.4, 0.6, 1), (0.8, 1.0, 2)]
+    assert [(b.low, b.high, b.num_samples) for b in bins] == [
+        (0.0, 0.2, 2),
+        (0.4, 0.6, 1),
+        (0.8, 1.0, 2),
+    ]
     assert [b.score for b in bins] == pytest.approx([0.05, 0.5, 0.95])
     assert [b.target for b in bins] == pytest.approx([0.5, 0.25, 0.75])
 
