@@ -128,7 +128,7 @@ def table(compared: dict[str, dict[str, Any]]) -> str:
         numbers = (values["pearson"], values["spearman"], values["auc"])
         shown = ["-" if n is None else f"{n:.2f}" for n in numbers]
         bins = " ".join(
-            f"{b['score']:.2f}→{b['target']:.2f}({b['count']})" for b in values["calibration"]
+            f"{b['score']:.2f}→{b['target']:.2f}({b['num_samples']})" for b in values["calibration"]
         )
         lines.append(
             f"{name:<40}{values['pairs']:>7}{shown[0]:>9}{shown[1]:>9}{shown[2]:>7}  {bins}"
