@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -184,30 +184,40 @@ def collectives(module: Module) -> list[Collective]:
 
 
 def first_group(attributes: str) -> tuple[int, ...]:
-    """Returns the devices of the first group that an instruction communicates in."""
+    """Returns the devices of the first group that an instruction communicates in.
+
+    Raises:
+        ValueError: if the groups are written in a way that is not known.
+    """
     explicit = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
     if explicit:
         return tuple(int(d) for d in explicit[1].split(","))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
+    )
     if named:
         sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        over = re.findall(r"'(\w+)'", named[2])
-        return _along(list(sizes.values()), [list(sizes).index(a) for a in over])
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+        order = named[2] + ")" if named[2] else f"[{math.prod(sizes.values())}]"
+        devices = _ordered(order).reshape(list(sizes.values()))
+        over = [list(sizes).index(a) for a in re.findall(r"'(\w+)'", named[3])]
+        others = [a for a in range(len(sizes)) if a not in over]
+        size = math.prod(devices.shape[a] for a in over)
+        return tuple(devices.transpose([*others, *over]).reshape(-1, size)[0].tolist())
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
-        shape, dims = ([int(d) for d in iota[i].split(",")] for i in (1, 2))
-        devices = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            devices = devices.transpose([int(d) for d in iota[3].split(",")])
-        return tuple(int(d) for d in devices.reshape(shape)[0].ravel())
+        shape = [int(d) for d in iota[1].split(",")]
+        return tuple(_ordered(iota[2]).reshape(shape)[0].ravel().tolist())
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"groups of devices are not understood: {attributes[:120]}")
     return ()
 
 
-def _along(sizes: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
-    devices = np.arange(math.prod(sizes)).reshape(sizes)
-    others = [a for a in range(len(sizes)) if a not in axes]
-    moved = devices.transpose([*others, *axes]).reshape(-1, math.prod(sizes[a] for a in axes))
-    return tuple(int(d) for d in moved[0])
+def _ordered(text: str) -> np.ndarray:
+    """Returns the devices that `[2,8]T(1,0)` means: counted row by row, then transposed."""
+    dims = [int(d) for d in text[1 : text.index("]")].split(",")]
+    axes = re.search(r"T\(([\d,]+)\)", text)
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    return devices.transpose([int(a) for a in axes[1].split(",")]) if axes else devices
 
 
 def memory_traffic(module: Module) -> float:

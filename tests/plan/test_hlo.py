@@ -63,6 +63,7 @@ def test_a_slice_of_a_stacked_array_is_all_that_a_loop_reads():
         ("replica_groups=[4,2]<=[8]", (0, 1)),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", (0, 4)),
+        ("replica_groups=mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}, d", tuple(range(8))),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
         ("source_target_pairs={{0,2},{2,0}}", (0, 2)),
     ],
