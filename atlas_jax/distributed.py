@@ -56,14 +56,17 @@ def joined(hosts: HostsConfig, address: Address) -> Iterator[None]:
     _initialize(hosts, address)
     watch = _start_watch(hosts)
     _watches.append(watch)
-    try:
-        yield
-    except BaseException as error:
-        watch.fail(error)
-        raise
-    finally:
+
+    def part(_: Any, error: BaseException | None, __: Any) -> None:
         _watches.clear()
-    watch.leave()
+        if error is None:
+            watch.leave()
+        else:
+            watch.fail(error)
+
+    with contextlib.ExitStack() as stack:
+        stack.push(part)
+        yield
 
 
 def _with_environment(address: Address) -> Address:
