@@ -185,15 +185,7 @@ class Server:
     def _pass_on(self, number: int, _: types.FrameType | None) -> None:
         self._stopped = True
         if self._process:
-            self._process.send_signal(number)
-            timer = threading.Timer(_GRACE_SECS, self._kill)
-            timer.daemon = True
-            timer.start()
-
-    def _kill(self) -> None:
-        """Ends vLLM where a signal did not, as it happens while it starts."""
-        if self._process and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            _end(self._process, number)
 
     def run(self, model: str) -> int | None:
         """Serves a model; returns vLLM's exit code, or None when another model is named.
@@ -208,7 +200,7 @@ class Server:
         process = subprocess.Popen(line, env=environment(os.environ), start_new_session=True)
         self._process = process
         if self._stopped:  # before there was a process to pass it on to
-            self._pass_on(signal.SIGTERM, None)
+            _end(process, signal.SIGTERM)
         url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
         try:
             if wait_healthy(url, process, self._options.start_timeout):
@@ -217,7 +209,7 @@ class Server:
             return self._wait(process, model)
         finally:
             if process.poll() is None:
-                process.terminate()
+                _end(process, signal.SIGTERM)
                 process.wait()
 
     def _wait(self, process: subprocess.Popen[bytes], model: str) -> int | None:
@@ -225,6 +217,19 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(timeout=0.5 if self._options.follow else None)
         return None
+
+
+def _end(process: subprocess.Popen[bytes], number: int) -> None:
+    """Sends vLLM a signal, and kills it where that does not end it, as happens while it starts."""
+
+    def kill() -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    process.send_signal(number)
+    timer = threading.Timer(_GRACE_SECS, kill)
+    timer.daemon = True
+    timer.start()
 
 
 def followed(options: argparse.Namespace) -> str:
