@@ -26,6 +26,7 @@ CHOICES = {
     "rollout.backend": ("local", "vllm"),
     "rollout.sync_dtype": ("bfloat16", "float32"),
     "rollout.pause_mode": ("keep", "wait"),
+    "rollout.weight_sync": ("reload", "restart"),
     "data.format": ("auto", "messages", "prompt_completion", "teaching", "session"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),

@@ -52,8 +52,11 @@ class RolloutConfig:
     request_timeout_secs: float = 1800.0
     """Longest that a completion may take, its wait at a paused server included."""
     sync_dir: str = ""
-    """Where new weights go on their way to the servers, which read it under the same path; empty
-    is in `/dev/shm` if all servers are on this host, else in `output_dir`."""
+    """Where new weights go on their way to the servers, which read it under the same path; one
+    run's own. Empty is in `/dev/shm` if all servers are on this host, else in `output_dir`."""
+    weight_sync: str = "reload"
+    """`reload` loads new weights in place; `restart` waits until servers that cannot are started
+    again with them, by `serve --follow SYNC_DIR/latest`."""
     sync_dtype: str = "bfloat16"
     """dtype of the weights on their way."""
     sync_timeout_secs: float = 600.0

@@ -9,12 +9,14 @@ healthy, passes signals on, and ends with vLLM's exit code. Imports no JAX and n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import urllib.error
@@ -26,6 +28,7 @@ from absl import logging
 
 from atlas_jax.rollout import capabilities
 
+_GRACE_SECS = 30.0  # between a signal and the end
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLUGIN = pathlib.Path(__file__).parent / "vllm_plugin"
 
@@ -154,35 +157,95 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--python", default="", help="interpreter that has vLLM")
+    parser.add_argument(
+        "--follow", default="", metavar="FILE",
+        help="file that names a directory; vLLM is started again with it whenever it changes",
+    )  # fmt: skip
     parser.add_argument("--start-timeout", type=float, default=1800.0, help="seconds")
     return parser.parse_known_args(argv)
+
+
+class Server:
+    """vLLM as a child process, which gets the signals that come here."""
+
+    def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
+        """Starts nothing yet.
+
+        Raises:
+            ValueError: if there is no vLLM.
+        """
+        self._options = options
+        self._more = more
+        self._python = find_python(options.python)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _: types.FrameType | None) -> None:
+        self._stopped = True
+        if self._process:
+            _end(self._process, number)
+
+    def run(self, model: str) -> int | None:
+        """Serves a model; returns vLLM's exit code, or None when another model is named.
+
+        Raises:
+            ValueError: if vLLM lacks what GRPO needs.
+            TimeoutError: if it does not become healthy.
+        """
+        host, port = self._options.host, self._options.port
+        line = command(self._python, model, host, port, self._more)
+        # A session of its own, so that Ctrl-C reaches vLLM once, from here.
+        process = subprocess.Popen(line, env=environment(os.environ), start_new_session=True)
+        self._process = process
+        if self._stopped:  # before there was a process to pass it on to
+            _end(process, signal.SIGTERM)
+        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        try:
+            if wait_healthy(url, process, self._options.start_timeout):
+                check(url, os.environ.get("VLLM_API_KEY", ""))
+                logging.info("%s serves %s", url, model)
+            return self._wait(process, model)
+        finally:
+            if process.poll() is None:
+                _end(process, signal.SIGTERM)
+                process.wait()
+
+    def _wait(self, process: subprocess.Popen[bytes], model: str) -> int | None:
+        while self._stopped or followed(self._options) == model:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=0.5 if self._options.follow else None)
+        return None
+
+
+def _end(process: subprocess.Popen[bytes], number: int) -> None:
+    """Sends vLLM a signal, and kills it where that does not end it, as happens while it starts."""
+
+    def kill() -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    process.send_signal(number)
+    timer = threading.Timer(_GRACE_SECS, kill)
+    timer.daemon = True
+    timer.start()
+
+
+def followed(options: argparse.Namespace) -> str:
+    """Returns the model to serve: what the file of `--follow` names if it exists, or `--model`."""
+    path = pathlib.Path(options.follow)
+    return path.read_text().strip() if options.follow and path.exists() else options.model
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the server until it ends, and returns its exit code."""
     options, more = _parse(argv)
-    python = find_python(options.python)
     _warn_open(options.host)
-    line = command(python, options.model, options.host, options.port, more)
-    # A session of its own, so that Ctrl-C reaches vLLM once, from here.
-    process = subprocess.Popen(line, env=environment(os.environ), start_new_session=True)
-
-    def pass_on(number: int, _: types.FrameType | None) -> None:
-        process.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-    url = f"http://{host}:{options.port}"
-    try:
-        if wait_healthy(url, process, options.start_timeout):
-            check(url, os.environ.get("VLLM_API_KEY", ""))
-            logging.info("%s serves %s", url, options.model)
-    except (ValueError, OSError):
-        process.terminate()
-        process.wait()
-        raise
-    return process.wait()
+    server, code = Server(options, more), None
+    while code is None:
+        code = server.run(followed(options))
+    return code if code >= 0 else 128 - code  # as a shell reports a signal
 
 
 if __name__ == "__main__":

@@ -141,6 +141,11 @@ def _check_backend(config: GRPOConfig) -> None:
             f"{rollout.max_staleness}: processes agree on refills, which they cannot do beside a "
             "step; set one of them to 0"
         )
+    if rollout.max_staleness and rollout.weight_sync == "restart":
+        raise ValueError(
+            f"rollout.max_staleness={rollout.max_staleness} with rollout.weight_sync=restart, "
+            "which ends what is in flight; use 0, or servers that reload"
+        )
     if rollout.max_staleness and config.importance_sampling == "none":
         raise ValueError(
             f"rollout.max_staleness={rollout.max_staleness} trains on completions of older "

@@ -30,10 +30,13 @@ export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 
 settings=()
 for word in "$@"; do [[ $word == *=* && $word != --* ]] && settings+=("--config.$word"); done
-names=model_name_or_path,student_model,output_dir,rollout.protocol
+names=model_name_or_path,student_model,output_dir,rollout.protocol,rollout.weight_sync
 read_config() { "$python" tools/read_config.py "$names" --config "$config" "${settings[@]}"; }
 values=$(read_config)
-{ read -r teacher; read -r student; read -r output; read -r protocol; } <<<"$values"
+{ read -r teacher; read -r student; read -r output; read -r protocol; read -r sync; } <<<"$values"
+follow=() weights=$PWD/$output/weights
+[ "${output:0:1}" = / ] && weights=$output/weights
+[ "$sync" = restart ] && follow=(rollout.sync_dir="$weights")
 logs=$output/logs
 mkdir -p "$logs"
 
@@ -71,6 +74,7 @@ start() {
     devices=$(IFS=,; echo "${gpus[*]:$3:DEVICES_PER_SERVER}")
     flags=(--gpu-memory-utilization "$4" --tensor-parallel-size "$DEVICES_PER_SERVER")
   fi
+  [ "$sync$1" = restartteacher ] && flags+=(--follow "$weights/latest")
   # shellcheck disable=SC2086  # words of VLLM_FLAGS are flags of their own
   CUDA_VISIBLE_DEVICES=$devices setsid "$python" -m atlas_jax.serve --model "$2" --port "$port" \
     "${flags[@]}" ${VLLM_FLAGS:-} >"$logs/$1_server_$port.log" 2>&1 &
@@ -109,6 +113,7 @@ if [ ${#gpus[@]} -gt 0 ]; then
 fi
 setsid launch/launch.sh "$trainers" "$config" "$@" rollout.backend=vllm \
   rollout.teacher_servers="$teacher_urls" rollout.student_servers="$student_urls" \
+  "${follow[@]}" \
   > >(tee -a "$logs/training.log") 2>&1 &
 training=$!
 # A signal ends `wait`, not training.

@@ -102,7 +102,11 @@ def _policy(
         probe_score(config, model, score),
     )
     options = SyncOptions(
-        _sync_dir(config, pool), rollout.sync_dtype, rollout.pause_mode, rollout.probe_tolerance
+        _sync_dir(config, pool),
+        rollout.sync_dtype,
+        rollout.pause_mode,
+        rollout.probe_tolerance,
+        rollout.weight_sync == "restart",
     )
     sync = DiskSync(engine, model.decoder, model.files, options, probe)
     stack.callback(sync.close)
@@ -145,7 +149,7 @@ def _sync_dir(config: GRPOConfig, pool: Pool) -> str:
     run = os.path.abspath(config.output_dir)
     name = hashlib.sha256(run.encode()).hexdigest()[:12]
     if config.rollout.sync_dir:
-        return str(pathlib.Path(config.rollout.sync_dir).absolute() / name)
+        return os.path.abspath(config.rollout.sync_dir)
     memory = pathlib.Path("/dev/shm")
     here = all(urllib.parse.urlsplit(s.url).hostname in _LOOPBACK for s in pool.servers)
     if here and memory.is_dir():

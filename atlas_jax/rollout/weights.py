@@ -9,6 +9,7 @@ server where any of this fails stays paused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import os
@@ -24,6 +25,7 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf, writer
+from atlas_jax.files import write_whole
 from atlas_jax.llm_client import ServerError, UnavailableError
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.rollout import capabilities
@@ -34,6 +36,9 @@ from atlas_jax.rollout.vllm import VllmEngine, payload
 from atlas_jax.types import Completion, DependencyError, Metrics, Params
 
 _ATTEMPTS = 2
+
+LATEST = "latest"
+"""File that names the newest version, for servers that are started again with it."""
 
 
 @runtime_checkable
@@ -59,6 +64,9 @@ class SyncOptions(NamedTuple):
     tolerance: float
     """Mean absolute difference of the probe's log-probabilities, in nats, above which the server
     is held to have other weights."""
+    restart: bool = False
+    """Servers that cannot reload in place are started again with a version by whoever follows the
+    file `latest` of the directory."""
 
 
 class Probe(NamedTuple):
@@ -156,7 +164,7 @@ class DiskSync:
         }
         if problem:
             return np.zeros(len(servers), bool), [problem], values
-        run = _Load(self._engine, self._options.pause_mode, self._probe)
+        run = _Load(self._engine, self._options, self._probe)
         if distributed.is_main():
             must = [s for s, up in zip(servers, wanted, strict=True) if up]
             self._pool.run(run.load(self._root / f"v{label}", label, must, final))
@@ -247,17 +255,21 @@ class DiskSync:
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Removes the directory; servers have its content in memory."""
-        if distributed.is_main():
-            shutil.rmtree(self._root, ignore_errors=True)
+        """Removes what was written, unless a server would be started with it again."""
+        if not distributed.is_main() or self._options.restart:
+            return
+        self._remove(keep="")
+        shutil.rmtree(self._root / "files", ignore_errors=True)
+        with contextlib.suppress(OSError):  # not made yet, or with other files in it
+            self._root.rmdir()
 
 
 class _Load:
     """One try to bring a version into the servers, in the pool's thread."""
 
-    def __init__(self, engine: VllmEngine, pause_mode: str, probe: Probe) -> None:
+    def __init__(self, engine: VllmEngine, options: SyncOptions, probe: Probe) -> None:
         self._engine = engine
-        self._mode = pause_mode
+        self._options = options
         self._probe = probe
         self.bad: dict[Server, str] = {}
         self.probes: dict[Server, Completion] = {}
@@ -275,7 +287,9 @@ class _Load:
             final: they resume all the same.
         """
         await self._each("sync/pause_secs", self.pause)
-        await self._each("sync/load_secs", functools.partial(self._reload, directory, label))
+        if self._options.restart:
+            write_whole(directory.parent / LATEST, f"{directory}\n")
+        await self._each("sync/load_secs", functools.partial(self._take, directory, label))
         if any(server in self.bad for server in must) and not final:
             return
         await self._each("sync/probe_secs", functools.partial(self._ask, label))
@@ -293,17 +307,34 @@ class _Load:
 
     async def pause(self, server: Server) -> None:
         """Stops a server; what it is asked meanwhile waits."""
-        await server.control.post("/pause", params={"mode": self._mode, "clear_cache": "false"})
+        # What is in flight would not outlive a restart.
+        mode = "wait" if self._options.restart else self._options.pause_mode
+        await server.control.post("/pause", params={"mode": mode, "clear_cache": "false"})
 
-    async def _reload(self, directory: pathlib.Path, label: str, server: Server) -> None:
+    async def _take(self, directory: pathlib.Path, label: str, server: Server) -> None:
+        """Has a server take the weights and their label."""
         control = server.control
-        how = {"weights_path": str(directory), "is_checkpoint_format": True}
-        await control.post("/collective_rpc", {"method": "reload_weights", "kwargs": how})
+        if self._options.restart:
+            await self._restarted(directory, server)
+        else:
+            how = {"weights_path": str(directory), "is_checkpoint_format": True}
+            await control.post("/collective_rpc", {"method": "reload_weights", "kwargs": how})
         await control.post("/reset_prefix_cache")
         await control.post("/update_weight_version", {"new_version": label})
         found = (await control.get("/weight_info"))["weight_version"]
         if found != label:
             raise UnavailableError(server.url, 0, f"has weights {found} instead of {label}")
+
+    async def _restarted(self, directory: pathlib.Path, server: Server) -> None:
+        """Waits until a server has been started with `directory`."""
+        secs = self._engine.pool.options.control_timeout_secs
+        try:
+            async with asyncio.timeout(secs):
+                while await _root(server) != str(directory):
+                    await asyncio.sleep(0.5)
+        except TimeoutError:
+            why = f"does not serve {directory} after {secs:g} s; start it with serve --follow"
+            raise UnavailableError(server.url, 0, why) from None
 
     async def _ask(self, label: str, server: Server) -> None:
         await server.control.post("/resume")
@@ -314,6 +345,14 @@ class _Load:
         if len(completion.token_ids) != request.max_tokens:
             raise UnavailableError(server.url, 0, f"probe: {completion.finish_reason}")
         self.probes[server] = completion
+
+
+async def _root(server: Server) -> str:
+    """Returns the model that a server was started with, "" while it does not answer."""
+    try:
+        return (await server.control.get("/v1/models"))["data"][0]["root"]
+    except ServerError:
+        return ""
 
 
 def check_manifest(directory: pathlib.Path, shapes: Mapping[str, Any], dtype: str) -> None:

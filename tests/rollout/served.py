@@ -65,17 +65,19 @@ def trainer(path: str) -> Trainer:
 
 
 @contextlib.contextmanager
-def connected(ours: Trainer, urls, directory, mode: str = "keep") -> Iterator[Served]:
+def connected(
+    ours: Trainer, urls, directory, mode: str = "keep", restart: bool = False
+) -> Iterator[Served]:
     """Yields the servers of `urls` with no weights pushed to them yet."""
     model = ours.model
-    pool = Pool("teacher", urls, PoolOptions(64, 60.0, 60.0))
+    pool = Pool("teacher", urls, PoolOptions(64, 300.0, 300.0))
     try:
         pool.open()
         vocab_size = model.decoder.config.vocab_size
         engine = VllmEngine(pool, model.files.tokenizer, ours.stop_ids, vocab_size)
         score = serving.probe_score(CONFIG, model, grpo.make_score(model.decoder, CONFIG, 1))
         probe = Probe(Request((5, 6, 7), 8, seed=0), SAMPLING, score)
-        options = SyncOptions(str(directory / "weights"), "bfloat16", mode, 1e-3)
+        options = SyncOptions(str(directory / "weights"), "bfloat16", mode, 1e-3, restart)
         yield Served(pool, engine, DiskSync(engine, model.decoder, model.files, options, probe))
     finally:
         pool.close()
