@@ -30,7 +30,7 @@ class DataConfig:
     statement_timeout_secs: float = 30.0
     """After which the database gives up a statement."""
     max_sessions: int = 0
-    """Sessions read, the newest; 0 reads all."""
+    """Sessions read from the database, the newest; 0 reads all."""
     min_reward: float = 0.0
     """Lowest `reward_stats.score` of a session; 0 takes those without a score too."""
     status_filters: tuple[str, ...] = ()

@@ -96,12 +96,37 @@ def test_a_mesh_that_does_not_use_all_devices_is_refused():
         make_mesh(MeshConfig(data=3))
 
 
-def test_secrets_are_masked():
-    url = "postgresql://atlas:hunter2@db:5433/atlas"
-    changed = dataclasses.replace(BASE, data=config.DataConfig(dataset_path=url))
-    text = str(config.masked(changed))
-    assert "hunter2" not in text
-    assert "postgresql://atlas:***@db:5433/atlas" in text
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://atlas:hunter2@db:5433/atlas", "postgresql://atlas:***@db:5433/atlas"),
+        ("postgresql://atlas:a/b@hunter2@db/atlas", "postgresql://atlas:***@db/atlas"),
+        (
+            "postgresql://db/atlas?user=a&password=hunter2",
+            "postgresql://db/atlas?user=a&password=***",
+        ),
+        ("host=db password='is hunter2' user=a", "host=db password=*** user=a"),
+    ],
+)
+def test_secrets_are_masked(url, shown):
+    changed = dataclasses.replace(BASE, data=config.DataConfig(db_url=url))
+    assert config.masked(changed)["data"]["db_url"] == shown
+
+
+@pytest.mark.parametrize("run", ["teacher_sft", "teacher_rcl", "quickstart_sft", "quickstart_grpo"])
+def test_a_run_takes_sessions_from_the_database_or_from_an_export(run, monkeypatch):
+    monkeypatch.setenv("ATLAS_DATABASE_URL", "postgresql://db/atlas")
+    module = __import__(f"configs.run.{run}", fromlist=["get_config"])
+    stored = config.freeze(module.get_config("data=runtime_pg"))
+    exported = config.freeze(module.get_config("data=runtime_traces"))
+    config.validate(stored)
+    config.validate(exported)
+    assert (stored.data.db_url, stored.data.dataset_path) == ("postgresql://db/atlas", "")
+    both = dataclasses.replace(exported.data, db_url="postgresql://db/atlas")
+    neither = dataclasses.replace(exported.data, dataset_path="")
+    for data, state in ((both, "both set"), (neither, "empty")):
+        with pytest.raises(ValueError, match=f"data.dataset_path and data.db_url are {state}"):
+            config.validate(dataclasses.replace(exported, data=data))
 
 
 def test_every_option_is_read_somewhere():

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
         print_counts(data)
     with tempfile.TemporaryDirectory() as folder:
         if data.db_url:
+            snapshot.check(data, folder)
             snapshot.take(data, folder)
         loose = dataclasses.replace(data, max_rejected_frac=1.0)
         rows, held_out = sources.load_rows(loose, config.seed, folder)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +165,9 @@ def parsed(url: str) -> dict[str, Any]:
         parts = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
         parts = {}
-    if not parts:
+    host, port = str(parts.get("host", "")), str(parts.get("port", ""))
+    # A password that was not encoded ends up in part as the host or as the port.
+    if not parts or "@" in host[1:] or not re.fullmatch(r"[\d,]*", port):
         raise ValueError(
             "the database URL cannot be read; write postgresql://USER:PASSWORD@HOST:5432/DATABASE, "
             "with %40 for @, %2F for / and %3A for : in the password"

@@ -63,7 +63,7 @@ def to_records(
             seen.add(key)
             reviews[status] += 1
             yield name, to_fields(session, config.answer_as_truth)
-    _log(counts, reviews, query)
+    _conclude(counts, reviews, query)
 
 
 def to_fields(session: AtlasSessionTrace, answer_as_truth: bool) -> dict[str, Any]:
@@ -209,7 +209,8 @@ def _context(step: AtlasStepTrace) -> str:
     return "\n".join(f"{number}: {as_text(text)}" for number, text in texts.items())
 
 
-def _log(counts: Counter[str], reviews: Counter[str], query: trace_query.Query) -> None:
+def _conclude(counts: Counter[str], reviews: Counter[str], query: trace_query.Query) -> None:
+    """Logs what became of the sessions, and checks that some are left."""
     left_out = {k: v for k, v in counts.items() if k.startswith("review_status")}
     if counts["other"] and not counts["kept"]:
         raise ValueError(

@@ -257,7 +257,10 @@ def test_a_wrong_password_is_an_error_that_does_not_show_it(small, tmp_path):
         training_data.get_training_sessions(as_role(small, "locked", "right"))
 
 
-@pytest.mark.parametrize("url", ["", "s3cret", "postgresql://u:s3cret%zz@host/db", "host='s3cret"])
+@pytest.mark.parametrize("url", [
+    "", "s3cret", "postgresql://u:s3cret%zz@host/db", "host='s3cret",
+    "postgresql://u:a@s3cret@host/db", "postgresql://u:s3cret/b@host/db",
+])  # fmt: skip
 def test_a_url_that_cannot_be_read_is_an_error_that_does_not_show_it(url):
     with pytest.raises(ValueError, match="write postgresql://USER") as error:
         training_data.get_training_sessions(url)

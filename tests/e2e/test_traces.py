@@ -84,8 +84,9 @@ def test_a_run_from_the_database_resumes_without_it(kind, url, model, tmp_path):
 def test_a_run_from_an_export(kind, url, model, tmp_path):
     export = tmp_path / "traces.jsonl.gz"
     run("tools/export_traces.py", "--database-url", url, "--output", str(export))
-    train(kind, "runtime_traces", model, tmp_path / "run", **{"data.dataset_path": export})
-    assert steps(tmp_path / "run") == [1, 2]
+    options = {"data.dataset_path": export, "max_steps": 1}
+    train(kind, "runtime_traces", model, tmp_path / "run", **options)
+    assert steps(tmp_path / "run") == [1]
 
 
 def test_a_refreshed_run_goes_on_with_more_sessions(url, model, tmp_path):
