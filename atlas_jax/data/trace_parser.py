@@ -283,13 +283,12 @@ def _event(value: Any) -> dict[str, Any]:
     source = inner if isinstance(inner, dict) else {}
     payload = source.get("payload")
     source = payload if isinstance(payload, dict) else source
+    lifted: dict[str, Any] = {}
+    if kind := source.get("event_type") or source.get("type"):
+        lifted["type"] = lifted["event_type"] = kind
+    if name := source.get("name"):
+        lifted["name"] = name
     metadata = source.get("metadata")
-    kind = source.get("event_type") or source.get("type")
-    found = {
-        "type": kind,
-        "event_type": kind,
-        "name": source.get("name"),
-        "actor": metadata.get("actor") if isinstance(metadata, dict) else None,
-    }
-    lifted = {k: v for k, v in found.items() if v}
-    return lifted | event | {"event": {} if inner is None else inner}
+    if actor := metadata.get("actor") if isinstance(metadata, dict) else None:
+        lifted["actor"] = actor
+    return {**lifted, **event, "event": {} if inner is None else inner}

@@ -142,4 +142,4 @@ def _result(step: Row) -> dict[str, Any]:
 
 
 def _iso(when: datetime.datetime | None) -> str | None:
-    return when.astimezone(datetime.UTC).isoformat() if when else None
+    return when.isoformat() if when else None  # the connection's zone is UTC
