@@ -17,7 +17,7 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
 from atlas_jax.recipes.ahead import Ahead
-from atlas_jax.recipes.scoring import ask_again
+from atlas_jax.recipes.scoring import ask_again, why
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
@@ -231,10 +231,10 @@ class Feed:
         values = distributed.sum_over_processes(values)
         failed, total = values["reward/failed_frac"]
         if failed > reward.max_failed_frac * total:
-            reasons = [r.details for group in groups.results for r in group if r.score is None]
+            reasons = [why(r) for group in groups.results for r in group if r.score is None]
             raise DependencyError(
                 f"{failed:.0f} of {total:.0f} samples could not be scored, more than "
-                f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}. Look "
+                f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}; look "
                 f"at {self._parts.config.output_dir}/rollouts"
             )
         return values

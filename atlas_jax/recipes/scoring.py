@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from absl import logging
@@ -56,7 +55,7 @@ def ask_again(
         failed, total, hopeful = _over_processes(results, again)
         if not hopeful or failed <= options.max_failed_frac * total:
             break
-        first = next((_why(results[i].details) for i in again), "another process knows")
+        first = next((why(results[i]) for i in again), "another process knows")
         logging.warning(
             "%d of %d samples have no score; asking again for %d of them in %g s; the first: %s",
             failed, total, hopeful, secs, first,
@@ -67,9 +66,9 @@ def ask_again(
     return results
 
 
-def _why(details: dict[str, Any]) -> str:
-    """Returns the reasons of the parts that have no score."""
-    parts = (part for part in details.values() if isinstance(part, dict))
+def why(result: RewardResult) -> str:
+    """Returns the reasons of the parts of a result that have no score."""
+    parts = [result.details, *(p for p in result.details.values() if isinstance(p, dict))]
     return "; ".join(part["unscored"] for part in parts if "unscored" in part)
 
 

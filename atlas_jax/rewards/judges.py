@@ -104,7 +104,7 @@ _ARBITER = """
 Other judges have looked at this before you, and their word does not stand ({reason}). Their \
 opinions are fenced as well: weigh the reasons, not the numbers, and decide for yourself."""
 
-_TEXT = {"type": "string", "maxLength": 300}
+_TEXT = {"type": "string", "maxLength": 160}
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _NAME = {"type": "string", "maxLength": 60}
 SCHEMA: dict[str, Any] = {
@@ -121,7 +121,7 @@ SCHEMA: dict[str, Any] = {
                 "additionalProperties": False,
             },
         },
-        "rationale": {"type": "string", "maxLength": 1200},
+        "rationale": {"type": "string", "maxLength": 800},
         "score": _SHARE,
         "uncertainty": _SHARE,
     },
