@@ -70,7 +70,7 @@ def train(options, num_steps):
         policy=speakers.local(model, "", options.rollout.max_rows),
         student=grpo.open_student(options, sharding),
         protocol=speakers.protocol(options, options.num_generations),
-        reward=grpo.make_reward(options.reward),
+        reward=grpo.make_reward(options),
         score=grpo.make_score(model.decoder, options, layout.per_row),
         sharding=sharding,
         writer=writer,

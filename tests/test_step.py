@@ -201,7 +201,7 @@ def test_updates_equal_torch_adamw():
     transform = optim.adamw(config, optim.schedule(config, 10))
     ours, state = start, transform.init(start)
     for _ in range(3):
-        updates, state = transform.update(grads, state, ours)
+        updates, state = transform.update(jax.tree.map(jnp.asarray, grads), state, ours)
         ours = optax.apply_updates(ours, updates)
         for name, parameter in theirs.items():
             parameter.grad = torch.tensor(grads[name])
