@@ -76,6 +76,7 @@ def command(python: str, model: str, host: str, port: int, more: Sequence[str]) 
         "--generation-config", "vllm",  # no defaults of the model's own sampling
         "--logprobs-mode", capabilities.LOGPROBS[0],
         "--logits-processors", capabilities.LOGPROBS[1],
+        "--worker-extension-cls", capabilities.WORKERS,
         "--api-server-count", "1",  # pausing acts on one front end
     ]  # fmt: skip
     return own + ([] if has_gpu() else ["--enforce-eager"]) + list(more)

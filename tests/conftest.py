@@ -27,6 +27,7 @@ def vllm_server(tmp_path_factory):
         yield server
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """Keeps the tests of a file, and all that use `vllm_server`, in one of several processes."""
     for item in items:

@@ -29,9 +29,8 @@ from atlas_jax.types import Completion, Metrics, Params, PolicyBatch
 Score = Callable[[Params, PolicyBatch], jax.Array]
 """`(params, batch) -> log-probabilities`, as in `feed.Parts`."""
 
-_PROBE = "A teacher asks what 17 + 25 is, and waits for the answer."
-_PROBE_PROMPT, _PROBE_TOKENS = 32, 16  # most tokens, and how many are sampled
-_PROBE_LENGTH = 128  # of the row that the trainer scores
+_PROBE = "What is 17 + 25?"
+_PROBE_PROMPT, _PROBE_TOKENS = 16, 4  # most tokens, and how many are sampled
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -168,6 +167,7 @@ def probe_score(
     sharding, dtype = decoder.sharding, jnp.dtype(config.rollout.sync_dtype)
     rows = sharding.num_replicas // jax.process_count()
     rounds = decoder.compute_dtype.itemsize > dtype.itemsize
+    unit = 128 if sharding.mesh.devices.flat[0].platform == "tpu" else 32  # splash wants 128
 
     @jax.jit
     def run(params: Params, batch: PolicyBatch) -> jax.Array:
@@ -177,11 +177,12 @@ def probe_score(
 
     def score_one(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
         zeros = (0.0,) * len(ids)
+        length = -(-(len(prompt) + len(ids)) // unit) * unit
         completion = Completion(tuple(prompt), tuple(ids.tolist()), (), zeros, "length", "", 0)
         group = [Scored(completion, 0.0, True)]
-        batch = collate_policy([group] * rows, 1, _PROBE_LENGTH)
+        batch = collate_policy([group] * rows, 1, length)
         found: Any = run(params, to_global(batch, sharding, 1))
-        row = np.asarray(found.addressable_shards[0].data).reshape(-1, _PROBE_LENGTH)[0]
+        row = np.asarray(found.addressable_shards[0].data).reshape(-1, length)[0]
         return row[len(prompt) : len(prompt) + len(ids)]
 
     return score_one

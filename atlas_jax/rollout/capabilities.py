@@ -19,6 +19,9 @@ ROUTES = (
 LOGPROBS = ("processed_logits", "whole_vocabulary:WholeVocabulary")
 """The log-probability mode and the logits processor that `serve` starts a server with."""
 
+WORKERS = "load_version.LoadVersion"
+"""The extension of its workers, whose `load_version` reloads in place."""
+
 
 def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
     """Raises `ValueError` if `paths`, of the server's `/openapi.json`, lack a route of `ROUTES`."""
@@ -30,13 +33,14 @@ def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
         )
 
 
-def check_logprobs(url: str, info: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if the server's log-probabilities are not those that training compares.
+def check_start(url: str, info: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the server was not started as GRPO needs it.
 
     Args:
         url: of the server.
         info: its `/server_info?config_format=json`.
     """
+    workers = info["vllm_config"]["parallel_config"]["worker_extension_cls"]
     model = info["vllm_config"]["model_config"]
     mode, processors = model["logprobs_mode"], model["logits_processors"] or []
     if mode != LOGPROBS[0] or LOGPROBS[1] not in processors:
@@ -44,4 +48,9 @@ def check_logprobs(url: str, info: Mapping[str, Any]) -> None:
             f"the server {url} runs with --logprobs-mode {mode} and the logits processors "
             f"{processors}: its log-probabilities are not of the whole vocabulary at the "
             "temperature; start it with python -m atlas_jax.serve"
+        )
+    if workers != WORKERS:
+        raise ValueError(
+            f"the server {url} runs with the worker extension {workers!r} instead of {WORKERS}, "
+            "which reloads weights; start it with python -m atlas_jax.serve"
         )

@@ -121,7 +121,7 @@ class Pool:
                 paths = (await server.control.get("/openapi.json"))["paths"]
                 capabilities.check_routes(server.url, version, paths)
                 info = await server.control.get("/server_info", {"config_format": "json"})
-                capabilities.check_logprobs(server.url, info)
+                capabilities.check_start(server.url, info)
                 (model,) = (await server.control.get("/v1/models"))["data"]
             except ServerError as error:
                 raise ValueError(

@@ -317,8 +317,8 @@ class _Load:
         if self._options.restart:
             await self._restarted(directory, server)
         else:
-            how = {"weights_path": str(directory), "is_checkpoint_format": True}
-            await control.post("/collective_rpc", {"method": "reload_weights", "kwargs": how})
+            how = {"weights_path": str(directory)}
+            await control.post("/collective_rpc", {"method": "load_version", "kwargs": how})
         await control.post("/reset_prefix_cache")
         await control.post("/update_weight_version", {"new_version": label})
         found = (await control.get("/weight_info"))["weight_version"]

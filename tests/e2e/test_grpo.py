@@ -100,7 +100,12 @@ def metrics(output):
     """The lines of `metrics.jsonl` without what a clock says."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if not name.startswith("perf/") and not name.endswith("_secs")
+        }
+        for line in lines
     ]
 
 

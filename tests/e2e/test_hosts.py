@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from tests import processes
 from tests.e2e import test_grpo, test_sft
+from tests.rollout import served
 
 STEPS = 4
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -217,6 +218,28 @@ def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
         one, two = (rollouts(output, step) for output in outputs)
         assert len(one) == 32
         assert one == two
+
+
+def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server, tmp_path):
+    options = GRPO | {
+        "model_name_or_path": vllm_server.root, "rollout.backend": "vllm",
+        "rollout.teacher_servers": vllm_server.url, "rollout.sync_dtype": "float32",
+        "rollout.probe_tolerance": 1e-3, "num_iterations": 2,
+    }  # fmt: skip
+    outputs = []
+    for number in (1, 2):
+        outputs.append(tmp_path / str(number))
+        base = test_grpo.command(grpo_inputs, outputs[-1], "direct")
+        asked = commands(base, tmp_path / "xla", number, 8 // number, **options)
+        processes.finish(asked, tmp_path / f"logs{number}")
+    assert_same_run(*outputs)
+    for step in (1, 2):
+        one, two = (rollouts(output, step) for output in outputs)
+        assert len(one) == 32
+        assert one == two
+    first = served.trainer(vllm_server.root)
+    with served.connected(first, [vllm_server.url], tmp_path / "back") as link:
+        link.sync.push(first.params, 0)
 
 
 def test_a_checkpoint_is_restored_bitwise_on_other_meshes(whole):

@@ -35,7 +35,8 @@ def start(smollm2, output, port):
         "gradient_accumulation_steps": 1, "max_new_tokens": 24, "max_probe_tokens": 12,
         "rollout.max_answer_tokens": 16, "max_prompt_length": 200, "max_seq_length": 256,
         "data.length_buckets": "(256,)", "temperature": 0.7, "top_p": 0.95, "beta": 0.0,
-        "learning_rate": 1e-5, "save_steps": 1, "eval_steps": 0, "data.eval_path": "",
+        "learning_rate": 1e-3, "weight_decay": 1.0, "save_steps": 1, "eval_steps": 0,
+        "data.eval_path": "",
         "rollout.sync_dtype": "float32", "rollout.probe_tolerance": 1e-3,
     }  # fmt: skip
     words = [f"{name}={value}" for name, value in values.items()]
@@ -65,14 +66,25 @@ def trainer_pid(process):
     return int(pid)
 
 
-def session_processes(process, name):
-    """Returns the processes whose command line has `name` and which descend from `process`."""
+def descendants(process):
+    """Returns the command lines of all that descends from a process, by process id."""
     table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True)
     rows = [line.split(None, 2) for line in table.stdout.splitlines()]
-    family = {process.pid}
-    for _ in range(6):
+    family, size = {process.pid}, 0
+    while len(family) > size:
+        size = len(family)
         family |= {int(pid) for pid, parent, _ in rows if int(parent) in family}
-    return [int(pid) for pid, _, args in rows if int(pid) in family and name in args]
+    return {int(pid): args for pid, _, args in rows if int(pid) in family}
+
+
+def left(started, secs):
+    """Returns which of the processes have not ended after so many seconds."""
+    for _ in range(10 * secs):
+        found = {p: args for p, args in started.items() if pathlib.Path(f"/proc/{p}").exists()}
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +98,24 @@ def run(smollm2, tmp_path_factory):
         while process.poll() is None and not (output / "checkpoints" / "2").exists():
             time.sleep(0.1)
         assert process.poll() is None, (output.parent / "printed.log").read_text()[-4000:]
-        seen["servers"] = session_processes(process, "api_server")
+        seen["started"] = descendants(process)
         os.kill(trainer_pid(process), signal.SIGKILL)
-        seen["killed"] = process.wait(60)
-        seen["left"] = [pid for pid in seen["servers"] if pathlib.Path(f"/proc/{pid}").exists()]
+        seen["killed"] = process.wait(180)
+        seen["left"] = left(seen["started"], secs=20)
         seen["before"] = lines(output)
         process = start(smollm2, output, port)
         seen["finished"] = process.wait()
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(180)
     assert seen["finished"] == 0, (output.parent / "printed.log").read_text()[-4000:]
     return output, seen
 
 
 def test_a_kill_ends_the_servers_and_is_the_exit_code(run):
     _, seen = run
-    assert len(seen["servers"]) == 2
+    for part in ("atlas_jax.serve", "VLLM::EngineCore"):
+        assert sum(part in args for args in seen["started"].values()) == 2
     assert seen["killed"] == 128 + signal.SIGKILL
     assert not seen["left"]
 
@@ -123,13 +136,13 @@ def test_the_same_command_continues_and_brings_the_servers_to_its_version(run):
 
 
 def test_server_and_trainer_agree_at_every_step(run):
-    """Sampled at temperature 0.7 and top_p 0.95, in float32."""
+    """Sampled at temperature 0.7 and top_p 0.95, in float32; every update changes every matrix."""
     output, _ = run
     found = [line for line in lines(output) if "loss/total" in line]
     assert len(found) == STEPS
     for line in found:
-        assert line["sync/probe_diff"] <= 1e-3
-        assert 0 <= line["rollout/mismatch_kl"] <= 1e-5
+        assert line["sync/probe_diff"] <= 1e-4
+        assert 0 <= line["rollout/mismatch_kl"] <= 1e-8
 
 
 def test_logs_are_kept_for_each_process(run):

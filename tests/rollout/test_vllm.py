@@ -50,9 +50,9 @@ def link(vllm_server, old, tmp_path_factory):
         yield found
 
 
-def long_requests(count=4):
+def long_requests(count=4, max_tokens=100):
     """Requests that run until they are cut."""
-    return [Request((5, 6, 7 + i), 100, seed=i) for i in range(count)]
+    return [Request((5, 6, 7 + i), max_tokens, seed=i) for i in range(count)]
 
 
 def endless(engine):
@@ -139,14 +139,14 @@ def test_a_directory_without_a_tensor_is_refused_which_vllm_would_take(
         check_manifest(tmp_path / "partial", link.sync._shapes, "bfloat16")
     with pytest.raises(ValueError, match=r"does not fit the servers.*bfloat16"):
         check_manifest(version, link.sync._shapes, "float32")
-    how = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "partial")}}
+    how = {"method": "load_version", "kwargs": {"weights_path": str(tmp_path / "partial")}}
     assert vllm_server.post("/collective_rpc", how) == {"results": [None]}
     link.sync.push(old.params, 7)
 
 
 def test_a_server_recovers_from_a_path_that_does_not_exist(link, old, vllm_server):
     vllm_server.post("/pause?mode=keep")
-    how = {"method": "reload_weights", "kwargs": {"weights_path": "/nowhere/at/all"}}
+    how = {"method": "load_version", "kwargs": {"weights_path": "/nowhere/at/all"}}
     with pytest.raises(urllib.error.HTTPError, match="500"):
         vllm_server.post("/collective_rpc", how)
     link.sync.push(old.params, 8)
@@ -236,14 +236,17 @@ def test_a_server_of_another_model_is_refused(vllm_server, tmp_path):
         pass
 
 
-def test_a_server_with_other_log_probabilities_is_refused():
-    info = {
-        "vllm_config": {
-            "model_config": {"logprobs_mode": "raw_logprobs", "logits_processors": None}
-        }
-    }
+def test_a_server_that_was_started_otherwise_is_refused():
+    def info(mode, processors):
+        model = {"logprobs_mode": mode, "logits_processors": processors}
+        workers = {"worker_extension_cls": ""}
+        return {"vllm_config": {"model_config": model, "parallel_config": workers}}
+
     with pytest.raises(ValueError, match=r"raw_logprobs.*not of the whole vocabulary"):
-        capabilities.check_logprobs("http://host:1", info)
+        capabilities.check_start("http://host:1", info("raw_logprobs", None))
+    mode, processor = capabilities.LOGPROBS
+    with pytest.raises(ValueError, match=r"worker extension '' instead of load_version"):
+        capabilities.check_start("http://host:1", info(mode, [processor]))
 
 
 def test_an_address_where_nothing_listens_is_an_error(old, tmp_path):
@@ -295,10 +298,12 @@ def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, n
         ask.start()
         while not one.tasks:
             time.sleep(0.01)
-        threading.Timer(0.3, first.kill).start()  # `wait` waits for the completion in flight
+        kill = threading.Thread(target=_kill_at, args=(first, tmp_path / "weights" / "v3.0"))
+        kill.start()
         with pytest.raises(DependencyError, match=f"step 3 reached no teacher.*{first.url}"):
             link.sync.push(old.params, 3)
         ask.join()
+        kill.join()
 
 
 def test_a_server_that_follows_is_started_again_with_each_version(old, new, tmp_path):
@@ -319,4 +324,11 @@ def test_a_server_that_follows_is_started_again_with_each_version(old, new, tmp_
 
 def _give_up(link):
     with pytest.raises(DependencyError, match="no teacher server is left"):
-        endless(link.engine).generate(long_requests(20), SAMPLING)
+        endless(link.engine).generate(long_requests(20, 240), SAMPLING)
+
+
+def _kill_at(server, written):
+    """Kills a server when a version is written, while it waits for what is in flight to end."""
+    while not written.exists():
+        time.sleep(0.001)
+    server.kill()
