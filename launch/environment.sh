@@ -1,5 +1,6 @@
-# Sourced by the scripts that need `.venv`: makes it with the extras named, once for each pyproject.
-#   source launch/environment.sh; need_environment test
+# Sourced by other scripts.
+
+# need_environment EXTRAS: makes `.venv` with the extras named, once for each pyproject.
 need_environment() {
   local extras=$1 stamp
   if [ ! -x .venv/bin/python ]; then
@@ -12,4 +13,11 @@ need_environment() {
     .venv/bin/python -m pip install --quiet --editable ".[$extras]" || return 1
     touch "$stamp"
   fi
+}
+
+# fast_cpu: what XLA is fastest with on a CPU, where the caller has not set it otherwise. Measured on
+# SFT of SmolLM2-135M on two cores: huge pages 7 %, YNNPACK's matrix products 17 % more tokens/s.
+fast_cpu() {
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+  export XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT ${XLA_FLAGS:-}"
 }

@@ -30,9 +30,9 @@ if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; t
   export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((devices - 1)))}
 elif ! compgen -G "/dev/accel*" >/dev/null; then
   export JAX_PLATFORMS=cpu
-  # Huge pages for what XLA allocates in every step: 7 % less time for SmolLM2-135M on two cores.
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+  source launch/environment.sh
+  fast_cpu
+  export XLA_FLAGS="$XLA_FLAGS --xla_force_host_platform_device_count=$devices"
 fi
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python

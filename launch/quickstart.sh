@@ -20,7 +20,7 @@ need_environment hf
 say "2/6 model"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=.
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+fast_cpu
 if [ ! -f "$out/smollm2/config.json" ]; then
   gguf=$(.venv/bin/python tools/fetch_smollm2.py .cache/assets | tail -n 1)
   .venv/bin/python tools/convert_checkpoint.py "$gguf" "$out/smollm2"

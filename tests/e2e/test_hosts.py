@@ -1,4 +1,4 @@
-"""Runs of two processes with four devices each, beside one process with eight."""
+"""Runs of two processes, each with half the devices of one process beside them."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LIMIT = 12  # hosts.heartbeat_timeout_secs
 SFT = {"max_steps": STEPS, "save_steps": 2, "per_device_train_batch_size": 1,
        "hosts.heartbeat_timeout_secs": LIMIT}  # fmt: skip
-GRPO = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+GRPO = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
         "scale_rewards": "batch", "rollout.refill_rounds": 1, "sync_ref_model": False,
         "num_iterations": 1, "hosts.heartbeat_timeout_secs": LIMIT}  # fmt: skip
 
@@ -210,7 +210,7 @@ def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
     for number in (1, 2):
         outputs.append(tmp_path / str(number))
         base = test_grpo.command(grpo_inputs, outputs[-1], "teaching")
-        asked = commands(base, tmp_path / "xla", number, 8 // number, **GRPO)
+        asked = commands(base, tmp_path / "xla", number, 4 // number, **GRPO)
         processes.finish(asked, tmp_path / f"logs{number}")
     assert_same_run(*outputs)
     assert len(list((outputs[1] / "rollouts").iterdir())) == 4
@@ -230,7 +230,7 @@ def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server,
     for number in (1, 2):
         outputs.append(tmp_path / str(number))
         base = test_grpo.command(grpo_inputs, outputs[-1], "direct")
-        asked = commands(base, tmp_path / "xla", number, 8 // number, **options)
+        asked = commands(base, tmp_path / "xla", number, 4 // number, **options)
         processes.finish(asked, tmp_path / f"logs{number}")
     assert_same_run(*outputs)
     for step in (1, 2):

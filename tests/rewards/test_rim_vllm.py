@@ -35,7 +35,7 @@ def test_every_reply_under_a_schema_is_an_opinion(server, tmp_path):
     config = RIMConfig(
         small_model=model,
         large_model=model,
-        temperatures=(0.2, 0.5),
+        temperatures=(0.5,),
         active_judges=ActiveJudges(accuracy=False, diagnostic=False),
         limits=JudgeLimits(timeout_secs=800.0, max_tries=1),
         cache_dir=str(tmp_path),
@@ -43,10 +43,10 @@ def test_every_reply_under_a_schema_is_an_opinion(server, tmp_path):
     (result,) = RIMReward(config).score([CASE])
     assert result.score is not None
     judges = result.details["judges"].values()
-    assert result.details["calls"] == 4 + sum(bool(judge["escalation"]) for judge in judges)
-    assert result.details["tokens"] > 4 * 500
+    assert result.details["calls"] == 2 + sum(bool(judge["escalation"]) for judge in judges)
+    assert result.details["tokens"] > 2 * 500
     for judge in judges:
         assert judge["failures"] == []
-        assert len(judge["samples"]) == 2
+        assert len(judge["samples"]) == 1
         assert 1 <= len(judge["principles"]) <= 3
         assert len(judge["rationale"]) <= 800
