@@ -43,8 +43,10 @@ def _equation(equation: Any) -> float:
 
 
 def _kernel(name: str, params: dict[str, Any]) -> str:
-    label = f"{name} {params['name_and_src_info']}" if "name_and_src_info" in params else name
-    return next((k for k in _KERNELS if label.startswith(k) or f" {k}" in label), "")
+    """Returns the attention kernel that an equation calls, "" if none."""
+    if name == "pallas_call":
+        name = str(params["name"] if "name" in params else params["name_and_src_info"])
+    return next((kernel for kernel in _KERNELS if name.startswith(kernel)), "")
 
 
 def _attention(kernel: str, equation: Any) -> float:

@@ -4,12 +4,15 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from atlas_jax.config import GRPOConfig, RolloutConfig, SFTConfig
+from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
+from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, Rope
 from atlas_jax.plan import estimate, flops, programs, report, search
 from atlas_jax.plan.targets import Device, Target
+from atlas_jax.sharding import make_mesh
 
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=4, num_heads=4,
@@ -117,3 +120,19 @@ def test_scans_count_as_often_as_they_run():
         jax.ShapeDtypeStruct((5, 16, 16), "float32"),
     )
     assert flops.count(jax.make_jaxpr(layers)(*arguments).jaxpr) == 5 * 2 * 8 * 16 * 16
+
+
+def test_kernels_of_tpu_attention_count_as_their_products():
+    """Two products forward, three for the query's gradient, four for the key's and the value's."""
+    rows, length, heads, size = 2, 256, 4, 128
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    query = jax.ShapeDtypeStruct((rows, length, heads, size), "float32")
+    key = jax.ShapeDtypeStruct((rows, length, 2, size), "float32")
+
+    def total(query, key, value):
+        ids = jnp.ones((rows, length), jnp.int32)
+        return attention.splash(query, key, value, ids, scale=1.0, mesh=mesh, interpret=True).sum()
+
+    traced = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(query, key, key)
+    by_hand = (2 + 3 + 4) * 2 * rows * heads * length * length * size / 2
+    assert flops.count(traced.jaxpr) == pytest.approx(by_hand, rel=0.01)
