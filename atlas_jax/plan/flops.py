@@ -50,7 +50,8 @@ def _kernel(name: str, params: dict[str, Any]) -> str:
 
 
 def _attention(kernel: str, equation: Any) -> float:
-    """The query is `[B, T, N, H]` for cuDNN and `[B, N, T, H]` for splash."""
-    query = next(v.aval.shape for v in equation.invars if v.aval.ndim == 4)
-    length, heads = (query[1], query[2]) if kernel.startswith("dot") else (query[2], query[1])
-    return _KERNELS[kernel] * 2.0 * query[0] * heads * length * length * query[3] / 2
+    """The query is `[B, T, N, H]` for cuDNN, and `[B, N, T, H]`, or without `B`, for splash."""
+    query = max((v.aval.shape for v in equation.invars), key=math.prod)
+    rows, *others, size = (1, *query) if len(query) == 3 else query
+    length, heads = others if kernel.startswith("dot") else reversed(others)
+    return _KERNELS[kernel] * 2.0 * rows * heads * length * length * size / 2

@@ -122,9 +122,10 @@ def test_scans_count_as_often_as_they_run():
     assert flops.count(jax.make_jaxpr(layers)(*arguments).jaxpr) == 5 * 2 * 8 * 16 * 16
 
 
-def test_kernels_of_tpu_attention_count_as_their_products():
+@pytest.mark.parametrize("rows", [1, 2])
+def test_kernels_of_tpu_attention_count_as_their_products(rows):
     """Two products forward, three for the query's gradient, four for the key's and the value's."""
-    rows, length, heads, size = 2, 256, 4, 128
+    length, heads, size = 256, 4, 128
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     query = jax.ShapeDtypeStruct((rows, length, heads, size), "float32")
     key = jax.ShapeDtypeStruct((rows, length, 2, size), "float32")
