@@ -160,6 +160,12 @@ class Watch:
         """
         logging.error("process %d: %s: %s", self._process, type(error).__name__, error)
         if any(symptom in str(error) for symptom in _SYMPTOMS):
+            if 0 in self._seen:
+                logging.error(
+                    "another process has ended; if JAX aborts this one now, it is process 0 on %s, "
+                    "which holds the coordination service",
+                    self._seen[0].note.host,
+                )
             time.sleep(self._limits.heartbeat_secs + 6 * self._limits.interval_secs)
         host, first_line = self._note.host, str(error).partition("\n")[0]
         self._tell(

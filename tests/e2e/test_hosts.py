@@ -115,6 +115,16 @@ def test_a_lost_process_ends_the_other_by_name_and_the_run_continues(sft, whole,
     assert_bitwise(output, whole(2))
 
 
+def test_the_loss_of_process_0_ends_the_other(sft, tmp_path):
+    output = tmp_path / "run"
+    with processes.started(sft(output, save_steps=1), tmp_path / "logs") as run:
+        run.wait_until(saved(output, 1))
+        run.processes[0].kill()
+        assert run.processes[1].wait(10 * LIMIT)
+    assert "coordination service" in run.text(1)
+    assert not (output / "final").exists()
+
+
 def test_sigterm_of_one_process_stops_all_and_one_host_continues(sft, whole, tmp_path):
     output = tmp_path / "run"
     with processes.started(sft(output), tmp_path / "logs") as run:
