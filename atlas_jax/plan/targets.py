@@ -122,7 +122,7 @@ def devices(target: Target) -> list[jax.Device]:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         name = target.device.compiled_as + ":" + "x".join(map(str, target.shape))
         return topologies.get_topology_desc(name, "tpu").devices
-    except (RuntimeError, FileNotFoundError, NotImplementedError, ModuleNotFoundError) as error:
+    except (RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
         raise ValueError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}; install the "
             'compilers with pip install "atlas_jax[plan]", and give a topology that exists'

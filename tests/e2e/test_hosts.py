@@ -215,19 +215,25 @@ def rollouts(output, step):
     ]
 
 
-def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
+def grpo_of_one_and_two(grpo_inputs, directory, protocol, options):
+    """Runs GRPO on one process and on two, which write the same; returns their outputs."""
     outputs = []
     for number in (1, 2):
-        outputs.append(tmp_path / str(number))
-        base = test_grpo.command(grpo_inputs, outputs[-1], "teaching")
-        asked = commands(base, tmp_path / "xla", number, 4 // number, **GRPO)
-        processes.finish(asked, tmp_path / f"logs{number}")
+        outputs.append(directory / str(number))
+        base = test_grpo.command(grpo_inputs, outputs[-1], protocol)
+        asked = commands(base, directory / "xla", number, 4 // number, **options)
+        processes.finish(asked, directory / f"logs{number}")
     assert_same_run(*outputs)
-    assert len(list((outputs[1] / "rollouts").iterdir())) == 4
     for step in (1, 2):
         one, two = (rollouts(output, step) for output in outputs)
         assert len(one) == 32
         assert one == two
+    return outputs
+
+
+def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
+    outputs = grpo_of_one_and_two(grpo_inputs, tmp_path, "teaching", GRPO)
+    assert len(list((outputs[1] / "rollouts").iterdir())) == 4
 
 
 def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server, tmp_path):
@@ -236,17 +242,7 @@ def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server,
         "rollout.teacher_servers": vllm_server.url, "rollout.sync_dtype": "float32",
         "rollout.probe_tolerance": 1e-3, "num_iterations": 2,
     }  # fmt: skip
-    outputs = []
-    for number in (1, 2):
-        outputs.append(tmp_path / str(number))
-        base = test_grpo.command(grpo_inputs, outputs[-1], "direct")
-        asked = commands(base, tmp_path / "xla", number, 4 // number, **options)
-        processes.finish(asked, tmp_path / f"logs{number}")
-    assert_same_run(*outputs)
-    for step in (1, 2):
-        one, two = (rollouts(output, step) for output in outputs)
-        assert len(one) == 32
-        assert one == two
+    grpo_of_one_and_two(grpo_inputs, tmp_path, "direct", options)
     first = served.trainer(vllm_server.root)
     with served.connected(first, [vllm_server.url], tmp_path / "back") as link:
         link.sync.push(first.params, 0)
