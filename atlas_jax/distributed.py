@@ -120,7 +120,8 @@ def _initialize(hosts: HostsConfig, address: Address) -> None:
         **{names.get(name, name): value for name, value in explicit.items()},
         local_device_ids=[] if _has_all_devices(address) else None,
         initialization_timeout=hosts.start_timeout_secs + _MARGIN_SECS,
-        heartbeat_timeout_seconds=hosts.heartbeat_timeout_secs + _MARGIN_SECS,
+        # JAX sends one each half of it, so it may find a process dead after the other half.
+        heartbeat_timeout_seconds=3 * hosts.heartbeat_timeout_secs + 2 * _MARGIN_SECS,
         shutdown_timeout_seconds=hosts.heartbeat_timeout_secs + _MARGIN_SECS,
     )
     jax.device_count()  # waits until every process has told its devices

@@ -106,7 +106,7 @@ def test_a_lost_process_ends_the_other_by_name_and_the_run_continues(sft, whole,
     with processes.started(sft(output, save_steps=1), tmp_path / "logs") as run:
         run.wait_until(saved(output, 1))
         run.processes[1].send_signal(number)
-        assert run.processes[0].wait(10 * LIMIT) == 1
+        assert run.processes[0].wait(10 * LIMIT) == 1, run.text(0)[-5000:]
     error = f"process 1 on {socket.gethostname()} has given no sign of life"
     assert error in run.text(0)
     assert error in (output / "training.log").read_text()

@@ -50,7 +50,7 @@ def link(vllm_server, old, tmp_path_factory):
         yield found
 
 
-def long_requests(count=4, max_tokens=100):
+def long_requests(count, max_tokens):
     """Requests that run until they are cut."""
     return [Request((5, 6, 7 + i), max_tokens, seed=i) for i in range(count)]
 
@@ -166,7 +166,7 @@ def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new,
     """Weights change under completions in flight, which go on with the new ones."""
     link.sync.push(old.params, 9)
     server = link.pool.servers[0]
-    requests = long_requests()
+    requests = long_requests(16, 240)  # they take seconds, on a fast machine too
     bodies = [payload(request, 0, SAMPLING, ()) for request in requests]
 
     async def ask():
@@ -283,7 +283,9 @@ def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, n
 
         written = []
         ask = threading.Thread(
-            target=lambda: written.extend(endless(link.engine).generate(long_requests(6), SAMPLING))
+            target=lambda: written.extend(
+                endless(link.engine).generate(long_requests(6, 100), SAMPLING)
+            )
         )
         ask.start()
         while not two.tasks:
