@@ -291,7 +291,9 @@ def _chunk_gradients(
     d_logits = (is_target - softmax) * (g / head.temperature)[..., None]
     d_logits = d_logits.astype(hidden.dtype)
     d_hidden = jnp.einsum("btv,vd->btd", d_logits, table)
-    d_table = jnp.einsum("btv,btd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+    # In two dims, which spares XLA a transposed copy of what is summed over.
+    rows = (x.reshape(-1, x.shape[-1]) for x in (d_logits, hidden))
+    d_table = jnp.einsum("nv,nd->vd", *rows, preferred_element_type=jnp.float32)
     return d_hidden, d_table
 
 

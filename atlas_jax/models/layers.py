@@ -5,6 +5,7 @@ Parameters name their dims in the metadata `dims`, which `sharding` maps to mesh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -105,22 +106,27 @@ class Projection(nnx.Module):
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        inner: tuple[int, ...],
+        outer: tuple[int, ...],
         dims: tuple[str | None, ...],
-        equation: str,
-        bias_dims: int = 0,
+        bias: bool,
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(INIT_SCALE * jax.random.normal(rngs.params(), shape), dims=dims)
-        self.bias = (
-            nnx.Param(jnp.zeros(shape[-bias_dims:]), dims=dims[-bias_dims:]) if bias_dims else None
-        )
-        self.equation = equation
+        kernel = INIT_SCALE * jax.random.normal(rngs.params(), (*inner, *outer))
+        self.kernel = nnx.Param(kernel, dims=dims)
+        self.bias = nnx.Param(jnp.zeros(outer), dims=dims[len(inner) :]) if bias else None
+        self.inner, self.outer = inner, outer
 
-    def __call__(self, x: Float[Array, "B T *in"]) -> Float[Array, "B T *out"]:
-        """Returns the einsum of `x` with the kernel, plus the bias."""
-        y = jnp.einsum(self.equation, x, self.kernel[...])
+    def __call__(self, x: Float[Array, "B T *inner"]) -> Float[Array, "B T *outer"]:
+        """Returns the product of `x` and the kernel over the inner dims, plus the bias.
+
+        The product is one of matrices, since XLA copies operands of more dims before it sums over
+        tokens for the kernel's gradient: on two CPU cores a fifth of a step's time.
+        """
+        size = math.prod(self.inner)
+        y = x.reshape(-1, size) @ self.kernel[...].reshape(size, -1)
+        y = y.reshape(*x.shape[:2], *self.outer)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -129,15 +135,12 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        bias = 2 if config.qkv_bias else 0
-        kv = ("embed", "kv_heads", None)
-        into = "btd,dnh->btnh"
-        self.q = Projection((d, n, h), ("embed", "heads", None), into, bias, rngs=rngs)
-        self.k = Projection((d, k, h), kv, into, bias, rngs=rngs)
-        self.v = Projection((d, k, h), kv, into, bias, rngs=rngs)
-        self.o = Projection(
-            (n, h, d), ("heads", None, "embed"), "btnh,nhd->btd", int(config.output_bias), rngs=rngs
-        )
+        kv, bias = ("embed", "kv_heads", None), config.qkv_bias
+        self.q = Projection((d,), (n, h), ("embed", "heads", None), bias, rngs=rngs)
+        self.k = Projection((d,), (k, h), kv, bias, rngs=rngs)
+        self.v = Projection((d,), (k, h), kv, bias, rngs=rngs)
+        o_dims = ("heads", None, "embed")
+        self.o = Projection((n, h), (d,), o_dims, config.output_bias, rngs=rngs)
         self.q_norm = Norm(h, config) if config.qk_norm else None
         self.k_norm = Norm(h, config) if config.qk_norm else None
 
@@ -156,10 +159,10 @@ class MLP(nnx.Module):
     """Gated feed-forward layer (GLU variants, arXiv:2002.05202): `down(act(gate x) * up x)`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        d, f, bias = config.hidden_size, config.intermediate_size, int(config.mlp_bias)
-        self.gate = Projection((d, f), ("embed", "mlp"), "btd,df->btf", bias, rngs=rngs)
-        self.up = Projection((d, f), ("embed", "mlp"), "btd,df->btf", bias, rngs=rngs)
-        self.down = Projection((f, d), ("mlp", "embed"), "btf,fd->btd", bias, rngs=rngs)
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate = Projection((d,), (f,), ("embed", "mlp"), bias, rngs=rngs)
+        self.up = Projection((d,), (f,), ("embed", "mlp"), bias, rngs=rngs)
+        self.down = Projection((f,), (d,), ("mlp", "embed"), bias, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
