@@ -8,6 +8,7 @@ exactly the threshold's probability are all kept.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -59,7 +60,13 @@ def draw(logits: Float[Array, "P G V"], keys: UInt32[Array, "P G 2"], sampling: 
 
 
 def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    return jax.random.categorical(jax.random.wrap_key_data(key), logits)
+    """Draws a block of the vocabulary, then a token of it: as many random numbers as its root."""
+    of_block, of_token = jax.random.split(jax.random.wrap_key_data(key))
+    width = math.isqrt(len(logits) - 1) + 1
+    blocks = jnp.pad(logits, (0, -len(logits) % width), constant_values=-jnp.inf)
+    blocks = blocks.reshape(-1, width)
+    block = jax.random.categorical(of_block, jax.nn.logsumexp(blocks, axis=-1))
+    return block * width + jax.random.categorical(of_token, blocks[block])
 
 
 def _at(values: jax.Array, tokens: Int[Array, "P G"]) -> jax.Array:
