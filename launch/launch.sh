@@ -32,7 +32,7 @@ elif ! compgen -G "/dev/accel*" >/dev/null; then
   export JAX_PLATFORMS=cpu
   source launch/environment.sh
   fast_cpu
-  export XLA_FLAGS="$XLA_FLAGS --xla_force_host_platform_device_count=$devices"
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 fi
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python

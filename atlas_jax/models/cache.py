@@ -22,8 +22,8 @@ from atlas_jax.types import Params
 class Cache(NamedTuple):
     """Keys and values of every layer; the leading L of each array is scanned."""
 
-    prompt: KeysValues  # [L, P, S, K, H], right-padded
-    own: KeysValues  # [L, P, G, C, K, H], of the tokens behind the prompt
+    prompt: KeysValues  # [L, P, K, S, H], right-padded
+    own: KeysValues  # [L, P, G, K, C, H], of the tokens behind the prompt
     lengths: jax.Array  # [P] int32, tokens of each prompt
 
 
@@ -49,6 +49,7 @@ def prefill(
         decoder.embed(params, tokens),
         decoder.stacked(params),
     )
+    kept = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), kept)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return decoder.norm(params, last)[:, 0], kept
 
@@ -84,8 +85,8 @@ def decode(
 
 
 def _put(cache: jax.Array, new: jax.Array, time: jax.Array) -> jax.Array:
-    """Writes `new [L, P, G, K, H]` as entry `time` of `cache [L, P, G, C, K, H]`."""
-    return jax.lax.dynamic_update_slice(cache, new[:, :, :, None], (0, 0, 0, time, 0, 0))
+    """Writes `new [L, P, G, K, H]` as entry `time` of `cache [L, P, G, K, C, H]`."""
+    return jax.lax.dynamic_update_slice(cache, new[..., None, :], (0, 0, 0, 0, time, 0))
 
 
 def _attend(
@@ -103,24 +104,24 @@ def _attend(
     query = query.reshape(p, g, key.shape[2], -1, h) * decoder.config.score_scale
     wide = {"preferred_element_type": jnp.float32}
     scores = [
-        jnp.einsum("pgkrh,pskh->pgkrs", query, prompt.keys, **wide),
-        jnp.einsum("pgkrh,pgckh->pgkrc", query, own.keys, **wide),
+        jnp.einsum("pgkrh,pksh->pgkrs", query, prompt.keys, **wide),
+        jnp.einsum("pgkrh,pgkch->pgkrc", query, own.keys, **wide),
         jnp.einsum("pgkrh,pgkh->pgkr", query, key, **wide)[..., None],
     ]
-    place = jnp.arange(prompt.keys.shape[1])
+    place = jnp.arange(prompt.keys.shape[2])
     in_prompt = place < lengths[:, None]  # [P, S]
-    in_own = jnp.arange(own.keys.shape[2]) < time
+    in_own = jnp.arange(own.keys.shape[3]) < time
     if window:
         in_prompt &= lengths[:, None] + time - place < window
-        in_own &= time - jnp.arange(own.keys.shape[2]) < window
+        in_own &= time - jnp.arange(own.keys.shape[3]) < window
     scores[0] = jnp.where(in_prompt[:, None, None, None], scores[0], MASKED)
     scores[1] = jnp.where(in_own, scores[1], MASKED)
     weights = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1).astype(value.dtype)
-    sizes = prompt.keys.shape[1], prompt.keys.shape[1] + own.keys.shape[2]
+    sizes = prompt.keys.shape[2], prompt.keys.shape[2] + own.keys.shape[3]
     of_prompt, of_own, of_self = jnp.split(weights, sizes, axis=-1)
     out = (
-        jnp.einsum("pgkrs,pskh->pgkrh", of_prompt, prompt.values)
-        + jnp.einsum("pgkrc,pgckh->pgkrh", of_own, own.values)
+        jnp.einsum("pgkrs,pksh->pgkrh", of_prompt, prompt.values)
+        + jnp.einsum("pgkrc,pgkch->pgkrh", of_own, own.values)
         + of_self * value[:, :, :, None]
     )
     return out.reshape(p, g, n, h)

@@ -161,32 +161,29 @@ def _generation(
     length = 1 << (config.max_prompt_length - 1).bit_length()
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
     static = decoder, (0,), sampling
-    inputs = (
+    inputs = local.Start(
         _rows((prompts, length), jnp.int32, sharding),
         _rows((prompts,), jnp.int32, sharding),
         _rows((prompts, samples), jnp.int32, sharding),
         _rows((prompts, samples, 2), jnp.uint32, sharding),
     )
-    grid, _ = jax.eval_shape(functools.partial(local.start, *static), params, *inputs)
     held = 1 << (config.max_new_tokens - 1).bit_length()
+    prefill = functools.partial(local.start, *static, held)
+    grid, _ = jax.eval_shape(prefill, params, inputs)
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dim = x.shape.index(prompts) if prompts in x.shape[:2] else None
         spec = PartitionSpec() if dim is None else PartitionSpec(*(None,) * dim, BATCH_AXES)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, spec))
 
-    def grow(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*x.shape[:3], held, *x.shape[4:]), x.dtype)
-
-    own = jax.tree.map(grow, grid.cache.own)
-    grid = jax.tree.map(place, grid._replace(cache=grid.cache._replace(own=own)))
+    grid = jax.tree.map(place, grid)
     forward = decoder.config.flops_per_token(length) / 3
     rounds = -(-completions // (samples * prompts))
     return [
         Program(
             "prefill",
-            jax.jit(functools.partial(local.start, *static)),
-            (params, *inputs),
+            jax.jit(prefill),
+            (params, inputs),
             prompts * length * forward,
             rounds,
         ),

@@ -2,7 +2,8 @@
 
 Prompts are run once, then tokens are decoded in chunks. After a chunk the rows that have finished
 are dropped where that at least halves the grid, so that a long answer does not keep the others
-computing. Lengths and row counts are rounded up to powers of two, one compilation each.
+computing; a few rows cost no less than one, since a step then takes the time to read the weights.
+Lengths and row counts are rounded up to powers of two, one compilation each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,17 @@ from atlas_jax.types import Completion, Params
 
 _CHUNK = 32  # tokens between two looks at which rows have finished
 _SHORTEST = 32  # bucket of the shortest prompts
+_FEW = 16  # rows of a device that are not worth another compilation to have fewer
+_ROOM = 128  # tokens that the first cache of a row holds, if it may have as many
+
+
+class Start(NamedTuple):
+    """What a grid starts from, on the devices."""
+
+    prompts: jax.Array  # [P, S] int32, right-padded
+    lengths: jax.Array  # [P] int32
+    limits: jax.Array  # [P, G] int32, tokens that a row may have
+    keys: jax.Array  # [P, G, 2] uint32, root of each row's random numbers
 
 
 class _Grid(NamedTuple):
@@ -150,7 +162,9 @@ class LocalEngine:
         groups = [[_Row(r.max_tokens) for _ in range(samples)] for r in requests]
         places = _fill(groups, _bucket(len(groups), sharding), samples)
         static = self.decoder, self.stop_ids, sampling
-        grid, chunk = start(*static, params, *_inputs(requests, places, sharding))
+        longest = distributed.max_over_processes(max((r.max_tokens for r in requests), default=1))
+        room = min(_power_of_two(max(longest, _CHUNK)), _ROOM)
+        grid, chunk = start(*static, room, params, _inputs(requests, places, sharding))
         while True:
             for rows, found in zip(places, _host(chunk), strict=True):
                 for row, *columns in zip(rows, *found, strict=True):
@@ -180,30 +194,32 @@ class LocalEngine:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def start(
     decoder: Decoder,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
+    room: int,
     params: Params,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    limits: jax.Array,
-    keys: jax.Array,
+    inputs: Start,
 ) -> tuple[_Grid, _Chunk]:
-    """Runs the prompts `[P, S]` and samples the first token of each row."""
+    """Runs the prompts and samples the first token of each row.
+
+    The rows' own cache has `room` for so many tokens, a multiple of `_CHUNK`.
+    """
+    limits = inputs.limits
     size = limits.shape[1]
-    hidden, kept = kv.prefill(decoder, params, prompts, lengths)
+    hidden, kept = kv.prefill(decoder, params, inputs.prompts, inputs.lengths)
     hidden = jnp.broadcast_to(hidden[:, None], (hidden.shape[0], size, hidden.shape[1]))
     empty = jax.tree.map(
-        lambda x: jnp.zeros((*x.shape[:2], size, _CHUNK, *x.shape[3:]), x.dtype), kept
+        lambda x: jnp.zeros((*x.shape[:2], size, x.shape[2], room, x.shape[4]), x.dtype), kept
     )
     grid = _Grid(
-        cache=kv.Cache(kept, empty, lengths),
+        cache=kv.Cache(kept, empty, inputs.lengths),
         tokens=jnp.zeros(limits.shape, jnp.int32),
         alive=limits > 0,
         limits=limits,
-        keys=keys,
+        keys=inputs.keys,
         time=jnp.int32(-1),
     )
     grid, drawn = _sample(decoder, stop_ids, sampling, params, grid, hidden)
@@ -259,10 +275,8 @@ def _fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
     return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), number))
 
 
-def _inputs(
-    requests: Sequence[Request], places: _Places, sharding: Sharding
-) -> tuple[jax.Array, ...]:
-    """Returns prompts `[P, S]`, their lengths, the limits and the keys of the rows on devices."""
+def _inputs(requests: Sequence[Request], places: _Places, sharding: Sharding) -> Start:
+    """Returns prompts, limits and keys of the rows on devices."""
     own = max((len(r.prompt_ids) for r in requests), default=1)
     longest = distributed.max_over_processes(own)
     tokens = np.zeros((len(places), _power_of_two(max(longest, _SHORTEST))), np.int32)
@@ -276,7 +290,7 @@ def _inputs(
     limits = np.asarray([[row.limit for row in rows] for rows in places], np.int32)
     roots = _keys(jnp.asarray(np.repeat(seeds, size)), jnp.tile(jnp.arange(size), len(seeds)))
     keys = np.asarray(roots).reshape(len(places), size, -1)
-    return tuple(place_rows(x, sharding) for x in (tokens, lengths, limits, keys))
+    return Start(*(place_rows(x, sharding) for x in (tokens, lengths, limits, keys)))
 
 
 @jax.jit
@@ -291,6 +305,8 @@ def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _P
     """Drops finished rows where that at least halves the grid; rows stay on their device."""
     parts = sharding.local_replicas
     share = len(places) // parts
+    if share * len(places[0]) <= _FEW:
+        return grid, places
     alive = [[i for i, row in enumerate(rows) if not row.done] for rows in places]
     prompts = [[i for i in range(p * share, (p + 1) * share) if alive[i]] for p in range(parts)]
     height = distributed.max_over_processes(max(map(len, prompts)))
@@ -333,7 +349,7 @@ def _take(parts: int, grid: _Grid, taken: jax.Array) -> _Grid:
 
 def _with_room(grid: _Grid) -> _Grid:
     """Doubles the rows' own cache where the next chunk would not fit."""
-    held = grid.cache.own.keys.shape[3]
+    held = grid.cache.own.keys.shape[4]
     if int(grid.time) + _CHUNK <= held:
         return grid
     return grid._replace(cache=grid.cache._replace(own=_double(grid.cache.own)))
@@ -342,7 +358,7 @@ def _with_room(grid: _Grid) -> _Grid:
 @jax.jit
 def _double(own: Any) -> Any:
     def one(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, x.shape[3] if dim == 3 else 0) for dim in range(x.ndim)])
+        return jnp.pad(x, [(0, x.shape[4] if dim == 4 else 0) for dim in range(x.ndim)])
 
     return jax.tree.map(one, own)
 
