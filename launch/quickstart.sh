@@ -11,7 +11,7 @@ say() { printf '\n== %s\n' "$*"; }
 evaluate() {
   .venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \
     --teacher "$1" --student "$out/smollm2" --data configs/data/quickstart/eval.jsonl \
-    --limit 32 --output "$2"
+    --limit 24 --output "$2"
 }
 
 say "1/6 install (.venv)"

@@ -197,5 +197,5 @@ def _generation(
     ]
 
 
-def _rows(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+def _rows(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows())

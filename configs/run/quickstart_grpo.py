@@ -15,7 +15,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.learning_rate = 5e-6
     c.lr_scheduler_type = "constant"
     c.warmup_ratio = 0.0
-    c.max_steps = 5
+    c.max_steps = 4
     c.num_generations = 4
     c.per_device_train_batch_size = 4
     c.gradient_accumulation_steps = 4
@@ -27,7 +27,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.rollout.max_answer_tokens = 48
     c.max_seq_length = 640
     c.data.length_buckets = (512,)  # one compilation
-    c.save_steps = 3
+    c.save_steps = 2
     c.save_total_limit = 1
     c.rollout.eval_limit = 16
     return config.apply_parts(c, argument, model="smollm2_135m", data="quickstart_rl", rim="")
