@@ -23,7 +23,8 @@ from atlas_jax.watch import Limits, Watch
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
 _CLUSTERS = ("OMPI_MCA_orte_hnp_uri", "JOBSET_NAME")
 _MARGIN_SECS = 30
-"""What JAX's own limits have more than those of `HostsConfig`, whose errors name a process."""
+"""What JAX's own limits have more, at least, than those of `HostsConfig`, whose errors name a
+process."""
 
 _watches: list[Watch] = []
 """That of this process, in a run of several; JAX's runtime too is one for each process."""

@@ -108,17 +108,17 @@ def _attend(
         jnp.einsum("pgkrh,pgkch->pgkrc", query, own.keys, **wide),
         jnp.einsum("pgkrh,pgkh->pgkr", query, key, **wide)[..., None],
     ]
-    place = jnp.arange(prompt.keys.shape[2])
+    length, held = prompt.keys.shape[2], own.keys.shape[3]
+    place, number = jnp.arange(length), jnp.arange(held)
     in_prompt = place < lengths[:, None]  # [P, S]
-    in_own = jnp.arange(own.keys.shape[3]) < time
+    in_own = number < time
     if window:
         in_prompt &= lengths[:, None] + time - place < window
-        in_own &= time - jnp.arange(own.keys.shape[3]) < window
+        in_own &= time - number < window
     scores[0] = jnp.where(in_prompt[:, None, None, None], scores[0], MASKED)
     scores[1] = jnp.where(in_own, scores[1], MASKED)
     weights = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1).astype(value.dtype)
-    sizes = prompt.keys.shape[2], prompt.keys.shape[2] + own.keys.shape[3]
-    of_prompt, of_own, of_self = jnp.split(weights, sizes, axis=-1)
+    of_prompt, of_own, of_self = jnp.split(weights, (length, length + held), axis=-1)
     out = (
         jnp.einsum("pgkrs,pksh->pgkrh", of_prompt, prompt.values)
         + jnp.einsum("pgkrc,pgkch->pgkrh", of_own, own.values)

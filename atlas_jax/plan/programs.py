@@ -168,8 +168,8 @@ def _generation(
         _rows((prompts, samples, 2), jnp.uint32, sharding),
     )
     held = 1 << (config.max_new_tokens - 1).bit_length()
-    prefill = functools.partial(local.start, *static, held)
-    grid, _ = jax.eval_shape(prefill, params, inputs)
+    room = local.first_room(config.max_new_tokens)
+    grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), params, inputs)
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dim = x.shape.index(prompts) if prompts in x.shape[:2] else None
@@ -182,7 +182,7 @@ def _generation(
     return [
         Program(
             "prefill",
-            jax.jit(prefill),
+            jax.jit(functools.partial(local.start, *static, room)),
             (params, inputs),
             prompts * length * forward,
             rounds,

@@ -163,8 +163,9 @@ class LocalEngine:
         places = _fill(groups, _bucket(len(groups), sharding), samples)
         static = self.decoder, self.stop_ids, sampling
         longest = distributed.max_over_processes(max((r.max_tokens for r in requests), default=1))
-        room = min(_power_of_two(max(longest, _CHUNK)), _ROOM)
-        grid, chunk = start(*static, room, params, _inputs(requests, places, sharding))
+        grid, chunk = start(
+            *static, first_room(longest), params, _inputs(requests, places, sharding)
+        )
         while True:
             for rows, found in zip(places, _host(chunk), strict=True):
                 for row, *columns in zip(rows, *found, strict=True):
@@ -192,6 +193,11 @@ class LocalEngine:
             text,
             version,
         )
+
+
+def first_room(longest: int) -> int:
+    """Returns how many tokens the first cache of rows of at most `longest` tokens holds."""
+    return min(_power_of_two(max(longest, _CHUNK)), _ROOM)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -15,8 +15,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.max_steps = 20
     c.per_device_train_batch_size = 8
     c.gradient_checkpointing = "none"
-    c.max_seq_length = 264  # the longest demonstration has 257 tokens
-    c.data.length_buckets = ()  # one compilation
+    c.max_seq_length = 512
+    c.data.length_buckets = (264,)  # the longest demonstration has 257 tokens: one compilation
     c.save_steps = 10
     c.save_total_limit = 1
     return config.apply_parts(c, argument, model="smollm2_135m", data="quickstart_sft")
