@@ -1,22 +1,24 @@
 """Cross entropy and token log-probabilities from hidden states, a chunk of positions at a time.
 
-Logits of all positions, `[B, T, V]`, never exist, forward or backward. `cross_entropy` knows the
-derivative of its sum up to a factor, and so finds the gradients in the same pass over the logits;
-`token_logprobs` computes each chunk's logits again in the backward pass. The vocabulary may be
-split over `tensor`, and rows are split over `data` and `fsdp`; the gradient of the table is summed
-over devices once, behind the last chunk.
+Logits of all positions, `[B, T, V]`, never exist, forward or backward, and those of positions that
+train nothing (prompts, padding) are not computed. `cross_entropy` knows the derivative of its sum
+up to a factor, and so finds the gradients in the same pass over the logits; `token_logprobs`
+computes each chunk's logits again in the backward pass. The vocabulary may be split over `tensor`,
+and rows are split over `data` and `fsdp`; the gradient of the table is summed over devices once,
+behind the last chunk.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from atlas_jax.losses import LossSum
 from atlas_jax.models.vocab import DIMS, local_ids
@@ -24,6 +26,7 @@ from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
 from atlas_jax.types import Batch, PolicyBatch
 
 _ROWS = PartitionSpec(BATCH_AXES)
+_Sums = tuple[jax.Array, ...]
 
 
 class Head(NamedTuple):
@@ -32,7 +35,7 @@ class Head(NamedTuple):
     sharding: Sharding
     """Of the table and of the rows."""
     chunk_size: int
-    """Positions of a row whose logits exist at one time."""
+    """Trained positions of a device whose logits exist at one time."""
     temperature: float = 1.0
     """Logits are divided by it."""
     with_entropy: bool = False
@@ -67,44 +70,29 @@ def cross_entropy(
 
 
 def policy_logprobs(
-    hidden: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
-    batch: PolicyBatch,
-    head: Head,
-    max_sampled: int,
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: PolicyBatch, head: Head
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Returns the log-probability of every sampled token given its prompt and completion so far.
+    """Returns the log-probability of every trained token given its prompt and completion so far.
 
     Entry t belongs to `tokens[:, t]`; the entropy is of the distribution that it was drawn from,
-    and is not differentiated. Entries outside `loss_mask` have no meaning. Logits are computed
-    behind the prompts only.
+    and is not differentiated. Entries outside `loss_mask` are 0.
 
     Args:
         hidden: normed last hidden states.
         table: the output embedding as it rests between steps.
         batch: of the hidden states; a row's completions stand behind its prompt.
         head: how to compute.
-        max_sampled: tokens that the completions of a row have together at most.
     """
-    length = batch.tokens.shape[1]
-    size = min(max_sampled, length)
-    prompt = jnp.sum((batch.sequence_ids == 0) & (batch.segment_ids > 0), axis=1, keepdims=True)
-    start = jnp.minimum(prompt, length - size)
-    sampled = start + jnp.arange(size)  # [B, size]
-    before = jnp.take_along_axis(_predecessors(batch.sequence_ids, prompt), sampled, axis=1)
-    found = token_logprobs(
-        jnp.take_along_axis(hidden, before[..., None], axis=1),
-        table,
-        jnp.take_along_axis(batch.tokens, sampled, axis=1),
-        head,
-    )
-    back = jnp.clip(jnp.arange(length) - start, 0, size - 1)
-    logprobs, entropy = (jnp.take_along_axis(x, back, axis=1) for x in found)
-    return logprobs, entropy
+    before = _predecessors(batch.sequence_ids, batch.segment_ids)
+    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+    return token_logprobs(hidden, table, Ahead(batch.tokens, batch.loss_mask), head)
 
 
-def _predecessors(sequence_ids: Int[Array, "B T"], prompt: Int[Array, "B 1"]) -> Int[Array, "B T"]:
+def _predecessors(
+    sequence_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> Int[Array, "B T"]:
     """Returns where the token before each token stands: a completion continues its prompt."""
+    prompt = jnp.sum((sequence_ids == 0) & (segment_ids > 0), axis=1, keepdims=True)
     begins = sequence_ids != jnp.pad(sequence_ids[:, :-1], ((0, 0), (1, 0)))
     here = jnp.arange(sequence_ids.shape[1])
     return jnp.maximum(jnp.where(begins, prompt, here) - 1, 0)
@@ -115,8 +103,7 @@ def masked_sum(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], ahead: Ahead, head: Head
 ) -> Float[Array, ""]:
     """Returns the sum of `log softmax(hidden @ table.T / temperature)` at the masked targets."""
-    logprobs, _ = token_logprobs(hidden, table, ahead.targets, head)
-    return jnp.sum(jnp.where(ahead.mask, logprobs, 0.0))
+    return jnp.sum(token_logprobs(hidden, table, ahead, head)[0])
 
 
 def _sum_forward(
@@ -138,21 +125,18 @@ def _sum_forward(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         whole = all_gather(table, rest, hidden.dtype)
 
-        def chunk(sums: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]) -> Any:
-            h, targets, mask = inputs
+        def chunk(at: jax.Array, sums: _Sums) -> _Sums:
+            total, d_hidden, d_table = sums
+            h, ids, g = _take(hidden, at), _take(targets, at), _take(mask, at).astype(jnp.float32)
             logits = _logits(h, whole, head)
             log_partition = _logsumexp(logits)
-            found = jnp.where(mask, _pick(logits, targets) - log_partition, 0.0)
-            g = mask.astype(jnp.float32)
-            d_hidden, d_table = _chunk_gradients(
-                logits, log_partition, (h, targets, g), whole, head
-            )
-            return (sums[0] + jnp.sum(found), sums[1] + d_table), d_hidden
+            found = g * (_pick(logits, ids) - log_partition)
+            d_h, more = _chunk_gradients(logits, log_partition, (h, ids, g), whole, head)
+            return total + jnp.sum(found), _put(d_hidden, at, d_h), d_table + more
 
-        start = jnp.float32(0), jnp.zeros(whole.shape, jnp.float32)
-        chunks = tuple(_split(x, head.chunk_size) for x in (hidden, targets, mask))
-        (total, d_table), d_hidden = jax.lax.scan(chunk, start, chunks)
-        d_hidden = jax.lax.psum(_join(d_hidden, hidden.shape[1]), "tensor")
+        start = jnp.float32(0), jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
+        total, d_hidden, d_table = _each_chunk(mask, head, chunk, start)
+        d_hidden = jax.lax.psum(d_hidden, "tensor")
         total = jax.lax.psum(total, BATCH_AXES)
         return total, d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
 
@@ -173,27 +157,24 @@ masked_sum.defvjp(_sum_forward, _sum_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(
-    hidden: Float[Array, "B T D"],
-    table: Float[Array, "V D"],
-    targets: Int[Array, "B T"],
-    head: Head,
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], ahead: Ahead, head: Head
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Returns `log softmax(hidden @ table.T / temperature)` at `targets`, and the entropy in nats.
+    """Returns `log softmax(hidden @ table.T / temperature)` at the masked targets, and the entropy.
 
-    Both are float32; the entropy is not differentiated.
+    Both are float32, in nats, and 0 outside the mask; the entropy is not differentiated.
 
     Args:
         hidden: normed last hidden states; the product is computed in their dtype and summed in
             float32.
         table: the output embedding as it rests between steps.
-        targets: token ids.
+        ahead: token ids, and which of them count.
         head: how to compute.
     """
-    return _run_forward(hidden, table, targets, head)[:2]
+    return _run_forward(hidden, table, ahead, head)[:2]
 
 
 def _run_forward(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, head: Head
+    hidden: jax.Array, table: jax.Array, ahead: Ahead, head: Head
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns log-probabilities, entropy and the log-partition function, each `[B, T]`."""
     rest = head.sharding.params(DIMS).spec
@@ -201,48 +182,44 @@ def _run_forward(
     @functools.partial(
         jax.shard_map,
         mesh=head.sharding.mesh,
-        in_specs=(_ROWS, rest, _ROWS),
+        in_specs=(_ROWS, rest, _ROWS, _ROWS),
         out_specs=(_ROWS,) * 3,
         check_vma=False,
     )
     def local(
-        hidden: jax.Array, table: jax.Array, targets: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, ...]:
         table = all_gather(table, rest, hidden.dtype)
 
-        def chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-            logits = _logits(inputs[0], table, head)
+        def chunk(at: jax.Array, results: _Sums) -> _Sums:
+            logits = _logits(_take(hidden, at), table, head)
             log_partition = _logsumexp(logits)
             entropy = jnp.zeros_like(log_partition)
             if head.with_entropy:
-                mean = jnp.sum(jnp.exp(logits - log_partition[..., None]) * logits, axis=-1)
+                mean = jnp.sum(jnp.exp(logits - log_partition[:, None]) * logits, axis=-1)
                 entropy = log_partition - jax.lax.psum(mean, "tensor")
-            logprobs = _pick(logits, inputs[1]) - log_partition
-            return None, jnp.stack([logprobs, entropy, log_partition])
+            found = _pick(logits, _take(targets, at)) - log_partition, entropy, log_partition
+            return tuple(_put(x, at, new) for x, new in zip(results, found, strict=True))
 
-        chunks = _split(hidden, head.chunk_size), _split(targets, head.chunk_size)
-        results = jax.lax.scan(chunk, None, chunks)[1]  # [chunks, 3, B, T / chunks]
-        logprobs, entropy, log_partition = (
-            _join(results[:, i], targets.shape[1]) for i in range(3)
-        )
-        return logprobs, entropy, log_partition
+        start = (jnp.zeros(targets.shape, jnp.float32),) * 3
+        return _each_chunk(mask, head, chunk, start)
 
-    return local(hidden, table, targets)
+    return local(hidden, table, ahead.targets, ahead.mask)
 
 
 def _forward(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, head: Head
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    logprobs, entropy, log_partition = _run_forward(hidden, table, targets, head)
-    return (logprobs, entropy), (hidden, table, targets, log_partition)
+    hidden: jax.Array, table: jax.Array, ahead: Ahead, head: Head
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+    logprobs, entropy, log_partition = _run_forward(hidden, table, ahead, head)
+    return (logprobs, entropy), (hidden, table, ahead, log_partition)
 
 
 def _backward(
-    head: Head, residuals: tuple[jax.Array, ...], g: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    head: Head, residuals: tuple[Any, ...], g: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, Ahead]:
     sharding = head.sharding
     rest, split = sharding.params(DIMS).spec, sharding.optimizer(DIMS, memory=False).spec
-    hidden, table, targets, log_partition = residuals
+    hidden, table, ahead, log_partition = residuals
 
     @functools.partial(
         jax.shard_map,
@@ -251,23 +228,27 @@ def _backward(
         out_specs=(_ROWS, split),
         check_vma=False,
     )
-    def local(hidden: jax.Array, table: jax.Array, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def local(
+        hidden: jax.Array, table: jax.Array, ahead: Ahead, log_partition: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         whole = all_gather(table, rest, hidden.dtype)
 
-        def chunk(d_table: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-            h, targets, log_partition, g = inputs
+        def chunk(at: jax.Array, sums: _Sums) -> _Sums:
+            d_hidden, d_table = sums
+            h = _take(hidden, at)
+            inputs = h, _take(ahead.targets, at), _take(g, at)
             logits = _logits(h, whole, head)
-            d_hidden, more = _chunk_gradients(logits, log_partition, (h, targets, g), whole, head)
-            return d_table + more, d_hidden
+            d_h, more = _chunk_gradients(logits, _take(log_partition, at), inputs, whole, head)
+            return _put(d_hidden, at, d_h), d_table + more
 
-        start = jnp.zeros(whole.shape, jnp.float32)
-        chunks = [_split(x, head.chunk_size) for x in (hidden, *rows)]
-        d_table, d_hidden = jax.lax.scan(chunk, start, tuple(chunks))
-        d_hidden = jax.lax.psum(_join(d_hidden, hidden.shape[1]), "tensor")
+        start = jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
+        d_hidden, d_table = _each_chunk(ahead.mask, head, chunk, start)
+        d_hidden = jax.lax.psum(d_hidden, "tensor")
         return d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
 
-    d_hidden, d_table = local(hidden, table, targets, log_partition, g[0])
-    return d_hidden, d_table, np.zeros(targets.shape, jax.dtypes.float0)
+    d_hidden, d_table = local(hidden, table, ahead, log_partition, g[0])
+    none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
+    return d_hidden, d_table, Ahead(none, none)
 
 
 token_logprobs.defvjp(_forward, _backward)
@@ -286,46 +267,62 @@ def _chunk_gradients(
     """
     hidden, targets, g = inputs
     ids, found = local_ids(targets, table.shape[0])
-    is_target = (jnp.arange(table.shape[0]) == ids[..., None]) & found[..., None]
-    softmax = jnp.exp(logits - log_partition[..., None])
-    d_logits = (is_target - softmax) * (g / head.temperature)[..., None]
+    is_target = (jnp.arange(table.shape[0]) == ids[:, None]) & found[:, None]
+    softmax = jnp.exp(logits - log_partition[:, None])
+    d_logits = (is_target - softmax) * (g / head.temperature)[:, None]
     d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = jnp.einsum("btv,vd->btd", d_logits, table)
-    # In two dims, which spares XLA a transposed copy of what is summed over.
-    rows = (x.reshape(-1, x.shape[-1]) for x in (d_logits, hidden))
-    d_table = jnp.einsum("nv,nd->vd", *rows, preferred_element_type=jnp.float32)
-    return d_hidden, d_table
+    d_table = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+    return d_logits @ table, d_table
 
 
 def _logits(hidden: jax.Array, table: jax.Array, head: Head) -> jax.Array:
-    logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
     return logits if head.temperature == 1.0 else logits / head.temperature
 
 
 def _logsumexp(logits: jax.Array) -> jax.Array:
     """Over a vocabulary that is split over `tensor`."""
     top = jax.lax.pmax(jnp.max(logits, axis=-1), "tensor")
-    total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), "tensor")
+    total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), "tensor")
     return top + jnp.log(total)
 
 
 def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the logit of each target, from the device that holds it."""
     ids, found = local_ids(targets, logits.shape[-1])
-    picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
     return jax.lax.psum(jnp.where(found, picked, 0), "tensor")
 
 
-def _split(x: jax.Array, chunk_size: int) -> jax.Array:
-    """Cuts `[B, T, ...]` into `[chunks, B, chunk, ...]`, the last chunk filled with zeros."""
-    rows, length = x.shape[:2]
-    chunks = -(-length // chunk_size)
-    size = -(-length // chunks)
-    x = jnp.pad(x, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+def _each_chunk(
+    mask: Bool[Array, "B T"], head: Head, chunk: Callable[[jax.Array, _Sums], _Sums], sums: _Sums
+) -> _Sums:
+    """Returns `sums` after `sums = chunk(places, sums)` for each chunk of trained positions.
+
+    `places` are in the flattened rows, `B * T` where a chunk is not full. All devices run as many
+    chunks, as collectives in a loop are safe only in step.
+    """
+    size = min(head.chunk_size, mask.size)
+    most = -(-mask.size // size)
+    places = jnp.flatnonzero(mask, size=most * size, fill_value=mask.size).reshape(most, size)
+    count = jax.lax.pmax(-(-jnp.sum(mask) // size), BATCH_AXES)
+
+    def more(carry: tuple[jax.Array, _Sums]) -> jax.Array:
+        return (carry[0] < most) & (carry[0] < count)  # `most` is for readers of the program
+
+    def step(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
+        return carry[0] + 1, chunk(places[carry[0]], carry[1])
+
+    return jax.lax.while_loop(more, step, (jnp.int32(0), sums))[1]
 
 
-def _join(chunks: jax.Array, length: int) -> jax.Array:
-    """Inverts `_split`."""
-    rows = jnp.moveaxis(chunks, 0, 1)
-    return rows.reshape(rows.shape[0], -1, *rows.shape[3:])[:, :length]
+def _take(x: Shaped[Array, "B T ..."], at: Int[Array, " N"]) -> Shaped[Array, "N ..."]:
+    """Returns the entries at positions of the flattened rows; zeros behind the last one."""
+    return x.reshape(-1, *x.shape[2:]).at[at].get(mode="fill", fill_value=0)
+
+
+def _put(
+    x: Shaped[Array, "B T ..."], at: Int[Array, " N"], new: Shaped[Array, "N ..."]
+) -> Shaped[Array, "B T ..."]:
+    """Writes what `_take` reads."""
+    return x.reshape(-1, *x.shape[2:]).at[at].set(new, mode="drop").reshape(x.shape)

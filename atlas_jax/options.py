@@ -160,8 +160,8 @@ class TrainConfig:
     """Tokens in a row; longer examples are cut there and counted."""
     packing: bool = False
     """Put several examples in a row (best fit), kept apart by segment ids."""
-    loss_chunk_size: int = 256
-    """Positions a row whose logits exist at one time."""
+    loss_chunk_size: int = 1024
+    """Trained positions of a device whose logits exist at one time."""
     logging_steps: int = 1
     save_steps: int = 100
     """Steps between checkpoints; 0 saves at the end only."""

@@ -150,10 +150,10 @@ def test_logits_never_exist(fused):
 
     def chunked(hidden, table, targets):
         head = logprobs.Head(sharding, 32)
+        ahead = logprobs.Ahead(targets, targets > 0)
         if fused:
-            ahead = logprobs.Ahead(targets, targets > 0)
             return logprobs.masked_sum(hidden, table, ahead, head)
-        return logprobs.token_logprobs(hidden, table, targets, head)[0].sum()
+        return logprobs.token_logprobs(hidden, table, ahead, head)[0].sum()
 
     def plain(hidden, table, targets):
         logits = jax.nn.log_softmax(hidden @ table.T)

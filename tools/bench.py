@@ -45,7 +45,7 @@ def main() -> None:
         each.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
         each.add_argument("--remat", default="none", choices=["none", "dots", "full"])
         each.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn", "splash"])
-        each.add_argument("--chunk", type=int, default=256, help="loss_chunk_size")
+        each.add_argument("--chunk", type=int, default=1024, help="loss_chunk_size")
     sft_parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
     sft_parser.add_argument("--length", type=int, default=256, help="tokens a row")
     sft_parser.add_argument("--packing", default="", metavar="FILE", help="rows to pack")

@@ -27,7 +27,7 @@ returns `[B T N H]`; `sequence_ids` are None or `[B T]`."""
 MASKED = -1e30
 """Score of what is not seen; finite, so that a row that sees nothing gives no NaN."""
 
-_SPLASH_MULTIPLE = 128  # TPU lanes: row lengths that the kernel's blocks divide
+_SPLASH_MULTIPLE = 128  # TPU lanes: row lengths that the kernel's blocks divide; others are padded
 
 
 def select(name: str, mesh: Mesh | AbstractMesh, packed: bool, dtype: jnp.dtype) -> AttentionFn:
@@ -156,7 +156,7 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
     """Splash attention, the sparse flash attention of TPUs (jax.experimental.pallas.ops.tpu).
 
     Raises:
-        ValueError: if the row length is no multiple of the kernel's block.
+        ValueError: if completions share a prompt.
     """
     if sequence_ids is not None:
         raise ValueError(
@@ -164,11 +164,7 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
             "rollout.share_prompt=false"
         )
     length = query.shape[1]
-    if length % _SPLASH_MULTIPLE:
-        raise ValueError(
-            f"attn_implementation='splash' needs row lengths that are multiples of "
-            f"{_SPLASH_MULTIPLE}, not {length}; change data.length_buckets or max_seq_length"
-        )
+    padded = -(-length // _SPLASH_MULTIPLE) * _SPLASH_MULTIPLE
     rows = PartitionSpec(BATCH_AXES, None, "tensor", None)
 
     @functools.partial(
@@ -182,11 +178,14 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
         q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
     ) -> jax.Array:  # this device's rows and heads
         heads_first = [jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)]
-        kernel = _splash_kernel(q.shape[2], length, window, interpret)
+        kernel = _splash_kernel(q.shape[2], padded, window, interpret)
         ids = splash_attention.SegmentIds(segments, segments)
         return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2)
 
-    return local(query, key, value, segment_ids)
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))
+
+    return local(*map(pad, (query, key, value, segment_ids)))[:, :length]
 
 
 def _splash_kernel(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Literal, jaxprs_in_params
 
 _KERNELS = {
     "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5, "splash_mha_fwd": 2,
@@ -37,9 +37,17 @@ def _equation(equation: Any) -> float:
     inner = sum((count(sub) for sub in jaxprs_in_params(params)), 0.0)
     if name == "scan":
         return inner * params["length"]
+    if name == "while":
+        return inner * _most_trips(params["cond_jaxpr"].jaxpr)
     if name == "shard_map":
         return inner * params["mesh"].size
     return inner
+
+
+def _most_trips(condition: Any) -> int:
+    """Returns the number that a loop's counter stays below, 1 if it is not a constant."""
+    bounds = [e.invars[1] for e in condition.eqns if e.primitive.name == "lt"]
+    return next((int(b.val) for b in bounds if isinstance(b, Literal)), 1)
 
 
 def _kernel(name: str, params: dict[str, Any]) -> str:

@@ -146,13 +146,16 @@ def executed(module: Module) -> Iterator[tuple[str, float, bool]]:
 
 
 def _trips(module: Module, loop: Instruction) -> int:
+    """Returns how often a loop runs, at most where that depends on data."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     if not condition:
         return 1
-    body = module.computations[condition[1]].values()
+    body = list(module.computations[condition[1]].values())
+    called = (c for one in body for c in _CALLED.findall(one.rest) if c in module.computations)
+    body += [one for c in called for one in module.computations[c].values()]
     bounds = {i.inside for i in body if i.opcode == "constant" and i.inside.isdigit()}
     return max(int(bounds.pop()), 1) if len(bounds) == 1 else 1
 

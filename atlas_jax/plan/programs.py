@@ -157,8 +157,8 @@ def _generation(
     parts = sharding.num_replicas
     share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
     prompts = parts << (share.bit_length() - 1)
-    prompts = min(prompts, parts * -(-completions // samples // parts))
-    length = 1 << (config.max_prompt_length - 1).bit_length()
+    prompts = min(prompts, parts * local.bucket(-(-completions // samples // parts)))
+    length = local.bucket(config.max_prompt_length)
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
     static = decoder, (0,), sampling
     inputs = local.Start(
@@ -178,6 +178,7 @@ def _generation(
 
     grid = jax.tree.map(place, grid)
     forward = decoder.config.flops_per_token(length) / 3
+    each = decoder.config.flops_per_token(2 * (length + held)) / 3
     rounds = -(-completions // (samples * prompts))
     return [
         Program(
@@ -188,11 +189,11 @@ def _generation(
             rounds,
         ),
         Program(
-            "decode one token",
+            f"decode {local.CHUNK} tokens",
             jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
             (params, grid),
-            prompts * samples * decoder.config.flops_per_token(2 * (length + held)) / 3,
-            rounds * config.max_new_tokens,
+            local.CHUNK * prompts * samples * each,
+            rounds * -(-config.max_new_tokens // local.CHUNK),
         ),
     ]
 

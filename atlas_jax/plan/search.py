@@ -56,5 +56,5 @@ def _changes(config: TrainConfig, num_replicas: int) -> Iterator[tuple[str, dict
             offloads.append(part)
             value = ",".join(offloads)
             yield f"offload={value}", {"offload": value}
-    if config.loss_chunk_size > 64:
-        yield "loss_chunk_size=64", {"loss_chunk_size": 64}
+    if config.loss_chunk_size > 256:
+        yield "loss_chunk_size=256", {"loss_chunk_size": 256}

@@ -172,9 +172,8 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
     def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
         total, values = losses.policy_loss(found, batch, options)
-        counted = jnp.where(batch.loss_mask, entropy, 0.0)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
-        return total, values | {"policy/entropy": (jnp.sum(counted), weight)}
+        return total, values | {"policy/entropy": (jnp.sum(entropy), weight)}
 
     return loss
 
@@ -186,8 +185,7 @@ def make_score(
 
     def score(params: Params, batch: PolicyBatch) -> jax.Array:
         def one(batch: PolicyBatch) -> jax.Array:
-            found, _ = _logprobs(decoder, config, per_row, params, batch)
-            return jnp.where(batch.loss_mask, found, 0.0)
+            return _logprobs(decoder, config, per_row, params, batch)[0]
 
         return jax.lax.map(one, batch)
 
@@ -205,8 +203,7 @@ def _logprobs(
     shared = batch.sequence_ids if per_row > 1 else None
     hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
     head = logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature, with_entropy)
-    sampled = per_row * config.max_new_tokens
-    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head, sampled)
+    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
 
 
 def reference_decoder(config: GRPOConfig, decoder: Decoder) -> Decoder:

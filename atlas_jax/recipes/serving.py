@@ -31,6 +31,7 @@ Score = Callable[[Params, PolicyBatch], jax.Array]
 
 _PROBE = "What is 17 + 25?"
 _PROBE_PROMPT, _PROBE_TOKENS = 16, 4  # most tokens, and how many are sampled
+_UNIT = 32  # of the probe's row, which saves compilations
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -167,7 +168,6 @@ def probe_score(
     sharding, dtype = decoder.sharding, jnp.dtype(config.rollout.sync_dtype)
     rows = sharding.num_replicas // jax.process_count()
     rounds = decoder.compute_dtype.itemsize > dtype.itemsize
-    unit = 128 if sharding.mesh.devices.flat[0].platform == "tpu" else 32  # splash wants 128
 
     @jax.jit
     def run(params: Params, batch: PolicyBatch) -> jax.Array:
@@ -177,7 +177,7 @@ def probe_score(
 
     def score_one(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
         zeros = (0.0,) * len(ids)
-        length = -(-(len(prompt) + len(ids)) // unit) * unit
+        length = -(-(len(prompt) + len(ids)) // _UNIT) * _UNIT
         completion = Completion(tuple(prompt), tuple(ids.tolist()), (), zeros, "length", "", 0)
         group = [Scored(completion, 0.0, True)]
         batch = collate_policy([group] * rows, 1, length)

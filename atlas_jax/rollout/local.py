@@ -3,7 +3,7 @@
 Prompts are run once, then tokens are decoded in chunks. After a chunk the rows that have finished
 are dropped where that at least halves the grid, so that a long answer does not keep the others
 computing; a few rows cost no less than one, since a step then takes the time to read the weights.
-Lengths and row counts are rounded up to powers of two, one compilation each.
+Lengths and row counts are rounded up (`bucket`), one compilation each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from atlas_jax.rollout.sampling import Sampling, draw
 from atlas_jax.sharding import Sharding, from_global, place_rows
 from atlas_jax.types import Completion, Params
 
-_CHUNK = 32  # tokens between two looks at which rows have finished
+CHUNK = 32
+"""Tokens between two looks at which rows have finished."""
 _SHORTEST = 32  # bucket of the shortest prompts
 _FEW = 16  # rows of a device that are not worth another compilation to have fewer
 _ROOM = 128  # tokens that the first cache of a row holds, if it may have as many
@@ -160,7 +161,7 @@ class LocalEngine:
         """Decodes one grid; this process may have no request while others have."""
         sharding = self.decoder.sharding
         groups = [[_Row(r.max_tokens) for _ in range(samples)] for r in requests]
-        places = _fill(groups, _bucket(len(groups), sharding), samples)
+        places = _fill(groups, _prompts(len(groups), sharding), samples)
         static = self.decoder, self.stop_ids, sampling
         longest = distributed.max_over_processes(max((r.max_tokens for r in requests), default=1))
         grid, chunk = start(
@@ -197,7 +198,14 @@ class LocalEngine:
 
 def first_room(longest: int) -> int:
     """Returns how many tokens the first cache of rows of at most `longest` tokens holds."""
-    return min(_power_of_two(max(longest, _CHUNK)), _ROOM)
+    return min(_power_of_two(max(longest, CHUNK)), _ROOM)
+
+
+def bucket(number: int) -> int:
+    """Returns the least of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … that is not below `number`."""
+    power = _power_of_two(number)
+    between = power // 4 * 3
+    return between if _FEW < number <= between else power
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -211,7 +219,7 @@ def start(
 ) -> tuple[_Grid, _Chunk]:
     """Runs the prompts and samples the first token of each row.
 
-    The rows' own cache has `room` for so many tokens, a multiple of `_CHUNK`.
+    The rows' own cache has `room` for so many tokens, a multiple of `CHUNK`.
     """
     limits = inputs.limits
     size = limits.shape[1]
@@ -240,10 +248,10 @@ def decode(
     params: Params,
     grid: _Grid,
 ) -> tuple[_Grid, _Chunk]:
-    """Samples `_CHUNK` tokens of each row, or fewer when all rows end before."""
+    """Samples `CHUNK` tokens of each row, or fewer when all rows end before."""
 
     def more(carry: tuple[jax.Array, _Grid, _Chunk]) -> jax.Array:
-        return (carry[0] < _CHUNK) & jnp.any(carry[1].alive)
+        return (carry[0] < CHUNK) & jnp.any(carry[1].alive)
 
     def step(carry: tuple[jax.Array, _Grid, _Chunk]) -> tuple[jax.Array, _Grid, _Chunk]:
         count, grid, chunk = carry
@@ -253,7 +261,7 @@ def decode(
         chunk = jax.tree.map(lambda c, d: c.at[..., count].set(d), chunk, drawn)
         return count + 1, grid, chunk
 
-    shape = (*grid.tokens.shape, _CHUNK)
+    shape = (*grid.tokens.shape, CHUNK)
     floats = jnp.zeros(shape, jnp.float32)
     chunk = _Chunk(jnp.zeros(shape, jnp.int32), floats, floats)
     return jax.lax.while_loop(more, step, (jnp.int32(0), grid, chunk))[1:]
@@ -285,7 +293,7 @@ def _inputs(requests: Sequence[Request], places: _Places, sharding: Sharding) ->
     """Returns prompts, limits and keys of the rows on devices."""
     own = max((len(r.prompt_ids) for r in requests), default=1)
     longest = distributed.max_over_processes(own)
-    tokens = np.zeros((len(places), _power_of_two(max(longest, _SHORTEST))), np.int32)
+    tokens = np.zeros((len(places), bucket(max(longest, _SHORTEST))), np.int32)
     lengths = np.ones(len(places), np.int32)
     seeds = np.zeros(len(places), np.uint32)
     for i, request in enumerate(requests):
@@ -317,7 +325,7 @@ def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _P
     prompts = [[i for i in range(p * share, (p + 1) * share) if alive[i]] for p in range(parts)]
     height = distributed.max_over_processes(max(map(len, prompts)))
     width = distributed.max_over_processes(max(map(len, alive)))
-    height, width = _power_of_two(max(height, 1)), _power_of_two(max(width, 1))
+    height, width = bucket(max(height, 1)), bucket(max(width, 1))
     if 2 * height * width > share * len(places[0]):
         return grid, places
     taken = np.zeros((parts * height, 1 + width), np.int32)  # prompt within its part, then rows
@@ -356,7 +364,7 @@ def _take(parts: int, grid: _Grid, taken: jax.Array) -> _Grid:
 def _with_room(grid: _Grid) -> _Grid:
     """Doubles the rows' own cache where the next chunk would not fit."""
     held = grid.cache.own.keys.shape[4]
-    if int(grid.time) + _CHUNK <= held:
+    if int(grid.time) + CHUNK <= held:
         return grid
     return grid._replace(cache=grid.cache._replace(own=_double(grid.cache.own)))
 
@@ -380,10 +388,10 @@ def _fill(groups: _Places, count: int, size: int) -> _Places:
     return groups + idle
 
 
-def _bucket(count: int, sharding: Sharding) -> int:
+def _prompts(count: int, sharding: Sharding) -> int:
     """Returns how many prompts of this process the grid has for `count` of them."""
     parts = sharding.local_replicas
-    return parts * _power_of_two(distributed.max_over_processes(-(-count // parts)))
+    return parts * bucket(distributed.max_over_processes(-(-count // parts)))
 
 
 def _power_of_two(number: int) -> int:

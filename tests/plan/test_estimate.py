@@ -10,7 +10,7 @@ import pytest
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, Rope
-from atlas_jax.plan import estimate, flops, programs, report, search
+from atlas_jax.plan import estimate, flops, hlo, programs, report, search
 from atlas_jax.plan.targets import Device, Target
 from atlas_jax.sharding import make_mesh
 
@@ -22,7 +22,7 @@ MODEL = ModelConfig(
 EIGHT = Target("cpu:8", Device("cpu", 1e9, 1e12, 1e11, 1e10, 1e9, ""), (8,))
 SFT = SFTConfig(
     model_name_or_path="m", output_dir="o", max_seq_length=128, per_device_train_batch_size=1,
-    gradient_checkpointing="none", loss_chunk_size=128,
+    gradient_checkpointing="none", loss_chunk_size=64,
 )  # fmt: skip
 
 
@@ -100,9 +100,13 @@ def test_grpo_has_its_update_its_reference_and_its_generation():
     )  # fmt: skip
     found = plan(config, student=MODEL)
     names = [p.name for p in found.programs]
-    assert names == ["update", "logprobs", "prefill", "decode one token"]
+    assert names == ["update", "logprobs", "prefill", "decode 32 tokens"]
     update, logprobs, _, decode = found.programs
-    assert decode.times == 32
+    assert decode.times == 1
+    weights = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 512 * 64
+    least = 32 * (32 / 8) * 2 * weights  # 32 tokens of a device's four rows, without attention
+    assert least < decode.cost.flops < 1.3 * least
+    assert decode.cost.traffic_bytes > 32 * 4 * weights
     assert logprobs.memory.resident == 2 * logprobs.memory.params  # reference and student
     assert update.cost.flops > 3 * logprobs.cost.flops
     values = report.as_json(found, config)
@@ -120,6 +124,23 @@ def test_scans_count_as_often_as_they_run():
         jax.ShapeDtypeStruct((5, 16, 16), "float32"),
     )
     assert flops.count(jax.make_jaxpr(layers)(*arguments).jaxpr) == 5 * 2 * 8 * 16 * 16
+
+
+def test_a_loop_that_depends_on_data_counts_as_often_as_it_may_run():
+    def product(x, weights, count):
+        def more(carry):
+            return (carry[0] < 7) & (carry[0] < count)
+
+        return jax.lax.while_loop(more, lambda c: (c[0] + 1, c[1] @ weights), (0, x))[1]
+
+    arguments = (
+        jax.ShapeDtypeStruct((8, 16), "float32"),
+        jax.ShapeDtypeStruct((16, 16), "float32"),
+        jax.ShapeDtypeStruct((), "int32"),
+    )
+    assert flops.count(jax.make_jaxpr(product)(*arguments).jaxpr) == 7 * 2 * 8 * 16 * 16
+    module = hlo.parse(jax.jit(product).lower(*arguments).compile().as_text())
+    assert max(times for _, times, _ in hlo.executed(module)) == 7
 
 
 @pytest.mark.parametrize("rows", [1, 2])

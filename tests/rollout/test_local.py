@@ -184,7 +184,7 @@ def trainer_logprobs(engine, params, groups, per_row, temperature):
         shared = batch.sequence_ids if per_row > 1 else None
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
         table = decoder.output_table(params)
-        return logprobs.policy_logprobs(hidden, table, batch, head, 256)[0]
+        return logprobs.policy_logprobs(hidden, table, batch, head)[0]
 
     batch = PolicyBatch(*(None if x is None else jnp.asarray(x) for x in batch))
     found, sequence_ids = np.asarray(jax.jit(run)(params)), np.asarray(batch.sequence_ids)
