@@ -177,7 +177,8 @@ class TrainConfig:
     (of the layers, each fetched as it computes), `activations` (what `gradient_checkpointing=full`
     keeps) and `reference` (the layers of GRPO's reference model)."""
     compilation_cache_dir: str = "~/.cache/atlas_jax/xla"
-    """Compiled programs are kept here between runs; empty keeps none."""
+    """Compiled programs are kept here between runs; empty keeps none, nor do several processes on
+    CPUs."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()

@@ -30,14 +30,21 @@ class Server(NamedTuple):
     log: pathlib.Path
     root: str
 
+    def freeze(self) -> None:
+        """Stops vLLM with SIGSTOP: it takes requests and answers none."""
+        self._signal(signal.SIGSTOP)
+
     def kill(self) -> None:
         """Ends vLLM with SIGKILL, as a crash would: no request gets an answer any more."""
+        self._signal(signal.SIGKILL)
+        self.process.wait(30)
+
+    def _signal(self, number: int) -> None:
         children = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, check=True
         )
         for pid in map(int, children.stdout.split()):
-            os.killpg(pid, signal.SIGKILL)
-        self.process.wait(30)
+            os.killpg(pid, number)
 
     def post(self, path: str, payload: dict[str, Any] | None = None) -> Any:
         """Returns the JSON reply to a POST."""

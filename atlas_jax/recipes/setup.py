@@ -58,14 +58,23 @@ def open_run(config: TrainConfig) -> None:
     """
     directory = pathlib.Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    if config.compilation_cache_dir:
-        path = os.path.expanduser(config.compilation_cache_dir)
-        jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_compilation_cache_dir", _compilation_cache(config))
     _share(directory, json.dumps(masked(config), indent=2) + "\n")
     _open_log(directory)
     if config.data.db_url and distributed.is_main():
         snapshot.take(config.data, config.output_dir)
     distributed.barrier("the data's snapshot")
+
+
+def _compilation_cache(config: TrainConfig) -> str | None:
+    """Returns where compiled programs are kept, if they are.
+
+    XLA's CPU programs lose the order of their collectives in the cache: processes that run them in
+    different orders wait for each other for ever, or take one sum for another.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        return None
+    return os.path.expanduser(config.compilation_cache_dir) or None
 
 
 def _open_log(directory: pathlib.Path) -> None:
