@@ -8,16 +8,10 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 out=outputs/quickstart
 say() { printf '\n== %s\n' "$*"; }
-evaluate() {
-  .venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \
-    --teacher "$1" --student "$out/smollm2" --data configs/data/quickstart/eval.jsonl \
-    --limit 24 --output "$2"
-}
-
-say "1/6 install (.venv)"
+say "1/5 install (.venv)"
 need_environment hf
 
-say "2/6 model"
+say "2/5 model"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=.
 fast_cpu
@@ -28,21 +22,20 @@ fi
 
 .venv/bin/python tools/show_lesson.py "$out/smollm2"
 
-say "3/6 SFT: the form of a lesson"
+say "3/5 SFT: the form of a lesson"
 launch/launch.sh 1 configs/run/quickstart_sft.py model_name_or_path="$out/smollm2" \
   output_dir="$out/sft"
 .venv/bin/python tools/show_lesson.py "$out/sft/final"
 
-say "4/6 evaluation before GRPO"
-evaluate "$out/sft/final" "$out/before.json"
-
-say "5/6 GRPO: lessons that help"
+say "4/5 GRPO: lessons that help"
 launch/launch.sh 1 configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final" \
   student_model="$out/smollm2" output_dir="$out/grpo" "$@"
 
-say "6/6 evaluation after GRPO"
-evaluate "$out/grpo/final" "$out/after.json"
+say "5/5 evaluation: teacher 1 untrained, 2 after SFT, 3 after GRPO"
+.venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \
+  --teacher "$out/smollm2" --teacher "$out/sft/final" --teacher "$out/grpo/final" \
+  --student "$out/smollm2" --data configs/data/quickstart/eval.jsonl --limit 24 \
+  --output "$out/evaluation.json"
 
-say "what the teacher gained"
-.venv/bin/python tools/compare_evaluations.py "$out/before.json" "$out/after.json"
-say "done: the teacher is $out/grpo/final; curves: .venv/bin/tensorboard --logdir $out"
+say "done: the teacher is $out/grpo/final, what it taught is in $out/evaluation.json"
+echo "curves: .venv/bin/tensorboard --logdir $out"

@@ -32,11 +32,22 @@ def ask(
     student: Speaker | None,
     protocol: teaching.Protocol,
     sampling: Sampling,
-    seed: int = 0,
+    earlier: Sequence[Rollout] = (),
 ) -> list[Rollout]:
-    """Returns one rollout of each question."""
-    draws = teaching.Draws(sampling, seed)
-    groups = teaching.run(questions, range(len(questions)), policy, student, protocol, draws)
+    """Returns one rollout of each question.
+
+    Args:
+        questions: to ask.
+        policy: the teacher, or what answers itself.
+        student: None under `protocol=direct`.
+        protocol: how a rollout comes about.
+        sampling: how tokens are drawn.
+        earlier: rollouts of these questions with another policy; the student is asked alone once.
+    """
+    pairs = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
+    alone = teaching.Alone(*map(list, zip(*pairs, strict=True))) if pairs else None
+    draws, places = teaching.Draws(sampling, 0), range(len(questions))
+    groups = teaching.run(questions, places, policy, student, protocol, draws, alone)
     return [group[0] for group in groups]
 
 
@@ -102,38 +113,58 @@ def report(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """Returns the evaluation as lines of text."""
-    lines = [f"{'metric':<28}{'value':>9}   95 % interval"]
-    for name, interval in result["metrics"].items():
-        value, low, high = (interval[k] for k in ("value", "low", "high"))
-        lines.append(f"{name:<28}{value:>9.3f}   {low:.3f} to {high:.3f}")
-    if "mcnemar_p" in result:
-        lines.append(
-            f"wrong to right {result['improved']}, right to wrong {result['degraded']} of "
-            f"{result['questions']}: McNemar p = {result['mcnemar_p']:.3g}"
-        )
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Returns reports on one or more teachers, asked the same questions, side by side."""
+    labels = _labels(len(results))
+    head = "".join(f"{label or 'value':>11}   95 % interval " for label in labels)
+    lines = [f"{'metric':<24}{head}".rstrip()]
+    for name in results[0]["metrics"]:
+        found = (tuple(result["metrics"][name].values()) for result in results)
+        cells = (f"{value:>11.3f}   {low:.3f} to {high:.3f}" for value, low, high in found)
+        lines.append(f"{name:<24}{''.join(cells)}")
+    for label, result in zip(labels, results, strict=True):
+        if "mcnemar_p" in result:
+            lines.append(
+                f"{label + ': ' if label else ''}wrong to right {result['improved']}, right to "
+                f"wrong {result['degraded']} of {result['questions']}: McNemar p = "
+                f"{result['mcnemar_p']:.3g}"
+            )
     return "\n".join(lines)
 
 
-def examples(rollouts: Sequence[Rollout], count: int = 3) -> str:
-    """Returns a few rollouts as text: first where teaching helped, then where it harmed."""
+def examples(answers: Sequence[Sequence[Rollout]], count: int = 3) -> str:
+    """Returns a few questions with what each teacher's rollouts made of them.
 
-    def rank(rollout: Rollout) -> tuple[bool, int]:
-        lost = _right(rollout, "baseline") - _right(rollout, "guided")
+    First come those where the last teacher helped, then those where it harmed.
+    """
+
+    def rank(place: int) -> tuple[bool, int]:
+        last = answers[-1][place]
+        lost = _right(last, "baseline") - _right(last, "guided")
         return not lost, lost
 
     blocks = []
-    for rollout in sorted(rollouts, key=rank)[:count]:
-        parts = {
-            "question": rollout.question.question,
-            "truth": rollout.question.ground_truth,
-            "alone": rollout.baseline.text if rollout.baseline else "",
-            "lesson": rollout.teaching or "(none)",
-            "answer": rollout.answer.text,
-        }
-        blocks.append("\n".join(f"{name:>9}: {text.strip()}" for name, text in parts.items()))
+    for place in sorted(range(len(answers[0])), key=rank)[:count]:
+        first = answers[0][place]
+        alone = first.baseline.text if first.baseline else ""
+        parts = [
+            ("question", first.question.question),
+            ("truth", first.question.ground_truth),
+            ("alone", alone),
+        ]
+        for label, rollouts in zip(_labels(len(answers)), answers, strict=True):
+            if label:
+                parts.append((label, ""))
+            rollout = rollouts[place]
+            parts += [("lesson", rollout.teaching or "(none)"), ("answer", rollout.answer.text)]
+        lines = (f"{name:>9}: {' '.join(text.split())}".rstrip() for name, text in parts)
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _labels(count: int) -> list[str]:
+    """Returns the names of the teachers, empty for a single one."""
+    return [f"teacher {i + 1}" for i in range(count)] if count > 1 else [""]
 
 
 def _taught(rollouts: Sequence[Rollout]) -> bool:

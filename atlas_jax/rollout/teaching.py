@@ -52,6 +52,13 @@ class Protocol(NamedTuple):
     missing_teaching: str  # none, whole or unscored
 
 
+class Alone(NamedTuple):
+    """What the student writes about each question before it is taught."""
+
+    baselines: Sequence[Completion]
+    probes: Sequence[Completion]
+
+
 class Draws(NamedTuple):
     """What the random numbers follow from, beside the question's place in the run."""
 
@@ -71,6 +78,7 @@ def run(
     student: Speaker | None,
     protocol: Protocol,
     draws: Draws,
+    alone: Alone | None = None,
 ) -> list[list[Rollout]]:
     """Returns the group of each question.
 
@@ -81,6 +89,7 @@ def run(
         student: None under `protocol=direct`.
         protocol: how a group comes about.
         draws: how tokens are drawn.
+        alone: of an earlier run of the same questions and student, which is not asked again.
     """
     if student is None:
         prompts = [_fill(protocol.templates.direct, q, {}) for q in questions]
@@ -89,7 +98,7 @@ def run(
             [Rollout(q, completion, "", None, None, None) for completion in group]
             for q, group in zip(questions, written, strict=True)
         ]
-    baselines, probes = _alone(student, questions, places, protocol, draws)
+    baselines, probes = alone or _alone(student, questions, places, protocol, draws)
     prompts = [
         _fill(protocol.templates.teacher, q, {"approach": probe.text})
         for q, probe in zip(questions, probes, strict=True)
@@ -125,7 +134,7 @@ def _alone(
     places: Sequence[int],
     protocol: Protocol,
     draws: Draws,
-) -> tuple[list[Completion], list[Completion]]:
+) -> Alone:
     """Returns the student's answers and its approaches, from one call."""
     templates, limits = protocol.templates, protocol.limits
     requests = [
@@ -137,7 +146,7 @@ def _alone(
         for q, place in zip(questions, places, strict=True)
     ]
     written = [group[0] for group in _ask(student, requests, draws.sampling, student.context)]
-    return written[: len(questions)], written[len(questions) :]
+    return Alone(written[: len(questions)], written[len(questions) :])
 
 
 def _policy(

@@ -349,3 +349,32 @@ def test_a_student_without_enough_positions_is_refused(inputs):
     draft = dataclasses.replace(BASE, student_model=str(inputs / "model"), max_new_tokens=40)
     with pytest.raises(ValueError, match=r"has 64 positions.*\(80 together\); lower"):
         grpo.open_student(draft, setup.make_sharding(draft))
+
+
+def test_an_evaluation_of_two_teachers_says_of_each_what_its_own_would(inputs, whole, tmp_path):
+    trained, untrained = whole("teaching") / "final", inputs / "model"
+
+    def evaluate(output, *teachers):
+        base = command(inputs, tmp_path / "unused", "teaching")
+        wanted = ("data.", "rollout.", "max_")
+        flags = [f for f in base["args"][4:] if f.removeprefix("--config.").startswith(wanted)]
+        run = [sys.executable, "-m", "atlas_jax.evaluate", base["args"][3], *flags]
+        run += [f"--teacher={path}" for path in teachers]
+        run += [f"--student={untrained}", f"--data={inputs / 'questions.jsonl'}"]
+        run += [f"--output={output}", "--limit=6"]
+        result = subprocess.run(run, env=base["env"], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return json.loads(output.read_text()), result.stderr
+
+    found, log = evaluate(tmp_path / "both.json", untrained, trained)
+    assert found["student"] == str(untrained)
+    assert [one["teacher"] for one in found["teachers"]] == [str(untrained), str(trained)]
+    alone, _ = evaluate(tmp_path / "one.json", trained)
+    assert found["teachers"][1] == alone["teachers"][0]
+    first, second = (one["samples"] for one in found["teachers"])
+    assert [s["question"] for s in first] == list(QUESTIONS[:6])
+    for key in ("baseline", "probe"):
+        assert [s[key] for s in first] == [s[key] for s in second]
+    assert [s["policy"]["text"] for s in first] != [s["policy"]["text"] for s in second]
+    assert "teacher 2: wrong to right" in log
+    assert log.count("question: ") == 3

@@ -42,20 +42,25 @@ CASES = {
 }  # fmt: skip
 
 
-def ask(names, room=1000, missing="none"):
-    """Returns the rollouts of questions that are named as the cases are."""
+def ask(names, room=1000, missing="none", lesson="think", earlier=(), seen=None):
+    """Returns the rollouts of questions that are named as the cases are; `seen` gets prompts."""
 
     def pupil(prompt, member):
         alone, taught, _ = next(CASES[name] for name in CASES if name in prompt)
         return "how" if prompt.startswith("probe") else taught if "with" in prompt else alone
 
     def tutor(prompt, member):
-        return "nothing" if "kept" in prompt else "<teaching>think</teaching>"
+        return "nothing" if "kept" in prompt else f"<teaching>{lesson}</teaching>"
 
     asked = [Question(f"{i}", name, CASES[name][2], {}) for i, name in enumerate(names)]
-    student = Script(pupil, context=room).speaker
+    student = Script(pupil, context=room)
     how = protocol(missing, size=1)
-    return evaluation.ask(asked, Script(tutor).speaker, student, how, GREEDY)
+    found = evaluation.ask(
+        asked, Script(tutor).speaker, student.speaker, how, GREEDY, earlier=earlier
+    )
+    if seen is not None:
+        seen.extend(student.prompts)
+    return found
 
 
 def test_the_report_of_four_questions_by_hand():
@@ -126,13 +131,13 @@ def test_direct_answers_have_an_accuracy():
     assert evaluation.summary(rollouts, taught=False) == {"accuracy": 0.5}
     assert result["metrics"]["accuracy"]["value"] == 0.5
     assert "mcnemar_p" not in result
-    assert "McNemar" not in evaluation.table(result)
-    assert "accuracy" in evaluation.table(result)
+    assert "McNemar" not in evaluation.table([result])
+    assert "accuracy" in evaluation.table([result])
 
 
 def test_the_table_shows_each_metric_and_the_test():
     result = evaluation.report(ask(["helped"] * 5 + ["kept"] * 3))
-    lines = evaluation.table(result).splitlines()
+    lines = evaluation.table([result]).splitlines()
     assert lines[0].split() == ["metric", "value", "95", "%", "interval"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
     assert set(rows) == set(result["metrics"])
@@ -142,9 +147,36 @@ def test_the_table_shows_each_metric_and_the_test():
 
 
 def test_examples_show_first_what_helped_then_what_harmed():
-    shown = evaluation.examples(ask(["kept", "lost", "harmed", "helped"])).split("\n\n")
+    shown = evaluation.examples([ask(["kept", "lost", "harmed", "helped"])]).split("\n\n")
     assert [block.splitlines()[0].split()[-1] for block in shown] == ["helped", "harmed", "kept"]
     assert [line.strip() for line in shown[0].splitlines()] == [
         "question: helped", "truth: 4", "alone: 1", "lesson: think", "answer: 4",
     ]  # fmt: skip
     assert "lesson: (none)" in shown[2]
+
+
+def test_a_second_teacher_does_not_ask_the_student_alone_again():
+    names = ["helped", "harmed", "long"]
+    first, seen = ask(names), []
+    second = ask(names, lesson="look", earlier=first, seen=seen)
+    assert seen == [f"with look: {name}" for name in names]
+    assert second == ask(names, lesson="look")
+
+
+def test_teachers_stand_beside_each_other():
+    names = ["helped", "harmed", "kept"]
+    first = ask(names)
+    second = ask(names, lesson="look", earlier=first)
+    results = [evaluation.report(first), evaluation.report(second)]
+    lines = evaluation.table(results).splitlines()
+    assert lines[0].count("interval") == 2
+    assert lines[0].index("teacher 1") < lines[0].index("teacher 2")
+    for name, line in zip(results[0]["metrics"], lines[1:], strict=False):
+        wanted = [f"{result['metrics'][name]['value']:.3f}" for result in results]
+        assert [line.split()[1], line.split()[5]] == wanted
+    assert lines[-1].startswith("teacher 2: wrong to right 1, right to wrong 1 of 3")
+    shown = evaluation.examples([first, second], count=1).splitlines()
+    assert [line.strip() for line in shown] == [
+        "question: helped", "truth: 4", "alone: 1", "teacher 1:", "lesson: think", "answer: 4",
+        "teacher 2:", "lesson: look", "answer: 4",
+    ]  # fmt: skip
