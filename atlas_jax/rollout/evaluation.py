@@ -135,7 +135,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def examples(answers: Sequence[Sequence[Rollout]], count: int = 3) -> str:
     """Returns a few questions with what each teacher's rollouts made of them.
 
-    First come those where the last teacher helped, then those where it harmed.
+    First come those where the last teacher helped, then those where it harmed. A text without a
+    lesson is shown behind `(none)`.
     """
 
     def rank(place: int) -> tuple[bool, int]:
@@ -146,20 +147,25 @@ def examples(answers: Sequence[Sequence[Rollout]], count: int = 3) -> str:
     blocks = []
     for place in sorted(range(len(answers[0])), key=rank)[:count]:
         first = answers[0][place]
-        alone = first.baseline.text if first.baseline else ""
         parts = [
             ("question", first.question.question),
             ("truth", first.question.ground_truth),
-            ("alone", alone),
+            ("alone", first.baseline.text if first.baseline else ""),
         ]
         for label, rollouts in zip(_labels(len(answers)), answers, strict=True):
             if label:
                 parts.append((label, ""))
             rollout = rollouts[place]
-            parts += [("lesson", rollout.teaching or "(none)"), ("answer", rollout.answer.text)]
-        lines = (f"{name:>9}: {' '.join(text.split())}".rstrip() for name, text in parts)
+            lesson = rollout.teaching or f"(none) {rollout.policy.text}"
+            parts += [("lesson", lesson), ("answer", rollout.answer.text)]
+        lines = (f"{name:>9}: {_line(text)}".rstrip() for name, text in parts)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _line(text: str, width: int = 200) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def _labels(count: int) -> list[str]:

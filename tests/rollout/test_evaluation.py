@@ -152,7 +152,15 @@ def test_examples_show_first_what_helped_then_what_harmed():
     assert [line.strip() for line in shown[0].splitlines()] == [
         "question: helped", "truth: 4", "alone: 1", "lesson: think", "answer: 4",
     ]  # fmt: skip
-    assert "lesson: (none)" in shown[2]
+    assert "lesson: (none) nothing" in shown[2]
+
+
+def test_long_texts_are_cut_in_examples():
+    (rollout,) = ask(["helped"])
+    shown = evaluation.examples([[rollout._replace(teaching="word " * 100)]])
+    (line,) = [line for line in shown.splitlines() if "lesson:" in line]
+    assert len(line) == len("   lesson: ") + 200
+    assert line.endswith("…")
 
 
 def test_a_second_teacher_does_not_ask_the_student_alone_again():
