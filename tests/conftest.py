@@ -1,8 +1,14 @@
-"""Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles."""
+"""Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles.
+
+Most of the time goes into compiling, and LLVM's optimizations are a third of it; what tests start
+as a process of its own has them.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
