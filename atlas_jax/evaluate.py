@@ -4,7 +4,9 @@
 
 Both answer the same questions greedily; the student answers alone once, and then with the lessons
 of each teacher. Prints a table with 95 % intervals and three examples, and writes all of it as
-JSON. Templates and limits are those of `--config`, a GRPO run file.
+JSON: `student`, and under `teachers`, in order, `teacher`, `questions` asked and `compared`,
+`metrics` with their intervals, `improved`, `degraded`, `mcnemar_p` and `samples` as in `rollouts/`.
+Templates and limits are those of `--config`, a GRPO run file.
 """
 
 from __future__ import annotations
@@ -63,6 +65,9 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
         limit: questions asked; 0 asks all.
         output: path of the JSON.
         seed: of the bootstrap.
+
+    Raises:
+        ValueError: for a model or data that cannot be used, before anything is asked.
     """
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
@@ -78,19 +83,22 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     questions = parse_questions(rows, config.data.max_rejected_frac, True, fields)
     questions = questions[: limit or None]
     sharding = setup.make_sharding(config)
+    models = [setup.open_frozen(one, one.model_name_or_path, sharding) for one in configs]
     student = grpo.open_student(config, sharding)
-
-    def ask(one: GRPOConfig, earlier: Sequence[Rollout]) -> list[Rollout]:
-        path, prompt = one.model_name_or_path, one.data.system_prompt
-        teacher = grpo.open_speaker(one, path, prompt, sharding)
-        return evaluation.ask(questions, teacher, student, protocol, Sampling(0.0), earlier)
-
     answers: list[list[Rollout]] = []
-    for one in configs:
-        answers.append(ask(one, answers[0] if answers else ()))
-        logging.info("teacher %d: %s", len(answers), one.model_name_or_path)
+    for one, model in zip(configs, models, strict=True):
+        logging.info("teacher %d: %s", len(answers) + 1, one.model_name_or_path)
+        answers.append(
+            evaluation.ask(
+                questions,
+                grpo.load_speaker(one, model, one.data.system_prompt),
+                student,
+                protocol,
+                Sampling(0.0),
+                earlier=answers[0] if answers else (),
+            )
+        )
     results = [evaluation.report(rollouts, seed) for rollouts in answers]
-    logging.info("\n%s\n\n%s", evaluation.table(results), evaluation.examples(answers))
     unscored = RewardResult(None, {})
     teachers = [
         {
@@ -102,8 +110,9 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
         }
         for one, result, rollouts in zip(configs, results, answers, strict=True)
     ]
-    found = {"student": config.student_model, "teachers": teachers}
+    found = {"student": config.student_model if student else None, "teachers": teachers}
     write_whole(output, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    logging.info("\n%s\n\n%s", evaluation.table(results), evaluation.examples(answers))
     logging.info("written: %s", output)
 
 

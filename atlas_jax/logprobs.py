@@ -98,6 +98,28 @@ def _predecessors(
     return jnp.maximum(jnp.where(begins, prompt, here) - 1, 0)
 
 
+def each_chunk(
+    mask: Bool[Array, "B T"], head: Head, chunk: Callable[[jax.Array, _Sums], _Sums], sums: _Sums
+) -> _Sums:
+    """Returns `sums` after `sums = chunk(places, sums)` for each chunk of trained positions.
+
+    `places` are in the flattened rows, `B * T` where a chunk is not full. All devices run as many
+    chunks, as collectives in a loop are safe only in step.
+    """
+    size = min(head.chunk_size, mask.size)
+    most = -(-mask.size // size)
+    places = jnp.flatnonzero(mask, size=most * size, fill_value=mask.size).reshape(most, size)
+    count = jax.lax.pmax(-(-jnp.sum(mask) // size), BATCH_AXES)
+
+    def more(carry: tuple[jax.Array, _Sums]) -> jax.Array:
+        return (carry[0] < most) & (carry[0] < count)  # `plan/` reads the bound `most` of the loop
+
+    def step(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
+        return carry[0] + 1, chunk(places[carry[0]], carry[1])
+
+    return jax.lax.while_loop(more, step, (jnp.int32(0), sums))[1]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def masked_sum(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], ahead: Ahead, head: Head
@@ -135,7 +157,7 @@ def _sum_forward(
             return total + jnp.sum(found), _put(d_hidden, at, d_h), d_table + more
 
         start = jnp.float32(0), jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
-        total, d_hidden, d_table = _each_chunk(mask, head, chunk, start)
+        total, d_hidden, d_table = each_chunk(mask, head, chunk, start)
         d_hidden = jax.lax.psum(d_hidden, "tensor")
         total = jax.lax.psum(total, BATCH_AXES)
         return total, d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
@@ -202,7 +224,7 @@ def _run_forward(
             return tuple(_put(x, at, new) for x, new in zip(results, found, strict=True))
 
         start = (jnp.zeros(targets.shape, jnp.float32),) * 3
-        return _each_chunk(mask, head, chunk, start)
+        return each_chunk(mask, head, chunk, start)
 
     return local(hidden, table, ahead.targets, ahead.mask)
 
@@ -242,7 +264,7 @@ def _backward(
             return _put(d_hidden, at, d_h), d_table + more
 
         start = jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
-        d_hidden, d_table = _each_chunk(ahead.mask, head, chunk, start)
+        d_hidden, d_table = each_chunk(ahead.mask, head, chunk, start)
         d_hidden = jax.lax.psum(d_hidden, "tensor")
         return d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
 
@@ -292,28 +314,6 @@ def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
     ids, found = local_ids(targets, logits.shape[-1])
     picked = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
     return jax.lax.psum(jnp.where(found, picked, 0), "tensor")
-
-
-def _each_chunk(
-    mask: Bool[Array, "B T"], head: Head, chunk: Callable[[jax.Array, _Sums], _Sums], sums: _Sums
-) -> _Sums:
-    """Returns `sums` after `sums = chunk(places, sums)` for each chunk of trained positions.
-
-    `places` are in the flattened rows, `B * T` where a chunk is not full. All devices run as many
-    chunks, as collectives in a loop are safe only in step.
-    """
-    size = min(head.chunk_size, mask.size)
-    most = -(-mask.size // size)
-    places = jnp.flatnonzero(mask, size=most * size, fill_value=mask.size).reshape(most, size)
-    count = jax.lax.pmax(-(-jnp.sum(mask) // size), BATCH_AXES)
-
-    def more(carry: tuple[jax.Array, _Sums]) -> jax.Array:
-        return (carry[0] < most) & (carry[0] < count)  # `most` is for readers of the program
-
-    def step(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
-        return carry[0] + 1, chunk(places[carry[0]], carry[1])
-
-    return jax.lax.while_loop(more, step, (jnp.int32(0), sums))[1]
 
 
 def _take(x: Shaped[Array, "B T ..."], at: Int[Array, " N"]) -> Shaped[Array, "N ..."]:

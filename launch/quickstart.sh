@@ -29,7 +29,7 @@ launch/launch.sh 1 configs/run/quickstart_sft.py model_name_or_path="$out/smollm
 
 say "4/5 GRPO: lessons that help"
 launch/launch.sh 1 configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final" \
-  student_model="$out/smollm2" output_dir="$out/grpo" "$@"
+  student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path= "$@"
 
 say "5/5 evaluation: teacher 1 untrained, 2 after SFT, 3 after GRPO"
 .venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \

@@ -1,7 +1,7 @@
 """Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles.
 
-Most of the time goes into compiling, and LLVM's optimizations are a third of it; what tests start
-as a process of its own has them.
+Most of the time goes into compiling, and LLVM's optimizations are a third of it; the runs that
+tests start as processes of their own have them.
 """
 
 import os

@@ -7,7 +7,7 @@ import pytest
 
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.sharding import BATCH_AXES, Sharding, make_mesh
 from atlas_jax.types import Batch
 
 MESHES = {
@@ -70,3 +70,27 @@ def test_the_sum_equals_plain_computation(mesh, temperature, trained):
         found = jax.jit(jax.value_and_grad(ours, (0, 1)))(unread, table)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mesh", "chunks"), [("one", 4), ("fsdp8", 3), ("2x2x2", 4)])
+def test_as_many_chunks_are_computed_as_the_fullest_device_needs(mesh, chunks):
+    """Of 21, all positions, where the last rows have 9 and 21 trained ones."""
+    head = logprobs.Head(Sharding(make_mesh(*MESHES[mesh])), 8)
+    counts = jnp.array([0, 0, 0, 0, 0, 1, 9, 21])[:, None]
+    mask = jnp.arange(21) < counts
+    rows = jax.sharding.PartitionSpec(BATCH_AXES)
+
+    def local(mask):
+        start = jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
+
+        def chunk(at, sums):
+            return sums[0] + 1, sums[1] + jnp.sum(at < mask.size)
+
+        return logprobs.each_chunk(mask, head, chunk, start)
+
+    mapped = jax.shard_map(
+        local, mesh=head.sharding.mesh, in_specs=rows, out_specs=rows, check_vma=False
+    )
+    times, places = jax.jit(mapped)(mask)
+    assert set(times.tolist()) == {chunks}
+    assert sum(places.tolist()) == 31

@@ -59,8 +59,8 @@ class ModelConfig:
         """Floating-point operations of one forward and backward pass per token.
 
         Six for each weight of a matrix product and 12 L N H T / 2 for causal attention over rows of
-        `length` T (PaLM, arXiv:2204.02311, appendix B, with the causal half); recomputation is not
-        counted, so that the quotient is MFU.
+        `length` T (PaLM, arXiv:2204.02311, appendix B, with the causal half). Recomputation is not
+        counted, so that the quotient is MFU; the head is, for tokens that are not trained too.
         """
         d, n, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
         layer = 2 * d * n * h + 2 * d * k * h + 3 * d * self.intermediate_size

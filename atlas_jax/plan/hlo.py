@@ -1,6 +1,7 @@
 """Reads the text of a compiled program: what each device sends, and reads and writes.
 
-Loops are counted as often as they run; of a loop whose count the text does not tell, once.
+Loops are counted as often as they run, at most where that depends on data; of a loop whose count
+the text does not tell, once.
 """
 
 from __future__ import annotations

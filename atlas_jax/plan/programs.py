@@ -172,8 +172,8 @@ def _generation(
     grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), params, inputs)
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        dim = x.shape.index(prompts) if prompts in x.shape[:2] else None
-        spec = PartitionSpec() if dim is None else PartitionSpec(*(None,) * dim, BATCH_AXES)
+        lead = (None,) if x.ndim > 3 else ()  # layers, of the cache's keys and values
+        spec = PartitionSpec(*lead, BATCH_AXES) if x.ndim else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, spec))
 
     grid = jax.tree.map(place, grid)

@@ -13,8 +13,9 @@ from atlas_jax.plan.targets import Target
 
 _GIB = 2**30
 ASSUMPTIONS = (
-    "Times are lower bounds: the longest of arithmetic, memory traffic and communication at the "
-    "data sheet's speeds, each hidden behind the others. Runtime, host and (GPU) workspaces that "
+    "Times are lower bounds for rows that are full and trained throughout: the longest of "
+    "arithmetic, memory traffic and communication at the data sheet's speeds, each hidden behind "
+    "the others. The head skips what is not trained. Runtime, host and (GPU) workspaces that "
     "libraries take by themselves are not counted; a GPU program's memory is arguments plus "
     "temporaries, a TPU's the compiler's peak."
 )

@@ -267,13 +267,13 @@ def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
     if config.rollout.protocol == "direct":
         return None
     prompt = config.rollout.student_system_prompt
-    student = open_speaker(config, config.student_model, prompt, sharding)
+    model = setup.open_frozen(config, config.student_model, sharding)
+    student = load_speaker(config, model, prompt)
     return speakers.check_student(config, student)
 
 
-def open_speaker(config: GRPOConfig, path: str, system_prompt: str, sharding: Sharding) -> Speaker:
-    """Returns a model that only generates, its parameters in the compute dtype."""
-    model = setup.open_frozen(config, path, sharding)
+def load_speaker(config: GRPOConfig, model: setup.Model, system_prompt: str) -> Speaker:
+    """Loads the parameters of a model that only generates."""
     bind = speakers.local(model, system_prompt, config.rollout.max_rows)
     return bind(hf.load(model.source, model.decoder), 0)
 

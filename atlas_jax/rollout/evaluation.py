@@ -13,7 +13,7 @@ from atlas_jax.rewards.answers import is_correct
 from atlas_jax.rollout import measures, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Metrics, Question, Rollout
+from atlas_jax.types import Completion, Metrics, Question, Rollout
 
 _RESAMPLES = 2000
 
@@ -95,17 +95,24 @@ def mcnemar(improved: int, degraded: int) -> float:
 
 
 def report(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Any]:
-    """Returns the evaluation as JSON values."""
+    """Returns the evaluation as JSON values; what nothing is known of is None.
+
+    `compared` are the questions that the student answered alone and taught.
+    """
     found = intervals(rollouts, seed)
     result: dict[str, Any] = {
         "questions": len(rollouts),
-        "metrics": {name: interval._asdict() for name, interval in found.items()},
+        "metrics": {
+            name: {k: v if math.isfinite(v) else None for k, v in interval._asdict().items()}
+            for name, interval in found.items()
+        },
     }
     counted = _measure(rollouts, _taught(rollouts))
     if "teaching/improvement_rate" in counted:
         improved = counted["teaching/improvement_rate"][0]
         degraded = counted["teaching/degradation_rate"][0]
         result |= {
+            "compared": counted["teaching/student_accuracy"][1],
             "improved": improved,
             "degraded": degraded,
             "mcnemar_p": mcnemar(improved, degraded),
@@ -116,20 +123,22 @@ def report(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Any]:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Returns reports on one or more teachers, asked the same questions, side by side."""
     labels = _labels(len(results))
-    head = "".join(f"{label or 'value':>11}   95 % interval " for label in labels)
-    lines = [f"{'metric':<24}{head}".rstrip()]
+    head = "".join(f"{label or 'value':>10}  {'95 % interval':<18}" for label in labels)
+    lines = [f"{'metric':<24}{head}"]
     for name in results[0]["metrics"]:
-        found = (tuple(result["metrics"][name].values()) for result in results)
-        cells = (f"{value:>11.3f}   {low:.3f} to {high:.3f}" for value, low, high in found)
-        lines.append(f"{name:<24}{''.join(cells)}")
+        cells = ""
+        for result in results:
+            value, low, high = (_number(x) for x in result["metrics"][name].values())
+            cells += f"{value:>10}  {f'{low} to {high}':<18}"
+        lines.append(f"{name:<24}{cells}")
     for label, result in zip(labels, results, strict=True):
         if "mcnemar_p" in result:
             lines.append(
                 f"{label + ': ' if label else ''}wrong to right {result['improved']}, right to "
-                f"wrong {result['degraded']} of {result['questions']}: McNemar p = "
+                f"wrong {result['degraded']} of {result['compared']}: McNemar p = "
                 f"{result['mcnemar_p']:.3g}"
             )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def examples(answers: Sequence[Sequence[Rollout]], count: int = 3) -> str:
@@ -147,20 +156,28 @@ def examples(answers: Sequence[Sequence[Rollout]], count: int = 3) -> str:
     blocks = []
     for place in sorted(range(len(answers[0])), key=rank)[:count]:
         first = answers[0][place]
-        parts = [
-            ("question", first.question.question),
-            ("truth", first.question.ground_truth),
-            ("alone", first.baseline.text if first.baseline else ""),
-        ]
+        parts = [("question", first.question.question), ("truth", first.question.ground_truth)]
+        if first.baseline:
+            parts.append(("alone", _said(first.baseline)))
         for label, rollouts in zip(_labels(len(answers)), answers, strict=True):
+            rollout = rollouts[place]
             if label:
                 parts.append((label, ""))
-            rollout = rollouts[place]
-            lesson = rollout.teaching or f"(none) {rollout.policy.text}"
-            parts += [("lesson", lesson), ("answer", rollout.answer.text)]
+            if rollout.baseline:
+                parts.append(("lesson", rollout.teaching or f"(none) {_said(rollout.policy)}"))
+            parts.append(("answer", _said(rollout.answer)))
         lines = (f"{name:>9}: {_line(text)}".rstrip() for name, text in parts)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _said(completion: Completion) -> str:
+    """Returns what was written, or why nothing was."""
+    return completion.text if completion.token_ids else f"({completion.finish_reason})"
 
 
 def _line(text: str, width: int = 200) -> str:

@@ -9,7 +9,6 @@ TASK = 'Solve the problem in one short sentence, then write "Answer:" and the fi
 
 def apply(config: ConfigDict) -> None:
     quickstart_sft.apply(config)
-    config.data.eval_path = ""  # quickstart.sh evaluates teachers beside each other
     config.rollout.student_baseline_template = "{question}\n\n" + TASK
     config.rollout.student_with_teaching_template = "{question}\n\nHint: {teaching}\n\n" + TASK
     config.rollout.student_diagnostic_template = (

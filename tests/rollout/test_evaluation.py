@@ -72,8 +72,11 @@ def test_the_report_of_four_questions_by_hand():
         "completion_rate": 1.0, "response_token_reduction": 0.0, "missing_frac": 0.25,
         "answer_leak_frac": 0.0, "probe_tokens": 4.0,
     }  # fmt: skip
-    counts = {name: result[name] for name in ("questions", "improved", "degraded", "mcnemar_p")}
-    assert counts == {"questions": 4, "improved": 1, "degraded": 1, "mcnemar_p": 1.0}
+    counts = {
+        name: result[name]
+        for name in ("questions", "compared", "improved", "degraded", "mcnemar_p")
+    }
+    assert counts == {"questions": 4, "compared": 4, "improved": 1, "degraded": 1, "mcnemar_p": 1.0}
     assert json.loads(json.dumps(result)) == result
 
 
@@ -172,19 +175,51 @@ def test_a_second_teacher_does_not_ask_the_student_alone_again():
 
 
 def test_teachers_stand_beside_each_other():
-    names = ["helped", "harmed", "kept"]
-    first = ask(names)
-    second = ask(names, lesson="look", earlier=first)
+    """The second one, whose text for "kept" has no lesson at all, harms where the first helps."""
+    first = ask(["kept", "helped", "harmed"])
+    second = ask(["kept", "harmed", "lost"])
     results = [evaluation.report(first), evaluation.report(second)]
     lines = evaluation.table(results).splitlines()
-    assert lines[0].count("interval") == 2
-    assert lines[0].index("teacher 1") < lines[0].index("teacher 2")
-    for name, line in zip(results[0]["metrics"], lines[1:], strict=False):
+    assert " ".join(lines[0].split()) == "metric teacher 1 95 % interval teacher 2 95 % interval"
+    found = {line.split()[0]: line.split() for line in lines[1:-2]}
+    for name, words in found.items():
         wanted = [f"{result['metrics'][name]['value']:.3f}" for result in results]
-        assert [line.split()[1], line.split()[5]] == wanted
-    assert lines[-1].startswith("teacher 2: wrong to right 1, right to wrong 1 of 3")
-    shown = evaluation.examples([first, second], count=1).splitlines()
-    assert [line.strip() for line in shown] == [
-        "question: helped", "truth: 4", "alone: 1", "teacher 1:", "lesson: think", "answer: 4",
-        "teacher 2:", "lesson: look", "answer: 4",
+        assert [words[1], words[5]] == wanted
+    assert found["improvement_rate"][1::4] == ["0.333", "0.000"]
+    assert lines[-2].startswith("teacher 1: wrong to right 1, right to wrong 1 of 3")
+    assert lines[-1].startswith("teacher 2: wrong to right 0, right to wrong 1 of 3")
+
+
+def test_examples_follow_the_last_teacher_and_show_all():
+    lazy = [r._replace(teaching="", guided=r.baseline) for r in ask(["harmed", "helped"])]
+    shown = evaluation.examples([lazy, ask(["harmed", "helped"])]).split("\n\n")
+    assert [line.strip() for line in shown[0].splitlines()] == [
+        "question: helped", "truth: 4", "alone: 1",
+        "teacher 1:", "lesson: (none) <teaching>think</teaching>", "answer: 1",
+        "teacher 2:", "lesson: think", "answer: 4",
     ]  # fmt: skip
+    other = evaluation.examples([ask(["harmed", "helped"]), lazy]).split("\n\n")
+    assert other[0].splitlines()[0].endswith("question: harmed"), "the last one does no harm"
+
+
+def test_examples_of_direct_answers_have_no_lesson():
+    asked = [Question("0", "q0", "1", {})]
+    how = protocol(kind="direct", size=1)
+    speakers = Script(lambda *_: "1").speaker, Script(lambda *_: "2").speaker
+    answers = [evaluation.ask(asked, speaker, None, how, GREEDY) for speaker in speakers]
+    failed = Completion((), (), (), (), "error: x", "", -1)
+    answers.append([answers[0][0]._replace(policy=failed)])
+    assert [line.strip() for line in evaluation.examples(answers).splitlines()] == [
+        "question: q0", "truth: 1", "teacher 1:", "answer: 1", "teacher 2:", "answer: 2",
+        "teacher 3:", "answer: (error: x)",
+    ]  # fmt: skip
+
+
+def test_a_teacher_that_wrote_no_lesson_leaves_nothing_to_compare():
+    result = evaluation.report(ask(["kept", "kept"], missing="unscored"))
+    assert result["compared"] == 0
+    assert result["metrics"]["student_accuracy"] == {"value": None, "low": None, "high": None}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    lines = evaluation.table([result]).splitlines()
+    assert ["student_accuracy", "-", "-", "to", "-"] in [line.split() for line in lines]
+    assert lines[-1] == "wrong to right 0, right to wrong 0 of 0: McNemar p = 1"
