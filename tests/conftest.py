@@ -1,14 +1,10 @@
-"""Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles.
-
-Most of the time goes into compiling, and LLVM's optimizations are a third of it; the runs that
-tests start as processes of their own have them.
-"""
+"""Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles."""
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+from tests import processes
+
+os.environ["XLA_FLAGS"] = processes.xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

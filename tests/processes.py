@@ -10,6 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 
+def xla_flags(devices: int) -> str:
+    """Returns XLA_FLAGS for so many CPU devices.
+
+    Compiling takes most of the time of tests, and LLVM's optimizations a third of that; the runs of
+    `e2e/test_sft.py` have them.
+    """
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+
+
 def free_port() -> int:
     """Returns a port that nobody listens on."""
     with socket.socket() as listener:

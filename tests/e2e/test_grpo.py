@@ -16,7 +16,7 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, RolloutConfig
 from atlas_jax.recipes import grpo, setup
-from tests import words
+from tests import processes, words
 
 STEPS = 8
 GENERATIONS = 4
@@ -81,7 +81,7 @@ def command(inputs, output, protocol):
     }  # fmt: skip
     flags = [f"--config.{k}={v}" for k, v in values.items()]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "ATLAS_TRACEBACK": "1",
+        "XLA_FLAGS": processes.xla_flags(2), "ATLAS_TRACEBACK": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     run = [sys.executable, "-m", "atlas_jax.train", f"--config=configs/run/{FILES[protocol]}.py"]

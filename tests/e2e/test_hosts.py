@@ -33,14 +33,12 @@ sft_inputs, grpo_inputs = test_sft.inputs, test_grpo.inputs
 def commands(base, cache, num_processes, devices, **options):
     """Returns the command of each process of a run with this many devices each.
 
-    Runs of one process share the cache of compiled programs; several keep none, and compile faster
-    without LLVM's optimizations.
+    Runs of one process share the cache of compiled programs; several keep none.
     """
     flags = [f"--config.{k}={v}" for k, v in options.items()]
     flags.append(f"--config.compilation_cache_dir={cache}")
     environment = base["env"] | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": processes.xla_flags(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     joins = processes.address_flags(num_processes) if num_processes > 1 else [[]]

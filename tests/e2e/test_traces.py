@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 from tests.runtime_database import execute, new_database, session
 from tests.tokenizers import chatml_tokenizer
 
@@ -43,7 +43,7 @@ def model(tmp_path_factory):
 
 def run(*command, **environment):
     environment = os.environ | environment
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    environment["XLA_FLAGS"] = processes.xla_flags(1)
     result = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, env=environment
     )
