@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 out=outputs/quickstart
 say() { printf '\n== %s\n' "$*"; }
+
 say "1/5 install (.venv)"
 need_environment hf
 

@@ -44,8 +44,7 @@ def ask(
         sampling: how tokens are drawn.
         earlier: rollouts of these questions with another policy; the student is asked alone once.
     """
-    pairs = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
-    alone = teaching.Alone(*map(list, zip(*pairs, strict=True))) if pairs else None
+    alone = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
     draws, places = teaching.Draws(sampling, 0), range(len(questions))
     groups = teaching.run(questions, places, policy, student, protocol, draws, alone)
     return [group[0] for group in groups]

@@ -52,13 +52,6 @@ class Protocol(NamedTuple):
     missing_teaching: str  # none, whole or unscored
 
 
-class Alone(NamedTuple):
-    """What the student writes about each question before it is taught."""
-
-    baselines: Sequence[Completion]
-    probes: Sequence[Completion]
-
-
 class Draws(NamedTuple):
     """What the random numbers follow from, beside the question's place in the run."""
 
@@ -78,7 +71,7 @@ def run(
     student: Speaker | None,
     protocol: Protocol,
     draws: Draws,
-    alone: Alone | None = None,
+    alone: Sequence[tuple[Completion, Completion]] = (),
 ) -> list[list[Rollout]]:
     """Returns the group of each question.
 
@@ -89,7 +82,8 @@ def run(
         student: None under `protocol=direct`.
         protocol: how a group comes about.
         draws: how tokens are drawn.
-        alone: of an earlier run of the same questions and student, which is not asked again.
+        alone: baseline and probe of each question from an earlier run with the same student, which
+            is not asked again.
     """
     if student is None:
         prompts = [_fill(protocol.templates.direct, q, {}) for q in questions]
@@ -98,10 +92,10 @@ def run(
             [Rollout(q, completion, "", None, None, None) for completion in group]
             for q, group in zip(questions, written, strict=True)
         ]
-    baselines, probes = alone or _alone(student, questions, places, protocol, draws)
+    alone = alone or _alone(student, questions, places, protocol, draws)
     prompts = [
         _fill(protocol.templates.teacher, q, {"approach": probe.text})
-        for q, probe in zip(questions, probes, strict=True)
+        for q, (_, probe) in zip(questions, alone, strict=True)
     ]
     lessons = _policy(policy, prompts, places, protocol, draws)
     groups = [
@@ -109,7 +103,7 @@ def run(
             Rollout(q, lesson, extract_lesson(lesson.text, protocol), baseline, probe, None)
             for lesson in group
         ]
-        for q, group, baseline, probe in zip(questions, lessons, baselines, probes, strict=True)
+        for q, group, (baseline, probe) in zip(questions, lessons, alone, strict=True)
     ]
     return _guide(student, groups, places, protocol, draws)
 
@@ -134,8 +128,8 @@ def _alone(
     places: Sequence[int],
     protocol: Protocol,
     draws: Draws,
-) -> Alone:
-    """Returns the student's answers and its approaches, from one call."""
+) -> list[tuple[Completion, Completion]]:
+    """Returns the student's answer and its approach to each question, from one call."""
     templates, limits = protocol.templates, protocol.limits
     requests = [
         Request(student.encode(_fill(template, q, {})), limit, draws.seed_of(place, stream))
@@ -146,7 +140,7 @@ def _alone(
         for q, place in zip(questions, places, strict=True)
     ]
     written = [group[0] for group in _ask(student, requests, draws.sampling, student.context)]
-    return Alone(written[: len(questions)], written[len(questions) :])
+    return list(zip(written[: len(questions)], written[len(questions) :], strict=True))
 
 
 def _policy(

@@ -175,7 +175,7 @@ def test_a_second_teacher_does_not_ask_the_student_alone_again():
 
 
 def test_teachers_stand_beside_each_other():
-    """The second one, whose text for "kept" has no lesson at all, harms where the first helps."""
+    """The first one helps once and harms once; the second one harms and does not help."""
     first = ask(["kept", "helped", "harmed"])
     second = ask(["kept", "harmed", "lost"])
     results = [evaluation.report(first), evaluation.report(second)]
