@@ -19,11 +19,8 @@ from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
 from atlas_jax.step import TrainState
+from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Metrics, Params
-
-
-class StopRequestedError(Exception):
-    """A signal came while a batch waited for something."""
 
 
 class StepInput(NamedTuple):

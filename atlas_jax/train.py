@@ -2,17 +2,21 @@
 
 Flags to a frozen config, the config checked, JAX started, the recipe run. A config file takes an
 argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
+
+The exit code is 0 for a finished run, 75 for one that a signal stopped and that the same command
+continues, 1 for an error.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from atlas_jax import cli
+from atlas_jax import cli, stopping
 from atlas_jax import config as config_lib
 from atlas_jax.data import snapshot
 
@@ -26,21 +30,22 @@ def main(argv: list[str]) -> None:
     """Runs the recipe of the config."""
     if _CONFIG.value is None or argv[1:]:
         raise ValueError(f"--config FILE is needed, and nothing else: {argv[1:]}")
-    run(config_lib.freeze(_CONFIG.value))
+    if not run(config_lib.freeze(_CONFIG.value)):
+        sys.exit(stopping.EXIT_CODE)
 
 
-def run(config: config_lib.TrainConfig) -> None:
-    """Checks the config, starts JAX and trains."""
+def run(config: config_lib.TrainConfig) -> bool:
+    """Checks the config, starts JAX and trains; returns false if a signal stopped the run."""
     config_lib.validate(config)
     config_lib.check_environment(config)
     snapshot.check(config.data, config.output_dir)
     from atlas_jax import distributed
     from atlas_jax.recipes import grpo, sft
 
-    recipes: dict[str, Callable[[Any], None]] = {"sft": sft.run, "grpo": grpo.run}
+    recipes: dict[str, Callable[[Any], bool]] = {"sft": sft.run, "grpo": grpo.run}
     where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     with distributed.joined(config.hosts, distributed.Address(*where)):
-        recipes[config.algorithm](config)
+        return recipes[config.algorithm](config)
 
 
 if __name__ == "__main__":

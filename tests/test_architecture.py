@@ -9,11 +9,27 @@ SOURCES = sorted(pathlib.Path("atlas_jax").rglob("*.py"))
 
 def test_files_and_functions_stay_small():
     for path in SOURCES:
-        text = path.read_text()
-        assert text.count("\n") <= 400, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
+        tree = ast.parse(path.read_text())
+        assert code_lines(path.read_text(), tree) <= 400, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 80, (path, node.name)
+
+
+def code_lines(text, tree):
+    """Lines without blank ones, comments and docstrings, so that explanations cost nothing."""
+    texts = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }  # fmt: skip
+    lines = enumerate(text.splitlines(), 1)
+    return sum(
+        1 for i, line in lines if line.strip() and not line.strip().startswith("#")
+        and i not in texts
+    )  # fmt: skip
 
 
 def test_the_readme_explains_every_metric():

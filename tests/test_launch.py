@@ -79,7 +79,7 @@ def test_over_ssh_each_host_runs_a_process_and_the_end_of_the_script_lets_them_s
     with processes.started([command], tmp_path / "logs") as run:
         run.wait_until(lambda: "[0] " in run.text(0) and "step 1/" in run.text(0))
         run.processes[0].send_signal(signal.SIGTERM)
-        assert run.wait(120) == [0], run.text(0)[-3000:]
+        assert run.wait(120) == [75], run.text(0)[-3000:]
     assert "stopped at step" in run.text(0)
     log = (output / "training.log").read_text()
     assert "2 x" in log
@@ -98,7 +98,7 @@ def test_under_slurm_a_job_saves_before_its_time_is_over_and_goes_back_to_the_qu
     with processes.started([command], tmp_path / "logs") as run:
         run.wait_until(lambda: "step 1/" in run.text(0))
         run.processes[0].send_signal(signal.SIGUSR1)
-        assert run.wait(120) == [0], run.text(0)[-3000:]
+        assert run.wait(120) == [75], run.text(0)[-3000:]
     again = pathlib.Path(environment["SCONTROL_LOG"])
     assert again.read_text() == f"requeue {os.getpid()}\n"
     steps = [int(path.name) for path in (output / "checkpoints").iterdir()]

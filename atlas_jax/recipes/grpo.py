@@ -40,8 +40,12 @@ _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9
 """Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
 
 
-def run(config: GRPOConfig) -> None:
-    """Trains a policy and writes `final/`; see configs/run/teacher_rcl.py for an example."""
+def run(config: GRPOConfig) -> bool:
+    """Trains a policy and writes `final/`; see configs/run/teacher_rcl.py for an example.
+
+    Returns:
+        Whether the run came to its end; false if a signal stopped it before.
+    """
     sharding = setup.make_sharding(config)
     plan = batch_plan(config, sharding.num_replicas)
     layout = make_layout(config, plan, sharding.num_replicas, jax.process_count())
@@ -103,6 +107,7 @@ def run(config: GRPOConfig) -> None:
         writer.close()
     if not outcome.stopped:
         _finish(config, outcome, setup.export(config, model, outcome.state.params))
+    return not outcome.stopped
 
 
 def make_layout(

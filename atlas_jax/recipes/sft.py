@@ -21,8 +21,12 @@ _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
 """What the ATLAS training guide calls success: upper bounds of the last logged step."""
 
 
-def run(config: SFTConfig) -> None:
-    """Fine-tunes a model and writes `final/`; see configs/run/teacher_sft.py for an example."""
+def run(config: SFTConfig) -> bool:
+    """Fine-tunes a model and writes `final/`; see configs/run/teacher_sft.py for an example.
+
+    Returns:
+        Whether the run came to its end; false if a signal stopped it before.
+    """
     sharding = setup.make_sharding(config)
     plan = batch_plan(config, sharding.num_replicas)
     setup.open_run(config)
@@ -53,6 +57,7 @@ def run(config: SFTConfig) -> None:
     job.writer.close()
     if not outcome.stopped:
         _report(outcome, setup.export(config, model, outcome.state.params))
+    return not outcome.stopped
 
 
 class _Feed(NamedTuple):

@@ -12,11 +12,11 @@ from atlas_jax import config as config_lib
 from atlas_jax import metrics
 from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import Order
-from atlas_jax.loop import StopRequestedError
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Layout, Parts
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
+from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Question, RewardResult
 from tests.rollout.scripts import Script, protocol, questions
 
