@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
         config,
         student_model=_STUDENT.value,
         output_dir=config.output_dir or "unused",
+        offload="none",
         data=data,
         rollout=dataclasses.replace(config.rollout, backend="local", max_staleness=0),
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from atlas_jax import optim
 from atlas_jax.sharding import fetch, in_host, put_back
 
 Changed = tuple[Any, Any]
@@ -20,28 +21,37 @@ def any_in_host(tree: Any) -> bool:
 
 
 def whole(
-    transform: optax.GradientTransformationExtraArgs, grads: Any, state: Any, norm: jax.Array
+    transform: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: Any,
+    norm: jax.Array,
+    key: jax.Array,
 ) -> Changed:
     """Returns what `transform` makes of all parameters of `state` together."""
     updates, opt_state = transform.update(grads, state.opt_state, state.params, norm=norm)
-    return optax.apply_updates(state.params, updates), opt_state
+    return optim.apply_updates(state.params, updates, key), opt_state
 
 
 def by_leaf(
-    transform: optax.GradientTransformationExtraArgs, grads: Any, state: Any, norm: jax.Array
+    transform: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: Any,
+    norm: jax.Array,
+    key: jax.Array,
 ) -> Changed:
     """Returns the same as `whole`, with one parameter's state on the device at a time.
 
-    Left to itself, the compiler's scheduler fetches all state before the forward pass, which costs
-    more memory than not to offload. So each parameter is fetched, changed and put back in a loop
-    that runs once, of which the compiler cannot know that: its transfers stay inside, and the host
-    buffers are changed in place.
+    Left to itself, XLA's scheduler fetches all state before the forward pass, which takes more
+    memory than no offload at all. Each parameter is therefore updated inside a `while_loop` that
+    always runs exactly once. XLA cannot see the trip count, so it cannot move the transfers out of
+    the loop, and it changes the host buffers in place.
 
     Args:
         transform: changes each parameter by itself, given the norm of all gradients.
         grads: of the parameters.
         state: a `TrainState`.
         norm: global norm of the gradients.
+        key: typed random key of this update.
     """
     leaves, structure = jax.tree.flatten(grads)
     numbers = jax.tree.unflatten(structure, range(len(leaves)))
@@ -53,7 +63,9 @@ def by_leaf(
 
         grad, params = (jax.tree.map(keep, tree, numbers) for tree in (grads, state.params))
         opt_state = optax.tree_map_params(transform, keep, state.opt_state, numbers)
-        return _one(transform, grad, params, opt_state, (norm, once))
+        # The key that `optim.apply_updates` gives this parameter, so that offload changes nothing.
+        own_key = jax.random.fold_in(key, number)
+        return _one(transform, grad, params, opt_state, (norm, once, own_key))
 
     def merge(*leaves: Any) -> Any:
         return next(x for x in leaves if not isinstance(x, optax.MaskedNode))
@@ -67,15 +79,16 @@ def _one(
     grads: Any,
     params: Any,
     opt_state: Any,
-    shared: tuple[jax.Array, jax.Array],
+    shared: tuple[jax.Array, jax.Array, jax.Array],
 ) -> Changed:
-    norm, once = shared
+    norm, once, key = shared
 
     def body(carry: Any) -> Any:
         count, held = carry
         params, opt_state = jax.tree.map(fetch, held)
         updates, opt_state = transform.update(grads, opt_state, params, norm=norm)
-        changed = optax.apply_updates(params, updates), opt_state
+        added = jax.tree.map(lambda p, u: optim.add_update(p, u, key), params, updates)
+        changed = added, opt_state
         return count + 1, jax.tree.map(put_back, changed, held)
 
     start = jnp.int32(0), (params, opt_state)

@@ -1,4 +1,10 @@
-"""Learning-rate schedules and the AdamW chain."""
+"""Learning-rate schedules, the AdamW chain, and how its updates are added to the parameters.
+
+The arithmetic is float32 whatever the parameters are: in bfloat16 the second moment would never
+decay (0.999 is 1 there), and most updates are smaller than half the distance between two
+neighbouring values, so that rounding to the nearest would undo them. Parameters in bfloat16 are
+therefore rounded stochastically.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +36,11 @@ def schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
 
 
 def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Returns clipping by global norm, then AdamW (arXiv:1711.05101) with decay for matrices."""
+    """Returns clipping by global norm, then AdamW (arXiv:1711.05101) with decay for matrices.
+
+    The second moment is float32; the first one has `adam_mu_dtype`.
+    """
+    mu_dtype = config.model.param_dtype if config.adam_mu_dtype == "auto" else config.adam_mu_dtype
     clip = clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
     update = optax.adamw(
         learning_rate,
@@ -39,9 +49,71 @@ def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientT
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         mask=is_matrix,
-        mu_dtype=None if config.adam_mu_dtype == "auto" else config.adam_mu_dtype,
+        mu_dtype=mu_dtype,
     )
-    return optax.chain(clip, update) if clip else update
+    return in_float32(optax.chain(clip, update) if clip else update)
+
+
+def in_float32(
+    transform: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns `transform` with float32 arithmetic and state for parameters of any dtype."""
+    inner = optax.with_extra_args_support(transform)
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def init(params: Any) -> Any:
+        return inner.init(wide(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        wide_params = None if params is None else wide(params)
+        return inner.update(wide(updates), state, wide_params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
+    """Returns `params + updates`, added in float32; bfloat16 parameters are rounded stochastically.
+
+    Args:
+        params: a tree of arrays.
+        updates: the same tree in float32.
+        key: a typed random key of this update; float32 parameters do not use it.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    added = [
+        add_update(param, update, jax.random.fold_in(key, number))
+        for number, (param, update) in enumerate(zip(leaves, jax.tree.leaves(updates), strict=True))
+    ]
+    return jax.tree.unflatten(structure, added)
+
+
+def add_update(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns one parameter plus its update, in the parameter's dtype; see `apply_updates`."""
+    total = param.astype(jnp.float32) + update
+    if param.dtype == jnp.bfloat16:
+        return stochastic_round(total, key)
+    return total.astype(param.dtype)
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns `x` in bfloat16, rounded up or down so that its expectation is `x`.
+
+    The lower 16 bits of a float32, over 2**16, are where `x` stands between two neighbours of
+    bfloat16. A random number of 16 bits is added to them before they are cut off, so that the
+    probability of the farther neighbour is that fraction. Infinities and NaN stay as they are.
+
+    Reference: Gupta et al., arXiv:1502.02551, section 3.
+
+    Args:
+        x: float32.
+        key: a typed random key.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    cut = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

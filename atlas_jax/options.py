@@ -101,10 +101,13 @@ class ModelOptions:
     """How the model is held and computed; what it is comes from its `config.json`."""
 
     param_dtype: str = "float32"
-    """dtype of the master parameters and of the optimizer's moments."""
+    """dtype of the parameters between steps. `bfloat16` halves their memory; updates are still
+    computed in float32 and added with stochastic rounding, and gradient sums, norms and the second
+    moment are float32."""
     compute_dtype: str = "auto"
     """dtype of activations and of the weights in matrix products; `auto` is bfloat16 on
-    accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32."""
+    accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32.
+    `float32` means full float32 products, not TF32 or bfloat16 passes."""
     export_dtype: str = "auto"
     """dtype of `final/`; `auto` is what the source was stored in."""
     max_shard_size: int = 5_000_000_000
@@ -124,7 +127,9 @@ class TrainConfig:
     output_dir: str = ""
     """Everything that the run writes. Running the same command again continues there."""
     resume_from: str = ""
-    """Another run's `output_dir` to start from, when this run has no checkpoint of its own."""
+    """Where a new run takes its weights from: the `output_dir` of another run, one of its
+    `checkpoints/STEP`, or a model directory. Step, optimizer, schedule and position in the data
+    begin anew. A run that has a checkpoint of its own continues from that, whatever this says."""
     seed: int = 42
     learning_rate: float = 2e-5
     """Peak of the schedule."""
@@ -140,7 +145,7 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     adam_mu_dtype: str = "auto"
-    """dtype of the first moment; `auto` is `model.param_dtype`, which the second always has."""
+    """dtype of the first moment; `auto` is `model.param_dtype`. The second moment is float32."""
     num_train_epochs: float = 1.0
     """Passes over the data when `max_steps` is -1."""
     max_steps: int = -1
@@ -174,8 +179,9 @@ class TrainConfig:
     `zero1` gradients and optimizer state (ZeRO-1/2), `replicated` nothing."""
     offload: str = "none"
     """What rests in host memory: `none`, or with commas some of `optimizer` (its state), `params`
-    (of the layers, each fetched as it computes), `activations` (what `gradient_checkpointing=full`
-    keeps) and `reference` (the layers of GRPO's reference model)."""
+    (of the layers, each fetched as it computes; not with `rollout.backend=local`), `activations`
+    (what `gradient_checkpointing=full` keeps) and `reference` (the layers of GRPO's reference
+    model)."""
     compilation_cache_dir: str = "~/.cache/atlas_jax/xla"
     """Compiled programs are kept here between runs; empty keeps none, nor do several processes on
     CPUs."""

@@ -24,7 +24,6 @@ class TrainState(NamedTuple):
     step: Array  # [] int32, completed updates
     params: Params
     opt_state: optax.OptState
-    rng: Array  # [2] uint32, root key of the run's random numbers
 
 
 class Optimizer(NamedTuple):
@@ -56,12 +55,10 @@ def place_optimizer(
     return Optimizer(optax.with_extra_args_support(transform), learning_rate, state, placement)
 
 
-def init_state(params: Params, optimizer: Optimizer, sharding: Sharding, seed: int) -> TrainState:
+def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> TrainState:
     """Returns the state of step 0 around `params`, the optimizer's moments created in place."""
     opt_state = jax.jit(optimizer.transform.init, out_shardings=optimizer.placement)(params)
-    start = (jnp.int32(0), jax.random.key_data(jax.random.key(seed)))
-    step, rng = jax.device_put(start, sharding.replicated)
-    return TrainState(step, params, opt_state, rng)
+    return TrainState(jax.device_put(jnp.int32(0), sharding.replicated), params, opt_state)
 
 
 def abstract(shapes: Any, placements: Any) -> Any:
@@ -80,18 +77,22 @@ def abstract_state(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         params=abstract(shapes, placements),
         opt_state=abstract(optimizer.shapes, optimizer.placement),
-        rng=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
     )
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: Optimizer, dims: Params, sharding: Sharding, num_updates: int = 1
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    dims: Params,
+    sharding: Sharding,
+    num_updates: int = 1,
+    seed: int = 0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Returns the compiled `(state, batch) -> (state, metrics)`; it consumes the state.
 
     The batch is `[microbatches, B, T]` (`sharding.to_global`). Gradients of the microbatches' loss
-    sums are added up in the parameters' dtype, split as the optimizer state is, and divided once by
-    the sum of the weights.
+    sums are added up in float32, split as the optimizer state is, and divided once by the sum of
+    the weights.
 
     Args:
         loss_fn: the loss sum of one microbatch, its weight, and metrics.
@@ -99,12 +100,14 @@ def make_train_step(
         dims: of the parameters.
         sharding: where everything lives.
         num_updates: updates on each batch; metrics are summed over them.
+        seed: root of the random numbers that round bfloat16 parameters; those of an update follow
+            from the seed and the update's number, so that a resumed run draws the same.
     """
 
     def split(grads: Params) -> Params:
         return jax.tree.map(
             lambda g, d: jax.lax.with_sharding_constraint(
-                fetch(g), sharding.optimizer(d, memory=False)
+                fetch(g).astype(jnp.float32), sharding.optimizer(d, memory=False)
             ),
             grads,
             dims,
@@ -121,18 +124,17 @@ def make_train_step(
     def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = _accumulate(microbatch, state.params, batch)
         weight = jnp.maximum(metrics["loss/total"][1], 1.0)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
+        count = state.step * num_updates + number
+        key = jax.random.fold_in(jax.random.key(seed), count)
         change = offload.by_leaf if offload.any_in_host(state) else offload.whole
-        params, opt_state = change(optimizer.transform, grads, state, norm)
+        params, opt_state = change(optimizer.transform, grads, state, norm, key)
         metrics |= {
             "optim/grad_norm": (norm, jnp.float32(1)),
-            "optim/learning_rate": (
-                optimizer.learning_rate(state.step * num_updates + number),
-                jnp.float32(1),
-            ),
+            "optim/learning_rate": (optimizer.learning_rate(count), jnp.float32(1)),
         }
-        return TrainState(state.step, params, opt_state, state.rng), metrics
+        return TrainState(state.step, params, opt_state), metrics
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = update(state, batch, 0)
@@ -149,7 +151,6 @@ def make_train_step(
         sharding.replicated,
         jax.tree.map(lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)),
         optimizer.placement,
-        sharding.replicated,
     )
     return jax.jit(
         step, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, None)
@@ -172,7 +173,7 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
 def _accumulate(
     microbatch: Callable[[Params, Any], tuple[Params, Metrics]], params: Params, batch: Any
 ) -> tuple[Params, Metrics]:
-    """Returns the sums of gradients and metrics over the leading dim of `batch`."""
+    """Returns the sums of gradients and metrics over the leading dim of `batch`, in float32."""
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
         return microbatch(params, first)

@@ -85,6 +85,11 @@ def _check_offload(config: TrainConfig) -> None:
         )
     if "reference" in parts and not (isinstance(config, GRPOConfig) and config.beta):
         raise ValueError("offload=reference without a reference model; take it out of offload")
+    if "params" in parts and isinstance(config, GRPOConfig) and config.rollout.backend == "local":
+        raise ValueError(
+            f"offload={config.offload} with rollout.backend=local, which would fetch every layer "
+            "from host memory for every token; use rollout.backend=vllm, or leave params out"
+        )
 
 
 def _check_grpo(config: GRPOConfig) -> None:

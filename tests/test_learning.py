@@ -127,7 +127,7 @@ def student(fresh, tmp_path_factory):
 
     optimizer = setup.make_optimizer(frozen, model.decoder, 100)
     params = hf.load(model.source, model.decoder)
-    state = step.init_state(params, optimizer, sharding, 0)
+    state = step.init_state(params, optimizer, sharding)
     loss = sft.make_loss(model.decoder, LENGTH)
     train_step = step.make_train_step(loss, optimizer, model.decoder.dims, sharding)
     for _ in range(100):

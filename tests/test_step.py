@@ -73,7 +73,7 @@ def trained(saved, mesh, devices, microbatches=1, mode="fsdp", remat="none", off
     optimizer = step.place_optimizer(
         transform, lambda _: 1e-3, decoder.shapes, decoder.dims, sharding
     )
-    state = step.init_state(params, optimizer, sharding, 0)
+    state = step.init_state(params, optimizer, sharding)
     train_step = step.make_train_step(sft.make_loss(decoder, 8), optimizer, decoder.dims, sharding)
     rows = tiny.batch([[20], [13], [5, 9], [17], [3], [8, 8], [20], [2]] * 2, width=20)
     for _ in range(2):

@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, float | str | list[float] | N
     optimizer = step.place_optimizer(
         optim.adamw(config, rate), rate, decoder.shapes, decoder.dims, sharding
     )
-    state = step.init_state(params, optimizer, sharding, 0)
+    state = step.init_state(params, optimizer, sharding)
     del params
     loss_fn = sft.make_loss(decoder, args.chunk)
     train_step = step.make_train_step(loss_fn, optimizer, decoder.dims, sharding)

@@ -66,7 +66,7 @@ def _measure(args: argparse.Namespace, config: GRPOConfig) -> dict[str, Any]:
     optimizer = step.place_optimizer(
         optim.adamw(config, rate), rate, decoder.shapes, decoder.dims, sharding
     )
-    state = step.init_state(hf.load(model.source, decoder), optimizer, sharding, 0)
+    state = step.init_state(hf.load(model.source, decoder), optimizer, sharding)
     reference = hf.load(model.source, decoder) if config.beta else None
     source = feed.Feed(_parts(args, config, model, layout, sharding), reference)
     loss_fn = grpo.make_loss(decoder, config, layout.per_row)

@@ -7,6 +7,7 @@ goes file by file, into a directory beside the target that takes its name when a
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -152,6 +153,28 @@ def storage_dtype(config: dict[str, Any]) -> str:
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
+def is_model(directory: pathlib.Path) -> bool:
+    """Returns whether a directory is a model in Hugging Face layout."""
+    try:
+        return "model_type" in json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def digest(source: Source) -> str:
+    """Returns a short hash that tells the weights of a model from those of others.
+
+    It covers all names and shapes, and the numbers of a few tensors; some fine-tunings change the
+    attention alone, others the rest alone.
+    """
+    names = sorted(source.shapes)
+    total = hashlib.sha256(json.dumps([(n, source.shapes[n]) for n in names]).encode())
+    for kind in ("q_proj.weight", "down_proj.weight"):
+        for name in [n for n in names if n.endswith(kind)][-1:]:
+            total.update(np.ascontiguousarray(source.read(name)).tobytes())
+    return total.hexdigest()[:16]
+
+
 def load(source: Source, decoder: Decoder) -> Params:
     """Returns the parameters of `source`, sharded as `decoder` says, in its parameter dtype.
 
@@ -180,13 +203,16 @@ def _load_kind(
         tensor = names.from_hf(entry, source.read(entry.name), shape.shape)
         return _place(tensor, place).astype(shape.dtype)
     one = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
-    stacked = jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=place)()
+    # Layers are stacked in device memory also where they are to rest in the host's: JAX writes no
+    # device array into a host one.
+    on_device = jax.sharding.NamedSharding(place.mesh, place.spec)
+    stacked = jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=on_device)()
     for i, name in enumerate(names.hf_names(entry, decoder.config)):
         tensor = names.from_hf(entry, source.read(name), shape.shape[1:])
         stacked = _write_layer(stacked, _place(tensor, one), np.int32(i))
         # Dispatch runs ahead of the writes; without waiting, many tensors would be held at once.
         stacked.block_until_ready()
-    return stacked
+    return jax.device_put(stacked, place)
 
 
 def _place(tensor: np.ndarray, place: jax.sharding.NamedSharding) -> jax.Array:

@@ -1,15 +1,21 @@
 """Checkpoints of a run: what it takes to continue exactly, written in the background by Orbax.
 
-`checkpoints/STEP/` holds `params`, `train` (step, optimizer, random key), `data` (position and
-fingerprint), `config`, and `reference` where a reference model follows the policy. A directory
-gets its name when everything in it is written.
+`checkpoints/STEP/` holds `params`, `train` (step and optimizer), `data` (position, fingerprint and
+metrics not yet logged), `config`, and `reference` where a reference model follows the policy. A
+directory gets its name when everything in it is written.
+
+Orbax casts silently when it restores an array into another dtype, so what is stored is compared
+with what is wanted first.
 """
 
 from __future__ import annotations
 
 import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from atlas_jax.step import TrainState
@@ -18,28 +24,48 @@ from atlas_jax.types import Params
 MODEL_FILES = "model"
 """Directory of a run with `config.json` and the tokenizer, for `tools/convert_checkpoint.py`."""
 
+_ITEMS = ("params", "train", "data", "config", "reference")
+_MOMENT = re.compile(r"\.(mu|nu)\..*")  # of one parameter
+_NUM_SHOWN = 4
+
 
 class Restored(NamedTuple):
-    """Content of a checkpoint; `state` lacks where only parameters were saved."""
+    """Content of a checkpoint."""
 
     state: TrainState
     data: dict[str, Any]
 
 
+class Array(NamedTuple):
+    """Shape and dtype of an array, stored or wanted."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
 class Checkpoints:
     """The checkpoints under one `output_dir`."""
 
-    def __init__(self, output_dir: str, keep: int = 0) -> None:
-        """Opens the directory; `keep` newest checkpoints stay, 0 keeps all."""
+    def __init__(self, output_dir: str, keep: int = 0, create: bool = True) -> None:
+        """Opens the directory.
+
+        Args:
+            output_dir: the run's directory.
+            keep: the number of newest checkpoints that stay; 0 keeps all.
+            create: whether to make the directory; false opens those of another run.
+        """
         self.directory = pathlib.Path(output_dir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=True),
-            item_names=("params", "train", "data", "config", "reference"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=create),
+            item_names=_ITEMS,
         )
 
     def latest(self) -> int | None:
-        """Returns the newest complete step, None where there is none."""
+        """Returns the newest complete step, or None if no checkpoint is complete."""
         return self._manager.latest_step()
 
     def save(
@@ -51,7 +77,7 @@ class Checkpoints:
     ) -> None:
         """Starts to write the state; returns when the devices may change it."""
         more = {} if reference is None else {"reference": ocp.args.StandardSave(reference)}
-        rest = {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+        rest = {"step": state.step, "opt_state": state.opt_state}
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -68,8 +94,14 @@ class Checkpoints:
         self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
-        """Returns what was saved at `step`, each array on the place that `abstract` says."""
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state, "rng": abstract.rng}
+        """Returns the state saved at `step`, each array in the place that `abstract` says.
+
+        Raises:
+            ValueError: for parameters or an optimizer of another layout or dtype.
+        """
+        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        self.check(step, "params", abstract.params)
+        self.check(step, "train", rest)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -80,10 +112,37 @@ class Checkpoints:
         )
         return Restored(TrainState(params=found.params, **found.train), found.data)
 
-    def restore_params(self, step: int, abstract: Params, item: str = "params") -> Params:
-        """Returns only the parameters, or the reference, that were saved at `step`."""
+    def restore_params(
+        self, step: int, abstract: Params, item: str = "params", cast: bool = False
+    ) -> Params:
+        """Returns only the parameters, or the reference, that were saved at `step`.
+
+        Args:
+            step: the checkpoint.
+            abstract: shapes, dtypes and places.
+            item: `params` or `reference`.
+            cast: whether another stored dtype is cast instead of refused.
+
+        Raises:
+            ValueError: for parameters of another layout, or of another dtype without `cast`.
+        """
+        self.check(step, item, abstract, cast)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
         return self._manager.restore(step, args=args)[item]
+
+    def check(self, step: int, item: str, abstract: Any, cast: bool = False) -> None:
+        """Compares the arrays that are stored with those that are wanted.
+
+        Raises:
+            ValueError: names both, and what to change.
+        """
+        path = self.directory / str(step) / item
+        stored, wanted = _stored(path), _wanted(abstract)
+        if cast:
+            stored = {name: array._replace(dtype="") for name, array in stored.items()}
+            wanted = {name: array._replace(dtype="") for name, array in wanted.items()}
+        if stored != wanted:
+            raise ValueError(f"{path} does not fit this run: {_difference(item, stored, wanted)}")
 
     def has_reference(self, step: int) -> bool:
         """Returns whether a reference was saved at `step`."""
@@ -97,3 +156,54 @@ class Checkpoints:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _stored(path: pathlib.Path) -> dict[str, Array]:
+    """Returns the arrays of one item of a checkpoint by name, such as `opt_state.0.mu.embed`."""
+    metadata = ocp.StandardCheckpointHandler().metadata(path)
+    found = jax.tree.leaves(metadata.tree, is_leaf=lambda x: hasattr(x, "storage"))
+    return {x.name: Array(tuple(x.shape), str(x.dtype)) for x in found}
+
+
+def _wanted(abstract: Any) -> dict[str, Array]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): Array(x.shape, str(x.dtype))
+        for path, x in jax.tree.leaves_with_path(abstract)
+    }
+
+
+def _difference(item: str, stored: Mapping[str, Array], wanted: Mapping[str, Array]) -> str:
+    dtypes = {name: (stored[name], wanted[name]) for name in stored.keys() & wanted.keys()}
+    other_shapes = stored.keys() ^ wanted.keys() or any(
+        s.shape != w.shape for s, w in dtypes.values()
+    )
+    if item == "train":
+        return (
+            f"its optimizer state is {_layout(stored)}; this run's is {_layout(wanted)}; restore "
+            "adam_mu_dtype, max_grad_norm and model.param_dtype, or start a new output_dir with "
+            "resume_from, which takes the parameters alone"
+        )
+    if other_shapes:
+        return (
+            f"it holds {_shown(stored, wanted)}; this run has {_shown(wanted, stored)}; give the "
+            "model that it was made with"
+        )
+    before = ", ".join(sorted({s.dtype for s, _ in dtypes.values()}))
+    now = ", ".join(sorted({w.dtype for _, w in dtypes.values()}))
+    return (
+        f"its parameters are {before}; this run's are {now}; set model.param_dtype={before}, or "
+        "start a new output_dir with model_name_or_path on that run's final/"
+    )
+
+
+def _shown(these: Mapping[str, Array], others: Mapping[str, Array]) -> str:
+    """Returns the arrays that the others do not have, or have in another shape."""
+    different = [f"{n} {a}" for n, a in sorted(these.items()) if others.get(n) != a]
+    more = f" and {len(different) - _NUM_SHOWN} more" if len(different) > _NUM_SHOWN else ""
+    return ", ".join(different[:_NUM_SHOWN]) + more or "nothing else"
+
+
+def _layout(arrays: Mapping[str, Array]) -> str:
+    """Returns the kinds of an optimizer's state, the moments of all parameters as one."""
+    kinds = {_MOMENT.sub(r".\1", name): array.dtype for name, array in sorted(arrays.items())}
+    return "(" + ", ".join(f"{name} {dtype}" for name, dtype in kinds.items()) + ")"

@@ -99,11 +99,11 @@ def xla(
     """
     rows, length, heads, size = query.shape
     groups = key.shape[2]
-    query = (query * scale).reshape(rows, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(rows, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
     query = query.reshape(rows, groups, -1, size)
     key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
     scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, groups, -1, length, length)
+    scores = (scores * scale).reshape(rows, groups, -1, length, length)
     mask = visible(segment_ids, sequence_ids, window)[:, :, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(value.dtype)
     out = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(rows, groups, -1, length), value)
@@ -155,6 +155,8 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
 ) -> Float[Array, "B T N H"]:
     """Splash attention, the sparse flash attention of TPUs (jax.experimental.pallas.ops.tpu).
 
+    The kernel has no scale of its own, so the query is scaled: in float32, and rounded once.
+
     Raises:
         ValueError: if completions share a prompt.
     """
@@ -177,7 +179,8 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
     def local(
         q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
     ) -> jax.Array:  # this device's rows and heads
-        heads_first = [jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)]
+        scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+        heads_first = [jnp.swapaxes(x, 1, 2) for x in (scaled, k, v)]
         kernel = _splash_kernel(q.shape[2], padded, window, interpret)
         ids = splash_attention.SegmentIds(segments, segments)
         return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2)

@@ -101,13 +101,14 @@ def _attend(
     """Attends to the prompt, to the row's own earlier tokens, and to the new token itself."""
     query, key, value = qkv
     p, g, n, h = query.shape
-    query = query.reshape(p, g, key.shape[2], -1, h) * decoder.config.score_scale
+    query = query.reshape(p, g, key.shape[2], -1, h)
     wide = {"preferred_element_type": jnp.float32}
     scores = [
         jnp.einsum("pgkrh,pksh->pgkrs", query, prompt.keys, **wide),
         jnp.einsum("pgkrh,pgkch->pgkrc", query, own.keys, **wide),
         jnp.einsum("pgkrh,pgkh->pgkr", query, key, **wide)[..., None],
     ]
+    scores = [x * decoder.config.score_scale for x in scores]
     length, held = prompt.keys.shape[2], own.keys.shape[3]
     place, number = jnp.arange(length), jnp.arange(held)
     in_prompt = place < lengths[:, None]  # [P, S]

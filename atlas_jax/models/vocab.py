@@ -64,8 +64,10 @@ def _backward(
     )
     def local(ids: jax.Array, g: jax.Array) -> jax.Array:
         here, found = local_ids(ids, size)
-        rows = jnp.where(found[..., None], g, 0).astype(table.dtype)
-        return sum_over_rows(jnp.zeros((size, width), table.dtype).at[here].add(rows), spec)
+        # In float32: a token that stands often adds up more than bfloat16 can count.
+        rows = jnp.where(found[..., None], g, 0).astype(jnp.float32)
+        total = jnp.zeros((size, width), jnp.float32).at[here].add(rows)
+        return sum_over_rows(total, spec).astype(table.dtype)
 
     return local(tokens, g), np.zeros(tokens.shape, jax.dtypes.float0)
 

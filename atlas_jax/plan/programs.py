@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -130,8 +131,9 @@ def _grpo(
     if config.rollout.backend == "local":
         programs += _generation(config, decoder, run.state.params, plan.global_rows, hosts)
         if student is not None:
+            on_device = dataclasses.replace(sharding, offload="none")
             frozen = setup.make_decoder(
-                config, student, sharding, setup.compute_dtype(config, sharding)
+                config, student, on_device, setup.compute_dtype(config, sharding)
             )
             resident["student"] = step.abstract(frozen.shapes, frozen.placements())
     return run._replace(programs=programs, resident=resident, num_tokens=num_tokens)

@@ -48,9 +48,11 @@ def _changes(config: TrainConfig, num_replicas: int) -> Iterator[tuple[str, dict
             {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},
         )
     offloads = [] if config.offload == "none" else config.offload.split(",")
-    possible = ["optimizer", "activations", "params"]
+    possible = ["optimizer", "activations"]
     if isinstance(config, GRPOConfig) and config.beta:
         possible.insert(1, "reference")
+    if not (isinstance(config, GRPOConfig) and config.rollout.backend == "local"):
+        possible.append("params")  # `validation` refuses it where the training devices generate
     for part in possible:
         if part not in offloads:
             offloads.append(part)

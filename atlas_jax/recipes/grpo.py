@@ -7,6 +7,7 @@ student, or, with `protocol=direct`, a model that answers by itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,10 +28,10 @@ from atlas_jax.data import sources
 from atlas_jax.data.loader import capped_buckets
 from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import serving, setup, speakers
+from atlas_jax.recipes import run_dir, serving, setup, speakers
 from atlas_jax.recipes.feed import Feed, Layout, Parts
 from atlas_jax.recipes.scoring import make_reward
-from atlas_jax.rollout import evaluation, record
+from atlas_jax.rollout import evaluation, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, platform
@@ -50,9 +51,20 @@ def run(config: GRPOConfig) -> bool:
     plan = batch_plan(config, sharding.num_replicas)
     layout = make_layout(config, plan, sharding.num_replicas, jax.process_count())
     protocol = speakers.protocol(config, config.num_generations)
-    setup.open_run(config)
+    with run_dir.opened(config):
+        return _train(config, layout, protocol, sharding)
+
+
+def _train(
+    config: GRPOConfig, layout: Layout, protocol: teaching.Protocol, sharding: Sharding
+) -> bool:
+    # What the user's files say is read and compared with the run in output_dir first: an error
+    # must come before anything is written or generated.
     train, held_out = _questions(config)
     model = setup.open_model(config, sharding, config.max_prompt_length + config.max_new_tokens)
+    student = None
+    if config.rollout.protocol != "direct":
+        student = setup.open_frozen(config, config.student_model, sharding)
     layout = fit_attention(layout, model.decoder, config.attn_implementation)
     order = asked.Order(train, config.seed, config.data.shuffle)
     distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
@@ -62,49 +74,55 @@ def run(config: GRPOConfig) -> bool:
         num_steps = math.ceil(config.num_train_epochs * len(train) / per_step)
     optimizer = setup.make_optimizer(config, model.decoder, num_steps * config.num_iterations)
     checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
-    start = setup.begin(config, model, optimizer, checkpoints)
+    start = setup.begin(config, model, optimizer, checkpoints, student)
+    position = setup.data_state(config, start, order.fingerprint)
+    reference = _reference(config, model, checkpoints, start)
+    run_dir.commit(config, model.files, start.started)
     first = int(start.state.step)
     if distributed.is_main():
         record.drop_after(config.output_dir, first)
-    loss_fn = make_loss(model.decoder, config, layout.per_row)
-    engines = {"local": _local_engines, "vllm": _served_engines}[config.rollout.backend](
-        config, model, sharding
-    )
-    writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
-    parts = Parts(
-        config=config,
-        layout=layout,
-        order=order,
-        policy=engines.policy,
-        student=engines.student,
-        protocol=protocol,
-        reward=make_reward(config),
-        score=make_score(model.decoder, config, layout.per_row),
-        sharding=sharding,
-        writer=writer,
-        pushed=engines.pushed,
-    )
-    feed = Feed(parts, _reference(config, model, checkpoints, start.state))
-    if start.data:
-        feed.set_state(setup.data_state(config, start, order.fingerprint))
-    job = loop.Job(
-        config=config,
-        num_steps=num_steps,
-        flops_per_token=model.decoder.config.flops_per_token,
-        train_step=step.make_train_step(
-            loss_fn, optimizer, model.decoder.dims, sharding, config.num_iterations
-        ),
-        evaluate=make_evaluate(parts, held_out) if held_out else None,
-        writer=writer,
-        checkpoints=checkpoints,
-        healthy=_HEALTHY,
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        engines = {"local": _local_engines, "vllm": _served_engines}[config.rollout.backend](
+            config, model, student
+        )
+        stack.callback(engines.close)
+        writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
+        stack.callback(writer.close)
+        parts = Parts(
+            config=config,
+            layout=layout,
+            order=order,
+            policy=engines.policy,
+            student=engines.student,
+            protocol=protocol,
+            reward=make_reward(config),
+            score=make_score(model.decoder, config, layout.per_row),
+            sharding=sharding,
+            writer=writer,
+            pushed=engines.pushed,
+        )
+        feed = Feed(parts, reference)
+        stack.callback(feed.close)
+        if position:
+            feed.set_state(position)
+        job = loop.Job(
+            config=config,
+            num_steps=num_steps,
+            flops_per_token=model.decoder.config.flops_per_token,
+            train_step=step.make_train_step(
+                make_loss(model.decoder, config, layout.per_row),
+                optimizer,
+                model.decoder.dims,
+                sharding,
+                config.num_iterations,
+                config.seed,
+            ),
+            evaluate=make_evaluate(parts, held_out) if held_out else None,
+            writer=writer,
+            checkpoints=checkpoints,
+            healthy=_HEALTHY,
+        )
         outcome = loop.run(job, start.state, feed)
-    finally:
-        feed.close()
-        engines.close()
-        writer.close()
     if not outcome.stopped:
         _finish(config, outcome, setup.export(config, model, outcome.state.params))
     return not outcome.stopped
@@ -220,9 +238,13 @@ def reference_decoder(config: GRPOConfig, decoder: Decoder) -> Decoder:
 
 
 def _reference(
-    config: GRPOConfig, model: setup.Model, checkpoints: Checkpoints, state: step.TrainState
+    config: GRPOConfig, model: setup.Model, checkpoints: Checkpoints, start: setup.Start
 ) -> Params | None:
-    """Returns the policy that the run began with, or what has become of it by syncing."""
+    """Returns the policy that the run began with, or what has become of it by syncing.
+
+    Raises:
+        ValueError: if it is not in the checkpoint and the weights that the run began with are gone.
+    """
     if not config.beta:
         return None
     decoder = model.decoder
@@ -234,32 +256,30 @@ def _reference(
             return jax.device_put(jnp.copy(fetch(x).astype(dtype)), place)
 
         places = frozen.placements()
-        return jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)(state.params)
-    abstract = step.abstract(frozen.shapes, frozen.placements())
+        make = jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)
+        return make(start.state.params)
     if checkpoints.has_reference(latest):
+        abstract = step.abstract(frozen.shapes, frozen.placements())
         return checkpoints.restore_params(latest, abstract, "reference")
-    if config.resume_from:
-        origin = Checkpoints(config.resume_from)
-        number = origin.latest()
-        if number is None:
-            raise ValueError(
-                f"resume_from={config.resume_from} has no checkpoint any more, which the "
-                "reference model comes from; restore it"
-            )
-        params = origin.restore_params(number, abstract)
-        origin.close()
-        return params
-    return hf.load(model.source, frozen)
+    try:
+        return setup.load_origin(start.started.origin, config, model, frozen)
+    except ValueError as error:
+        raise ValueError(
+            f"beta={config.beta} needs the reference model, which is not in the checkpoint: "
+            f"{error}; restore them, or set beta=0"
+        ) from None
 
 
-def _local_engines(config: GRPOConfig, model: setup.Model, sharding: Sharding) -> speakers.Engines:
+def _local_engines(
+    config: GRPOConfig, model: setup.Model, student: setup.Model | None
+) -> speakers.Engines:
     policy = speakers.local(model, config.data.system_prompt, config.rollout.max_rows)
-    return speakers.Engines(policy, open_student(config, sharding))
+    return speakers.Engines(policy, None if student is None else load_student(config, student))
 
 
-def _served_engines(config: GRPOConfig, model: setup.Model, sharding: Sharding) -> speakers.Engines:
-    direct = config.rollout.protocol == "direct"
-    student = None if direct else setup.open_frozen(config, config.student_model, sharding)
+def _served_engines(
+    config: GRPOConfig, model: setup.Model, student: setup.Model | None
+) -> speakers.Engines:
     return serving.engines(config, model, student, make_score(model.decoder, config, 1))
 
 
@@ -267,13 +287,20 @@ def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
     """Returns the frozen student; None under `protocol=direct`.
 
     Raises:
-        ValueError: if it cannot be loaded or lacks positions for a lesson and an answer.
+        ValueError: if it cannot be loaded, or has too few positions for a lesson and an answer.
     """
     if config.rollout.protocol == "direct":
         return None
-    prompt = config.rollout.student_system_prompt
-    model = setup.open_frozen(config, config.student_model, sharding)
-    student = load_speaker(config, model, prompt)
+    return load_student(config, setup.open_frozen(config, config.student_model, sharding))
+
+
+def load_student(config: GRPOConfig, model: setup.Model) -> Speaker:
+    """Loads the parameters of the frozen student.
+
+    Raises:
+        ValueError: if it has too few positions for a lesson and an answer.
+    """
+    student = load_speaker(config, model, config.rollout.student_system_prompt)
     return speakers.check_student(config, student)
 
 

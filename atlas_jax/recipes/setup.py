@@ -1,9 +1,10 @@
-"""What all recipes share: the run's files, the model, and where its weights come from."""
+"""What all recipes share: the model, the optimizer, and the weights that training begins with."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-import logging as python_logging
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,13 +15,14 @@ from absl import logging
 
 from atlas_jax import distributed, optim, step
 from atlas_jax.checkpoint import gguf, hf, manager
-from atlas_jax.config import TrainConfig, masked
-from atlas_jax.data import snapshot
-from atlas_jax.files import write_whole
+from atlas_jax.config import TrainConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, from_hf
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.recipes import run_dir
+from atlas_jax.recipes.run_dir import Origin, Started
 from atlas_jax.sharding import Sharding, make_mesh, platform
+from atlas_jax.types import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,71 +46,8 @@ class Start(NamedTuple):
     """Where training begins."""
 
     state: step.TrainState
-    data: dict[str, Any]  # position in the data; empty at the beginning
-
-
-def open_run(config: TrainConfig) -> None:
-    """Makes `output_dir`, with the resolved config and the database's snapshot in it.
-
-    The log goes to `training.log` from here on.
-
-    Raises:
-        ValueError: for a database that cannot be trained on.
-        OSError: if the database is lost.
-    """
-    directory = pathlib.Path(config.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", _compilation_cache(config))
-    _share(directory, json.dumps(masked(config), indent=2) + "\n")
-    _open_log(directory)
-    if config.data.db_url and distributed.is_main():
-        snapshot.take(config.data, config.output_dir)
-    distributed.barrier("the data's snapshot")
-
-
-def _compilation_cache(config: TrainConfig) -> str | None:
-    """Returns where compiled programs are kept, if they are.
-
-    XLA's CPU programs lose the order of their collectives in the cache: processes that run them in
-    different orders wait for each other for ever, or take one sum for another.
-    """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        return None
-    return os.path.expanduser(config.compilation_cache_dir) or None
-
-
-def _open_log(directory: pathlib.Path) -> None:
-    logging.get_absl_handler().addFilter(_own_or_serious)
-    if not distributed.is_main():
-        logging.set_verbosity(logging.WARNING)
-        return
-    handler = python_logging.FileHandler(directory / "training.log")
-    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handler.addFilter(_own_or_serious)
-    logging.get_absl_logger().addHandler(handler)
-    logging.info("jax %s, %d x %s", jax.__version__, jax.device_count(), jax.devices()[0])
-
-
-def _share(directory: pathlib.Path, text: str) -> None:
-    """Writes `config.json`, and checks that all processes have the same config and directory."""
-    distributed.check_same(text, "its options differ from those of process 0; give all the same")
-    if distributed.is_main():
-        write_whole(directory / "config.json", text)
-    distributed.barrier("the run's directory")
-    path = directory / "config.json"
-    distributed.check_all(
-        path.exists() and path.read_text() == text,
-        f"output_dir={directory} is not the directory that process 0 writes to; use one on a file "
-        "system that all hosts share",
-    )
-
-
-def _own_or_serious(record: python_logging.LogRecord) -> bool:
-    """Lets through what this package logs, and the warnings of others (Orbax logs every file)."""
-    package = pathlib.Path(__file__).parent.parent
-    return (
-        record.levelno >= python_logging.WARNING or package in pathlib.Path(record.pathname).parents
-    )
+    data: dict[str, Any]  # what the checkpoint says of data and metrics; empty at the beginning
+    started: Started
 
 
 def make_sharding(config: TrainConfig) -> Sharding:
@@ -117,7 +56,7 @@ def make_sharding(config: TrainConfig) -> Sharding:
 
 
 def open_model(config: TrainConfig, sharding: Sharding, longest: int) -> Model:
-    """Opens the model that is trained, and writes its config and tokenizer beside the checkpoints.
+    """Opens the model that is trained.
 
     Args:
         config: of the run.
@@ -137,17 +76,18 @@ def open_model(config: TrainConfig, sharding: Sharding, longest: int) -> Model:
             f"{config.model_name_or_path}; lower max_seq_length, or max_prompt_length and "
             "max_new_tokens"
         )
-    if distributed.is_main():
-        hf.write_files(os.path.join(config.output_dir, manager.MODEL_FILES), model.files)
     return model
 
 
 def open_frozen(config: TrainConfig, path: str, sharding: Sharding) -> Model:
-    """Opens a model that is not trained: its parameters rest in the compute dtype.
+    """Opens a model that is not trained: its parameters rest in the compute dtype, on the devices.
+
+    Generation would fetch what rests in host memory again for every token.
 
     Raises:
         ValueError: for files that are missing, broken or not supported.
     """
+    sharding = dataclasses.replace(sharding, offload="none")
     return _open(config, path, sharding, compute_dtype(config, sharding), "")
 
 
@@ -180,6 +120,9 @@ def make_decoder(
         ValueError: for attention that the devices lack, or parameters that do not divide over them.
     """
     dtype = compute_dtype(config, sharding)
+    # For float32 operands JAX's default is TF32 on NVIDIA GPUs and one bfloat16 pass on TPUs.
+    precision = "highest" if dtype == jnp.float32 else None
+    jax.config.update("jax_default_matmul_precision", precision)
     decoder = Decoder(
         architecture,
         sharding,
@@ -236,54 +179,172 @@ def begin(
     model: Model,
     optimizer: step.Optimizer,
     checkpoints: manager.Checkpoints,
+    student: Model | None = None,
 ) -> Start:
     """Returns the state to train from.
 
-    It is the first that there is of:
+    A run that has a checkpoint continues from its newest one: parameters, optimizer, step and
+    position in the data. A new run takes the parameters of `resume_from`, or of
+    `model_name_or_path`, and nothing else.
 
-    1. the newest checkpoint of this run,
-    2. the newest checkpoint of `resume_from`,
-    3. the weights of `model_name_or_path`.
+    Args:
+        config: of the run.
+        model: what is trained.
+        optimizer: its optimizer.
+        checkpoints: of this run.
+        student: GRPO's frozen student, where this process reads its weights.
 
     Raises:
-        ValueError: if `resume_from` has no checkpoint.
+        ValueError: if `resume_from` has no weights of this model, or if the run in `output_dir`
+            was started with another model, number format or optimizer.
     """
+    latest = checkpoints.latest()
     distributed.check_same(
-        str(checkpoints.latest()),
-        f"sees {checkpoints.latest()} as the newest checkpoint of {checkpoints.directory}, unlike "
-        "process 0; look whether all hosts share that directory",
+        str(latest),
+        f"sees {latest} as the newest checkpoint of {checkpoints.directory}, unlike process 0; "
+        "look whether all hosts share that directory",
     )
-    if checkpoints.latest() is not None:
-        return _restore(checkpoints, model, optimizer)
-    if config.resume_from:
-        other = manager.Checkpoints(config.resume_from)
-        if other.latest() is None:
-            raise ValueError(f"resume_from={config.resume_from} has no checkpoint; leave it empty")
-        start = _restore(other, model, optimizer)
-        other.close()
-        return start
-    params = hf.load(model.source, model.decoder)
-    logging.info("loaded %s", config.model_name_or_path)
-    return Start(step.init_state(params, optimizer, model.decoder.sharding, config.seed), {})
+    decoder = model.decoder
+    now = Started(
+        find_origin(config) if latest is None else Origin(config.model_name_or_path),
+        hf.digest(model.source),
+        tokenizer_digest(model.files.tokenizer),
+        hf.digest(student.source) if student else "",
+    )
+    if latest is None:
+        params = load_origin(now.origin, config, model, decoder)
+        logging.info("training begins with %s", _named(now.origin))
+        return Start(step.init_state(params, optimizer, decoder.sharding), {}, now)
+    before = run_dir.started(config.output_dir) or now._replace(origin=find_origin(config))
+    _check_same_start(config, before, now)
+    if not checkpoints.has_training_state(latest):  # made by tools/convert_checkpoint.py
+        params = checkpoints.restore_params(latest, _abstract(decoder))
+        return Start(step.init_state(params, optimizer, decoder.sharding), {}, before)
+    abstract = step.abstract_state(
+        decoder.shapes, decoder.placements(), optimizer, decoder.sharding
+    )
+    restored = checkpoints.restore(latest, abstract)
+    logging.info("continuing %s at step %d", checkpoints.directory, latest)
+    return Start(restored.state, restored.data, before)
+
+
+def find_origin(config: TrainConfig) -> Origin:
+    """Returns the weights that a new run begins with.
+
+    Raises:
+        ValueError: if `resume_from` is neither a run, nor a checkpoint, nor a model directory.
+    """
+    if not config.resume_from:
+        return Origin(config.model_name_or_path)
+    name, place = config.resume_from, pathlib.Path(config.resume_from).expanduser()
+    if not place.exists():
+        raise ValueError(
+            f"resume_from={name} does not exist; give the output_dir of another run, one of its "
+            "checkpoints, or a model directory"
+        )
+    if place.parent.name == "checkpoints" and place.name.isdigit():
+        return Origin(str(place.parent.parent), int(place.name))
+    if (place / "checkpoints").is_dir():
+        latest = manager.Checkpoints(str(place), create=False).latest()
+        if latest is not None:
+            return Origin(str(place), latest)
+    if hf.is_model(place):
+        return Origin(str(place))
+    final = f"; its {place / 'final'} is one" if hf.is_model(place / "final") else ""
+    raise ValueError(
+        f"resume_from={name} has no complete checkpoint and is no model directory{final}"
+    )
+
+
+def load_origin(origin: Origin, config: TrainConfig, model: Model, decoder: Decoder) -> Params:
+    """Returns the weights that a run begins with.
+
+    Args:
+        origin: from `find_origin`.
+        config: of the run.
+        model: what is trained, whose weights they must be.
+        decoder: dtype and places of the result; that of `model`, or of its frozen reference.
+
+    Raises:
+        ValueError: for weights of another model, or if they are gone.
+    """
+    if origin.step is None:
+        if origin.path == config.model_name_or_path:
+            return hf.load(model.source, decoder)
+        source = hf.open_source(origin.path)
+        _check_same_model(origin, source.config, decoder)
+        return hf.load(source, decoder)
+    place = pathlib.Path(origin.path)
+    if not (place / "checkpoints" / str(origin.step)).is_dir():
+        raise ValueError(f"the weights that this run began with, {_named(origin)}, are gone")
+    stored = place / manager.MODEL_FILES / "config.json"
+    if stored.exists():
+        _check_same_model(origin, json.loads(stored.read_text()), decoder)
+    checkpoints = manager.Checkpoints(origin.path, create=False)
+    frozen = decoder is not model.decoder
+    params = checkpoints.restore_params(origin.step, _abstract(decoder), cast=frozen)
+    checkpoints.close()
+    return params
+
+
+def _named(origin: Origin) -> str:
+    return origin.path if origin.step is None else f"{origin.path}/checkpoints/{origin.step}"
+
+
+def _abstract(decoder: Decoder) -> Any:
+    return step.abstract(decoder.shapes, decoder.placements())
+
+
+def _check_same_model(origin: Origin, stored: dict[str, Any], decoder: Decoder) -> None:
+    theirs, ours = dataclasses.asdict(from_hf(stored)), dataclasses.asdict(decoder.config)
+    different = [f"{k} {theirs[k]} (here {ours[k]})" for k in ours if theirs[k] != ours[k]]
+    if different:
+        raise ValueError(
+            f"{_named(origin)} is of another model than model_name_or_path: "
+            f"{', '.join(different[:4])}; set model_name_or_path to the model that it was made with"
+        )
+
+
+def _check_same_start(config: TrainConfig, before: Started, now: Started) -> None:
+    """Checks that the run in `output_dir` was started with the models of this command."""
+    for name, digest, other in (
+        ("model_name_or_path", before.weights, now.weights),
+        ("the tokenizer", before.tokenizer, now.tokenizer),
+        ("student_model", before.student, now.student),
+    ):
+        if digest and other and digest != other:
+            options = run_dir.changed(config)
+            raise ValueError(
+                f"output_dir={config.output_dir} holds a run of another model: {name} is not what "
+                f"the run was started with{f' ({options})' if options else ''}; restore it, or "
+                "name a new output_dir"
+            )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a short hash of a tokenizer's vocabulary and chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def data_state(config: TrainConfig, start: Start, fingerprint: str) -> dict[str, Any]:
-    """Returns the position in the data; data that was refreshed takes it over as it is."""
-    return start.data | ({"fingerprint": fingerprint} if config.data.refresh else {})
+    """Returns the position in the data to continue from; empty at the beginning.
 
+    After `data.refresh` the data may differ; the position is kept anyway, under the fingerprint of
+    the data as they are.
 
-def _restore(checkpoints: manager.Checkpoints, model: Model, optimizer: step.Optimizer) -> Start:
-    number, decoder = checkpoints.latest(), model.decoder
-    assert number is not None
-    placements, sharding = decoder.placements(), decoder.sharding
-    if not checkpoints.has_training_state(number):
-        abstract = step.abstract(decoder.shapes, placements)
-        params = checkpoints.restore_params(number, abstract)
-        return Start(step.init_state(params, optimizer, sharding, 0), {})
-    abstract_state = step.abstract_state(decoder.shapes, placements, optimizer, sharding)
-    restored = checkpoints.restore(number, abstract_state)
-    logging.info("continuing %s at step %d", checkpoints.directory, number)
-    return Start(restored.state, restored.data)
+    Raises:
+        ValueError: if the checkpoint is of other data; names the options that differ.
+    """
+    if not start.data or start.data["fingerprint"] == fingerprint or config.data.refresh:
+        return start.data and start.data | {"fingerprint": fingerprint}
+    options = run_dir.changed(config)
+    cause = f"these options differ: {options}" if options else "the rows or the tokenizer differ"
+    raise ValueError(
+        f"output_dir={config.output_dir} holds a run on other data ({start.data['fingerprint']}, "
+        f"now {fingerprint}): {cause}; restore them, or name a new output_dir and "
+        f"resume_from={config.output_dir}, which takes the weights alone"
+    )
 
 
 def export(config: TrainConfig, model: Model, params: Any) -> str:

@@ -10,10 +10,10 @@ from absl import logging
 
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import SFTConfig, batch_plan
+from atlas_jax.config import BatchPlan, SFTConfig, batch_plan
 from atlas_jax.data import chat, loader, sources
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import setup
+from atlas_jax.recipes import run_dir, setup
 from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.types import Batch, Metrics, Params
 
@@ -29,7 +29,11 @@ def run(config: SFTConfig) -> bool:
     """
     sharding = setup.make_sharding(config)
     plan = batch_plan(config, sharding.num_replicas)
-    setup.open_run(config)
+    with run_dir.opened(config):
+        return _train(config, plan, sharding)
+
+
+def _train(config: SFTConfig, plan: BatchPlan, sharding: Sharding) -> bool:
     model = setup.open_model(config, sharding, config.max_seq_length)
     train, held_out = _datasets(config, model, plan.global_rows, sharding.num_replicas)
     num_steps = config.max_steps
@@ -40,18 +44,21 @@ def run(config: SFTConfig) -> bool:
     checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
     start = setup.begin(config, model, optimizer, checkpoints)
     first = int(start.state.step)
+    batches = train.batches(first)
+    if position := setup.data_state(config, start, train.fingerprint):
+        batches.set_state(position)
+    run_dir.commit(config, model.files, start.started)
     job = loop.Job(
         config=config,
         num_steps=num_steps,
         flops_per_token=model.decoder.config.flops_per_token,
-        train_step=step.make_train_step(loss_fn, optimizer, model.decoder.dims, sharding),
+        train_step=step.make_train_step(
+            loss_fn, optimizer, model.decoder.dims, sharding, seed=config.seed
+        ),
         evaluate=make_evaluate(loss_fn, held_out, model.decoder) if held_out else None,
         writer=metrics.MetricWriter(config.output_dir, first, distributed.is_main()),
         checkpoints=checkpoints,
     )
-    batches = train.batches(first)
-    if start.data:
-        batches.set_state(setup.data_state(config, start, train.fingerprint))
     outcome = loop.run(job, start.state, _Feed(batches, sharding, plan.microbatches))
     batches.close()
     job.writer.close()

@@ -50,7 +50,7 @@ def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
 
 
 def state_of(step):
-    return TrainState(np.int32(step), {}, None, None)
+    return TrainState(np.int32(step), {}, None)
 
 
 def recorded(tmp_path, step):
