@@ -218,21 +218,25 @@ def from_main(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def together(kind: type[Exception]) -> Iterator[None]:
-    """Makes an error of `kind` inside one process an error in all; every process enters it.
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """Makes an error of one of `kinds` in one process an error in all; every process enters it.
 
-    They would else wait for one that does something else now.
+    The others would wait for ever for a process that does something else now. Where processes have
+    errors of different kinds, all get the one that is named first.
     """
     problem: Exception | None = None
     try:
         yield
-    except kind as error:
+    except kinds as error:
         problem = error
-    failed = np.flatnonzero(gather(np.asarray(problem is not None)))
-    if problem is not None:
+    number = len(kinds) if problem is None else [isinstance(problem, k) for k in kinds].index(True)
+    numbers = gather(np.asarray(number))
+    first = int(numbers.min())
+    if problem is not None and number == first:
         raise problem
-    if failed.size:
-        raise kind(f"process {', '.join(map(str, failed))} cannot go on; its log says why")
+    if first < len(kinds):
+        failed = ", ".join(map(str, np.flatnonzero(numbers == first)))
+        raise kinds[first](f"process {failed} cannot go on; its log says why") from problem
 
 
 def check_all(good: bool, problem: str) -> None:

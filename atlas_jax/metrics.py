@@ -50,10 +50,12 @@ class MetricWriter:
     def __init__(self, directory: str, start_step: int, enabled: bool = True) -> None:
         """Opens the files; what a run wrote behind `start_step` before it was killed is dropped."""
         self._enabled = enabled
+        self.last_evaluation = 0
+        """The newest step that was evaluated before; 0 if there is none, or if not enabled."""
         if not enabled:
             return
         self._path = pathlib.Path(directory) / "metrics.jsonl"
-        _drop_after(self._path, start_step)
+        self.last_evaluation = _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._events = EventFileWriter(str(directory))
         log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -92,12 +94,20 @@ class MetricWriter:
             self._events.close()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`; a line cut off by a kill goes too."""
+def _drop_after(path: pathlib.Path, step: int) -> int:
+    """Keeps the lines of steps up to `step`; a line cut off by a kill goes too.
+
+    Returns:
+        The newest step with the metrics of an evaluation, 0 if there is none.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept, evaluated = [], 0
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+        values = json.loads(line) if line.endswith("\n") else {"step": step + 1}
+        if values["step"] <= step:
             kept.append(line)
+            if any(name.startswith("eval/") for name in values):
+                evaluated = values["step"]
     write_whole(path, "".join(kept))
+    return evaluated

@@ -9,6 +9,12 @@ continues, 1 for an error.
 
 from __future__ import annotations
 
+from atlas_jax import stopping, streams
+
+if __name__ == "__main__":  # before the imports that take seconds
+    streams.survive()
+    stopping.listen()
+
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +22,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from atlas_jax import cli, stopping
+from atlas_jax import cli
 from atlas_jax import config as config_lib
 from atlas_jax.data import snapshot
 
@@ -30,8 +36,9 @@ def main(argv: list[str]) -> None:
     """Runs the recipe of the config."""
     if _CONFIG.value is None or argv[1:]:
         raise ValueError(f"--config FILE is needed, and nothing else: {argv[1:]}")
-    if not run(config_lib.freeze(_CONFIG.value)):
-        sys.exit(stopping.EXIT_CODE)
+    code = 0 if run(config_lib.freeze(_CONFIG.value)) else stopping.EXIT_CODE
+    stopping.end_soon(code)
+    sys.exit(code)
 
 
 def run(config: config_lib.TrainConfig) -> bool:

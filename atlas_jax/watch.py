@@ -5,10 +5,13 @@ the notes of the others. A run ends, in every process and with the same words, w
 
 1. failed: its note says why,
 2. gives no sign of life: it was killed, stopped or cut off,
-3. has not come to where the others wait for it.
+3. has not come to where the others wait for it, and nothing that it waits for has come either
+   (`progress`) within the limit and the patience that it asked for.
 
-Time is counted in looks at the notes, so that a machine without time for this process, or a process
-without time for this thread, condemns nobody.
+A signal to one process asks all of them to stop: its note passes the request on.
+
+Timeouts count polling rounds instead of seconds, so that a process which is merely short of CPU is
+not declared dead.
 
 JAX's own heartbeats stand behind this with a longer limit. They end a process whose Python is
 stuck, and all others at once when process 0 dies, which holds the service.
@@ -27,6 +30,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import jax
 from absl import logging
+
+from atlas_jax import progress, stopping
 
 _FOLDER = "atlas_jax/notes"
 _LONGEST_INTERVAL_SECS = 5.0
@@ -60,10 +65,16 @@ class Note(NamedTuple):
     """Whether it has finished."""
     verdict: str = ""
     """Why the run ends; empty while it goes on."""
+    marks: int = 0
+    """Answers that it waited for and got; see `progress`."""
+    patience: float = 0.0
+    """Seconds that its present wait may take by a limit of its own."""
+    stop: str = ""
+    """Who asked it to stop; empty if nobody did."""
 
 
 class Seen(NamedTuple):
-    """A process's latest note, and for how many looks its beat and its arrivals are the same."""
+    """A process's latest note, and the looks since it gave a sign of life, and since it moved."""
 
     note: Note
     silent: int = 0
@@ -89,9 +100,13 @@ def updated(seen: Mapping[int, Seen], notes: Mapping[int, Note]) -> dict[int, Se
         result[process] = Seen(
             note,
             before.silent + 1 if note.beat == before.note.beat else 0,
-            before.still + 1 if note.arrivals == before.note.arrivals else 0,
+            before.still + 1 if _moves(note) == _moves(before.note) else 0,
         )
     return result
+
+
+def _moves(note: Note) -> tuple[int, int]:
+    return note.arrivals, note.marks
 
 
 def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
@@ -108,17 +123,21 @@ def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
                 f"{silent:.0f} s (hosts.heartbeat_timeout_secs={limits.heartbeat_secs:g}); it "
                 f"was killed, stopped or cut off after {one.note.place}"
             )
-    still = min((one.still for one in present.values()), default=0)
-    if still * limits.interval_secs <= limits.stall_secs:
+    if not present:
         return ""
     first = min(s.note.arrivals for s in present.values())
     behind = {process: s for process, s in present.items() if s.note.arrivals == first}
+    patience = max(one.note.patience for one in behind.values())
+    limit = limits.stall_secs + patience
+    if min(one.still for one in present.values()) * limits.interval_secs <= limit:
+        return ""
     names = ", ".join(f"process {p} on {s.note.host}" for p, s in behind.items())
     places = " and ".join(sorted({s.note.place for s in behind.values()}))
     others = "the others wait" if len(behind) < len(present) else "so have all others"
     return (
-        f"{names} has not moved on from {places} for {limits.stall_secs:g} s "
-        f"(hosts.stall_timeout_secs), {others}; look at its stack, or raise the limit"
+        f"{names} has not moved on from {places} for {limit:g} s (hosts.stall_timeout_secs"
+        f"{f', and {patience:g} s that its wait may take' if patience else ''}), {others}; look at "
+        "its stack, or raise the limit"
     )
 
 
@@ -176,7 +195,13 @@ class Watch:
 
     def _tell(self, **changes: Any) -> None:
         with self._lock:
-            self._note = self._note._replace(beat=self._note.beat + 1, **changes)
+            self._note = self._note._replace(
+                beat=self._note.beat + 1,
+                marks=progress.marks(),
+                patience=progress.patience(),
+                stop=stopping.reason(),
+                **changes,
+            )
             text = json.dumps(self._note)
         self._service.key_value_set(f"{_FOLDER}/{self._process}", text, allow_overwrite=True)
 
@@ -197,6 +222,9 @@ class Watch:
             logging.warning("the coordination service does not answer: %s", error)
             return
         self._unanswered = 0
+        for process, note in notes.items():
+            if note.stop and process != self._process:
+                stopping.request(note.stop)
         self._seen = updated(self._seen, notes)
         verdict = judge(self._seen, self._limits)
         if verdict and not self._note.verdict:

@@ -34,6 +34,19 @@ def test_a_silent_process_is_named_unless_it_has_finished():
     assert judge(quiet, LIMITS) == ""
 
 
+def test_a_wait_within_its_own_limit_is_no_stall():
+    waits = {0: Seen(note(6), 0, 25), 1: Seen(note(5, host="b", patience=30.0), 0, 25)}
+    assert judge(waits, LIMITS) == ""
+    longer = {p: s._replace(still=37) for p, s in waits.items()}
+    assert "for 90 s (hosts.stall_timeout_secs, and 30 s that its wait may take)" in judge(
+        longer, LIMITS
+    )
+    # An answer that comes counts as moving, like an arrival.
+    before = {1: Seen(note(5, marks=3), 0, 36)}
+    assert updated(before, {1: note(5, marks=3)})[1].still == 37
+    assert updated(before, {1: note(5, marks=4)})[1].still == 0
+
+
 def test_of_processes_that_wait_the_one_that_they_wait_for_is_named():
     found = seen(note(6), note(5, host="b", place="step 2"), note(6), still=25)
     verdict = judge(found, LIMITS)

@@ -10,9 +10,12 @@ with what is wanted first.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +29,7 @@ MODEL_FILES = "model"
 
 _ITEMS = ("params", "train", "data", "config", "reference")
 _MOMENT = re.compile(r"\.(mu|nu)\..*")  # of one parameter
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 _NUM_SHOWN = 4
 
 
@@ -60,7 +64,11 @@ class Checkpoints:
         self.directory = pathlib.Path(output_dir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=create),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep or None,
+                create=create,
+                cleanup_tmp_directories=create,  # what a kill or a full disk left half written
+            ),
             item_names=_ITEMS,
         )
 
@@ -75,23 +83,28 @@ class Checkpoints:
         config: dict[str, Any],
         reference: Params | None = None,
     ) -> None:
-        """Starts to write the state; returns when the devices may change it."""
+        """Starts to write the state; returns when the devices may change it.
+
+        Raises:
+            OSError: if this checkpoint or the one before cannot be written.
+        """
         more = {} if reference is None else {"reference": ocp.args.StandardSave(reference)}
         rest = {"step": state.step, "opt_state": state.opt_state}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                train=ocp.args.StandardSave(rest),
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(config),
-                **more,
-            ),
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            train=ocp.args.StandardSave(rest),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(config),
+            **more,
         )
+        with self._named():
+            self._manager.save(int(state.step), args=items)
 
     def save_params(self, params: Params) -> None:
-        """Writes parameters only, as step 0."""
-        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        """Writes parameters only, as step 0; raises as `save` does."""
+        items = ocp.args.Composite(params=ocp.args.StandardSave(params))
+        with self._named():
+            self._manager.save(0, args=items)
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
         """Returns the state saved at `step`, each array in the place that `abstract` says.
@@ -153,9 +166,30 @@ class Checkpoints:
         return (self.directory / str(step) / "train").exists()
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        """Waits until everything is written; raises as `save` does."""
+        with self._named():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Makes one line of an error in the threads that write.
+
+        TensorStore raises ValueError for a full disk, with the system's words somewhere inside.
+        """
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            causes = [os.strerror(n) for n in _DISK if os.strerror(n) in str(error)]
+            latest = self.latest()
+            there = (
+                "none is complete" if latest is None else f"step {latest} is the newest whole one"
+            )
+            raise OSError(
+                f"a checkpoint in {self.directory} could not be written: "
+                f"{causes[0] if causes else error}; {there}. The same command continues from it "
+                "when that is mended"
+            ) from error
 
 
 def _stored(path: pathlib.Path) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from atlas_jax import stopping
 from atlas_jax.rollout.engine import Speaker
 
 
@@ -50,7 +51,7 @@ class Ahead:
             self._end = position
         if not self._waiting:
             self._submit(policy)
-        made = self._waiting.popleft().result()
+        made = stopping.result(self._waiting.popleft())
         while len(self._waiting) < self._depth:
             self._submit(policy)
         return made

@@ -22,6 +22,7 @@ from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
+from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import (
     DependencyError,
     Metrics,
@@ -81,13 +82,18 @@ class Feed:
         self._position = 0
         self._ahead = Ahead(self._collect, parts.config.rollout.max_staleness)
 
+    @property
+    def samples_policy(self) -> bool:
+        """Completions are sampled from the parameters that the step has changed."""
+        return True
+
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns a batch of new completions, scored."""
         parts, config = self._parts, self._parts.config
         version = int(state.step)
         policy = parts.policy(state.params, version)
         synced = time.perf_counter()
-        with distributed.together(DependencyError):
+        with distributed.together(StopRequestedError, DependencyError):
             made = self._ahead.take(policy, self._position)
         groups, score_secs = made.content
         wait_secs = time.perf_counter() - synced
@@ -153,7 +159,8 @@ class Feed:
         """
         wanted = self._parts.layout.questions
         refills = self._parts.config.rollout.refill_rounds
-        agree = distributed.together(DependencyError) if refills else contextlib.nullcontext()
+        errors = (StopRequestedError, DependencyError)
+        agree = distributed.together(*errors) if refills else contextlib.nullcontext()
         with agree:  # not in a thread, where there are no refills
             groups, secs = self._ask(policy, position + wanted * jax.process_index(), wanted)
         position += wanted * jax.process_count()
@@ -163,7 +170,7 @@ class Feed:
             if not counts.any():
                 break
             first = position + int(counts[: jax.process_index()].sum())
-            with distributed.together(DependencyError):
+            with distributed.together(*errors):
                 found, spent = self._ask(policy, first, len(equal))
             position += int(counts.sum())
             secs += spent

@@ -121,6 +121,7 @@ def _train(
             writer=writer,
             checkpoints=checkpoints,
             healthy=_HEALTHY,
+            restored=start.data,
         )
         outcome = loop.run(job, start.state, feed)
     if not outcome.stopped:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import logging as python_logging
 import os
@@ -67,7 +68,8 @@ def opened(config: TrainConfig) -> Iterator[None]:
     Raises:
         ValueError: if another run uses the directory, if the processes of this run have different
             options or directories, or for a database that cannot be trained on.
-        OSError: if the directory cannot be written, or if the database is lost.
+        OSError: if the directory cannot be written, or if the database is lost; a full disk is
+            named with the directory.
     """
     text = _config_text(config)
     distributed.check_same(text, "its options differ from those of process 0; give all the same")
@@ -81,7 +83,12 @@ def opened(config: TrainConfig) -> Iterator[None]:
         if config.data.db_url and distributed.is_main():
             snapshot.take(config.data, config.output_dir)
         distributed.barrier("the data's snapshot")
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+                raise
+            raise OSError(error.errno, error.strerror, config.output_dir) from error
 
 
 def commit(config: TrainConfig, files: hf.ModelFiles, started: Started) -> None:
@@ -224,8 +231,13 @@ def _log(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _own_or_serious(record: python_logging.LogRecord) -> bool:
-    """Lets through what this package logs, and the warnings of others (Orbax logs every file)."""
-    package = pathlib.Path(__file__).parent.parent
-    return (
-        record.levelno >= python_logging.WARNING or package in pathlib.Path(record.pathname).parents
-    )
+    """Lets through what this package logs, and the warnings of others (Orbax logs every file).
+
+    Orbax logs an error of its threads with a long traceback, and raises it here besides.
+    """
+    path = pathlib.Path(record.pathname)
+    if pathlib.Path(__file__).parent.parent in path.parents:
+        return True
+    twice = "orbax" in path.parts and record.levelno >= python_logging.ERROR
+    hidden = twice and not os.environ.get("ATLAS_TRACEBACK")
+    return record.levelno >= python_logging.WARNING and not hidden

@@ -58,6 +58,7 @@ def _train(config: SFTConfig, plan: BatchPlan, sharding: Sharding) -> bool:
         evaluate=make_evaluate(loss_fn, held_out, model.decoder) if held_out else None,
         writer=metrics.MetricWriter(config.output_dir, first, distributed.is_main()),
         checkpoints=checkpoints,
+        restored=start.data,
     )
     outcome = loop.run(job, start.state, _Feed(batches, sharding, plan.microbatches))
     batches.close()
@@ -73,6 +74,11 @@ class _Feed(NamedTuple):
     batches: loader.Batches
     sharding: Sharding
     microbatches: int
+
+    @property
+    def samples_policy(self) -> bool:
+        """Rows come from files."""
+        return False
 
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns the next batch; it does not depend on the state."""
