@@ -199,9 +199,10 @@ class _Log:
         self.progress.update()
 
     def _check_finite(self, step: int, values: Metrics) -> None:
-        found = metrics.means(metrics.add({}, values))
+        weighed = {name: value for name, value in values.items() if value[1]}
+        found = metrics.means(metrics.add({}, weighed))
         for name in ("loss/total", "optim/grad_norm"):
-            if not math.isfinite(found[name]):
+            if not math.isfinite(found.get(name, 0.0)):
                 good = self._job.checkpoints.latest()
                 where = (
                     "there is no checkpoint yet"
@@ -239,8 +240,9 @@ class _Log:
         shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
         logging.info("step %d/%d %s", step, self._job.num_steps, shown)
         for name, (low, high) in self._job.healthy.items():
-            if name in values and not low <= values[name] <= high:
-                logging.warning("%s=%.4g is outside %g to %g", name, values[name], low, high)
+            value = values.get(name, math.nan)
+            if value < low or value > high:
+                logging.warning("%s=%.4g is outside %g to %g", name, value, low, high)
         self._mark = time.perf_counter()
 
 

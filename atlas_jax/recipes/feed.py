@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.config import GRPOConfig
@@ -95,7 +96,7 @@ class Feed:
         samples = self._samples(groups)
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
-        values = self._measure(groups, version) | parts.pushed()
+        values = self._measure(groups, samples, version) | parts.pushed()
         self._position = made.position  # where nothing was raised: a step repeated asks the same
         self._sync_reference(version, state.params)
         start = time.perf_counter()
@@ -148,8 +149,7 @@ class Feed:
     def _collect(self, policy: Speaker, position: int) -> tuple[tuple[Groups, float], int]:
         """Returns the groups of a step, the seconds that scoring took, and the next position.
 
-        Groups without any difference in reward are replaced by later ones while `refill_rounds`
-        last.
+        Groups that teach nothing are replaced by later ones while `refill_rounds` last.
         """
         wanted = self._parts.layout.questions
         refills = self._parts.config.rollout.refill_rounds
@@ -158,16 +158,18 @@ class Feed:
             groups, secs = self._ask(policy, position + wanted * jax.process_index(), wanted)
         position += wanted * jax.process_count()
         for _ in range(refills):
-            equal = [i for i, scores in enumerate(groups.results) if not _differs(scores)]
-            counts = distributed.gather(np.asarray(len(equal)))
+            idle = [
+                i for i, group in enumerate(zip(*groups, strict=True)) if not self._teaches(*group)
+            ]
+            counts = distributed.gather(np.asarray(len(idle)))
             if not counts.any():
                 break
             first = position + int(counts[: jax.process_index()].sum())
             with distributed.together(DependencyError):
-                found, spent = self._ask(policy, first, len(equal))
+                found, spent = self._ask(policy, first, len(idle))
             position += int(counts.sum())
             secs += spent
-            for i, group, scores in zip(equal, *found, strict=True):
+            for i, group, scores in zip(idle, *found, strict=True):
                 groups.rollouts[i], groups.results[i] = group, scores
         return (groups, secs), position
 
@@ -219,7 +221,19 @@ class Feed:
         left_out = truncated and self._parts.config.mask_truncated_completions
         return result.score is not None and bool(rollout.policy.token_ids) and not left_out
 
-    def _measure(self, groups: Groups, version: int) -> Metrics:
+    def _teaches(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> bool:
+        """Returns whether a group's rewards differ, and one of its members at least trains."""
+        differs = len({r.score for r in results if r.score is not None}) > 1
+        return differs and any(map(self._trains, rollouts, results))
+
+    def _measure(
+        self, groups: Groups, samples: Sequence[Sequence[record.Sample]], version: int
+    ) -> Metrics:
+        """Returns the metrics of a step over all processes.
+
+        Raises:
+            DependencyError: if an outage left too many samples without a score.
+        """
         reward = self._parts.config.reward
         values = measures.of_rewards(groups.results, reward.parts)
         if "rim" in reward.parts:
@@ -228,14 +242,25 @@ class Feed:
         if self._parts.student:
             values |= measures.of_teaching(groups.rollouts)
             values |= measures.of_efficiency(groups.rollouts, groups.results)
+        trains = [sample.trains for group in samples for sample in group]
+        values["rollout/trained_frac"] = sum(trains), len(trains)
         values = distributed.sum_over_processes(values)
-        failed, total = values["reward/failed_frac"]
-        if failed > reward.max_failed_frac * total:
-            reasons = [why(r) for group in groups.results for r in group if r.score is None]
+        (without, total), (skipped, _) = values["reward/failed_frac"], values["reward/skipped_frac"]
+        failed, possible = without - skipped, total - skipped
+        if failed > reward.max_failed_frac * possible:
+            reasons = [why(r) for group in groups.results for r in group if r.is_outage]
             raise DependencyError(
-                f"{failed:.0f} of {total:.0f} samples could not be scored, more than "
+                f"{failed:.0f} of {possible:.0f} samples could not be scored, more than "
                 f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}; look "
                 f"at {self._parts.config.output_dir}/rollouts"
+            )
+        if not values["rollout/trained_frac"][0] and distributed.is_main():
+            reasons = [why(r) for group in groups.results for r in group if r.score is None]
+            logging.warning(
+                "step %d trains nothing: of %d samples %d have no score and the others are cut; "
+                "the first: %s; look at %s/rollouts",
+                *(version + 1, total, without, reasons[:1] or "out of tokens"),
+                self._parts.config.output_dir,
             )
         return values
 
@@ -244,10 +269,6 @@ def _grouped(rollouts: list[list[Rollout]], results: Sequence[RewardResult]) -> 
     """Returns the results as they belong to the rollouts of each group."""
     flat = iter(results)
     return Groups(rollouts, [[next(flat) for _ in group] for group in rollouts])
-
-
-def _differs(results: Sequence[RewardResult]) -> bool:
-    return len({r.score for r in results if r.score is not None}) > 1
 
 
 def _rows(samples: Sequence[Sequence[record.Sample]], layout: Layout) -> PolicyBatch:

@@ -84,16 +84,14 @@ class RIMReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """Returns the result of each rollout; one whose texts failed is not scored."""
-        reasons = [_failure(rollout) for rollout in rollouts]
+        unscored = [_failure(rollout) for rollout in rollouts]
         cases = [
             judges.case_of(rollout)
-            for rollout, reason in zip(rollouts, reasons, strict=True)
-            if reason is None
+            for rollout, failed in zip(rollouts, unscored, strict=True)
+            if failed is None
         ]
         results = iter(self.score(cases))
-        return [
-            next(results) if r is None else RewardResult(None, {"unscored": r}) for r in reasons
-        ]
+        return [next(results) if failed is None else failed for failed in unscored]
 
     def score(self, cases: Sequence[judges.Case]) -> list[RewardResult]:
         """Returns the result of each case; a thread of its own has the event loop."""
@@ -182,8 +180,8 @@ class RIMReward:
         return RewardResult(min(score, rules.cap_score) if found else score, details)
 
 
-def _failure(rollout: Rollout) -> str | None:
-    """Returns why a rollout has nothing to judge; None if it has."""
+def _failure(rollout: Rollout) -> RewardResult | None:
+    """Returns the result of a rollout that has nothing to judge; None if it has."""
     completions = {"completion": rollout.policy}
     if rollout.baseline is not None:
         completions |= {"baseline": rollout.baseline, "guided answer": rollout.answer}

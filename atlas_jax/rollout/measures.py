@@ -27,6 +27,7 @@ def of_rewards(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) 
         "reward/std": (float(np.sum(spreads)), len(spreads)),
         "reward/zero_std_group_frac": (sum(s == 0 for s in spreads), len(spreads)),
         "reward/failed_frac": (total - len(scored), total),
+        "reward/skipped_frac": (sum(r.is_skipped for group in results for r in group), total),
     }
     for name in names if len(names) > 1 else ():
         parts = [r.details[name]["score"] for group in results for r in group]

@@ -55,6 +55,7 @@ def as_record(step: int, member: int, sample: Sample) -> dict[str, Any]:
         "probe": _completion(rollout.probe),
         "guided": _completion(rollout.guided),
         "reward": result.score,
+        "skipped": result.is_skipped,
         "reward_details": result.details,
         "advantage": sample.advantage,
         "trains": sample.trains,

@@ -2,7 +2,7 @@
 
 For each question the student answers alone and says how it would approach it, both once and shared
 by the group; the teacher reads the approach and writes G lessons; the student answers again with
-each of them. A prompt that does not fit its model makes an `error` completion, which no reward
+each of them. A prompt that does not fit its model makes a `skipped` completion, which no reward
 scores and which trains nothing.
 """
 
@@ -191,10 +191,10 @@ def _guide(
 
 def _untaught(rollout: Rollout, protocol: Protocol) -> Completion | None:
     """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
-    if not rollout.policy.token_ids:
-        return _failed("error: the teacher's prompt does not fit")
+    if rollout.policy.is_failed:
+        return Completion.missing(rollout.policy.finish_reason)
     if protocol.missing_teaching == "unscored":
-        return _failed("error: no lesson")
+        return Completion.missing("skipped: no lesson")
     return rollout.baseline
 
 
@@ -213,12 +213,8 @@ def _ask(
 
 
 def _too_long(request: Request, room: int) -> Completion:
-    reason = f"error: prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
-    return _failed(f"{reason} exceed {room}")
-
-
-def _failed(reason: str) -> Completion:
-    return Completion((), (), (), (), reason, "", -1)
+    sizes = f"prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
+    return Completion.missing(f"skipped: {sizes} exceed {room}")
 
 
 def _fill(template: str, question: Question, more: Mapping[str, str]) -> str:

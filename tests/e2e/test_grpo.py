@@ -253,6 +253,46 @@ def test_the_export_is_a_transformers_model(inputs, whole):
     assert moved.abs().max() > 1e-3
 
 
+ORDINARY = {
+    "a prompt too long": {"max_prompt_length": 5},
+    "no lesson": {"rollout.missing_teaching": "unscored"},
+    "all cut": {"mask_truncated_completions": True, "max_new_tokens": 1, "top_k": 1},
+}
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_a_run_does_not_end_for_samples_that_cannot_train(inputs, tmp_path, case):
+    """A quarter of a step does not fit; no lesson has its tags; every completion is cut."""
+    names = [f"q{i} answer hint answer hint" if i % 4 == 0 else f"q{i}" for i in range(8)]
+    lines = [json.dumps({"question": q, "answer": str(i % 3)}) for i, q in enumerate(names)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    values = {
+        "data.dataset_path": tmp_path / "questions.jsonl", "data.shuffle": False, "max_steps": 3,
+        "reward.max_failed_frac": 0.2, "reward.retry_waits_secs": "(600.0,)", **ORDINARY[case],
+    }  # fmt: skip
+    asked = command(inputs, tmp_path / "run", "teaching")
+    asked["args"] += [f"--config.{k}={v}" for k, v in values.items()]
+    result = subprocess.run(**asked, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line for line in metrics(tmp_path / "run") if "loss/total" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    skipped = [line["reward/skipped_frac"] for line in lines]
+    trained = [line["rollout/trained_frac"] for line in lines]
+    if case == "a prompt too long":
+        assert skipped == [0.25] * 3
+        assert trained == [0.75] * 3
+        assert all(line["loss/total"] is not None for line in lines)
+    else:
+        assert skipped == [float(case == "no lesson")] * 3
+        assert 0.0 in trained
+        for line in lines:
+            assert (line["loss/total"] is None) == (line["rollout/trained_frac"] == 0)
+            idle = f"step {line['step']} trains nothing: of 16 samples"
+            assert result.stderr.count(idle) == (line["rollout/trained_frac"] == 0)
+    state = json.loads((tmp_path / "run" / "final" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
 BASE = GRPOConfig(
     model_name_or_path="m",
     student_model="s",

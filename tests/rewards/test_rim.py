@@ -297,13 +297,15 @@ def test_lessons_that_aim_at_the_judge_are_capped(server, tmp_path):
 
 def test_rollouts_whose_texts_failed_are_not_asked(server, tmp_path):
     failed = completion("", 0, "error: connection refused")
+    long = completion("", 0, "skipped: no lesson")
     before = server.stats()["calls"]
     sample = rollout("8", "7")
     results = RIMReward(options(server, tmp_path))(
-        [sample._replace(policy=failed), sample, sample._replace(guided=failed)]
+        [sample._replace(policy=failed), sample, sample._replace(guided=long)]
     )
     assert server.stats()["calls"] - before >= 6
     assert [r.score is None for r in results] == [True, False, True]
+    assert [r.is_outage for r in results] == [True, False, False]
     assert results[0].details == {"unscored": "completion: error: connection refused"}
     assert not results[0].later
 
