@@ -16,7 +16,7 @@ class DataConfig:
     """A `.jsonl` or `.parquet` file, several separated by commas, a hub dataset (`owner/name`), or
     one file of it (`owner/name:folder/file.jsonl`)."""
     dataset_split: str = "train"
-    """Split of a hub dataset; files have none."""
+    """Split of a hub dataset; files have none, also those of a hub dataset."""
     dataset_max_samples: int = 0
     """Rows kept, drawn at random with `seed`; 0 keeps all."""
     format: str = "auto"
@@ -51,7 +51,7 @@ class DataConfig:
     eval_path: str = ""
     """Rows to evaluate on, in the forms of `dataset_path`; takes precedence over the ratio."""
     eval_split: str = "test"
-    """Split that is read where `eval_path` is a hub dataset."""
+    """Split that is read where `eval_path` is a whole hub dataset."""
     eval_split_ratio: float = 0.0
     """Share of the rows held out for evaluation when `eval_path` is empty."""
     shuffle: bool = True
