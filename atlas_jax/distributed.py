@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.options import HostsConfig
-from atlas_jax.types import Metrics
 from atlas_jax.watch import Limits, Watch
 
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
@@ -201,15 +200,22 @@ def gather(numbers: np.ndarray) -> np.ndarray:
     return found.view(numbers.dtype).reshape(-1, *numbers.shape)
 
 
+def gather_rows(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Returns the rows of all processes, in order of the processes; every process must call it.
+
+    Args:
+        rows: those of this process, `[counts[process index], ...]`.
+        counts: the number of rows of each process, of which some may have none.
+    """
+    padded = np.zeros((max(counts), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    parts = zip(gather(padded), counts, strict=True)
+    return np.concatenate([part[:count] for part, count in parts])
+
+
 def max_over_processes(number: int) -> int:
     """Returns the highest `number` of all processes; every process must call it."""
     return int(gather(np.asarray(number)).max())
-
-
-def sum_over_processes(metrics: Metrics) -> Metrics:
-    """Returns the sums of `(sum, weight)` metrics; every process has the same names."""
-    total = gather(np.asarray([metrics[name] for name in sorted(metrics)], np.float64)).sum(0)
-    return {name: tuple(total[i]) for i, name in enumerate(sorted(metrics))}
 
 
 def from_main(values: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ class StepInput(NamedTuple):
     """What one step trains on."""
 
     batch: Any  # placed arrays, [microbatches, B, T]
-    num_tokens: int  # that it reads over all processes, padding left out
+    num_tokens: int  # that its updates read over all processes, padding left out
     metrics: Metrics  # of how it came about, over all processes
 
 

@@ -146,11 +146,13 @@ class TrainConfig:
     max_steps: int = -1
     """Optimizer steps; -1 takes `num_train_epochs`."""
     per_device_train_batch_size: int = 2
-    """Rows in one forward pass on each device of the `data` and `fsdp` axes."""
+    """Rows in one forward pass on each device of the `data` and `fsdp` axes; where
+    `gradient_accumulation_steps` is inferred, the most of them."""
     gradient_accumulation_steps: int = 0
     """Forward passes an optimizer step; 0 is inferred from `train_batch_size`, or is 1."""
     train_batch_size: int = 0
-    """Rows an optimizer step over all devices; 0 is the product of the other two."""
+    """Rows an optimizer step over all devices, of which any number that divides it then trains the
+    same; 0 is the product of the other two."""
     gradient_checkpointing: str = "full"
     """`none` computes no matrix product twice, `dots` recomputes attention, `full` keeps a vector a
     layer and recomputes the rest; `true` and `false` mean `full` and `none`."""

@@ -180,4 +180,4 @@ Params = dict[str, Any]
 """A pure nested dict of arrays: the whole model, or anything of the same structure."""
 
 Metrics = dict[str, Any]
-"""`area/name` -> `(sum, weight)` until written; the value is `sum / weight`."""
+"""`area/name` -> `(sum, weight)` until written; the value is `sum / weight`. See `metrics`."""

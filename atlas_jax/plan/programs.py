@@ -97,7 +97,7 @@ def _grpo(
     decoder, sharding = run.decoder, run.decoder.sharding
     hosts = target.num_devices // target.devices_a_host
     plan = batch_plan(config, sharding.num_replicas)
-    layout = grpo.make_layout(config, plan, sharding.num_replicas, hosts)
+    layout = grpo.make_layout(config, plan, sharding.num_replicas)
     layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
     longest = config.max_prompt_length + layout.per_row * config.max_new_tokens
     length = min(b for b in layout.buckets if b >= longest)

@@ -38,7 +38,7 @@ class Layout(NamedTuple):
     """How the completions of a step become rows."""
 
     questions: int
-    """Groups a step, of this process."""
+    """Groups a step, over all processes."""
     per_row: int
     """Completions behind one copy of their prompt."""
     microbatches: int
@@ -73,7 +73,10 @@ class Groups(NamedTuple):
 class Feed:
     """Makes each step's batch; its state is the next question.
 
-    The policy is that of the step, or of at most `rollout.max_staleness` steps before.
+    The questions of a step are dealt to the processes in order, as evenly as possible: each asks
+    and scores whole groups, and some may have none. The rows are then exchanged, so that each
+    process trains an equal part of them. The policy is that of the step, or of at most
+    `rollout.max_staleness` steps before.
     """
 
     def __init__(self, parts: Parts, reference: Params | None) -> None:
@@ -100,7 +103,9 @@ class Feed:
         self._position = made.position  # where nothing was raised: a step repeated asks the same
         self._sync_reference(version, state.params)
         start = time.perf_counter()
-        batch = to_global(_rows(samples, parts.layout), parts.sharding, parts.layout.microbatches)
+        rows = self._rows(samples)
+        num_tokens = int(distributed.gather(np.asarray((rows.segment_ids > 0).sum())).sum())
+        batch = to_global(rows, parts.sharding, parts.layout.microbatches)
         if self._reference is not None:
             batch = batch._replace(ref_logprobs=parts.score(self._reference, batch))
         if config.num_iterations > 1:
@@ -110,8 +115,7 @@ class Feed:
         values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = score_secs, 1
         values["perf/logprobs_secs"] = time.perf_counter() - start, 1
-        num_tokens = int(values["rollout/completion_tokens"][0])
-        return loop.StepInput(batch, num_tokens, values)
+        return loop.StepInput(batch, num_tokens * config.num_iterations, values)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the questions."""
@@ -151,12 +155,13 @@ class Feed:
 
         Groups that teach nothing are replaced by later ones while `refill_rounds` last.
         """
-        wanted = self._parts.layout.questions
+        wanted, process = self._parts.layout.questions, jax.process_index()
+        shares = _shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
         agree = distributed.together(DependencyError) if refills else contextlib.nullcontext()
         with agree:  # not in a thread, where there are no refills
-            groups, secs = self._ask(policy, position + wanted * jax.process_index(), wanted)
-        position += wanted * jax.process_count()
+            groups, secs = self._ask(policy, position + sum(shares[:process]), shares[process])
+        position += wanted
         for _ in range(refills):
             idle = [
                 i for i, group in enumerate(zip(*groups, strict=True)) if not self._teaches(*group)
@@ -164,7 +169,7 @@ class Feed:
             counts = distributed.gather(np.asarray(len(idle)))
             if not counts.any():
                 break
-            first = position + int(counts[: jax.process_index()].sum())
+            first = position + int(counts[:process].sum())
             with distributed.together(DependencyError):
                 found, spent = self._ask(policy, first, len(idle))
             position += int(counts.sum())
@@ -204,10 +209,12 @@ class Feed:
         """Returns the rollouts with their advantages, and whether they train."""
         config = self._parts.config
         scores = [[math.nan if r.score is None else r.score for r in g] for g in groups.results]
-        rewards = distributed.gather(np.asarray(scores, np.float64))  # [processes, N, G]
-        shape = rewards.shape
-        advantages = losses.group_advantages(rewards.reshape(-1, shape[-1]), config.scale_rewards)
-        advantages = advantages.reshape(shape)[jax.process_index()]
+        own = np.asarray(scores, np.float64).reshape(-1, config.num_generations)
+        shares = _shares(self._parts.layout.questions)
+        rewards = distributed.gather_rows(own, shares)  # [N, G], of all processes
+        first = sum(shares[: jax.process_index()])
+        advantages = losses.group_advantages(rewards, config.scale_rewards)
+        advantages = advantages[first : first + len(own)]
         return [
             [
                 record.Sample(rollout, result, float(advantage), self._trains(rollout, result))
@@ -215,6 +222,13 @@ class Feed:
             ]
             for members in zip(groups.rollouts, groups.results, advantages, strict=True)
         ]
+
+    def _rows(self, samples: Sequence[Sequence[record.Sample]]) -> PolicyBatch:
+        """Returns the rows that this process trains."""
+        layout = self._parts.layout
+        group = self._parts.config.num_generations // layout.per_row
+        counts = [share * group for share in _shares(layout.questions)]
+        return _exchanged(_rows(samples, layout), counts)
 
     def _trains(self, rollout: Rollout, result: RewardResult) -> bool:
         truncated = rollout.policy.finish_reason == "length"
@@ -244,7 +258,7 @@ class Feed:
             values |= measures.of_efficiency(groups.rollouts, groups.results)
         trains = [sample.trains for group in samples for sample in group]
         values["rollout/trained_frac"] = sum(trains), len(trains)
-        values = distributed.sum_over_processes(values)
+        values = metrics.sum_over_processes(values)
         (without, total), (skipped, _) = values["reward/failed_frac"], values["reward/skipped_frac"]
         failed, possible = without - skipped, total - skipped
         if failed > reward.max_failed_frac * possible:
@@ -271,19 +285,36 @@ def _grouped(rollouts: list[list[Rollout]], results: Sequence[RewardResult]) -> 
     return Groups(rollouts, [[next(flat) for _ in group] for group in rollouts])
 
 
+def _shares(total: int) -> list[int]:
+    """Returns how many of so many things each process has: as many as the others, or one more."""
+    each, more = divmod(total, jax.process_count())
+    return [each + (process < more) for process in range(jax.process_count())]
+
+
+def _exchanged(rows: PolicyBatch, counts: Sequence[int]) -> PolicyBatch:
+    """Returns this process's equal part of the rows of all processes.
+
+    Args:
+        rows: those of the groups that this process asked.
+        counts: the number of them in each process.
+    """
+    if min(counts) == max(counts):
+        return rows
+    share = sum(counts) // len(counts)
+    part = slice(share * jax.process_index(), share * (jax.process_index() + 1))
+    return jax.tree.map(lambda x: distributed.gather_rows(x, counts)[part], rows)
+
+
 def _rows(samples: Sequence[Sequence[record.Sample]], layout: Layout) -> PolicyBatch:
-    """Returns the rows of this process; a completion that failed is one masked token."""
+    """Returns the rows of the groups that this process asked, of a length that all have."""
     groups = [[_scored(sample) for sample in group] for group in samples]
-    longest = max(map(row_tokens, split_rows(groups, layout.per_row)))
+    longest = max(map(row_tokens, split_rows(groups, layout.per_row)), default=0)
     length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
     return collate_policy(groups, layout.per_row, length)
 
 
 def _scored(sample: record.Sample) -> Scored:
-    policy = sample.rollout.policy
-    if not policy.prompt_ids:
-        policy = policy._replace(prompt_ids=(0,))
-    return Scored(policy, sample.advantage, sample.trains)
+    return Scored(sample.rollout.policy, sample.advantage, sample.trains)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -25,7 +25,11 @@ def of_rewards(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) 
     found = {
         "reward/mean": (float(np.sum(scored)), len(scored)),
         "reward/std": (float(np.sum(spreads)), len(spreads)),
-        "reward/zero_std_group_frac": (sum(s == 0 for s in spreads), len(spreads)),
+        "reward/zero_std_group_frac": (
+            # A standard deviation of equal numbers need not be 0: their mean is rounded.
+            sum(max(g) == min(g) for g in groups if len(g) > 1),
+            len(spreads),
+        ),
         "reward/failed_frac": (total - len(scored), total),
         "reward/skipped_frac": (sum(r.is_skipped for group in results for r in group), total),
     }
@@ -73,7 +77,7 @@ def of_generation(groups: Sequence[Sequence[Rollout]], version: int) -> Metrics:
         "rollout/text_repeat_frac": (_repeats(groups), len(written)),
         "rollout/version_lag_max": (
             max((version - c.weights_version for c in whole), default=0),
-            1,
+            min(len(whole), 1),
         ),
     }
 

@@ -71,19 +71,19 @@ def run(
     student: Speaker | None,
     protocol: Protocol,
     draws: Draws,
-    alone: Sequence[tuple[Completion, Completion]] = (),
+    alone: Sequence[tuple[Completion, Completion]] | None = None,
 ) -> list[list[Rollout]]:
     """Returns the group of each question.
 
     Args:
-        questions: of this process.
+        questions: those of this process, which may have none while others have some.
         places: the number of each in the run, which its random numbers follow from.
         policy: the model that is trained.
         student: None under `protocol=direct`.
         protocol: how a group comes about.
         draws: how tokens are drawn.
         alone: baseline and probe of each question from an earlier run with the same student, which
-            is not asked again.
+            is then not asked again; every process gives them, or none does.
     """
     if student is None:
         prompts = [_fill(protocol.templates.direct, q, {}) for q in questions]
@@ -92,7 +92,8 @@ def run(
             [Rollout(q, completion, "", None, None, None) for completion in group]
             for q, group in zip(questions, written, strict=True)
         ]
-    alone = alone or _alone(student, questions, places, protocol, draws)
+    if alone is None:
+        alone = _alone(student, questions, places, protocol, draws)
     prompts = [
         _fill(protocol.templates.teacher, q, {"approach": probe.text})
         for q, (_, probe) in zip(questions, alone, strict=True)

@@ -183,7 +183,18 @@ def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
     assert given.metrics["rollout/failed_frac"] == (2, 4)
     assert given.metrics["reward/failed_frac"] == given.metrics["reward/skipped_frac"] == (2, 4)
     assert given.metrics["rollout/trained_frac"] == (2, 4)
-    assert given.num_tokens == 4
+    assert given.num_tokens == len("direct q1") + 2 * 2  # a prompt and two letters that stop
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize(("per_row", "prompts"), [(2, 1), (1, 2)])
+def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prompts):
+    config = dataclasses.replace(CONFIG, num_iterations=updates)
+    feed = make_feed(tmp_path, lambda _, member: "12" * (1 + member), config=config)
+    feed._parts = feed._parts._replace(layout=feed._parts.layout._replace(per_row=per_row))
+    given = feed.next(state_of(0), time.sleep)
+    written = (2 + 1) + (4 + 1)  # two texts with their stop tokens
+    assert given.num_tokens == updates * 2 * (prompts * len("direct q0") + written)
 
 
 def with_long(feed, count):
