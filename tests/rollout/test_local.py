@@ -15,6 +15,7 @@ from atlas_jax.checkpoint import gguf
 from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import Scored, collate_policy
 from atlas_jax.models.config import from_hf
+from atlas_jax.rollout import local
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
@@ -25,6 +26,7 @@ from tests.tokenizers import chatml_tokenizer
 
 MESHES = {
     "one": (MeshConfig(), jax.devices()[:1]),
+    "eight": (MeshConfig(), None),
     "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), None),
 }
 GREEDY = Sampling(0.0)
@@ -271,6 +273,37 @@ def test_seeds_and_samples_differ(qwen):
     requests = [Request(prompts()[0], 12, seed, 4) for seed in (0, 1, 2, 2**32 - 1)]
     texts = [tokens for group in sampled(engine, params, requests) for tokens in group]
     assert len(set(texts)) == 16
+
+
+@pytest.mark.parametrize(("mesh", "sampling"), [("eight", GREEDY), ("2x2x2", SAMPLING)])
+def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, caplog):
+    """The rows' own cache is split as the prompts' is, and a shape is compiled once."""
+    engine, params = engine_of("qwen3", mesh)
+    sharding, places = engine.decoder.sharding, [[local._Row(97)] * 4 for _ in range(8)]
+    requests = [Request(p, 97, i, 4) for i, p in enumerate(prompts((5,) * 8))]
+    static = engine.decoder, (), sampling
+    inputs = local._inputs(requests, places, sharding)
+    grid, chunk = local.start(*static, local.first_room(97), params, inputs)
+    heads, share = (1, 2) if mesh == "2x2x2" else (2, 1)  # of a device: of 2 heads, of 8 prompts
+    for kept in grid.cache.own:
+        assert kept.shape == (3, 8, 4, 2, 128, 32)
+        assert kept.sharding.shard_shape(kept.shape) == (3, share, 4, heads, 128, 32)
+    for kept in grid.cache.prompt:
+        assert kept.sharding.shard_shape(kept.shape) == (3, share, heads, 32, 32)
+    for array in chunk:  # also the log-probabilities of greedy choices, which are a constant
+        assert array.sharding.shard_shape(array.shape) == (share, 4, 1)
+    local.decode.clear_cache()
+    local._take.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        engine.generate(params, 0, requests, sampling)
+    assert caplog.text.count("Finished XLA compilation of jit(decode)") == 1
+    caplog.clear()
+    few = [r._replace(max_tokens=20 + 60 * (i == 0)) for i, r in enumerate(requests * 8)]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        engine.generate(params, 0, few, sampling)
+    assert "Finished XLA compilation of jit(_take)" in caplog.text  # rows were dropped
+    shapes = 1 if mesh == "eight" else 2  # there the smaller grid is like the one before
+    assert caplog.text.count("Finished XLA compilation of jit(decode)") == shapes
 
 
 @pytest.mark.parametrize(
