@@ -26,7 +26,6 @@ from atlas_jax.rewards.transport import Answer, Pool, Transport
 from atlas_jax.rewards.verifiable import failure
 from atlas_jax.types import RewardResult, Rollout
 
-
 class RIMEvaluation(NamedTuple):
     """What the judges say of one answer."""
 
@@ -43,7 +42,7 @@ class _Usage(NamedTuple):
     calls: int
     cached: int
     tokens: int
-    cost: float
+    cost: float | None  # None: the price is not known
 
 
 class _Hearing(NamedTuple):
@@ -155,7 +154,8 @@ class RIMReward:
             opinion = last.opinion or opinion
         failures = tuple(a.failure for a in answers if a.failure)
         verdict = Verdict(opinion, samples, ensemble.spread(samples), reason, failures)
-        return _Hearing(verdict, _usage(answers), any(a.later for a in answers))
+        usage = _total(answers, self._transport.is_priced)
+        return _Hearing(verdict, usage, any(a.later for a in answers))
 
     def _result(self, case: judges.Case, hearings: dict[str, _Hearing]) -> RewardResult:
         """Returns the score with the breakdown that it is made of."""
@@ -171,7 +171,7 @@ class RIMReward:
             "rules": applied,
             "uncapped": score,
             "gaming": found,
-            **{field: sum(getattr(u, field) for u in usages) for field in _Usage._fields},
+            **_total(usages, self._transport.is_priced)._asdict(),
         }
         if score is None:
             failures = [f for v in verdicts.values() for f in v.failures]
@@ -188,12 +188,13 @@ def _failure(rollout: Rollout) -> RewardResult | None:
     return failure(completions)
 
 
-def _usage(answers: Sequence[Answer]) -> _Usage:
+def _total(parts: Sequence[_Usage | Answer], is_priced: bool) -> _Usage:
+    """Returns what several calls took together."""
     return _Usage(
-        calls=sum(a.calls for a in answers),
-        cached=sum(a.cached for a in answers),
-        tokens=sum(a.tokens for a in answers),
-        cost=sum(a.cost for a in answers),
+        calls=sum(part.calls for part in parts),
+        cached=sum(part.cached for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        cost=sum(part.cost or 0.0 for part in parts) if is_priced else None,
     )
 
 

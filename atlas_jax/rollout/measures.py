@@ -45,9 +45,8 @@ def of_judges(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) -
     heard = [d for group in results for r in group if "judges" in (d := r.details["rim"])]
     verdicts = [v for d in heard for v in d["judges"].values()]
     several = [v["spread"] for v in verdicts if len(v["samples"]) > 1]
-    calls, cached, tokens, cost = (
-        sum(d[field] for d in heard) for field in ("calls", "cached", "tokens", "cost")
-    )
+    calls, cached, tokens = (sum(d[k] for d in heard) for k in ("calls", "cached", "tokens"))
+    costs = [d["cost"] for d in heard if d["cost"] is not None]
     found = {
         "reward/escalated_frac": (sum(bool(v["escalation"]) for v in verdicts), len(verdicts)),
         "reward/disagreement": (sum(several), len(several)),
@@ -55,7 +54,7 @@ def of_judges(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) -
         "reward/cache_hit_frac": (cached, cached + calls),
         "reward/calls": (calls, len(heard)),
         "reward/tokens": (tokens, len(heard)),
-        "reward/cost": (cost, len(heard)),
+        "reward/cost": (sum(costs), len(costs)),
     }
     for name in names:
         scores = [d["judges"][name]["score"] for d in heard]

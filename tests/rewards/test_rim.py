@@ -10,10 +10,14 @@ import time
 
 import pytest
 
+from atlas_jax import config as config_lib
+from atlas_jax import endpoints
 from atlas_jax.options_rim import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import RIMReward
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
+from atlas_jax.types import RewardResult
+from configs import rim_config
 from tests import judge_server
 from tests.rewards.test_verifiable import completion, rollout
 
@@ -233,13 +237,56 @@ def test_the_budget_holds_over_restarts(server, tmp_path):
 def test_money_is_counted_and_ends(server, tmp_path):
     config = options(server, tmp_path, limits={"max_cost": 0.01, "max_in_flight": 1})
     small = dataclasses.replace(config.small_model, input_price=10.0, output_price=50.0)
-    reward = RIMReward(dataclasses.replace(config, small_model=small))
+    config = dataclasses.replace(config, small_model=small)
+    unknown = (
+        r"max_cost=0\.01, and the price of reward\.rim\.large_model \(large at http.*not known"
+    )
+    with pytest.raises(ValueError, match=unknown):
+        RIMReward(config)
+    free = dataclasses.replace(config.large_model, input_price=0.0, output_price=0.0)
+    reward = RIMReward(dataclasses.replace(config, large_model=free))
     results = reward.score(cases(10))
     # a call is 100 tokens at 10 and 20 tokens at 50 for a million: 0.002
     assert sum(r.details["cost"] for r in results) == pytest.approx(0.01)
     assert sum(r.details["tokens"] for r in results) == 5 * 120
     assert results[-1].score is None
     assert "max_cost" in results[-1].details["unscored"]
+
+
+def test_a_server_of_ones_own_has_no_price_until_one_is_set(server, tmp_path):
+    """The shipped config names Gemini; only its address and its model are changed."""
+    from atlas_jax.rollout import measures  # brings JAX, which the scripts here need not wait for
+
+    draft = config_lib.defaults(config_lib.GRPOConfig)
+    rim_config.apply(draft)
+    for model in (draft.reward.rim.small_model, draft.reward.rim.large_model):
+        model.base_url, model.model, model.api_key_env = server.url, "agreeing", ""
+    draft.reward.rim.cache_dir = str(tmp_path / "cache")
+    config, account = config_lib.freeze(draft).reward.rim, tmp_path / "account.json"
+    results = RIMReward(config, ledger_path=str(account)).score(cases(2, "priced"))
+    assert [r.details["cost"] for r in results] == [None, None]
+    assert sum(r.details["tokens"] for r in results) > 0
+    found = measures.of_judges([[RewardResult(1.0, {"rim": r.details}) for r in results]], ())
+    assert found["reward/cost"] == (0, 0)
+    assert json.loads(account.read_text())["cost"] is None
+
+    own = {"input_price": 1.0, "output_price": 2.0}
+    small, large = (dataclasses.replace(m, **own) for m in (config.small_model, config.large_model))
+    priced = dataclasses.replace(config, small_model=small, large_model=large, cache_dir="")
+    results = RIMReward(priced).score(cases(2, "priced"))
+    expected = sum(r.details["calls"] for r in results) * (100 * 1.0 + 20 * 2.0) / 1e6
+    assert sum(r.details["cost"] for r in results) == pytest.approx(expected)
+    limited = dataclasses.replace(priced, limits=JudgeLimits(max_cost=1.0))
+    with pytest.raises(ValueError, match=r"account.json has calls of judges whose price was not"):
+        RIMReward(limited, ledger_path=str(account))
+
+
+def test_a_provider_s_model_has_its_list_price():
+    assert endpoints.prices(JudgeModel(model="gemini/gemini-2.5-flash")) == (0.30, 2.50)
+    assert endpoints.prices(JudgeModel(model="gemini/gemini-2.5-pro", input_price=1.0)) == (1.0, 10)
+    assert endpoints.prices(JudgeModel(model="openai/gpt-4o")) is None
+    assert endpoints.prices(JudgeModel(model="openai/gpt-4o", input_price=2.5)) is None
+    assert endpoints.prices(JudgeModel("gemini/gemini-2.5-pro", "http://host/v1")) is None
 
 
 def test_processes_divide_the_limits(server, tmp_path):
@@ -374,6 +421,14 @@ def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
         ({"small_model": JudgeModel(model="gpt-4o")}, "does not say where the model is"),
         ({"large_model": JudgeModel(base_url="host:1")}, "base_url='host:1'.*write base_url=http"),
         ({"anti_gaming": AntiGaming(cap_score=1.5)}, "cap_score=1.5 must be at least 0"),
+        ({"small_model": JudgeModel(input_price=-2.0)}, r"small_model.input_price=-2.0 must be 0"),
+        (
+            {
+                "small_model": JudgeModel(model="openai/gpt-4o"),
+                "limits": JudgeLimits(max_cost=5.0),
+            },
+            r"max_cost=5, and the price of reward.rim.small_model \(openai/gpt-4o\) is not known",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes, message):
