@@ -224,21 +224,25 @@ def from_main(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def together(kind: type[Exception]) -> Iterator[None]:
-    """Makes an error of `kind` inside one process an error in all; every process enters it.
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """Makes an error inside one process an error of the same kind in all.
 
-    They would else wait for one that does something else now.
+    Every process enters it, since the others would wait for one that has left. Where processes have
+    errors of different kinds, the first of `kinds` that occurs counts for all.
     """
     problem: Exception | None = None
     try:
         yield
-    except kind as error:
+    except kinds as error:
         problem = error
-    failed = np.flatnonzero(gather(np.asarray(problem is not None)))
-    if problem is not None:
-        raise problem
-    if failed.size:
-        raise kind(f"process {', '.join(map(str, failed))} cannot go on; its log says why")
+    has = gather(np.asarray([isinstance(problem, kind) for kind in kinds]))  # [processes, kinds]
+    for kind, failed in zip(kinds, has.T, strict=True):
+        if not failed.any():
+            continue
+        if isinstance(problem, kind):
+            raise problem
+        others = ", ".join(map(str, np.flatnonzero(failed)))
+        raise kind(f"process {others} cannot go on; its log says why")
 
 
 def check_all(good: bool, problem: str) -> None:

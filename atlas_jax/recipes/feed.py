@@ -23,6 +23,7 @@ from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
+from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import (
     DependencyError,
     Metrics,
@@ -32,6 +33,9 @@ from atlas_jax.types import (
     RewardResult,
     Rollout,
 )
+
+_LEAVE = StopRequestedError, DependencyError
+"""Why processes give up a batch, all of them together; a stop counts before an outage."""
 
 
 class Layout(NamedTuple):
@@ -91,7 +95,7 @@ class Feed:
         version = int(state.step)
         policy = parts.policy(state.params, version)
         synced = time.perf_counter()
-        with distributed.together(DependencyError):
+        with distributed.together(*_LEAVE):
             made = self._ahead.take(policy, self._position)
         groups, score_secs = made.content
         wait_secs = time.perf_counter() - synced
@@ -158,7 +162,7 @@ class Feed:
         wanted, process = self._parts.layout.questions, jax.process_index()
         shares = _shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
-        agree = distributed.together(DependencyError) if refills else contextlib.nullcontext()
+        agree = distributed.together(*_LEAVE) if refills else contextlib.nullcontext()
         with agree:  # not in a thread, where there are no refills
             groups, secs = self._ask(policy, position + sum(shares[:process]), shares[process])
         position += wanted
@@ -170,7 +174,7 @@ class Feed:
             if not counts.any():
                 break
             first = position + int(counts[:process].sum())
-            with distributed.together(DependencyError):
+            with distributed.together(*_LEAVE):
                 found, spent = self._ask(policy, first, len(idle))
             position += int(counts.sum())
             secs += spent

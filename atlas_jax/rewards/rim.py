@@ -14,17 +14,24 @@ share one pool. What no judge could score has no score.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from atlas_jax import config as config_lib
+from atlas_jax import stopping
 from atlas_jax.options_rim import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.ensemble import Verdict
 from atlas_jax.rewards.transport import Answer, Pool, Transport
 from atlas_jax.rewards.verifiable import failure
 from atlas_jax.types import RewardResult, Rollout
+
+T = TypeVar("T")
+
+_CLOSE_SECS = 5.0
+"""Longest that closing the connections may hold up the caller."""
+
 
 class RIMEvaluation(NamedTuple):
     """What the judges say of one answer."""
@@ -93,9 +100,12 @@ class RIMReward:
         return [next(results) if failed is None else failed for failed in unscored]
 
     def score(self, cases: Sequence[judges.Case]) -> list[RewardResult]:
-        """Returns the result of each case; a thread of its own has the event loop."""
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, self._score(cases)).result()
+        """Returns the result of each case.
+
+        Raises:
+            StopRequestedError: if the run is to stop; calls in flight are given up.
+        """
+        return _in_thread(self._score(cases))
 
     def evaluate(
         self,
@@ -178,6 +188,40 @@ class RIMReward:
             later = any(hearing.later for hearing in hearings.values())
             return RewardResult(None, {"unscored": failures[0], **details}, later)
         return RewardResult(min(score, rules.cap_score) if found else score, details)
+
+
+def _in_thread(work: Coroutine[Any, Any, T]) -> T:
+    """Returns the result of a coroutine, which an event loop in a thread of its own runs.
+
+    The thread is a daemon, so that calls which do not end do not hold up the end of the process.
+
+    Raises:
+        StopRequestedError: if the run is to stop; the coroutine is cancelled.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=_serve, args=(loop,), name="judges", daemon=True)
+    thread.start()
+    try:
+        return stopping.result(asyncio.run_coroutine_threadsafe(work, loop))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_CLOSE_SECS)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs an event loop until it is stopped, then what its tasks do when they are cancelled."""
+
+    async def end(tasks: set[asyncio.Task[Any]]) -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    loop.run_forever()
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        if not task.cancelling():  # a second time would interrupt its cleaning up
+            task.cancel()
+    loop.run_until_complete(end(tasks))
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
 
 
 def _failure(rollout: Rollout) -> RewardResult | None:

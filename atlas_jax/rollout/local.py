@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from atlas_jax import distributed
+from atlas_jax import distributed, stopping
 from atlas_jax.models import cache as kv
 from atlas_jax.models import vocab
 from atlas_jax.models.layers import KeysValues
@@ -122,6 +122,7 @@ class LocalEngine:
         Raises:
             ValueError: if a request is empty, or wants no tokens or more than the model has
                 positions for.
+            StopRequestedError: in every process, within a chunk, if one of them is to stop.
         """
         for request in requests:
             self._check(request)
@@ -173,7 +174,7 @@ class LocalEngine:
             for rows, found in zip(places, _host(chunk), strict=True):
                 for row, *columns in zip(rows, *found, strict=True):
                     row.extend(columns, self.stop_ids)
-            if not distributed.any_process(any(not r.done for rows in groups for r in rows)):
+            if not _goes_on(any(not r.done for rows in groups for r in rows)):
                 break
             grid, places = _shrink(grid, places, sharding)
             grid, chunk = decode(*static, params, _with_room(grid))
@@ -196,6 +197,22 @@ class LocalEngine:
             text,
             version,
         )
+
+
+def _goes_on(unfinished: bool) -> bool:
+    """Returns whether any process has unfinished rows.
+
+    Every process calls it after each chunk. They leave together: one alone would let the others
+    wait for it.
+
+    Raises:
+        StopRequestedError: if any process is to stop.
+    """
+    flags = distributed.gather(np.asarray([unfinished, stopping.requested()]))
+    if flags[:, 1].any():
+        stopping.check()
+        raise stopping.StopRequestedError("a request to another process")
+    return bool(flags[:, 0].any())
 
 
 def first_room(longest: int) -> int:

@@ -374,6 +374,43 @@ def test_one_answer_can_be_evaluated_also_inside_an_event_loop(server, tmp_path)
     assert found.judge_explanations["process"] in found.rationale
 
 
+_STOPPED = """
+import pathlib, signal, sys
+from atlas_jax import stopping
+from tests.rewards.test_rim import RIMReward, cases, options
+signal.signal(signal.SIGTERM, lambda number, _: stopping.request("SIGTERM"))
+server = type("Server", (), {"url": sys.argv[1]})
+config = options(server, pathlib.Path(sys.argv[2]), "never silent", limits={"timeout_secs": 3600.0})
+reward = RIMReward(config, ledger_path=sys.argv[3])
+print("asking", flush=True)
+try:
+    reward.score(cases(10))
+except stopping.StopRequestedError as error:
+    sys.exit(f"stopped by {error}")
+"""
+
+
+def test_a_judge_that_hangs_does_not_hold_up_a_run_that_is_to_stop(tmp_path):
+    """Nor the end of the process; the account of what was asked is written."""
+    account = tmp_path / "account.json"
+    with judge_server.running() as server:
+        command = [sys.executable, "-c", _STOPPED, server.url, str(tmp_path), str(account)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout.readline() == "asking\n"
+            while server.stats()["calls"] < 60:  # ten cases, two judges, three temperatures
+                time.sleep(0.05)
+            process.terminate()
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert error.strip() == "stopped by SIGTERM"
+    assert process.returncode == 1
+    assert json.loads(account.read_text())["calls"] == 60
+
+
 def test_threads_may_share_a_reward(server, tmp_path):
     reward = RIMReward(options(server, tmp_path))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -19,7 +20,8 @@ from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
-from atlas_jax.types import Question
+from atlas_jax.stopping import StopRequestedError
+from atlas_jax.types import DependencyError, Question
 from tests.rollout.scripts import Script, protocol, questions
 
 GROUP = 4
@@ -41,8 +43,8 @@ def asked() -> list[Question]:
     return found
 
 
-def run(output: pathlib.Path, num_questions: int) -> None:
-    """Makes a few batches; process 0 writes what all of them have."""
+def make(output: pathlib.Path, num_questions: int, text: Callable[[str, int], str]) -> Feed:
+    """Returns a feed over all devices whose policy says `text`."""
     config = GRPOConfig(
         output_dir=str(output),
         num_generations=GROUP,
@@ -62,7 +64,7 @@ def run(output: pathlib.Path, num_questions: int) -> None:
         config=config,
         layout=grpo.make_layout(config, plan, sharding.num_replicas),
         order=Order(asked(), 0, False),
-        policy=lambda params, version: Script(say, version=version).speaker,
+        policy=lambda params, version: Script(text, version=version).speaker,
         student=None,
         protocol=protocol(kind="direct", size=GROUP, policy=48, prompt=16),
         reward=grpo.make_reward(config),
@@ -70,7 +72,12 @@ def run(output: pathlib.Path, num_questions: int) -> None:
         sharding=sharding,
         writer=metrics.MetricWriter(str(output), 0, enabled=False),
     )
-    feed = Feed(parts, None)
+    return Feed(parts, None)
+
+
+def run(output: pathlib.Path, num_questions: int) -> None:
+    """Makes a few batches; process 0 writes what all of them have."""
+    feed = make(output, num_questions, say)
     for step in range(STEPS):
         given = feed.next(TrainState(np.int32(step), {}, None, None), time.sleep)
         fields = {k: v for k, v in given.batch._asdict().items() if v is not None}
@@ -83,8 +90,25 @@ def run(output: pathlib.Path, num_questions: int) -> None:
         (output / f"step_{step}.json").write_text(json.dumps(known))
 
 
+def leave(output: pathlib.Path) -> None:
+    """Gives up a batch: process 0 has lost its servers, the others are to stop."""
+
+    def fail(prompt: str, member: int) -> str:
+        if distributed.is_main():
+            raise DependencyError("no server is left")
+        raise StopRequestedError("SIGTERM")
+
+    feed = make(output, 4, fail)
+    try:
+        feed.next(TrainState(np.int32(0), {}, None, None), time.sleep)
+    except (DependencyError, StopRequestedError) as error:
+        found = f"{type(error).__name__} at {feed.get_state()['position']}"
+        (output / f"left_{jax.process_index()}").write_text(found)
+
+
 if __name__ == "__main__":
     with distributed.joined(HostsConfig(), distributed.Address()):
+        leave(pathlib.Path(sys.argv[1]))
         for number in map(int, sys.argv[2:]):
             run(pathlib.Path(sys.argv[1]) / str(number), number)
         assert jax.device_count() == 4

@@ -57,6 +57,14 @@ def test_batches_of_several_processes_are_those_of_one(made, number, count):
         assert len(samples(one, step)) == number * feed_process.GROUP
 
 
+def test_processes_give_up_a_batch_for_the_same_reason(made):
+    """A stop counts before an outage, so that the exit code of all says that the run continues."""
+    for count, reason in ((1, "DependencyError"), (2, "StopRequestedError")):
+        found = {path.read_text() for path in (made / str(count)).glob("left_*")}
+        assert found == {f"{reason} at 0"}
+        assert len(list((made / str(count)).glob("left_*"))) == count
+
+
 def test_only_processes_with_groups_write_a_record(made):
     names = {path.name[-len("process_0.jsonl") :] for path in made.glob("4/2/rollouts/*")}
     assert names == {"process_0.jsonl", "process_1.jsonl"}

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from atlas_jax import logprobs
+from atlas_jax import logprobs, stopping
 from atlas_jax.checkpoint import gguf
 from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import Scored, collate_policy
@@ -20,7 +23,7 @@ from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import PolicyBatch
-from tests import tiny
+from tests import processes, tiny
 from tests.assets import smollm2_gguf
 from tests.tokenizers import chatml_tokenizer
 
@@ -273,6 +276,69 @@ def test_seeds_and_samples_differ(qwen):
     requests = [Request(prompts()[0], 12, seed, 4) for seed in (0, 1, 2, 2**32 - 1)]
     texts = [tokens for group in sampled(engine, params, requests) for tokens in group]
     assert len(set(texts)) == 16
+
+
+@pytest.fixture
+def stop():
+    """Asks the process to stop, as a signal would, and takes it back in the end."""
+    yield lambda: stopping.request("SIGTERM")
+    stopping.reset()
+
+
+def test_a_request_to_stop_ends_generation_within_a_chunk(engine_of, stop):
+    engine, params = engine_of("llama2")
+    requests = [Request(p, 220, i, 4) for i, p in enumerate(prompts(LENGTHS[:2]))]
+    local.decode.clear_cache()  # so that the timer comes before the end
+    timer = threading.Timer(0.2, stop)
+    timer.start()
+    with pytest.raises(stopping.StopRequestedError, match="SIGTERM"):
+        engine.generate(params, 0, requests, SAMPLING)
+    stopping.reset()
+    assert all(len(t) == 220 for group in sampled(engine, params, requests) for t in group)
+
+
+_PROCESS = """
+import sys
+from atlas_jax import distributed, stopping
+from atlas_jax.config import HostsConfig
+from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.local import LocalEngine
+from atlas_jax.rollout.sampling import Sampling
+from tests import tiny
+from tests.tokenizers import chatml_tokenizer
+
+class Tokenizer:  # of process 1, which is asked to stop when its first short text is done
+    def decode(self, ids, **_):
+        stopping.request("SIGTERM")
+        return ""
+
+with distributed.joined(HostsConfig(), distributed.Address()):
+    main = distributed.is_main()
+    decoder, params = tiny.load(sys.argv[1])
+    engine = LocalEngine(decoder, chatml_tokenizer() if main else Tokenizer(), ())
+    short, long = [Request((5, 6, 7), 3, 0)], [Request((5, 6, 7), 200, 0)]
+    engine.generate(params, 0, short, Sampling(0.0))
+    try:
+        engine.generate(params, 0, long if main else [], Sampling(0.0))
+    except stopping.StopRequestedError as error:
+        print("stopped by", error)
+    print(distributed.gather(distributed.np.asarray(7)).tolist())  # they are still in step
+"""
+
+
+def test_processes_leave_generation_together_when_one_is_to_stop(tmp_path):
+    path = tiny.save("llama2", tmp_path / "model")
+    port = processes.free_port()
+    asked = []
+    for process in range(2):
+        environment = os.environ | {
+            "XLA_FLAGS": processes.xla_flags(2), "ATLAS_COORDINATOR": f"127.0.0.1:{port}",
+            "ATLAS_NUM_PROCESSES": "2", "ATLAS_PROCESS_ID": str(process),
+        }  # fmt: skip
+        asked.append({"args": [sys.executable, "-c", _PROCESS, path], "env": environment})
+    run = processes.finish(asked, tmp_path / "logs")
+    assert "stopped by a request to another process\n[7, 7]" in run.text(0)
+    assert "stopped by SIGTERM\n[7, 7]" in run.text(1)
 
 
 @pytest.mark.parametrize(("mesh", "sampling"), [("eight", GREEDY), ("2x2x2", SAMPLING)])
