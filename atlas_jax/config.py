@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import math
 import os
 import re
 from typing import Any, TypeVar
@@ -61,6 +62,8 @@ class BatchPlan:
     """Rows an optimizer step, over all devices."""
     microbatches: int
     """Sequential forward passes an optimizer step."""
+    device_rows: int
+    """Rows in one forward pass on each device of the `data` and `fsdp` axes."""
 
 
 def defaults(schema: type[TrainConfig]) -> ConfigDict:
@@ -179,28 +182,42 @@ def _typed(name: str, value: Any, default: Any) -> Any:
 def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
     """Returns how one optimizer step is divided over `num_replicas` (the data and fsdp axes).
 
+    With `train_batch_size` alone, a device has as many rows at one time as divide its share and are
+    at most `per_device_train_batch_size`.
+
     Raises:
-        ValueError: if the three batch sizes contradict each other; names the nearest that fit.
+        ValueError: if the three batch sizes contradict each other, or the devices have no equal
+            shares; names the nearest sizes that fit.
     """
-    rows = config.per_device_train_batch_size * num_replicas
-    steps, total = config.gradient_accumulation_steps, config.train_batch_size
-    if not total:
-        return BatchPlan(rows * (steps or 1), steps or 1)
-    if steps and steps * rows != total:
+    limit, total = config.per_device_train_batch_size, config.train_batch_size
+    if config.gradient_accumulation_steps or not total:
+        steps = config.gradient_accumulation_steps or 1
+        rows = limit * num_replicas * steps
+        if total not in (0, rows):
+            raise ValueError(
+                f"train_batch_size={total} is not per_device_train_batch_size={limit} x "
+                f"gradient_accumulation_steps={steps} x {num_replicas} devices = {rows}; use "
+                f"{rows}, or set one of train_batch_size and gradient_accumulation_steps to 0, "
+                "which infers it"
+            )
+        return BatchPlan(rows, steps, limit)
+    if total % num_replicas:
+        group = config.num_generations if isinstance(config, GRPOConfig) else 1
         raise ValueError(
-            f"train_batch_size={total} is not per_device_train_batch_size="
-            f"{config.per_device_train_batch_size} x gradient_accumulation_steps={steps} x "
-            f"{num_replicas} devices = {steps * rows}; use {steps * rows}, or 0 to infer one"
+            f"train_batch_size={total} does not divide over the {num_replicas} devices of "
+            f"mesh.data x mesh.fsdp; set train_batch_size="
+            f"{multiples_near(total, num_replicas, group)}"
         )
-    if total % rows:
-        below, above = total // rows * rows, (total // rows + 1) * rows
-        nearest_sizes = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"train_batch_size={total} does not divide over per_device_train_batch_size="
-            f"{config.per_device_train_batch_size} x {num_replicas} devices = {rows} rows; "
-            f"use {nearest_sizes}"
-        )
-    return BatchPlan(total, total // rows)
+    share = total // num_replicas
+    device_rows = max(k for k in range(1, limit + 1) if share % k == 0)
+    return BatchPlan(total, share // device_rows, device_rows)
+
+
+def multiples_near(number: int, *divisors: int) -> str:
+    """Returns, as words, the common multiples of `divisors` below and above `number`."""
+    unit = math.lcm(*divisors)
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"
 
 
 _SECRET_NAME = re.compile(r"token$|secret|password|api_key|credential", re.IGNORECASE)

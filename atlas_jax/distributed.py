@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.options import HostsConfig
-from atlas_jax.types import Metrics
 from atlas_jax.watch import Limits, Watch
 
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
@@ -201,15 +200,22 @@ def gather(numbers: np.ndarray) -> np.ndarray:
     return found.view(numbers.dtype).reshape(-1, *numbers.shape)
 
 
+def gather_rows(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Returns the rows of all processes, in order of the processes; every process must call it.
+
+    Args:
+        rows: those of this process, `[counts[process index], ...]`.
+        counts: the number of rows of each process, of which some may have none.
+    """
+    padded = np.zeros((max(counts), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    parts = zip(gather(padded), counts, strict=True)
+    return np.concatenate([part[:count] for part, count in parts])
+
+
 def max_over_processes(number: int) -> int:
     """Returns the highest `number` of all processes; every process must call it."""
     return int(gather(np.asarray(number)).max())
-
-
-def sum_over_processes(metrics: Metrics) -> Metrics:
-    """Returns the sums of `(sum, weight)` metrics; every process has the same names."""
-    total = gather(np.asarray([metrics[name] for name in sorted(metrics)], np.float64)).sum(0)
-    return {name: tuple(total[i]) for i, name in enumerate(sorted(metrics))}
 
 
 def from_main(values: np.ndarray) -> np.ndarray:
@@ -219,24 +225,24 @@ def from_main(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def together(*kinds: type[Exception]) -> Iterator[None]:
-    """Makes an error of one of `kinds` in one process an error in all; every process enters it.
+    """Makes an error inside one process an error of the same kind in all.
 
-    The others would wait for ever for a process that does something else now. Where processes have
-    errors of different kinds, all get the one that is named first.
+    Every process enters it, since the others would wait for one that has left. Where processes have
+    errors of different kinds, the first of `kinds` that occurs counts for all.
     """
     problem: Exception | None = None
     try:
         yield
     except kinds as error:
         problem = error
-    number = len(kinds) if problem is None else [isinstance(problem, k) for k in kinds].index(True)
-    numbers = gather(np.asarray(number))
-    first = int(numbers.min())
-    if problem is not None and number == first:
-        raise problem
-    if first < len(kinds):
-        failed = ", ".join(map(str, np.flatnonzero(numbers == first)))
-        raise kinds[first](f"process {failed} cannot go on; its log says why") from problem
+    has = gather(np.asarray([isinstance(problem, kind) for kind in kinds]))  # [processes, kinds]
+    for kind, failed in zip(kinds, has.T, strict=True):
+        if not failed.any():
+            continue
+        if isinstance(problem, kind):
+            raise problem
+        others = ", ".join(map(str, np.flatnonzero(failed)))
+        raise kind(f"process {others} cannot go on; its log says why")
 
 
 def check_all(good: bool, problem: str) -> None:

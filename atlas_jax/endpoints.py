@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from atlas_jax.options_rim import JudgeModel, RIMConfig
+from atlas_jax.options_rim import UNKNOWN_PRICE, JudgeModel, RIMConfig
 
 
 class Endpoint(NamedTuple):
@@ -25,6 +25,30 @@ _PROVIDERS = {
     "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
     "xai": ("https://api.x.ai/v1", "XAI_API_KEY"),
 }
+
+
+_LIST_PRICES = {
+    "gemini/gemini-2.5-flash": (0.30, 2.50),
+    "gemini/gemini-2.5-pro": (1.25, 10.0),
+}
+"""Dollars for a million prompt tokens and for a million tokens of replies, of the providers' models
+that the shipped configs name."""
+
+
+def prices(options: JudgeModel) -> tuple[float, float] | None:
+    """Returns the money for a million prompt tokens and for a million tokens of replies.
+
+    What `options` say counts. Where they say nothing, a provider's model has its list price, and an
+    endpoint of one's own has none, whatever its model is called.
+
+    Returns:
+        None if one of the two is not known.
+    """
+    unknown = UNKNOWN_PRICE, UNKNOWN_PRICE
+    listed = unknown if options.base_url else _LIST_PRICES.get(options.model, unknown)
+    own = options.input_price, options.output_price
+    first, second = (o if o >= 0 else price for o, price in zip(own, listed, strict=True))
+    return None if UNKNOWN_PRICE in (first, second) else (first, second)
 
 
 def resolve(name: str, options: JudgeModel) -> Endpoint:

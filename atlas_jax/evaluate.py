@@ -96,7 +96,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
                 student,
                 protocol,
                 Sampling(0.0),
-                earlier=answers[0] if answers else (),
+                earlier=answers[0] if answers else None,
             )
         )
     results = [evaluation.report(rollouts, seed) for rollouts in answers]

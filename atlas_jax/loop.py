@@ -320,6 +320,7 @@ class _Log:
         shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
         logging.info("step %d/%d %s", step, self._job.num_steps, shown)
         for name, (low, high) in self._job.healthy.items():
-            if name in values and not low <= values[name] <= high:
-                logging.warning("%s=%.4g is outside %g to %g", name, values[name], low, high)
+            value = values.get(name, math.nan)
+            if value < low or value > high:
+                logging.warning("%s=%.4g is outside %g to %g", name, value, low, high)
         self._mark = time.perf_counter()

@@ -1,4 +1,8 @@
-"""Metrics as `(sum, weight)` until they are written, and the files that they are written to."""
+"""Metrics as `(sum, weight)` until they are written, and the files that they are written to.
+
+A metric whose name ends in `_max` is `(value, 1)`, or `(0, 0)` where there is none: the most over
+microbatches, processes and steps, where others are means.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,16 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from atlas_jax import distributed
 from atlas_jax.files import write_whole
 from atlas_jax.types import Metrics
 
@@ -31,12 +37,26 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def add(total: Metrics, metrics: Metrics) -> Metrics:
-    """Returns the sums of two sets of metrics, name by name."""
+    """Returns two sets of metrics as one, name by name."""
     result = dict(total)
     for name, (value, weight) in metrics.items():
         before = result.get(name, (0.0, 0.0))
-        result[name] = (before[0] + float(value), before[1] + float(weight))
+        result[name] = _combined(name, [before, (float(value), float(weight))])
     return result
+
+
+def sum_over_processes(metrics: Metrics) -> Metrics:
+    """Returns the metrics of all processes as one set; every process has the same names."""
+    names = sorted(metrics)
+    found = distributed.gather(np.asarray([metrics[name] for name in names], np.float64))
+    return {name: _combined(name, found[:, i].tolist()) for i, name in enumerate(names)}
+
+
+def _combined(name: str, parts: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Returns the `(sum, weight)` of several, or the largest that has a weight."""
+    if name.endswith("_max"):
+        return max(((value, weight) for value, weight in parts if weight), default=(0.0, 0.0))
+    return sum(value for value, _ in parts), sum(weight for _, weight in parts)
 
 
 def means(total: Metrics) -> dict[str, float]:

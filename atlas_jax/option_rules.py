@@ -62,8 +62,6 @@ NOT_NEGATIVE = (
     "rollout.max_staleness", "data.max_sessions",
     "reward.efficiency_weight", "reward.degradation_penalty", "reward.answer_leak_penalty",
     "reward.rim.variance_threshold", "reward.rim.arbiter_temperature",
-    "reward.rim.small_model.input_price", "reward.rim.small_model.output_price",
-    "reward.rim.large_model.input_price", "reward.rim.large_model.output_price",
     "reward.rim.limits.requests_per_minute", "reward.rim.limits.tokens_per_minute",
     "reward.rim.limits.max_calls", "reward.rim.limits.max_cost",
 )  # fmt: skip

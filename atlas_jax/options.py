@@ -16,7 +16,7 @@ class DataConfig:
     """A `.jsonl` or `.parquet` file, several separated by commas, a hub dataset (`owner/name`), or
     one file of it (`owner/name:folder/file.jsonl`)."""
     dataset_split: str = "train"
-    """Split of a hub dataset; files have none."""
+    """Split of a hub dataset; files have none, also those of a hub dataset."""
     dataset_max_samples: int = 0
     """Rows kept, drawn at random with `seed`; 0 keeps all."""
     format: str = "auto"
@@ -51,7 +51,7 @@ class DataConfig:
     eval_path: str = ""
     """Rows to evaluate on, in the forms of `dataset_path`; takes precedence over the ratio."""
     eval_split: str = "test"
-    """Split that is read where `eval_path` is a hub dataset."""
+    """Split that is read where `eval_path` is a whole hub dataset."""
     eval_split_ratio: float = 0.0
     """Share of the rows held out for evaluation when `eval_path` is empty."""
     shuffle: bool = True
@@ -151,11 +151,13 @@ class TrainConfig:
     max_steps: int = -1
     """Optimizer steps; -1 takes `num_train_epochs`."""
     per_device_train_batch_size: int = 2
-    """Rows in one forward pass on each device of the `data` and `fsdp` axes."""
+    """Rows in one forward pass on each device of the `data` and `fsdp` axes; where
+    `gradient_accumulation_steps` is inferred, the most of them."""
     gradient_accumulation_steps: int = 0
     """Forward passes an optimizer step; 0 is inferred from `train_batch_size`, or is 1."""
     train_batch_size: int = 0
-    """Rows an optimizer step over all devices; 0 is the product of the other two."""
+    """Rows an optimizer step over all devices, of which any number that divides it then trains the
+    same; 0 is the product of the other two."""
     gradient_checkpointing: str = "full"
     """`none` computes no matrix product twice, `dots` recomputes attention, `full` keeps a vector a
     layer and recomputes the rest; `true` and `false` mean `full` and `none`."""

@@ -29,7 +29,7 @@ class RolloutConfig:
     """System message of the student; `data.system_prompt` is the trained model's."""
     missing_teaching: str = "none"
     """What a text without `<teaching>` counts as: `none` is no teaching (the answer alone stands),
-    `whole` makes all of it the lesson, `unscored` trains nothing."""
+    `whole` makes all of it the lesson, `unscored` skips the sample."""
     max_answer_tokens: int = 0
     """New tokens of a student's answer; 0 takes `max_new_tokens`."""
     share_prompt: bool = True
@@ -37,8 +37,8 @@ class RolloutConfig:
     max_rows: int = 256
     """Rows that a process decodes at one time."""
     refill_rounds: int = 0
-    """Further draws of questions to replace groups whose rewards are all equal (DAPO's dynamic
-    sampling, arXiv:2503.14476)."""
+    """Further draws of questions to replace groups whose rewards are all equal or of which nothing
+    trains (DAPO's dynamic sampling, arXiv:2503.14476)."""
     eval_limit: int = 64
     """Held-out questions of an evaluation, the first ones; 0 takes all."""
     backend: str = "local"
@@ -89,8 +89,9 @@ class RewardConfig:
     answer_leak_penalty: float = 0.0
     """What a lesson that states the answer costs (`teaching_gain`)."""
     max_failed_frac: float = 0.2
-    """Share of a step's samples without a score above which the run waits and asks again for them,
-    and stops with a checkpoint when that does not help."""
+    """Share of a step's samples that servers or judges left without a score, above which the run
+    waits and asks again for them, and stops with a checkpoint when that does not help. Skipped
+    samples count neither way: prompts that are too long, missing lessons."""
     retry_waits_secs: tuple[float, ...] = (30.0, 60.0, 120.0, 300.0, 600.0)
     """Waits before each further attempt to score them."""
     rim: RIMConfig = dataclasses.field(default=RIMConfig())
@@ -112,7 +113,7 @@ class GRPOConfig(TrainConfig):
     num_generations: int = 8
     """Completions of one prompt: the group whose mean is the baseline."""
     max_prompt_length: int = 2048
-    """Tokens of a prompt; a longer one trains nothing and is counted."""
+    """Tokens of a prompt; a longer one is skipped and counted."""
     max_new_tokens: int = 512
     """Tokens of a completion."""
     max_probe_tokens: int = 500

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+UNKNOWN_PRICE = -1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class ActiveJudges:
@@ -34,10 +36,11 @@ class JudgeModel:
     """`json_schema`, `json_object`, `none`, or `auto`: the first of these that the server takes."""
     max_tokens: int = 2048
     """Tokens of a reply, thinking included."""
-    input_price: float = 0.0
-    """Money for a million prompt tokens."""
-    output_price: float = 0.0
-    """Money for a million tokens of replies."""
+    input_price: float = UNKNOWN_PRICE
+    """Money for a million prompt tokens; -1 is a provider's list price, if `endpoints` has it, and
+    not known for an endpoint of one's own."""
+    output_price: float = UNKNOWN_PRICE
+    """The same for a million tokens of replies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ class JudgeLimits:
     max_calls: int = 0
     """Calls of the whole run, restarts included."""
     max_cost: float = 0.0
-    """Money for the whole run, restarts included."""
+    """Money for the whole run, restarts included; the prices of both models must be known."""
     timeout_secs: float = 120.0
     """Longest wait for one reply."""
     max_tries: int = 4

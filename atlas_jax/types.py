@@ -93,7 +93,7 @@ class Completion(NamedTuple):
     token_ids: tuple[int, ...]  # up to and including the stop token
     logprobs: tuple[float, ...]  # under the distribution that was sampled from; () if not known
     untruncated_logprobs: tuple[float, ...]  # the same before top_p, top_k and min_p
-    finish_reason: str  # "stop", "length", or "error: why"
+    finish_reason: str  # "stop", "length", "skipped: why" or "error: why"
     text: str  # without the stop token
     weights_version: int  # the step whose weights wrote it
 
@@ -101,6 +101,34 @@ class Completion(NamedTuple):
     def num_tokens(self) -> int:
         """Tokens that were sampled, the stop token included."""
         return len(self.token_ids)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether it was never asked for, because of what its sample is, such as too long."""
+        return self.finish_reason.startswith("skipped")
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether there is no text: it was skipped, or the engine that was asked had an error."""
+        return self.is_skipped or self.finish_reason.startswith("error")
+
+    @classmethod
+    def missing(cls, finish_reason: str, prompt_ids: tuple[int, ...] = ()) -> Completion:
+        """Returns what stands for a text that does not exist.
+
+        Args:
+            finish_reason: "skipped: why" or "error: why".
+            prompt_ids: the prompt, if an engine was asked.
+        """
+        return cls(
+            prompt_ids=prompt_ids,
+            token_ids=(),
+            logprobs=(),
+            untruncated_logprobs=(),
+            finish_reason=finish_reason,
+            text="",
+            weights_version=-1,
+        )
 
 
 class Question(NamedTuple):
@@ -137,6 +165,12 @@ class RewardResult(NamedTuple):
     score: float | None  # None: could not be scored
     details: dict[str, Any]  # for the record
     later: bool = False  # without a score, and the reason may pass: asking again is worth it
+    is_skipped: bool = False  # without a score because of the sample itself, such as no lesson
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether there is no score because something that the run needs has failed."""
+        return self.score is None and not self.is_skipped
 
 
 Reward = Callable[[Sequence[Rollout]], list[RewardResult]]
@@ -146,4 +180,4 @@ Params = dict[str, Any]
 """A pure nested dict of arrays: the whole model, or anything of the same structure."""
 
 Metrics = dict[str, Any]
-"""`area/name` -> `(sum, weight)` until written; the value is `sum / weight`."""
+"""`area/name` -> `(sum, weight)` until written; the value is `sum / weight`. See `metrics`."""

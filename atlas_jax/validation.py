@@ -19,7 +19,7 @@ from atlas_jax.option_rules import (
 )
 from atlas_jax.options import TrainConfig
 from atlas_jax.options_grpo import GRPOConfig
-from atlas_jax.options_rim import RIMConfig
+from atlas_jax.options_rim import UNKNOWN_PRICE, JudgeModel, RIMConfig
 
 
 def nearest(name: str, known: Any) -> str:
@@ -210,6 +210,25 @@ def check_rim(rim: RIMConfig) -> None:
     if rim.replay and not rim.cache_dir:
         raise ValueError("reward.rim.replay=True without a cache; set reward.rim.cache_dir")
     endpoints.resolve_all(rim)
+    for name, model in (("small_model", rim.small_model), ("large_model", rim.large_model)):
+        _check_prices(f"reward.rim.{name}", model, rim.limits.max_cost)
+
+
+def _check_prices(name: str, model: JudgeModel, max_cost: float) -> None:
+    """Checks the prices of a judge's model, and that they are known where a budget needs them."""
+    for option in ("input_price", "output_price"):
+        price = getattr(model, option)
+        if price < 0 and price != UNKNOWN_PRICE:
+            raise ValueError(
+                f"{name}.{option}={price} must be 0 or more, or {UNKNOWN_PRICE:g} where it is not "
+                "known"
+            )
+    if max_cost and endpoints.prices(model) is None:
+        where = f" at {model.base_url}" if model.base_url else ""
+        raise ValueError(
+            f"reward.rim.limits.max_cost={max_cost:g}, and the price of {name} ({model.model}"
+            f"{where}) is not known; set {name}.input_price and {name}.output_price, or max_cost=0"
+        )
 
 
 def check_environment(config: TrainConfig) -> None:

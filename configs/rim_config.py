@@ -25,16 +25,15 @@ def apply(config: ConfigDict) -> None:
     c.active_judges.process = True
     c.active_judges.diagnostic = True
 
-    # Gemini thinks before it writes, and that counts. Prices are in dollars for a million tokens.
     c.small_model.model = "gemini/gemini-2.5-flash"
-    c.small_model.input_price, c.small_model.output_price = 0.30, 2.50
     c.large_model.model = "gemini/gemini-2.5-pro"
-    c.large_model.input_price, c.large_model.output_price = 1.25, 10.0
     for model in (c.small_model, c.large_model):
+        # -1 is the list price of these models; an endpoint of one's own has none unless it is set.
+        model.input_price = model.output_price = -1.0
         model.base_url = ""
         model.api_key_env = "GEMINI_API_KEY"
         model.response_format = "auto"
-        model.max_tokens = 32768
+        model.max_tokens = 32768  # Gemini thinks before it writes, and that counts
 
     c.consistency_rules.process_over_accuracy = 0.1
     c.consistency_rules.process_for_helpfulness = 0.5

@@ -69,19 +69,34 @@ def test_a_possible_config_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"), [((2, 0, 0), (16, 1)), ((2, 8, 0), (128, 8)), ((2, 0, 64), (64, 4))]
+    ("sizes", "expected"),
+    [
+        ((2, 0, 0), (16, 1, 2)),
+        ((2, 8, 0), (128, 8, 2)),
+        ((2, 8, 128), (128, 8, 2)),
+        ((2, 0, 64), (64, 4, 2)),
+        ((2, 0, 56), (56, 7, 1)),  # 7 rows a device, of which 2 at a time do not divide
+        ((4, 0, 72), (72, 3, 3)),  # 9 rows a device: 3 at a time
+        ((100, 0, 72), (72, 1, 9)),
+        ((4, 0, 8), (8, 1, 1)),
+    ],
 )
 def test_batch_sizes_are_completed(sizes, expected):
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size")
     plan = config.batch_plan(
         dataclasses.replace(BASE, **dict(zip(names, sizes, strict=True))), num_replicas=8
     )
-    assert (plan.global_rows, plan.microbatches) == expected
+    assert (plan.global_rows, plan.microbatches, plan.device_rows) == expected
+    assert plan.microbatches * plan.device_rows * 8 == plan.global_rows
 
 
 @pytest.mark.parametrize(
     ("total", "accumulation", "message"),
-    [(60, 0, "use 48 or 64"), (7, 0, "use 16"), (60, 3, "= 48; use 48")],
+    [
+        (60, 0, "over the 8 devices .* set train_batch_size=56 or 64"),
+        (7, 0, "train_batch_size=8"),
+        (60, 3, "= 48; use 48, or set one of"),
+    ],
 )
 def test_batch_sizes_that_do_not_divide_name_the_nearest(total, accumulation, message):
     changed = dataclasses.replace(
@@ -89,6 +104,19 @@ def test_batch_sizes_that_do_not_divide_name_the_nearest(total, accumulation, me
     )
     with pytest.raises(ValueError, match=message):
         config.batch_plan(changed, num_replicas=8)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8, 64])
+@pytest.mark.parametrize(
+    ("run", "rows"), [("teacher_sft", 128), ("teacher_rcl", 128), ("rlvr_gsm8k", 256)]
+)
+def test_the_recipes_have_the_same_batch_on_any_number_of_devices(run, rows, devices):
+    module = __import__(f"configs.run.{run}", fromlist=["get_config"])
+    recipe = config.freeze(module.get_config())
+    plan = config.batch_plan(recipe, devices)
+    assert plan.global_rows == rows
+    assert plan.device_rows <= recipe.per_device_train_batch_size
+    assert plan.microbatches * plan.device_rows * devices == rows
 
 
 def test_a_mesh_that_does_not_use_all_devices_is_refused():
@@ -158,7 +186,7 @@ def test_every_run_file_is_valid(run):
         ("--config.max_steps=1.5", "max_steps"),
         ("--config=configs/run/absent.py", "absent.py"),
         ("--config.data.dataset_path=absent.jsonl", "absent.jsonl"),
-        ("--config.train_batch_size=7", "per_device_train_batch_size"),
+        ("--config.train_batch_size=7", "train_batch_size=7 does not divide over the 8 devices"),
     ],
 )
 def test_the_command_answers_a_mistake_in_one_line(flag, message, tmp_path):

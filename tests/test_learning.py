@@ -55,7 +55,7 @@ def train(options, num_steps):
     Every step asks the same questions, as many as it has groups.
     """
     sharding = one_device()
-    layout = grpo.make_layout(options, config.batch_plan(options, 1), 1, 1)
+    layout = grpo.make_layout(options, config.batch_plan(options, 1), 1)
     pairs = zip(QUESTIONS, TRUTHS, strict=True)
     questions = [Question(q, q, truth, {}) for q, truth in pairs][: layout.questions]
     model = setup.open_model(options, sharding, LENGTH)

@@ -57,9 +57,8 @@ def _config(args: argparse.Namespace, directory: str) -> GRPOConfig:
 
 def _measure(args: argparse.Namespace, config: GRPOConfig) -> dict[str, Any]:
     sharding = setup.make_sharding(config)
-    layout = grpo.make_layout(
-        config, batch_plan(config, sharding.num_replicas), sharding.num_replicas, 1
-    )
+    plan = batch_plan(config, sharding.num_replicas)
+    layout = grpo.make_layout(config, plan, sharding.num_replicas)
     model = setup.open_frozen(config, args.model, sharding)
     decoder = model.decoder
     rate = optim.schedule(config, args.steps)

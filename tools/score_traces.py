@@ -55,7 +55,9 @@ def main() -> None:
     }
     compared = agreement.report(scores, carried(found), options.good)
     print(table(compared))
-    usage = {name: sum(row[name] for row in rows) for name in ("calls", "cached", "tokens", "cost")}
+    usage = {name: sum(row[name] for row in rows) for name in ("calls", "cached", "tokens")}
+    costs = [row["cost"] for row in rows]
+    usage["cost"] = None if None in costs else sum(costs)  # None: its price is not known
     escalated = sum(bool(j["escalation"]) for row in rows for j in row["judges"].values())
     print(usage, f"escalated {escalated}, capped {sum(bool(row['gaming']) for row in rows)}")
     result = {"agreement": compared, "usage": usage, "rejected": rejected, "sessions": rows}

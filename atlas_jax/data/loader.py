@@ -185,6 +185,10 @@ class TokenDataset:
         mine = [[self.example(int(i)) for i in row] for row in rows[first : first + share]]
         return collate(mine + [[]] * (share - len(mine)), length)
 
+    def num_tokens(self, step: int) -> int:
+        """Returns the tokens that a step reads over all processes, padding left out."""
+        return sum(int(self._lengths[row].sum()) for row in self._step_rows(step))
+
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Batches:
         """Returns an iterator over the batches of `[start_step, stop_step)`.
 
@@ -238,6 +242,11 @@ class Batches(Iterator[Batch]):
         batch = next(self._reader)
         self._step += 1
         return batch
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch that came last, over all processes."""
+        return self._dataset.num_tokens(self._step - 1)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position as plain JSON values: the next step and the data's fingerprint."""

@@ -279,6 +279,8 @@ def _hub_records(path: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any
 
     match = _HUB_FILE.fullmatch(path)
     repo, files = (match["repo"], match["file"]) if match else (path, None)
+    if match:
+        hub_split = "train"  # the only one that `datasets` gives a file
     try:
         table = datasets.load_dataset(repo, data_files=files, split=hub_split)
     except (OSError, ValueError) as error:

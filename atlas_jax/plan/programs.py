@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from atlas_jax import step
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan
@@ -19,7 +19,7 @@ from atlas_jax.plan.targets import CompiledSharding, Target
 from atlas_jax.recipes import grpo, setup, sft
 from atlas_jax.rollout import local
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.sharding import BATCH_AXES, Sharding, make_mesh
+from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.types import Batch, PolicyBatch
 
 
@@ -98,7 +98,7 @@ def _grpo(
     decoder, sharding = run.decoder, run.decoder.sharding
     hosts = target.num_devices // target.devices_a_host
     plan = batch_plan(config, sharding.num_replicas)
-    layout = grpo.make_layout(config, plan, sharding.num_replicas, hosts)
+    layout = grpo.make_layout(config, plan, sharding.num_replicas)
     layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
     longest = config.max_prompt_length + layout.per_row * config.max_new_tokens
     length = min(b for b in layout.buckets if b >= longest)
@@ -172,13 +172,7 @@ def _generation(
     held = 1 << (config.max_new_tokens - 1).bit_length()
     room = local.first_room(config.max_new_tokens)
     grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), params, inputs)
-
-    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        lead = (None,) if x.ndim > 3 else ()  # layers, of the cache's keys and values
-        spec = PartitionSpec(*lead, BATCH_AXES) if x.ndim else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(sharding.mesh, spec))
-
-    grid = jax.tree.map(place, grid)
+    grid = step.abstract(grid, local.placements(sharding))
     forward = decoder.config.flops_per_token(length) / 3
     each = decoder.config.flops_per_token(2 * (length + held)) / 3
     rounds = -(-completions // (samples * prompts))

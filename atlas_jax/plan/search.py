@@ -38,11 +38,11 @@ def nearest(
 
 
 def _changes(config: TrainConfig, num_replicas: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = batch_plan(config, num_replicas).global_rows
+    batch = batch_plan(config, num_replicas)
     if config.gradient_checkpointing != "full":
         yield "gradient_checkpointing=full", {"gradient_checkpointing": "full"}
-    if config.per_device_train_batch_size > 1:
-        steps = rows // num_replicas
+    if batch.device_rows > 1:
+        steps = batch.global_rows // num_replicas
         yield (
             f"per_device_train_batch_size=1 gradient_accumulation_steps={steps}",
             {"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps},

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.config import GRPOConfig
@@ -33,12 +34,15 @@ from atlas_jax.types import (
     Rollout,
 )
 
+_LEAVE = StopRequestedError, DependencyError
+"""Why processes give up a batch, all of them together; a stop counts before an outage."""
+
 
 class Layout(NamedTuple):
     """How the completions of a step become rows."""
 
     questions: int
-    """Groups a step, of this process."""
+    """Groups a step, over all processes."""
     per_row: int
     """Completions behind one copy of their prompt."""
     microbatches: int
@@ -73,7 +77,10 @@ class Groups(NamedTuple):
 class Feed:
     """Makes each step's batch; its state is the next question.
 
-    The policy is that of the step, or of at most `rollout.max_staleness` steps before.
+    The questions of a step are dealt to the processes in order, as evenly as possible: each asks
+    and scores whole groups, and some may have none. The rows are then exchanged, so that each
+    process trains an equal part of them. The policy is that of the step, or of at most
+    `rollout.max_staleness` steps before.
     """
 
     def __init__(self, parts: Parts, reference: Params | None) -> None:
@@ -93,7 +100,7 @@ class Feed:
         version = int(state.step)
         policy = parts.policy(state.params, version)
         synced = time.perf_counter()
-        with distributed.together(StopRequestedError, DependencyError):
+        with distributed.together(*_LEAVE):
             made = self._ahead.take(policy, self._position)
         groups, score_secs = made.content
         wait_secs = time.perf_counter() - synced
@@ -101,11 +108,13 @@ class Feed:
         samples = self._samples(groups)
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
-        values = self._measure(groups, version) | parts.pushed()
+        values = self._measure(groups, samples, version) | parts.pushed()
         self._position = made.position  # where nothing was raised: a step repeated asks the same
         self._sync_reference(version, state.params)
         start = time.perf_counter()
-        batch = to_global(_rows(samples, parts.layout), parts.sharding, parts.layout.microbatches)
+        rows = self._rows(samples)
+        num_tokens = int(distributed.gather(np.asarray((rows.segment_ids > 0).sum())).sum())
+        batch = to_global(rows, parts.sharding, parts.layout.microbatches)
         if self._reference is not None:
             batch = batch._replace(ref_logprobs=parts.score(self._reference, batch))
         if config.num_iterations > 1:
@@ -115,8 +124,7 @@ class Feed:
         values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = score_secs, 1
         values["perf/logprobs_secs"] = time.perf_counter() - start, 1
-        num_tokens = int(values["rollout/completion_tokens"][0])
-        return loop.StepInput(batch, num_tokens, values)
+        return loop.StepInput(batch, num_tokens * config.num_iterations, values)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the questions."""
@@ -154,27 +162,28 @@ class Feed:
     def _collect(self, policy: Speaker, position: int) -> tuple[tuple[Groups, float], int]:
         """Returns the groups of a step, the seconds that scoring took, and the next position.
 
-        Groups without any difference in reward are replaced by later ones while `refill_rounds`
-        last.
+        Groups that teach nothing are replaced by later ones while `refill_rounds` last.
         """
-        wanted = self._parts.layout.questions
+        wanted, process = self._parts.layout.questions, jax.process_index()
+        shares = _shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
-        errors = (StopRequestedError, DependencyError)
-        agree = distributed.together(*errors) if refills else contextlib.nullcontext()
+        agree = distributed.together(*_LEAVE) if refills else contextlib.nullcontext()
         with agree:  # not in a thread, where there are no refills
-            groups, secs = self._ask(policy, position + wanted * jax.process_index(), wanted)
-        position += wanted * jax.process_count()
+            groups, secs = self._ask(policy, position + sum(shares[:process]), shares[process])
+        position += wanted
         for _ in range(refills):
-            equal = [i for i, scores in enumerate(groups.results) if not _differs(scores)]
-            counts = distributed.gather(np.asarray(len(equal)))
+            idle = [
+                i for i, group in enumerate(zip(*groups, strict=True)) if not self._teaches(*group)
+            ]
+            counts = distributed.gather(np.asarray(len(idle)))
             if not counts.any():
                 break
-            first = position + int(counts[: jax.process_index()].sum())
-            with distributed.together(*errors):
-                found, spent = self._ask(policy, first, len(equal))
+            first = position + int(counts[:process].sum())
+            with distributed.together(*_LEAVE):
+                found, spent = self._ask(policy, first, len(idle))
             position += int(counts.sum())
             secs += spent
-            for i, group, scores in zip(equal, *found, strict=True):
+            for i, group, scores in zip(idle, *found, strict=True):
                 groups.rollouts[i], groups.results[i] = group, scores
         return (groups, secs), position
 
@@ -209,10 +218,12 @@ class Feed:
         """Returns the rollouts with their advantages, and whether they train."""
         config = self._parts.config
         scores = [[math.nan if r.score is None else r.score for r in g] for g in groups.results]
-        rewards = distributed.gather(np.asarray(scores, np.float64))  # [processes, N, G]
-        shape = rewards.shape
-        advantages = losses.group_advantages(rewards.reshape(-1, shape[-1]), config.scale_rewards)
-        advantages = advantages.reshape(shape)[jax.process_index()]
+        own = np.asarray(scores, np.float64).reshape(-1, config.num_generations)
+        shares = _shares(self._parts.layout.questions)
+        rewards = distributed.gather_rows(own, shares)  # [N, G], of all processes
+        first = sum(shares[: jax.process_index()])
+        advantages = losses.group_advantages(rewards, config.scale_rewards)
+        advantages = advantages[first : first + len(own)]
         return [
             [
                 record.Sample(rollout, result, float(advantage), self._trains(rollout, result))
@@ -221,12 +232,31 @@ class Feed:
             for members in zip(groups.rollouts, groups.results, advantages, strict=True)
         ]
 
+    def _rows(self, samples: Sequence[Sequence[record.Sample]]) -> PolicyBatch:
+        """Returns the rows that this process trains."""
+        layout = self._parts.layout
+        group = self._parts.config.num_generations // layout.per_row
+        counts = [share * group for share in _shares(layout.questions)]
+        return _exchanged(_rows(samples, layout), counts)
+
     def _trains(self, rollout: Rollout, result: RewardResult) -> bool:
         truncated = rollout.policy.finish_reason == "length"
         left_out = truncated and self._parts.config.mask_truncated_completions
         return result.score is not None and bool(rollout.policy.token_ids) and not left_out
 
-    def _measure(self, groups: Groups, version: int) -> Metrics:
+    def _teaches(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> bool:
+        """Returns whether a group's rewards differ, and one of its members at least trains."""
+        differs = len({r.score for r in results if r.score is not None}) > 1
+        return differs and any(map(self._trains, rollouts, results))
+
+    def _measure(
+        self, groups: Groups, samples: Sequence[Sequence[record.Sample]], version: int
+    ) -> Metrics:
+        """Returns the metrics of a step over all processes.
+
+        Raises:
+            DependencyError: if an outage left too many samples without a score.
+        """
         reward = self._parts.config.reward
         values = measures.of_rewards(groups.results, reward.parts)
         if "rim" in reward.parts:
@@ -235,14 +265,25 @@ class Feed:
         if self._parts.student:
             values |= measures.of_teaching(groups.rollouts)
             values |= measures.of_efficiency(groups.rollouts, groups.results)
-        values = distributed.sum_over_processes(values)
-        failed, total = values["reward/failed_frac"]
-        if failed > reward.max_failed_frac * total:
-            reasons = [why(r) for group in groups.results for r in group if r.score is None]
+        trains = [sample.trains for group in samples for sample in group]
+        values["rollout/trained_frac"] = sum(trains), len(trains)
+        values = metrics.sum_over_processes(values)
+        (without, total), (skipped, _) = values["reward/failed_frac"], values["reward/skipped_frac"]
+        failed, possible = without - skipped, total - skipped
+        if failed > reward.max_failed_frac * possible:
+            reasons = [why(r) for group in groups.results for r in group if r.is_outage]
             raise DependencyError(
-                f"{failed:.0f} of {total:.0f} samples could not be scored, more than "
+                f"{failed:.0f} of {possible:.0f} samples could not be scored, more than "
                 f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}; look "
                 f"at {self._parts.config.output_dir}/rollouts"
+            )
+        if not values["rollout/trained_frac"][0] and distributed.is_main():
+            reasons = [why(r) for group in groups.results for r in group if r.score is None]
+            logging.warning(
+                "step %d trains nothing: of %d samples %d have no score and the others are cut; "
+                "the first: %s; look at %s/rollouts",
+                *(version + 1, total, without, reasons[:1] or "out of tokens"),
+                self._parts.config.output_dir,
             )
         return values
 
@@ -253,23 +294,36 @@ def _grouped(rollouts: list[list[Rollout]], results: Sequence[RewardResult]) -> 
     return Groups(rollouts, [[next(flat) for _ in group] for group in rollouts])
 
 
-def _differs(results: Sequence[RewardResult]) -> bool:
-    return len({r.score for r in results if r.score is not None}) > 1
+def _shares(total: int) -> list[int]:
+    """Returns how many of so many things each process has: as many as the others, or one more."""
+    each, more = divmod(total, jax.process_count())
+    return [each + (process < more) for process in range(jax.process_count())]
+
+
+def _exchanged(rows: PolicyBatch, counts: Sequence[int]) -> PolicyBatch:
+    """Returns this process's equal part of the rows of all processes.
+
+    Args:
+        rows: those of the groups that this process asked.
+        counts: the number of them in each process.
+    """
+    if min(counts) == max(counts):
+        return rows
+    share = sum(counts) // len(counts)
+    part = slice(share * jax.process_index(), share * (jax.process_index() + 1))
+    return jax.tree.map(lambda x: distributed.gather_rows(x, counts)[part], rows)
 
 
 def _rows(samples: Sequence[Sequence[record.Sample]], layout: Layout) -> PolicyBatch:
-    """Returns the rows of this process; a completion that failed is one masked token."""
+    """Returns the rows of the groups that this process asked, of a length that all have."""
     groups = [[_scored(sample) for sample in group] for group in samples]
-    longest = max(map(row_tokens, split_rows(groups, layout.per_row)))
+    longest = max(map(row_tokens, split_rows(groups, layout.per_row)), default=0)
     length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
     return collate_policy(groups, layout.per_row, length)
 
 
 def _scored(sample: record.Sample) -> Scored:
-    policy = sample.rollout.policy
-    if not policy.prompt_ids:
-        policy = policy._replace(prompt_ids=(0,))
-    return Scored(policy, sample.advantage, sample.trains)
+    return Scored(sample.rollout.policy, sample.advantage, sample.trains)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import BatchPlan, GRPOConfig, batch_plan
+from atlas_jax.config import BatchPlan, GRPOConfig, batch_plan, multiples_near
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.data.loader import capped_buckets
@@ -49,7 +49,7 @@ def run(config: GRPOConfig) -> bool:
     """
     sharding = setup.make_sharding(config)
     plan = batch_plan(config, sharding.num_replicas)
-    layout = make_layout(config, plan, sharding.num_replicas, jax.process_count())
+    layout = make_layout(config, plan, sharding.num_replicas)
     protocol = speakers.protocol(config, config.num_generations)
     with run_dir.opened(config):
         return _train(config, layout, protocol, sharding)
@@ -70,8 +70,7 @@ def _train(
     distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
     num_steps = config.max_steps
     if num_steps == -1:
-        per_step = layout.questions * jax.process_count()
-        num_steps = math.ceil(config.num_train_epochs * len(train) / per_step)
+        num_steps = math.ceil(config.num_train_epochs * len(train) / layout.questions)
     optimizer = setup.make_optimizer(config, model.decoder, num_steps * config.num_iterations)
     checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
     start = setup.begin(config, model, optimizer, checkpoints, student)
@@ -129,32 +128,28 @@ def _train(
     return not outcome.stopped
 
 
-def make_layout(
-    config: GRPOConfig, plan: BatchPlan, num_replicas: int, num_processes: int
-) -> Layout:
+def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layout:
     """Returns how a step's completions are divided.
 
-    A microbatch has `per_device_train_batch_size` completions a device, so a row holds a divisor
-    of that and of the group.
+    A microbatch has `plan.device_rows` completions a device, so a row holds a divisor of that and
+    of the group.
 
     Raises:
-        ValueError: if groups do not divide the step or would be split over processes.
+        ValueError: if groups do not divide the step.
     """
     size = config.num_generations
-    unit = math.lcm(size * num_processes, config.per_device_train_batch_size * num_replicas)
-    if plan.global_rows % (size * num_processes):
-        below, above = plan.global_rows // unit * unit, (plan.global_rows // unit + 1) * unit
-        sizes = f"{below} or {above}" if below else f"{above}"
+    if plan.global_rows % size:
+        sizes = multiples_near(plan.global_rows, size, num_replicas)
         raise ValueError(
             f"{plan.global_rows} completions a step do not divide into groups of num_generations="
-            f"{size} over {num_processes} processes; set train_batch_size={sizes} and "
-            "gradient_accumulation_steps=0, or another num_generations"
+            f"{size}; set train_batch_size={sizes} and gradient_accumulation_steps=0, or another "
+            "num_generations"
         )
     longest = config.max_prompt_length + config.max_new_tokens
     room = max(config.max_seq_length, longest)
     per_row = 1
     if config.rollout.share_prompt:
-        common = math.gcd(size, config.per_device_train_batch_size)
+        common = math.gcd(size, plan.device_rows)
         fitting = [
             k
             for k in range(1, common + 1)
@@ -162,7 +157,12 @@ def make_layout(
         ]
         per_row = max(fitting)
     buckets = capped_buckets(config.data.length_buckets, room)
-    return Layout(plan.global_rows // size // num_processes, per_row, plan.microbatches, buckets)
+    return Layout(
+        questions=plan.global_rows // size,
+        per_row=per_row,
+        microbatches=plan.microbatches,
+        buckets=buckets,
+    )
 
 
 def fit_attention(layout: Layout, decoder: Decoder, attention: str) -> Layout:

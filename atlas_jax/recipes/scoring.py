@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.config import GRPOConfig, RewardConfig
 from atlas_jax.rewards import RIMReward, verifiable
+from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardResult, Rollout
 
 
@@ -47,7 +49,18 @@ def ask_again(
 ) -> list[RewardResult]:
     """Returns the results; where too many have no score, after further attempts at these alone.
 
-    Every process must call it. `pause` waits for so many seconds.
+    Skipped samples do not count: nothing that could be waited for would give them a score. Every
+    process must call this together.
+
+    Args:
+        reward: scores the samples.
+        rollouts: the samples of this process.
+        results: what `reward` said of them.
+        options: the share that may be without a score, and how long to wait before each attempt.
+        pause: waits for so many seconds, in every process.
+
+    Raises:
+        StopRequestedError: if the run is to stop, while this waits or scores.
     """
     results = list(results)
     for secs in options.retry_waits_secs:
@@ -61,7 +74,9 @@ def ask_again(
             failed, total, hopeful, secs, first,
         )  # fmt: skip
         pause(secs)
-        for i, result in zip(again, reward([rollouts[i] for i in again]), strict=True):
+        with distributed.together(StopRequestedError):
+            scored = reward([rollouts[i] for i in again])
+        for i, result in zip(again, scored, strict=True):
             results[i] = result
     return results
 
@@ -73,9 +88,8 @@ def why(result: RewardResult) -> str:
 
 
 def _over_processes(results: Sequence[RewardResult], again: Sequence[int]) -> tuple[int, int, int]:
-    """Returns how many samples have no score, how many there are, how many may get one."""
-    failed = sum(r.score is None for r in results)
-    sums = distributed.sum_over_processes(
-        {"failed": (failed, len(results)), "hopeful": (len(again), 0)}
-    )
-    return int(sums["failed"][0]), int(sums["failed"][1]), int(sums["hopeful"][0])
+    """Returns of all processes the samples in an outage, those not skipped, those to ask again."""
+    failed = sum(r.is_outage for r in results)
+    total = sum(not r.is_skipped for r in results)
+    counts = distributed.gather(np.asarray([failed, total, len(again)])).sum(0)
+    return int(counts[0]), int(counts[1]), int(counts[2])

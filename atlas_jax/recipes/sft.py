@@ -35,7 +35,8 @@ def run(config: SFTConfig) -> bool:
 
 def _train(config: SFTConfig, plan: BatchPlan, sharding: Sharding) -> bool:
     model = setup.open_model(config, sharding, config.max_seq_length)
-    train, held_out = _datasets(config, model, plan.global_rows, sharding.num_replicas)
+    eval_rows = sharding.num_replicas * plan.device_rows
+    train, held_out = _datasets(config, model, plan.global_rows, eval_rows)
     num_steps = config.max_steps
     if num_steps == -1:
         num_steps = train.num_steps(config.num_train_epochs)
@@ -82,9 +83,8 @@ class _Feed(NamedTuple):
 
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns the next batch; it does not depend on the state."""
-        batch = next(self.batches)
-        num_tokens = int((batch.segment_ids > 0).sum()) * jax.process_count()
-        return loop.StepInput(to_global(batch, self.sharding, self.microbatches), num_tokens, {})
+        placed = to_global(next(self.batches), self.sharding, self.microbatches)
+        return loop.StepInput(placed, self.batches.num_tokens, {})
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the data."""
@@ -139,7 +139,7 @@ def _datasets(
     logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
     if held_out is None:
         return train, None
-    layout = loader.Layout(eval_rows * config.per_device_train_batch_size, *process)
+    layout = loader.Layout(eval_rows, *process)
     return train, loader.build(held_out, config, tokenizer, layout, model.stop_ids, training=False)
 
 

@@ -79,7 +79,7 @@ class Spent(NamedTuple):
 
     calls: int = 0
     tokens: int = 0
-    cost: float = 0.0
+    cost: float | None = 0.0  # None: some of it is not known
 
 
 class Ledger:
@@ -96,10 +96,11 @@ class Ledger:
         """Counts a call."""
         self.spent = self.spent._replace(calls=self.spent.calls + 1)
 
-    def add(self, tokens: int, cost: float) -> None:
-        """Counts what a call took."""
+    def add(self, tokens: int, cost: float | None) -> None:
+        """Counts what a call took; a cost of None is not known, nor is then the sum."""
         calls, before, money = self.spent
-        self.spent = Spent(calls, before + tokens, money + cost)
+        total = None if money is None or cost is None else money + cost
+        self.spent = Spent(calls, before + tokens, total)
 
     def save(self) -> None:
         """Writes the account."""

@@ -14,17 +14,23 @@ share one pool. What no judge could score has no score.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from atlas_jax import config as config_lib
+from atlas_jax import stopping
 from atlas_jax.options_rim import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.ensemble import Verdict
 from atlas_jax.rewards.transport import Answer, Pool, Transport
 from atlas_jax.rewards.verifiable import failure
 from atlas_jax.types import RewardResult, Rollout
+
+T = TypeVar("T")
+
+_CLOSE_SECS = 5.0
+"""Longest that closing the connections may hold up the caller."""
 
 
 class RIMEvaluation(NamedTuple):
@@ -43,7 +49,7 @@ class _Usage(NamedTuple):
     calls: int
     cached: int
     tokens: int
-    cost: float
+    cost: float | None  # None: the price is not known
 
 
 class _Hearing(NamedTuple):
@@ -84,21 +90,22 @@ class RIMReward:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
         """Returns the result of each rollout; one whose texts failed is not scored."""
-        reasons = [_failure(rollout) for rollout in rollouts]
+        unscored = [_failure(rollout) for rollout in rollouts]
         cases = [
             judges.case_of(rollout)
-            for rollout, reason in zip(rollouts, reasons, strict=True)
-            if reason is None
+            for rollout, failed in zip(rollouts, unscored, strict=True)
+            if failed is None
         ]
         results = iter(self.score(cases))
-        return [
-            next(results) if r is None else RewardResult(None, {"unscored": r}) for r in reasons
-        ]
+        return [next(results) if failed is None else failed for failed in unscored]
 
     def score(self, cases: Sequence[judges.Case]) -> list[RewardResult]:
-        """Returns the result of each case; a thread of its own has the event loop."""
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, self._score(cases)).result()
+        """Returns the result of each case.
+
+        Raises:
+            StopRequestedError: if the run is to stop; calls in flight are given up.
+        """
+        return _in_thread(self._score(cases))
 
     def evaluate(
         self,
@@ -157,7 +164,8 @@ class RIMReward:
             opinion = last.opinion or opinion
         failures = tuple(a.failure for a in answers if a.failure)
         verdict = Verdict(opinion, samples, ensemble.spread(samples), reason, failures)
-        return _Hearing(verdict, _usage(answers), any(a.later for a in answers))
+        usage = _total(answers, self._transport.is_priced)
+        return _Hearing(verdict, usage, any(a.later for a in answers))
 
     def _result(self, case: judges.Case, hearings: dict[str, _Hearing]) -> RewardResult:
         """Returns the score with the breakdown that it is made of."""
@@ -173,7 +181,7 @@ class RIMReward:
             "rules": applied,
             "uncapped": score,
             "gaming": found,
-            **{field: sum(getattr(u, field) for u in usages) for field in _Usage._fields},
+            **_total(usages, self._transport.is_priced)._asdict(),
         }
         if score is None:
             failures = [f for v in verdicts.values() for f in v.failures]
@@ -182,20 +190,55 @@ class RIMReward:
         return RewardResult(min(score, rules.cap_score) if found else score, details)
 
 
-def _failure(rollout: Rollout) -> str | None:
-    """Returns why a rollout has nothing to judge; None if it has."""
+def _in_thread(work: Coroutine[Any, Any, T]) -> T:
+    """Returns the result of a coroutine, which an event loop in a thread of its own runs.
+
+    The thread is a daemon, so that calls which do not end do not hold up the end of the process.
+
+    Raises:
+        StopRequestedError: if the run is to stop; the coroutine is cancelled.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=_serve, args=(loop,), name="judges", daemon=True)
+    thread.start()
+    try:
+        return stopping.result(asyncio.run_coroutine_threadsafe(work, loop))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_CLOSE_SECS)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs an event loop until it is stopped, then what its tasks do when they are cancelled."""
+
+    async def end(tasks: set[asyncio.Task[Any]]) -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    loop.run_forever()
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        if not task.cancelling():  # a second time would interrupt its cleaning up
+            task.cancel()
+    loop.run_until_complete(end(tasks))
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+def _failure(rollout: Rollout) -> RewardResult | None:
+    """Returns the result of a rollout that has nothing to judge; None if it has."""
     completions = {"completion": rollout.policy}
     if rollout.baseline is not None:
         completions |= {"baseline": rollout.baseline, "guided answer": rollout.answer}
     return failure(completions)
 
 
-def _usage(answers: Sequence[Answer]) -> _Usage:
+def _total(parts: Sequence[_Usage | Answer], is_priced: bool) -> _Usage:
+    """Returns what several calls took together."""
     return _Usage(
-        calls=sum(a.calls for a in answers),
-        cached=sum(a.cached for a in answers),
-        tokens=sum(a.tokens for a in answers),
-        cost=sum(a.cost for a in answers),
+        calls=sum(part.calls for part in parts),
+        cached=sum(part.cached for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        cost=sum(part.cost or 0.0 for part in parts) if is_priced else None,
     )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.endpoints import Endpoint, api_key, resolve_all
+from atlas_jax.endpoints import Endpoint, api_key, prices, resolve_all
 from atlas_jax.llm_client import (
     Client,
     ClientOptions,
@@ -92,6 +92,8 @@ class _Model(NamedTuple):
     endpoint: Endpoint
     options: JudgeModel
     api_key: str
+    prices: tuple[float, float] | None
+    """Money for a million prompt tokens and for a million tokens of replies; None: not known."""
 
 
 class Transport:
@@ -106,7 +108,8 @@ class Transport:
             ledger_path: file with the account of this process; "" keeps it in memory.
 
         Raises:
-            ValueError: for an endpoint or a key that is not known.
+            ValueError: for an endpoint or a key that is not known, and for a budget of money where
+                earlier calls were made at an unknown price.
         """
         self._replay = config.replay
         self._limits = _shared(config.limits, share)
@@ -114,9 +117,22 @@ class Transport:
         self._ledger = Ledger(ledger_path)
         options = {"small_model": config.small_model, "large_model": config.large_model}
         self.models = {
-            name: _Model(endpoint, options[name], "" if config.replay else api_key(endpoint))
+            name: _Model(
+                endpoint=endpoint,
+                options=options[name],
+                api_key="" if config.replay else api_key(endpoint),
+                prices=prices(options[name]),
+            )
             for name, endpoint in resolve_all(config).items()
         }
+        self.is_priced = all(model.prices for model in self.models.values())
+        """Whether it is known what every call costs."""
+        if config.limits.max_cost and self._ledger.spent.cost is None:
+            raise ValueError(
+                f"{ledger_path} has calls of judges whose price was not known, so that "
+                f"reward.rim.limits.max_cost={config.limits.max_cost:g} cannot be kept; set it to "
+                "0, or remove the file"
+            )
         self._refused: dict[Endpoint, int] = {}  # how many formats the endpoint does not take
         self._pace = Pace(float(self._limits.tokens_per_minute))
 
@@ -181,7 +197,7 @@ class Transport:
                 failure, later = str(error), isinstance(error, UnavailableError)
                 break
             tokens += reply.input_tokens + reply.output_tokens
-            cost += _cost(reply, model.options)
+            cost += _cost(reply, model.prices)
             self._cache.write(key, reply)
             read = parse(reply.text, name, temperature)
             if not isinstance(read, Unreadable):
@@ -194,7 +210,7 @@ class Transport:
         limits, spent = self._limits, self._ledger.spent
         if limits.max_calls and spent.calls >= limits.max_calls:
             return f"this process's {limits.max_calls} of reward.rim.limits.max_calls are used up"
-        if limits.max_cost and spent.cost >= limits.max_cost:
+        if limits.max_cost and spent.cost is not None and spent.cost >= limits.max_cost:
             return f"this process's {limits.max_cost:g} of reward.rim.limits.max_cost is used up"
         self._ledger.begin()
         return ""
@@ -220,7 +236,7 @@ class Transport:
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens
             self._pace.correct(float(total - estimate))
-            self._ledger.add(total, _cost(reply, model.options))
+            self._ledger.add(total, _cost(reply, model.prices) if self.is_priced else None)
             return reply
 
 
@@ -251,6 +267,7 @@ def _reply(raw: Any, estimate: int) -> Reply:
     return Reply(text if isinstance(text, str) else "", input_tokens, output_tokens)
 
 
-def _cost(reply: Reply, options: JudgeModel) -> float:
-    millions = reply.input_tokens * options.input_price + reply.output_tokens * options.output_price
-    return millions / 1e6
+def _cost(reply: Reply, prices: tuple[float, float] | None) -> float:
+    """Returns the money for a call, 0 where its price is not known; see `Transport.is_priced`."""
+    read, written = prices or (0.0, 0.0)
+    return (reply.input_tokens * read + reply.output_tokens * written) / 1e6

@@ -28,8 +28,8 @@ def exact_match() -> Reward:
 
     def score(rollout: Rollout) -> RewardResult:
         text, truth = rollout.answer.text, rollout.question.ground_truth
-        if reason := _unscored(truth, {"answer": rollout.answer}):
-            return RewardResult(None, {"unscored": reason})
+        if unscored := _unscored(truth, {"answer": rollout.answer}):
+            return unscored
         correct = is_correct(text, truth)
         return RewardResult(float(correct), {"correct": correct, "extracted": extract_answer(text)})
 
@@ -61,9 +61,9 @@ def teaching_gain(
     def score(rollout: Rollout) -> RewardResult:
         truth, baseline, guided = rollout.question.ground_truth, rollout.baseline, rollout.guided
         completions = {"lesson": rollout.policy, "baseline": baseline, "guided answer": guided}
-        reason = _unscored(truth, completions)
-        if reason or baseline is None or guided is None:
-            return RewardResult(None, {"unscored": reason})
+        if unscored := _unscored(truth, completions):
+            return unscored
+        assert baseline is not None and guided is not None
         before, after = is_correct(baseline.text, truth), is_correct(guided.text, truth)
         efficiency = _efficiency(baseline.num_tokens, guided.num_tokens)
         leaked = states_answer(rollout.teaching, truth)
@@ -83,9 +83,9 @@ def teaching_gain(
 def combine(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
     """Returns the weighted sum of named rewards.
 
-    A sample is None where a reward that has weight says None, and may be scored later where each
-    of these may. A reward of weight 0 is recorded
-    only. The details are those of each reward, under its name and with its score.
+    A sample is None where a reward that has weight says None. It may be scored later where each of
+    these may, and is skipped where one of these is. A reward of weight 0 is recorded only. The
+    details are those of each reward, under its name and with its score.
 
     Raises:
         ValueError: if a weight is not finite or none differs from 0. The reward itself raises it
@@ -107,19 +107,35 @@ def combine(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
     return score
 
 
-def _unscored(ground_truth: str, completions: Mapping[str, Completion | None]) -> str | None:
-    """Returns why a rollout cannot be scored; None if it can be."""
-    return failure(completions) if ground_truth.strip() else "no ground truth"
+def _unscored(
+    ground_truth: str, completions: Mapping[str, Completion | None]
+) -> RewardResult | None:
+    """Returns the result of a rollout that cannot be scored; None if it can be."""
+    if ground_truth.strip():
+        return failure(completions)
+    return RewardResult(None, {"unscored": "no ground truth"}, is_skipped=True)
 
 
-def failure(completions: Mapping[str, Completion | None]) -> str | None:
-    """Returns which of the completions is missing or failed; None if all of them are whole."""
+def failure(completions: Mapping[str, Completion | None]) -> RewardResult | None:
+    """Returns the result of a rollout whose texts did not all come about; None if they did.
+
+    It names the first of the skipped texts, if there is one: an engine that works again would not
+    help such a sample.
+
+    Args:
+        completions: the texts that a reward needs, by name.
+    """
+    reasons, skipped = {}, []
     for name, completion in completions.items():
         if completion is None:
-            return f"no {name}"
-        if completion.finish_reason.startswith("error"):
-            return f"{name}: {completion.finish_reason}"
-    return None
+            reasons[name] = f"no {name}"
+        elif completion.is_failed:
+            reasons[name] = f"{name}: {completion.finish_reason}"
+            skipped += [name] * completion.is_skipped
+    if not reasons:
+        return None
+    first = (skipped or list(reasons))[0]
+    return RewardResult(None, {"unscored": reasons[first]}, is_skipped=bool(skipped))
 
 
 def _efficiency(baseline_tokens: int, guided_tokens: int) -> float:
@@ -153,7 +169,12 @@ def _checked(name: str, reward: Reward, rollouts: Sequence[Rollout]) -> list[Rew
 def _weighted(row: Mapping[str, RewardResult], weights: Mapping[str, float]) -> RewardResult:
     details: dict[str, Any] = {n: {**r.details, "score": r.score} for n, r in row.items()}
     weighed = [(weights[n], r) for n, r in row.items() if weights[n]]
-    missing = [r.later for _, r in weighed if r.score is None]
+    missing = [r for _, r in weighed if r.score is None]
     if missing:
-        return RewardResult(None, details, all(missing))
+        return RewardResult(
+            score=None,
+            details=details,
+            later=all(r.later for r in missing),
+            is_skipped=any(r.is_skipped for r in missing),
+        )
     return RewardResult(sum(w * r.score for w, r in weighed if r.score is not None), details)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atlas_jax import distributed, metrics
+from atlas_jax import metrics
 from atlas_jax.rewards.answers import is_correct
 from atlas_jax.rollout import measures, teaching
 from atlas_jax.rollout.engine import Speaker
@@ -32,7 +32,7 @@ def ask(
     student: Speaker | None,
     protocol: teaching.Protocol,
     sampling: Sampling,
-    earlier: Sequence[Rollout] = (),
+    earlier: Sequence[Rollout] | None = None,
 ) -> list[Rollout]:
     """Returns one rollout of each question.
 
@@ -44,7 +44,9 @@ def ask(
         sampling: how tokens are drawn.
         earlier: rollouts of these questions with another policy; the student is asked alone once.
     """
-    alone = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
+    alone = None
+    if earlier is not None:
+        alone = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
     draws, places = teaching.Draws(sampling, 0), range(len(questions))
     groups = teaching.run(questions, places, policy, student, protocol, draws, alone)
     return [group[0] for group in groups]
@@ -55,7 +57,7 @@ def summary(rollouts: Sequence[Rollout], taught: bool) -> dict[str, float]:
 
     They are over the rollouts of all processes, each of which calls this with its own.
     """
-    values = metrics.means(distributed.sum_over_processes(_measure(rollouts, taught)))
+    values = metrics.means(metrics.sum_over_processes(_measure(rollouts, taught)))
     return {name.removeprefix("teaching/"): value for name, value in values.items()}
 
 

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from atlas_jax import distributed
+from atlas_jax import distributed, stopping
 from atlas_jax.models import cache as kv
 from atlas_jax.models import vocab
+from atlas_jax.models.layers import KeysValues
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling, draw
-from atlas_jax.sharding import Sharding, from_global, place_rows
+from atlas_jax.sharding import BATCH_AXES, Sharding, from_global, place_rows
 from atlas_jax.types import Completion, Params
 
 CHUNK = 32
@@ -120,6 +122,7 @@ class LocalEngine:
         Raises:
             ValueError: if a request is empty, or wants no tokens or more than the model has
                 positions for.
+            StopRequestedError: in every process, within a chunk, if one of them is to stop.
         """
         for request in requests:
             self._check(request)
@@ -171,7 +174,7 @@ class LocalEngine:
             for rows, found in zip(places, _host(chunk), strict=True):
                 for row, *columns in zip(rows, *found, strict=True):
                     row.extend(columns, self.stop_ids)
-            if not distributed.any_process(any(not r.done for rows in groups for r in rows)):
+            if not _goes_on(any(not r.done for rows in groups for r in rows)):
                 break
             grid, places = _shrink(grid, places, sharding)
             grid, chunk = decode(*static, params, _with_room(grid))
@@ -194,6 +197,22 @@ class LocalEngine:
             text,
             version,
         )
+
+
+def _goes_on(unfinished: bool) -> bool:
+    """Returns whether any process has unfinished rows.
+
+    Every process calls it after each chunk. They leave together: one alone would let the others
+    wait for it.
+
+    Raises:
+        StopRequestedError: if any process is to stop.
+    """
+    flags = distributed.gather(np.asarray([unfinished, stopping.requested()]))
+    if flags[:, 1].any():
+        stopping.check()
+        raise stopping.StopRequestedError("a request to another process")
+    return bool(flags[:, 0].any())
 
 
 def first_room(longest: int) -> int:
@@ -237,7 +256,7 @@ def start(
         time=jnp.int32(-1),
     )
     grid, drawn = _sample(decoder, stop_ids, sampling, params, grid, hidden)
-    return grid, jax.tree.map(lambda x: x[..., None], drawn)
+    return _placed(decoder, grid, jax.tree.map(lambda x: x[..., None], drawn))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -264,7 +283,36 @@ def decode(
     shape = (*grid.tokens.shape, CHUNK)
     floats = jnp.zeros(shape, jnp.float32)
     chunk = _Chunk(jnp.zeros(shape, jnp.int32), floats, floats)
-    return jax.lax.while_loop(more, step, (jnp.int32(0), grid, chunk))[1:]
+    _, grid, chunk = jax.lax.while_loop(more, step, (jnp.int32(0), grid, chunk))
+    return _placed(decoder, grid, chunk)
+
+
+def placements(sharding: Sharding) -> Any:
+    """Returns where each array of a grid lies: rows over the batch axes, heads over `tensor`."""
+    rows: Any = sharding.rows()
+    prompt: Any = NamedSharding(sharding.mesh, PartitionSpec(None, BATCH_AXES, "tensor"))
+    own: Any = NamedSharding(sharding.mesh, PartitionSpec(None, BATCH_AXES, None, "tensor"))
+    everywhere: Any = sharding.replicated
+    return _Grid(
+        cache=kv.Cache(KeysValues(prompt, prompt), KeysValues(own, own), rows),
+        tokens=rows,
+        alive=rows,
+        limits=rows,
+        keys=rows,
+        time=everywhere,
+    )
+
+
+def _placed(decoder: Decoder, grid: _Grid, chunk: _Chunk) -> tuple[_Grid, _Chunk]:
+    """Returns what a program computes, at the places that the next one and the host expect.
+
+    Without this XLA may choose: what is a constant, such as an empty cache or the log-probabilities
+    of greedy choices, it would put whole on every device.
+    """
+    sharding = decoder.sharding
+    rows = jax.tree.map(lambda _: sharding.rows(), chunk)
+    places = placements(sharding), rows
+    return jax.lax.with_sharding_constraint((grid, chunk), places)
 
 
 def _sample(
@@ -336,13 +384,14 @@ def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _P
             taken[j, 1 : 1 + len(alive[i])] = alive[i]
             kept[j] = ([places[i][k] for k in alive[i]] + kept[j])[:width]
     still = np.asarray([[not row.done for row in rows] for rows in kept])
-    moved = _take(sharding.num_replicas, grid, place_rows(taken, sharding))
+    moved = _take(sharding, grid, place_rows(taken, sharding))
     return moved._replace(alive=place_rows(still, sharding)), kept
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _take(parts: int, grid: _Grid, taken: jax.Array) -> _Grid:
+def _take(sharding: Sharding, grid: _Grid, taken: jax.Array) -> _Grid:
     """Returns the chosen prompts of each part of the grid, and the chosen rows of each prompt."""
+    parts = sharding.num_replicas
     prompts, rows = taken[:, 0].reshape(parts, -1), taken[:, 1:]
 
     def of_prompts(x: jax.Array) -> jax.Array:  # [P, ...]
@@ -357,8 +406,14 @@ def _take(parts: int, grid: _Grid, taken: jax.Array) -> _Grid:
         jax.tree.map(jax.vmap(of_rows), grid.cache.own),
         of_prompts(grid.cache.lengths),
     )
-    tokens, alive, limits, keys = map(of_rows, (grid.tokens, grid.alive, grid.limits, grid.keys))
-    return _Grid(cache, tokens, alive, limits, keys, grid.time)
+    fewer = grid._replace(
+        cache=cache,
+        tokens=of_rows(grid.tokens),
+        alive=of_rows(grid.alive),
+        limits=of_rows(grid.limits),
+        keys=of_rows(grid.keys),
+    )
+    return jax.lax.with_sharding_constraint(fewer, placements(sharding))
 
 
 def _with_room(grid: _Grid) -> _Grid:

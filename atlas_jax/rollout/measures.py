@@ -25,8 +25,13 @@ def of_rewards(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) 
     found = {
         "reward/mean": (float(np.sum(scored)), len(scored)),
         "reward/std": (float(np.sum(spreads)), len(spreads)),
-        "reward/zero_std_group_frac": (sum(s == 0 for s in spreads), len(spreads)),
+        "reward/zero_std_group_frac": (
+            # A standard deviation of equal numbers need not be 0: their mean is rounded.
+            sum(max(g) == min(g) for g in groups if len(g) > 1),
+            len(spreads),
+        ),
         "reward/failed_frac": (total - len(scored), total),
+        "reward/skipped_frac": (sum(r.is_skipped for group in results for r in group), total),
     }
     for name in names if len(names) > 1 else ():
         parts = [r.details[name]["score"] for group in results for r in group]
@@ -40,9 +45,8 @@ def of_judges(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) -
     heard = [d for group in results for r in group if "judges" in (d := r.details["rim"])]
     verdicts = [v for d in heard for v in d["judges"].values()]
     several = [v["spread"] for v in verdicts if len(v["samples"]) > 1]
-    calls, cached, tokens, cost = (
-        sum(d[field] for d in heard) for field in ("calls", "cached", "tokens", "cost")
-    )
+    calls, cached, tokens = (sum(d[k] for d in heard) for k in ("calls", "cached", "tokens"))
+    costs = [d["cost"] for d in heard if d["cost"] is not None]
     found = {
         "reward/escalated_frac": (sum(bool(v["escalation"]) for v in verdicts), len(verdicts)),
         "reward/disagreement": (sum(several), len(several)),
@@ -50,7 +54,7 @@ def of_judges(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) -
         "reward/cache_hit_frac": (cached, cached + calls),
         "reward/calls": (calls, len(heard)),
         "reward/tokens": (tokens, len(heard)),
-        "reward/cost": (cost, len(heard)),
+        "reward/cost": (sum(costs), len(costs)),
     }
     for name in names:
         scores = [d["judges"][name]["score"] for d in heard]
@@ -72,7 +76,7 @@ def of_generation(groups: Sequence[Sequence[Rollout]], version: int) -> Metrics:
         "rollout/text_repeat_frac": (_repeats(groups), len(written)),
         "rollout/version_lag_max": (
             max((version - c.weights_version for c in whole), default=0),
-            1,
+            min(len(whole), 1),
         ),
     }
 

@@ -20,15 +20,16 @@ class Sample(NamedTuple):
     trains: bool
 
 
-def write(directory: str, step: int, process: int, groups: Sequence[Sequence[Sample]]) -> str:
-    """Writes one JSON line a sample to `rollouts/`, and returns the path.
+def write(directory: str, step: int, process: int, groups: Sequence[Sequence[Sample]]) -> None:
+    """Writes one JSON line a sample to `rollouts/`; a process without groups writes nothing.
 
     The file is written whole or not at all; a step that is repeated after a kill replaces it.
     """
+    if not groups:
+        return
     path = pathlib.Path(directory) / "rollouts" / f"step_{step:06d}_process_{process}.jsonl"
     records = (as_record(step, i, sample) for group in groups for i, sample in enumerate(group))
     write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    return str(path)
 
 
 def drop_after(directory: str, step: int) -> None:
@@ -55,6 +56,7 @@ def as_record(step: int, member: int, sample: Sample) -> dict[str, Any]:
         "probe": _completion(rollout.probe),
         "guided": _completion(rollout.guided),
         "reward": result.score,
+        "skipped": result.is_skipped,
         "reward_details": result.details,
         "advantage": sample.advantage,
         "trains": sample.trains,

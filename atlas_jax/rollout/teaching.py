@@ -2,7 +2,7 @@
 
 For each question the student answers alone and says how it would approach it, both once and shared
 by the group; the teacher reads the approach and writes G lessons; the student answers again with
-each of them. A prompt that does not fit its model makes an `error` completion, which no reward
+each of them. A prompt that does not fit its model makes a `skipped` completion, which no reward
 scores and which trains nothing.
 """
 
@@ -71,19 +71,19 @@ def run(
     student: Speaker | None,
     protocol: Protocol,
     draws: Draws,
-    alone: Sequence[tuple[Completion, Completion]] = (),
+    alone: Sequence[tuple[Completion, Completion]] | None = None,
 ) -> list[list[Rollout]]:
     """Returns the group of each question.
 
     Args:
-        questions: of this process.
+        questions: those of this process, which may have none while others have some.
         places: the number of each in the run, which its random numbers follow from.
         policy: the model that is trained.
         student: None under `protocol=direct`.
         protocol: how a group comes about.
         draws: how tokens are drawn.
         alone: baseline and probe of each question from an earlier run with the same student, which
-            is not asked again.
+            is then not asked again; every process gives them, or none does.
     """
     if student is None:
         prompts = [_fill(protocol.templates.direct, q, {}) for q in questions]
@@ -92,7 +92,8 @@ def run(
             [Rollout(q, completion, "", None, None, None) for completion in group]
             for q, group in zip(questions, written, strict=True)
         ]
-    alone = alone or _alone(student, questions, places, protocol, draws)
+    if alone is None:
+        alone = _alone(student, questions, places, protocol, draws)
     prompts = [
         _fill(protocol.templates.teacher, q, {"approach": probe.text})
         for q, (_, probe) in zip(questions, alone, strict=True)
@@ -191,10 +192,10 @@ def _guide(
 
 def _untaught(rollout: Rollout, protocol: Protocol) -> Completion | None:
     """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
-    if not rollout.policy.token_ids:
-        return _failed("error: the teacher's prompt does not fit")
+    if rollout.policy.is_failed:
+        return Completion.missing(rollout.policy.finish_reason)
     if protocol.missing_teaching == "unscored":
-        return _failed("error: no lesson")
+        return Completion.missing("skipped: no lesson")
     return rollout.baseline
 
 
@@ -213,12 +214,8 @@ def _ask(
 
 
 def _too_long(request: Request, room: int) -> Completion:
-    reason = f"error: prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
-    return _failed(f"{reason} exceed {room}")
-
-
-def _failed(reason: str) -> Completion:
-    return Completion((), (), (), (), reason, "", -1)
+    sizes = f"prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
+    return Completion.missing(f"skipped: {sizes} exceed {room}")
 
 
 def _fill(template: str, question: Question, more: Mapping[str, str]) -> str:

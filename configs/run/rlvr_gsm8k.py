@@ -1,6 +1,8 @@
 """Plain GRPO on GSM8K with an exact-match reward: no teacher, no student.
 
 python -m atlas_jax.train --config configs/run/rlvr_gsm8k.py --config.output_dir=checkpoints/gsm8k
+
+8 answers a question, 32 questions a step, on any number of devices that divides 256.
 """
 
 from ml_collections import ConfigDict
@@ -20,8 +22,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.top_p = 1.0
     c.max_prompt_length = 512
     c.max_new_tokens = 768
+    c.train_batch_size = 256
     c.per_device_train_batch_size = 4
-    c.gradient_accumulation_steps = 8
     c.max_steps = 500
     c.save_steps = 50
     c.eval_steps = 50

@@ -3,10 +3,11 @@
 python -m atlas_jax.train --config configs/run/teacher_rcl.py \
     --config.resume_from=checkpoints/sft --config.output_dir=checkpoints/grpo
 
-32 lessons a question, 4 questions a step on 8 devices. Judges reward them: helpfulness and process,
-as configs/rim_offline_config.py has it; `…/teacher_rcl.py:rim=rim_config` takes all four, and
-`--config.reward.kind=mixed` adds the rule of what a lesson changed. The guide expects reward/mean
-to rise, teaching/non_degradation_rate above 0.95 and a KL of 0.5 to 2.0.
+32 lessons a question, 4 questions a step, on any number of devices that divides 128. Judges reward
+them: helpfulness and process, as configs/rim_offline_config.py has it;
+`…/teacher_rcl.py:rim=rim_config` takes all four, and `--config.reward.kind=mixed` adds the rule of
+what a lesson changed. The guide expects reward/mean to rise, teaching/non_degradation_rate above
+0.95 and a KL of 0.5 to 2.0.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +28,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.top_p = 0.95
     c.num_generations = 32
     c.max_new_tokens = 512
+    c.train_batch_size = 128
     c.per_device_train_batch_size = 4
-    c.gradient_accumulation_steps = 4
     c.max_seq_length = 4096
     c.max_steps = 250
     c.save_steps = 10

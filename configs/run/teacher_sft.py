@@ -2,7 +2,8 @@
 
     launch/launch.sh 8 configs/run/teacher_sft.py output_dir=checkpoints/sft
 
-Global batch on 8 devices: 2 rows x 8 devices x 8 accumulation steps = 128.
+A step has 128 rows on any number of devices that divides 128, at most 2 of them on a device at one
+time.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.output_dir = "checkpoints/sft"
     c.learning_rate = 2e-5
     c.num_train_epochs = 1.0
+    c.train_batch_size = 128
     c.per_device_train_batch_size = 2
-    c.gradient_accumulation_steps = 8
     c.warmup_ratio = 0.1
     return config.apply_parts(c, argument, model="llama3_8b", data="arc_atlas_sft")

@@ -86,6 +86,21 @@ def test_processes_together_hold_the_global_batch(packing, processes):
         assert same(together, whole.batch(step))
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_each_process_knows_the_tokens_of_the_whole_step(packing):
+    """Also where its own share is shorter or blank, and over the borders of epochs."""
+    options = {"packing": packing, "max_seq_length": 16}
+    streams = [build(Layout(4, p, 4), **options).batches() for p in range(4)]
+    totals = []
+    for _ in range(10):
+        own = [int((next(stream).segment_ids > 0).sum()) for stream in streams]
+        assert {stream.num_tokens for stream in streams} == {sum(own)}
+        totals.append((sum(own), 4 * own[0]))
+    assert any(true != guessed for true, guessed in totals)
+    for stream in streams:
+        stream.close()
+
+
 def test_last_batch_of_an_epoch_is_filled_with_blank_rows():
     batch = build().batch(2)  # 11 rows in steps of 4
     assert batch.segment_ids.any(axis=1).tolist() == [True, True, True, False]

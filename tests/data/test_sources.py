@@ -7,8 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig
 from atlas_jax.data import sources
+from configs.run import rlvr_gsm8k
 
 CONFIG = DataConfig()
 
@@ -174,6 +176,25 @@ def test_folder_of_files_is_read_through_datasets(tmp_path):
     rows = sources.read_rows(CONFIG, folder).rows
     assert [row.name for row in rows] == [f"{folder}[train]:{i}" for i in (1, 2, 3)]
     assert [row.fields for row in rows] == numbered(3)
+
+
+def test_the_gsm8k_recipe_finds_its_two_files(tmp_path, monkeypatch):
+    """A single file has the split `train` alone, whatever `data.eval_split` says."""
+    recipe = config_lib.freeze(rlvr_gsm8k.get_config())
+    folder = tmp_path / "openai" / "gsm8k" / "main"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 3), ("test", 2)):
+        rows = [{"question": f"{name} {i}?", "answer": f"so\n#### {i}"} for i in range(count)]
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert recipe.data.eval_split == "test"
+    train, held_out = sources.load_rows(recipe.data, recipe.seed)
+    assert [row.fields["question"] for row in train.rows] == ["train 0?", "train 1?", "train 2?"]
+    assert [row.fields["question"] for row in held_out.rows] == ["test 0?", "test 1?"]
+    assert held_out.rows[0].name == f"{recipe.data.eval_path}[train]:1"
+    config = dataclasses.replace(recipe.data, dataset_split="validation")
+    assert sources.load_rows(config, recipe.seed) == (train, held_out)
 
 
 def test_split_that_a_hub_dataset_lacks_is_an_error(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, RolloutConfig
 from atlas_jax.recipes import grpo, setup
+from configs.run import teacher_rcl
 from tests import processes, words
 
 STEPS = 8
@@ -75,6 +76,7 @@ def command(inputs, output, protocol):
         "max_prompt_length": 12, "max_new_tokens": 4, "max_seq_length": 32,
         "data.length_buckets": "(32,)", "num_generations": GENERATIONS, "temperature": 1.0,
         "top_p": 1.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "train_batch_size": 0,
         "learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_ratio": 0.0,
         "max_steps": STEPS, "save_steps": 2, "save_total_limit": 2, "eval_steps": 0,
         "compilation_cache_dir": inputs / "xla", **OPTIONS[protocol],
@@ -253,6 +255,46 @@ def test_the_export_is_a_transformers_model(inputs, whole):
     assert moved.abs().max() > 1e-3
 
 
+ORDINARY = {
+    "a prompt too long": {"max_prompt_length": 5},
+    "no lesson": {"rollout.missing_teaching": "unscored"},
+    "all cut": {"mask_truncated_completions": True, "max_new_tokens": 1, "top_k": 1},
+}
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_a_run_does_not_end_for_samples_that_cannot_train(inputs, tmp_path, case):
+    """A quarter of a step does not fit; no lesson has its tags; every completion is cut."""
+    names = [f"q{i} answer hint answer hint" if i % 4 == 0 else f"q{i}" for i in range(8)]
+    lines = [json.dumps({"question": q, "answer": str(i % 3)}) for i, q in enumerate(names)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    values = {
+        "data.dataset_path": tmp_path / "questions.jsonl", "data.shuffle": False, "max_steps": 3,
+        "reward.max_failed_frac": 0.2, "reward.retry_waits_secs": "(600.0,)", **ORDINARY[case],
+    }  # fmt: skip
+    asked = command(inputs, tmp_path / "run", "teaching")
+    asked["args"] += [f"--config.{k}={v}" for k, v in values.items()]
+    result = subprocess.run(**asked, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line for line in metrics(tmp_path / "run") if "loss/total" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    skipped = [line["reward/skipped_frac"] for line in lines]
+    trained = [line["rollout/trained_frac"] for line in lines]
+    if case == "a prompt too long":
+        assert skipped == [0.25] * 3
+        assert trained == [0.75] * 3
+        assert all(line["loss/total"] is not None for line in lines)
+    else:
+        assert skipped == [float(case == "no lesson")] * 3
+        assert 0.0 in trained
+        for line in lines:
+            assert (line["loss/total"] is None) == (line["rollout/trained_frac"] == 0)
+            idle = f"step {line['step']} trains nothing: of 16 samples"
+            assert result.stderr.count(idle) == (line["rollout/trained_frac"] == 0)
+    state = json.loads((tmp_path / "run" / "final" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
 BASE = GRPOConfig(
     model_name_or_path="m",
     student_model="s",
@@ -321,13 +363,13 @@ def test_sizes_that_cannot_work_name_ones_that_can(rows, device_rows):
         gradient_accumulation_steps=rows // device_rows,
     )
     with pytest.raises(ValueError, match="do not divide into groups of num_generations=8") as error:
-        grpo.make_layout(draft, config_lib.batch_plan(draft, 1), 1, 1)
+        grpo.make_layout(draft, config_lib.batch_plan(draft, 1), 1)
     advice = str(error.value).partition("train_batch_size=")[2]
     named = [int(word) for word in advice.replace(",", " ").split() if word.isdigit()]
     assert named
     for size in named:
         changed = dataclasses.replace(draft, train_batch_size=size, gradient_accumulation_steps=0)
-        layout = grpo.make_layout(changed, config_lib.batch_plan(changed, 1), 1, 1)
+        layout = grpo.make_layout(changed, config_lib.batch_plan(changed, 1), 1)
         assert layout.questions * 8 == size
     assert "gradient_accumulation_steps=0" in str(error.value)
 
@@ -337,12 +379,34 @@ def test_a_row_holds_as_many_completions_as_fit_and_divide():
         BASE, num_generations=8, per_device_train_batch_size=4, max_prompt_length=100,
         max_new_tokens=50, max_seq_length=299,
     )  # fmt: skip
-    plan = BatchPlan(16, 2)
-    assert grpo.make_layout(draft, plan, 2, 1).per_row == 2
+    plan = BatchPlan(global_rows=16, microbatches=2, device_rows=4)
+    assert grpo.make_layout(draft, plan, 2).per_row == 2
     wider = dataclasses.replace(draft, max_seq_length=300)
-    assert grpo.make_layout(wider, plan, 2, 1).per_row == 4
+    assert grpo.make_layout(wider, plan, 2).per_row == 4
     apart = dataclasses.replace(wider, rollout=RolloutConfig(share_prompt=False))
-    assert grpo.make_layout(apart, plan, 2, 1).per_row == 1
+    assert grpo.make_layout(apart, plan, 2).per_row == 1
+    fewer = dataclasses.replace(plan, device_rows=2, microbatches=4)
+    assert grpo.make_layout(wider, fewer, 2).per_row == 2
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_the_recipe_of_the_guide_asks_four_questions_on_any_number_of_devices(devices):
+    recipe = config_lib.freeze(teacher_rcl.get_config())
+    plan = config_lib.batch_plan(recipe, devices)
+    layout = grpo.make_layout(recipe, plan, devices)
+    assert layout.questions == 4
+    assert plan.global_rows == 128
+    assert plan.device_rows == min(4, 128 // devices)
+    assert layout.microbatches * plan.device_rows * devices == 128
+    assert plan.device_rows % layout.per_row == 0
+    rows = plan.global_rows // layout.per_row
+    assert all(rows % count == 0 for count in (1, 2, 4, 8, 64) if count <= devices)  # of processes
+
+
+def test_six_devices_get_the_sizes_that_also_hold_whole_groups():
+    recipe = config_lib.freeze(teacher_rcl.get_config())
+    with pytest.raises(ValueError, match=r"over the 6 devices.*set train_batch_size=96 or 192"):
+        config_lib.batch_plan(recipe, 6)
 
 
 def test_a_student_without_enough_positions_is_refused(inputs):

@@ -239,6 +239,18 @@ def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
     assert len(list((outputs[1] / "rollouts").iterdir())) == 4
 
 
+def test_grpo_with_fewer_questions_than_processes_equals_one(grpo_inputs, tmp_path):
+    """One question a step, and one in the evaluation: process 1 has none, and trains half."""
+    options = GRPO | {
+        "num_generations": 32, "data.eval_path": grpo_inputs / "questions.jsonl",
+        "rollout.eval_limit": 1, "eval_steps": 1,
+    }  # fmt: skip
+    outputs = grpo_of_one_and_two(grpo_inputs, tmp_path, "teaching", options)
+    files = sorted(path.name for path in (outputs[1] / "rollouts").iterdir())
+    assert files == [f"step_00000{step}_process_0.jsonl" for step in (1, 2)]
+    assert sum("eval/student_accuracy" in line for line in test_grpo.metrics(outputs[1])) == 2
+
+
 def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server, tmp_path):
     options = GRPO | {
         "model_name_or_path": vllm_server.root, "rollout.backend": "vllm",

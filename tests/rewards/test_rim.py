@@ -10,10 +10,14 @@ import time
 
 import pytest
 
+from atlas_jax import config as config_lib
+from atlas_jax import endpoints
 from atlas_jax.options_rim import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import RIMReward
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
+from atlas_jax.types import RewardResult
+from configs import rim_config
 from tests import judge_server
 from tests.rewards.test_verifiable import completion, rollout
 
@@ -233,13 +237,56 @@ def test_the_budget_holds_over_restarts(server, tmp_path):
 def test_money_is_counted_and_ends(server, tmp_path):
     config = options(server, tmp_path, limits={"max_cost": 0.01, "max_in_flight": 1})
     small = dataclasses.replace(config.small_model, input_price=10.0, output_price=50.0)
-    reward = RIMReward(dataclasses.replace(config, small_model=small))
+    config = dataclasses.replace(config, small_model=small)
+    unknown = (
+        r"max_cost=0\.01, and the price of reward\.rim\.large_model \(large at http.*not known"
+    )
+    with pytest.raises(ValueError, match=unknown):
+        RIMReward(config)
+    free = dataclasses.replace(config.large_model, input_price=0.0, output_price=0.0)
+    reward = RIMReward(dataclasses.replace(config, large_model=free))
     results = reward.score(cases(10))
     # a call is 100 tokens at 10 and 20 tokens at 50 for a million: 0.002
     assert sum(r.details["cost"] for r in results) == pytest.approx(0.01)
     assert sum(r.details["tokens"] for r in results) == 5 * 120
     assert results[-1].score is None
     assert "max_cost" in results[-1].details["unscored"]
+
+
+def test_a_server_of_ones_own_has_no_price_until_one_is_set(server, tmp_path):
+    """The shipped config names Gemini; only its address and its model are changed."""
+    from atlas_jax.rollout import measures  # brings JAX, which the scripts here need not wait for
+
+    draft = config_lib.defaults(config_lib.GRPOConfig)
+    rim_config.apply(draft)
+    for model in (draft.reward.rim.small_model, draft.reward.rim.large_model):
+        model.base_url, model.model, model.api_key_env = server.url, "agreeing", ""
+    draft.reward.rim.cache_dir = str(tmp_path / "cache")
+    config, account = config_lib.freeze(draft).reward.rim, tmp_path / "account.json"
+    results = RIMReward(config, ledger_path=str(account)).score(cases(2, "priced"))
+    assert [r.details["cost"] for r in results] == [None, None]
+    assert sum(r.details["tokens"] for r in results) > 0
+    found = measures.of_judges([[RewardResult(1.0, {"rim": r.details}) for r in results]], ())
+    assert found["reward/cost"] == (0, 0)
+    assert json.loads(account.read_text())["cost"] is None
+
+    own = {"input_price": 1.0, "output_price": 2.0}
+    small, large = (dataclasses.replace(m, **own) for m in (config.small_model, config.large_model))
+    priced = dataclasses.replace(config, small_model=small, large_model=large, cache_dir="")
+    results = RIMReward(priced).score(cases(2, "priced"))
+    expected = sum(r.details["calls"] for r in results) * (100 * 1.0 + 20 * 2.0) / 1e6
+    assert sum(r.details["cost"] for r in results) == pytest.approx(expected)
+    limited = dataclasses.replace(priced, limits=JudgeLimits(max_cost=1.0))
+    with pytest.raises(ValueError, match=r"account.json has calls of judges whose price was not"):
+        RIMReward(limited, ledger_path=str(account))
+
+
+def test_a_provider_s_model_has_its_list_price():
+    assert endpoints.prices(JudgeModel(model="gemini/gemini-2.5-flash")) == (0.30, 2.50)
+    assert endpoints.prices(JudgeModel(model="gemini/gemini-2.5-pro", input_price=1.0)) == (1.0, 10)
+    assert endpoints.prices(JudgeModel(model="openai/gpt-4o")) is None
+    assert endpoints.prices(JudgeModel(model="openai/gpt-4o", input_price=2.5)) is None
+    assert endpoints.prices(JudgeModel("gemini/gemini-2.5-pro", "http://host/v1")) is None
 
 
 def test_processes_divide_the_limits(server, tmp_path):
@@ -297,13 +344,15 @@ def test_lessons_that_aim_at_the_judge_are_capped(server, tmp_path):
 
 def test_rollouts_whose_texts_failed_are_not_asked(server, tmp_path):
     failed = completion("", 0, "error: connection refused")
+    long = completion("", 0, "skipped: no lesson")
     before = server.stats()["calls"]
     sample = rollout("8", "7")
     results = RIMReward(options(server, tmp_path))(
-        [sample._replace(policy=failed), sample, sample._replace(guided=failed)]
+        [sample._replace(policy=failed), sample, sample._replace(guided=long)]
     )
     assert server.stats()["calls"] - before >= 6
     assert [r.score is None for r in results] == [True, False, True]
+    assert [r.is_outage for r in results] == [True, False, False]
     assert results[0].details == {"unscored": "completion: error: connection refused"}
     assert not results[0].later
 
@@ -323,6 +372,43 @@ def test_one_answer_can_be_evaluated_also_inside_an_event_loop(server, tmp_path)
     assert set(found.judge_scores) == set(found.judge_explanations) == {"helpfulness", "process"}
     assert found.score == pytest.approx(sum(found.judge_scores.values()) / 2)
     assert found.judge_explanations["process"] in found.rationale
+
+
+_STOPPED = """
+import pathlib, signal, sys
+from atlas_jax import stopping
+from tests.rewards.test_rim import RIMReward, cases, options
+signal.signal(signal.SIGTERM, lambda number, _: stopping.request("SIGTERM"))
+server = type("Server", (), {"url": sys.argv[1]})
+config = options(server, pathlib.Path(sys.argv[2]), "never silent", limits={"timeout_secs": 3600.0})
+reward = RIMReward(config, ledger_path=sys.argv[3])
+print("asking", flush=True)
+try:
+    reward.score(cases(10))
+except stopping.StopRequestedError as error:
+    sys.exit(f"stopped by {error}")
+"""
+
+
+def test_a_judge_that_hangs_does_not_hold_up_a_run_that_is_to_stop(tmp_path):
+    """Nor the end of the process; the account of what was asked is written."""
+    account = tmp_path / "account.json"
+    with judge_server.running() as server:
+        command = [sys.executable, "-c", _STOPPED, server.url, str(tmp_path), str(account)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout.readline() == "asking\n"
+            while server.stats()["calls"] < 60:  # ten cases, two judges, three temperatures
+                time.sleep(0.05)
+            process.terminate()
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert error.strip() == "stopped by SIGTERM"
+    assert process.returncode == 1
+    assert json.loads(account.read_text())["calls"] == 60
 
 
 def test_threads_may_share_a_reward(server, tmp_path):
@@ -372,6 +458,14 @@ def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
         ({"small_model": JudgeModel(model="gpt-4o")}, "does not say where the model is"),
         ({"large_model": JudgeModel(base_url="host:1")}, "base_url='host:1'.*write base_url=http"),
         ({"anti_gaming": AntiGaming(cap_score=1.5)}, "cap_score=1.5 must be at least 0"),
+        ({"small_model": JudgeModel(input_price=-2.0)}, r"small_model.input_price=-2.0 must be 0"),
+        (
+            {
+                "small_model": JudgeModel(model="openai/gpt-4o"),
+                "limits": JudgeLimits(max_cost=5.0),
+            },
+            r"max_cost=5, and the price of reward.rim.small_model \(openai/gpt-4o\) is not known",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes, message):

@@ -77,7 +77,25 @@ def test_teaching_gain_is_none_where_it_cannot_be_told():
         "lesson: error: connection refused": sample._replace(policy=failed),
     }
     results = teaching_gain()(list(samples.values()))
-    assert results == [RewardResult(None, {"unscored": reason}) for reason in samples]
+    assert results == [
+        RewardResult(None, {"unscored": reason}, is_skipped=reason == "no ground truth")
+        for reason in samples
+    ]
+
+
+def test_a_text_that_could_not_come_about_is_no_outage():
+    """A sample with a skipped and a failed text is skipped: no server would give it a score."""
+    failed = completion("", 0, "error: connection refused")
+    long = completion("", 0, "skipped: prompt of 9 tokens and 2 new ones exceed 10")
+    sample = rollout(WRONG_TEXT, RIGHT)
+    samples = [sample._replace(baseline=failed, guided=long), sample._replace(guided=failed)]
+    gain, judge = teaching_gain(), fixed(0.5, None)
+    results = combine({"gain": (gain, 1.0), "judge": (judge, 1.0)})(samples)
+    assert [(r.score, r.is_skipped, r.is_outage) for r in results] == [
+        (None, True, False), (None, False, True)
+    ]  # fmt: skip
+    assert gain(samples)[0].details == {"unscored": f"guided answer: {long.finish_reason}"}
+    assert not exact_match()([sample])[0].is_outage
 
 
 def test_exact_match_scores_the_answer_that_counts():
@@ -90,7 +108,7 @@ def test_exact_match_scores_the_answer_that_counts():
         RewardResult(1.0, {"correct": True, "extracted": "7"}),
         RewardResult(0.0, {"correct": False, "extracted": "8"}),
         RewardResult(0.0, {"correct": False, "extracted": None}),
-        RewardResult(None, {"unscored": "no ground truth"}),
+        RewardResult(None, {"unscored": "no ground truth"}, is_skipped=True),
         RewardResult(None, {"unscored": "answer: error: timeout"}),
     ]
 

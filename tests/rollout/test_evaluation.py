@@ -42,7 +42,7 @@ CASES = {
 }  # fmt: skip
 
 
-def ask(names, room=1000, missing="none", lesson="think", earlier=(), seen=None):
+def ask(names, room=1000, missing="none", lesson="think", earlier=None, seen=None):
     """Returns the rollouts of questions that are named as the cases are; `seen` gets prompts."""
 
     def pupil(prompt, member):

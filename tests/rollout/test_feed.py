@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import config as config_lib
-from atlas_jax import metrics
+from atlas_jax import losses, metrics
 from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import Order
 from atlas_jax.recipes import grpo
@@ -176,15 +176,130 @@ def test_a_signal_while_waiting_leaves_the_position(tmp_path):
 
 def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
     how = protocol(kind="direct", size=2, prompt=9)
-    long = [Question("long", "a question too long", "1", {}), *questions(2)[1:]]
-    feed = make_feed(tmp_path, useful, how=how, count=2)
-    feed._parts = feed._parts._replace(order=Order(long, 0, False))
+    feed = with_long(make_feed(tmp_path, useful, how=how, count=2), 2)
     given = feed.next(state_of(0), time.sleep)
     assert [s["trains"] for s in recorded(tmp_path, 1)] == [False, False, True, True]
     assert np.asarray(given.batch.loss_mask).any(axis=-1).tolist() == [[False, True]]
     assert given.metrics["rollout/failed_frac"] == (2, 4)
-    assert given.metrics["reward/failed_frac"] == (2, 4)
-    assert given.num_tokens == 4
+    assert given.metrics["reward/failed_frac"] == given.metrics["reward/skipped_frac"] == (2, 4)
+    assert given.metrics["rollout/trained_frac"] == (2, 4)
+    assert given.num_tokens == len("direct q1") + 2 * 2  # a prompt and two letters that stop
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize(("per_row", "prompts"), [(2, 1), (1, 2)])
+def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prompts):
+    config = dataclasses.replace(CONFIG, num_iterations=updates)
+    feed = make_feed(tmp_path, lambda _, member: "12" * (1 + member), config=config)
+    feed._parts = feed._parts._replace(layout=feed._parts.layout._replace(per_row=per_row))
+    given = feed.next(state_of(0), time.sleep)
+    written = (2 + 1) + (4 + 1)  # two texts with their stop tokens
+    assert given.num_tokens == updates * 2 * (prompts * len("direct q0") + written)
+
+
+def with_long(feed, count):
+    """Makes the first of `count` questions too long to be asked."""
+    long = [Question("long", "a question too long", "1", {}), *questions(count)[1:]]
+    feed._parts = feed._parts._replace(order=Order(long, 0, False))
+    return feed
+
+
+@pytest.mark.parametrize("outages", [0, 1, 2])
+def test_only_outages_count_towards_the_end_of_a_run(tmp_path, outages):
+    """One of two questions does not fit; a judge is away for some of the other's two samples."""
+    options = dataclasses.replace(CONFIG.reward, max_failed_frac=0.5, retry_waits_secs=(1.0,))
+    config = dataclasses.replace(CONFIG, reward=options)
+    rule = grpo.make_reward(config)
+
+    def reward(rollouts):
+        away = RewardResult(None, {"unscored": "the judge is away"}, True)
+        found = rule(rollouts)
+        return [*found[: len(found) - outages], *[away] * outages]
+
+    waits = []
+    how = protocol(kind="direct", size=2, prompt=9)
+    feed = with_long(make_feed(tmp_path, useful, reward, config, how, 2), 2)
+    if outages == 2:
+        with pytest.raises(DependencyError, match=r"2 of 2 samples could not.*the judge is away"):
+            feed.next(state_of(0), waits.append)
+        assert waits == [1.0]
+    else:
+        given = feed.next(state_of(0), waits.append)
+        assert given.metrics["reward/failed_frac"] == (2 + outages, 4)
+        assert given.metrics["reward/skipped_frac"] == (2, 4)
+        assert waits == []
+    found = recorded(tmp_path, 1)
+    assert [s["skipped"] for s in found] == [True, True, False, False]
+    assert [s["trains"] for s in found] == [False, False, outages < 2, outages < 1]
+
+
+def loss_weight(batch, per_row):
+    """Returns loss and weight of the one microbatch of a batch."""
+    options = losses.PolicyOptions("grpo", 0.2, 0.2, 0.0, "token", 2.0, 8, per_row)
+    batch = jax.tree.map(lambda x: x[0], batch)
+    return losses.policy_loss(batch.rollout_logprobs, batch, options)[0]
+
+
+def test_a_step_whose_teacher_writes_no_lesson_trains_nothing_and_ends_nothing(tmp_path, caplog):
+    options = dataclasses.replace(CONFIG.reward, max_failed_frac=0.0, retry_waits_secs=(1.0,))
+    config = dataclasses.replace(CONFIG, reward=options)
+    feed = make_feed(tmp_path, lambda prompt, member: "no tags", None, config)
+    student = Script(lambda prompt, member: "1").speaker
+    how = protocol("unscored", 2)
+    feed._parts = feed._parts._replace(student=student, protocol=how)
+    with caplog.at_level("WARNING"):
+        given = feed.next(state_of(0), pytest.fail)
+    assert given.metrics["reward/skipped_frac"] == (4, 4)
+    assert given.metrics["rollout/trained_frac"] == (0, 4)
+    assert given.metrics["rollout/failed_frac"] == (0, 4)  # the teacher's texts are there
+    assert {s["guided"]["finish_reason"] for s in recorded(tmp_path, 1)} == {"skipped: no lesson"}
+    assert feed.get_state()["position"] == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("step 1 trains nothing: of 4 samples 4 have no score")
+    assert "answer: skipped: no lesson" in line
+    assert tuple(map(float, loss_weight(given.batch, 2))) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_group_of_which_nothing_trains_is_replaced_like_an_equal_one(tmp_path, rounds):
+    """All of q0's texts are cut, though their rewards differ."""
+    rollout_options = dataclasses.replace(CONFIG.rollout, refill_rounds=rounds)
+    config = dataclasses.replace(CONFIG, rollout=rollout_options, mask_truncated_completions=True)
+
+    def say(prompt, member):
+        number = prompt.split("q")[1]
+        return ("0123" if member else "9123") if number == "0" else number * member or "8"
+
+    how = protocol(kind="direct", size=2, policy=4)
+    reward = grpo.make_reward(config)
+
+    def first_letter(rollouts):
+        cut = [r._replace(policy=r.policy._replace(text=r.policy.text[:1])) for r in rollouts]
+        return reward(cut)
+
+    feed = make_feed(tmp_path, say, first_letter, config, how)
+    given = feed.next(state_of(0), time.sleep)
+    found = recorded(tmp_path, 1)
+    assert [s["question_id"] for s in found][::2] == [["id0", "id1"], ["id2", "id1"]][rounds]
+    assert [s["trains"] for s in found] == [bool(rounds)] * 2 + [True] * 2
+    assert given.metrics["rollout/trained_frac"] == (2 + 2 * rounds, 4)
+    assert feed.get_state()["position"] == 2 + rounds
+
+
+def test_the_same_question_twice_in_a_batch_is_two_groups(tmp_path):
+    """Groups are places in the batch, not prompts: rewards 1 0 and 0 0 share no mean."""
+    calls = iter([1.0, 0.0, 0.0, 0.0])
+
+    def reward(rollouts):
+        return [RewardResult(next(calls), {}) for _ in rollouts]
+
+    feed = make_feed(tmp_path, useful, reward, count=1)
+    given = feed.next(state_of(0), time.sleep)
+    found = recorded(tmp_path, 1)
+    assert len({tuple(s["policy"]["prompt_ids"]) for s in found}) == 1
+    half = 0.5 / (np.sqrt(0.5) + 1e-4)  # by hand: mean 1/2, standard deviation sqrt(1/2)
+    assert [s["advantage"] for s in found] == pytest.approx([half, -half, 0.0, 0.0])
+    assert given.metrics["reward/zero_std_group_frac"] == (1, 2)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +13,23 @@ import pytest
 import torch
 import transformers
 
-from atlas_jax import logprobs
+from atlas_jax import logprobs, stopping
 from atlas_jax.checkpoint import gguf
 from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import Scored, collate_policy
 from atlas_jax.models.config import from_hf
+from atlas_jax.rollout import local
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import PolicyBatch
-from tests import tiny
+from tests import processes, tiny
 from tests.assets import smollm2_gguf
 from tests.tokenizers import chatml_tokenizer
 
 MESHES = {
     "one": (MeshConfig(), jax.devices()[:1]),
+    "eight": (MeshConfig(), None),
     "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), None),
 }
 GREEDY = Sampling(0.0)
@@ -271,6 +276,100 @@ def test_seeds_and_samples_differ(qwen):
     requests = [Request(prompts()[0], 12, seed, 4) for seed in (0, 1, 2, 2**32 - 1)]
     texts = [tokens for group in sampled(engine, params, requests) for tokens in group]
     assert len(set(texts)) == 16
+
+
+@pytest.fixture
+def stop():
+    """Asks the process to stop, as a signal would, and takes it back in the end."""
+    yield lambda: stopping.request("SIGTERM")
+    stopping.reset()
+
+
+def test_a_request_to_stop_ends_generation_within_a_chunk(engine_of, stop):
+    engine, params = engine_of("llama2")
+    requests = [Request(p, 220, i, 4) for i, p in enumerate(prompts(LENGTHS[:2]))]
+    local.decode.clear_cache()  # so that the timer comes before the end
+    timer = threading.Timer(0.2, stop)
+    timer.start()
+    with pytest.raises(stopping.StopRequestedError, match="SIGTERM"):
+        engine.generate(params, 0, requests, SAMPLING)
+    stopping.reset()
+    assert all(len(t) == 220 for group in sampled(engine, params, requests) for t in group)
+
+
+_PROCESS = """
+import sys
+from atlas_jax import distributed, stopping
+from atlas_jax.config import HostsConfig
+from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.local import LocalEngine
+from atlas_jax.rollout.sampling import Sampling
+from tests import tiny
+from tests.tokenizers import chatml_tokenizer
+
+class Tokenizer:  # of process 1, which is asked to stop when its first short text is done
+    def decode(self, ids, **_):
+        stopping.request("SIGTERM")
+        return ""
+
+with distributed.joined(HostsConfig(), distributed.Address()):
+    main = distributed.is_main()
+    decoder, params = tiny.load(sys.argv[1])
+    engine = LocalEngine(decoder, chatml_tokenizer() if main else Tokenizer(), ())
+    short, long = [Request((5, 6, 7), 3, 0)], [Request((5, 6, 7), 200, 0)]
+    engine.generate(params, 0, short, Sampling(0.0))
+    try:
+        engine.generate(params, 0, long if main else [], Sampling(0.0))
+    except stopping.StopRequestedError as error:
+        print("stopped by", error)
+    print(distributed.gather(distributed.np.asarray(7)).tolist())  # they are still in step
+"""
+
+
+def test_processes_leave_generation_together_when_one_is_to_stop(tmp_path):
+    path = tiny.save("llama2", tmp_path / "model")
+    port = processes.free_port()
+    asked = []
+    for process in range(2):
+        environment = os.environ | {
+            "XLA_FLAGS": processes.xla_flags(2), "ATLAS_COORDINATOR": f"127.0.0.1:{port}",
+            "ATLAS_NUM_PROCESSES": "2", "ATLAS_PROCESS_ID": str(process),
+        }  # fmt: skip
+        asked.append({"args": [sys.executable, "-c", _PROCESS, path], "env": environment})
+    run = processes.finish(asked, tmp_path / "logs")
+    assert "stopped by a request to another process\n[7, 7]" in run.text(0)
+    assert "stopped by SIGTERM\n[7, 7]" in run.text(1)
+
+
+@pytest.mark.parametrize(("mesh", "sampling"), [("eight", GREEDY), ("2x2x2", SAMPLING)])
+def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, caplog):
+    """The rows' own cache is split as the prompts' is, and a shape is compiled once."""
+    engine, params = engine_of("qwen3", mesh)
+    sharding, places = engine.decoder.sharding, [[local._Row(97)] * 4 for _ in range(8)]
+    requests = [Request(p, 97, i, 4) for i, p in enumerate(prompts((5,) * 8))]
+    static = engine.decoder, (), sampling
+    inputs = local._inputs(requests, places, sharding)
+    grid, chunk = local.start(*static, local.first_room(97), params, inputs)
+    heads, share = (1, 2) if mesh == "2x2x2" else (2, 1)  # of a device: of 2 heads, of 8 prompts
+    for kept in grid.cache.own:
+        assert kept.shape == (3, 8, 4, 2, 128, 32)
+        assert kept.sharding.shard_shape(kept.shape) == (3, share, 4, heads, 128, 32)
+    for kept in grid.cache.prompt:
+        assert kept.sharding.shard_shape(kept.shape) == (3, share, heads, 32, 32)
+    for array in chunk:  # also the log-probabilities of greedy choices, which are a constant
+        assert array.sharding.shard_shape(array.shape) == (share, 4, 1)
+    local.decode.clear_cache()
+    local._take.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        engine.generate(params, 0, requests, sampling)
+    assert caplog.text.count("Finished XLA compilation of jit(decode)") == 1
+    caplog.clear()
+    few = [r._replace(max_tokens=20 + 60 * (i == 0)) for i, r in enumerate(requests * 8)]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        engine.generate(params, 0, few, sampling)
+    assert "Finished XLA compilation of jit(_take)" in caplog.text  # rows were dropped
+    shapes = 1 if mesh == "eight" else 2  # there the smaller grid is like the one before
+    assert caplog.text.count("Finished XLA compilation of jit(decode)") == shapes
 
 
 @pytest.mark.parametrize(
