@@ -6,10 +6,12 @@ goes file by file, into a directory beside the target that takes its name when a
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -27,6 +29,7 @@ from atlas_jax.types import Params
 
 _DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @runtime_checkable
@@ -50,32 +53,26 @@ class Source(Protocol):
 
 
 class SafetensorsSource:
-    """A directory with `config.json` and safetensors, one file or indexed shards."""
+    """A directory with `config.json` and the safetensors files that transformers would load."""
 
     def __init__(self, path: str) -> None:
         self.path = pathlib.Path(path)
+        _check_directory(self.path)
         self.config = _read_json(self.path / "config.json")
         generation = self.path / "generation_config.json"
         self.generation_config = _read_json(generation) if generation.exists() else {}
-        self._files = self._open()
+        self._files: dict[str, Any] = {}
+        for file in _weight_files(self.path):
+            for name, content in _open_file(file):
+                if name in self._files:
+                    raise ValueError(
+                        f"{self.path} has tensor {name} in {file.name} and another file; "
+                        "download the model again"
+                    )
+                self._files[name] = content
         self.shapes = {
             name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
         }
-
-    def _open(self) -> dict[str, Any]:
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = _read_json(index)["weight_map"]
-            files = sorted({self.path / file for file in weight_map.values()})
-        else:
-            files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            other = ", ".join(sorted(p.name for p in self.path.glob("*.bin"))) or "no weights"
-            raise ValueError(
-                f"{self.path} has no *.safetensors file (it has {other}); save the model with "
-                "safe_serialization=True"
-            )
-        return {name: file for path in files for name, file in _open_file(path)}
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor in the dtype in which it is stored.
@@ -96,6 +93,76 @@ class SafetensorsSource:
         return writer.DTYPES[dtype]
 
 
+def _check_directory(path: pathlib.Path) -> None:
+    """Checks for what people give instead of a model directory."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give the directory that holds it")
+    adapter = path / "adapter_config.json"
+    if adapter.exists():
+        base = _read_json(adapter).get("base_model_name_or_path")
+        raise ValueError(
+            f"{path} holds a LoRA adapter (adapter_config.json), not a whole model; merge it into "
+            f"its base model {base} (peft: merge_and_unload, save_pretrained) and give the result"
+        )
+
+
+def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files that count, in the order of transformers; others are named in the log.
+
+    `model.safetensors` comes first, then what `model.safetensors.index.json` lists. A complete set
+    of numbered shards without an index is read too, which transformers refuses.
+    """
+    index = path / "model.safetensors.index.json"
+    whole = path / "model.safetensors"
+    found = sorted(path.glob("*.safetensors"))
+    if whole.exists():
+        used = [whole]
+    elif index.exists():
+        used = _indexed(index)
+    else:
+        used = _numbered(path, found)
+    others = [file.name for file in found if file not in used]
+    if whole.exists() and index.exists():
+        others.append(index.name)
+    if others:
+        counted = _some([file.name for file in used])
+        logging.warning("%s: %s not read; the weights are in %s", path, _some(others), counted)
+    return used
+
+
+def _indexed(index: pathlib.Path) -> list[pathlib.Path]:
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} has no weight_map; download it again")
+    for file in files.values():
+        parts = pathlib.PurePath(str(file)).parts
+        if not parts or ".." in parts or pathlib.PurePath(str(file)).is_absolute():
+            raise ValueError(f"{index} names {file!r}, which lies outside its directory; not read")
+    return sorted({index.parent / str(file) for file in files.values()})
+
+
+def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Returns the one whole set of numbered shards."""
+    if not found:
+        other = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "no weights"
+        raise ValueError(
+            f"{path} has no *.safetensors file (it has {other}); save the model with "
+            "safe_serialization=True"
+        )
+    sets: dict[int, list[pathlib.Path]] = collections.defaultdict(list)
+    for file in found:
+        if match := _SHARD.fullmatch(file.name):
+            sets[int(match[2])].append(file)
+    whole = [files for total, files in sets.items() if len(files) == total]
+    if len(whole) != 1 or len(sets) != 1:
+        raise ValueError(
+            f"{path} has neither model.safetensors nor model.safetensors.index.json, and "
+            f"{_some([file.name for file in found])} is no whole set of numbered shards; download "
+            "the model again, or name its one file model.safetensors"
+        )
+    return whole[0]
+
+
 def _open_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path} is named in the index but does not exist; download it again")
@@ -113,9 +180,12 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; a Hugging Face model directory has one")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        content = json.loads(path.read_text())
+    except ValueError as error:  # text that is not UTF-8, too
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return content
 
 
 def resolve(name_or_path: str) -> str:
@@ -124,8 +194,13 @@ def resolve(name_or_path: str) -> str:
     Raises:
         ValueError: if it is neither.
     """
-    if os.path.exists(name_or_path):
-        return name_or_path
+    local = os.path.expanduser(name_or_path)
+    if os.path.exists(local):
+        return local
+    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "~", "/")):
+        raise ValueError(
+            f"{name_or_path} does not exist; give a directory, a .gguf file or a hub id"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -134,7 +209,7 @@ def resolve(name_or_path: str) -> str:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model {name_or_path!r} is neither a directory nor a .gguf file here, and the hub "
-            f"does not give it: {error}"
+            f"does not give it: {' '.join(str(error).split())}"
         ) from None
 
 
@@ -211,6 +286,11 @@ def _check(source: Source, decoder: Decoder) -> None:
     expected = names.hf_shapes(decoder.config, decoder.shapes)
     tied = decoder.config.tie_embeddings
     found = stored_shapes(source, tied)
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"the weights do not fit config.json: missing {_some(missing)}; unknown {_some(extra)}"
+        )
     if (
         tied
         and "lm_head.weight" in source.shapes
@@ -221,11 +301,6 @@ def _check(source: Source, decoder: Decoder) -> None:
         raise ValueError(
             "config.json says tie_word_embeddings, but lm_head.weight differs from "
             "model.embed_tokens.weight; set tie_word_embeddings to false"
-        )
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        raise ValueError(
-            f"the weights do not fit config.json: missing {_some(missing)}; unknown {_some(extra)}"
         )
     for name, shape in expected.items():
         if found[name] != shape:

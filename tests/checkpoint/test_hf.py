@@ -1,6 +1,7 @@
 """Hugging Face directories, both ways."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -132,6 +133,138 @@ def test_a_directory_without_weights_or_config_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no \*.safetensors file"):
         hf.open_source(str(tmp_path))
+
+
+def test_what_is_no_model_directory_is_named(tmp_path):
+    with pytest.raises(ValueError, match="/nothing does not exist; give a directory"):
+        hf.resolve(str(tmp_path / "nothing"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json is a file; give the directory"):
+        hf.open_source(str(tmp_path / "config.json"))
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter .* its base model org/base"):
+        hf.open_source(str(tmp_path))
+
+
+def two_models(directory, **kw):
+    """Saves one model as `save_pretrained` does, then another into the same directory."""
+    tiny.save("qwen2", directory, **kw)
+    other = tiny.hf_model("qwen2", 1)
+    other.save_pretrained(directory)
+    return str(directory)
+
+
+def as_transformers_loads(path):
+    """Returns the weights, compared with what transformers loads from the same directory."""
+    source = hf.open_source(path)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert source.shapes.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(source.read(name), tensor.numpy())
+    return source
+
+
+def test_a_whole_file_comes_before_an_index(tmp_path, caplog):
+    path = two_models(tmp_path / "stale_index", max_shard_size="100KB")
+    assert not list((tmp_path / "stale_index").glob("model-*"))  # transformers removed them
+    as_transformers_loads(path)
+    tiny.save("qwen2", tmp_path / "shards", max_shard_size="100KB")
+    both = shutil.copytree(tmp_path / "shards", tmp_path / "both")
+    tiny.hf_model("qwen2", 1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", both)
+    caplog.clear()
+    found = as_transformers_loads(str(both)).read("model.norm.weight")
+    np.testing.assert_array_equal(
+        found, tiny.hf_model("qwen2", 1).state_dict()["model.norm.weight"].numpy()
+    )
+    assert "model-00001-of-0000" in caplog.text
+    assert "not read" in caplog.text
+
+
+def test_with_an_index_only_its_shards_count(tmp_path, caplog):
+    path = tiny.save("qwen2", tmp_path, max_shard_size="100KB")
+    tiny.hf_model("qwen2", 1).save_pretrained(tmp_path / "other")
+    for name in ("zz_old.safetensors", "model-00001-of-00002.safetensors"):
+        shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / name)
+    as_transformers_loads(path)
+    assert "model-00001-of-00002.safetensors, zz_old.safetensors not read" in caplog.text
+
+
+def test_a_second_copy_is_not_merged(tmp_path, caplog):
+    path = tiny.save("qwen2", tmp_path)
+    tiny.hf_model("qwen2", 1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "model_old.safetensors")
+    safetensors.numpy.save_file({"x": np.zeros(3)}, tmp_path / "consolidated.safetensors")
+    as_transformers_loads(path)
+    assert "consolidated.safetensors, model_old.safetensors not read" in caplog.text
+
+
+def test_a_whole_set_of_shards_without_an_index_is_read(tmp_path):
+    path = tiny.save("qwen2", tmp_path, max_shard_size="100KB")
+    expected = hf.open_source(path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    found = hf.open_source(path)
+    assert found.shapes == expected.shapes
+    for name in found.shapes:
+        np.testing.assert_array_equal(found.read(name), expected.read(name))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("weights.safetensors",),
+        ("model-00001-of-00002.safetensors",),
+        ("model-00001-of-00001.safetensors", "model-00001-of-00002.safetensors"),
+        ("a.safetensors", "b.safetensors"),
+    ],
+)
+def test_files_that_are_no_set_are_refused_by_name(names, tmp_path):
+    path = tiny.save("qwen2", tmp_path)
+    for name in names:
+        shutil.copy(tmp_path / "model.safetensors", tmp_path / name)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=f"neither model.safetensors nor .* {', '.join(names)} is no"
+    ):
+        hf.open_source(path)
+
+
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/etc/passwd", "a/../../b", 3])
+def test_an_index_that_leaves_its_directory_is_refused(file, tmp_path):
+    path = tiny.save("qwen2", tmp_path / "model", max_shard_size="100KB")
+    tiny.save("qwen2", tmp_path / "other")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"outside its directory|does not exist"):
+        hf.open_source(path)
+
+
+def test_an_index_without_content_is_refused(tmp_path):
+    path = tiny.save("qwen2", tmp_path, max_shard_size="100KB")
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+        hf.open_source(path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json holds no JSON object"):
+        hf.open_source(path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    path = tiny.save("qwen2", tmp_path, max_shard_size="100KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    first, second, *_ = sorted(tmp_path.glob("model-*"))
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match=r"in model-00002-of-0000\d.safetensors and another file"):
+        hf.open_source(path)
+
+
+def test_a_tied_model_that_stores_only_its_head_is_refused(tmp_path):
+    path = tiny.save("smollm2", tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    with pytest.raises(ValueError, match=r"missing model\.embed_tokens\.weight"):
+        tiny.load(path)
 
 
 def test_an_unknown_name_is_an_error():
