@@ -106,7 +106,8 @@ class ModelOptions:
     """dtype of activations and of the weights in matrix products; `auto` is bfloat16 on
     accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32."""
     export_dtype: str = "auto"
-    """dtype of `final/`; `auto` is what the source was stored in."""
+    """dtype of `final/`; `auto` stores each tensor in the dtype that it has in the files of
+    `model_name_or_path`, whatever their `config.json` says."""
     max_shard_size: int = 5_000_000_000
     """Bytes above which an export is split over several safetensors files."""
 

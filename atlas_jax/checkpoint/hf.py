@@ -1,19 +1,20 @@
 """Hugging Face directories: read into sharded arrays, and written as transformers and vLLM load.
 
 Reading goes tensor by tensor: the host holds one of them, the devices hold their shards. Writing
-goes file by file, into a directory beside the target that takes its name when all is there.
+goes file by file, into a directory beside the target that takes its name when it is whole. What may
+be replaced by it is decided in `exports`.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -23,12 +24,14 @@ import safetensors
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.checkpoint import gguf, names, writer
+from atlas_jax.checkpoint import exports, gguf, names, writer
+from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
 _DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+_DTYPES_FILE = "dtypes.json"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -222,9 +225,28 @@ def open_source(path: str) -> Source:
     return gguf.GGUFSource(path) if path.endswith(".gguf") else SafetensorsSource(path)
 
 
-def storage_dtype(config: dict[str, Any]) -> str:
-    """Returns the dtype in which `config.json` says that the weights are stored."""
-    return config.get("dtype") or config.get("torch_dtype") or "float32"
+def _stored_dtype(source: Source) -> writer.Dtype:
+    """Returns the dtype in which the weights are stored, of each tensor if they differ.
+
+    Files decide, because `config.json` may say another dtype; a GGUF file is what its config says.
+    """
+    if not isinstance(source, SafetensorsSource):
+        return source.config["dtype"]
+    config = from_hf(source.config)
+    exported = [name for entry in names.entries(config) for name in names.hf_names(entry, config)]
+    # `load` refuses a source where one is missing.
+    found = {name: source.dtype(name) for name in exported if name in source.shapes}
+    different = set(found.values())
+    return found if len(different) > 1 else different.pop() if different else "float32"
+
+
+def _main_dtype(dtype: writer.Dtype, config: Mapping[str, Any]) -> str:
+    """Returns what `config.json` is to say: what it says if it is true, else the usual dtype."""
+    if isinstance(dtype, str):
+        return dtype
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    usual = collections.Counter(dtype.values()).most_common(1)[0][0]
+    return said if said in dtype.values() else usual
 
 
 def load(source: Source, decoder: Decoder) -> Params:
@@ -320,11 +342,25 @@ def _set(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
 
 
 class ModelFiles(NamedTuple):
-    """What an export holds beside the weights."""
+    """What an export holds beside the weights, and how it stores them."""
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
+    """Empty where there is no such file; transformers then goes by `config`."""
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    dtype: writer.Dtype
+    """dtype in which the source stores its tensors: one, or one for each name."""
+
+
+def model_files(source: Source, tokenizer: Any) -> ModelFiles:
+    """Returns what an export of `source` holds; `dtype` in its config is what the files hold."""
+    dtype = _stored_dtype(source)
+    return ModelFiles(
+        config=_with_dtype(source.config, _main_dtype(dtype, source.config)),
+        generation_config=source.generation_config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
 
 
 def export(
@@ -335,6 +371,8 @@ def export(
     *,
     dtype: str,
     max_shard_size: int,
+    source: str,
+    unmarked: tuple[str, ...] = (),
 ) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` and vLLM load as it is.
 
@@ -344,36 +382,50 @@ def export(
         params: the parameters.
         decoder: their architecture and places.
         files: configuration and tokenizer.
-        directory: replaced if it exists.
-        dtype: of the tensors written.
+        directory: absent, empty, or an earlier export, which is replaced; the user's files in it
+            are kept.
+        dtype: of the tensors written; `auto` is the dtype in which the source stores each of them,
+            whatever its `config.json` says.
         max_shard_size: bytes of tensors in one file.
+        source: where the weights come from, for the marker file.
+        unmarked: patterns of the files of an export without a marker, see `exports.check`.
+
+    Raises:
+        ValueError: if `directory` holds anything that is not ours to replace.
+        OSError: if the disk is full, or something cannot be written. `directory` is then as it was.
     """
-    target = pathlib.Path(directory)
-    partial = target.with_name(f".{target.name}.partial")
+    if dtype != "auto":
+        files = files._replace(dtype=dtype, config=_with_dtype(files.config, dtype))
+    # Wide tensors first, so that each is aligned in a file of several dtypes.
+    tensors = sorted(
+        writer.tensors(decoder),
+        key=lambda t: -jnp.dtype(writer.dtype_of(t.name, files.dtype)).itemsize,
+    )
     main = distributed.is_main()
+    with contextlib.ExitStack() as stack:
+        partial = pathlib.Path(directory)  # where the other processes write nothing
+        if main:
+            partial = stack.enter_context(exports.replaced(directory, "model", source, unmarked))
+            write_files(str(partial), files)
+        shards = _shards(tensors, files.dtype, max_shard_size)
+        writer.write(params, decoder, partial, files.dtype, shards, lambda _: main)
     if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_files(str(partial), files._replace(config=_stored_as(files.config, dtype)))
-    files_of = _shards(writer.tensors(decoder), dtype, max_shard_size)
-    writer.write(params, decoder, partial, dtype, files_of, lambda _: main)
-    if main:
-        _replace(partial, target)
-        logging.info("wrote %s", target)
+        logging.info("wrote %s", directory)
     distributed.barrier(f"export {directory}")
 
 
-def _stored_as(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")} | {"dtype": dtype}
 
 
 def write_files(directory: str, files: ModelFiles) -> None:
-    """Writes what a model directory holds beside the weights."""
+    """Writes what a model directory holds beside the weights; there is no earlier one there."""
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
-    generation = json.dumps(files.generation_config, indent=2) + "\n"
-    (path / "generation_config.json").write_text(generation)
+    if files.generation_config:
+        generation = json.dumps(files.generation_config, indent=2) + "\n"
+        (path / "generation_config.json").write_text(generation)
     files.tokenizer.save_pretrained(directory)
     # transformers 5 names a class that version 4, which vLLM may run, does not know.
     options = path / "tokenizer_config.json"
@@ -381,14 +433,35 @@ def write_files(directory: str, files: ModelFiles) -> None:
     options.write_text(text)
 
 
+def write_run_files(directory: str, files: ModelFiles) -> None:
+    """Writes what makes the checkpoints of a run convertible; replaces only what it wrote before.
+
+    Raises:
+        ValueError: if `directory` holds anything that is not ours to replace.
+    """
+    with exports.replaced(directory, "run", "", exports.UNMARKED_FILES) as partial:
+        write_files(str(partial), files)
+        if not isinstance(files.dtype, str):
+            (partial / _DTYPES_FILE).write_text(json.dumps(files.dtype, indent=2) + "\n")
+
+
 def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFiles:
-    """Returns what `write_files` wrote."""
+    """Returns what `write_run_files` wrote."""
     path = pathlib.Path(directory)
-    generation = _read_json(path / "generation_config.json")
-    return ModelFiles(_read_json(path / "config.json"), generation, load_tokenizer(directory))
+    config = _read_json(path / "config.json")
+    generation, dtypes = path / "generation_config.json", path / _DTYPES_FILE
+    said = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return ModelFiles(
+        config=config,
+        generation_config=_read_json(generation) if generation.exists() else {},
+        tokenizer=load_tokenizer(directory),
+        dtype=_read_json(dtypes) if dtypes.exists() else said.removeprefix("torch."),
+    )
 
 
-def _shards(tensors: list[writer.Tensor], dtype: str, limit: int) -> list[list[writer.Tensor]]:
+def _shards(
+    tensors: list[writer.Tensor], dtype: writer.Dtype, limit: int
+) -> list[list[writer.Tensor]]:
     """Cuts the tensors, in order, into files of at most `limit` bytes, or of one tensor."""
     shards: list[list[writer.Tensor]] = [[]]
     used = 0
@@ -400,16 +473,3 @@ def _shards(tensors: list[writer.Tensor], dtype: str, limit: int) -> list[list[w
         shards[-1].append(tensor)
         used += size
     return shards
-
-
-def _replace(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Gives `partial` the name of `target`; at no time is half a directory under that name."""
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

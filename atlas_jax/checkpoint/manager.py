@@ -64,8 +64,14 @@ class Checkpoints:
         )
 
     def save_params(self, params: Params) -> None:
-        """Writes parameters only, as step 0."""
-        self._manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+        """Writes parameters only, as step 0.
+
+        Raises:
+            ValueError: if there is a checkpoint already, which Orbax would keep in silence.
+        """
+        args = ocp.args.Composite(params=ocp.args.StandardSave(params))
+        if not self._manager.save(0, args=args):
+            raise ValueError(f"{self.directory} holds a checkpoint already; nothing was written")
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
         """Returns what was saved at `step`, each array on the place that `abstract` says."""
