@@ -109,7 +109,8 @@ class ModelOptions:
     accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32.
     `float32` means full float32 products, not TF32 or bfloat16 passes."""
     export_dtype: str = "auto"
-    """dtype of `final/`; `auto` is what the source was stored in."""
+    """dtype of `final/`; `auto` stores each tensor in the dtype that it has in the files of
+    `model_name_or_path`, whatever their `config.json` says."""
     max_shard_size: int = 5_000_000_000
     """Bytes above which an export is split over several safetensors files."""
 

@@ -1,18 +1,21 @@
 """Hugging Face directories: read into sharded arrays, and written as transformers and vLLM load.
 
 Reading goes tensor by tensor: the host holds one of them, the devices hold their shards. Writing
-goes file by file, into a directory beside the target that takes its name when all is there.
+goes file by file, into a directory beside the target that takes its name when it is whole. What may
+be replaced by it is decided in `exports`.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -22,12 +25,15 @@ import safetensors
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.checkpoint import gguf, names, writer
+from atlas_jax.checkpoint import exports, gguf, names, writer
+from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
 _DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 _BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+_DTYPES_FILE = "dtypes.json"
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @runtime_checkable
@@ -51,32 +57,26 @@ class Source(Protocol):
 
 
 class SafetensorsSource:
-    """A directory with `config.json` and safetensors, one file or indexed shards."""
+    """A directory with `config.json` and the safetensors files that transformers would load."""
 
     def __init__(self, path: str) -> None:
         self.path = pathlib.Path(path)
+        _check_directory(self.path)
         self.config = _read_json(self.path / "config.json")
         generation = self.path / "generation_config.json"
         self.generation_config = _read_json(generation) if generation.exists() else {}
-        self._files = self._open()
+        self._files: dict[str, Any] = {}
+        for file in _weight_files(self.path):
+            for name, content in _open_file(file):
+                if name in self._files:
+                    raise ValueError(
+                        f"{self.path} has tensor {name} in {file.name} and another file; "
+                        "download the model again"
+                    )
+                self._files[name] = content
         self.shapes = {
             name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
         }
-
-    def _open(self) -> dict[str, Any]:
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = _read_json(index)["weight_map"]
-            files = sorted({self.path / file for file in weight_map.values()})
-        else:
-            files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            other = ", ".join(sorted(p.name for p in self.path.glob("*.bin"))) or "no weights"
-            raise ValueError(
-                f"{self.path} has no *.safetensors file (it has {other}); save the model with "
-                "safe_serialization=True"
-            )
-        return {name: file for path in files for name, file in _open_file(path)}
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor in the dtype in which it is stored.
@@ -97,6 +97,76 @@ class SafetensorsSource:
         return writer.DTYPES[dtype]
 
 
+def _check_directory(path: pathlib.Path) -> None:
+    """Checks for what people give instead of a model directory."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give the directory that holds it")
+    adapter = path / "adapter_config.json"
+    if adapter.exists():
+        base = _read_json(adapter).get("base_model_name_or_path")
+        raise ValueError(
+            f"{path} holds a LoRA adapter (adapter_config.json), not a whole model; merge it into "
+            f"its base model {base} (peft: merge_and_unload, save_pretrained) and give the result"
+        )
+
+
+def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files that count, in the order of transformers; others are named in the log.
+
+    `model.safetensors` comes first, then what `model.safetensors.index.json` lists. A complete set
+    of numbered shards without an index is read too, which transformers refuses.
+    """
+    index = path / "model.safetensors.index.json"
+    whole = path / "model.safetensors"
+    found = sorted(path.glob("*.safetensors"))
+    if whole.exists():
+        used = [whole]
+    elif index.exists():
+        used = _indexed(index)
+    else:
+        used = _numbered(path, found)
+    others = [file.name for file in found if file not in used]
+    if whole.exists() and index.exists():
+        others.append(index.name)
+    if others:
+        counted = _some([file.name for file in used])
+        logging.warning("%s: %s not read; the weights are in %s", path, _some(others), counted)
+    return used
+
+
+def _indexed(index: pathlib.Path) -> list[pathlib.Path]:
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} has no weight_map; download it again")
+    for file in files.values():
+        parts = pathlib.PurePath(str(file)).parts
+        if not parts or ".." in parts or pathlib.PurePath(str(file)).is_absolute():
+            raise ValueError(f"{index} names {file!r}, which lies outside its directory; not read")
+    return sorted({index.parent / str(file) for file in files.values()})
+
+
+def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Returns the one whole set of numbered shards."""
+    if not found:
+        other = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "no weights"
+        raise ValueError(
+            f"{path} has no *.safetensors file (it has {other}); save the model with "
+            "safe_serialization=True"
+        )
+    sets: dict[int, list[pathlib.Path]] = collections.defaultdict(list)
+    for file in found:
+        if match := _SHARD.fullmatch(file.name):
+            sets[int(match[2])].append(file)
+    whole = [files for total, files in sets.items() if len(files) == total]
+    if len(whole) != 1 or len(sets) != 1:
+        raise ValueError(
+            f"{path} has neither model.safetensors nor model.safetensors.index.json, and "
+            f"{_some([file.name for file in found])} is no whole set of numbered shards; download "
+            "the model again, or name its one file model.safetensors"
+        )
+    return whole[0]
+
+
 def _open_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path} is named in the index but does not exist; download it again")
@@ -114,9 +184,12 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; a Hugging Face model directory has one")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        content = json.loads(path.read_text())
+    except ValueError as error:  # text that is not UTF-8, too
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return content
 
 
 def resolve(name_or_path: str) -> str:
@@ -125,8 +198,13 @@ def resolve(name_or_path: str) -> str:
     Raises:
         ValueError: if it is neither.
     """
-    if os.path.exists(name_or_path):
-        return name_or_path
+    local = os.path.expanduser(name_or_path)
+    if os.path.exists(local):
+        return local
+    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "~", "/")):
+        raise ValueError(
+            f"{name_or_path} does not exist; give a directory, a .gguf file or a hub id"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -135,7 +213,7 @@ def resolve(name_or_path: str) -> str:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model {name_or_path!r} is neither a directory nor a .gguf file here, and the hub "
-            f"does not give it: {error}"
+            f"does not give it: {' '.join(str(error).split())}"
         ) from None
 
 
@@ -148,9 +226,28 @@ def open_source(path: str) -> Source:
     return gguf.GGUFSource(path) if path.endswith(".gguf") else SafetensorsSource(path)
 
 
-def storage_dtype(config: dict[str, Any]) -> str:
-    """Returns the dtype in which `config.json` says that the weights are stored."""
-    return config.get("dtype") or config.get("torch_dtype") or "float32"
+def _stored_dtype(source: Source) -> writer.Dtype:
+    """Returns the dtype in which the weights are stored, of each tensor if they differ.
+
+    Files decide, because `config.json` may say another dtype; a GGUF file is what its config says.
+    """
+    if not isinstance(source, SafetensorsSource):
+        return source.config["dtype"]
+    config = from_hf(source.config)
+    exported = [name for entry in names.entries(config) for name in names.hf_names(entry, config)]
+    # `load` refuses a source where one is missing.
+    found = {name: source.dtype(name) for name in exported if name in source.shapes}
+    different = set(found.values())
+    return found if len(different) > 1 else different.pop() if different else "float32"
+
+
+def _main_dtype(dtype: writer.Dtype, config: Mapping[str, Any]) -> str:
+    """Returns what `config.json` is to say: what it says if it is true, else the usual dtype."""
+    if isinstance(dtype, str):
+        return dtype
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    usual = collections.Counter(dtype.values()).most_common(1)[0][0]
+    return said if said in dtype.values() else usual
 
 
 def is_model(directory: pathlib.Path) -> bool:
@@ -237,6 +334,11 @@ def _check(source: Source, decoder: Decoder) -> None:
     expected = names.hf_shapes(decoder.config, decoder.shapes)
     tied = decoder.config.tie_embeddings
     found = stored_shapes(source, tied)
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"the weights do not fit config.json: missing {_some(missing)}; unknown {_some(extra)}"
+        )
     if (
         tied
         and "lm_head.weight" in source.shapes
@@ -247,11 +349,6 @@ def _check(source: Source, decoder: Decoder) -> None:
         raise ValueError(
             "config.json says tie_word_embeddings, but lm_head.weight differs from "
             "model.embed_tokens.weight; set tie_word_embeddings to false"
-        )
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        raise ValueError(
-            f"the weights do not fit config.json: missing {_some(missing)}; unknown {_some(extra)}"
         )
     for name, shape in expected.items():
         if found[name] != shape:
@@ -271,11 +368,25 @@ def _set(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
 
 
 class ModelFiles(NamedTuple):
-    """What an export holds beside the weights."""
+    """What an export holds beside the weights, and how it stores them."""
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
+    """Empty where there is no such file; transformers then goes by `config`."""
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    dtype: writer.Dtype
+    """dtype in which the source stores its tensors: one, or one for each name."""
+
+
+def model_files(source: Source, tokenizer: Any) -> ModelFiles:
+    """Returns what an export of `source` holds; `dtype` in its config is what the files hold."""
+    dtype = _stored_dtype(source)
+    return ModelFiles(
+        config=_with_dtype(source.config, _main_dtype(dtype, source.config)),
+        generation_config=source.generation_config,
+        tokenizer=tokenizer,
+        dtype=dtype,
+    )
 
 
 def export(
@@ -286,6 +397,8 @@ def export(
     *,
     dtype: str,
     max_shard_size: int,
+    source: str,
+    unmarked: tuple[str, ...] = (),
 ) -> None:
     """Writes a directory that `AutoModelForCausalLM.from_pretrained` and vLLM load as it is.
 
@@ -295,36 +408,50 @@ def export(
         params: the parameters.
         decoder: their architecture and places.
         files: configuration and tokenizer.
-        directory: replaced if it exists.
-        dtype: of the tensors written.
+        directory: absent, empty, or an earlier export, which is replaced; the user's files in it
+            are kept.
+        dtype: of the tensors written; `auto` is the dtype in which the source stores each of them,
+            whatever its `config.json` says.
         max_shard_size: bytes of tensors in one file.
+        source: where the weights come from, for the marker file.
+        unmarked: patterns of the files of an export without a marker, see `exports.check`.
+
+    Raises:
+        ValueError: if `directory` holds anything that is not ours to replace.
+        OSError: if the disk is full, or something cannot be written. `directory` is then as it was.
     """
-    target = pathlib.Path(directory)
-    partial = target.with_name(f".{target.name}.partial")
+    if dtype != "auto":
+        files = files._replace(dtype=dtype, config=_with_dtype(files.config, dtype))
+    # Wide tensors first, so that each is aligned in a file of several dtypes.
+    tensors = sorted(
+        writer.tensors(decoder),
+        key=lambda t: -jnp.dtype(writer.dtype_of(t.name, files.dtype)).itemsize,
+    )
     main = distributed.is_main()
+    with contextlib.ExitStack() as stack:
+        partial = pathlib.Path(directory)  # where the other processes write nothing
+        if main:
+            partial = stack.enter_context(exports.replaced(directory, "model", source, unmarked))
+            write_files(str(partial), files)
+        shards = _shards(tensors, files.dtype, max_shard_size)
+        writer.write(params, decoder, partial, files.dtype, shards, lambda _: main)
     if main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_files(str(partial), files._replace(config=_stored_as(files.config, dtype)))
-    files_of = _shards(writer.tensors(decoder), dtype, max_shard_size)
-    writer.write(params, decoder, partial, dtype, files_of, lambda _: main)
-    if main:
-        _replace(partial, target)
-        logging.info("wrote %s", target)
+        logging.info("wrote %s", directory)
     distributed.barrier(f"export {directory}")
 
 
-def _stored_as(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")} | {"dtype": dtype}
 
 
 def write_files(directory: str, files: ModelFiles) -> None:
-    """Writes what a model directory holds beside the weights."""
+    """Writes what a model directory holds beside the weights; there is no earlier one there."""
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
-    generation = json.dumps(files.generation_config, indent=2) + "\n"
-    (path / "generation_config.json").write_text(generation)
+    if files.generation_config:
+        generation = json.dumps(files.generation_config, indent=2) + "\n"
+        (path / "generation_config.json").write_text(generation)
     files.tokenizer.save_pretrained(directory)
     # transformers 5 names a class that version 4, which vLLM may run, does not know.
     options = path / "tokenizer_config.json"
@@ -332,14 +459,35 @@ def write_files(directory: str, files: ModelFiles) -> None:
     options.write_text(text)
 
 
+def write_run_files(directory: str, files: ModelFiles) -> None:
+    """Writes what makes the checkpoints of a run convertible; replaces only what it wrote before.
+
+    Raises:
+        ValueError: if `directory` holds anything that is not ours to replace.
+    """
+    with exports.replaced(directory, "run", "", exports.UNMARKED_FILES) as partial:
+        write_files(str(partial), files)
+        if not isinstance(files.dtype, str):
+            (partial / _DTYPES_FILE).write_text(json.dumps(files.dtype, indent=2) + "\n")
+
+
 def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFiles:
-    """Returns what `write_files` wrote."""
+    """Returns what `write_run_files` wrote."""
     path = pathlib.Path(directory)
-    generation = _read_json(path / "generation_config.json")
-    return ModelFiles(_read_json(path / "config.json"), generation, load_tokenizer(directory))
+    config = _read_json(path / "config.json")
+    generation, dtypes = path / "generation_config.json", path / _DTYPES_FILE
+    said = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return ModelFiles(
+        config=config,
+        generation_config=_read_json(generation) if generation.exists() else {},
+        tokenizer=load_tokenizer(directory),
+        dtype=_read_json(dtypes) if dtypes.exists() else said.removeprefix("torch."),
+    )
 
 
-def _shards(tensors: list[writer.Tensor], dtype: str, limit: int) -> list[list[writer.Tensor]]:
+def _shards(
+    tensors: list[writer.Tensor], dtype: writer.Dtype, limit: int
+) -> list[list[writer.Tensor]]:
     """Cuts the tensors, in order, into files of at most `limit` bytes, or of one tensor."""
     shards: list[list[writer.Tensor]] = [[]]
     used = 0
@@ -351,16 +499,3 @@ def _shards(tensors: list[writer.Tensor], dtype: str, limit: int) -> list[list[w
         shards[-1].append(tensor)
         used += size
     return shards
-
-
-def _replace(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Gives `partial` the name of `target`; at no time is half a directory under that name."""
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

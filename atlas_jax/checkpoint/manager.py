@@ -101,10 +101,17 @@ class Checkpoints:
             self._manager.save(int(state.step), args=items)
 
     def save_params(self, params: Params) -> None:
-        """Writes parameters only, as step 0; raises as `save` does."""
+        """Writes parameters only, as step 0.
+
+        Raises:
+            ValueError: if there is a checkpoint already, which Orbax would keep in silence.
+            OSError: if it cannot be written.
+        """
         items = ocp.args.Composite(params=ocp.args.StandardSave(params))
         with self._named():
-            self._manager.save(0, args=items)
+            written = self._manager.save(0, args=items)
+        if not written:
+            raise ValueError(f"{self.directory} holds a checkpoint already; nothing was written")
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
         """Returns the state saved at `step`, each array in the place that `abstract` says.

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import jax
@@ -25,6 +25,9 @@ from atlas_jax.types import Params
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Those of safetensors, and as NumPy calls them."""
+
+Dtype = str | Mapping[str, str]
+"""dtype of all tensors, or of each by name."""
 
 _AHEAD = 8  # tensors on their way to the host
 
@@ -41,16 +44,21 @@ def tensors(decoder: Decoder) -> list[Tensor]:
     return [Tensor(*item) for item in names.hf_shapes(decoder.config, decoder.shapes).items()]
 
 
-def num_bytes(tensor: Tensor, dtype: str) -> int:
+def dtype_of(name: str, dtype: Dtype) -> str:
+    """Returns the dtype of one tensor."""
+    return dtype if isinstance(dtype, str) else dtype[name]
+
+
+def num_bytes(tensor: Tensor, dtype: Dtype) -> int:
     """Returns what the tensor takes in a file."""
-    return int(np.prod(tensor.shape)) * jnp.dtype(dtype).itemsize
+    return int(np.prod(tensor.shape)) * jnp.dtype(dtype_of(tensor.name, dtype)).itemsize
 
 
 def write(
     params: Params,
     decoder: Decoder,
     directory: pathlib.Path,
-    dtype: str,
+    dtype: Dtype,
     files: Sequence[Sequence[Tensor]],
     mine: Callable[[int], bool],
 ) -> None:
@@ -98,16 +106,17 @@ def _file_name(number: int, total: int) -> str:
 
 
 def _begin(
-    stack: contextlib.ExitStack, path: pathlib.Path, content: Sequence[Tensor], dtype: str
+    stack: contextlib.ExitStack, path: pathlib.Path, content: Sequence[Tensor], dtype: Dtype
 ) -> IO[bytes]:
     """Opens a file and writes the header, which says where each tensor will stand."""
-    stored = {name: ours for ours, name in DTYPES.items()}[dtype]
+    stored = {name: ours for ours, name in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in content:
         start, end = end, end + num_bytes(tensor, dtype)
         header[tensor.name] = {
-            "dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end],
+            "dtype": stored[dtype_of(tensor.name, dtype)], "shape": list(tensor.shape),
+            "data_offsets": [start, end],
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -120,7 +129,7 @@ def _write_index(
     directory: pathlib.Path,
     paths: Sequence[pathlib.Path],
     files: Sequence[Sequence[Tensor]],
-    dtype: str,
+    dtype: Dtype,
 ) -> None:
     pairs = [(t, path.name) for path, file in zip(paths, files, strict=True) for t in file]
     total = sum(num_bytes(tensor, dtype) for tensor, _ in pairs)
@@ -131,7 +140,7 @@ def _write_index(
 
 
 def _values(
-    params: Params, decoder: Decoder, dtype: str, order: Sequence[str]
+    params: Params, decoder: Decoder, dtype: Dtype, order: Sequence[str]
 ) -> Iterator[jax.Array]:
     """Yields each tensor, cast and in Hugging Face layout, whole on every device."""
     kinds = {
@@ -143,7 +152,7 @@ def _values(
     for name in order:
         entry, i = kinds[name]
         param = names.leaf(params, entry.path)
-        one = _one(entry, dtype, decoder.sharding.replicated)
+        one = _one(entry, dtype_of(name, dtype), decoder.sharding.replicated)
         value = one(param, np.int32(i))
         value.copy_to_host_async()
         waiting.append(value)

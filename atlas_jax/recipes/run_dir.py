@@ -96,7 +96,7 @@ def commit(config: TrainConfig, files: hf.ModelFiles, started: Started) -> None:
     if distributed.is_main():
         directory = pathlib.Path(config.output_dir)
         write_whole(directory / _CONFIG, _config_text(config))
-        hf.write_files(str(directory / manager.MODEL_FILES), files)
+        hf.write_run_files(str(directory / manager.MODEL_FILES), files)
         values = started._asdict() | {"origin": started.origin._asdict()}
         write_whole(directory / _START, json.dumps(values, indent=2) + "\n")
     distributed.barrier("the run's description")

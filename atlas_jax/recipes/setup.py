@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import distributed, optim, step
-from atlas_jax.checkpoint import gguf, hf, manager
+from atlas_jax.checkpoint import exports, gguf, hf, manager
 from atlas_jax.config import TrainConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, from_hf
@@ -76,6 +76,9 @@ def open_model(config: TrainConfig, sharding: Sharding, longest: int) -> Model:
             f"{config.model_name_or_path}; lower max_seq_length, or max_prompt_length and "
             "max_new_tokens"
         )
+    if distributed.is_main():
+        # What the end of the run could not replace is better known at its start.
+        exports.check(_final(config), "model", exports.UNMARKED_EXPORT)
     return model
 
 
@@ -107,8 +110,7 @@ def _open(
     architecture = from_hf(source.config)
     check_vocabulary(tokenizer, architecture.vocab_size)
     decoder = make_decoder(config, architecture, sharding, param_dtype)
-    files = hf.ModelFiles(source.config, source.generation_config, tokenizer)
-    return Model(source, decoder, files)
+    return Model(source, decoder, hf.model_files(source, tokenizer))
 
 
 def make_decoder(
@@ -349,14 +351,19 @@ def data_state(config: TrainConfig, start: Start, fingerprint: str) -> dict[str,
 
 def export(config: TrainConfig, model: Model, params: Any) -> str:
     """Writes `final/` and returns its path."""
-    dtype = config.model.export_dtype
-    directory = os.path.join(config.output_dir, "final")
+    directory = _final(config)
     hf.export(
         params,
         model.decoder,
         model.files,
         directory,
-        dtype=hf.storage_dtype(model.source.config) if dtype == "auto" else dtype,
+        dtype=config.model.export_dtype,
         max_shard_size=config.model.max_shard_size,
+        source=config.output_dir,
+        unmarked=exports.UNMARKED_EXPORT,
     )
     return directory
+
+
+def _final(config: TrainConfig) -> str:
+    return os.path.join(config.output_dir, "final")

@@ -14,10 +14,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from atlas_jax.checkpoint import exports
 from tests import tiny
-from tests.tokenizers import chatml_tokenizer
+from tests.tokenizers import CHATML, chatml_tokenizer
 
 STEPS = 8
+TEMPLATES = {"default": CHATML, "tool_use": CHATML + "{# tools #}"}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,8 @@ def inputs(tmp_path_factory):
     """A tiny model with a tokenizer, and rows of one simple task."""
     directory = tmp_path_factory.mktemp("inputs")
     tiny.save("smollm2", directory / "model")
-    chatml_tokenizer().save_pretrained(directory / "model")
+    (directory / "model" / "generation_config.json").unlink()
+    chatml_tokenizer(TEMPLATES).save_pretrained(directory / "model")
     rows = [
         {"messages": [
             {"role": "user", "content": f"say {word} {i}"},
@@ -114,6 +117,48 @@ def test_the_export_is_a_transformers_model(whole):
     )  # fmt: skip
     with torch.no_grad():
         assert torch.isfinite(model(**ids).logits).all()
+    assert tokenizer.chat_template == TEMPLATES
+    assert not (directory / "generation_config.json").exists()
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
+
+
+def test_final_is_replaced_but_nothing_of_the_users(inputs, whole, tmp_path):
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    final, model = run / "final", run / "model"
+    for directory in (final, model):  # as versions before markers left them
+        (directory / exports.MARKER).unlink()
+        (directory / "generation_config.json").write_text("{}\n")
+    train(inputs, run)
+    for directory in (final, model):
+        assert (directory / exports.MARKER).exists()
+        assert not (directory / "generation_config.json").exists()
+    (final / "README.md").write_text("mine")
+    train(inputs, run)
+    assert (final / "README.md").read_text() == "mine"
+    (final / "config.json").write_text("mine")
+    line = refused(inputs, run)
+    assert f"{final} holds config.json, changed since it was exported" in line
+    assert (final / "config.json").read_text() == "mine"
+
+
+def test_a_model_of_the_users_in_the_place_of_a_runs_files_is_refused(inputs, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").glob("*.*")}
+    line = refused(inputs, tmp_path)
+    assert f"{tmp_path / 'model'} is not empty" in line
+    assert "it holds model.safetensors; name another" in line
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").glob("*.*")} == before
+
+
+def refused(inputs, output):
+    """Returns the line with which a run ends before it trains."""
+    options = command(inputs, output)
+    options["env"].pop("ATLAS_TRACEBACK")
+    result = subprocess.run(**options, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def test_the_run_is_readable_in_tensorboard(whole):

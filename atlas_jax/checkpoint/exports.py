@@ -1,0 +1,195 @@
+"""Directories that may be replaced: those that this program wrote, which a marker file says.
+
+A marker lists the files that were written, each with a fingerprint. A file that is not listed is
+the user's and is kept. A listed file with another fingerprint was changed by the user; since the
+new export needs its name, the directory is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+
+from atlas_jax import files
+
+MARKER = ".atlas_jax_export.json"
+"""Name of the marker file; neither transformers nor vLLM read it."""
+
+UNMARKED_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""Patterns of the files in `model/` of a run by a version that wrote no markers."""
+
+UNMARKED_EXPORT = (
+    *UNMARKED_FILES, "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", "trainer_state.json",
+)  # fmt: skip
+"""Patterns of the files in `final/` of such a run."""
+
+_FORMAT = 1
+_FINGERPRINT_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def replaced(
+    directory: str | os.PathLike[str], kind: str, source: str, unmarked: Sequence[str] = ()
+) -> Iterator[pathlib.Path]:
+    """Yields an empty directory to fill, which becomes `directory` if nothing is raised.
+
+    Args:
+        directory: the target; absent, empty, or an earlier one of the same kind.
+        kind: what is written, as the marker names it.
+        source: where it comes from, for the marker.
+        unmarked: the argument of `check`.
+
+    Raises:
+        ValueError: if `directory` holds what is not ours to replace.
+        OSError: if something cannot be written; `directory` is then as it was.
+    """
+    check(directory, kind, unmarked)
+    target = files.resolved(directory)
+    with files.replace_directory(target) as new:
+        yield new
+        written = {name: _fingerprint(new / name) for name in _names(new)}
+        theirs = check(directory, kind, unmarked)  # again: writing weights takes minutes
+        taken = [name for name in theirs if name in written]
+        if taken:
+            raise ValueError(
+                f"{directory} holds {_listed(taken)}, which an export did not write but this one "
+                "would; move it away"
+            )
+        for name in theirs:
+            _carry_over(target / name, new / name)
+        marker = {
+            "format": _FORMAT, "tool": "atlas_jax", "kind": kind, "source": source,
+            "files": written,
+        }  # fmt: skip
+        (new / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def check(directory: str | os.PathLike[str], kind: str, unmarked: Sequence[str] = ()) -> list[str]:
+    """Checks that `directory` may be replaced.
+
+    Args:
+        directory: the target; need not exist.
+        kind: what is to be written there.
+        unmarked: patterns of the files of which a directory without a marker may consist, for
+            places that have belonged to a run since before there were markers.
+
+    Returns:
+        The user's files in it, which are to stay.
+
+    Raises:
+        ValueError: names what is not ours to replace.
+    """
+    target = files.resolved(directory)
+    files.recover(target)
+    if not target.exists():
+        return []
+    if not target.is_dir():
+        raise ValueError(f"{directory} is a file; name a directory that does not exist yet")
+    if not any(target.iterdir()):
+        return []
+    written = _read_marker(target, kind)
+    if written is None:
+        _check_unmarked(directory, target, unmarked)
+        return []
+    names = [name for name in _names(target) if name != MARKER]
+    changed = [n for n in names if n in written and _fingerprint(target / n) != written[n]]
+    if changed:
+        raise ValueError(
+            f"{directory} holds {_listed(changed)}, changed since it was exported; move it away, "
+            "or name another directory"
+        )
+    return [name for name in names if name not in written]
+
+
+def check_apart(directory: str | os.PathLike[str], sources: Iterable[pathlib.Path]) -> None:
+    """Checks that a target neither is, holds, nor lies inside what is read to fill it.
+
+    Args:
+        directory: the target.
+        sources: files and directories; what a directory links to counts too.
+
+    Raises:
+        ValueError: names the two.
+    """
+    target = files.resolved(directory)
+    for source in sources:
+        parts = [source, *source.iterdir()] if source.is_dir() else [source]
+        for part in map(files.resolved, parts):
+            if part == target or part in target.parents or target in part.parents:
+                raise ValueError(
+                    f"{directory} cannot be written while {source} is read, because one is the "
+                    "other or lies inside it; name a directory elsewhere"
+                )
+
+
+def _check_unmarked(
+    directory: str | os.PathLike[str], target: pathlib.Path, patterns: Sequence[str]
+) -> None:
+    found = sorted(_names(target) if patterns else (path.name for path in target.iterdir()))
+    foreign = [n for n in found if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    if foreign:
+        raise ValueError(
+            f"{directory} is not empty and no earlier export of its kind: it holds "
+            f"{_listed(foreign)}; name another directory, or move this away"
+        )
+
+
+def _read_marker(target: pathlib.Path, kind: str) -> dict[str, str] | None:
+    """Returns the fingerprints that the marker lists, None without a marker of this kind."""
+    try:
+        marker = json.loads((target / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
+        return None
+    return (
+        marker["files"] if (marker.get("format"), marker.get("kind")) == (_FORMAT, kind) else None
+    )
+
+
+def _names(directory: pathlib.Path) -> list[str]:
+    """Returns the paths of all files and links in a directory, relative to it."""
+    return sorted(
+        pathlib.Path(folder, name).relative_to(directory).as_posix()
+        for folder, folders, names in os.walk(directory)
+        for name in [*names, *(f for f in folders if os.path.islink(os.path.join(folder, f)))]
+    )
+
+
+def _fingerprint(path: pathlib.Path) -> str:
+    """Returns the size and a hash of the beginning of a file.
+
+    The beginning of a safetensors file is its header, then weights that any training changes; to
+    read a large file whole would take as long as writing it.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_FINGERPRINT_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return ""
+    return f"{size}:{hashlib.sha256(start).hexdigest()}"
+
+
+def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:
+    """Links a file to a second place, or copies it where the file system has no hard links."""
+    new.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
