@@ -11,11 +11,11 @@ import dataclasses
 import importlib
 import importlib.util
 import os
-import re
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from atlas_jax import masking
 from atlas_jax.option_rules import ALGORITHMS, CHOICES, REWARDS, SYNONYMS
 from atlas_jax.options import (
     DataConfig,
@@ -203,22 +203,16 @@ def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
     return BatchPlan(total, total // rows)
 
 
-_SECRET_NAME = re.compile(r"token$|secret|password|api_key|credential", re.IGNORECASE)
-_PASSWORD = re.compile(
-    r"(?P<url>\w+://[^/\s:@]*:)\S*(?=@)|(?P<key>password=)('(\\.|[^'\\])*'|[^\s&]*)", re.IGNORECASE
-)
-
-
 def masked(config: TrainConfig) -> dict[str, Any]:
     """Returns the config as a JSON-ready nested dict, without passwords and keys."""
 
     def mask(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: mask(k, v) for k, v in value.items()}
-        if isinstance(value, str) and value and _SECRET_NAME.search(name):
-            return "***"
-        if not isinstance(value, str):
-            return value
-        return _PASSWORD.sub(lambda m: f"{m['url'] or m['key']}***", value)
+        if isinstance(value, tuple):
+            return [mask(name, v) for v in value]
+        if isinstance(value, str) and value and masking.is_secret_name(name):
+            return masking.HIDDEN
+        return masking.hide(value) if isinstance(value, str) else value
 
     return mask("", dataclasses.asdict(config))

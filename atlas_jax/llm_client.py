@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self
 
 import aiohttp
 
+from atlas_jax import masking
+
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SHOWN = 300  # characters of a reply that an error message repeats
 
@@ -51,7 +53,7 @@ class ServerError(Exception):
     """
 
     def __init__(self, url: str, status: int, body: str) -> None:
-        super().__init__(f"{url}: {status or 'no reply'}: {body[:_SHOWN]}")
+        super().__init__(masking.hide(f"{url}: {status or 'no reply'}: {body[:_SHOWN]}"))
         self.url, self.status, self.body = url, status, body
 
 
@@ -103,7 +105,7 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self.num_retries = 0  # tries after the first, over all requests
         self._options = options or ClientOptions()
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self._slots = asyncio.Semaphore(self._options.max_in_flight)
         self._admit = admit
         self._pace = Pace(self._options.requests_per_minute)
@@ -112,7 +114,7 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            headers=self._headers,
+            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self._options.timeout_secs),
         )
@@ -192,8 +194,12 @@ class Client:
         if self._session is None:
             raise RuntimeError("the client is not open; use it in `async with`")
         try:
-            async with self._session.request(method, url, json=payload, params=params) as reply:
+            # A redirect could lead a key to another server, or from https to http.
+            async with self._session.request(
+                method, url, json=payload, params=params, allow_redirects=False
+            ) as reply:
                 body = await reply.text(errors="replace")
+                location = reply.headers.get("Location", "")
                 retry_after = reply.headers.get("Retry-After", "")
                 status = reply.status
         except TimeoutError:
@@ -203,14 +209,17 @@ class Client:
             raise _TransientError(
                 UnavailableError(url, 0, f"{type(error).__name__}: {error}")
             ) from None
+        shown = body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
         if status in _TRANSIENT or status >= 500:
-            raise _TransientError(UnavailableError(url, status, body), _seconds(retry_after))
+            raise _TransientError(UnavailableError(url, status, shown), _seconds(retry_after))
+        if 300 <= status < 400:
+            raise RefusedError(url, status, f"moved to {location}; give that address")
         if status >= 400:
-            raise RefusedError(url, status, body)
+            raise RefusedError(url, status, shown)
         try:
             return json.loads(body) if body.strip() else None
         except ValueError:
-            raise _TransientError(UnavailableError(url, status, f"not JSON: {body}")) from None
+            raise _TransientError(UnavailableError(url, status, f"not JSON: {shown}")) from None
 
     def _backoff(self, attempt: int) -> float:
         """Returns a wait in seconds before try number `attempt`, counted from 0."""
