@@ -29,7 +29,8 @@ class JudgeModel:
     base_url: str = ""
     """Up to and including `/v1`, such as `http://localhost:8765/v1`."""
     api_key_env: str = ""
-    """Environment variable that holds the key; empty sends none, or the named provider's."""
+    """Environment variable that holds the key; empty sends none, or to a provider the provider's.
+    A provider's variable is refused for any other address."""
     response_format: str = "auto"
     """`json_schema`, `json_object`, `none`, or `auto`: the first of these that the server takes."""
     max_tokens: int = 2048

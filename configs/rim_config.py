@@ -32,7 +32,7 @@ def apply(config: ConfigDict) -> None:
     c.large_model.input_price, c.large_model.output_price = 1.25, 10.0
     for model in (c.small_model, c.large_model):
         model.base_url = ""
-        model.api_key_env = "GEMINI_API_KEY"
+        model.api_key_env = ""  # a provider's model takes its key from the provider's variable
         model.response_format = "auto"
         model.max_tokens = 32768
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.endpoints import Endpoint, api_key, resolve_all
+from atlas_jax.endpoints import Endpoint, api_key, resolve_all, warn_if_readable
 from atlas_jax.llm_client import (
     Client,
     ClientOptions,
@@ -117,6 +117,8 @@ class Transport:
             name: _Model(endpoint, options[name], "" if config.replay else api_key(endpoint))
             for name, endpoint in resolve_all(config).items()
         }
+        for endpoint in {m.endpoint for m in self.models.values() if m.api_key}:
+            warn_if_readable(endpoint)
         self._refused: dict[Endpoint, int] = {}  # how many formats the endpoint does not take
         self._pace = Pace(float(self._limits.tokens_per_minute))
 
