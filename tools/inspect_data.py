@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 from absl import app
-from ml_collections import config_flags
 
 from atlas_jax import cli, training_data
 from atlas_jax import config as config_lib
@@ -24,13 +23,14 @@ from atlas_jax.data.sources import Rows
 from atlas_jax.data.trace_query import score_of
 from atlas_jax.data.traces import AtlasSessionTrace
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+_CONFIG = cli.define_config()
 _NUM_SHOWN = 5
 
 
 def main(argv: list[str]) -> None:
     """Prints the report."""
-    config = config_lib.freeze(_CONFIG.value)
+    cli.no_more_words(argv[1:])
+    config = config_lib.freeze(cli.needed(_CONFIG))
     data = config.data
     if data.db_url or data.format == "session":
         print_counts(data)
