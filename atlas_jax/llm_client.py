@@ -84,6 +84,15 @@ class Pace:
         self._free_at += units * self._secs_per_unit
 
 
+class Tries:
+    """The requests that one call may make, over all that it asks for."""
+
+    def __init__(self, most: int) -> None:
+        """Allows `most` requests."""
+        self.left = most
+        self.made = 0
+
+
 class Client:
     """Connections to one server; use it in `async with`, inside one event loop."""
 
@@ -135,19 +144,26 @@ class Client:
         path: str,
         payload: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
+        tries: Tries | None = None,
     ) -> Any:
         """Returns the JSON reply to a POST; None where the reply is empty.
 
+        Args:
+            path: appended to the address.
+            payload: sent as JSON.
+            params: of the query.
+            tries: requests that are left of a call with several posts; None allows `max_tries`.
+
         Raises:
             RefusedError: for a status that another try would not change.
-            UnavailableError: after `max_tries` connection errors, time-outs, 429, 5xx, or replies
-                that are not JSON.
+            UnavailableError: after the last try, each of which brought a connection error, a
+                time-out, 429, 5xx, or a reply that is not JSON.
         """
-        return await self._request("POST", path, payload, params)
+        return await self._request("POST", path, payload, params, tries)
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
         """Returns the JSON reply to a GET; raises as `post` does."""
-        return await self._request("GET", path, None, params)
+        return await self._request("GET", path, None, params, None)
 
     async def _request(
         self,
@@ -155,18 +171,24 @@ class Client:
         path: str,
         payload: Mapping[str, Any] | None,
         params: Mapping[str, str] | None,
+        tries: Tries | None,
     ) -> Any:
         url, wait = f"{self.base_url}{path}", 0.0
         failure = UnavailableError(url, 0, "not tried")
-        for attempt in range(self._options.max_tries):
+        tries = tries or Tries(self._options.max_tries)
+        attempt = 0
+        while tries.left:
             if attempt:
                 self.num_retries += 1
                 await asyncio.sleep(max(wait, self._backoff(attempt)))
+            attempt += 1
             try:
                 async with self._slots:
                     self._check(url)
                     if self._options.requests_per_minute:
                         await self._pace.wait()
+                    tries.left -= 1
+                    tries.made += 1
                     reply = await self._once(method, url, payload, params)
                 self._failures_in_row = 0
                 return reply
@@ -177,12 +199,12 @@ class Client:
 
     def _check(self, url: str) -> None:
         """Raises what stands against a try."""
-        if why := self._admit():
-            raise RefusedError(url, 0, why)
         most = self._options.max_failures_in_row
         if most and self._failures_in_row >= most:
             why = f"given up after {self._failures_in_row} failures in a row"
             raise UnavailableError(url, 0, why)
+        if why := self._admit():
+            raise RefusedError(url, 0, why)
 
     async def _once(
         self,

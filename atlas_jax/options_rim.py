@@ -93,7 +93,8 @@ class JudgeLimits:
     timeout_secs: float = 120.0
     """Longest wait for one reply."""
     max_tries: int = 4
-    """Tries of one call, those included whose reply could not be read."""
+    """Requests of one call at most, whether nothing came back or what came could not be read; those
+    that only find out which `response_format` a server takes are not counted."""
 
 
 @dataclasses.dataclass(frozen=True)

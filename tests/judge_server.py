@@ -52,12 +52,15 @@ class Judge:
             return web.json_response(
                 {"error": "response_format json_schema is unknown"}, status=400
             )
-        if model == "no formats" and form != "none":
+        if model.startswith("no formats") and form != "none":
             return web.json_response({"error": "unknown field response_format"}, status=400)
         if model == "no key":
             return web.json_response({"error": "no such key"}, status=401)
         key = hashlib.sha256(body).hexdigest()
         self.tries[key] += 1
+        if model == "unreadable behind two 500s":
+            return await self._ill("500" if self.tries[key] <= 2 else "zero", request)
+        model = model.removeprefix("no formats, ")
         if model.startswith("never ") or (model.startswith("first ") and self.tries[key] == 1):
             return await self._ill(model.split(" ", 1)[1], request)
         return chat(opinion(model, asked))

@@ -122,7 +122,7 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
             continue
         first = ""
         for name, value in itertools.islice(records, _NUM_LOOKED_AT):
-            problem = _problem(Row(name, value), use)
+            problem = _problem(name, value, use)
             if not problem:
                 break
             first = first or f"{name}: {problem}"
@@ -131,14 +131,14 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
                 raise ValueError(first)
 
 
-def _problem(row: Row, use: Callable[[Row], object]) -> str:
+def _problem(name: str, value: Any, use: Callable[[Row], object]) -> str:
     """Returns why a record cannot be used; "" if it can."""
-    if isinstance(row.fields, dict):
+    if isinstance(value, dict):
         try:
-            use(row)
+            use(Row(name, value))
         except ValueError as error:
             return str(error)
-    return row.fields if isinstance(row.fields, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
