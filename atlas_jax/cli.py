@@ -139,12 +139,13 @@ def no_more_words(words: Sequence[str]) -> None:
 class ToolParser(argparse.ArgumentParser):
     """The arguments of a tool; a mistake in them is one line."""
 
-    def __init__(self, doc: str | None) -> None:
+    def __init__(self, doc: str | None = None, **options: Any) -> None:
         """Makes a parser whose help is the tool's docstring."""
         super().__init__(
             description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **options,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -223,7 +224,7 @@ def _nearest_option(name: str, config: ConfigDict) -> str:
 def _unknown_flag(name: str, options: Sequence[str]) -> str:
     if name in options or name in {option.split(".")[0] for option in options}:
         return f"unknown flag --{name}; write --config.{name}=…"
-    known = [*flags.FLAGS, *(f"config.{option}" for option in options)]
+    known = [*_own_flags(), *(f"config.{option}" for option in options)]
     return f"unknown flag --{name}{nearest(name, known) or '; --help tells the flags'}"
 
 
@@ -239,10 +240,14 @@ def _bad_value(text: str, words: Sequence[str]) -> str:
     return f"--{name}={value[1] if value else '…'} must be {kind}"
 
 
+def _own_flags() -> list[str]:
+    """Returns the flags of the command, without those that absl brings."""
+    own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+    return ["config", *own] if "config" in flags.FLAGS else own
+
+
 def _usage() -> str:
     """Returns the docstring of the command and its own flags."""
-    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-    names = [*(["config"] if "config" in flags.FLAGS else []), *(flag.name for flag in own)]
-    lines = [f"  --{name:<16} {flags.FLAGS[name].help}" for name in names]
+    lines = [f"  --{name:<16} {flags.FLAGS[name].help}" for name in _own_flags()]
     doc = (sys.modules["__main__"].__doc__ or "").strip()
     return "\n".join((doc, "", "flags:", *lines, ""))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from atlas_jax import cli
+from atlas_jax import cli, masking, preflight
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
@@ -51,8 +51,6 @@ def main(argv: list[str]) -> None:
         rollout=dataclasses.replace(config.rollout, backend="local", max_staleness=0),
     )
     configs = [dataclasses.replace(config, model_name_or_path=path) for path in _TEACHERS.value]
-    for each in configs:
-        config_lib.validate(each)
     run(configs, _LIMIT.value, _OUTPUT.value, _SEED.value)
 
 
@@ -67,7 +65,15 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
 
     Raises:
         ValueError: for a model or data that cannot be used, before anything is asked.
+        OSError: if `output` cannot be written.
     """
+    masking.mask_logs()
+    for each in configs:
+        config_lib.validate(each)
+        preflight.check_models(each)
+    preflight.check_data(configs[0])
+    preflight.check_output_file(output)
+    from atlas_jax import devices
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
     from atlas_jax.recipes import grpo, setup, speakers
@@ -75,6 +81,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax.rollout.sampling import Sampling
     from atlas_jax.types import RewardResult, Rollout
 
+    devices.check()
     config = configs[0]
     protocol = speakers.protocol(config, 1)
     rows = sources.read_rows(config.data, config.data.dataset_path)

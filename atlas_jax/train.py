@@ -15,9 +15,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from atlas_jax import cli, masking, stopping
+from atlas_jax import cli, masking, preflight, stopping
 from atlas_jax import config as config_lib
-from atlas_jax.data import snapshot
 from atlas_jax.types import Address
 
 _CONFIG = cli.define_config()
@@ -50,15 +49,14 @@ def run(config: config_lib.TrainConfig, address: Address | None = None) -> bool:
         OSError: for files that cannot be read or written.
     """
     masking.mask_logs()
-    config_lib.validate(config)
-    config_lib.check_environment(config)
-    snapshot.check(config.data, config.output_dir)
-    # What imports JAX comes after the checks, which need none and take no time.
-    from atlas_jax import distributed
+    preflight.check(config)
+    # What imports JAX comes after the checks, which need none and take little time.
+    from atlas_jax import devices, distributed
     from atlas_jax.recipes import grpo, sft
 
     recipes: dict[str, Callable[[Any], bool]] = {"sft": sft.run, "grpo": grpo.run}
     with distributed.joined(config.hosts, address or Address()):
+        devices.check()
         return recipes[config.algorithm](config)
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
+import _checkout  # noqa: F401  (comes first: see there)
 from absl import app
 
 from atlas_jax import cli, training_data
@@ -107,7 +108,6 @@ def print_questions(config: GRPOConfig, rows: Rows) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "")  # where configs/ is found
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv[1] = f"--config={sys.argv[1]}"
     app.run(cli.guarded(main), flags_parser=cli.parse)

@@ -16,8 +16,8 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, "")  # configs/ is looked for here, as `python -m` does
 
+import _checkout  # noqa: F401  (comes first: see there)
 from absl import app, flags
 
 from atlas_jax import cli

@@ -189,15 +189,15 @@ def explained(error: psycopg.Error, url: str) -> Exception:
     text, state, where = str(error).strip(), error.sqlstate or "", shown(url)
     if password := parsed(url).get("password"):
         text = text.replace(password, masking.HIDDEN)
-    text = masking.hide(text)
+    first, text = text.partition("\n")[0], " ".join(masking.hide(text).split())
     if state == "42P01":
         return ValueError(
-            f"{where} is not a database of the Atlas SDK ({text.splitlines()[0]}); check the name "
+            f"{where} is not a database of the Atlas SDK ({masking.hide(first)}); check the name "
             "of the database in data.db_url"
         )
     if state == "42501":
         return ValueError(
-            f"the role of {where} may not read it ({text.splitlines()[0]}); let its owner run "
+            f"the role of {where} may not read it ({masking.hide(first)}); let its owner run "
             "GRANT SELECT ON ALL TABLES IN SCHEMA public TO …"
         )
     if state == "57014":

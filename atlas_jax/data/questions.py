@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from atlas_jax.config import GRPOConfig
 from atlas_jax.data.examples import PLACEHOLDER
 from atlas_jax.data.sessions import QUESTIONS
 from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
@@ -111,6 +112,29 @@ def check_template(option: str, template: str, known: Sequence[str], needed: Seq
             raise ValueError(
                 f"{option}={template!r} lacks {{{name}}}; the model would never see the {name}"
             )
+
+
+def check_templates(config: GRPOConfig) -> None:
+    """Checks the templates of the protocol.
+
+    Raises:
+        ValueError: for a template with an unknown field or without a needed one.
+    """
+    rollout, known = config.rollout, ("question", *config.rollout.question_fields)
+    checks: dict[str, tuple[str, ...]]
+    if rollout.protocol == "direct":
+        checks = {"direct_template": ()}
+    else:
+        checks = {
+            "student_baseline_template": (),
+            "student_diagnostic_template": (),
+            "student_with_teaching_template": ("teaching",),
+        }
+        template = config.data.teacher_template
+        check_template("data.teacher_template", template, (*known, "approach"), ("question",))
+    for option, more in checks.items():
+        template = getattr(rollout, option)
+        check_template(f"rollout.{option}", template, (*known, *more), ("question", *more))
 
 
 class Order:
