@@ -17,8 +17,10 @@ from typing import Any
 
 import safetensors
 
-from atlas_jax.config import GRPOConfig, TrainConfig, check_environment, validate
+from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
 from atlas_jax.data import examples, questions, snapshot, sources
+from atlas_jax.recipes.layout import make_layout
+from atlas_jax.validation import mesh_shape
 
 _ROOM_BYTES = 1 << 20
 _HUB_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -45,6 +47,8 @@ def check(config: TrainConfig, num_devices: int = 0) -> None:
     _check_origin(config)
     _check_templates(config)
     check_data(config)
+    if num_devices:
+        _check_division(config, num_devices)
     snapshot.check(config.data, config.output_dir)
 
 
@@ -268,6 +272,14 @@ def _check_templates(config: TrainConfig) -> None:
                 f"data.{option} is empty, and data.format={data.format} needs it; take "
                 "configs/data/arc_atlas_sft.py with --config FILE.py:data=arc_atlas_sft, or set it"
             )
+
+
+def _check_division(config: TrainConfig, num_devices: int) -> None:
+    """Checks that rows and groups divide over the devices."""
+    data, fsdp, _ = mesh_shape(config.mesh, num_devices)
+    plan = batch_plan(config, data * fsdp)
+    if isinstance(config, GRPOConfig):
+        make_layout(config, plan, data * fsdp, 1)
 
 
 def check_data(config: TrainConfig) -> None:

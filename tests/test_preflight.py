@@ -93,7 +93,7 @@ def test_a_run_that_can_be_made_passes_and_leaves_nothing(config, grpo, tmp_path
 def test_neither_jax_nor_transformers_is_imported(config, grpo, tmp_path):
     code = (
         "import sys, pickle; from atlas_jax import preflight\n"
-        "for config in pickle.load(open(sys.argv[1], 'rb')): preflight.check(config)\n"
+        "for config in pickle.load(open(sys.argv[1], 'rb')): preflight.check(config, 8)\n"
         "assert not {'jax', 'flax', 'torch', 'transformers', 'orbax', 'datasets'} & {*sys.modules}"
     )
     (tmp_path / "configs").write_bytes(pickle.dumps([config, grpo]))
@@ -112,6 +112,7 @@ def test_neither_jax_nor_transformers_is_imported(config, grpo, tmp_path):
          "model_name_or_path=checkpoints/sft/finale does not exist; relative paths start at "),
         (READ, "output_dir=pyproject.toml/run",
          "output_dir=pyproject.toml/run cannot be made: "),
+        (READ, "train_batch_size=7", "train_batch_size=7 does not divide over "),
         (READ, "mesh.fsdp=0", "mesh sizes (1, 0, 1) must be positive, and one of them at most -1"),
     ],
 )  # fmt: skip
@@ -369,6 +370,35 @@ def test_a_database_that_cannot_be_reached_is_told(config):
     with pytest.raises(ConnectionError) as error:
         preflight.check(told)
     assert "hush" not in str(error.value)
+
+
+# --- devices
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_devices", "message"),
+    [
+        ({"mesh__data": 3, "mesh__fsdp": 2}, 8, "mesh data=3 x fsdp=2 x tensor=1 does not use 8"),
+        ({"train_batch_size": 7}, 2, "train_batch_size=7 does not divide over .*; (use|set)"),
+        ({"train_batch_size": 8, "mesh__tensor": 2}, 4, None),
+    ],
+)
+def test_rows_divide_over_the_devices(config, changes, num_devices, message):
+    told = changed(config, **changes)
+    preflight.check(told)
+    if message is None:
+        preflight.check(told, num_devices)
+        return
+    with pytest.raises(ValueError, match=message):
+        preflight.check(told, num_devices)
+
+
+def test_groups_divide_the_rows_of_the_devices(grpo):
+    told = changed(grpo, per_device_train_batch_size=2, num_generations=8)
+    for good in (4, 8, 64):
+        preflight.check(told, good)
+    with pytest.raises(ValueError, match="2 completions a step do not divide into groups of num_g"):
+        preflight.check(told, 1)
 
 
 # --- directories

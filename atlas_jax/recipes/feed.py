@@ -17,6 +17,7 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
 from atlas_jax.recipes.ahead import Ahead
+from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.scoring import ask_again, why
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
@@ -31,18 +32,6 @@ from atlas_jax.types import (
     RewardResult,
     Rollout,
 )
-
-
-class Layout(NamedTuple):
-    """How the completions of a step become rows."""
-
-    questions: int
-    """Groups a step, of this process."""
-    per_row: int
-    """Completions behind one copy of their prompt."""
-    microbatches: int
-    buckets: tuple[int, ...]
-    """Row lengths, one compilation each."""
 
 
 class Parts(NamedTuple):
