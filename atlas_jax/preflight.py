@@ -43,6 +43,8 @@ def check(config: TrainConfig, num_devices: int = 0) -> None:
     validate(config)
     check_environment(config)
     check_output(config.output_dir)
+    if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
+        _check_judges_files(config)
     check_models(config)
     _check_origin(config)
     _check_templates(config)
@@ -80,6 +82,17 @@ def _check_writable(directory: str) -> None:
         raise PermissionError(errno.EACCES, "cannot be written; name another directory", directory)
     if shutil.disk_usage(existing).free < _ROOM_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
+
+
+def _check_judges_files(config: GRPOConfig) -> None:
+    """Checks the cache of judges' replies and the account of what they have cost."""
+    if config.reward.rim.cache_dir:
+        with _of("reward.rim.cache_dir"):
+            _check_writable(os.path.expanduser(config.reward.rim.cache_dir))
+    from atlas_jax.rewards import replies  # brings an HTTP client, which takes time
+
+    for path in pathlib.Path(config.output_dir).glob("judges_spent_process_*.json"):
+        replies.Ledger(str(path))
 
 
 def check_models(config: TrainConfig) -> None:
@@ -291,7 +304,8 @@ def check_data(config: TrainConfig) -> None:
 
     def use(row: sources.Row) -> None:
         if isinstance(config, GRPOConfig):
-            questions.to_question(row, config.reward.kind != "rim")
+            needs_truth = config.reward.kind != "rim"
+            questions.to_question(row, needs_truth, config.rollout.question_fields)
         else:
             examples.to_sample(row, config.data)
 

@@ -4,8 +4,11 @@ import ast
 import importlib.metadata
 import pathlib
 import re
+import subprocess
 import sys
 import tomllib
+
+import pytest
 
 SOURCES = sorted(pathlib.Path("atlas_jax").rglob("*.py"))
 
@@ -33,6 +36,23 @@ def code_lines(text, tree):
         1 for i, line in lines if line.strip() and not line.strip().startswith("#")
         and i not in texts
     )  # fmt: skip
+
+
+LEFT = (
+    "checkpoints/sft/config.json", "outputs/quickstart/evaluation.json", "evaluation.json",
+    "agreement.json", "traces/runtime.jsonl", "traces.jsonl.gz", "build/lib/a.py",
+    "atlas_jax.egg-info/PKG-INFO", ".cache/models/a.gguf",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not pathlib.Path(".git").exists(), reason="not a checkout")
+def test_what_the_documented_commands_leave_is_not_offered_for_a_commit():
+    found = subprocess.run(["git", "check-ignore", *LEFT], capture_output=True, text=True)
+    assert set(found.stdout.split()) == set(LEFT)
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True)
+    ignored = ["git", "check-ignore", "--no-index", "--stdin"]
+    hidden = subprocess.run(ignored, input=tracked.stdout, capture_output=True, text=True).stdout
+    assert hidden == ""
 
 
 def test_every_package_that_is_imported_is_declared():

@@ -76,10 +76,9 @@ def refused(config, message, kind=ValueError):
 def changed(config, **changes):
     """The config with other options; those of groups are `group__name`."""
     for name, value in changes.items():
-        *groups, last = name.split("__")
-        for group in groups:
-            value, last = dataclasses.replace(getattr(config, group), **{last: value}), group
-        config = dataclasses.replace(config, **{last: value})
+        first, _, rest = name.partition("__")
+        value = changed(getattr(config, first), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: value})
     return config
 
 
@@ -362,6 +361,30 @@ def test_keys_of_judges_are_there(grpo, monkeypatch):
     refused(judged, "GEMINI_API_KEY, which is not set; set it, or name an endpoint of your own")
     monkeypatch.setenv("GEMINI_API_KEY", "k")
     preflight.check(judged)
+
+
+def test_files_of_judges_can_be_used(grpo, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    (tmp_path / "file").write_text("")
+    judged = changed(grpo, reward=RewardConfig(kind="rim"))
+    refused(
+        changed(judged, reward__rim__cache_dir=f"{tmp_path}/file/cache"),
+        rf"^reward\.rim\.cache_dir={tmp_path}/file/cache cannot be made: ",
+    )
+    account = tmp_path / "run" / "judges_spent_process_0.json"
+    account.parent.mkdir()
+    account.write_text("")
+    refused(judged, rf"^{account} is not the account of what judges have cost")
+    preflight.check(grpo)
+
+
+def test_fields_that_templates_use_are_in_the_rows(grpo):
+    told = changed(
+        grpo,
+        rollout__question_fields=("level",),
+        rollout__student_baseline_template="{question} {level}",
+    )
+    refused(told, r"questions\.jsonl:1: lacks the field 'level' of rollout\.question_fields")
 
 
 def test_a_database_that_cannot_be_reached_is_told(config):
