@@ -4,7 +4,7 @@ Flags to a frozen config, the config checked, JAX started, the recipe run. A con
 argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
 
 The exit code is 0 for a finished run, 75 for one that a signal stopped and that the same command
-continues, 1 for an error.
+continues, 1 for an error, 2 for words that it does not take.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import pickle
 import re
 import shutil
@@ -12,7 +13,7 @@ import sys
 import pytest
 import safetensors.numpy
 
-from atlas_jax import preflight
+from atlas_jax import config_files, preflight
 from atlas_jax.config import (
     DataConfig,
     GRPOConfig,
@@ -20,6 +21,7 @@ from atlas_jax.config import (
     RIMConfig,
     RolloutConfig,
     SFTConfig,
+    freeze,
 )
 from tests import tiny
 from tests.test_cli import error_of, run
@@ -87,6 +89,15 @@ def test_a_run_that_can_be_made_passes_and_leaves_nothing(config, grpo, tmp_path
     preflight.check(config)
     preflight.check(grpo)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in pathlib.Path("configs/run").glob("*.py")))
+def test_the_shipped_recipes_pass(name, model, monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    draft = config_files.load(f"configs/run/{name}.py")
+    draft.model_name_or_path = draft.model_name_or_path or str(model)
+    preflight.check(freeze(draft), 8)
 
 
 def test_neither_jax_nor_transformers_is_imported(config, grpo, tmp_path):
