@@ -53,7 +53,9 @@ class ServerError(Exception):
     """
 
     def __init__(self, url: str, status: int, body: str) -> None:
-        super().__init__(masking.hide(f"{url}: {status or 'no reply'}: {body[:_SHOWN]}"))
+        # Secrets are hidden before the text is cut, which could leave a part of one.
+        shown = masking.hide(body[: 4 * _SHOWN])[:_SHOWN]
+        super().__init__(f"{masking.hide(url)}: {status or 'no reply'}: {shown}")
         self.url, self.status, self.body = url, status, body
 
 

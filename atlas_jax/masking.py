@@ -26,14 +26,15 @@ _PARAMETER_NAME = re.compile(rf"key|sig|signature|auth|authorization|.*{_SECRET}
 _PARAMETER = re.compile(r"[?&;](?P<name>[^=&;?\s]+)=(?P<secret>[^&\s]*)")
 # What libpq takes as one value, and more: quotes, and backslashes that escape a character.
 _VALUE = r"""(?:'(?:\\.|[^'\\])*'?|"(?:\\.|[^"\\])*"?|\\.|[^\s'"\\])*"""
+_MOST = "{0,1000}"  # characters of a part of a URL, so that no text takes long
 _PATTERNS = tuple(
     re.compile(pattern, re.IGNORECASE | re.DOTALL)
     for pattern in (
         # The password may hold what should have been encoded, so it ends at the last "@"; in a
         # list of URLs it ends before the next one.
-        r"\w://[^\s/:]*:(?P<secret>(?:(?!,[\w+.-]+://)\S)*)(?=@)",
-        r"postgres(?:ql)?(?:\+\w+)?://[^:\n]*:(?P<secret>[^\n]*)(?=@)",
-        r"https?://(?P<secret>[^\s/?#]*)(?=@)",  # a user without a password may be a token
+        rf"\w://[^\s/:]{_MOST}:(?P<secret>(?:(?!,[\w+.-]{_MOST}://)\S){_MOST})(?=@)",
+        rf"postgres(?:ql)?(?:\+\w+)?://[^:\n]{_MOST}:(?P<secret>[^\n]{_MOST})(?=@)",
+        rf"https?://(?P<secret>[^\s/?#]{_MOST})(?=@)",  # a user without a password may be a token
         rf"(?<![\w.%+?&;-])[\w.%+-]*?{_SECRET}\s*=\s*(?P<secret>{_VALUE})",
         rf"""['"][\w.-]*?{_SECRET}['"]\s*:\s*(?P<secret>{_VALUE})""",
         r"""authorization['"]?\s*[:=]\s*['"]?(?P<secret>(?:bearer|basic)?\s*[^\s'",}]+)""",

@@ -6,6 +6,7 @@ import logging as python_logging
 import re
 import subprocess
 import sys
+import time
 import urllib.parse
 
 import pytest
@@ -135,6 +136,19 @@ def test_what_is_no_secret_stays(text, shown):
 )  # fmt: skip
 def test_texts_without_a_secret_stay(text):
     assert hide(text) == text
+
+
+def test_a_secret_that_the_end_of_a_message_would_cut_is_hidden():
+    body = "x" * 280 + " http://user:QQQQQQQQQQQQQQQQQQQQQQ@db/v1"
+    assert not set(str(ServerError("http://db", 500, body))) & set(LETTERS)
+
+
+@pytest.mark.parametrize("part", ["x://y:", "postgres://a:", "https://", "password='", "?a=b&"])
+def test_no_text_takes_long(part):
+    text = "a@b" + part * 20_000 + "http://u:hush@h"
+    start = time.monotonic()
+    assert "hush" not in hide(text)
+    assert time.monotonic() - start < 60  # minutes, if time grew with the square of the length
 
 
 def test_config_logs_and_errors_show_none(capsys):
