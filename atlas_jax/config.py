@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import math
 import os
+import pkgutil
 import re
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from ml_collections import ConfigDict
 
-from atlas_jax.option_rules import ALGORITHMS, CHOICES, REWARDS, SYNONYMS
+from atlas_jax import config_files, masking
+from atlas_jax.option_rules import ALGORITHMS, CHOICES, EMPTIED, REWARDS, SYNONYMS
 from atlas_jax.options import (
     DataConfig,
     HostsConfig,
@@ -52,6 +54,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_BRACKETS = re.compile(r"[\[(](.*)[\])]", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +94,12 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
     Raises:
         ValueError: for a kind or a name that does not exist.
     """
-    for item in filter(None, (argument or "").split(",")):
-        kind, separator, name = item.partition("=")
+    for item in filter(None, map(str.strip, (argument or "").split(","))):
+        kind, separator, name = (part.strip() for part in item.partition("="))
         if not separator or kind not in parts:
             raise ValueError(
                 f"config argument {item!r} is not one of {', '.join(f'{k}=NAME' for k in parts)}"
+                f"{nearest(kind, parts)}"
             )
         parts[kind] = name
     for kind, name in parts.items():
@@ -109,11 +114,18 @@ def _apply(folder: str, name: str, config: ConfigDict) -> None:
     try:
         importlib.import_module(module).apply(config)
     except ModuleNotFoundError as error:
-        if error.name not in (module, folder, "configs"):
+        if error.name == module:
+            known = pkgutil.iter_modules(importlib.import_module(folder).__path__)
+            others = [entry.name for entry in known if not entry.ispkg]
+            raise ValueError(
+                f"{path}/{name}.py does not exist; give the name of a file in {path}/"
+                f"{nearest(name, others)}"
+            ) from None
+        if error.name not in (folder, "configs"):
             raise
         raise ValueError(
-            f"{path}/{name}.py does not exist; run from the repository root and give the name of "
-            f"a file in {path}/"
+            f"{path}/{name}.py does not exist in {os.getcwd()}; run from the repository root, or "
+            "have it in PYTHONPATH"
         ) from None
 
 
@@ -123,18 +135,8 @@ def read_rim(path: str) -> RIMConfig:
     Raises:
         ValueError: if the file is missing, or sets what there is not.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} does not exist; name a file like configs/rim_config.py")
-    spec = importlib.util.spec_from_file_location("rim_options", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file; name one like configs/rim_config.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     draft = defaults(GRPOConfig)
-    try:
-        module.apply(draft)
-    except AttributeError as error:
-        raise ValueError(f"{path}: {error}; see configs/rim_config.py") from None
+    config_files.run(path, "apply", draft, example="configs/rim_config.py")
     config = freeze(draft)
     assert isinstance(config, GRPOConfig)
     return config.reward.rim
@@ -156,11 +158,14 @@ def _frozen(cls: type[T], values: ConfigDict, prefix: str) -> T:
     for name in values:
         if name not in known:
             raise ValueError(f"unknown option {prefix}{name}{nearest(name, known)}")
-    fields = {}
+    hints = get_type_hints(cls)
+    fields: dict[str, Any] = {}
     for name, default in known.items():
         value = values[name]
         if dataclasses.is_dataclass(default):
             fields[name] = _frozen(type(default), value, f"{prefix}{name}.")
+        elif isinstance(default, tuple) and isinstance(value, tuple | list):
+            fields[name] = _items(prefix + name, value, get_args(hints[name])[0])
         else:
             fields[name] = _typed(prefix + name, value, default)
     return cls(**fields)
@@ -168,15 +173,29 @@ def _frozen(cls: type[T], values: ConfigDict, prefix: str) -> T:
 
 def _typed(name: str, value: Any, default: Any) -> Any:
     value = SYNONYMS.get((name, str(value).lower()), value)
+    if (default == "" or name in EMPTIED) and str(value).lower() in ("none", "null"):
+        return ""
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    if isinstance(default, tuple):
-        value = tuple(value)
     if type(value) is not type(default):
         raise ValueError(
             f"{name}={value!r} is a {type(value).__name__}; it must be a {type(default).__name__}"
         )
     return value
+
+
+def _items(name: str, values: Sequence[Any], kind: type[Any]) -> tuple[Any, ...]:
+    """Returns the values of an option that holds several."""
+    if kind is str and len(values) == 1 and (match := _BRACKETS.fullmatch(str(values[0]))):
+        values = [item.strip(" \"'") for item in match[1].split(",") if item.strip()]
+    items = [float(v) if kind is float and type(v) is int else v for v in values]
+    for item in items:
+        if type(item) is not kind:
+            raise ValueError(
+                f"{name} holds {item!r}, a {type(item).__name__}; each of its items must be "
+                f"{'an' if kind is int else 'a'} {kind.__name__}"
+            )
+    return tuple(items)
 
 
 def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
@@ -220,22 +239,16 @@ def multiples_near(number: int, *divisors: int) -> str:
     return f"{below} or {below + unit}" if below else f"{unit}"
 
 
-_SECRET_NAME = re.compile(r"token$|secret|password|api_key|credential", re.IGNORECASE)
-_PASSWORD = re.compile(
-    r"(?P<url>\w+://[^/\s:@]*:)\S*(?=@)|(?P<key>password=)('(\\.|[^'\\])*'|[^\s&]*)", re.IGNORECASE
-)
-
-
 def masked(config: TrainConfig) -> dict[str, Any]:
     """Returns the config as a JSON-ready nested dict, without passwords and keys."""
 
     def mask(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {k: mask(k, v) for k, v in value.items()}
-        if isinstance(value, str) and value and _SECRET_NAME.search(name):
-            return "***"
-        if not isinstance(value, str):
-            return value
-        return _PASSWORD.sub(lambda m: f"{m['url'] or m['key']}***", value)
+        if isinstance(value, tuple):
+            return [mask(name, v) for v in value]
+        if isinstance(value, str) and value and masking.is_secret_name(name):
+            return masking.HIDDEN
+        return masking.hide(value) if isinstance(value, str) else value
 
     return mask("", dataclasses.asdict(config))

@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.options import HostsConfig
+from atlas_jax.types import Address
 from atlas_jax.watch import Limits, Watch
 
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
@@ -27,15 +28,6 @@ process."""
 
 _watches: list[Watch] = []
 """That of this process, in a run of several; JAX's runtime too is one for each process."""
-
-
-class Address(NamedTuple):
-    """Where the processes of a run meet, and which of them this is; JAX finds what is missing."""
-
-    coordinator: str = ""
-    """`HOST:PORT` of process 0."""
-    num_processes: int = 0
-    process_id: int = -1
 
 
 @contextlib.contextmanager

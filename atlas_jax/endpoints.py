@@ -6,8 +6,13 @@ Imports no JAX.
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
+import yarl
+from absl import logging
+
+from atlas_jax import masking
 from atlas_jax.options_rim import UNKNOWN_PRICE, JudgeModel, RIMConfig
 
 
@@ -19,12 +24,23 @@ class Endpoint(NamedTuple):
     api_key_env: str  # "" sends no key
 
 
+class _Provider(NamedTuple):
+    """A company's endpoint and the environment variable that its key is read from."""
+
+    base_url: str
+    variable: str
+
+
 _PROVIDERS = {
-    "gemini": ("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
-    "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
-    "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
-    "xai": ("https://api.x.ai/v1", "XAI_API_KEY"),
+    "gemini": _Provider(
+        "https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"
+    ),
+    "openai": _Provider("https://api.openai.com/v1", "OPENAI_API_KEY"),
+    "anthropic": _Provider("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
+    "xai": _Provider("https://api.x.ai/v1", "XAI_API_KEY"),
 }
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
 
 _LIST_PRICES = {
@@ -55,29 +71,71 @@ def resolve(name: str, options: JudgeModel) -> Endpoint:
     """Returns the endpoint that `options` describe.
 
     Args:
-        name: of the option group, for the error.
+        name: option group, for the error.
         options: with `base_url`, or a model name that starts with a provider, as LiteLLM has them.
 
     Raises:
-        ValueError: for a name whose endpoint is not known; says what to write instead.
+        ValueError: for a name whose endpoint is not known, and for a key that would be sent where
+            it does not belong; says what to write instead.
     """
+    if options.api_key_env and not _VARIABLE.fullmatch(options.api_key_env):
+        raise ValueError(
+            f"{name}.api_key_env must be the name of an environment variable, such as JUDGE_KEY, "
+            "and not the key itself"
+        )
+    endpoint = _found(name, options)
+    _check_key(name, endpoint)
+    return endpoint
+
+
+def _found(name: str, options: JudgeModel) -> Endpoint:
     if options.base_url:
-        if not options.base_url.startswith(("http://", "https://")) or not options.model:
+        if not _is_address(options.base_url) or not options.model:
             raise ValueError(
-                f"{name} has base_url={options.base_url!r} and model={options.model!r}; write "
-                "base_url=http://HOST:PORT/v1 and the model as that server calls it"
+                f"{name} has base_url={masking.hide(options.base_url)!r} and model="
+                f"{options.model!r}; write base_url=http://HOST:PORT/v1 and the model as that "
+                "server calls it"
             )
         return Endpoint(options.base_url, options.model, options.api_key_env)
-    provider, separator, model = options.model.partition("/")
-    if not (separator and model and provider in _PROVIDERS):
+    company, separator, model = options.model.partition("/")
+    if not (separator and model and company in _PROVIDERS):
         known = ", ".join(f"{p}/…" for p in _PROVIDERS)
         raise ValueError(
             f"{name}.model={options.model!r} does not say where the model is; use {known}, or set "
             f"{name}.base_url=http://HOST:PORT/v1, {name}.model as that server calls it, and "
             f"{name}.api_key_env if it wants a key"
         )
-    base_url, variable = _PROVIDERS[provider]
-    return Endpoint(base_url, model, options.api_key_env or variable)
+    provider = _PROVIDERS[company]
+    return Endpoint(provider.base_url, model, options.api_key_env or provider.variable)
+
+
+def _is_address(base_url: str) -> bool:
+    try:
+        url = yarl.URL(base_url)
+    except ValueError:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host)
+
+
+def _check_key(name: str, endpoint: Endpoint) -> None:
+    """Checks that a key goes to nobody but the one it belongs to."""
+    url = yarl.URL(endpoint.base_url)  # as the client reads it
+    variable = endpoint.api_key_env
+    if variable and url.user is not None:
+        raise ValueError(
+            f"{name} has a user in base_url={masking.hide(endpoint.base_url)} and api_key_env="
+            f"{variable}, which both say who asks; leave one of them out"
+        )
+    owner = next((p for p in _PROVIDERS.values() if p.variable == variable), None)
+    if owner is None:
+        return
+    host, own = (url.host or "").rstrip("."), yarl.URL(owner.base_url).host or ""
+    if url.scheme != "https" or (host != own and not host.endswith(f".{own}")):
+        raise ValueError(
+            f"{name} would send {variable} to {masking.hide(endpoint.base_url)}, but that key "
+            f"belongs to https://{own} alone; leave {name}.api_key_env empty, or name the variable "
+            "of this server's own key"
+        )
 
 
 def resolve_all(config: RIMConfig) -> dict[str, Endpoint]:
@@ -94,11 +152,23 @@ def api_key(endpoint: Endpoint) -> str:
     """
     if not endpoint.api_key_env:
         return ""
-    key = os.environ.get(endpoint.api_key_env, "")
+    key, where = os.environ.get(endpoint.api_key_env, ""), masking.hide(endpoint.base_url)
     if not key:
         raise ValueError(
-            f"the judge {endpoint.model} at {endpoint.base_url} needs a key in the environment "
+            f"the judge {endpoint.model} at {where} needs a key in the environment "
             f"variable {endpoint.api_key_env}, which is not set; set it, or name an endpoint of "
             "your own with reward.rim.small_model.base_url and reward.rim.large_model.base_url"
         )
     return key
+
+
+def warn_if_readable(endpoint: Endpoint) -> None:
+    """Warns of a key that others on the network can read."""
+    url = yarl.URL(endpoint.base_url)
+    if not endpoint.api_key_env or url.scheme == "https" or url.host in _LOOPBACK:
+        return
+    logging.warning(
+        "the key in %s goes to %s unencrypted, and everybody on the way can read it; use https "
+        "unless that network is yours alone",
+        *(endpoint.api_key_env, masking.hide(endpoint.base_url)),
+    )

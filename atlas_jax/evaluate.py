@@ -16,14 +16,13 @@ import json
 from collections.abc import Sequence
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from atlas_jax import cli
+from atlas_jax import cli, masking, preflight
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/run/teacher_rcl.py", "GRPO run file.")
+_CONFIG = cli.define_config("configs/run/teacher_rcl.py")
 _TEACHERS = flags.DEFINE_multi_string(
     "teacher", [], "Directory, .gguf file or hub id of a teacher; give it again for each teacher."
 )
@@ -36,11 +35,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.")
 
 def main(argv: list[str]) -> None:
     """Evaluates and prints."""
-    if argv[1:] or not (_TEACHERS.value and _STUDENT.value and _DATA.value):
-        raise ValueError(
-            f"--teacher, --student and --data are needed, and nothing else: {argv[1:]}"
-        )
-    config = config_lib.freeze(_CONFIG.value)
+    cli.no_more_words(argv[1:])
+    for flag in (_TEACHERS, _STUDENT, _DATA):
+        if not flag.value:
+            raise cli.UsageError(f"--{flag.name} is needed; --help tells the flags")
+    config = config_lib.freeze(cli.needed(_CONFIG))
     if not isinstance(config, GRPOConfig):
         raise ValueError(f"--config has algorithm={config.algorithm!r}; use a GRPO run file")
     data = dataclasses.replace(config.data, dataset_path=_DATA.value, db_url="", eval_path="")
@@ -53,8 +52,6 @@ def main(argv: list[str]) -> None:
         rollout=dataclasses.replace(config.rollout, backend="local", max_staleness=0),
     )
     configs = [dataclasses.replace(config, model_name_or_path=path) for path in _TEACHERS.value]
-    for each in configs:
-        config_lib.validate(each)
     run(configs, _LIMIT.value, _OUTPUT.value, _SEED.value)
 
 
@@ -69,7 +66,15 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
 
     Raises:
         ValueError: for a model or data that cannot be used, before anything is asked.
+        OSError: if `output` cannot be written.
     """
+    masking.mask_logs()
+    for each in configs:
+        config_lib.validate(each)
+        preflight.check_models(each)
+    preflight.check_data(configs[0])
+    preflight.check_output_file(output)
+    from atlas_jax import devices
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
     from atlas_jax.recipes import grpo, setup, speakers
@@ -77,6 +82,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax.rollout.sampling import Sampling
     from atlas_jax.types import RewardResult, Rollout
 
+    devices.check()
     config = configs[0]
     protocol = speakers.protocol(config, 1)
     rows = sources.read_rows(config.data, config.data.dataset_path)

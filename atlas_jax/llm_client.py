@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self
 
 import aiohttp
 
+from atlas_jax import masking
+
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SHOWN = 300  # characters of a reply that an error message repeats
 
@@ -51,7 +53,9 @@ class ServerError(Exception):
     """
 
     def __init__(self, url: str, status: int, body: str) -> None:
-        super().__init__(f"{url}: {status or 'no reply'}: {body[:_SHOWN]}")
+        # Secrets are hidden before the text is cut, which could leave a part of one.
+        shown = masking.hide(body[: 4 * _SHOWN])[:_SHOWN]
+        super().__init__(f"{masking.hide(url)}: {status or 'no reply'}: {shown}")
         self.url, self.status, self.body = url, status, body
 
 
@@ -82,6 +86,15 @@ class Pace:
         self._free_at += units * self._secs_per_unit
 
 
+class Tries:
+    """The requests that one call may make, over all that it asks for."""
+
+    def __init__(self, most: int) -> None:
+        """Allows `most` requests."""
+        self.left = most
+        self.made = 0
+
+
 class Client:
     """Connections to one server; use it in `async with`, inside one event loop."""
 
@@ -103,7 +116,7 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self.num_retries = 0  # tries after the first, over all requests
         self._options = options or ClientOptions()
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self._slots = asyncio.Semaphore(self._options.max_in_flight)
         self._admit = admit
         self._pace = Pace(self._options.requests_per_minute)
@@ -112,7 +125,7 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            headers=self._headers,
+            headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self._options.timeout_secs),
         )
@@ -133,19 +146,26 @@ class Client:
         path: str,
         payload: Mapping[str, Any] | None = None,
         params: Mapping[str, str] | None = None,
+        tries: Tries | None = None,
     ) -> Any:
         """Returns the JSON reply to a POST; None where the reply is empty.
 
+        Args:
+            path: appended to the address.
+            payload: sent as JSON.
+            params: of the query.
+            tries: requests that are left of a call with several posts; None allows `max_tries`.
+
         Raises:
             RefusedError: for a status that another try would not change.
-            UnavailableError: after `max_tries` connection errors, time-outs, 429, 5xx, or replies
-                that are not JSON.
+            UnavailableError: after the last try, each of which brought a connection error, a
+                time-out, 429, 5xx, or a reply that is not JSON.
         """
-        return await self._request("POST", path, payload, params)
+        return await self._request("POST", path, payload, params, tries)
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
         """Returns the JSON reply to a GET; raises as `post` does."""
-        return await self._request("GET", path, None, params)
+        return await self._request("GET", path, None, params, None)
 
     async def _request(
         self,
@@ -153,18 +173,24 @@ class Client:
         path: str,
         payload: Mapping[str, Any] | None,
         params: Mapping[str, str] | None,
+        tries: Tries | None,
     ) -> Any:
         url, wait = f"{self.base_url}{path}", 0.0
         failure = UnavailableError(url, 0, "not tried")
-        for attempt in range(self._options.max_tries):
+        tries = tries or Tries(self._options.max_tries)
+        attempt = 0
+        while tries.left:
             if attempt:
                 self.num_retries += 1
                 await asyncio.sleep(max(wait, self._backoff(attempt)))
+            attempt += 1
             try:
                 async with self._slots:
                     self._check(url)
                     if self._options.requests_per_minute:
                         await self._pace.wait()
+                    tries.left -= 1
+                    tries.made += 1
                     reply = await self._once(method, url, payload, params)
                 self._failures_in_row = 0
                 return reply
@@ -175,12 +201,12 @@ class Client:
 
     def _check(self, url: str) -> None:
         """Raises what stands against a try."""
-        if why := self._admit():
-            raise RefusedError(url, 0, why)
         most = self._options.max_failures_in_row
         if most and self._failures_in_row >= most:
             why = f"given up after {self._failures_in_row} failures in a row"
             raise UnavailableError(url, 0, why)
+        if why := self._admit():
+            raise RefusedError(url, 0, why)
 
     async def _once(
         self,
@@ -192,8 +218,12 @@ class Client:
         if self._session is None:
             raise RuntimeError("the client is not open; use it in `async with`")
         try:
-            async with self._session.request(method, url, json=payload, params=params) as reply:
+            # A redirect could lead a key to another server, or from https to http.
+            async with self._session.request(
+                method, url, json=payload, params=params, allow_redirects=False
+            ) as reply:
                 body = await reply.text(errors="replace")
+                location = reply.headers.get("Location", "")
                 retry_after = reply.headers.get("Retry-After", "")
                 status = reply.status
         except TimeoutError:
@@ -203,14 +233,17 @@ class Client:
             raise _TransientError(
                 UnavailableError(url, 0, f"{type(error).__name__}: {error}")
             ) from None
+        shown = body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
         if status in _TRANSIENT or status >= 500:
-            raise _TransientError(UnavailableError(url, status, body), _seconds(retry_after))
+            raise _TransientError(UnavailableError(url, status, shown), _seconds(retry_after))
+        if 300 <= status < 400:
+            raise RefusedError(url, status, f"moved to {location}; give that address")
         if status >= 400:
-            raise RefusedError(url, status, body)
+            raise RefusedError(url, status, shown)
         try:
             return json.loads(body) if body.strip() else None
         except ValueError:
-            raise _TransientError(UnavailableError(url, status, f"not JSON: {body}")) from None
+            raise _TransientError(UnavailableError(url, status, f"not JSON: {shown}")) from None
 
     def _backoff(self, attempt: int) -> float:
         """Returns a wait in seconds before try number `attempt`, counted from 0."""

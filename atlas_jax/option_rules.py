@@ -42,6 +42,9 @@ SYNONYMS = {
     ("attn_implementation", "flash_attention_2"): "auto",
 }
 
+EMPTIED = ("compilation_cache_dir", "reward.rim.cache_dir")
+"""Options that `none` and `null` empty, beside those that are empty by default."""
+
 POSITIVE = (
     "per_device_train_batch_size", "max_seq_length", "loss_chunk_size", "logging_steps",
     "num_train_epochs", "learning_rate", "adam_epsilon", "model.max_shard_size", "data.num_workers",

@@ -31,7 +31,8 @@ class JudgeModel:
     base_url: str = ""
     """Up to and including `/v1`, such as `http://localhost:8765/v1`."""
     api_key_env: str = ""
-    """Environment variable that holds the key; empty sends none, or the named provider's."""
+    """Environment variable that holds the key; empty sends none, or to a provider the provider's.
+    A provider's variable is refused for any other address."""
     response_format: str = "auto"
     """`json_schema`, `json_object`, `none`, or `auto`: the first of these that the server takes."""
     max_tokens: int = 2048
@@ -95,7 +96,8 @@ class JudgeLimits:
     timeout_secs: float = 120.0
     """Longest wait for one reply."""
     max_tries: int = 4
-    """Tries of one call, those included whose reply could not be read."""
+    """Requests of one call at most, whether nothing came back or what came could not be read; those
+    that only find out which `response_format` a server takes are not counted."""
 
 
 @dataclasses.dataclass(frozen=True)

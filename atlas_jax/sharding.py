@@ -20,6 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.config import MeshConfig
+from atlas_jax.validation import mesh_shape
 
 T = TypeVar("T")
 
@@ -42,15 +43,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             fit in one process.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    fixed = int(np.prod([s for s in sizes if s != -1]))
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise ValueError(
-            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not use "
-            f"{len(devices)} devices exactly; set one size to -1 and let the others divide "
-            f"{len(devices)}"
-        )
-    shape = tuple(len(devices) // fixed if s == -1 else s for s in sizes)
+    shape = mesh_shape(config, len(devices))
     return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -4,7 +4,7 @@ Flags to a frozen config, the config checked, JAX started, the recipe run. A con
 argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
 
 The exit code is 0 for a finished run, 75 for one that a signal stopped and that the same command
-continues, 1 for an error.
+continues, 1 for an error, 2 for words that it does not take.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from atlas_jax import cli
+from atlas_jax import cli, masking, preflight
 from atlas_jax import config as config_lib
-from atlas_jax.data import snapshot
+from atlas_jax.types import Address
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+_CONFIG = cli.define_config()
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
@@ -34,24 +33,37 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
 
 def main(argv: list[str]) -> None:
     """Runs the recipe of the config."""
-    if _CONFIG.value is None or argv[1:]:
-        raise ValueError(f"--config FILE is needed, and nothing else: {argv[1:]}")
-    code = 0 if run(config_lib.freeze(_CONFIG.value)) else stopping.EXIT_CODE
+    cli.no_more_words(argv[1:])
+    config = config_lib.freeze(cli.needed(_CONFIG))
+    address = Address(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    code = 0 if run(config, address) else stopping.EXIT_CODE
     stopping.end_soon(code)
     sys.exit(code)
 
 
-def run(config: config_lib.TrainConfig) -> bool:
-    """Checks the config, starts JAX and trains; returns false if a signal stopped the run."""
-    config_lib.validate(config)
-    config_lib.check_environment(config)
-    snapshot.check(config.data, config.output_dir)
-    from atlas_jax import distributed
+def run(config: config_lib.TrainConfig, address: Address | None = None) -> bool:
+    """Checks the config, starts JAX and trains.
+
+    Args:
+        config: the run.
+        address: where the processes of the run meet; None takes it from the environment.
+
+    Returns:
+        Whether the run came to its end; false if a signal stopped it before.
+
+    Raises:
+        ValueError: for options, models and data that cannot be used.
+        OSError: for files that cannot be read or written.
+    """
+    masking.mask_logs()
+    preflight.check(config)
+    # What imports JAX comes after the checks, which need none and take little time.
+    from atlas_jax import devices, distributed
     from atlas_jax.recipes import grpo, sft
 
     recipes: dict[str, Callable[[Any], bool]] = {"sft": sft.run, "grpo": grpo.run}
-    where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    with distributed.joined(config.hosts, distributed.Address(*where)):
+    with distributed.joined(config.hosts, address or Address()):
+        devices.check()
         return recipes[config.algorithm](config)
 
 

@@ -23,6 +23,15 @@ class DependencyError(RuntimeError):
     """What a run needs from outside has failed; its training state is sound and worth saving."""
 
 
+class Address(NamedTuple):
+    """Where the processes of a run meet, and which of them this is; JAX finds what is missing."""
+
+    coordinator: str = ""
+    """`HOST:PORT` of process 0."""
+    num_processes: int = 0
+    process_id: int = -1
+
+
 class Message(TypedDict):
     """One turn of a chat, as chat templates take it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from typing import Any
 
@@ -17,7 +18,7 @@ from atlas_jax.option_rules import (
     REWARDS,
     SHARES,
 )
-from atlas_jax.options import TrainConfig
+from atlas_jax.options import MeshConfig, TrainConfig
 from atlas_jax.options_grpo import GRPOConfig
 from atlas_jax.options_rim import UNKNOWN_PRICE, JudgeModel, RIMConfig
 
@@ -241,6 +242,24 @@ def check_environment(config: TrainConfig) -> None:
         rim = config.reward.rim
         for endpoint in endpoints.resolve_all(rim).values() if not rim.replay else ():
             endpoints.api_key(endpoint)
+
+
+def mesh_shape(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Returns the sizes of the axes `data`, `fsdp` and `tensor` over so many devices.
+
+    Raises:
+        ValueError: if they do not multiply to the number of devices.
+    """
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    fixed = math.prod(size for size in sizes if size != -1)
+    if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
+        raise ValueError(
+            f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} does not use "
+            f"{num_devices} devices exactly; set one size to -1 and let the others divide "
+            f"{num_devices}"
+        )
+    data, fsdp, tensor = (num_devices // fixed if size == -1 else size for size in sizes)
+    return data, fsdp, tensor
 
 
 def _check_values(values: dict[str, Any]) -> None:

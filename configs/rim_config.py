@@ -31,7 +31,7 @@ def apply(config: ConfigDict) -> None:
         # -1 is the list price of these models; an endpoint of one's own has none unless it is set.
         model.input_price = model.output_price = -1.0
         model.base_url = ""
-        model.api_key_env = "GEMINI_API_KEY"
+        model.api_key_env = ""  # a provider's model takes its key from the provider's variable
         model.response_format = "auto"
         model.max_tokens = 32768  # Gemini thinks before it writes, and that counts
 

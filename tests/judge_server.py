@@ -27,12 +27,15 @@ class Judge:
     def __init__(self, latency: float) -> None:
         self.latency = latency
         self.tries: collections.Counter[str] = collections.Counter()
-        self.stats = {"calls": 0, "in_flight": 0, "max_in_flight": 0, "formats": {}}
+        self.stats = {"calls": 0, "in_flight": 0, "max_in_flight": 0, "formats": {}, "keys": []}
 
     async def reply(self, request: web.Request) -> web.StreamResponse:
         """Answers as the model of the request does."""
         body = await request.read()
         self.stats["calls"] += 1
+        key = request.headers.get("Authorization", "")
+        if key not in self.stats["keys"]:
+            self.stats["keys"].append(key)
         self.stats["in_flight"] += 1
         self.stats["max_in_flight"] = max(self.stats["max_in_flight"], self.stats["in_flight"])
         try:
@@ -49,12 +52,15 @@ class Judge:
             return web.json_response(
                 {"error": "response_format json_schema is unknown"}, status=400
             )
-        if model == "no formats" and form != "none":
+        if model.startswith("no formats") and form != "none":
             return web.json_response({"error": "unknown field response_format"}, status=400)
         if model == "no key":
             return web.json_response({"error": "no such key"}, status=401)
         key = hashlib.sha256(body).hexdigest()
         self.tries[key] += 1
+        if model == "unreadable behind two 500s":
+            return await self._ill("500" if self.tries[key] <= 2 else "zero", request)
+        model = model.removeprefix("no formats, ")
         if model.startswith("never ") or (model.startswith("first ") and self.tries[key] == 1):
             return await self._ill(model.split(" ", 1)[1], request)
         return chat(opinion(model, asked))
@@ -113,8 +119,13 @@ def main() -> None:
     judge = Judge(options.latency)
     app = web.Application()
     app.router.add_post("/v1/chat/completions", judge.reply)
+    app.router.add_post("/moved/v1/chat/completions", _moved)
     app.router.add_get("/stats", lambda _: _stats(judge))
     asyncio.run(_serve(app, options.port))
+
+
+async def _moved(_: web.Request) -> web.Response:
+    raise web.HTTPTemporaryRedirect("/v1/chat/completions")
 
 
 async def _stats(judge: Judge) -> web.Response:

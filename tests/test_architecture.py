@@ -1,8 +1,14 @@
 """The house rules that a program can check."""
 
 import ast
+import importlib.metadata
 import pathlib
 import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
 
 SOURCES = sorted(pathlib.Path("atlas_jax").rglob("*.py"))
 
@@ -30,6 +36,50 @@ def code_lines(text, tree):
         1 for i, line in lines if line.strip() and not line.strip().startswith("#")
         and i not in texts
     )  # fmt: skip
+
+
+LEFT = (
+    "checkpoints/sft/config.json", "outputs/quickstart/evaluation.json", "evaluation.json",
+    "agreement.json", "traces/runtime.jsonl", "traces.jsonl.gz", "build/lib/a.py",
+    "atlas_jax.egg-info/PKG-INFO", ".cache/models/a.gguf",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not pathlib.Path(".git").exists(), reason="not a checkout")
+def test_what_the_documented_commands_leave_is_not_offered_for_a_commit():
+    found = subprocess.run(["git", "check-ignore", *LEFT], capture_output=True, text=True)
+    assert set(found.stdout.split()) == set(LEFT)
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True)
+    ignored = ["git", "check-ignore", "--no-index", "--stdin"]
+    hidden = subprocess.run(ignored, input=tracked.stdout, capture_output=True, text=True).stdout
+    assert hidden == ""
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared = {
+        re.match(r"[\w-]+", need)[0].lower().replace("_", "-")
+        for need in tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"][
+            "dependencies"
+        ]
+    }
+    distributions = importlib.metadata.packages_distributions()
+    for path in SOURCES:
+        if path.parent.name == "vllm_plugin":  # runs where vLLM is installed
+            continue
+        for name in imported(ast.parse(path.read_text())) - sys.stdlib_module_names - {"atlas_jax"}:
+            origins = {d.lower().replace("_", "-") for d in distributions[name]}
+            assert origins & declared, f"{path} imports {name}, of {origins}"
+
+
+def imported(tree):
+    """The names of top-level packages that a module imports, somewhere."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
 
 
 def test_the_readme_explains_every_metric():

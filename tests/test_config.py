@@ -196,7 +196,7 @@ def test_the_command_answers_a_mistake_in_one_line(flag, message, tmp_path):
     ]  # fmt: skip
     if flag.startswith("--config="):
         command[3:6] = []
-    if "dataset" in flag:
+    if "dataset" in flag or "batch" in flag:
         from tests import tiny
         from tests.tokenizers import chatml_tokenizer
 

@@ -1,7 +1,6 @@
 """Measures one recipe and prints one JSON line: `python tools/bench.py sft|grpo --model DIR …`.
 
-`traces --database-url URL` measures reading sessions, with `--fill COUNT` after it has made them
-(which needs `PYTHONPATH=.`).
+`traces --database-url URL` measures reading sessions, with `--fill COUNT` after it has made them.
 
 The batches of `sft` are fixed random tokens, or with --packing the rows of a JSONL file packed; the
 model may be a directory that holds a `config.json` only, whose weights are then random. `grpo` is
@@ -16,13 +15,14 @@ import pathlib
 import resource
 import time
 
+import _checkout  # noqa: F401  (comes first: see there)
 import bench_grpo
 import bench_traces
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax import metrics, optim, step
+from atlas_jax import cli, metrics, optim, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, MeshConfig, SFTConfig
 from atlas_jax.data import loader, sources
@@ -36,7 +36,7 @@ from atlas_jax.types import Batch, Params
 
 def main() -> None:
     """Parses the arguments, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ToolParser(__doc__)
     recipes = parser.add_subparsers(dest="recipe", required=True)
     sft_parser, grpo_parser = recipes.add_parser("sft"), recipes.add_parser("grpo")
     for each in (sft_parser, grpo_parser):
@@ -150,4 +150,4 @@ def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.tool(main)

@@ -127,3 +127,7 @@ def _parts(
 
 def _distinct_characters(rollouts: Sequence[Rollout]) -> list[RewardResult]:
     return [RewardResult(float(len(set(r.policy.text))), {}) for r in rollouts]
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this is a part of tools/bench.py grpo and no command; run that")

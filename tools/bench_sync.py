@@ -5,14 +5,15 @@ python tools/bench_sync.py --model DIR --server http://127.0.0.1:8765 --times 5
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
 
+import _checkout  # noqa: F401  (comes first: see there)
 import jax
 import numpy as np
 
+from atlas_jax import cli
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
 from atlas_jax.metrics import means
@@ -21,7 +22,7 @@ from atlas_jax.recipes import grpo, serving, setup
 
 def main() -> None:
     """Pushes the same model a few times; the first push also compiles."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ToolParser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--server", required=True)
     parser.add_argument("--times", type=int, default=5)
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.tool(main)

@@ -53,3 +53,7 @@ def fill(url: str, count: int, num_events: int) -> None:
 
 def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this is a part of tools/bench.py traces and no command; run that")

@@ -256,3 +256,9 @@ KINDS = {
         "An age grows with the years, so add.",
     )), "+", "the age grows"),
 }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        "error: this is a part of tools/make_demonstrations.py and no command; run that"
+    )

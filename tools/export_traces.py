@@ -1,7 +1,8 @@
 """Writes sessions of the Atlas runtime as JSONL, one record a line, as the Atlas SDK exports them.
 
-    python tools/export_traces.py --database-url URL --output traces.jsonl[.gz|.zst]
+    python tools/export_traces.py [--database-url URL] --output traces.jsonl[.gz|.zst]
 
+Without --database-url it is $ATLAS_DATABASE_URL, where no list of processes shows its password.
 Approved sessions only, unless told otherwise; newest first. A kill leaves the old file or none.
 """
 
@@ -10,13 +11,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import _checkout  # noqa: F401  (comes first: see there)
 import pyarrow
 
+from atlas_jax import cli
 from atlas_jax.data import postgres
 from atlas_jax.data.trace_query import Query
 
@@ -25,8 +29,12 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 def main() -> None:
     """Parses the arguments and exports."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--database-url", required=True, help="postgresql://user:password@host/db")
+    parser = cli.ToolParser(__doc__)
+    parser.add_argument(
+        "--database-url",
+        default=os.environ.get("ATLAS_DATABASE_URL", ""),
+        help="postgresql://user:password@host/db",
+    )
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--session-id", type=int, action="append", help="only this one; repeatable")
     parser.add_argument("--limit", type=int, help="sessions written, the newest")
@@ -41,10 +49,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=200, help="sessions held at one time")
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
-    try:
-        total = write(args.output, (json.dumps(r, ensure_ascii=False) for r in records(args)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if not args.database_url:
+        parser.error("--database-url is not given, and ATLAS_DATABASE_URL is not set")
+    total = write(args.output, (json.dumps(r, ensure_ascii=False) for r in records(args)))
     if not args.quiet:
         print(f"{total} sessions written to {args.output}")
     if not total:
@@ -87,4 +94,4 @@ def write(path: pathlib.Path, lines: Iterator[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    cli.tool(main)

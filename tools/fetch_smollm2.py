@@ -68,7 +68,10 @@ def main() -> None:
     """Fetches the model and prints where it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the file goes")
-    print(fetch(parser.parse_args().directory))
+    try:
+        print(fetch(parser.parse_args().directory))
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
+import _checkout  # noqa: F401  (comes first: see there)
 from absl import app
-from ml_collections import config_flags
 
 from atlas_jax import cli, training_data
 from atlas_jax import config as config_lib
@@ -24,13 +24,14 @@ from atlas_jax.data.sources import Rows
 from atlas_jax.data.trace_query import score_of
 from atlas_jax.data.traces import AtlasSessionTrace
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+_CONFIG = cli.define_config()
 _NUM_SHOWN = 5
 
 
 def main(argv: list[str]) -> None:
     """Prints the report."""
-    config = config_lib.freeze(_CONFIG.value)
+    cli.no_more_words(argv[1:])
+    config = config_lib.freeze(cli.needed(_CONFIG))
     data = config.data
     if data.db_url or data.format == "session":
         print_counts(data)
@@ -107,7 +108,6 @@ def print_questions(config: GRPOConfig, rows: Rows) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "")  # where configs/ is found
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv[1] = f"--config={sys.argv[1]}"
     app.run(cli.guarded(main), flags_parser=cli.parse)

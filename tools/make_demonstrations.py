@@ -1,6 +1,6 @@
 r"""Makes the teaching demonstrations of the quickstart, and measures what their lessons are worth.
 
-    PYTHONPATH=. python tools/make_demonstrations.py --model DIR --output configs/data/quickstart \
+    python tools/make_demonstrations.py --model DIR --output configs/data/quickstart \
       --measure
 
 The approaches are what the student, the model in DIR, writes greedily. All else follows from the
@@ -9,7 +9,6 @@ seed.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import pathlib
@@ -17,8 +16,10 @@ import random
 import re
 from typing import Any
 
+import _checkout  # noqa: F401  (comes first: see there)
 from demonstration_kinds import KINDS, METHODS
 
+from atlas_jax import cli
 from atlas_jax.rewards.verifiable import is_correct, states_answer
 
 TASK = 'Solve the problem in one short sentence, then write "Answer:" and the final answer.'
@@ -36,7 +37,7 @@ Record = dict[str, str]
 
 def main() -> None:
     """Writes `train.jsonl` and `eval.jsonl`, and prints the table of `--measure`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ToolParser(__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face directory of the student")
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--train", type=int, default=320)
@@ -265,4 +266,4 @@ def _row(kind: str, count: int, alone: int, taught: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    cli.tool(main)

@@ -16,15 +16,14 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, "")  # configs/ is looked for here, as `python -m` does
 
+import _checkout  # noqa: F401  (comes first: see there)
 from absl import app, flags
-from ml_collections import config_flags
 
 from atlas_jax import cli
 from atlas_jax import config as config_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+_CONFIG = cli.define_config()
 _TARGETS = flags.DEFINE_list("target", [], "Devices to compile for, e.g. h100:8.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 _SEARCH = flags.DEFINE_bool("search", False, "Look for changes that make it fit.")
@@ -33,11 +32,10 @@ _MODEL_CONFIG = flags.DEFINE_string("model_config", "", "A config.json to read f
 
 def main(argv: list[str]) -> None:
     """Prints the plan of each target and exits with the verdict."""
-    if _CONFIG.value is None or not _TARGETS.value or argv[1:]:
-        raise ValueError(
-            f"--config FILE and --target KIND:SIZE are needed, nothing else: {argv[1:]}"
-        )
-    config = config_lib.freeze(_CONFIG.value)
+    cli.no_more_words(argv[1:])
+    if not _TARGETS.value:
+        raise cli.UsageError("--target KIND:SIZE is needed, such as h100:8")
+    config = config_lib.freeze(cli.needed(_CONFIG))
     config_lib.validate(config)
     from atlas_jax.plan import planner, report, search
 

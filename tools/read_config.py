@@ -1,22 +1,30 @@
 """Prints options of a run, one a line, for scripts.
 
-python tools/read_config.py NAME[,NAME…] --config configs/run/NAME.py [--config.key=value …]
+    python tools/read_config.py NAME[,NAME…] --config configs/run/NAME.py [--config.key=value …]
+
+With --check_devices N it first checks all of the run that needs no accelerator and no server, as a
+run on N devices.
 """
 
-from absl import app
-from ml_collections import config_flags
+import _checkout  # noqa: F401  (comes first: see there)
+from absl import app, flags
 
-from atlas_jax import cli
+from atlas_jax import cli, preflight
 from atlas_jax import config as config_lib
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file of the run.")
+_CONFIG = cli.define_config()
+_DEVICES = flags.DEFINE_integer("check_devices", 0, "Check the run, as one on so many devices.")
 
 
 def main(argv: list[str]) -> None:
     """Prints the options that the first argument names."""
-    if len(argv) != 2 or _CONFIG.value is None:
-        raise ValueError(f"names of options and --config are needed, and nothing else: {argv[1:]}")
-    values = config_lib.flat(config_lib.freeze(_CONFIG.value))
+    if not argv[1:]:
+        raise cli.UsageError("names of options are needed, such as output_dir,rollout.protocol")
+    cli.no_more_words(argv[2:])
+    config = config_lib.freeze(cli.needed(_CONFIG))
+    if _DEVICES.value:
+        preflight.check(config, _DEVICES.value)
+    values = config_lib.flat(config)
     for name in argv[1].split(","):
         if name not in values:
             raise ValueError(f"unknown option {name}{config_lib.nearest(name, values)}")

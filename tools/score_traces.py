@@ -10,12 +10,13 @@ that other thresholds cost nothing. `--output` gets all of it, with the judges' 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import sys
 from typing import Any
 
+import _checkout  # noqa: F401  (comes first: see there)
+
+from atlas_jax import cli
 from atlas_jax.data import sessions, trace_files
 from atlas_jax.data.trace_query import score_of
 from atlas_jax.data.traces import AtlasSessionTrace
@@ -29,7 +30,7 @@ _REVIEW = {"approved": 1.0, "quarantined": 0.0}
 
 def main() -> None:
     """Reads, scores, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.ToolParser(__doc__)
     parser.add_argument("--traces", required=True, help="export of sessions (.jsonl, .gz, .zst)")
     parser.add_argument("--rim", default="configs/rim_config.py", help="options of the judges")
     parser.add_argument(
@@ -139,8 +140,4 @@ def table(compared: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "")  # where configs/ is found
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cli.tool(main)

@@ -6,20 +6,21 @@ transformers, so it also shows that the model loads there as it is.
 
 from __future__ import annotations
 
-import argparse
+import _checkout  # noqa: F401  (comes first: see there)
 
-from atlas_jax import config
+from atlas_jax import cli, config, preflight
 from atlas_jax.data import examples, sources
 from configs.data import quickstart_sft
 
 
 def main() -> None:
     """Generates and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.ToolParser(__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--row", type=int, default=0, help="of the held-out demonstrations")
     parser.add_argument("--max_new_tokens", type=int, default=160)
     args = parser.parse_args()
+    preflight.check_model(args.model)
     messages = prompt(args.row)
     print(f"--- prompt\n{messages[-1]['content']}")
     print(f"--- written by {args.model}\n{generate(args.model, messages, args.max_new_tokens)}")
@@ -31,6 +32,8 @@ def prompt(row: int) -> list[dict[str, str]]:
     quickstart_sft.apply(options)
     data = config.freeze(options).data
     rows = sources.read_rows(data, data.eval_path).rows
+    if not 0 <= row < len(rows):
+        raise ValueError(f"--row {row} must be 0 to {len(rows) - 1}")
     return list(examples.to_sample(rows[row], data).messages[:-1])
 
 
@@ -49,4 +52,4 @@ def generate(model_path: str, messages: list[dict[str, str]], max_new_tokens: in
 
 
 if __name__ == "__main__":
-    main()
+    cli.tool(main)

@@ -58,6 +58,18 @@ class PlainText(NamedTuple):
 Sample: TypeAlias = Conversation | PlainText
 
 
+class OtherFormatError(ValueError):
+    """A row of another format than the config asks for.
+
+    Attributes:
+        other: the format of the row.
+    """
+
+    def __init__(self, text: str, other: str) -> None:
+        super().__init__(text)
+        self.other = other
+
+
 class Samples(NamedTuple):
     """The usable rows of a dataset, and `name: reason` of the others."""
 
@@ -75,11 +87,19 @@ def parse_rows(rows: Rows, config: DataConfig) -> Samples:
     check_templates(config)
     samples: list[Sample] = []
     rejected = []
+    others: list[str] = []
     for row in rows.rows:
         try:
             samples.append(to_sample(row, config))
         except ValueError as error:
             rejected.append(f"{row.name}: {error}")
+            if isinstance(error, OtherFormatError):
+                others.append(error.other)
+    if others and len(others) == len(rows.rows):
+        raise ValueError(
+            f"data.format={config.format}, but all rows have the format "
+            f"{' or '.join(dict.fromkeys(others))}; use --config.data.format=auto"
+        )
     check_rejected(rejected, len(rows.rows), config.max_rejected_frac)
     return Samples(samples, rejected)
 
@@ -122,10 +142,14 @@ def row_format(fields: Mapping[str, Any], wanted: str) -> str:
     closest = max(choices, key=lambda choice: sum(field in fields for field in FIELDS[choice]))
     missing = [field for field in FIELDS[closest] if field not in fields]
     shapes = " or ".join(f"({', '.join(FIELDS[choice])})" for choice in choices)
-    raise ValueError(
+    reason = (
         f"lacks {', '.join(missing)}; it has {', '.join(fields) or 'no fields'}; "
         f"data.format={wanted} accepts rows with {shapes}"
     )
+    for other, needed in FIELDS.items():
+        if all(field in fields for field in needed):
+            raise OtherFormatError(f"{reason}; use data.format=auto or {other}", other)
+    raise ValueError(reason)
 
 
 def check_templates(config: DataConfig) -> None:

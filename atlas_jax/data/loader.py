@@ -28,7 +28,7 @@ from absl import logging
 
 from atlas_jax.config import TrainConfig
 from atlas_jax.data import chat, examples, sessions
-from atlas_jax.data.packing import bucket_length, collate, pack_best_fit
+from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
 from atlas_jax.data.sources import Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Batch, Example
 
@@ -287,11 +287,6 @@ def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Table:
         return indices[:, None]
     rows = pack_best_fit(lengths[indices], order.max_seq_length)
     return [indices[row].tolist() for row in rows]
-
-
-def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
-    """Returns the buckets below `max_seq_length`, ascending, and that length itself."""
-    return (*sorted({bucket for bucket in buckets if bucket < max_seq_length}), max_seq_length)
 
 
 def fingerprint(sequences: Sequences, order: Order) -> str:

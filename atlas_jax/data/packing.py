@@ -22,6 +22,11 @@ import numpy as np
 from atlas_jax.types import Batch, Completion, Example, PolicyBatch
 
 
+def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
+    """Returns the buckets below `max_seq_length`, ascending, and that length itself."""
+    return (*sorted({bucket for bucket in buckets if bucket < max_seq_length}), max_seq_length)
+
+
 def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
     """Returns the examples of each row, as indices into `lengths`, in order of arrival.
 

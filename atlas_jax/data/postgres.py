@@ -24,6 +24,7 @@ from absl import logging
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 
+from atlas_jax import masking
 from atlas_jax.data import postgres_sql
 from atlas_jax.data.postgres_sql import Page, Schema
 from atlas_jax.data.trace_query import Query
@@ -179,22 +180,24 @@ def shown(url: str) -> str:
     """Returns what may be shown of a connection URL."""
     parts = parsed(url)
     user, name = parts.get("user", ""), parts.get("dbname", "")
-    return f"{user}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{name}"
+    # libpq takes a whole URL as the name of the database, too.
+    return masking.hide(f"{user}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{name}")
 
 
 def explained(error: psycopg.Error, url: str) -> Exception:
     """Returns the error that a user is shown in place of the driver's."""
     text, state, where = str(error).strip(), error.sqlstate or "", shown(url)
     if password := parsed(url).get("password"):
-        text = text.replace(password, "***")
+        text = text.replace(password, masking.HIDDEN)
+    first, text = text.partition("\n")[0], " ".join(masking.hide(text).split())
     if state == "42P01":
         return ValueError(
-            f"{where} is not a database of the Atlas SDK ({text.splitlines()[0]}); check the name "
+            f"{where} is not a database of the Atlas SDK ({masking.hide(first)}); check the name "
             "of the database in data.db_url"
         )
     if state == "42501":
         return ValueError(
-            f"the role of {where} may not read it ({text.splitlines()[0]}); let its owner run "
+            f"the role of {where} may not read it ({masking.hide(first)}); let its owner run "
             "GRANT SELECT ON ALL TABLES IN SCHEMA public TO …"
         )
     if state == "57014":

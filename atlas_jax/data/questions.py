@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from atlas_jax.config import GRPOConfig
 from atlas_jax.data.examples import PLACEHOLDER
 from atlas_jax.data.sessions import QUESTIONS
 from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
@@ -53,7 +54,7 @@ def parse_questions(
     questions, rejected = [], []
     for row in rows.rows:
         try:
-            questions.append(_with_fields(to_question(row, needs_truth), needed_fields))
+            questions.append(to_question(row, needs_truth, needed_fields))
         except ValueError as error:
             rejected.append(f"{row.name}: {error}")
     check_rejected(rejected, len(rows.rows), max_rejected_frac)
@@ -62,8 +63,8 @@ def parse_questions(
     return questions
 
 
-def to_question(row: Row, needs_truth: bool) -> Question:
-    """Returns one row as a question.
+def to_question(row: Row, needs_truth: bool, needed_fields: Sequence[str] = ()) -> Question:
+    """Returns one row as a question; the arguments are those of `parse_questions`.
 
     Raises:
         ValueError: says what the row lacks, without its name.
@@ -85,14 +86,10 @@ def to_question(row: Row, needs_truth: bool) -> Question:
         for k, v in fields.items()
         if isinstance(v, str | int | float) and not _HIDDEN.search(k) and k not in _QUESTION
     }
-    return Question(_text(fields.get("id", "")) or row.name, question, truth, shown)
-
-
-def _with_fields(question: Question, needed: Sequence[str]) -> Question:
-    for name in needed:
-        if name not in question.fields:
+    for name in needed_fields:
+        if name not in shown:
             raise ValueError(f"lacks the field {name!r} of rollout.question_fields; add it")
-    return question
+    return Question(_text(fields.get("id", "")) or row.name, question, truth, shown)
 
 
 def check_template(option: str, template: str, known: Sequence[str], needed: Sequence[str]) -> None:
@@ -111,6 +108,29 @@ def check_template(option: str, template: str, known: Sequence[str], needed: Seq
             raise ValueError(
                 f"{option}={template!r} lacks {{{name}}}; the model would never see the {name}"
             )
+
+
+def check_templates(config: GRPOConfig) -> None:
+    """Checks the templates of the protocol.
+
+    Raises:
+        ValueError: for a template with an unknown field or without a needed one.
+    """
+    rollout, known = config.rollout, ("question", *config.rollout.question_fields)
+    checks: dict[str, tuple[str, ...]]
+    if rollout.protocol == "direct":
+        checks = {"direct_template": ()}
+    else:
+        checks = {
+            "student_baseline_template": (),
+            "student_diagnostic_template": (),
+            "student_with_teaching_template": ("teaching",),
+        }
+        template = config.data.teacher_template
+        check_template("data.teacher_template", template, (*known, "approach"), ("question",))
+    for option, more in checks.items():
+        template = getattr(rollout, option)
+        check_template(f"rollout.{option}", template, (*known, *more), ("question", *more))
 
 
 class Order:

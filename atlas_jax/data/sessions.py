@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -22,7 +22,7 @@ from atlas_jax.data.trace_values import as_text
 from atlas_jax.data.traces import AtlasSessionTrace, AtlasStepTrace
 
 LESSONS, QUESTIONS = "lessons", "questions"
-"""The two lists that a session's row holds."""
+"""The names of the two lists of `Parts`."""
 
 _APPROVED = "approved"
 _TEACHERS = ("teacher", "coach", "atlas_teacher", "assistant")
@@ -31,10 +31,17 @@ _SPOKEN = ("message", "text", "content", "guidance", "output", "data", "event", 
 _UNKNOWN = "not recorded"
 
 
+class Parts(NamedTuple):
+    """What of one session trains, as fields of rows."""
+
+    lessons: list[dict[str, str]]
+    questions: list[dict[str, str]]
+
+
 def to_records(
     sessions: Iterable[tuple[str, AtlasSessionTrace | str]], config: DataConfig
-) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Yields the row of each session that the options ask for, or why it is rejected.
+) -> Iterator[tuple[str, Parts | str]]:
+    """Yields the parts of each session that the options ask for, or why it is rejected.
 
     Sessions of the same content are one; what is left out is counted in the log.
 
@@ -62,13 +69,13 @@ def to_records(
         if fate == "kept":
             seen.add(key)
             reviews[status] += 1
-            yield name, to_fields(session, config.answer_as_truth)
+            yield name, to_parts(session, config.answer_as_truth)
     _conclude(counts, reviews, query)
 
 
-def to_fields(session: AtlasSessionTrace, answer_as_truth: bool) -> dict[str, Any]:
-    """Returns the row of a session: its lessons and its questions."""
-    return {LESSONS: lessons(session), QUESTIONS: questions(session, answer_as_truth)}
+def to_parts(session: AtlasSessionTrace, answer_as_truth: bool) -> Parts:
+    """Returns the lessons and the questions of a session."""
+    return Parts(lessons(session), questions(session, answer_as_truth))
 
 
 def content_hash(session: AtlasSessionTrace) -> bytes:

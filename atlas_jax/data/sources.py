@@ -10,8 +10,9 @@ import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from atlas_jax.files import write_whole
 _FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 _NUM_SHOWN = 5
+_NUM_LOOKED_AT = 1000
+"""Rows of a file that `check` looks at; a few unusable ones may stand first."""
 # Tags that keep the random streams of one seed apart.
 _DRAW_STREAM, _SPLIT_STREAM, _ORDER_STREAM = 1, 2, 3
 
@@ -34,6 +37,8 @@ class Row(NamedTuple):
     name: str
     """Such as `data/train.jsonl:17`; lines and rows count from 1."""
     fields: dict[str, Any]
+    session: sessions.Parts | None = None
+    """What a session of the Atlas runtime holds, which has no fields of its own."""
 
 
 class Rows(NamedTuple):
@@ -93,6 +98,49 @@ def read_rows(config: DataConfig, path: str) -> Rows:
     return rows
 
 
+def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
+    """Checks that the files of `path` can be read and that one of their first rows can be used.
+
+    What the hub has is not looked up.
+
+    Args:
+        config: gives the format.
+        path: as `read_rows` takes it.
+        use: raises a ValueError for a row that cannot be used; it gets no sessions.
+
+    Raises:
+        ValueError: for a file that is missing, unreadable or of an unknown kind, or that begins
+            with rows of which none can be used.
+    """
+    for part in _parts(path):
+        records: Iterator[tuple[str, Any]]
+        if config.format == "session":
+            records = trace_files.read(part)
+        elif _is_local(part):
+            records = _records(part, config.dataset_split)
+        else:
+            continue
+        first = ""
+        for name, value in itertools.islice(records, _NUM_LOOKED_AT):
+            problem = _problem(name, value, use)
+            if not problem:
+                break
+            first = first or f"{name}: {problem}"
+        else:
+            if first:
+                raise ValueError(first)
+
+
+def _problem(name: str, value: Any, use: Callable[[Row], object]) -> str:
+    """Returns why a record cannot be used; "" if it can."""
+    if isinstance(value, dict):
+        try:
+            use(Row(name, value))
+        except ValueError as error:
+            return str(error)
+    return value if isinstance(value, str) else ""
+
+
 def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
     """Returns the lessons or the questions of sessions as rows; rows of other kinds stay.
 
@@ -106,10 +154,10 @@ def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
     """
     unfolded, num_sessions, num_parts = [], 0, 0
     for row in rows.rows:
-        if part not in row.fields:
+        if row.session is None:
             unfolded.append(row)
             continue
-        found = [fields for fields in row.fields[part] if not needed or fields[needed]]
+        found = [f for f in getattr(row.session, part) if not needed or f[needed]]
         unfolded += [Row(f"{row.name} {part}[{i}]", fields) for i, fields in enumerate(found)]
         num_sessions, num_parts = num_sessions + 1, num_parts + len(found)
     if num_sessions:
@@ -183,10 +231,12 @@ def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
     """Returns the rows of `path`, or of the snapshot in `output_dir` where there is no path."""
     rows, rejected = [], []
     for name, value in _all_records(config, path, output_dir):
-        if isinstance(value, dict):
-            rows.append(Row(name, value))
-        else:
+        if isinstance(value, str):
             rejected.append(f"{name}: {value}")
+        elif isinstance(value, sessions.Parts):
+            rows.append(Row(name, {}, value))
+        else:
+            rows.append(Row(name, value))
     if not rows and not rejected:
         raise ValueError(f"dataset {path!r} has no rows; give a file with one JSON object a line")
     return Rows(rows, rejected)
@@ -194,16 +244,20 @@ def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
 
 def _all_records(
     config: DataConfig, path: str, output_dir: str
-) -> Iterable[tuple[str, dict[str, Any] | str]]:
+) -> Iterable[tuple[str, dict[str, Any] | sessions.Parts | str]]:
     if not path:
         return sessions.to_records(snapshot.read(output_dir), config)
-    parts = [part for part in (p.strip() for p in path.split(",")) if part]
+    parts = _parts(path)
     if config.format == "session":
         return sessions.to_records(_chain(trace_files.read(part) for part in parts), config)
     return _chain(_records(part, config.dataset_split) for part in parts)
 
 
 _chain = itertools.chain.from_iterable
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in (p.strip() for p in path.split(",")) if part]
 
 
 def _list_rejected(path: str, *parts: Rows | None) -> None:
@@ -230,6 +284,10 @@ def _records(path: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any] | 
         f"dataset file {path} is of an unknown kind; its name must end in one of "
         f"{', '.join(_FILE_SUFFIXES)}"
     )
+
+
+def _is_local(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path)) or _looks_like_file(path)
 
 
 def _looks_like_file(path: str) -> bool:
@@ -281,11 +339,21 @@ def _hub_records(path: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any
     repo, files = (match["repo"], match["file"]) if match else (path, None)
     if match:
         hub_split = "train"  # the only one that `datasets` gives a file
-    try:
-        table = datasets.load_dataset(repo, data_files=files, split=hub_split)
-    except (OSError, ValueError) as error:
+    folder = pathlib.Path(path).expanduser()
+    kind = "directory" if folder.is_dir() else "hub dataset"
+    if folder.is_dir() and not any(file.suffix in _FILE_SUFFIXES for file in folder.rglob("*")):
         raise ValueError(
-            f"hub dataset {path!r}, split {hub_split!r}, cannot be loaded ({error}); check the id, "
+            f"the directory {path}, given as a dataset, holds no file that ends in "
+            f"{', '.join(_FILE_SUFFIXES)}; give the file itself"
+        )
+    try:
+        table = datasets.load_dataset(
+            str(folder) if folder.is_dir() else repo, data_files=files, split=hub_split
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"{kind} {path!r}, split {hub_split!r}, cannot be loaded ({why}); check the id, "
             "data.dataset_split and the network, or give a .jsonl or .parquet file"
         ) from error
     for number, fields in enumerate(table, start=1):

@@ -125,7 +125,7 @@ def devices(target: Target) -> list[jax.Device]:
     except (RuntimeError, FileNotFoundError, ModuleNotFoundError) as error:
         raise ValueError(
             f"cannot compile for {target.name}: {str(error).splitlines()[0]}; install the "
-            'compilers with pip install "atlas_jax[plan]", and give a topology that exists'
+            'compilers with pip install -e ".[plan]", and give a topology that exists'
         ) from None
 
 

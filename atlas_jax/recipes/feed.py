@@ -18,6 +18,7 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
 from atlas_jax.recipes.ahead import Ahead
+from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.scoring import ask_again, why
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
@@ -36,18 +37,6 @@ from atlas_jax.types import (
 
 _LEAVE = StopRequestedError, DependencyError
 """Why processes give up a batch, all of them together; a stop counts before an outage."""
-
-
-class Layout(NamedTuple):
-    """How the completions of a step become rows."""
-
-    questions: int
-    """Groups a step, over all processes."""
-    per_row: int
-    """Completions behind one copy of their prompt."""
-    microbatches: int
-    buckets: tuple[int, ...]
-    """Row lengths, one compilation each."""
 
 
 class Parts(NamedTuple):

@@ -22,14 +22,14 @@ from jax.sharding import NamedSharding
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import BatchPlan, GRPOConfig, batch_plan, multiples_near
+from atlas_jax.config import GRPOConfig, batch_plan
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
-from atlas_jax.data.loader import capped_buckets
 from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import run_dir, serving, setup, speakers
-from atlas_jax.recipes.feed import Feed, Layout, Parts
+from atlas_jax.recipes.feed import Feed, Parts
+from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import make_reward
 from atlas_jax.rollout import evaluation, record, teaching
 from atlas_jax.rollout.engine import Speaker
@@ -126,43 +126,6 @@ def _train(
     if not outcome.stopped:
         _finish(config, outcome, setup.export(config, model, outcome.state.params))
     return not outcome.stopped
-
-
-def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layout:
-    """Returns how a step's completions are divided.
-
-    A microbatch has `plan.device_rows` completions a device, so a row holds a divisor of that and
-    of the group.
-
-    Raises:
-        ValueError: if groups do not divide the step.
-    """
-    size = config.num_generations
-    if plan.global_rows % size:
-        sizes = multiples_near(plan.global_rows, size, num_replicas)
-        raise ValueError(
-            f"{plan.global_rows} completions a step do not divide into groups of num_generations="
-            f"{size}; set train_batch_size={sizes} and gradient_accumulation_steps=0, or another "
-            "num_generations"
-        )
-    longest = config.max_prompt_length + config.max_new_tokens
-    room = max(config.max_seq_length, longest)
-    per_row = 1
-    if config.rollout.share_prompt:
-        common = math.gcd(size, plan.device_rows)
-        fitting = [
-            k
-            for k in range(1, common + 1)
-            if common % k == 0 and config.max_prompt_length + k * config.max_new_tokens <= room
-        ]
-        per_row = max(fitting)
-    buckets = capped_buckets(config.data.length_buckets, room)
-    return Layout(
-        questions=plan.global_rows // size,
-        per_row=per_row,
-        microbatches=plan.microbatches,
-        buckets=buckets,
-    )
 
 
 def fit_attention(layout: Layout, decoder: Decoder, attention: str) -> Layout:

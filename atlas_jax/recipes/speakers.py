@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from atlas_jax.config import GRPOConfig
-from atlas_jax.data.questions import check_template
+from atlas_jax.data.questions import check_templates
 from atlas_jax.recipes.setup import Model
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.local import LocalEngine
@@ -120,21 +120,8 @@ def protocol(config: GRPOConfig, num_generations: int) -> Protocol:
     Raises:
         ValueError: for a template with an unknown field or without a needed one.
     """
-    rollout, known = config.rollout, ("question", *config.rollout.question_fields)
-    checks: dict[str, tuple[str, ...]]
-    if rollout.protocol == "direct":
-        checks = {"direct_template": ()}
-    else:
-        checks = {
-            "student_baseline_template": (),
-            "student_diagnostic_template": (),
-            "student_with_teaching_template": ("teaching",),
-        }
-        template = config.data.teacher_template
-        check_template("data.teacher_template", template, (*known, "approach"), ("question",))
-    for option, more in checks.items():
-        template = getattr(rollout, option)
-        check_template(f"rollout.{option}", template, (*known, *more), ("question", *more))
+    check_templates(config)
+    rollout = config.rollout
     templates = Templates(
         rollout.student_baseline_template,
         rollout.student_diagnostic_template,

@@ -86,11 +86,22 @@ class Ledger:
     """What this process of a run has spent, over all its restarts."""
 
     def __init__(self, path: str) -> None:
-        """Continues the account in a file; "" keeps it in memory."""
+        """Continues the account in a file; "" keeps it in memory.
+
+        Raises:
+            ValueError: for a file that holds no account, such as one that lost power emptied.
+        """
         self._path = path
         self.spent = Spent()
         if path and os.path.exists(path):
-            self.spent = Spent(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+            try:
+                self.spent = Spent(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{path} is not the account of what judges have cost ({error}); write "
+                    '{"calls": …, "tokens": …, "cost": …} with what is known, or remove it to '
+                    "begin at 0"
+                ) from None
 
     def begin(self) -> None:
         """Counts a call."""

@@ -11,13 +11,14 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.endpoints import Endpoint, api_key, prices, resolve_all
+from atlas_jax.endpoints import Endpoint, api_key, prices, resolve_all, warn_if_readable
 from atlas_jax.llm_client import (
     Client,
     ClientOptions,
     Pace,
     RefusedError,
     ServerError,
+    Tries,
     UnavailableError,
 )
 from atlas_jax.options_rim import JudgeLimits, JudgeModel, RIMConfig
@@ -133,6 +134,8 @@ class Transport:
                 f"reward.rim.limits.max_cost={config.limits.max_cost:g} cannot be kept; set it to "
                 "0, or remove the file"
             )
+        for endpoint in {m.endpoint for m in self.models.values() if m.api_key}:
+            warn_if_readable(endpoint)
         self._refused: dict[Endpoint, int] = {}  # how many formats the endpoint does not take
         self._pace = Pace(float(self._limits.tokens_per_minute))
 
@@ -187,12 +190,12 @@ class Transport:
             "temperature": temperature,
             "max_tokens": model.options.max_tokens,
         }
-        tokens, cost, calls = 0, 0.0, 0
+        tokens, cost = 0, 0.0
         failure, later = "", True
-        for _ in range(self._limits.max_tries):
-            calls += 1
+        tries = Tries(self._limits.max_tries)
+        while tries.left:
             try:
-                reply = await self._post(client, model, payload)
+                reply = await self._post(client, model, payload, tries)
             except ServerError as error:
                 failure, later = str(error), isinstance(error, UnavailableError)
                 break
@@ -201,9 +204,9 @@ class Transport:
             self._cache.write(key, reply)
             read = parse(reply.text, name, temperature)
             if not isinstance(read, Unreadable):
-                return Answer(read, "", False, False, tokens, cost, calls)
+                return Answer(read, "", False, False, tokens, cost, tries.made)
             failure = read.reason
-        return Answer(None, failure, later, False, tokens, cost, calls)
+        return Answer(None, failure, later, False, tokens, cost, tries.made)
 
     def _admit(self) -> str:
         """Counts a call, or returns which budget has none left."""
@@ -215,8 +218,13 @@ class Transport:
         self._ledger.begin()
         return ""
 
-    async def _post(self, client: Client, model: _Model, payload: dict[str, Any]) -> Reply:
-        """Makes one call, in the strictest format that the server takes."""
+    async def _post(
+        self, client: Client, model: _Model, payload: dict[str, Any], tries: Tries
+    ) -> Reply:
+        """Makes one call, in the strictest format that the server takes.
+
+        A request that only told that it does not take one is not counted among the tries.
+        """
         chars = sum(len(message["content"]) for message in payload["messages"])
         estimate = chars // _CHARS_PER_TOKEN
         if self._limits.tokens_per_minute:
@@ -227,11 +235,12 @@ class Transport:
             name = list(_FORMATS)[used] if wanted == "auto" else wanted
             body = payload | ({"response_format": _FORMATS[name]} if _FORMATS[name] else {})
             try:
-                raw = await client.post("/chat/completions", body)
+                raw = await client.post("/chat/completions", body, tries=tries)
             except RefusedError as error:
                 if wanted != "auto" or name == "none" or not _refuses_format(error):
                     raise
                 self._refused[model.endpoint] = max(self._refused[model.endpoint], used + 1)
+                tries.left += 1
                 continue
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens

@@ -165,3 +165,15 @@ def test_unknown_template_field_is_an_error_at_start(option):
 
 def test_braces_of_a_template_that_hold_no_name_are_text():
     assert examples.fill('{"a": {x}, {}}', {"x": "{x}"}) == '{"a": {x}, {}}'
+
+
+def test_rows_of_another_format_than_the_config_s_are_one_sentence():
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = Rows([Row(f"t:{i}", row) for i in range(9)], [])
+    config = dataclasses.replace(CONFIG, format="teaching")
+    with pytest.raises(ValueError, match=r"use --config\.data\.format=auto") as error:
+        examples.parse_rows(rows, config)
+    assert str(error.value) == (
+        "data.format=teaching, but all rows have the format messages; use --config.data.format=auto"
+    )
+    assert len(examples.parse_rows(rows, dataclasses.replace(config, format="auto")).samples) == 9

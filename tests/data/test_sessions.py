@@ -81,7 +81,7 @@ def test_what_a_teacher_said_is_a_lesson_where_the_steps_have_none():
 
 
 def test_the_teacher_is_the_assistant_and_alone_is_trained():
-    rows = Rows([Row("s", sessions.to_fields(parse(), True))], [])
+    rows = Rows([Row("s", {}, sessions.to_parts(parse(), True))], [])
     first, _ = examples.parse_rows(sources.unfold(rows, sessions.LESSONS), CONFIG).samples
     assert first.name == "s lessons[0]"
     assert first.messages == [
@@ -105,7 +105,7 @@ def test_a_question_has_all_that_templates_may_use():
         "tool": "sum", "tool_params": '{"a": 1}',
     }  # fmt: skip
     names = ("step_context", "guidance_history", "validation", "tool", "tool_params")
-    rows = Rows([Row("s", {sessions.QUESTIONS: [found]})], [])
+    rows = Rows([Row("s", {}, sessions.Parts([], [found]))], [])
     (question,) = questions.parse_questions(rows, 0.0, True, names)
     assert (question.ground_truth, question.fields["tool"]) == ("42", "sum")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -9,7 +10,7 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig
-from atlas_jax.data import sources
+from atlas_jax.data import examples, questions, sources
 from configs.run import rlvr_gsm8k
 
 CONFIG = DataConfig()
@@ -195,6 +196,36 @@ def test_the_gsm8k_recipe_finds_its_two_files(tmp_path, monkeypatch):
     assert held_out.rows[0].name == f"{recipe.data.eval_path}[train]:1"
     config = dataclasses.replace(recipe.data, dataset_split="validation")
     assert sources.load_rows(config, recipe.seed) == (train, held_out)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no file that ends in .jsonl, .json, .parquet; give the file itself"),
+        ({"README.txt": "hi"}, "holds no file that ends in .jsonl, .json, .parquet; give the file"),
+        ({"a.jsonl": '{"prompt": '}, "split 'train', cannot be loaded (JSON parse error: "),
+    ],
+)
+def test_folder_that_cannot_be_read_is_one_line(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        sources.read_rows(CONFIG, str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["questions", "lessons", "session"])
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_column_that_is_named_as_a_part_of_sessions_is_a_column(tmp_path, name, kind):
+    rows = [row | {name: "a text"} for row in numbered(2)]
+    path = write_jsonl(tmp_path / "a.jsonl", [row | {"answer": "1"} for row in rows])
+    found = sources.read_rows(CONFIG, path)
+    if kind == "sft":
+        unfolded = sources.unfold(found, "lessons")
+        assert [s.completion for s in examples.parse_rows(unfolded, CONFIG).samples] == ["x", "x"]
+    else:
+        asked = questions.parse_questions(found, 0.0, True, (name,))
+        assert [(q.question, q.fields[name]) for q in asked] == [("0", "a text"), ("1", "a text")]
 
 
 def test_split_that_a_hub_dataset_lacks_is_an_error(tmp_path):

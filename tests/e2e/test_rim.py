@@ -87,6 +87,29 @@ def test_a_run_outlives_its_judges(inputs, tmp_path):
     check(tmp_path)
 
 
+def test_nothing_that_a_run_writes_shows_the_password_of_a_judge(inputs, tmp_path):
+    with judge_server.running() as server:
+        command = test_grpo.command(inputs, tmp_path / "run", "teaching")
+        url = f"http://judge:hush%2Fhush@127.0.0.1:{server.port}/v1"
+        values = {
+            "max_steps": 1, "sync_ref_model": False, "num_iterations": 1, "reward.kind": "rim",
+            "reward.names": "('teaching_gain',)", "reward.weights": "()",
+            "reward.rim.small_model.base_url": url, "reward.rim.small_model.model": "any",
+            "reward.rim.large_model.base_url": url, "reward.rim.large_model.model": "never 500",
+            "reward.rim.variance_threshold": 0.0, "reward.rim.limits.max_tries": 1,
+            "reward.rim.cache_dir": "",
+        }  # fmt: skip
+        command["args"][3] += ":rim=rim_offline_config"
+        command["args"] += [f"--config.{k}={v}" for k, v in values.items()]
+        result = subprocess.run(**command, capture_output=True, text=True, check=False)
+        assert server.stats()["keys"] == ["Basic anVkZ2U6aHVzaC9odXNo"]  # judge:hush/hush
+    assert result.returncode == 0, result.stderr[-3000:]
+    written = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    texts = b"".join(written.values()) + (result.stdout + result.stderr).encode()
+    assert f"http://***@127.0.0.1:{server.port}/v1/chat/completions: 500".encode() in texts
+    assert b"hush" not in texts
+
+
 def check(output):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss/total" in line]

@@ -269,3 +269,22 @@ def test_launch_passes_keys_on(inputs, tmp_path):
         [*launch, "deepspeed=zero2.json"], capture_output=True, text=True, check=False
     )
     assert "sharding=zero1" in wrong.stderr
+
+
+def test_python_can_train_without_flags(inputs, tmp_path):
+    code = (
+        "import sys\n"
+        "from atlas_jax import config, train\n"
+        "model, rows, output = sys.argv[1:]\n"
+        "data = config.DataConfig(dataset_path=rows)\n"
+        "run = config.SFTConfig(model_name_or_path=model, output_dir=output, max_steps=1,\n"
+        "    max_seq_length=64, compilation_cache_dir='', data=data)\n"
+        "assert train.run(run) is True\n"
+    )
+    words = [inputs / "model", inputs / "train.jsonl", tmp_path / "run"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True, text=True, check=False, env=command(inputs, tmp_path)["env"],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()

@@ -219,6 +219,31 @@ def test_equal_samples_are_asked_once(server, tmp_path):
     assert sum(r.details["cached"] for r in results) == 42
 
 
+@pytest.mark.parametrize(
+    "how", ["never zero", "never 500", "unreadable behind two 500s", "no formats, never zero"]
+)
+def test_max_tries_is_the_number_of_requests_of_one_call(server, tmp_path, how):
+    config = options(
+        server, tmp_path, how, how, {"max_tries": 4}, cache_dir="", temperatures=(0.0,)
+    )
+    config = dataclasses.replace(config, active_judges=ActiveJudges(False, True, False, False))
+    before = server.stats()["calls"]
+    (result,) = RIMReward(config, ledger_path=str(tmp_path / "account")).score(cases(1, how))
+    requests = server.stats()["calls"] - before
+    # The small model's only opinion and the arbiter's; two formats are refused once.
+    assert requests == 2 * 4 + 2 * how.startswith("no formats")
+    assert result.details["calls"] == requests
+    assert json.loads((tmp_path / "account").read_text())["calls"] == requests
+    assert (result.score, result.later) == (None, True)
+
+
+@pytest.mark.parametrize("text", ["", "{}x", "[1]", '{"calls": 1, "money": 2}'])
+def test_an_account_that_cannot_be_read_is_named(server, tmp_path, text):
+    (tmp_path / "account").write_text(text)
+    with pytest.raises(ValueError, match=r"account is not the account of .*; write .*, or remove"):
+        RIMReward(options(server, tmp_path), ledger_path=str(tmp_path / "account"))
+
+
 def test_the_budget_holds_over_restarts(server, tmp_path):
     account = str(tmp_path / "account.json")
     config = options(server, tmp_path, limits={"max_calls": 9, "max_in_flight": 4}, cache_dir="")

@@ -13,7 +13,8 @@ from atlas_jax import losses, metrics
 from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import Order
 from atlas_jax.recipes import grpo
-from atlas_jax.recipes.feed import Feed, Layout, Parts
+from atlas_jax.recipes.feed import Feed, Parts
+from atlas_jax.recipes.layout import Layout
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError

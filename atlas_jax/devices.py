@@ -1,0 +1,71 @@
+"""Whether JAX has the devices that the host has, so that no run on a CPU passes for one on GPUs."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import jax
+
+WANTED = "ATLAS_DEVICES"
+"""Environment variable with the number of devices that a launcher was asked for on this host."""
+
+_SECS = 60.0
+
+
+def check() -> None:
+    """Checks the devices of this process, which starts JAX.
+
+    Raises:
+        ValueError: if the host has GPUs or TPUs and JAX runs on the CPU although nobody asked for
+            that, or if JAX has another number of devices than the launcher was asked for.
+    """
+    platform, count = jax.default_backend(), jax.local_device_count()
+    chosen = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    if platform == "cpu" and "cpu" not in chosen:
+        for extra, found in (("cuda", _count_gpus()), ("tpu", _count_tpus())):
+            if found:
+                kind = {"cuda": "GPUs", "tpu": "TPU chips"}[extra]
+                raise ValueError(
+                    f"this host has {found} {kind}, and JAX runs on its CPU; install what JAX "
+                    f'needs for them with pip install -e ".[{extra}]", or set JAX_PLATFORMS=cpu to '
+                    "train on the CPU"
+                )
+    wanted = os.environ.get(WANTED, "")
+    if wanted and wanted != str(count):
+        raise ValueError(
+            f"{wanted} devices were asked for, and JAX has {count} ({jax.local_devices()[0]}, …) "
+            "on this host; ask for that many, or look at CUDA_VISIBLE_DEVICES and at what "
+            "nvidia-smi lists"
+        )
+
+
+def _count_gpus() -> int:
+    """Returns how many GPUs `nvidia-smi` lists, 0 where CUDA_VISIBLE_DEVICES hides all of them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    program = shutil.which("nvidia-smi")
+    if program is None or (visible is not None and visible.strip() in ("", "-1")):
+        return 0
+    try:
+        result = subprocess.run(
+            [program, "--list-gpus"], capture_output=True, text=True, check=False, timeout=_SECS
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    lines = result.stdout.splitlines() if result.returncode == 0 else []
+    # Indented lines are parts of a GPU.
+    return sum(bool(line) and not line[0].isspace() for line in lines)
+
+
+def _count_tpus(root: str = "/") -> int:
+    """Returns how many TPU chips the host has, as JAX counts them.
+
+    Args:
+        root: where `dev` and `sys` are.
+    """
+    from jax._src import hardware_utils  # JAX has no public name for it
+
+    files = list(pathlib.Path(root).glob("dev/accel[0-9]*"))
+    return len(files) or hardware_utils.num_available_tpu_chips_and_device_id()[0]

@@ -1,0 +1,317 @@
+"""Everything about a run that can be checked without an accelerator or a vLLM server.
+
+A mistake is told in seconds, before JAX starts and before servers load a model. Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import safetensors
+
+from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
+from atlas_jax.data import examples, questions, snapshot, sources
+from atlas_jax.recipes.layout import make_layout
+from atlas_jax.validation import mesh_shape
+
+_ROOM_BYTES = 1 << 20
+_HUB_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def check(config: TrainConfig, num_devices: int = 0) -> None:
+    """Checks a run: options, keys, directories, models, templates, data, and the database.
+
+    Args:
+        config: the run.
+        num_devices: devices that will train, over all hosts; 0 leaves out what depends on it.
+
+    Raises:
+        ValueError: says what is wrong, its value, and what to write instead.
+        OSError: for files that cannot be read or written, or a database that cannot be reached.
+    """
+    validate(config)
+    check_environment(config)
+    check_output(config.output_dir)
+    if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
+        _check_judges_files(config)
+    check_models(config)
+    _check_origin(config)
+    _check_templates(config)
+    check_data(config)
+    if num_devices:
+        _check_division(config, num_devices)
+    snapshot.check(config.data, config.output_dir)
+
+
+def check_output(directory: str) -> None:
+    """Checks that `output_dir` can be made and written.
+
+    Raises:
+        ValueError: if it is a file, or lies in one.
+        OSError: if it cannot be written.
+    """
+    with _of("output_dir"):
+        _check_writable(directory)
+
+
+def check_output_file(path: str) -> None:
+    """Checks that a file can be written; raises as `check_output` does."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a directory; name a file in it")
+    _check_writable(os.path.dirname(path) or ".")
+
+
+def _check_writable(directory: str) -> None:
+    path = pathlib.Path(directory).absolute()
+    existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        where = directory if existing == path else f"{directory} cannot be made: {existing}"
+        raise ValueError(f"{where} is no directory; name another one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written; name another directory", directory)
+    if shutil.disk_usage(existing).free < _ROOM_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
+
+
+def _check_judges_files(config: GRPOConfig) -> None:
+    """Checks the cache of judges' replies and the account of what they have cost."""
+    if config.reward.rim.cache_dir:
+        with _of("reward.rim.cache_dir"):
+            _check_writable(os.path.expanduser(config.reward.rim.cache_dir))
+    from atlas_jax.rewards import replies  # brings an HTTP client, which takes time
+
+    for path in pathlib.Path(config.output_dir).glob("judges_spent_process_*.json"):
+        replies.Ledger(str(path))
+
+
+def check_models(config: TrainConfig) -> None:
+    """Checks the models and tokenizers that the options name.
+
+    Raises:
+        ValueError: names the option.
+    """
+    tokenizer = config.tokenizer_name_or_path
+    with _of("model_name_or_path"):
+        check_model(config.model_name_or_path)
+    with _of("tokenizer_name_or_path" if tokenizer else "model_name_or_path"):
+        _check_tokenizer(tokenizer or config.model_name_or_path, _needs_chat(config))
+    if isinstance(config, GRPOConfig) and config.rollout.protocol == "teaching":
+        with _of("student_model"):
+            check_model(config.student_model)
+            _check_tokenizer(config.student_model, False)
+
+
+@contextlib.contextmanager
+def _of(option: str) -> Iterator[None]:
+    """Puts the name of an option before an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}={error}") from None
+
+
+def check_model(name: str) -> None:
+    """Checks that a model can be opened; nothing is fetched from the hub.
+
+    Raises:
+        ValueError: for a directory that is no model, files that are missing or damaged, and what
+            looks like a path and does not exist.
+    """
+    path = pathlib.Path(name).expanduser()
+    if not path.exists():
+        _check_hub(name, path)
+    elif path.is_file():
+        _check_gguf(name, path)
+    else:
+        _check_directory(name, path)
+
+
+def _check_hub(name: str, path: pathlib.Path) -> None:
+    """Checks that a name that is no path here can be one of the hub."""
+    if not _HUB_ID.fullmatch(name) or name.endswith((".gguf", ".safetensors")):
+        raise ValueError(f"{name} does not exist; relative paths start at {os.getcwd()}")
+    offline = any(os.environ.get(v, "").upper() in ("1", "TRUE", "ON", "YES") for v in _HUB_OFFLINE)
+    beside = "/" in name and path.parent.is_dir()
+    if not (offline or beside) or _is_fetched(name):
+        return
+    why = (
+        f"though the directory {path.parent} does"
+        if beside
+        else "and HF_HUB_OFFLINE forbids to ask the hub"
+    )
+    raise ValueError(
+        f"{name} does not exist, {why}; correct it, or fetch the hub's model of that name first: "
+        f"hf download {name}"
+    )
+
+
+def _is_fetched(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def _check_gguf(name: str, path: pathlib.Path) -> None:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(
+            f"{name} is a file and no GGUF file; give a .gguf file, or the directory of a "
+            "safetensors model"
+        )
+
+
+def _check_directory(name: str, path: pathlib.Path) -> None:
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ValueError(
+            f"{name} is a LoRA adapter; merge it into its base model (peft's merge_and_unload) and "
+            "give the result"
+        )
+    final = f"; {path}/final is one" if (path / "final" / "config.json").exists() else ""
+    if not (path / "config.json").exists():
+        raise ValueError(f"{name} is no model: it has no config.json{final}")
+    content = _json(path / "config.json")
+    if "model_type" not in content:
+        raise ValueError(
+            f"{name} is no model: its config.json is not that of a Hugging Face model (it has no "
+            f"model_type){final}"
+        )
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = set(_json(index).get("weight_map", {}).values())
+        files = sorted(path / name for name in names)
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        other = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "no weights"
+        raise ValueError(
+            f"{name} has no *.safetensors file (it has {other}); save the model with "
+            "safe_serialization=True"
+        )
+    for file in files:
+        _check_weights(file)
+
+
+def _check_weights(file: pathlib.Path) -> None:
+    if not file.exists():
+        raise ValueError(f"{file} is named in the index but does not exist; download it again")
+    try:
+        with safetensors.safe_open(file, "numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is truncated or no safetensors file: {error}; "
+            "download it again"
+        ) from None
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _needs_chat(config: TrainConfig) -> bool:
+    """Returns whether rows are rendered by the chat template, as far as options tell."""
+    formats = ("messages", "teaching", "session")
+    return not isinstance(config, GRPOConfig) and config.data.format in formats
+
+
+def _check_tokenizer(name: str, needs_chat: bool) -> None:
+    path = pathlib.Path(name).expanduser()
+    if not path.exists():
+        _check_hub(name, path)
+    if not path.is_dir():
+        return
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        raise ValueError(
+            f"{name} has no tokenizer.json, nor another tokenizer's file; copy it from the model "
+            "that this one was made of, or set tokenizer_name_or_path"
+        )
+    options = path / "tokenizer_config.json"
+    named = options.exists() and _json(options).get("chat_template")
+    if needs_chat and not named and not any((path / file).exists() for file in _TEMPLATE_FILES):
+        raise ValueError(
+            f"{name} has no chat template, which conversations need; set tokenizer_name_or_path to "
+            "the instruction-tuned model's, or put a chat_template.jinja beside the model"
+        )
+
+
+def _check_origin(config: TrainConfig) -> None:
+    """Checks that `resume_from` is a run, one of its checkpoints, or a model."""
+    if not config.resume_from:
+        return
+    path = pathlib.Path(config.resume_from).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"resume_from={config.resume_from} does not exist; give the output_dir of another run, "
+            "one of its checkpoints, or a model directory"
+        )
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return
+    if any(entry.name.isdigit() for entry in path.glob("checkpoints/*")):
+        return
+    with _of("resume_from"):
+        check_model(config.resume_from)
+
+
+def _check_templates(config: TrainConfig) -> None:
+    """Checks the placeholders of the templates, and that needed ones are there."""
+    data = config.data
+    examples.check_templates(data)
+    if isinstance(config, GRPOConfig):
+        questions.check_templates(config)
+        return
+    for option in ("teacher_template", "lesson_template"):
+        if data.format in ("teaching", "session") and not getattr(data, option):
+            raise ValueError(
+                f"data.{option} is empty, and data.format={data.format} needs it; take "
+                "configs/data/arc_atlas_sft.py with --config FILE.py:data=arc_atlas_sft, or set it"
+            )
+
+
+def _check_division(config: TrainConfig, num_devices: int) -> None:
+    """Checks that rows and groups divide over the devices."""
+    data, fsdp, _ = mesh_shape(config.mesh, num_devices)
+    plan = batch_plan(config, data * fsdp)
+    if isinstance(config, GRPOConfig):
+        make_layout(config, plan, data * fsdp)
+
+
+def check_data(config: TrainConfig) -> None:
+    """Checks that the files of rows exist and that one of their first rows can be used.
+
+    Raises:
+        ValueError: names the option.
+    """
+
+    def use(row: sources.Row) -> None:
+        if isinstance(config, GRPOConfig):
+            needs_truth = config.reward.kind != "rim"
+            questions.to_question(row, needs_truth, config.rollout.question_fields)
+        else:
+            examples.to_sample(row, config.data)
+
+    for option in ("dataset_path", "eval_path"):
+        if path := getattr(config.data, option):
+            try:
+                sources.check(config.data, path, use)
+            except ValueError as error:
+                raise ValueError(f"data.{option}: {error}") from None

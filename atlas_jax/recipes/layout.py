@@ -1,0 +1,58 @@
+"""How the completions of a GRPO step become rows. Imports no JAX."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from atlas_jax.config import BatchPlan, GRPOConfig, multiples_near
+from atlas_jax.data.packing import capped_buckets
+
+
+class Layout(NamedTuple):
+    """How the completions of a step become rows."""
+
+    questions: int
+    """Groups a step, over all processes."""
+    per_row: int
+    """Completions behind one copy of their prompt."""
+    microbatches: int
+    buckets: tuple[int, ...]
+    """Row lengths, one compilation each."""
+
+
+def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layout:
+    """Returns how a step's completions are divided.
+
+    A microbatch has `plan.device_rows` completions a device, so a row holds a divisor of that and
+    of the group.
+
+    Raises:
+        ValueError: if groups do not divide the step.
+    """
+    size = config.num_generations
+    if plan.global_rows % size:
+        sizes = multiples_near(plan.global_rows, size, num_replicas)
+        raise ValueError(
+            f"{plan.global_rows} completions a step do not divide into groups of num_generations="
+            f"{size}; set train_batch_size={sizes} and gradient_accumulation_steps=0, or another "
+            "num_generations"
+        )
+    longest = config.max_prompt_length + config.max_new_tokens
+    room = max(config.max_seq_length, longest)
+    per_row = 1
+    if config.rollout.share_prompt:
+        common = math.gcd(size, plan.device_rows)
+        fitting = [
+            k
+            for k in range(1, common + 1)
+            if common % k == 0 and config.max_prompt_length + k * config.max_new_tokens <= room
+        ]
+        per_row = max(fitting)
+    buckets = capped_buckets(config.data.length_buckets, room)
+    return Layout(
+        questions=plan.global_rows // size,
+        per_row=per_row,
+        microbatches=plan.microbatches,
+        buckets=buckets,
+    )

@@ -1,0 +1,99 @@
+"""The tools as their docstrings call them: from the repository root, without PYTHONPATH."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+from tests.test_cli import error_of
+from tests.tokenizers import chatml_tokenizer
+
+TOOLS = sorted(path.name for path in pathlib.Path("tools").glob("*.py"))
+PARTS = {"_checkout.py", "bench_grpo.py", "bench_traces.py", "demonstration_kinds.py"}
+NEEDED = {
+    "bench.py": "the following arguments are required: recipe; --help tells the arguments",
+    "bench_sync.py": "the following arguments are required: --model, --server; --help tells the a",
+    "export_traces.py": "the following arguments are required: --output; --help tells the arg",
+    "inspect_data.py": "--config FILE.py is needed, such as configs/run/teacher_sft.py",
+    "make_demonstrations.py": "the following arguments are required: --model, --output; --help",
+    "plan.py": "--target KIND:SIZE is needed, such as h100:8",
+    "read_config.py": "names of options are needed, such as output_dir,rollout.protocol",
+    "score_traces.py": "the following arguments are required: --traces; --help tells the arg",
+    "show_lesson.py": "the following arguments are required: MODEL; --help tells the arguments",
+}
+
+
+def run(tool, *words, **environment):
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, f"tools/{tool}", *map(str, words)], capture_output=True, text=True,
+        check=False, env=alone | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_tells_its_arguments_and_a_part_of_one_that_it_is_none(tool):
+    result = run(tool, "--help")
+    if tool in PARTS:
+        assert result.returncode == (0 if tool.startswith("_") else 1)
+        assert result.stdout == ""
+        return
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert len(result.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("tool", NEEDED)
+def test_missing_and_unknown_arguments_are_one_line(tool):
+    assert error_of(run(tool)).startswith(NEEDED[tool])
+    assert "Traceback" not in run(tool, "--no-such-flag").stderr
+
+
+@pytest.mark.parametrize("tool", sorted(PARTS - {"_checkout.py"}))
+def test_a_part_of_a_tool_says_what_to_run(tool):
+    assert error_of(run(tool), 1).startswith("this is a part of tools/")
+
+
+def test_an_export_reads_the_address_of_the_database_from_the_environment(tmp_path):
+    output = tmp_path / "traces.jsonl"
+    result = run("export_traces.py", "--output", output, ATLAS_DATABASE_URL="")
+    assert error_of(result).startswith("--database-url is not given, and ATLAS_DATABASE_URL is not")
+    url = "postgresql://u:hush@127.0.0.1:1/d"
+    result = run("export_traces.py", "--output", output, ATLAS_DATABASE_URL=url)
+    assert error_of(result, 1).startswith("u@127.0.0.1:1/d cannot be read")
+    assert "hush" not in result.stderr
+    assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tools") / "model"
+    tiny.save("smollm2", directory)
+    chatml_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_a_lesson_is_shown_as_the_docstring_says(model):
+    result = run("show_lesson.py", model, "--max_new_tokens", "2")
+    assert result.returncode == 0, result.stderr
+    assert "--- written by" in result.stdout
+    assert error_of(run("show_lesson.py", model, "--row", "9999"), 1).startswith("--row 9999 must")
+    assert error_of(run("show_lesson.py", "absent/model/x"), 1).startswith("absent/model/x does no")
+
+
+def test_data_is_inspected_as_the_docstring_says(model, tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    words = [
+        f"--config.model_name_or_path={model}", "--config.data.format=auto",
+        f"--config.data.dataset_path={tmp_path / 'a.jsonl'}", "--config.data.eval_path=none",
+    ]  # fmt: skip
+    result = run("inspect_data.py", "configs/run/quickstart_sft.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "1 rows to train on, 0 held out" in result.stdout
+    absent = run("inspect_data.py", "configs/run/absent.py")
+    assert error_of(absent).startswith("configs/run/absent.py does not exist")
