@@ -13,8 +13,8 @@ from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import Scored, collate_policy
 from atlas_jax.losses import policy_loss
 from atlas_jax.models import attention
-from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.grpo import fit_attention
+from atlas_jax.recipes.layout import Layout
 from atlas_jax.sharding import make_mesh
 from atlas_jax.types import Completion, PolicyBatch
 from tests import tiny

@@ -19,7 +19,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from atlas_jax import config as config_lib
-from atlas_jax import stopping
+from atlas_jax import progress, stopping
 from atlas_jax.options_rim import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.ensemble import Verdict
@@ -105,7 +105,8 @@ class RIMReward:
         Raises:
             StopRequestedError: if the run is to stop; calls in flight are given up.
         """
-        return _in_thread(self._score(cases))
+        with progress.waiting(self.config.limits.timeout_secs):
+            return _in_thread(self._score(cases))
 
     def evaluate(
         self,

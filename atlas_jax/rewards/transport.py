@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
+from atlas_jax import progress
 from atlas_jax.endpoints import Endpoint, api_key, prices, resolve_all, warn_if_readable
 from atlas_jax.llm_client import (
     Client,
@@ -242,6 +243,7 @@ class Transport:
                 self._refused[model.endpoint] = max(self._refused[model.endpoint], used + 1)
                 tries.left += 1
                 continue
+            progress.mark()
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens
             self._pace.correct(float(total - estimate))

@@ -121,7 +121,7 @@ class LocalEngine:
 
         Raises:
             ValueError: if a request is empty, or wants no tokens or more than the model has
-                positions for.
+                positions for, and for weights that give no finite log-probabilities.
             StopRequestedError: in every process, within a chunk, if one of them is to stop.
         """
         for request in requests:
@@ -184,6 +184,12 @@ class LocalEngine:
         ]
 
     def _completion(self, request: Request, row: _Row, version: int) -> Completion:
+        if not np.isfinite(row.untruncated).all():
+            raise ValueError(
+                f"log-probabilities of {self.tokenizer.name_or_path} with the weights of step "
+                f"{version} are not finite: the weights are damaged or have diverged; lower "
+                "learning_rate, and continue from an earlier checkpoint"
+            )
         stopped = row.tokens[-1] in self.stop_ids
         text = self.tokenizer.decode(
             row.tokens[: len(row.tokens) - stopped], skip_special_tokens=True

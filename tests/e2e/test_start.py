@@ -150,6 +150,17 @@ def test_a_reference_that_is_wanted_later_is_what_the_run_began_with(inputs, fir
         grpo.run(again)
 
 
+def test_nothing_is_sampled_after_a_step_that_went_wrong(inputs, tmp_path):
+    """A step of 1e30 leaves finite weights, whose gradient overflows in the next step."""
+    config = options(
+        inputs, tmp_path, GRPOConfig, learning_rate=1e30, max_steps=4, save_steps=0, beta=0.0
+    )
+    with pytest.raises((ValueError, RuntimeError), match=r"at step 2; there is no checkpoint"):
+        grpo.run(config)
+    assert len(list((tmp_path / "rollouts").iterdir())) == 2
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("name", ["typo", "typo/checkpoints/7"])
 def test_a_mistyped_path_is_an_error_and_creates_nothing(inputs, tmp_path, name):
     config = options(inputs, tmp_path / "run", SFTConfig, resume_from=str(tmp_path / name))

@@ -407,3 +407,12 @@ def test_a_grid_holds_no_more_rows_than_allowed(engine_of, max_rows, samples, pr
 def test_no_requests_give_no_completions(engine_of):
     engine, params = engine_of("qwen3")
     assert engine.generate(params, 0, [], GREEDY) == []
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9)])
+def test_weights_that_give_no_finite_log_probabilities_are_an_error(engine_of, sampling):
+    engine, params = engine_of("qwen3")
+    broken = {**params, "norm": params["norm"].at[0].set(jnp.nan)}
+    requests = [Request(prompt, 4, 0) for prompt in prompts()[:2]]
+    with pytest.raises(ValueError, match="weights of step 7 are not finite: .* lower learning_r"):
+        engine.generate(broken, 7, requests, sampling)
