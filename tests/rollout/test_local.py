@@ -414,5 +414,5 @@ def test_weights_that_give_no_finite_log_probabilities_are_an_error(engine_of, s
     engine, params = engine_of("qwen3")
     broken = {**params, "norm": params["norm"].at[0].set(jnp.nan)}
     requests = [Request(prompt, 4, 0) for prompt in prompts()[:2]]
-    with pytest.raises(ValueError, match="weights of step 7 are not finite: .* lower learning_r"):
+    with pytest.raises(ValueError, match=r"weights of step 7 are not finite: .* lower learning_r"):
         engine.generate(broken, 7, requests, sampling)
