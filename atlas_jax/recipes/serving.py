@@ -84,14 +84,14 @@ def engines(
         ValueError: if no server of a role can be reached, or one lacks what GRPO needs or has
             another model.
     """
-    _check_loopback(config)
+    check_loopback(config)
     with contextlib.ExitStack() as stack:
         policy = _policy(config, model, score, stack)
         speaker = None if student is None else _student(config, student, stack)
         return speakers.Engines(policy, speaker, policy.take_metrics, stack.pop_all().close)
 
 
-def _check_loopback(config: GRPOConfig) -> None:
+def check_loopback(config: GRPOConfig) -> None:
     """Checks that an address means the same server in every process.
 
     Raises:
@@ -114,12 +114,10 @@ def _policy(
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
     speaker, engine = _speaker(pool, model, config.data.system_prompt)
+    block_size = max(start.block_size for start in pool.starts)
+    prompt = probe_prompt(model.files.tokenizer, block_size, speaker.context - _PROBE_TOKENS)
     probe = Probe(
-        Request(
-            probe_prompt(model.files.tokenizer, pool, speaker.context - _PROBE_TOKENS),
-            _PROBE_TOKENS,
-            seed=config.seed,
-        ),
+        Request(prompt, _PROBE_TOKENS, seed=config.seed),
         Sampling(config.temperature, config.top_p, config.top_k),
         probe_score(config, model, score),
     )
@@ -129,7 +127,7 @@ def _policy(
         tolerance=rollout.probe_tolerance,
         restart=rollout.weight_sync == "restart",
     )
-    versions = _versions(config, model)
+    versions = choose_versions(config, model)
     sync = DiskSync(engine, model.decoder, model.files, versions, options, probe)
     stack.callback(sync.close)
     return Served(speaker, sync)
@@ -184,7 +182,7 @@ def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speake
     return Speaker(encode, engine.generate, context), engine
 
 
-def _versions(config: GRPOConfig, model: setup.Model) -> Versions:
+def choose_versions(config: GRPOConfig, model: setup.Model) -> Versions:
     """Returns the directory of this run's weights, the same one in every process."""
     run = os.path.abspath(config.output_dir)
     if config.rollout.sync_dir:
@@ -203,16 +201,15 @@ def _versions(config: GRPOConfig, model: setup.Model) -> Versions:
     return chosen or Versions(pathlib.Path(root), run)
 
 
-def probe_prompt(tokenizer: Any, pool: Pool, room: int) -> tuple[int, ...]:
+def probe_prompt(tokenizer: Any, block_size: int, room: int) -> tuple[int, ...]:
     """Returns the tokens of the probe: several blocks of the servers' prefix cache, if they fit.
 
     Args:
         tokenizer: tokenizer of the model.
-        pool: its servers.
+        block_size: tokens of a block.
         room: most tokens that fit.
     """
-    block = max(start.block_size for start in pool.starts)
-    size = min(room, _PROBE_BLOCKS * block + block // 4)
+    size = min(room, _PROBE_BLOCKS * block_size + block_size // 4)
     text = " ".join(f"What is {number} + {3 * number}?" for number in range(1, size + 1))
     return tuple(tokenizer(text).input_ids[:size])
 

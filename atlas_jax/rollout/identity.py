@@ -91,7 +91,7 @@ def _other_model(served: hf.Source, wanted: hf.Source) -> str:
     shapes = [hf.stored_shapes(source, ours.tie_embeddings) for source in (served, wanted)]
     if different := _differences(*shapes):
         return different
-    # Every update changes matrices, so that one of the first and one of the last layer suffice.
+    # Training changes every matrix, so that two of them suffice.
     matrices = sorted(name for name, shape in shapes[1].items() if len(shape) == 2)
     for name in (matrices[0], matrices[-1]):
         if not np.array_equal(served.read(name), wanted.read(name)):

@@ -147,6 +147,8 @@ class Push:
         Raises:
             OSError: if the file `latest` cannot be written.
         """
+        limit = self._pool.options.control_timeout_secs
+        end = time.monotonic() + limit
         must = self._must = [server for server in self._pool.servers if server.up]
         late = [
             asyncio.create_task(self._late(directory, label, server))
@@ -154,41 +156,57 @@ class Push:
             if not server.up
         ]
         try:
-            await self._each("sync/pause_secs", must, self.pause)
+            await self._each("sync/pause_secs", must, self.pause, end)
             if self._options.restart:
                 write_whole(directory.parent / LATEST, f"{directory}\n")
             self._paused.set()
             load = functools.partial(self._take, directory, label)
-            await self._each("sync/load_secs", must, load)
+            await self._each("sync/load_secs", must, load, end)
             if late:
-                all_failed = all(server in self.bad for server in must)
-                await asyncio.wait(late, timeout=None if all_failed else _LATE_SECS)
+                some = any(server not in self.bad for server in must)
+                await asyncio.wait(late, timeout=_LATE_SECS if some else limit)
         finally:
             for task in late:
                 task.cancel()
         loaded = [server for server in self._pool.servers if server not in self.bad]
         if final or not any(server in self.bad for server in must):
-            await self._each("sync/probe_secs", loaded, functools.partial(self._ask, label))
+            ask = functools.partial(self._ask, label)
+            await self._each("sync/probe_secs", loaded, ask, time.monotonic() + limit)
 
     async def _each(
         self,
         name: str,
         servers: Sequence[Server],
         do: Callable[[Server], Coroutine[Any, Any, None]],
+        end: float,
     ) -> None:
-        """Does one phase at each server that has not failed, and notes its seconds."""
-        start = time.perf_counter()
-        tasks = []
+        """Does one phase at each server that has not failed, and notes its seconds.
+
+        Args:
+            name: metric of the phase's seconds.
+            servers: where it is done.
+            do: function of a server that does it.
+            end: time at which a server that is not ready has failed.
+        """
+        start = time.monotonic()
+        tasks = {}
         for server in servers:
             if server not in self.bad:
-                server.pushing = asyncio.create_task(self._noting(server, do(server)))
-                tasks.append(server.pushing)
+                tasks[server] = asyncio.create_task(self._noting(server, do(server)))
+                server.pushing = tasks[server]
         try:
-            await asyncio.gather(*tasks)
+            if tasks:
+                await asyncio.wait(tasks.values(), timeout=max(end - start, 0.0))
+            for server, task in tasks.items():
+                if task.done():
+                    task.result()  # raises what `_noting` does not take for the server's fault
+                else:
+                    self.bad[server] = f"no answer within {end - start:.0f} s"
         finally:
-            for server in servers:
+            for server, task in tasks.items():
+                task.cancel()
                 server.pushing = None
-        self.secs[name] = time.perf_counter() - start
+        self.secs[name] = time.monotonic() - start
 
     async def _noting(self, server: Server, work: Coroutine[Any, Any, None]) -> None:
         """Does something at one server; its failure is noted and does not touch the others."""

@@ -232,6 +232,25 @@ def test_if_no_server_is_left_the_error_names_each_reason(link, old):
         assert served_by.sync.push(old.params, 2)["sync/servers"] == (2, 1), "they were tried again"
 
 
+def test_a_server_that_takes_too_long_to_load_has_failed(link, old):
+    """Its front answers every health check meanwhile."""
+    options = OPTIONS._replace(control_timeout_secs=5.0)
+    with link(2, options=options) as (served_by, servers):
+        servers[0].faults = [{"path": "/collective_rpc", "do": "hang"}]
+        assert served_by.sync.push(old.params, 1)["sync/servers"] == (1, 1)
+        assert up(served_by) == [False, True]
+        assert "no " in served_by.pool.servers[0].why
+
+
+def test_a_version_that_cannot_be_written_is_an_error_for_which_the_loop_saves(link, old):
+    with link(1) as (served_by, _):
+        for label in ("1.0", "1.1"):
+            served_by.sync._versions.path(label).mkdir(parents=True)  # somebody else's
+        with pytest.raises(DependencyError, match=r"FileExistsError: .*v1.1 exists and is not of"):
+            served_by.sync.push(old.params, 1)
+        assert served_by.sync.push(old.params, 2)["sync/servers"] == (1, 1)
+
+
 def test_a_hung_server_delays_no_push(old, new, tmp_path):
     with (
         stand_in.started(str(old.model.source.path), tmp_path, 2) as ((one, first), (two, _)),

@@ -163,10 +163,10 @@ def generated(url):
 
 
 @contextlib.contextmanager
-def in_flight(link, count=16):
+def in_flight(link, count=16, max_tokens=240):
     """Yields the answers of completions that are frozen half-way, once they are there."""
     server = link.pool.servers[0]
-    requests = long_requests(count, 240)  # they take seconds, on a fast machine too
+    requests = long_requests(count, max_tokens)  # they take seconds, on a fast machine too
     bodies = [payload(request, 0, SAMPLING, ()) for request in requests]
 
     async def ask():
@@ -216,9 +216,10 @@ def test_cached_keys_and_values_of_older_weights_are_not_read_under_a_newer_labe
     engine = endless(link.engine)
     ((before,),) = engine.generate([request], SAMPLING)
     with in_flight(link) as (_, answers):
-        link.sync.push(new.params, 14)
+        values = link.sync.push(new.params, 14)
+        assert values["sync/uncleared_caches"] == (1, 1)
         ((after,),) = engine.generate([request], SAMPLING)
-        assert not answers, "all of them had ended, so that the cache could be cleared"
+        assert not answers, "none was in flight any more"
     for completion, ours, version in ((before, old, 13), (after, new, 14)):
         assert completion.weights_version == version
         expected = ours.score(completion.prompt_ids, np.asarray(completion.token_ids))
@@ -322,6 +323,37 @@ def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, n
             link.sync.push(old.params, 3)
         ask.join()
         kill.join()
+
+
+def frozen_completions_delay_no_probe(link, old, new):
+    """Of a server that works on two completions at one time, when twelve have been asked for."""
+    link.sync.push(old.params, 1)  # compiles what the trainer computes, too
+    (server,) = link.pool.servers
+    with in_flight(link, 12, 400) as (requests, answers):
+        values = link.sync.push(new.params, 2)
+        assert len(server.tasks) >= 10, "the probe came behind them"
+    assert values["sync/uncleared_caches"] == (0, 1)
+    spans = 0
+    for request, answer in zip(requests, answers, strict=True):
+        (choice,) = answer.reply["choices"]
+        found = np.asarray([entry["logprob"] for entry in choice["logprobs"]["content"]])
+        difference = np.abs(new.score(request.prompt_ids, np.asarray(choice["token_ids"])) - found)
+        (*_, last) = choice["weight_versions"]
+        assert server.versions[last["version"]] == 2
+        assert difference[last["start"] :].mean() < 0.01, "keys and values were not recomputed"
+        spans += len(choice["weight_versions"])
+    assert spans > len(answers), "none was frozen half-way"
+
+
+def test_frozen_completions_delay_no_probe_and_each_worker_is_checked(old, new, tmp_path):
+    flags = ("--max-num-seqs", "2", "--tensor-parallel-size", "2")
+    with (
+        vllm_servers.running([str(old.model.source.path)], tmp_path, *flags) as (server,),
+        served.connected(old, [server.url], tmp_path) as link,
+    ):
+        frozen_completions_delay_no_probe(link, old, new)
+        (checksums,) = link.sync._served.values()
+        assert {name.partition(":")[0] for name in checksums} == {"0", "1"}
 
 
 def test_a_server_that_follows_is_started_again_with_each_version(old, new, tmp_path):
