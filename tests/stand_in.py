@@ -74,6 +74,7 @@ class StandIn:
         faults: what goes wrong; see the module.
         calls: method, path, query and body of each request so far.
         secs_per_token: time that each token of a completion takes.
+        device: kind of device that it says it has.
     """
 
     def __init__(self, model: str, key: str = "", refuses_when_paused: bool = False) -> None:
@@ -90,6 +91,7 @@ class StandIn:
         self.faults: list[dict[str, Any]] = []
         self.calls: list[tuple[str, str, dict[str, Any], Any]] = []
         self.secs_per_token = 0.0
+        self.device = "cuda"
         self._key = key
         self._refuses = refuses_when_paused
         self._label = "default"
@@ -201,6 +203,7 @@ class StandIn:
                 "dtype": "torch.float32",
             },
             "cache_config": {"block_size": _BLOCK},
+            "device_config": {"device": self.device},
             "scheduler_config": {"max_num_seqs": 256, "policy": capabilities.PRIORITY},
         }
         return web.json_response({"vllm_config": config})

@@ -39,6 +39,8 @@ class Start(NamedTuple):
     """Requests that it works on at one time; further ones wait."""
     dtype: str
     """dtype of its parameters; "" where they are quantised."""
+    device: str
+    """Kind of its devices, such as "cuda" or "cpu"."""
     policy: str
     """Order in which it takes waiting requests."""
 
@@ -76,6 +78,7 @@ def check_start(url: str, info: Any, model: Any) -> Start:
             block_size=int(config["cache_config"]["block_size"]),
             max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
             dtype="" if quantized else str(config["model_config"]["dtype"]).removeprefix("torch."),
+            device=str(config["device_config"]["device"]),
             policy=str(config["scheduler_config"]["policy"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -225,8 +225,7 @@ class Push:
         async def bring() -> None:
             async with asyncio.timeout(_LATE_SECS):
                 await server.control.get("/health")
-                if server.start is None:
-                    await self._pool.admit(server)
+                await self._pool.admit(server)  # it may be another one now
             await self.pause(server)
             await self._paused.wait()
             await self._take(directory, label, server)

@@ -52,6 +52,8 @@ class Look(NamedTuple):
     """Longest that a server may take to answer one look."""
     misses: int = 3
     """Looks in a row that must fail before a server is taken out."""
+    cpu_engine_secs: float = 300.0
+    """Longest that one step of generation may take on a CPU."""
     patience_secs: float = 30.0
     """Longest wait for a server that hangs to answer again, where no other one is left."""
 
@@ -222,7 +224,11 @@ class Pool:
                 f"cannot use the {self.role} server {'; '.join(lost)}. Start it with "
                 "python -m atlas_jax.serve, and look at /health"
             )
-        self._watches = [asyncio.create_task(self._watch(server)) for server in self.servers]
+        self._watches = [
+            asyncio.create_task(watch(server))
+            for server in self.servers
+            for watch in (self._watch, self._watch_engine)
+        ]
 
     async def admit(self, server: Server) -> None:
         """Learns what a server was started with.
@@ -349,7 +355,7 @@ class Pool:
 
     async def _drop_unless_well(self, server: Server, error: UnavailableError) -> None:
         """Takes a server out that did not answer a request; raises the error if it is well."""
-        problem, hangs = await self._look(server)
+        problem, hangs = await self._look(self._front(server), self.options.look.timeout_secs)
         if server.up and not problem:
             raise error
         self.drop(server, f"{error}; {problem}", hangs=hangs)
@@ -384,11 +390,12 @@ class Pool:
         server.misses = 0
 
     async def _watch(self, server: Server) -> None:
-        """Looks after one server for as long as the pool is open."""
+        """Looks whether a server answers, and takes it back when it may be asked again."""
         look = self.options.look
         while True:
             await asyncio.sleep(look.every_secs)
-            problem, hangs = await self._look(server)
+            work = self._front(server) if server.up else self._whole(server)
+            problem, hangs = await self._look(work, look.timeout_secs)
             if not problem:
                 if not server.up and self.settled.is_set():
                     self.take_back(server)
@@ -400,12 +407,32 @@ class Pool:
             elif server.misses >= look.misses:
                 self.drop(server, problem, hangs=hangs)
 
-    async def _look(self, server: Server) -> tuple[str, bool]:
-        """Returns why a server cannot be asked, "" if it can, and whether it hangs."""
-        secs = self.options.look.timeout_secs
+    async def _watch_engine(self, server: Server) -> None:
+        """Looks whether the engine behind a server's front works, with the right weights.
+
+        An engine answers between two steps of generation. Those of a CPU may take minutes.
+        """
+        look, misses = self.options.look, 0
+        while True:
+            await asyncio.sleep(look.every_secs)
+            label = self.label
+            on_cpu = server.start is not None and server.start.device == "cpu"
+            secs = look.cpu_engine_secs if on_cpu else look.misses * look.timeout_secs
+            if not server.up or not self.settled.is_set():
+                continue
+            problem, hangs = await self._look(self._engine(server), secs)
+            if not self.settled.is_set() or label != self.label:
+                continue  # a push began, or has been, and the engine was busy with it
+            misses = misses + 1 if problem else 0
+            if hangs or misses >= look.misses:
+                self.drop(server, problem, hangs=hangs)
+                misses = 0
+
+    async def _look(self, work: Coroutine[Any, Any, str], secs: float) -> tuple[str, bool]:
+        """Returns what `work` finds wrong with a server, "" if nothing, and whether it hangs."""
         try:
             async with asyncio.timeout(secs):
-                return await self._problem(server), False
+                return await work, False
         except TimeoutError:
             return f"its health check got no answer within {secs:g} s", True
         except ServerError as error:
@@ -415,29 +442,31 @@ class Pool:
         except UNEXPECTED as error:
             return f"its health check is unreadable: {type(error).__name__} {error}", False
 
-    async def _problem(self, server: Server) -> str:
-        """Returns what is wrong with a server that answers, "" if nothing.
+    async def _front(self, server: Server) -> str:
+        """Asks the process that takes requests. A server that is being restarted has none."""
+        if self.settled.is_set() or not self.restarts:
+            await server.control.get("/health")
+        return ""
 
-        Pause and label are asked of the engine itself, which hangs in cases where the process that
-        answers `/health` does not. While a push is under way, both change and the engine may load.
-        """
-        if not self.settled.is_set() and self.restarts:
-            return ""
-        await server.control.get("/health")
+    async def _engine(self, server: Server) -> str:
+        """Asks the engine, which may hang where the process that takes requests does not."""
         label = self.label
-        if not self.settled.is_set():
-            return "" if server.up else "waits for new weights"
-        if server.start is None:
-            await self.admit(server)
-        paused = (await server.control.get("/is_paused"))["is_paused"]
-        served = (await server.control.get("/weight_info"))["weight_version"]
-        if not self.settled.is_set() or label != self.label:
-            return "" if server.up else "waits for new weights"
-        if paused:
+        if (await server.control.get("/is_paused"))["is_paused"]:
             return "it is paused, and not by this run"
+        served = (await server.control.get("/weight_info"))["weight_version"]
         if label is not None and (served != label or label not in server.versions):
             return f"it serves the weights {served!r}, not the {label!r} that passed their probe"
         return ""
+
+    async def _whole(self, server: Server) -> str:
+        """Asks a server that is down all that it must be before it comes back."""
+        if not self.settled.is_set():
+            return "it waits for new weights"
+        await server.control.get("/health")
+        problem = await self._engine(server)
+        if not problem:
+            await self.admit(server)  # it may be another one now
+        return problem
 
     def close(self) -> None:
         """Gives up what is in flight and ends the thread, whatever hangs."""

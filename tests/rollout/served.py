@@ -19,7 +19,7 @@ from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.rollout.servers import Pool, PoolOptions
+from atlas_jax.rollout.servers import Look, Pool, PoolOptions
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync
@@ -27,7 +27,8 @@ from atlas_jax.sharding import Sharding, make_mesh
 
 CONFIG = dataclasses.replace(GRPOConfig(), temperature=0.7, top_p=0.95)
 SAMPLING = Sampling(CONFIG.temperature, CONFIG.top_p)
-OPTIONS = PoolOptions(64, 300.0, 300.0)
+OPTIONS = PoolOptions(64, 300.0, 300.0, Look(every_secs=60.0))
+"""Looks are rare, since tests pause servers behind the pool's back."""
 PROMPT = tuple(3 + (i * i) % 17 for i in range(300))
 """Two blocks of the prefix cache of vLLM on a CPU and part of a third one."""
 

@@ -22,7 +22,10 @@ def student(tmp_path_factory):
 
 
 def start(root):
-    return Start(str(root), 64, 16, 8, "float32", "priority")
+    return Start(
+        root=str(root), max_model_len=64, block_size=16, max_num_seqs=8, dtype="float32",
+        device="cpu", policy="priority",
+    )  # fmt: skip
 
 
 def check(root, name):

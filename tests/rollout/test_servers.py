@@ -120,7 +120,7 @@ def test_a_hung_server_is_left_out_and_comes_back_when_it_answers(model, tmp_pat
             ask.join(120)
             assert [len(c.token_ids) for (c,) in written] == [100] * 8
             assert is_up(engine) == [False, True]
-            assert "no answer within 2 s" in engine.pool.servers[0].why
+            assert "got no answer within" in engine.pool.servers[0].why
             first.send_signal(signal.SIGCONT)
             eventually(lambda: is_up(engine) == [True, True])
 
@@ -163,6 +163,33 @@ def test_an_engine_that_hangs_behind_a_healthy_front_is_found_out(model):
     with stand_in.running(model, 2) as ((one, first), (two, _)), opened([one, two]) as engine:
         first.faults = [{"path": "/is_paused", "do": "hang"}]
         eventually(lambda: is_up(engine) == [False, True])
+
+
+def test_an_engine_on_a_cpu_may_take_its_time(model):
+    with stand_in.running(model) as ((url, server),):
+        server.device = "cpu"
+        with opened([url]) as engine:
+            server.faults = [{"path": "/is_paused", "do": "hang"}]
+            time.sleep(LOOK.misses * LOOK.timeout_secs + 2)
+            assert is_up(engine) == [True]
+
+
+def test_what_takes_the_place_of_a_server_is_looked_at_before_it_is_asked(model):
+    with stand_in.running(model, 2) as ((one, first), (two, _)):
+        named = []
+        pool = Pool("student", [one, two], OPTIONS)
+        try:
+            pool.open(lambda url, start: named.append((url, start.root)))
+            engine = VllmEngine(pool, words.tokenizer(WORDS), (), len(words.tokenizer(WORDS)))
+            pool.call(lambda: pool.drop(pool.servers[0], "test"))
+            eventually(lambda: is_up(engine) == [True, True])
+            assert [url for url, _ in named] == [one, two, one]
+            first.faults = [{"path": "/version", "do": "reply", "reply": {}}]
+            pool.call(lambda: pool.drop(pool.servers[0], "test"))
+            time.sleep(1)
+            assert is_up(engine) == [False, True]
+        finally:
+            pool.close()
 
 
 def test_a_server_that_says_no_is_left_out(model):
