@@ -26,6 +26,9 @@ _MARGIN_SECS = 30
 """What JAX's own limits have more, at least, than those of `HostsConfig`, whose errors name a
 process."""
 
+_TEXT_BYTES = 2048
+"""Longest text that processes exchange."""
+
 _watches: list[Watch] = []
 """That of this process, in a run of several; JAX's runtime too is one for each process."""
 
@@ -213,6 +216,17 @@ def max_over_processes(number: int) -> int:
 def from_main(values: np.ndarray) -> np.ndarray:
     """Returns the first process's array; every process calls it with one of the same shape."""
     return gather(values)[0]
+
+
+def gather_texts(text: str) -> list[str]:
+    """Returns the text of each process, cut to a length that suffices for an error.
+
+    Every process must call it.
+    """
+    content = np.zeros(_TEXT_BYTES, np.uint8)
+    encoded = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
+    content[: encoded.size] = encoded
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in gather(content)]
 
 
 @contextlib.contextmanager

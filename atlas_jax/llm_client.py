@@ -2,6 +2,7 @@
 
 It posts JSON and returns JSON. Connection errors, time-outs, 429 and 5xx are tried again with
 exponential back-off and jitter, or after what `Retry-After` says; every other refusal is final.
+A vLLM server that refuses requests because it is paused is asked again until it has resumed.
 Imports no JAX.
 """
 
@@ -21,6 +22,8 @@ from atlas_jax import masking
 
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SHOWN = 300  # characters of a reply that an error message repeats
+_PAUSED = ("engine_paused", "Generation is paused")  # in the body of vLLM's 503
+_PAUSED_SECS = 0.5  # mean wait between two requests to a paused server
 
 
 class ClientOptions(NamedTuple):
@@ -29,9 +32,14 @@ class ClientOptions(NamedTuple):
     max_in_flight: int = 64
     """Requests that the server has at one time; the others wait here."""
     timeout_secs: float = 600.0
-    """Longest that one try may take, its connection included."""
+    """Longest that one try may take, its connection included; also the longest that a request
+    waits for a paused server to resume."""
+    connect_timeout_secs: float = 10.0
+    """Longest that opening a connection may take."""
     max_tries: int = 4
     """Tries of one request; 1 repeats nothing."""
+    retry_timeouts: bool = True
+    """Whether a request is tried again that got no reply within `timeout_secs`."""
     backoff_secs: float = 0.5
     """Mean wait before the second try; doubled before each further one."""
     max_backoff_secs: float = 30.0
@@ -54,7 +62,7 @@ class ServerError(Exception):
 
     def __init__(self, url: str, status: int, body: str) -> None:
         # Secrets are hidden before the text is cut, which could leave a part of one.
-        shown = masking.hide(body[: 4 * _SHOWN])[:_SHOWN]
+        shown = " ".join(masking.hide(body[: 4 * _SHOWN])[:_SHOWN].split())  # errors have one line
         super().__init__(f"{masking.hide(url)}: {status or 'no reply'}: {shown}")
         self.url, self.status, self.body = url, status, body
 
@@ -127,7 +135,9 @@ class Client:
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self._options.timeout_secs),
+            timeout=aiohttp.ClientTimeout(
+                total=self._options.timeout_secs, sock_connect=self._options.connect_timeout_secs
+            ),
         )
         return self
 
@@ -185,19 +195,41 @@ class Client:
                 await asyncio.sleep(max(wait, self._backoff(attempt)))
             attempt += 1
             try:
+                reply = await self._resumed(method, url, payload, params, tries)
+                self._failures_in_row = 0
+                return reply
+            except _TransientError as later:
+                self._failures_in_row += 1
+                failure, wait = later.failure, min(later.wait, self._options.max_backoff_secs)
+                if later.final:
+                    break
+        raise failure
+
+    async def _resumed(
+        self,
+        method: str,
+        url: str,
+        payload: Mapping[str, Any] | None,
+        params: Mapping[str, str] | None,
+        tries: Tries,
+    ) -> Any:
+        """Returns the reply to one try; the time that the server is paused does not count."""
+        end = time.monotonic() + self._options.timeout_secs
+        while True:
+            try:
                 async with self._slots:
                     self._check(url)
                     if self._options.requests_per_minute:
                         await self._pace.wait()
                     tries.left -= 1
                     tries.made += 1
-                    reply = await self._once(method, url, payload, params)
-                self._failures_in_row = 0
-                return reply
-            except _TransientError as later:
-                self._failures_in_row += 1
-                failure, wait = later.failure, min(later.wait, self._options.max_backoff_secs)
-        raise failure
+                    return await self._once(method, url, payload, params)
+            except _PausedError as paused:
+                tries.left += 1
+                tries.made -= 1
+                if time.monotonic() > end:
+                    raise _TransientError(paused.failure, final=True) from None
+            await asyncio.sleep(_PAUSED_SECS * random.uniform(0.5, 1.5))
 
     def _check(self, url: str) -> None:
         """Raises what stands against a try."""
@@ -226,14 +258,20 @@ class Client:
                 location = reply.headers.get("Location", "")
                 retry_after = reply.headers.get("Retry-After", "")
                 status = reply.status
+        except aiohttp.ConnectionTimeoutError:
+            why = f"no connection within {self._options.connect_timeout_secs:g} s"
+            raise _TransientError(UnavailableError(url, 0, why)) from None
         except TimeoutError:
             why = f"no reply within {self._options.timeout_secs:g} s"
-            raise _TransientError(UnavailableError(url, 0, why)) from None
+            failure = UnavailableError(url, 0, why)
+            raise _TransientError(failure, final=not self._options.retry_timeouts) from None
         except (aiohttp.ClientError, OSError) as error:
             raise _TransientError(
                 UnavailableError(url, 0, f"{type(error).__name__}: {error}")
             ) from None
         shown = body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
+        if status == 503 and any(sign in body for sign in _PAUSED):
+            raise _PausedError(UnavailableError(url, status, shown))
         if status in _TRANSIENT or status >= 500:
             raise _TransientError(UnavailableError(url, status, shown), _seconds(retry_after))
         if 300 <= status < 400:
@@ -254,9 +292,21 @@ class Client:
 class _TransientError(Exception):
     """A try that failed in a way that may pass."""
 
-    def __init__(self, failure: UnavailableError, wait: float = 0.0) -> None:
+    def __init__(
+        self, failure: UnavailableError, wait: float = 0.0, *, final: bool = False
+    ) -> None:
         super().__init__(str(failure))
-        self.failure, self.wait = failure, wait
+        self.failure = failure
+        self.wait = wait
+        self.final = final
+
+
+class _PausedError(Exception):
+    """A refusal of a server that is paused and will resume."""
+
+    def __init__(self, failure: UnavailableError) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
 
 
 def _seconds(header: str) -> float:

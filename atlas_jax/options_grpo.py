@@ -52,15 +52,15 @@ class RolloutConfig:
     request_timeout_secs: float = 1800.0
     """Longest that a completion may take, its wait at a paused server included."""
     sync_dir: str = ""
-    """Where new weights go on their way to the servers, which read it under the same path; one
-    run's own. Empty is in `/dev/shm` if all servers are on this host, else in `output_dir`."""
+    """Where new weights go on their way to the servers, which read it under the same path. Empty is
+    `/dev/shm` if all servers are on this host and it has room, else `output_dir`."""
     weight_sync: str = "reload"
     """`reload` loads new weights in place; `restart` waits until servers that cannot are started
     again with them, by `serve --follow SYNC_DIR/latest`."""
     sync_dtype: str = "bfloat16"
     """dtype of the weights on their way."""
     sync_timeout_secs: float = 600.0
-    """Longest that pausing or reloading a server may take."""
+    """Longest that pausing and reloading a server may take together, and then its probe."""
     pause_mode: str = "keep"
     """While weights change, completions in flight are frozen and go on with the new ones (`keep`),
     or end first (`wait`)."""

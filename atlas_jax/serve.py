@@ -78,6 +78,7 @@ def command(python: str, model: str, host: str, port: int, more: Sequence[str]) 
         "--logits-processors", capabilities.LOGPROBS[1],
         "--worker-extension-cls", capabilities.WORKERS,
         "--api-server-count", "1",  # pausing acts on one front end
+        "--scheduling-policy", capabilities.PRIORITY,  # probes go ahead of completions
     ]  # fmt: skip
     return own + ([] if has_gpu() else ["--enforce-eager"]) + list(more)
 

@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any
 
-from atlas_jax import endpoints
+from atlas_jax import addresses, endpoints
 from atlas_jax.option_rules import (
     CHOICES,
     FRACTIONS,
@@ -19,7 +19,7 @@ from atlas_jax.option_rules import (
     SHARES,
 )
 from atlas_jax.options import MeshConfig, TrainConfig
-from atlas_jax.options_grpo import GRPOConfig
+from atlas_jax.options_grpo import GRPOConfig, RolloutConfig
 from atlas_jax.options_rim import UNKNOWN_PRICE, JudgeModel, RIMConfig
 
 
@@ -131,11 +131,12 @@ def _check_backend(config: GRPOConfig) -> None:
         return
     needed = ("teacher",) if rollout.protocol == "direct" else ("teacher", "student")
     for role in needed:
-        if not getattr(rollout, f"{role}_servers"):
+        if not addresses.split(getattr(rollout, f"{role}_servers")):
             raise ValueError(
                 f"rollout.backend=vllm without rollout.{role}_servers; give their addresses, or "
                 "run launch/launch_with_server.sh"
             )
+    _check_addresses(rollout)
     if config.min_p:
         raise ValueError(
             f"min_p={config.min_p} with rollout.backend=vllm: vLLM cuts by min_p before it takes "
@@ -157,6 +158,20 @@ def _check_backend(config: GRPOConfig) -> None:
             f"rollout.max_staleness={rollout.max_staleness} trains on completions of older "
             "weights, which importance_sampling=none leaves uncorrected; use token or sequence"
         )
+
+
+def _check_addresses(rollout: RolloutConfig) -> None:
+    """Checks that each server is named once: it has the weights of one role."""
+    named: dict[str, str] = {}
+    for option in ("teacher_servers", "student_servers"):
+        for url in addresses.split(getattr(rollout, option)):
+            server = addresses.canonical(url)
+            if server in named:
+                raise ValueError(
+                    f"rollout.{option} has {url}, which stands in rollout.{named[server]} already; "
+                    "start a server for each role, and name each of them once"
+                )
+            named[server] = option
 
 
 def _check_rewards(config: GRPOConfig) -> None:

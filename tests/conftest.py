@@ -13,7 +13,7 @@ import pytest
 from tests import vllm_servers, words
 
 VLLM_WORDS = (*(f"q{i}" for i in range(8)), "answer", "hint", "plan")
-VLLM_SIZES = {"hidden_size": 64, "max_position_embeddings": 256}
+VLLM_SIZES = {"hidden_size": 64, "max_position_embeddings": 512}
 """vLLM on a CPU has no attention for heads smaller than 32."""
 
 

@@ -1,6 +1,8 @@
 """The HTTP client against a real server in this process."""
 
 import asyncio
+import contextlib
+import socket
 import time
 
 import pytest
@@ -125,6 +127,70 @@ def test_no_answer_is_a_time_out():
     with pytest.raises(UnavailableError, match=r"no reply within 0\.2 s"):
         talk(never, lambda c: c.post("/"), QUICK._replace(timeout_secs=0.2))
     assert time.monotonic() - start < 10
+
+
+def test_a_time_out_is_final_where_it_is_asked_for():
+    calls = []
+
+    async def never(_):
+        calls.append(1)
+        await asyncio.sleep(60)
+        return web.json_response(1)
+
+    options = QUICK._replace(timeout_secs=0.2, retry_timeouts=False)
+    with pytest.raises(UnavailableError, match=r"no reply within 0\.2 s"):
+        talk(never, lambda c: c.post("/"), options)
+    assert len(calls) == 1
+
+
+def test_a_host_that_does_not_answer_is_given_up_before_the_time_of_a_reply():
+    """A socket whose queue of connections is full lets no other one in, as a lost host does."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+
+        async def ask():
+            options = QUICK._replace(timeout_secs=300.0, connect_timeout_secs=0.2, max_tries=1)
+            async with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", "", options) as c:
+                await c.get("/health")
+
+        start = time.monotonic()
+        with pytest.raises(UnavailableError, match=r"no connection within 0\.2 s"):
+            asyncio.run(ask())
+        assert time.monotonic() - start < 60
+
+
+PAUSED = (
+    '{"error": {"message": "Generation is paused. Please retry after it resumes.", "code": 503}}'
+)
+
+
+def test_a_paused_server_is_waited_for_without_counting_tries():
+    calls = []
+
+    async def resumes(_):
+        calls.append(1)
+        if len(calls) <= 4:
+            return web.Response(status=503, text=PAUSED)
+        return web.json_response({"ok": True})
+
+    async def use(client):
+        return await client.post("/"), client.num_retries
+
+    assert talk(resumes, use, QUICK._replace(max_tries=1, timeout_secs=60.0)) == ({"ok": True}, 0)
+    assert len(calls) == 5
+
+
+def test_a_server_that_stays_paused_is_unavailable_in_the_end():
+    async def paused(_):
+        return web.Response(status=503, text=PAUSED)
+
+    with pytest.raises(UnavailableError, match=r"503.*Generation is paused"):
+        talk(paused, lambda c: c.post("/"), QUICK._replace(timeout_secs=0.5))
 
 
 def test_a_connection_that_breaks_or_is_refused_is_unavailable():

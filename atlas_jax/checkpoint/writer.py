@@ -2,6 +2,9 @@
 
 A tensor is cast and laid out on the device, a few are on their way to the host while one is
 written, and no file is held in memory.
+
+Every tensor is a collective operation of all processes. A process that cannot write therefore goes
+on without writing, and all of them learn of it in the end.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ import functools
 import json
 import os
 import pathlib
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
+from atlas_jax import distributed, stopping
 from atlas_jax.checkpoint import names
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
@@ -30,6 +36,10 @@ Dtype = str | Mapping[str, str]
 """dtype of all tensors, or of each by name."""
 
 _AHEAD = 8  # tensors on their way to the host
+
+
+class WriteError(OSError):
+    """Files that one process or several could not write; each is named with its host."""
 
 
 class Tensor(NamedTuple):
@@ -61,7 +71,9 @@ def write(
     dtype: Dtype,
     files: Sequence[Sequence[Tensor]],
     mine: Callable[[int], bool],
-) -> None:
+    *,
+    stoppable: bool = False,
+) -> np.ndarray:
     """Writes the files, and their index where there are several.
 
     Every process calls it, since a parameter may be spread over all of them.
@@ -69,34 +81,110 @@ def write(
     Args:
         params: the parameters.
         decoder: their architecture and places.
-        directory: exists.
-        dtype: of the tensors written.
+        directory: existing directory of the files.
+        dtype: dtype of the tensors written.
         files: the tensors of each file.
         mine: whether this process writes the file of that number, and the index with file 0.
+        stoppable: whether writing ends when the run is to stop.
+
+    Returns:
+        A checksum of each tensor as it was written, in a fixed order.
+
+    Raises:
+        WriteError: in every process, if any of them could not write.
+        StopRequestedError: in every process, if any of them is to stop.
     """
-    paths = [directory / _file_name(i, len(files)) for i in range(len(files))]
-    with contextlib.ExitStack() as stack:
-        streams = [
-            _begin(stack, path, content, dtype) if mine(i) else None
-            for i, (path, content) in enumerate(zip(paths, files, strict=True))
-        ]
-        # Tensors in turn of the files, so that the processes write at the same time.
-        longest = max(map(len, files))
-        order = [
-            (file[i], stream)
-            for i in range(longest)
-            for file, stream in zip(files, streams, strict=True)
-            if i < len(file)
-        ]
-        values = _values(params, decoder, dtype, [tensor.name for tensor, _ in order])
-        for (_, stream), value in zip(order, values, strict=True):
-            if stream is not None:
-                stream.write(np.asarray(value).view(np.uint8).data)
-        for stream in filter(None, streams):
+    # Tensors in turn of the files, so that the processes write at the same time.
+    longest = max(map(len, files))
+    order = [
+        (file[i].name, number)
+        for i in range(longest)
+        for number, file in enumerate(files)
+        if i < len(file)
+    ]
+    checksums = []
+    with _Output(directory, files, dtype, mine, stoppable) as output:
+        values = _values(params, decoder, dtype, [name for name, _ in order])
+        for (_, number), (value, checksum) in zip(order, values, strict=True):
+            output.write(number, value)
+            checksums.append(checksum)
+    output.check()
+    return np.asarray(jax.device_get(checksums))
+
+
+class _Output:
+    """The files of this process; after the first error nothing more is written to them."""
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        files: Sequence[Sequence[Tensor]],
+        dtype: Dtype,
+        mine: Callable[[int], bool],
+        stoppable: bool,
+    ) -> None:
+        self._directory = directory
+        self._files = files
+        self._dtype = dtype
+        self._mine = mine
+        self._stoppable = stoppable
+        self._stack = contextlib.ExitStack()
+        self._streams: dict[int, IO[bytes]] = {}
+        self._problem = ""
+        self._stopped = False
+
+    def __enter__(self) -> _Output:
+        self._try(self._open)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._try(self._finish)
+            self._try(self._stack.close)
+        with contextlib.suppress(OSError):  # closing again what could not be written
+            self._stack.close()
+
+    def write(self, number: int, value: jax.Array) -> None:
+        """Appends a tensor to a file, if this process writes that one."""
+        self._stopped |= self._stoppable and stopping.requested()
+        if number in self._streams and not self._stopped:
+            content = np.asarray(value).view(np.uint8).data
+            self._try(lambda: self._streams[number].write(content))
+
+    def check(self) -> None:
+        """Raises the same error in every process, if one has a problem."""
+        problems = distributed.gather_texts(self._problem)
+        if any(problems):
+            raise WriteError("; ".join(filter(None, problems)))
+        if distributed.any_process(self._stopped):
+            stopping.check()
+            raise stopping.StopRequestedError("a request to stop another process")
+
+    def _try(self, do: Callable[[], object]) -> None:
+        if self._problem:
+            return
+        try:
+            do()
+        except OSError as error:
+            self._problem = (
+                f"process {jax.process_index()} on {socket.gethostname()} cannot write "
+                f"{self._directory}: {type(error).__name__}: {error}"
+            )
+            logging.error("%s", self._problem)
+            self._streams = {}
+
+    def _open(self) -> None:
+        for number, content in enumerate(self._files):
+            if self._mine(number):
+                path = self._directory / _file_name(number, len(self._files))
+                self._streams[number] = _begin(self._stack, path, content, self._dtype)
+
+    def _finish(self) -> None:
+        for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-    if len(files) > 1 and mine(0):
-        _write_index(directory, paths, files, dtype)
+        if len(self._files) > 1 and self._mine(0):
+            _write_index(self._directory, self._files, self._dtype)
 
 
 def _file_name(number: int, total: int) -> str:
@@ -125,13 +213,8 @@ def _begin(
     return stream
 
 
-def _write_index(
-    directory: pathlib.Path,
-    paths: Sequence[pathlib.Path],
-    files: Sequence[Sequence[Tensor]],
-    dtype: Dtype,
-) -> None:
-    pairs = [(t, path.name) for path, file in zip(paths, files, strict=True) for t in file]
+def _write_index(directory: pathlib.Path, files: Sequence[Sequence[Tensor]], dtype: Dtype) -> None:
+    pairs = [(t, _file_name(i, len(files))) for i, file in enumerate(files) for t in file]
     total = sum(num_bytes(tensor, dtype) for tensor, _ in pairs)
     weight_map = {tensor.name: name for tensor, name in pairs}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -141,21 +224,24 @@ def _write_index(
 
 def _values(
     params: Params, decoder: Decoder, dtype: Dtype, order: Sequence[str]
-) -> Iterator[jax.Array]:
-    """Yields each tensor, cast and in Hugging Face layout, whole on every device."""
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Yields each tensor, cast and in Hugging Face layout, whole on every device; and a checksum.
+
+    Two versions of a tensor with the same checksum are almost certainly equal.
+    """
     kinds = {
         name: (entry, i)
         for entry in names.entries(decoder.config)
         for i, name in enumerate(names.hf_names(entry, decoder.config))
     }
-    waiting: collections.deque[jax.Array] = collections.deque()
+    waiting: collections.deque[tuple[jax.Array, jax.Array]] = collections.deque()
     for name in order:
         entry, i = kinds[name]
         param = names.leaf(params, entry.path)
         one = _one(entry, dtype_of(name, dtype), decoder.sharding.replicated)
-        value = one(param, np.int32(i))
+        value, checksum = one(param, np.int32(i))
         value.copy_to_host_async()
-        waiting.append(value)
+        waiting.append((value, checksum))
         if len(waiting) > _AHEAD:
             yield waiting.popleft()
     yield from waiting
@@ -164,11 +250,14 @@ def _values(
 @functools.lru_cache
 def _one(
     entry: names.Entry, dtype: str, place: jax.sharding.NamedSharding
-) -> Callable[[jax.Array, np.int32], jax.Array]:
-    """Returns the compiled `(parameter, layer) -> tensor` of one kind."""
+) -> Callable[[jax.Array, np.int32], tuple[jax.Array, jax.Array]]:
+    """Returns the compiled `(parameter, layer) -> (tensor, checksum)` of one kind."""
+    bits = jnp.uint32 if jnp.dtype(dtype).itemsize == 4 else jnp.uint16
 
-    def run(param: jax.Array, layer: jax.Array) -> jax.Array:
+    def run(param: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         value = param[layer] if entry.per_layer else param
-        return names.to_hf(entry, value.astype(dtype))
+        value = names.to_hf(entry, value.astype(dtype))
+        numbers = jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32)
+        return value, jnp.sum(numbers * (numbers | 1), dtype=jnp.uint32)
 
-    return jax.jit(run, out_shardings=place)
+    return jax.jit(run, out_shardings=(place, place))

@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
+import functools
 import os
 import pathlib
-import urllib.parse
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from atlas_jax.config import GRPOConfig, RolloutConfig
+from atlas_jax import addresses, distributed
+from atlas_jax.checkpoint import writer
+from atlas_jax.config import GRPOConfig
 from atlas_jax.data.packing import Scored, collate_policy
 from atlas_jax.recipes import setup, speakers
+from atlas_jax.rollout import identity
+from atlas_jax.rollout.capabilities import Start
 from atlas_jax.rollout.engine import Request, Speaker
+from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import Pool, PoolOptions
+from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
-from atlas_jax.rollout.weights import DiskSync, Probe, SyncOptions, WeightSync
-from atlas_jax.sharding import to_global
+from atlas_jax.rollout.weights import DiskSync, WeightSync
+from atlas_jax.sharding import from_global, to_global
 from atlas_jax.types import Completion, Metrics, Params, PolicyBatch
 
 Score = Callable[[Params, PolicyBatch], jax.Array]
 """`(params, batch) -> log-probabilities`, as in `feed.Parts`."""
 
-_PROBE = "What is 17 + 25?"
-_PROBE_PROMPT, _PROBE_TOKENS = 16, 4  # most tokens, and how many are sampled
-_UNIT = 32  # of the probe's row, which saves compilations
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PROBE_TOKENS = 8  # sampled tokens of each probe
+_PROBE_BLOCKS = 2  # whole blocks of the prefix cache that its prompt fills
+_UNIT = 32  # tokens; the probe's row is a multiple of it, which saves compilations
+_TOKEN_FILE = "server_token"
 
 
 class Served:
@@ -68,66 +75,97 @@ def engines(
     """Returns the trained model and the student on their servers.
 
     Args:
-        config: of the run.
-        model: what is trained.
-        student: None under `protocol=direct`.
-        score: of rows that hold one completion each.
+        config: options of the run.
+        model: the model that is trained.
+        student: the student; None under `protocol=direct`.
+        score: log-probabilities of rows that hold one completion each.
 
     Raises:
-        ValueError: if a server cannot be reached, lacks what GRPO needs, or has another model.
+        ValueError: if no server of a role can be reached, or one lacks what GRPO needs or has
+            another model.
     """
-    if config.rollout.max_staleness and config.rollout.refill_rounds and jax.process_count() > 1:
-        raise ValueError(
-            f"rollout.max_staleness={config.rollout.max_staleness} with rollout.refill_rounds="
-            f"{config.rollout.refill_rounds} in several processes, which would have to agree while "
-            "they train; set one of the two to 0"
-        )
+    check_loopback(config)
     with contextlib.ExitStack() as stack:
         policy = _policy(config, model, score, stack)
         speaker = None if student is None else _student(config, student, stack)
         return speakers.Engines(policy, speaker, policy.take_metrics, stack.pop_all().close)
 
 
+def check_loopback(config: GRPOConfig) -> None:
+    """Checks that an address means the same server in every process.
+
+    Raises:
+        ValueError: in every process, if processes on several hosts have a loopback address.
+    """
+    hosts = sorted(set(distributed.gather_texts(socket.gethostname())))
+    for role in ("teacher", "student"):
+        for url in addresses.split(getattr(config.rollout, f"{role}_servers")):
+            if len(hosts) > 1 and addresses.is_loopback(url):
+                raise ValueError(
+                    f"rollout.{role}_servers has {url}, which is another server on each of the "
+                    f"hosts {', '.join(hosts)}; name the host that it runs on"
+                )
+
+
 def _policy(
     config: GRPOConfig, model: setup.Model, score: Score, stack: contextlib.ExitStack
 ) -> Served:
     rollout = config.rollout
-    pool = _pool("teacher", rollout.teacher_servers, rollout, stack)
+    check = functools.partial(identity.check_trained, decoder=model.decoder)
+    pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
     speaker, engine = _speaker(pool, model, config.data.system_prompt)
-    room = speaker.context - _PROBE_TOKENS
-    prompt = tuple(model.files.tokenizer(_PROBE).input_ids)[: min(room, _PROBE_PROMPT)]
+    block_size = max(start.block_size for start in pool.starts)
+    prompt = probe_prompt(model.files.tokenizer, block_size, speaker.context - _PROBE_TOKENS)
     probe = Probe(
         Request(prompt, _PROBE_TOKENS, seed=config.seed),
         Sampling(config.temperature, config.top_p, config.top_k),
         probe_score(config, model, score),
     )
-    options = SyncOptions(
-        _sync_dir(config, pool),
-        rollout.sync_dtype,
-        rollout.pause_mode,
-        rollout.probe_tolerance,
-        rollout.weight_sync == "restart",
+    options = PushOptions(
+        dtype=rollout.sync_dtype,
+        pause_mode=rollout.pause_mode,
+        tolerance=rollout.probe_tolerance,
+        restart=rollout.weight_sync == "restart",
     )
-    sync = DiskSync(engine, model.decoder, model.files, options, probe)
+    versions = choose_versions(config, model)
+    sync = DiskSync(engine, model.decoder, model.files, versions, options, probe)
     stack.callback(sync.close)
     return Served(speaker, sync)
 
 
 def _student(config: GRPOConfig, model: setup.Model, stack: contextlib.ExitStack) -> Speaker:
-    pool = _pool("student", config.rollout.student_servers, config.rollout, stack)
+    check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
+    pool = _pool("student", config.rollout.student_servers, config, check, stack)
     speaker, _ = _speaker(pool, model, config.rollout.student_system_prompt)
     return speakers.check_student(config, speaker)
 
 
-def _pool(role: str, addresses: str, rollout: RolloutConfig, stack: contextlib.ExitStack) -> Pool:
-    urls = [url.strip().rstrip("/") for url in addresses.split(",")]
+def _pool(
+    role: str,
+    urls: str,
+    config: GRPOConfig,
+    check: Callable[[str, Start], None],
+    stack: contextlib.ExitStack,
+) -> Pool:
     options = PoolOptions(
-        rollout.max_in_flight, rollout.request_timeout_secs, rollout.sync_timeout_secs
+        max_in_flight=config.rollout.max_in_flight,
+        request_timeout_secs=config.rollout.request_timeout_secs,
+        control_timeout_secs=config.rollout.sync_timeout_secs,
     )
-    pool = Pool(role, urls, options)
+    pool = Pool(role, addresses.split(urls), options, server_key(config.output_dir))
     stack.callback(pool.close)
-    pool.open()
+    pool.open(check)
     return pool
+
+
+def server_key(output_dir: str) -> str:
+    """Returns the key of the servers' routes, "" if there is none.
+
+    It is VLLM_API_KEY, else the token that `serve` left in the run's directory.
+    """
+    path = pathlib.Path(output_dir, _TOKEN_FILE)
+    found = os.environ.get("VLLM_API_KEY", "")
+    return found or (path.read_text().strip() if path.exists() else "")
 
 
 def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speaker, VllmEngine]:
@@ -138,51 +176,74 @@ def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speake
         speakers.stop_tokens(model),
         model.decoder.config.vocab_size,
     )
-    lengths = [server.max_model_len for server in pool.servers]
+    lengths = [start.max_model_len for start in pool.starts]
     context = min(model.decoder.config.max_positions, *lengths)
     encode = speakers.encoder(tokenizer, system_prompt)
     return Speaker(encode, engine.generate, context), engine
 
 
-def _sync_dir(config: GRPOConfig, pool: Pool) -> str:
-    """Returns the directory of one run's weights."""
+def choose_versions(config: GRPOConfig, model: setup.Model) -> Versions:
+    """Returns the directory of this run's weights, the same one in every process."""
     run = os.path.abspath(config.output_dir)
-    name = hashlib.sha256(run.encode()).hexdigest()[:12]
     if config.rollout.sync_dir:
-        return os.path.abspath(config.rollout.sync_dir)
-    memory = pathlib.Path("/dev/shm")
-    here = all(urllib.parse.urlsplit(s.url).hostname in _LOOPBACK for s in pool.servers)
-    if here and memory.is_dir():
-        return str(memory / f"atlas_jax-{os.getuid()}" / name)
-    return os.path.join(run, "weights")
+        return Versions(pathlib.Path(os.path.abspath(config.rollout.sync_dir)), run)
+    chosen: Versions | None = None
+    if distributed.is_main():
+        urls = addresses.split(config.rollout.teacher_servers)
+        # Whoever follows the versions of `weight_sync=restart` must know where they are.
+        if all(map(addresses.is_loopback, urls)) and config.rollout.weight_sync == "reload":
+            tensors = writer.tensors(model.decoder)
+            size = sum(writer.num_bytes(t, config.rollout.sync_dtype) for t in tensors)
+            chosen = in_memory(run, size)
+        chosen = chosen or Versions(pathlib.Path(run, "weights"), run)
+        logging.info("weights go through %s", chosen.root)
+    root = distributed.gather_texts(str(chosen.root) if chosen else "")[0]
+    return chosen or Versions(pathlib.Path(root), run)
+
+
+def probe_prompt(tokenizer: Any, block_size: int, room: int) -> tuple[int, ...]:
+    """Returns the tokens of the probe: several blocks of the servers' prefix cache, if they fit.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        block_size: tokens of a block.
+        room: most tokens that fit.
+    """
+    size = min(room, _PROBE_BLOCKS * block_size + block_size // 4)
+    text = " ".join(f"What is {number} + {3 * number}?" for number in range(1, size + 1))
+    return tuple(tokenizer(text).input_ids[:size])
 
 
 def probe_score(
     config: GRPOConfig, model: setup.Model, score: Score
 ) -> Callable[[Params, Sequence[int], np.ndarray], np.ndarray]:
-    """Returns the trainer's log-probabilities of a prompt's continuation.
+    """Returns the trainer's log-probabilities of several continuations of one prompt.
 
-    They are of the weights as they were pushed: rounded, where the trainer computes in more digits.
+    They are those of the weights as they were pushed: rounded, where the trainer computes in more
+    digits.
     """
     decoder = model.decoder
     sharding, dtype = decoder.sharding, jnp.dtype(config.rollout.sync_dtype)
-    rows = sharding.num_replicas // jax.process_count()
     rounds = decoder.compute_dtype.itemsize > dtype.itemsize
 
     @jax.jit
     def run(params: Params, batch: PolicyBatch) -> jax.Array:
         if rounds:
             params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), params)
-        return score(params, batch)
+        return score(params, batch)[0]
 
-    def score_one(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
-        zeros = (0.0,) * len(ids)
-        length = -(-(len(prompt) + len(ids)) // _UNIT) * _UNIT
-        completion = Completion(tuple(prompt), tuple(ids.tolist()), (), zeros, "length", "", 0)
-        group = [Scored(completion, 0.0, True)]
-        batch = collate_policy([group] * rows, 1, length)
-        found: Any = run(params, to_global(batch, sharding, 1))
-        row = np.asarray(found.addressable_shards[0].data).reshape(-1, length)[0]
-        return row[len(prompt) : len(prompt) + len(ids)]
+    def score_all(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
+        length = -(-(len(prompt) + ids.shape[1]) // _UNIT) * _UNIT
+        zeros = (0.0,) * ids.shape[1]
+        # Each process gives its share of the rows; they divide over the devices.
+        missing = -len(ids) % sharding.num_replicas
+        rows = np.concatenate([ids, np.repeat(ids[:1], missing, axis=0)])
+        groups = [
+            [Scored(Completion(tuple(prompt), tuple(row), (), zeros, "length", "", 0), 0.0, True)]
+            for row in np.split(rows, jax.process_count())[jax.process_index()].tolist()
+        ]
+        batch = to_global(collate_policy(groups, 1, length), sharding, 1)
+        found = distributed.gather(from_global(run(params, batch))).reshape(-1, length)
+        return found[: len(ids), len(prompt) : len(prompt) + ids.shape[1]]
 
-    return score_one
+    return score_all

@@ -1,12 +1,12 @@
-"""What a vLLM server must be able to do, and the errors that name what it lacks. Imports no JAX."""
+"""What a vLLM server must be able to do, and errors that name what is missing. Imports no JAX."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 KNOWN_VERSIONS = ("0.32.0",)
-"""Of vLLM, tested with; another one has to pass the probe of its routes."""
+"""Versions of vLLM that were tested; another one has to pass the check of its routes."""
 
 GENERATE = "/inference/v1/generate"
 
@@ -20,7 +20,29 @@ LOGPROBS = ("processed_logits", "whole_vocabulary:WholeVocabulary")
 """The log-probability mode and the logits processor that `serve` starts a server with."""
 
 WORKERS = "load_version.LoadVersion"
-"""The extension of its workers, whose `load_version` reloads in place."""
+"""The extension of its workers, which reloads weights in place and adds up checksums of them."""
+
+PRIORITY = "priority"
+"""The scheduling policy that lets the probe of new weights go ahead of waiting requests."""
+
+
+class Start(NamedTuple):
+    """What a server was started with, as far as GRPO depends on it."""
+
+    root: str
+    """Directory or hub id of its model."""
+    max_model_len: int
+    """Tokens that a prompt and its completion may have together."""
+    block_size: int
+    """Tokens of a block of its prefix cache."""
+    max_num_seqs: int
+    """Requests that it works on at one time; further ones wait."""
+    dtype: str
+    """dtype of its parameters; "" where they are quantised."""
+    device: str
+    """Kind of its devices, such as "cuda" or "cpu"."""
+    policy: str
+    """Order in which it takes waiting requests."""
 
 
 def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
@@ -33,16 +55,37 @@ def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
         )
 
 
-def check_start(url: str, info: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if the server was not started as GRPO needs it.
+def check_start(url: str, info: Any, model: Any) -> Start:
+    """Returns what a server was started with.
 
     Args:
-        url: of the server.
-        info: its `/server_info?config_format=json`.
+        url: address of the server.
+        info: reply to `/server_info?config_format=json`.
+        model: the one entry of the reply to `/v1/models`.
+
+    Raises:
+        ValueError: if the server says too little of itself, or was not started as GRPO needs it.
     """
-    workers = info["vllm_config"]["parallel_config"]["worker_extension_cls"]
-    model = info["vllm_config"]["model_config"]
-    mode, processors = model["logprobs_mode"], model["logits_processors"] or []
+    try:
+        config = info["vllm_config"]
+        workers = config["parallel_config"]["worker_extension_cls"]
+        mode = config["model_config"]["logprobs_mode"]
+        processors = config["model_config"]["logits_processors"] or []
+        quantized = config["model_config"]["quantization"] is not None
+        start = Start(
+            root=str(model["root"]),
+            max_model_len=int(model["max_model_len"]),
+            block_size=int(config["cache_config"]["block_size"]),
+            max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
+            dtype="" if quantized else str(config["model_config"]["dtype"]).removeprefix("torch."),
+            device=str(config["device_config"]["device"]),
+            policy=str(config["scheduler_config"]["policy"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the server {url} does not describe itself as vLLM {' or '.join(KNOWN_VERSIONS)} does "
+            f"({type(error).__name__}: {error}); start it with python -m atlas_jax.serve"
+        ) from None
     if mode != LOGPROBS[0] or LOGPROBS[1] not in processors:
         raise ValueError(
             f"the server {url} runs with --logprobs-mode {mode} and the logits processors "
@@ -54,3 +97,4 @@ def check_start(url: str, info: Mapping[str, Any]) -> None:
             f"the server {url} runs with the worker extension {workers!r} instead of {WORKERS}, "
             "which reloads weights; start it with python -m atlas_jax.serve"
         )
+    return start

@@ -1,27 +1,61 @@
 """The vLLM servers of one role as one thing to ask.
 
-A request goes to the least-loaded server. One that does not answer is taken out, its requests go to
-the others, and it comes back when it is healthy and has the weights of the others.
+A request goes to the least-loaded server. A server that cannot be reached, or whose health check
+fails or hangs, is taken out, and its requests go to the others. It comes back when it is healthy
+and serves weights that have passed their probe.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
-import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from absl import logging
 
-from atlas_jax.llm_client import Client, ClientOptions, ServerError, UnavailableError
+from atlas_jax import stopping
+from atlas_jax.llm_client import (
+    Client,
+    ClientOptions,
+    RefusedError,
+    ServerError,
+    UnavailableError,
+)
 from atlas_jax.rollout import capabilities
 from atlas_jax.types import DependencyError
 
 T = TypeVar("T")
 
-_HEALTH_SECS = 5.0
+UNEXPECTED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+"""Errors of reading a reply that is not the one of a vLLM server."""
+
+_REFUSED_REQUEST = frozenset({400, 413, 422})
+"""Replies that find fault with the request, not with the sender's rights or the address."""
+
+_MOST_LOST = 3
+"""Servers that may go down over one request before the request counts as their cause."""
+
+_CLOSE_SECS = 3.0
+"""Longest that closing waits for what is in flight to give up."""
+
+
+class Look(NamedTuple):
+    """How the health of a server is watched."""
+
+    every_secs: float = 5.0
+    """Time between two looks."""
+    timeout_secs: float = 10.0
+    """Longest that a server may take to answer one look."""
+    misses: int = 3
+    """Looks in a row that must fail before a server is taken out."""
+    cpu_engine_secs: float = 300.0
+    """Longest that one step of generation may take on a CPU."""
+    patience_secs: float = 30.0
+    """Longest wait for a server that hangs to answer again, where no other one is left."""
 
 
 class PoolOptions(NamedTuple):
@@ -33,103 +67,207 @@ class PoolOptions(NamedTuple):
     """Longest that a completion may take, its wait for a paused server included."""
     control_timeout_secs: float
     """Longest that pausing, reloading or another control call may take."""
+    look: Look = Look()
 
 
 @dataclasses.dataclass(eq=False)
 class Server:
-    """One server.
+    """One server. Only the pool's thread changes it.
 
     Attributes:
-        url: its address.
-        client: for completions; tries again.
-        control: for what must not be repeated.
+        url: address of the server.
+        client: client for completions, which tries again.
+        control: client for what must not be repeated.
+        start: what it was started with; None until it has answered.
         up: whether it is asked.
-        why: what took it out.
-        root: the model that it was started with.
-        max_model_len: tokens that a prompt and its completion may have together.
-        versions: weights that it served and that passed their probe: label -> version.
-        tasks: requests in flight.
+        why: reason for which it is not asked.
+        hangs: whether it is down because it did not answer in time.
+        misses: looks in a row that failed.
+        versions: weights that it served and that passed their probe, as label -> version.
+        tasks: completion requests in flight.
+        pushing: what a push waits for at this server, cancelled when it is taken out.
     """
 
     url: str
     client: Client
     control: Client
+    start: capabilities.Start | None = None
     up: bool = True
     why: str = ""
-    root: str = ""
-    max_model_len: int = 0
+    hangs: bool = False
+    misses: int = 0
     versions: dict[str, int] = dataclasses.field(default_factory=dict)
     tasks: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
+    pushing: asyncio.Task[None] | None = None
+
+
+class Answer(NamedTuple):
+    """A reply to a completion request."""
+
+    server: Server
+    reply: Any
+    version: int
+    """Version of the weights under which the prompt was sent. Where the prompt's keys and values
+    were cached, weights as old as these may have computed them."""
 
 
 class Pool:
     """Servers of one role; its methods may be called from any thread, coroutines from its own."""
 
-    def __init__(self, role: str, urls: Sequence[str], options: PoolOptions) -> None:
+    def __init__(
+        self, role: str, urls: Sequence[str], options: PoolOptions, api_key: str = ""
+    ) -> None:
         """Starts the thread that talks to the servers; `open` asks them first.
 
-        VLLM_API_KEY is sent where it is set.
+        Args:
+            role: name of the model that they serve, for messages.
+            urls: addresses of the servers.
+            options: how they are asked.
+            api_key: key that is sent with every request; empty sends none.
         """
         self.role = role
         self.options = options
         self.label: str | None = None
-        """Of the weights that all servers must have; None where nobody pushes any."""
+        """Label of the weights that all servers must have; None where nobody pushes any."""
+        self.version = 0
+        """Version of these weights."""
+        self.restarts = False
+        """Whether servers end and start again with each push, so that they answer no look."""
+        self._check: Callable[[str, capabilities.Start], None] = _accept
         self._closed = False
+        self._lock = threading.Lock()
+        self._waiting: set[concurrent.futures.Future[Any]] = set()
+        self._watches: list[asyncio.Task[None]] = []
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name=role)
         self._thread.start()
         self.settled = asyncio.Event()
-        """Whether what servers have written can be judged by `Server.versions`."""
-        self.servers = self.run(self._connect(urls))
+        """Set unless a push is under way. Until then no request is sent, and what servers have
+        written cannot be judged by `Server.versions`."""
+        self.servers: list[Server] = self._submit(self._connect(urls, api_key)).result()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Returns what a coroutine returns that runs in the pool's thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        """Returns the result of a coroutine that runs in the pool's thread.
+
+        Raises:
+            StopRequestedError: as soon as the run is to stop.
+            DependencyError: if the pool is closed before the result is there.
+        """
+        future = self._submit(coroutine)
+        try:
+            return stopping.result(future)
+        except concurrent.futures.CancelledError:
+            raise DependencyError(f"the connection to the {self.role} servers was closed") from None
 
     def call(self, function: Callable[[], None]) -> None:
-        """Calls a function in the pool's thread."""
+        """Calls a function in the pool's thread, and returns when it has returned."""
 
         async def once() -> None:
             function()
 
-        self.run(once())
+        self._submit(once()).result()
 
-    async def _connect(self, urls: Sequence[str]) -> list[Server]:
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise DependencyError(f"the connection to the {self.role} servers is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    async def _connect(self, urls: Sequence[str], api_key: str) -> list[Server]:
         self.settled.set()
-        most, patience, control_secs = self.options
-        asked = ClientOptions(max_in_flight=most, timeout_secs=patience)
-        once = ClientOptions(timeout_secs=control_secs, max_tries=1)
-        key = os.environ.get("VLLM_API_KEY", "")
-        servers = [Server(url, Client(url, key, asked), Client(url, key, once)) for url in urls]
+        options = self.options
+        completions = ClientOptions(
+            max_in_flight=options.max_in_flight,
+            timeout_secs=options.request_timeout_secs,
+            retry_timeouts=False,
+        )
+        once = ClientOptions(timeout_secs=options.control_timeout_secs, max_tries=1)
+        servers = [
+            Server(url, Client(url, api_key, completions), Client(url, api_key, once))
+            for url in urls
+        ]
         for server in servers:
             await server.client.__aenter__()
             await server.control.__aenter__()
         return servers
 
-    def open(self) -> None:
-        """Asks every server what it is and can.
+    def open(self, check: Callable[[str, capabilities.Start], None] | None = None) -> None:
+        """Asks every server what it is and can, and begins to watch their health.
+
+        A server that cannot be reached is taken out, as long as another one is left.
+
+        Args:
+            check: function of a server's address and start that raises `ValueError` if it has the
+                wrong model.
 
         Raises:
-            ValueError: if one cannot be reached or lacks what GRPO needs.
+            ValueError: if no server can be reached, or one has not what GRPO needs.
         """
+        self._check = check or _accept
         self.run(self._open())
 
     async def _open(self) -> None:
-        for server in self.servers:
-            try:
-                version = (await server.control.get("/version"))["version"]
-                paths = (await server.control.get("/openapi.json"))["paths"]
-                capabilities.check_routes(server.url, version, paths)
-                info = await server.control.get("/server_info", {"config_format": "json"})
-                capabilities.check_start(server.url, info)
-                (model,) = (await server.control.get("/v1/models"))["data"]
-            except ServerError as error:
-                raise ValueError(
-                    f"cannot use the {self.role} server {server.url}: {error}. Start it with "
-                    "python -m atlas_jax.serve, and look at /health"
-                ) from None
-            server.root, server.max_model_len = model["root"], model["max_model_len"]
-            logging.info("%s server %s: vLLM %s, %s", self.role, server.url, version, server.root)
+        found = await asyncio.gather(*map(self.admit, self.servers), return_exceptions=True)
+        lost = []
+        for server, problem in zip(self.servers, found, strict=True):
+            if isinstance(problem, ServerError | TimeoutError):
+                lost.append(f"{server.url}: {problem or 'no reply'}")
+                self.drop(server, str(problem) or "no reply")
+            elif problem is not None:
+                raise problem
+        if len(lost) == len(self.servers):
+            raise ValueError(
+                f"cannot use the {self.role} server {'; '.join(lost)}. Start it with "
+                "python -m atlas_jax.serve, and look at /health"
+            )
+        self._watches = [
+            asyncio.create_task(watch(server))
+            for server in self.servers
+            for watch in (self._watch, self._watch_engine)
+        ]
+
+    async def admit(self, server: Server) -> None:
+        """Learns what a server was started with.
+
+        Raises:
+            ServerError: if it does not answer.
+            ValueError: if it has not what GRPO needs.
+        """
+        get = server.control.get
+        try:
+            version = (await get("/version"))["version"]
+            capabilities.check_routes(server.url, version, (await get("/openapi.json"))["paths"])
+            info = await get("/server_info", {"config_format": "json"})
+            model = (await get("/v1/models"))["data"][0]
+        except RefusedError as error:
+            raise ValueError(
+                f"the {self.role} server {server.url} refuses {error}; give trainer and server the "
+                "same key, and start the server with python -m atlas_jax.serve"
+            ) from None
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{server.url} does not answer as a vLLM server ({type(error).__name__}: {error}); "
+                "start it with python -m atlas_jax.serve"
+            ) from None
+        start = capabilities.check_start(server.url, info, model)
+        self._check(server.url, start)
+        server.start = start
+        if start.policy != capabilities.PRIORITY:
+            logging.warning(
+                "%s server %s runs with --scheduling-policy %s: the probe of new weights waits "
+                "behind its queue; start it with python -m atlas_jax.serve",
+                *(self.role, server.url, start.policy),
+            )
+        logging.info("%s server %s: vLLM %s, %s", self.role, server.url, version, start.root)
+
+    @property
+    def starts(self) -> list[capabilities.Start]:
+        """What the servers that have answered were started with."""
+        return [server.start for server in self.servers if server.start]
 
     def spread(self, sizes: Sequence[int]) -> list[Server]:
         """Returns a server for each group of requests, so that the loads become even.
@@ -157,73 +295,214 @@ class Pool:
             raise DependencyError(f"no {self.role} server is left: {reasons}")
         return found
 
-    async def ask(self, payload: Mapping[str, Any], server: Server) -> tuple[Server, Any]:
-        """Returns who answered a completion request, and the answer.
-
-        Args:
-            payload: of the request.
-            server: who is asked first; another one if that one fails.
+    async def wait_for_one(self) -> None:
+        """Waits for a moment, where no server is left but one hangs and may recover.
 
         Raises:
-            RefusedError: if the server will not have it.
+            DependencyError: if none does.
+        """
+        end = time.monotonic() + self.options.look.patience_secs
+        while not any(server.up for server in self.servers):
+            if time.monotonic() > end or not any(server.hangs for server in self.servers):
+                self.up()
+            await asyncio.sleep(0.2)
+
+    async def ask(self, payload: Mapping[str, Any], server: Server) -> Answer:
+        """Returns the answer to a completion request.
+
+        Cached keys and values are only shared between requests that were sent under the same
+        weights, which vLLM tells apart by `cache_salt`.
+
+        Args:
+            payload: body of the request.
+            server: server that is asked first; if it fails, another one is asked.
+
+        Raises:
+            RefusedError: if servers will not answer this request.
+            UnavailableError: if a server fails to answer this request although it is well, or if
+                several servers went down over it.
             DependencyError: if no server is left.
         """
+        lost = 0
         while True:
+            await self.settled.wait()
             if not server.up or self._closed:
+                await self.wait_for_one()
                 server = min(self.up(), key=lambda s: len(s.tasks))
-            task = asyncio.create_task(server.client.post(capabilities.GENERATE, payload))
+            version = self.version
+            salt = {"cache_salt": self.label} if self.label else {}
+            body = {**payload, **salt}
+            task = asyncio.create_task(server.client.post(capabilities.GENERATE, body))
             server.tasks.add(task)
             try:
-                return server, await task
+                return Answer(server, await task, version)
+            except RefusedError as error:
+                if error.status in _REFUSED_REQUEST:
+                    raise
+                self.drop(server, f"says no: {error}")
             except UnavailableError as error:
-                self.drop(server, str(error))
+                await self._drop_unless_well(server, error)
             except asyncio.CancelledError:
-                if server.up and not self._closed:
+                if server.up or is_cancelled():
                     raise
             finally:
                 server.tasks.discard(task)
+            lost += 1
+            if lost == _MOST_LOST:
+                raise UnavailableError(
+                    server.url, 0, f"{lost} servers went down while they worked on it"
+                )
 
-    def drop(self, server: Server, why: str) -> None:
-        """Takes a server out; what it was asked goes to the others."""
+    async def _drop_unless_well(self, server: Server, error: UnavailableError) -> None:
+        """Takes a server out that did not answer a request; raises the error if it is well."""
+        problem, hangs = await self._look(self._front(server), self.options.look.timeout_secs)
+        if server.up and not problem:
+            raise error
+        self.drop(server, f"{error}; {problem}", hangs=hangs)
+
+    def drop(self, server: Server, why: str, *, hangs: bool = False) -> None:
+        """Takes a server out; what it was asked goes to the others.
+
+        Args:
+            server: the server.
+            why: reason, for messages.
+            hangs: whether it may answer again by itself.
+        """
         if not server.up:
             return
         logging.error("%s server %s is taken out: %s", self.role, server.url, why)
-        server.up, server.why = False, why
+        server.up = False
+        server.why = why
+        server.hangs = hangs
+        server.misses = 0
         for task in server.tasks:
             task.cancel()
+        if server.pushing:
+            server.pushing.cancel()
 
-    async def revive(self) -> None:
-        """Takes back the servers that are healthy and have the weights of the others."""
-        down = [server for server in self.servers if not server.up]
-        for server, well in zip(down, await asyncio.gather(*map(self._well, down)), strict=True):
-            if well:
-                logging.info("%s server %s is back", self.role, server.url)
-                server.up, server.why = True, ""
+    def take_back(self, server: Server) -> None:
+        """Lets a server be asked again."""
+        if not server.up:
+            logging.info("%s server %s is back", self.role, server.url)
+        server.up = True
+        server.why = ""
+        server.hangs = False
+        server.misses = 0
 
-    async def _well(self, server: Server) -> bool:
+    async def _watch(self, server: Server) -> None:
+        """Looks whether a server answers, and takes it back when it may be asked again."""
+        look = self.options.look
+        while True:
+            await asyncio.sleep(look.every_secs)
+            work = self._front(server) if server.up else self._whole(server)
+            problem, hangs = await self._look(work, look.timeout_secs)
+            if not problem:
+                if not server.up and self.settled.is_set():
+                    self.take_back(server)
+                server.misses = 0
+                continue
+            server.misses += 1
+            if not server.up:
+                server.hangs = hangs
+            elif server.misses >= look.misses:
+                self.drop(server, problem, hangs=hangs)
+
+    async def _watch_engine(self, server: Server) -> None:
+        """Looks whether the engine behind a server's front works, with the right weights.
+
+        An engine answers between two steps of generation. Those of a CPU may take minutes.
+        """
+        look, misses = self.options.look, 0
+        while True:
+            await asyncio.sleep(look.every_secs)
+            label = self.label
+            on_cpu = server.start is not None and server.start.device == "cpu"
+            secs = look.cpu_engine_secs if on_cpu else look.misses * look.timeout_secs
+            if not server.up or not self.settled.is_set():
+                continue
+            problem, hangs = await self._look(self._engine(server), secs)
+            if not self.settled.is_set() or label != self.label:
+                continue  # a push began, or has been, and the engine was busy with it
+            misses = misses + 1 if problem else 0
+            if hangs or misses >= look.misses:
+                self.drop(server, problem, hangs=hangs)
+                misses = 0
+
+    async def _look(self, work: Coroutine[Any, Any, str], secs: float) -> tuple[str, bool]:
+        """Returns what `work` finds wrong with a server, "" if nothing, and whether it hangs."""
         try:
-            async with asyncio.timeout(_HEALTH_SECS):
-                await server.control.get("/health")
-                paused = (await server.control.get("/is_paused"))["is_paused"]
-                label = (await server.control.get("/weight_info"))["weight_version"]
-        except (ServerError, TimeoutError):
-            return False
-        return not paused and self.label in (None, label)
+            async with asyncio.timeout(secs):
+                return await work, False
+        except TimeoutError:
+            return f"its health check got no answer within {secs:g} s", True
+        except ServerError as error:
+            return f"its health check failed: {error}", False
+        except ValueError as error:
+            return str(error), False
+        except UNEXPECTED as error:
+            return f"its health check is unreadable: {type(error).__name__} {error}", False
+
+    async def _front(self, server: Server) -> str:
+        """Asks the process that takes requests. A server that is being restarted has none."""
+        if self.settled.is_set() or not self.restarts:
+            await server.control.get("/health")
+        return ""
+
+    async def _engine(self, server: Server) -> str:
+        """Asks the engine, which may hang where the process that takes requests does not."""
+        label = self.label
+        if (await server.control.get("/is_paused"))["is_paused"]:
+            return "it is paused, and not by this run"
+        served = (await server.control.get("/weight_info"))["weight_version"]
+        if label is not None and (served != label or label not in server.versions):
+            return f"it serves the weights {served!r}, not the {label!r} that passed their probe"
+        return ""
+
+    async def _whole(self, server: Server) -> str:
+        """Asks a server that is down all that it must be before it comes back."""
+        if not self.settled.is_set():
+            return "it waits for new weights"
+        await server.control.get("/health")
+        problem = await self._engine(server)
+        if not problem:
+            await self.admit(server)  # it may be another one now
+        return problem
 
     def close(self) -> None:
-        """Gives up what is in flight and ends the thread."""
-        self._closed = True
-        self.run(self._disconnect())
+        """Gives up what is in flight and ends the thread, whatever hangs."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        ending = asyncio.run_coroutine_threadsafe(self._disconnect(), self._loop)
+        try:
+            ending.result(2 * _CLOSE_SECS)
+        except TimeoutError:
+            logging.warning("the connection to the %s servers does not close", self.role)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.join(_CLOSE_SECS)
+        for future in list(self._waiting):
+            future.cancel()
+        if not self._thread.is_alive():
+            self._loop.close()
 
     async def _disconnect(self) -> None:
         self.settled.set()
-        tasks = [task for server in self.servers for task in server.tasks]
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CLOSE_SECS)
         for server in self.servers:
             await server.client.__aexit__(None, None, None)
             await server.control.__aexit__(None, None, None)
+
+
+def is_cancelled() -> bool:
+    """Returns whether the current task itself is to end, not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _accept(_: str, __: capabilities.Start) -> None:
+    """Accepts any server."""

@@ -1,8 +1,8 @@
 """Generation by vLLM servers: token ids in, token ids and log-probabilities out.
 
-No text is tokenised again. A completion that a server refused, aborted or ended in an error, whose
-log-probabilities are impossible, or that weights wrote which failed their probe, comes back as an
-`error`, which trains nothing and is counted with its reason.
+No text is tokenised again. A completion comes back as an `error`, which trains nothing and is
+counted with its reason, if a server refused it, failed over it, aborted it, or ended it in an
+error; if its log-probabilities are impossible; or if weights wrote it that failed their probe.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.llm_client import RefusedError
+from atlas_jax.llm_client import RefusedError, UnavailableError
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import Pool, Server
-from atlas_jax.types import Completion, DependencyError
+from atlas_jax.types import Completion
 
-_REFUSED_REQUEST = frozenset({400, 413, 422})  # the request is at fault, not the server
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 _LOWEST = -9000.0  # vLLM says -9999 for minus infinity
 
@@ -49,13 +48,14 @@ class VllmEngine:
 
         Raises:
             DependencyError: if no server is left.
+            StopRequestedError: as soon as the run is to stop.
         """
         return self.pool.run(self._generate(requests, sampling))
 
     async def _generate(
         self, requests: Sequence[Request], sampling: Sampling
     ) -> list[list[Completion]]:
-        await self.pool.revive()
+        await self.pool.wait_for_one()
         servers = self.pool.spread([request.num_samples for request in requests])
         return await asyncio.gather(
             *(
@@ -70,13 +70,18 @@ class VllmEngine:
         """Returns one completion; `server` is asked first."""
         body = payload(request, sample, sampling, self.stop_ids)
         try:
-            server, reply = await self.pool.ask(body, server)
+            answer = await self.pool.ask(body, server)
         except RefusedError as error:
-            if error.status not in _REFUSED_REQUEST:
-                raise DependencyError(f"the {self.pool.role} server says no: {error}") from None
             return _failed(request, f"refused: {error.body}")
+        except UnavailableError as error:
+            return _failed(request, f"no answer: {error}")
         await self.pool.settled.wait()
-        return self.read(request, reply, server.versions if self.pool.label else None)
+        versions = answer.server.versions if self.pool.label else None
+        completion = self.read(request, answer.reply, versions)
+        # What a completion was computed with may be older than what wrote its first token: it
+        # may have waited in the server's queue, and then found its prompt in the cache.
+        oldest = min(completion.weights_version, answer.version)
+        return completion._replace(weights_version=oldest) if completion.token_ids else completion
 
     def read(
         self, request: Request, reply: Mapping[str, Any], versions: Mapping[str, int] | None

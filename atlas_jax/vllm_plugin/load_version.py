@@ -1,16 +1,25 @@
-"""An extension of vLLM's workers, by which what a reload wrote is what the model computes with.
+"""An extension of vLLM's workers: weights that are reloaded in place, and checksums of them.
 
-vLLM (0.32) leaves out the output table that a model shares with its embedding: on a CPU a layer
-computes with a packed copy of its weights, and only layers that the checkpoint names are packed
-again.
+vLLM (0.32) does not repack the output table that a model shares with its embedding: on a CPU a
+layer computes with a packed copy of its weights, and only layers that the checkpoint names are
+packed again.
+
+vLLM's own `/weight_checker` is not used. It copies every parameter to the host and takes its
+SHA-256, which costs seconds for each update of a large model; and on a CPU it sees nothing of the
+linear layers, whose parameters are empty once they have been packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+_CHUNK = 1 << 24
+"""Numbers that are added up at one time on a device; their copies in 64 bits take 128 MiB."""
 
 
 class LoadVersion:
@@ -21,7 +30,60 @@ class LoadVersion:
 
     def load_version(self, weights_path: str) -> None:
         """Reloads all weights in place from a directory in HF layout."""
-        self.reload_weights(weights_path=weights_path)
-        for layer in self.get_model().modules():
+        model: Any = self.get_model()
+        loaded: dict[str, str] = {}
+        load = model.load_weights
+        on_cpu = next(model.parameters()).device == torch.device("cpu")
+        if on_cpu:
+            model.load_weights = lambda weights: load(_noted(weights, loaded))
+        try:
+            self.reload_weights(weights_path=weights_path)
+        finally:
+            if on_cpu:
+                del model.load_weights  # the method of the class is there again
+        self.loaded_checksums = loaded
+        for layer in model.modules():
             if isinstance(layer, ParallelLMHead) and layer.weight.device == torch.device("cpu"):
                 layer.quant_method.process_weights_after_loading(layer)
+
+    def weight_checksums(self) -> dict[str, str]:
+        """Returns the checksums of this worker's tensors by name.
+
+        On a CPU, where packed copies cannot be read, these include the tensors that the last
+        `load_version` handed to the model.
+        """
+        own = {
+            name: checksum(parameter.detach())
+            for name, parameter in self.get_model().named_parameters()
+            if parameter.numel()
+        }
+        return own | getattr(self, "loaded_checksums", {})
+
+
+def _noted(
+    weights: Iterable[tuple[str, torch.Tensor]], checksums: dict[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields tensors as they come, and adds the checksum of each to `checksums`."""
+    for name, tensor in weights:
+        checksums[f"loaded:{name}"] = checksum(tensor)
+        yield name, tensor
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Returns a checksum of the bytes of a tensor.
+
+    It is CRC-32 on a CPU, where it runs at memory speed. On other devices it is the sum, and the
+    sum of squares, of the bytes taken as 16-bit numbers, which does not depend on the order of
+    summation and copies nothing to the host.
+    """
+    flat = tensor.contiguous().view(-1)
+    if flat.device.type == "cpu":
+        return f"{zlib.crc32(flat.view(torch.uint8).numpy().data):08x}"
+    numbers = flat.view(torch.int16 if flat.element_size() % 2 == 0 else torch.int8)
+    total = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for start in range(0, numbers.numel(), _CHUNK):
+        part = numbers[start : start + _CHUNK].to(torch.int64)
+        total[0] += part.sum()
+        total[1] += (part * part).sum()
+    plain, squares = total.tolist()
+    return f"{plain}:{squares}"

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig, MeshConfig
 from atlas_jax.recipes import grpo, serving, setup, speakers
+from atlas_jax.rollout import identity
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
+from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.rollout.servers import Pool, PoolOptions
+from atlas_jax.rollout.servers import Look, Pool, PoolOptions
+from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
-from atlas_jax.rollout.weights import DiskSync, Probe, SyncOptions
+from atlas_jax.rollout.weights import DiskSync
 from atlas_jax.sharding import Sharding, make_mesh
 
 CONFIG = dataclasses.replace(GRPOConfig(), temperature=0.7, top_p=0.95)
 SAMPLING = Sampling(CONFIG.temperature, CONFIG.top_p)
+OPTIONS = PoolOptions(64, 300.0, 300.0, Look(every_secs=60.0))
+"""Looks are rare, since tests pause servers behind the pool's back."""
+PROMPT = tuple(3 + (i * i) % 17 for i in range(300))
+"""Two blocks of the prefix cache of vLLM on a CPU and part of a third one."""
 
 
 class Trainer(NamedTuple):
@@ -41,7 +50,10 @@ class Trainer(NamedTuple):
         exact = dataclasses.replace(
             CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype="float32")
         )
-        return serving.probe_score(exact, self.model, score)(self.params, prompt, ids)
+        (found,) = serving.probe_score(exact, self.model, score)(
+            self.params, prompt, np.asarray(ids)[None]
+        )
+        return found
 
     def generate(self, requests, sampling):
         """Returns what the trainer's own engine writes."""
@@ -57,27 +69,43 @@ class Served(NamedTuple):
     sync: DiskSync
 
 
-def trainer(path: str) -> Trainer:
-    """Returns a model on one device, in float32."""
-    sharding = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp")
+def trainer(path: str, devices=None) -> Trainer:
+    """Returns a model in float32, on one device unless `devices` names others."""
+    sharding = Sharding(make_mesh(MeshConfig(), devices or jax.devices()[:1]), "fsdp")
     model = setup.open_frozen(CONFIG, path, sharding)
     return Trainer(model, hf.load(model.source, model.decoder))
 
 
 @contextlib.contextmanager
 def connected(
-    ours: Trainer, urls, directory, mode: str = "keep", restart: bool = False
+    ours: Trainer,
+    urls,
+    directory,
+    mode: str = "keep",
+    restart: bool = False,
+    options: PoolOptions = OPTIONS,
+    prompt=PROMPT,
+    dtype: str = "bfloat16",
 ) -> Iterator[Served]:
     """Yields the servers of `urls` with no weights pushed to them yet."""
     model = ours.model
-    pool = Pool("teacher", urls, PoolOptions(64, 300.0, 300.0))
+    pool = Pool("teacher", urls, options)
     try:
-        pool.open()
+        pool.open(functools.partial(identity.check_trained, decoder=model.decoder))
         vocab_size = model.decoder.config.vocab_size
         engine = VllmEngine(pool, model.files.tokenizer, ours.stop_ids, vocab_size)
-        score = serving.probe_score(CONFIG, model, grpo.make_score(model.decoder, CONFIG, 1))
-        probe = Probe(Request((5, 6, 7), 8, seed=0), SAMPLING, score)
-        options = SyncOptions(str(directory / "weights"), "bfloat16", mode, 1e-3, restart)
-        yield Served(pool, engine, DiskSync(engine, model.decoder, model.files, options, probe))
+        config = dataclasses.replace(
+            CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype=dtype)
+        )
+        score = serving.probe_score(config, model, grpo.make_score(model.decoder, config, 1))
+        sync = DiskSync(
+            engine,
+            model.decoder,
+            model.files,
+            Versions(directory / "weights", str(directory)),
+            PushOptions(dtype, mode, 1e-3, restart),
+            Probe(Request(prompt, 8, seed=0), SAMPLING, score),
+        )
+        yield Served(pool, engine, sync)
     finally:
         pool.close()

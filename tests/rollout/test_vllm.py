@@ -1,6 +1,7 @@
 """What generation and weight pushes rely on, held against real vLLM servers."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,11 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from atlas_jax.rollout import capabilities
 from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.identity import check_manifest
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.vllm import payload
-from atlas_jax.rollout.weights import check_manifest
 from atlas_jax.types import DependencyError
 from tests import vllm_servers, words
 from tests.conftest import VLLM_SIZES, VLLM_WORDS
@@ -83,7 +83,7 @@ def test_new_weights_write_what_the_trainer_writes_with_them(link, old, new):
 
 def test_what_is_written_is_the_size_of_the_model(link, old):
     values = link.sync.push(old.params, 3)
-    (version,) = link.sync._root.glob("v*")
+    (version,) = link.sync._versions.root.glob("v*")
     tensors = safetensors.numpy.load_file(version / "model.safetensors")
     size = sum(tensor.nbytes for tensor in tensors.values())
     numbers = sum(p.numel() for p in _torch(old).parameters())
@@ -112,7 +112,7 @@ def test_log_probabilities_are_those_of_the_trainer_before_truncation(link, old)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reason"), [((5,) * 300, "maximum|longer|context"), ((5, 10**6), "vocabulary|range")]
+    ("prompt", "reason"), [((5,) * 600, "maximum|longer|context"), ((5, 10**6), "vocabulary|range")]
 )
 def test_a_request_that_is_refused_trains_nothing_and_says_why(link, old, prompt, reason):
     link.sync.push(old.params, 5)
@@ -128,7 +128,7 @@ def test_a_directory_without_a_tensor_is_refused_which_vllm_would_take(
     link, old, tmp_path, vllm_server
 ):
     link.sync.push(old.params, 6)
-    (version,) = link.sync._root.glob("v*")
+    (version,) = link.sync._versions.root.glob("v*")
     shutil.copytree(version, tmp_path / "partial")
     file = tmp_path / "partial" / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
@@ -162,27 +162,37 @@ def generated(url):
     return float(count)
 
 
-def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new, vllm_server):
-    """Weights change under completions in flight, which go on with the new ones."""
-    link.sync.push(old.params, 9)
+@contextlib.contextmanager
+def in_flight(link, count=16, max_tokens=240):
+    """Yields the answers of completions that are frozen half-way, once they are there."""
     server = link.pool.servers[0]
-    requests = long_requests(16, 240)  # they take seconds, on a fast machine too
+    requests = long_requests(count, max_tokens)  # they take seconds, on a fast machine too
     bodies = [payload(request, 0, SAMPLING, ()) for request in requests]
 
     async def ask():
         return await asyncio.gather(*(link.pool.ask(body, server) for body in bodies))
 
-    replies, before = [], generated(server.url)
-    thread = threading.Thread(target=lambda: replies.extend(link.pool.run(ask())))
+    answers, before = [], generated(server.url)
+    thread = threading.Thread(target=lambda: answers.extend(link.pool.run(ask())))
     thread.start()
     while generated(server.url) < before + 20:
         time.sleep(0.01)
-    vllm_server.post("/pause?mode=keep&clear_cache=false")  # however long the export takes
-    link.sync.push(new.params, 10)
+    urllib.request.urlopen(  # however long the export takes
+        urllib.request.Request(f"{server.url}/pause?mode=keep&clear_cache=false", b""), timeout=60
+    ).close()
+    yield requests, answers
     thread.join()
+
+
+def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new):
+    """Weights change under completions in flight, which go on with the new ones."""
+    link.sync.push(old.params, 9)
+    server = link.pool.servers[0]
+    with in_flight(link) as (requests, answers):
+        link.sync.push(new.params, 10)
     changed = 0
-    for request, (_, reply) in zip(requests, replies, strict=True):
-        (choice,) = reply["choices"]
+    for request, answer in zip(requests, answers, strict=True):
+        (choice,) = answer.reply["choices"]
         spans = [(server.versions[s["version"]], s) for s in choice["weight_versions"]]
         found = np.asarray([entry["logprob"] for entry in choice["logprobs"]["content"]])
         ids = np.asarray(choice["token_ids"])
@@ -192,10 +202,29 @@ def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new,
             assert version in (9, 10)
             assert version == 10 or by.mean() < 0.01
             changed += version == 10 and span["start"] > 0 and by.mean() > 0.05
-        completion = endless(link.engine).read(request, reply, server.versions)
+        completion = endless(link.engine).read(request, answer.reply, server.versions)
         assert completion.weights_version == min(version for version, _ in spans)
+        assert answer.version == 9
     assert changed, "nothing was in flight when the weights changed"
     link.sync.push(old.params, 11)
+
+
+def test_cached_keys_and_values_of_older_weights_are_not_read_under_a_newer_label(link, old, new):
+    """A prompt of several blocks is asked before and after a push, with completions in flight."""
+    link.sync.push(old.params, 13)
+    request = Request(served.PROMPT, 8, seed=5)
+    engine = endless(link.engine)
+    ((before,),) = engine.generate([request], SAMPLING)
+    with in_flight(link) as (_, answers):
+        values = link.sync.push(new.params, 14)
+        assert values["sync/uncleared_caches"] == (1, 1)
+        ((after,),) = engine.generate([request], SAMPLING)
+        assert not answers, "none was in flight any more"
+    for completion, ours, version in ((before, old, 13), (after, new, 14)):
+        assert completion.weights_version == version
+        expected = ours.score(completion.prompt_ids, np.asarray(completion.token_ids))
+        assert np.abs(expected - completion.untruncated_logprobs).mean() < 0.01
+    link.sync.push(old.params, 15)
 
 
 def test_what_must_not_be_trained_on_comes_back_as_an_error(link, old):
@@ -203,7 +232,7 @@ def test_what_must_not_be_trained_on_comes_back_as_an_error(link, old):
     link.sync.push(old.params, 12)
     server, request = link.pool.servers[0], Request((5, 6), 4, seed=0)
     body = payload(request, 0, SAMPLING, ())
-    _, reply = link.pool.run(link.pool.ask(body, server))
+    reply = link.pool.run(link.pool.ask(body, server)).reply
     engine = endless(link.engine)
     assert engine.read(request, reply, server.versions).finish_reason == "length"
     for change, reason in (
@@ -234,19 +263,6 @@ def test_a_server_of_another_model_is_refused(vllm_server, tmp_path):
         served.connected(other, [vllm_server.url], tmp_path),
     ):
         pass
-
-
-def test_a_server_that_was_started_otherwise_is_refused():
-    def info(mode, processors):
-        model = {"logprobs_mode": mode, "logits_processors": processors}
-        workers = {"worker_extension_cls": ""}
-        return {"vllm_config": {"model_config": model, "parallel_config": workers}}
-
-    with pytest.raises(ValueError, match=r"raw_logprobs.*not of the whole vocabulary"):
-        capabilities.check_start("http://host:1", info("raw_logprobs", None))
-    mode, processor = capabilities.LOGPROBS
-    with pytest.raises(ValueError, match=r"worker extension '' instead of load_version"):
-        capabilities.check_start("http://host:1", info(mode, [processor]))
 
 
 def test_an_address_where_nothing_listens_is_an_error(old, tmp_path):
@@ -307,6 +323,37 @@ def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, n
             link.sync.push(old.params, 3)
         ask.join()
         kill.join()
+
+
+def frozen_completions_delay_no_probe(link, old, new):
+    """Of a server that works on two completions at one time, when twelve have been asked for."""
+    link.sync.push(old.params, 1)  # compiles what the trainer computes, too
+    (server,) = link.pool.servers
+    with in_flight(link, 12, 400) as (requests, answers):
+        values = link.sync.push(new.params, 2)
+        assert len(server.tasks) >= 10, "the probe came behind them"
+    assert values["sync/uncleared_caches"] == (0, 1)
+    spans = 0
+    for request, answer in zip(requests, answers, strict=True):
+        (choice,) = answer.reply["choices"]
+        found = np.asarray([entry["logprob"] for entry in choice["logprobs"]["content"]])
+        difference = np.abs(new.score(request.prompt_ids, np.asarray(choice["token_ids"])) - found)
+        (*_, last) = choice["weight_versions"]
+        assert server.versions[last["version"]] == 2
+        assert difference[last["start"] :].mean() < 0.01, "keys and values were not recomputed"
+        spans += len(choice["weight_versions"])
+    assert spans > len(answers), "none was frozen half-way"
+
+
+def test_frozen_completions_delay_no_probe_and_each_worker_is_checked(old, new, tmp_path):
+    flags = ("--max-num-seqs", "2", "--tensor-parallel-size", "2")
+    with (
+        vllm_servers.running([str(old.model.source.path)], tmp_path, *flags) as (server,),
+        served.connected(old, [server.url], tmp_path) as link,
+    ):
+        frozen_completions_delay_no_probe(link, old, new)
+        (checksums,) = link.sync._served.values()
+        assert {name.partition(":")[0] for name in checksums} == {"0", "1"}
 
 
 def test_a_server_that_follows_is_started_again_with_each_version(old, new, tmp_path):

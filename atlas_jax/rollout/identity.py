@@ -1,0 +1,111 @@
+"""Whether a directory or a server has the model that the trainer means."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from atlas_jax.checkpoint import hf, writer
+from atlas_jax.models.config import from_hf
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.rollout.capabilities import Start
+
+
+def check_manifest(directory: pathlib.Path, shapes: Mapping[str, Any], dtype: str) -> None:
+    """Checks that a directory holds exactly the tensors that a server loaded at its start.
+
+    vLLM silently keeps the old content of a tensor that is missing.
+
+    Raises:
+        ValueError: names what is missing, unknown, or of another shape or dtype.
+    """
+    source = hf.SafetensorsSource(str(directory))
+    different = _differences(source.shapes, shapes)
+    stored = {name: found for name in source.shapes if (found := source.dtype(name)) != dtype}
+    if different or stored:
+        raise ValueError(f"{directory} does not fit the servers: {different or stored}")
+
+
+def check_trained(url: str, start: Start, decoder: Decoder) -> None:
+    """Checks that a server was started with a model of the tensors that will be pushed to it.
+
+    A model that this host cannot read is not checked.
+
+    Raises:
+        ValueError: names the tensors that differ.
+    """
+    if not os.path.isdir(start.root):
+        return
+    loaded = hf.stored_shapes(hf.open_source(start.root), decoder.config.tie_embeddings)
+    different = _differences(loaded, dict(writer.tensors(decoder)))
+    if different:
+        raise ValueError(
+            f"the server {url} was started with {start.root}, whose tensors are not those of the "
+            f"model that trains: {different}; start it with the same model"
+        )
+
+
+def check_frozen(url: str, start: Start, name: str, source: hf.Source) -> None:
+    """Checks that a server was started with the very model that the trainer calls by a name.
+
+    Its weights are compared where this host can read both models. Otherwise the names of the two
+    must end in the same word.
+
+    Args:
+        url: address of the server.
+        start: what it was started with.
+        name: directory or hub id of the model.
+        source: the model on disk.
+
+    Raises:
+        ValueError: names both models.
+    """
+    path = source.path if isinstance(source, hf.SafetensorsSource) else pathlib.Path(name)
+    if start.root == name or os.path.realpath(start.root) == os.path.realpath(path):
+        return
+    if os.path.isdir(start.root):
+        different = _other_model(hf.open_source(start.root), source)
+    elif os.path.basename(start.root) == os.path.basename(name.rstrip("/")):
+        logging.warning("%s serves %s, which is taken for %s", url, start.root, name)
+        different = ""
+    else:
+        different = "their names differ, and this host cannot read the server's"
+    if different:
+        raise ValueError(
+            f"the student server {url} was started with {start.root}, and student_model={name} is "
+            f"another model: {different}; start it with the student, or name its server in "
+            "rollout.student_servers"
+        )
+
+
+def _other_model(served: hf.Source, wanted: hf.Source) -> str:
+    """Returns how two models on disk differ, "" if they do not."""
+    ours, theirs = from_hf(wanted.config), from_hf(served.config)
+    if ours != theirs:
+        return "their config.json describe different architectures"
+    shapes = [hf.stored_shapes(source, ours.tie_embeddings) for source in (served, wanted)]
+    if different := _differences(*shapes):
+        return different
+    # Training changes every matrix, so that two of them suffice.
+    matrices = sorted(name for name, shape in shapes[1].items() if len(shape) == 2)
+    for name in (matrices[0], matrices[-1]):
+        if not np.array_equal(served.read(name), wanted.read(name)):
+            return f"their weights differ, for example {name}"
+    return ""
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Returns which names and shapes differ, "" if none."""
+    parts = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(
+            name for name in expected.keys() & found.keys() if found[name] != expected[name]
+        ),
+    }
+    return "; ".join(f"{kind} {', '.join(names[:5])}" for kind, names in parts.items() if names)

@@ -1,0 +1,223 @@
+"""The directory through which weights reach the servers, one subdirectory for each version.
+
+Only what carries this run's mark is ever replaced or removed, so that a directory that holds other
+things, or the versions of another run, keeps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import stat
+from typing import IO
+
+from absl import logging
+
+from atlas_jax.checkpoint import hf
+
+MARK = ".atlas_jax_weights"
+"""File in each version; its content is the `output_dir` of the run that wrote it."""
+
+_VERSION = re.compile(r"v\d+\.\d+|\.v\d+\.\d+\.partial")
+_FILES = ".atlas_jax_files"
+_OWNER = ".owner"  # locked by the process whose weights these are, for as long as it lives
+_MEMORY = pathlib.Path("/dev/shm")
+_ROOM = 1.2  # of a version's size, since the last one is removed before the next is written
+
+
+class Versions:
+    """The versions of one run's weights in one directory."""
+
+    def __init__(self, root: pathlib.Path, run: str, lock: IO[str] | None = None) -> None:
+        """Makes nothing yet.
+
+        Args:
+            root: directory of the versions.
+            run: the run's `output_dir`.
+            lock: file that tells other runs that this one lives; it is closed in the end.
+        """
+        self.root = root
+        self._run = run
+        self._lock = lock
+        self._has_files = False
+
+    def path(self, label: str) -> pathlib.Path:
+        """Returns the directory of a version."""
+        return self.root / f"v{label}"
+
+    def partial(self, label: str) -> pathlib.Path:
+        """Returns the directory in which a version is written."""
+        return self.root / f".v{label}.partial"
+
+    def begin(self, label: str, files: hf.ModelFiles) -> None:
+        """Makes the directory in which a version is written, with all files but the weights.
+
+        Raises:
+            OSError: if that fails, or would replace what this run did not write.
+        """
+        for path in (self.path(label), self.partial(label)):
+            if path.exists() and not self._is_own(path):
+                raise FileExistsError(
+                    f"{path} exists and is not of this run; name another rollout.sync_dir"
+                )
+            shutil.rmtree(path, ignore_errors=True)
+        shared = self._shared_files(files)
+        self._make(self.partial(label))
+        # The tokenizer may take longer to write than the weights, so it is written once.
+        shutil.copytree(
+            shared, self.partial(label), copy_function=_link_or_copy, dirs_exist_ok=True
+        )
+
+    def finish(self, label: str) -> None:
+        """Gives a version its name, now that it is whole."""
+        self.partial(label).rename(self.path(label))
+
+    def remove_all(self, keep: str = "") -> None:
+        """Removes the versions of this run.
+
+        Args:
+            keep: label of the one that stays.
+        """
+        paths = list(self.root.iterdir()) if self.root.is_dir() else []
+        for path in paths:
+            kept = keep and path == self.path(keep)
+            if _VERSION.fullmatch(path.name) and not kept and self._is_own(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes all that this run wrote, and the directory if nothing else is in it."""
+        self.remove_all()
+        if self._has_files:
+            shutil.rmtree(self.root / _FILES, ignore_errors=True)
+        if self._lock:
+            shutil.rmtree(self.root, ignore_errors=True)
+            self._lock.close()
+        with contextlib.suppress(OSError):  # not made yet, or with other files in it
+            self.root.rmdir()
+
+    def _make(self, path: pathlib.Path) -> None:
+        path.mkdir(parents=True)
+        (path / MARK).write_text(self._run)
+
+    def _is_own(self, path: pathlib.Path) -> bool:
+        mark = path / MARK
+        with contextlib.suppress(OSError):
+            return not path.is_symlink() and mark.read_text() == self._run
+        return False
+
+    def _shared_files(self, files: hf.ModelFiles) -> pathlib.Path:
+        """Returns a directory with the files that all versions share, written once in this run."""
+        shared = self.root / _FILES
+        if not self._has_files:
+            partial = self.root / f"{_FILES}.partial"
+            for path in (shared, partial):
+                shutil.rmtree(path, ignore_errors=True)
+            self._make(partial)
+            hf.write_files(str(partial), files)
+            partial.rename(shared)
+            self._has_files = True
+        return shared
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Makes `target` the same file; a copy on file systems without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def in_memory(run: str, num_bytes: int) -> Versions | None:
+    """Returns a directory in `/dev/shm` for one run, and removes those of runs that were killed.
+
+    Args:
+        run: the run's `output_dir`.
+        num_bytes: size of a version.
+
+    Returns:
+        None if it cannot be used, with the reason in the log.
+    """
+    _sweep()
+    name = hashlib.sha256(run.encode()).hexdigest()[:12]
+    root = _MEMORY / f"{_prefix()}{name}"
+    free, needed = _free_bytes(), int(_ROOM * num_bytes)
+    if free < needed:
+        why = f"it has {free >> 20} MiB of {needed >> 20} MiB that a version needs"
+    elif why := _not_private(root):
+        pass
+    elif (lock := _lock(root)) is None:
+        why = f"another process that lives uses {root}"
+    else:
+        return Versions(root, run, lock)
+    logging.warning("weights do not go through %s: %s", _MEMORY, why)
+    return None
+
+
+def _prefix() -> str:
+    return f"atlas_jax-{os.getuid()}-"
+
+
+def _free_bytes() -> int:
+    """Returns how much `/dev/shm` can take: its own limit, or the host's free memory."""
+    try:
+        free = shutil.disk_usage(_MEMORY).free
+        with open("/proc/meminfo") as lines:
+            sizes = dict(line.split(":") for line in lines)
+        return min(free, int(sizes["MemAvailable"].split()[0]) << 10)
+    except (OSError, KeyError):
+        return 0
+
+
+def _not_private(root: pathlib.Path) -> str:
+    """Makes a directory that only this user can read; returns why that failed, "" if it did not.
+
+    Its name can be guessed, so somebody else may have made it, or a link of that name, before.
+    """
+    try:
+        root.mkdir(mode=0o700, exist_ok=True)
+        found = root.lstat()
+    except OSError as error:
+        return str(error)
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{root} is not a directory"
+    if found.st_uid != os.getuid():
+        return f"{root} belongs to user {found.st_uid}"
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        return f"{root} is open to other users (mode {stat.S_IMODE(found.st_mode):o})"
+    return ""
+
+
+def _lock(root: pathlib.Path) -> IO[str] | None:
+    """Returns the locked owner file of a directory; None if another process holds it.
+
+    The kernel releases the lock when its process ends, however it ends.
+    """
+    try:
+        file = (root / _OWNER).open("a")
+    except OSError:  # a sweep of another process was faster
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+    except OSError:
+        pass
+    file.close()
+    return None
+
+
+def _sweep() -> None:
+    """Removes the directories in `/dev/shm` whose processes have ended without doing so."""
+    for root in _MEMORY.glob(f"{_prefix()}*"):
+        if root.is_symlink() or not root.is_dir() or root.lstat().st_uid != os.getuid():
+            continue
+        lock = _lock(root)
+        if lock is not None:
+            logging.info("removing %s, which a run that was killed has left", root)
+            shutil.rmtree(root, ignore_errors=True)
+            lock.close()

@@ -1,0 +1,461 @@
+"""A stand-in for a vLLM server: its routes, a tiny Llama's true tokens, and faults on demand.
+
+    python -m tests.stand_in --model DIR --port PORT
+
+It computes what vLLM would (`tests.llama`), from the weights that it was told to load, so that a
+trainer's probe agrees with it; and it keeps a prefix cache, frozen completions and spans of weight
+versions as vLLM does. It takes a second to start, where vLLM takes half a minute.
+
+`POST /stand_in/faults` takes a list of faults, which replace those before; `GET /stand_in/calls`
+returns the requests so far. A fault is an object with
+
+    path      route that it is about; "" is all but /stand_in
+    token     it is only about completions whose prompt has this token
+    method    it is only about this method of `/collective_rpc`
+    after     it begins after so many such requests
+    times     it ends after so many requests; without it, it stays
+    do        what happens:
+        status    answers with `status` and `body`
+        reply     answers with the JSON of `reply`
+        hang      never answers
+        slow      waits `secs`, then does as usual
+        truncate  breaks the connection in the middle of the reply
+        exit      the process ends
+        skip      says that it did what `/collective_rpc` asks, and did not
+        noise     does as usual, and then adds noise of that `size` to the weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+
+from atlas_jax.rollout import capabilities
+from tests import llama
+from tests.processes import free_port
+
+_BLOCK = 16  # tokens of a block of the prefix cache
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A completion that is being written."""
+
+    tokens: list[int]
+    salt: str
+    cache: list[llama.Layer] | None = None
+    logits: Any = None
+    written: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    labels: list[str] = dataclasses.field(default_factory=list)
+
+
+class StandIn:
+    """One server.
+
+    Attributes:
+        faults: what goes wrong; see the module.
+        calls: method, path, query and body of each request so far.
+        secs_per_token: time that each token of a completion takes.
+        device: kind of device that it says it has.
+    """
+
+    def __init__(self, model: str, key: str = "", refuses_when_paused: bool = False) -> None:
+        """Loads the model.
+
+        Args:
+            model: directory of a Llama in HF layout.
+            key: bearer token that all routes but /health want; empty wants none.
+            refuses_when_paused: whether it answers 503 while paused, but in mode `keep`, as vLLM
+                0.33 does.
+        """
+        self.root = model
+        self.model = llama.Llama(model)
+        self.faults: list[dict[str, Any]] = []
+        self.calls: list[tuple[str, str, dict[str, Any], Any]] = []
+        self.secs_per_token = 0.0
+        self.device = "cuda"
+        self._key = key
+        self._refuses = refuses_when_paused
+        self._label = "default"
+        self._mode = ""  # of the pause; "" while it goes on
+        self._active: set[Sequence] = set()
+        self._blocks: dict[tuple[str, tuple[int, ...]], list[llama.Layer]] = {}
+        self._changed = asyncio.Condition()
+        self._engine = asyncio.Lock()  # does one thing at a time
+
+    def app(self) -> web.Application:
+        """Returns the web application."""
+        app = web.Application(middlewares=[self._watched], client_max_size=1 << 26)
+        for method, path, handler in (
+            ("GET", "/health", self._nothing),
+            ("GET", "/version", self._version),
+            ("GET", "/openapi.json", self._openapi),
+            ("GET", "/server_info", self._server_info),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/is_paused", self._is_paused),
+            ("GET", "/weight_info", self._weight_info),
+            ("POST", "/pause", self._pause),
+            ("POST", "/resume", self._resume),
+            ("POST", "/collective_rpc", self._collective_rpc),
+            ("POST", "/reset_prefix_cache", self._reset_prefix_cache),
+            ("POST", "/update_weight_version", self._update_weight_version),
+            ("POST", capabilities.GENERATE, self._generate),
+            ("POST", "/stand_in/faults", self._set_faults),
+            ("GET", "/stand_in/calls", self._get_calls),
+        ):
+            app.router.add_route(method, path, handler)
+        return app
+
+    @web.middleware
+    async def _watched(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        body = await request.json() if request.can_read_body else None
+        if not request.path.startswith("/stand_in"):
+            self.calls.append((request.method, request.path, dict(request.query), body))
+        guarded = self._key and request.path != "/health"
+        if guarded and request.headers.get("Authorization") != f"Bearer {self._key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        fault = self._fault(request.path, body)
+        if not fault:
+            return await handler(request)
+        return await self._fail(fault, request, handler)
+
+    def _fault(self, path: str, body: Any) -> dict[str, Any]:
+        """Returns the fault that this request meets, {} if none."""
+        for fault in self.faults:
+            meant = fault.get("path", "") in ("", path) and not path.startswith("/stand_in")
+            content = body or {}
+            meant &= fault.get("token") in (None, *content.get("token_ids", ()))
+            meant &= fault.get("method") in (None, content.get("method"))
+            if meant and fault.setdefault("after", 0) > 0:
+                fault["after"] -= 1
+            elif meant:
+                fault["times"] = fault.get("times", float("inf")) - 1
+                if not fault["times"]:
+                    self.faults.remove(fault)
+                return fault
+        return {}
+
+    async def _fail(
+        self, fault: dict[str, Any], request: web.Request, handler: Any
+    ) -> web.StreamResponse:
+        match fault["do"]:
+            case "status":
+                return web.Response(status=fault["status"], text=fault.get("body", "out of order"))
+            case "reply":
+                return web.json_response(fault["reply"])
+            case "hang":
+                await asyncio.sleep(3600)
+            case "slow":
+                await asyncio.sleep(fault["secs"])
+            case "truncate":
+                response = web.StreamResponse(headers={"Content-Length": "1000"})
+                await response.prepare(request)
+                await response.write(b'{"choices": [')
+                request.transport.close()
+                return response
+            case "exit":
+                os._exit(1)
+            case "skip":
+                return web.json_response({"results": [None]})
+            case "noise":
+                reply = await handler(request)
+                draws = np.random.default_rng(0)
+                for name, tensor in self.model.weights.items():
+                    noise = fault["size"] * draws.normal(size=tensor.shape)
+                    self.model.weights[name] = (tensor + noise).astype(np.float32)
+                return reply
+        return await handler(request)
+
+    async def _nothing(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": capabilities.KNOWN_VERSIONS[0]})
+
+    async def _openapi(self, _: web.Request) -> web.Response:
+        return web.json_response({"paths": {route: {} for route in capabilities.ROUTES}})
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        config = {
+            "parallel_config": {"worker_extension_cls": capabilities.WORKERS},
+            "model_config": {
+                "logprobs_mode": capabilities.LOGPROBS[0],
+                "logits_processors": [capabilities.LOGPROBS[1]],
+                "quantization": None,
+                "dtype": "torch.float32",
+            },
+            "cache_config": {"block_size": _BLOCK},
+            "device_config": {"device": self.device},
+            "scheduler_config": {"max_num_seqs": 256, "policy": capabilities.PRIORITY},
+        }
+        return web.json_response({"vllm_config": config})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        length = self.model.config["max_position_embeddings"]
+        return web.json_response({"data": [{"root": self.root, "max_model_len": length}]})
+
+    async def _is_paused(self, _: web.Request) -> web.Response:
+        async with self._engine:
+            return web.json_response({"is_paused": bool(self._mode)})
+
+    async def _weight_info(self, _: web.Request) -> web.Response:
+        async with self._engine:
+            return web.json_response({"weight_version": self._label})
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        self._mode = request.query["mode"]
+        async with self._changed:
+            if self._mode == "wait":
+                await self._changed.wait_for(lambda: not self._active)
+        return web.json_response({"status": "paused"})
+
+    async def _resume(self, _: web.Request) -> web.Response:
+        self._mode = ""
+        async with self._changed:
+            self._changed.notify_all()
+        return web.json_response({"status": "resumed"})
+
+    async def _collective_rpc(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        async with self._engine:
+            if body["method"] == "weight_checksums":
+                own = {name: _checksum(tensor) for name, tensor in self.model.weights.items()}
+                return web.json_response({"results": [own]})
+            try:
+                self.model = llama.Llama(body["kwargs"]["weights_path"])
+            except (OSError, AssertionError) as error:
+                return web.Response(status=500, text=str(error))
+        return web.json_response({"results": [None]})
+
+    async def _reset_prefix_cache(self, request: web.Request) -> web.Response:
+        if request.query.get("reset_running_requests") == "true":
+            for sequence in self._active:
+                sequence.cache = None
+        elif self._active:
+            return web.json_response({"success": False})
+        self._blocks.clear()
+        return web.json_response({"success": True})
+
+    async def _update_weight_version(self, request: web.Request) -> web.Response:
+        self._label = (await request.json())["new_version"]
+        return web.json_response({"success": True, "new_version": self._label})
+
+    async def _set_faults(self, request: web.Request) -> web.Response:
+        self.faults = await request.json()
+        return web.json_response(None)
+
+    async def _get_calls(self, _: web.Request) -> web.Response:
+        return web.json_response(self.calls)
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self._mode and self._mode != "keep" and self._refuses:
+            message = "Generation is paused. Please retry after it resumes."
+            error = {"error": {"message": message, "type": "ServiceUnavailableError", "code": 503}}
+            return web.json_response(error, status=503)
+        asked, prompt = body["sampling_params"], body["token_ids"]
+        length = self.model.config["max_position_embeddings"]
+        if len(prompt) + asked["max_tokens"] > length:
+            return web.json_response({"error": f"maximum is {length}"}, status=400)
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._mode)
+        sequence = Sequence(list(prompt), body.get("cache_salt", ""))
+        self._active.add(sequence)
+        try:
+            reason = await self._write(sequence, asked)
+        finally:
+            self._active.discard(sequence)
+            async with self._changed:
+                self._changed.notify_all()
+        content = [
+            {"token_id": token, "logprob": logprob, "top_logprobs": []}
+            for token, logprob in zip(sequence.written, sequence.logprobs, strict=True)
+        ]
+        choice = {
+            "index": 0,
+            "finish_reason": reason,
+            "token_ids": sequence.written,
+            "logprobs": {"content": content},
+            "weight_versions": _spans(sequence.labels),
+        }
+        return web.json_response({"choices": [choice]})
+
+    async def _write(self, sequence: Sequence, asked: dict[str, Any]) -> str:
+        """Writes a completion and returns why it ended."""
+        draws = np.random.default_rng(asked["seed"])
+        while len(sequence.written) < asked["max_tokens"]:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._mode != "keep")
+            self._advance(sequence)
+            logits = sequence.logits / asked["temperature"]
+            logprobs = llama.log_softmax(logits.astype(np.float64))
+            kept = _kept(np.exp(logprobs), asked["top_p"], asked["top_k"])
+            token = int(draws.choice(len(kept), p=kept))
+            sequence.tokens.append(token)
+            sequence.written.append(token)
+            sequence.logprobs.append(float(logprobs[token]))
+            sequence.labels.append(self._label)
+            if token in asked["stop_token_ids"]:
+                return "stop"
+            await asyncio.sleep(self.secs_per_token)
+        return "length"
+
+    def _advance(self, sequence: Sequence) -> None:
+        """Computes the logits behind the last token, from cached blocks as far as there are any."""
+        if sequence.cache is not None:
+            last = sequence.tokens[-1:]
+            sequence.logits, sequence.cache = self.model.extend(sequence.cache, last)
+            return
+        tokens, salt = sequence.tokens, sequence.salt
+        cache, start = self.model.empty(), 0
+        for end in range((len(tokens) - 1) // _BLOCK * _BLOCK, 0, -_BLOCK):
+            if found := self._blocks.get((salt, tuple(tokens[:end]))):
+                cache, start = found, end
+                break
+        sequence.logits, sequence.cache = self.model.extend(cache, tokens[start:])
+        for end in range(_BLOCK, len(tokens) + 1, _BLOCK):
+            part = [llama.Layer(k[:end], v[:end]) for k, v in sequence.cache]
+            self._blocks.setdefault((salt, tuple(tokens[:end])), part)
+
+
+def _checksum(tensor: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8).data):08x}"
+
+
+def _spans(labels: list[str]) -> list[dict[str, Any]]:
+    """Returns the labels of tokens as vLLM reports them."""
+    spans: list[dict[str, Any]] = []
+    for i, label in enumerate(labels):
+        if not spans or spans[-1]["version"] != label:
+            spans.append({"version": label, "start": i})
+        spans[-1]["end"] = i + 1
+    return spans
+
+
+def _kept(probabilities: np.ndarray, top_p: float, top_k: int) -> np.ndarray:
+    """Returns the distribution after top_k and top_p."""
+    order = np.argsort(-probabilities)
+    mass = np.cumsum(probabilities[order])
+    count = min(int(np.searchsorted(mass, top_p)) + 1, top_k if top_k > 0 else len(order))
+    kept = np.zeros_like(probabilities)
+    kept[order[:count]] = probabilities[order[:count]]
+    return kept / kept.sum()
+
+
+@contextlib.contextmanager
+def running(model: str, count: int = 1, **options: Any) -> Iterator[list[tuple[str, StandIn]]]:
+    """Yields the addresses of servers in a thread of this process, and the servers."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start(server: StandIn) -> tuple[str, web.AppRunner]:
+        runner = web.AppRunner(
+            server.app(), access_log=None, shutdown_timeout=0.1, handler_cancellation=True
+        )
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        return f"http://{host}:{port}", runner
+
+    def run(coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
+
+    servers = [StandIn(model, **options) for _ in range(count)]
+    found = [run(start(server)) for server in servers]
+    try:
+        yield [(url, server) for (url, _), server in zip(found, servers, strict=True)]
+    finally:
+        for _, runner in found:
+            run(runner.cleanup())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+@contextlib.contextmanager
+def started(
+    model: str, logs: pathlib.Path, count: int = 1, *flags: str
+) -> Iterator[list[tuple[str, subprocess.Popen[bytes]]]]:
+    """Yields the addresses of servers that are processes, and the processes."""
+    found = []
+    try:
+        for i in range(count):
+            port = free_port()
+            command = [sys.executable, "-m", "tests.stand_in", "--model", model, "--port"]
+            with (logs / f"stand_in_{i}.log").open("wb") as log:
+                process = subprocess.Popen(
+                    [*command, str(port), *flags], stdout=log, stderr=log,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+            found.append((f"http://127.0.0.1:{port}", process))
+        for url, process in found:
+            _wait_healthy(url, process)
+        yield found
+    finally:
+        for _, process in found:
+            process.kill()
+            process.wait()
+
+
+def post(url: str, path: str, body: Any = None) -> None:
+    """Posts JSON to a server."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
+    urllib.request.urlopen(request, timeout=60).close()
+
+
+def set_faults(url: str, faults: list[dict[str, Any]]) -> None:
+    """Sets the faults of a server in another process."""
+    post(url, "/stand_in/faults", faults)
+
+
+def _wait_healthy(url: str, process: subprocess.Popen[bytes], secs: float = 120) -> None:
+    end = time.monotonic() + secs
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError):
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{url} did not start")
+
+
+def main() -> None:
+    """Serves until it is ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--key", default="")
+    parser.add_argument("--secs-per-token", type=float, default=0.0)
+    options = parser.parse_args()
+
+    async def serve() -> None:
+        server = StandIn(options.model, options.key)
+        server.secs_per_token = options.secs_per_token
+        runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", options.port).start()
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main()
