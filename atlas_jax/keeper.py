@@ -72,16 +72,35 @@ def listens(ancestor: int, port: int) -> bool:
 
 
 def end_descendants() -> None:
-    """Ends all that descends from this process: SIGTERM first, SIGKILL after some seconds."""
-    for number, secs in ((signal.SIGTERM, _REST_SECS), (signal.SIGKILL, _KILL_SECS)):
-        limit = time.monotonic() + secs
-        told: set[int] = set()
-        while (left := _alive()) and time.monotonic() < limit:
-            for pid in left - told:
+    """Ends all that descends from this process: SIGTERM first, SIGKILL after some seconds.
+
+    Python's resource trackers are killed last. They free the shared memory of processes that were
+    killed, and end by themselves when all of these are gone.
+    """
+    _signal(signal.SIGTERM, _REST_SECS)
+    _signal(signal.SIGKILL, _KILL_SECS)
+    _signal(signal.SIGKILL, _KILL_SECS, with_trackers=True)
+
+
+def _signal(number: int, secs: float, with_trackers: bool = False) -> None:
+    """Sends the descendants a signal, and waits until all of them are gone or the time is over."""
+    limit = time.monotonic() + secs
+    told: set[int] = set()
+    while (left := _alive()) and time.monotonic() < limit:
+        for pid in left - told:
+            if with_trackers or not _is_tracker(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            told |= left
-            time.sleep(_LOOK_SECS / 10)
+        told |= left
+        time.sleep(_LOOK_SECS / 10)
+
+
+def _is_tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return (
+            b"multiprocessing.resource_tracker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+    return False
 
 
 def _alive() -> set[int]:

@@ -1,8 +1,8 @@
 """A program that stands for the interpreter of vLLM: the same processes, no model.
 
 `write` makes it; `serve` takes it as `--python`. Its front end answers the routes that `serve` asks
-for, starts an engine in a session of its own and that one a worker which does not mind SIGTERM, as
-vLLM does; each overwrites its environment in /proc, as setproctitle does.
+for, holds shared memory, and starts an engine in a session of its own, and that one a worker that
+does not mind SIGTERM. Nothing in their environment tells whose they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from atlas_jax.rollout import capabilities
 
 _PROGRAM = """#!{python}
 import http.server, json, os, pathlib, signal, subprocess, sys, threading, time
+from multiprocessing import resource_tracker, shared_memory
 
 FOLDER = pathlib.Path(os.environ["STUB_FOLDER"])
 
@@ -48,22 +49,26 @@ def front():
     print(os.environ.get("STUB_SAYS", ""), flush=True)
     if "STUB_CODE" in os.environ:
         sys.exit(int(os.environ["STUB_CODE"]))
-    engine = start("engine")
+    # Python's tracker frees it, when all that hold its pipe are gone.
+    segment = shared_memory.SharedMemory(create=True, size=1)
+    engine = start("engine", resource_tracker._resource_tracker._fd)
     while "STUB_WAITS" in os.environ and not (FOLDER / "go").exists():
         time.sleep(0.05)
     server = http.server.ThreadingHTTPServer((host, int(port)), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    note("front", json.dumps({{"flags": flags, "environment": dict(os.environ)}}))
+    text = {{"flags": flags, "environment": dict(os.environ), "segment": segment.name}}
+    note("front", json.dumps(text))
     engine.wait()  # without its engine vLLM ends, with 0
 
 
-def start(role):
+def start(role, pipe):
     environment = {{"STUB_FOLDER": str(FOLDER)}}
-    return subprocess.Popen([__file__, role], env=environment, start_new_session=True)
+    command = [__file__, role, str(pipe)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=[pipe])
 
 
 def engine():
-    start("worker")
+    start("worker", int(sys.argv[2]))
     note("engine")
     time.sleep(3600)
 
