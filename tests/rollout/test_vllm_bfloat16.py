@@ -2,7 +2,7 @@
 
 The other tests run float32 servers, which show an error and hide rounding. How far apart the two
 are depends on the text: the less a token was expected, the more. These are tables and programs,
-which the model is fairly sure of; prose has about twice the KL divergence, with either kind of head.
+which the model is fairly sure of; prose has twice the KL divergence, with either kind of head.
 """
 
 import concurrent.futures
