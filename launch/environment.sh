@@ -1,16 +1,23 @@
-# Sourced by other scripts.
+# Sourced by the other scripts of this directory; sets `root`, the repository. Each of them has
+# `usage MESSAGE`, which ends it with 2.
+# shellcheck disable=SC2034  # the variables are for who sources it
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# make_venv DIRECTORY: a virtual environment of PYTHON (python3), unless it is there.
+make_venv() {
+  [ ! -x "$1/bin/python" ] || return 0
+  "${PYTHON:-python3}" -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), sys.version' ||
+    { echo "error: Python 3.11, 3.12 or 3.13 is needed; set PYTHON to one" >&2; return 1; }
+  # A link that leads nowhere says where the environment is to be.
+  "${PYTHON:-python3}" -m venv "$(readlink -m "$1")"
+}
 
 # need_environment EXTRAS: makes `.venv` with the extras named, once for each pyproject.
 need_environment() {
-  local extras=$1 stamp
-  if [ ! -x .venv/bin/python ]; then
-    "${PYTHON:-python3}" -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), sys.version' ||
-      { echo "error: Python 3.11, 3.12 or 3.13 is needed; set PYTHON to one" >&2; return 1; }
-    "${PYTHON:-python3}" -m venv .venv || return 1
-  fi
-  stamp=".venv/.installed-$extras"
+  local stamp=".venv/.installed-$1"
+  make_venv .venv || return 1
   if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-    .venv/bin/python -m pip install --quiet --editable ".[$extras]" || return 1
+    .venv/bin/python -m pip install --quiet --editable ".[$1]" || return 1
     touch "$stamp"
   fi
 }
@@ -18,3 +25,97 @@ need_environment() {
 # fast_cpu: huge pages on a CPU, where the caller has not set it otherwise: 1 to 7 % more tokens/s in
 # SFT of SmolLM2-135M on two cores.
 fast_cpu() { export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}; }
+
+# find_python: sets `python`, which has the training package in whatever directory it runs.
+find_python() {
+  python=python3
+  [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# find_config FILE[:ARGUMENT]: sets `config`. A file in the caller's directory wins over the one of
+# the same name in the repository.
+find_config() {
+  local file=${1%%:*} argument=""
+  [[ $1 != *:* ]] || argument=:${1#*:}
+  if [ ! -f "$file" ] && [ -f "$root/$file" ]; then file=$root/$file; fi
+  case $file in
+    *.yaml | *.yml)
+      local python_file=${file%.*}.py
+      if [ -f "$python_file" ] || [ -f "$root/$python_file" ]; then
+        usage "$file is YAML; configs are Python here: $python_file"
+      fi
+      ;;
+  esac
+  [ -f "$file" ] || usage "the config $file does not exist"
+  config=$file$argument
+}
+
+# read_words WORD…: sets `arguments`, the flags of atlas_jax.train that the words of a user mean, and
+# `settings`, those of the config among them. key=value and --config.key=value are the same.
+read_words() {
+  local word
+  arguments=() settings=()
+  for word in "$@"; do
+    case $word in
+      +offload | offload) word=offload=optimizer ;;
+      zero1) word=sharding=zero1 ;;
+    esac
+    word=${word#--config.}
+    case $word in
+      deepspeed=*) usage "there is no DeepSpeed here; use sharding=zero1 (stages 1, 2), sharding=fsdp (stage 3) or +offload" ;;
+      torch_compile=*) usage "every step is compiled; leave torch_compile out" ;;
+      dataloader_num_workers=*) settings+=("--config.data.num_workers=${word#*=}") ;;
+      --*) arguments+=("$word") ;;
+      *=*) settings+=("--config.$word") ;;
+      *) usage "'$word' is not key=value" ;;
+    esac
+  done
+  arguments+=("${settings[@]}")
+}
+
+# find_gpus: sets `gpus`, those that may be used, in the driver's order, and `has_driver`.
+find_gpus() {
+  local count gpu
+  gpus=() has_driver=""
+  command -v nvidia-smi >/dev/null && count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c .) ||
+    return 0
+  has_driver=yes
+  # With unequal GPUs CUDA's own order is not that of nvidia-smi, which people and vLLM read.
+  export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES// /}"
+    for gpu in "${gpus[@]}"; do
+      [[ ! $gpu =~ ^[0-9]+$ ]] || [ "$gpu" -lt "$count" ] ||
+        usage "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names GPU $gpu, this host has $count"
+    done
+  else
+    mapfile -t gpus < <(seq 0 $((count - 1)))
+  fi
+}
+
+# need_gpus COUNT FOR_WHAT: an error where `gpus` are fewer.
+need_gpus() {
+  local where="on this host"
+  [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || where="in CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
+  [ "${#gpus[@]}" -ge "$1" ] || usage "$1 devices asked for $2, there are ${#gpus[@]} GPUs $where"
+}
+
+# help: prints the comment at the head of a script.
+help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; }
+
+join() { local IFS=,; echo "$*"; }
+
+# healthy URL: whether a vLLM server answers; no proxy is asked.
+healthy() {
+  "$python" -c 'import sys, urllib.request as u
+u.build_opener(u.ProxyHandler({})).open(sys.argv[1] + "/health", timeout=5)' "$1" 2>/dev/null
+}
+
+# wait_for PROCESS: waits until it ends, and returns its code. A signal ends `wait`, not the process;
+# whoever traps one sets `interrupted`.
+wait_for() {
+  local code
+  while interrupted=; code=0; wait "$1" || code=$?; [ -n "$interrupted" ]; do :; done
+  return "$code"
+}

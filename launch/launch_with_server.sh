@@ -3,123 +3,140 @@
 #   launch/launch_with_server.sh S T configs/run/NAME.py [key=value …] [+offload]
 # Servers take the first S devices, training the next T. The first half of the servers is the
 # teacher's, the rest the student's; on one device the two share its memory. Without a GPU all of
-# it runs on the CPU. Logs are in output_dir/logs. Ctrl-C lets training save and then ends what was
-# started here; the exit code is that of training.
+# it runs on the CPU. Logs are in output_dir/logs; the servers ask for the token in
+# output_dir/server_token. Ctrl-C, SIGTERM and the end of the terminal let training save and then end
+# what was started here. The exit code is that of training, 75 if it was stopped before its end.
 #   PORT=8765             of the first server; the others follow
 #   DEVICES_PER_SERVER=1  devices that one server splits its model over
 #   VLLM_FLAGS=           further flags of every server, such as "--max-model-len 4096"
 set -euo pipefail
-cd "$(dirname "$0")/.."
-usage() {
-  echo "error: $1" >&2
-  echo "usage: launch/launch_with_server.sh S T configs/run/NAME.py [key=value …] [+offload]" >&2
-  exit 2
-}
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+usage() { echo "error: $1 (launch/launch_with_server.sh --help shows the usage)" >&2; exit 2; }
+case ${1:-} in -h | --help) help "${BASH_SOURCE[0]}"; exit ;; esac
 [ $# -ge 3 ] || usage "numbers of devices and a config file are needed"
 for number in "$1" "$2" "${PORT:=8765}" "${DEVICES_PER_SERVER:=1}"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || usage "'$number' is not a number above 0"
 done
-servers=$1 trainers=$2 config=$3
-shift 3
-[ -f "${config%%:*}" ] || usage "${config%%:*} does not exist"
+servers=$1 trainers=$2
+find_config "$3"
+read_words "${@:4}"
 [ $((servers % DEVICES_PER_SERVER)) = 0 ] ||
   usage "$servers devices do not divide into servers of DEVICES_PER_SERVER=$DEVICES_PER_SERVER"
-python=python3
-[ -x .venv/bin/python ] && python=.venv/bin/python
-export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+find_python
+find_gpus
+[ -z "$has_driver" ] || need_gpus $((servers + trainers)) "servers and training"
 
-settings=()
-for word in "$@"; do [[ $word == *=* && $word != --* ]] && settings+=("--config.$word"); done
+# Everything that can be wrong without a server or a device is said before any starts.
 names=model_name_or_path,student_model,output_dir,rollout.protocol,rollout.weight_sync
-read_config() { "$python" tools/read_config.py "$names" --config "$config" "${settings[@]}"; }
-values=$(read_config)
+values=$("$python" "$root/tools/read_config.py" "$names" --check_devices "$trainers" \
+  --config "$config" "${settings[@]}" --config.rollout.backend=vllm \
+  --config.rollout.teacher_servers="http://127.0.0.1:$PORT" \
+  --config.rollout.student_servers="http://127.0.0.1:$((PORT + 1))") || exit
 { read -r teacher; read -r student; read -r output; read -r protocol; read -r sync; } <<<"$values"
-follow=() weights=$PWD/$output/weights
-[ "${output:0:1}" = / ] && weights=$output/weights
-[ "$sync" = restart ] && follow=(rollout.sync_dir="$weights")
+count=$((servers / DEVICES_PER_SERVER)) share=0.9
+half=$(((count + 1) / 2))
+[ "$protocol" != direct ] || half=$count
+roles=()
+for ((i = 0; i < count; i++)); do
+  if [ "$i" -lt "$half" ]; then roles+=(teacher); else roles+=(student); fi
+done
+if [ "$protocol" != direct ] && [ "$count" = 1 ]; then roles+=(student) share=0.45; fi
+for i in "${!roles[@]}"; do
+  ! (exec 3<>"/dev/tcp/127.0.0.1/$((PORT + i))") 2>/dev/null ||
+    usage "port $((PORT + i)) is taken; set PORT to the first of ${#roles[@]} free ones"
+done
+weights=$output/weights follow=()
+[ "${output:0:1}" = / ] || weights=$PWD/$weights
+[ "$sync" != restart ] || follow=(rollout.sync_dir="$weights")
 logs=$output/logs
 mkdir -p "$logs"
 
-gpus=()
-if command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; then
-  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $(($(nvidia-smi --list-gpus | wc -l) - 1)))}"
-  [ $((servers + trainers)) -le ${#gpus[@]} ] ||
-    usage "$servers devices for servers and $trainers for training asked for, ${#gpus[@]} found"
-fi
-
+# Whoever reads what is printed here may be gone, which ends nothing.
+trap '' PIPE
+say() { echo "$@" 2>/dev/null || true; }
 started=() training="" interrupted="" urls=()
 finish() {
   trap - EXIT
-  [ ${#started[@]} = 0 ] || kill -TERM "${started[@]}" 2>/dev/null || true
-  [ ${#started[@]} = 0 ] || wait "${started[@]}" 2>/dev/null || true
+  # shellcheck disable=SC2046  # ids
+  kill -TERM $(jobs -p) 2>/dev/null || true
+  wait
 }
+# stop NAME NUMBER: on that signal.
 stop() {
   interrupted=yes
-  if [ -n "$training" ]; then kill -TERM "$training" 2>/dev/null || true; else exit 130; fi
+  if [ -z "$training" ]; then
+    say "SIG$1: ending the servers; training has not started"
+    exit $((128 + $2))
+  fi
+  local words="SIG$1: training is told to save and end, then the servers end; this may take a while"
+  say "$words"
+  # Ctrl-C has ended whoever reads this script's output, such as `tee`.
+  [ "$1" != INT ] || [ -t 1 ] || { echo "$words" >/dev/tty; } 2>/dev/null || true
+  kill -TERM "$training" 2>/dev/null || true
 }
 trap finish EXIT
-trap stop INT TERM
+trap 'stop INT 2' INT
+trap 'stop TERM 15' TERM
+trap 'stop HUP 1' HUP
 
-free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-healthy() {
-  "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
-    "$1/health" 2>/dev/null
-}
-
-# start ROLE MODEL FIRST_DEVICE SHARE: a server, in a session of its own so that Ctrl-C comes here.
+# start NUMBER: a server, in a session of its own so that Ctrl-C comes here alone.
 start() {
-  local port=$((PORT + ${#urls[@]})) devices="" flags=()
-  free "$port" || usage "port $port is taken; set PORT to the first of free ones"
-  if [ ${#gpus[@]} -gt 0 ]; then
-    devices=$(IFS=,; echo "${gpus[*]:$3:DEVICES_PER_SERVER}")
-    flags=(--gpu-memory-utilization "$4" --tensor-parallel-size "$DEVICES_PER_SERVER")
+  local role=${roles[$1]} port=$((PORT + $1)) model devices="" flags=() more=() place=CPU
+  model=$teacher
+  [ "$role" = teacher ] || model=$student
+  if [ -n "$has_driver" ]; then
+    devices=$(join "${gpus[@]:$1 % count * DEVICES_PER_SERVER:DEVICES_PER_SERVER}")
+    place="GPU $devices"
+    flags=(--gpu-memory-utilization "$share" --tensor-parallel-size "$DEVICES_PER_SERVER")
   fi
-  [ "$sync$1" = restartteacher ] && flags+=(--follow "$weights/latest")
-  # shellcheck disable=SC2086  # words of VLLM_FLAGS are flags of their own
-  CUDA_VISIBLE_DEVICES=$devices setsid "$python" -m atlas_jax.serve --model "$2" --port "$port" \
-    "${flags[@]}" ${VLLM_FLAGS:-} >"$logs/$1_server_$port.log" 2>&1 &
+  [ "$sync$role" != restartteacher ] || flags+=(--follow "$weights/latest")
+  read -ra more <<<"${VLLM_FLAGS:-}"
+  say "$role server on port $port, $place: $model"
+  CUDA_VISIBLE_DEVICES=$devices ATLAS_TRACEBACK=1 setsid "$python" -m atlas_jax.serve \
+    --model "$model" --port "$port" --token-file "$output/server_token" "${flags[@]}" "${more[@]}" \
+    >"$(log "$1")" 2>&1 &
   started+=($!)
   urls+=("http://127.0.0.1:$port")
-  echo "$1 server on port $port: $2"
 }
+log() { echo "$logs/${roles[$1]}_server_$((PORT + $1)).log"; }
 
-count=$((servers / DEVICES_PER_SERVER)) share=0.9
-half=$(((count + 1) / 2))
-if [ "$protocol" = direct ]; then half=$count; fi
-mapfile -t teacher_at < <(seq 0 $((half - 1)))
-mapfile -t student_at < <(seq "$half" $((count - 1)))
-if [ "$protocol" != direct ] && [ "$count" = 1 ]; then student_at=(0) share=0.45; fi
-for i in "${teacher_at[@]}"; do start teacher "$teacher" $((i * DEVICES_PER_SERVER)) $share; done
-for i in "${student_at[@]}"; do start student "$student" $((i * DEVICES_PER_SERVER)) $share; done
-teacher_urls=$(IFS=,; echo "${urls[*]:0:${#teacher_at[@]}}")
-student_urls=$(IFS=,; echo "${urls[*]:${#teacher_at[@]}}")
-
-for i in "${!urls[@]}"; do
-  until healthy "${urls[i]}"; do
-    kill -0 "${started[i]}" 2>/dev/null || {
-      code=0; wait "${started[i]}" || code=$?
-      echo "error: the server of ${urls[i]} ended with $code; its log ends with" >&2
-      tail -n 20 "$logs"/*_server_"${urls[i]##*:}".log >&2
+# until_healthy NUMBER
+until_healthy() {
+  until healthy "${urls[$1]}"; do
+    kill -0 "${started[$1]}" 2>/dev/null || {
+      echo "error: the server of ${urls[$1]} ended; $(log "$1") ends with: $(tail -n 1 "$(log "$1")")" >&2
       exit 1
     }
     sleep 1
   done
-  echo "${urls[i]} is healthy"
-done
+  say "${urls[$1]} is healthy"
+}
 
-if [ ${#gpus[@]} -gt 0 ]; then
-  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:servers:trainers}")
-  export CUDA_VISIBLE_DEVICES
-fi
-setsid launch/launch.sh "$trainers" "$config" "$@" rollout.backend=vllm \
-  rollout.teacher_servers="$teacher_urls" rollout.student_servers="$student_urls" \
-  "${follow[@]}" \
-  > >(tee -a "$logs/training.log") 2>&1 &
-training=$!
-# A signal ends `wait`, not training.
-while :; do
-  code=0 interrupted=""
-  wait "$training" || code=$?
-  [ -n "$interrupted" ] || break
+for i in "${!roles[@]}"; do
+  start "$i"
+  # Two that share a GPU would each count the other's memory while it loads.
+  [ "$share" = 0.9 ] || [ -z "$has_driver" ] || until_healthy "$i"
 done
+for i in "${!roles[@]}"; do until_healthy "$i"; done
+
+place=CPU
+if [ -n "$has_driver" ]; then
+  CUDA_VISIBLE_DEVICES=$(join "${gpus[@]:servers:trainers}")
+  export CUDA_VISIBLE_DEVICES
+  place="GPU $CUDA_VISIBLE_DEVICES"
+fi
+export VLLM_API_KEY=${VLLM_API_KEY:-$(<"$output/server_token")}
+say "training on $place; logs are in $logs"
+# The copy to the log outlives Ctrl-C, the terminal and whoever reads what is printed here.
+exec 5> >(exec setsid tee -p -a "$logs/training.log")
+copy=$!
+setsid "$root/launch/launch.sh" "$trainers" "$config" "${@:4}" rollout.backend=vllm \
+  rollout.teacher_servers="$(join "${urls[@]:0:half}")" \
+  rollout.student_servers="$(join "${urls[@]:half}")" "${follow[@]}" >&5 2>&1 5>&- &
+training=$!
+exec 5>&-
+code=0
+wait_for "$training" || code=$?
+wait "$copy" || true
 exit "$code"

