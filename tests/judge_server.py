@@ -20,11 +20,14 @@ from collections.abc import Iterator
 
 from aiohttp import web
 
+from tests import http_faults
 
-class Judge:
+
+class Judge(http_faults.Faults):
     """The replies of the server, and how often it was asked."""
 
     def __init__(self, latency: float) -> None:
+        super().__init__()
         self.latency = latency
         self.tries: collections.Counter[str] = collections.Counter()
         self.stats = {"calls": 0, "in_flight": 0, "max_in_flight": 0, "formats": {}, "keys": []}
@@ -117,7 +120,8 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0)
     options = parser.parse_args()
     judge = Judge(options.latency)
-    app = web.Application()
+    app = web.Application(middlewares=[judge.watched])
+    judge.add_routes(app)
     app.router.add_post("/v1/chat/completions", judge.reply)
     app.router.add_post("/moved/v1/chat/completions", _moved)
     app.router.add_get("/stats", lambda _: _stats(judge))

@@ -6,21 +6,8 @@ It computes what vLLM would (`tests.llama`), from the weights that it was told t
 trainer's probe agrees with it; and it keeps a prefix cache, frozen completions and spans of weight
 versions as vLLM does. It takes a second to start, where vLLM takes half a minute.
 
-`POST /stand_in/faults` takes a list of faults, which replace those before; `GET /stand_in/calls`
-returns the requests so far. A fault is an object with
+It can fail as `tests.http_faults` says, and in two more ways:
 
-    path      route that it is about; "" is all but /stand_in
-    token     it is only about completions whose prompt has this token
-    method    it is only about this method of `/collective_rpc`
-    after     it begins after so many such requests
-    times     it ends after so many requests; without it, it stays
-    do        what happens:
-        status    answers with `status` and `body`
-        reply     answers with the JSON of `reply`
-        hang      never answers
-        slow      waits `secs`, then does as usual
-        truncate  breaks the connection in the middle of the reply
-        exit      the process ends
         skip      says that it did what `/collective_rpc` asks, and did not
         noise     does as usual, and then adds noise of that `size` to the weights
 """
@@ -31,7 +18,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import subprocess
@@ -48,7 +34,7 @@ import numpy as np
 from aiohttp import web
 
 from atlas_jax.rollout import capabilities
-from tests import llama
+from tests import http_faults, llama
 from tests.processes import free_port
 
 _BLOCK = 16  # tokens of a block of the prefix cache
@@ -67,12 +53,10 @@ class Sequence:
     labels: list[str] = dataclasses.field(default_factory=list)
 
 
-class StandIn:
+class StandIn(http_faults.Faults):
     """One server.
 
     Attributes:
-        faults: what goes wrong; see the module.
-        calls: method, path, query and body of each request so far.
         secs_per_token: time that each token of a completion takes.
         device: kind of device that it says it has.
     """
@@ -86,10 +70,9 @@ class StandIn:
             refuses_when_paused: whether it answers 503 while paused, but in mode `keep`, as vLLM
                 0.33 does.
         """
+        super().__init__()
         self.root = model
         self.model = llama.Llama(model)
-        self.faults: list[dict[str, Any]] = []
-        self.calls: list[tuple[str, str, dict[str, Any], Any]] = []
         self.secs_per_token = 0.0
         self.device = "cuda"
         self._key = key
@@ -103,7 +86,7 @@ class StandIn:
 
     def app(self) -> web.Application:
         """Returns the web application."""
-        app = web.Application(middlewares=[self._watched], client_max_size=1 << 26)
+        app = web.Application(middlewares=[self.watched, self._guarded], client_max_size=1 << 26)
         for method, path, handler in (
             ("GET", "/health", self._nothing),
             ("GET", "/version", self._version),
@@ -118,71 +101,31 @@ class StandIn:
             ("POST", "/reset_prefix_cache", self._reset_prefix_cache),
             ("POST", "/update_weight_version", self._update_weight_version),
             ("POST", capabilities.GENERATE, self._generate),
-            ("POST", "/stand_in/faults", self._set_faults),
-            ("GET", "/stand_in/calls", self._get_calls),
         ):
             app.router.add_route(method, path, handler)
+        self.add_routes(app)
         return app
 
     @web.middleware
-    async def _watched(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        body = await request.json() if request.can_read_body else None
-        if not request.path.startswith("/stand_in"):
-            self.calls.append((request.method, request.path, dict(request.query), body))
-        guarded = self._key and request.path != "/health"
-        if guarded and request.headers.get("Authorization") != f"Bearer {self._key}":
+    async def _guarded(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        free = not self._key or request.path == "/health" or request.path.startswith("/stand_in")
+        if not free and request.headers.get("Authorization") != f"Bearer {self._key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        fault = self._fault(request.path, body)
-        if not fault:
-            return await handler(request)
-        return await self._fail(fault, request, handler)
+        return await handler(request)
 
-    def _fault(self, path: str, body: Any) -> dict[str, Any]:
-        """Returns the fault that this request meets, {} if none."""
-        for fault in self.faults:
-            meant = fault.get("path", "") in ("", path) and not path.startswith("/stand_in")
-            content = body or {}
-            meant &= fault.get("token") in (None, *content.get("token_ids", ()))
-            meant &= fault.get("method") in (None, content.get("method"))
-            if meant and fault.setdefault("after", 0) > 0:
-                fault["after"] -= 1
-            elif meant:
-                fault["times"] = fault.get("times", float("inf")) - 1
-                if not fault["times"]:
-                    self.faults.remove(fault)
-                return fault
-        return {}
-
-    async def _fail(
+    async def fail(
         self, fault: dict[str, Any], request: web.Request, handler: Any
     ) -> web.StreamResponse:
-        match fault["do"]:
-            case "status":
-                return web.Response(status=fault["status"], text=fault.get("body", "out of order"))
-            case "reply":
-                return web.json_response(fault["reply"])
-            case "hang":
-                await asyncio.sleep(3600)
-            case "slow":
-                await asyncio.sleep(fault["secs"])
-            case "truncate":
-                response = web.StreamResponse(headers={"Content-Length": "1000"})
-                await response.prepare(request)
-                await response.write(b'{"choices": [')
-                request.transport.close()
-                return response
-            case "exit":
-                os._exit(1)
-            case "skip":
-                return web.json_response({"results": [None]})
-            case "noise":
-                reply = await handler(request)
-                draws = np.random.default_rng(0)
-                for name, tensor in self.model.weights.items():
-                    noise = fault["size"] * draws.normal(size=tensor.shape)
-                    self.model.weights[name] = (tensor + noise).astype(np.float32)
-                return reply
-        return await handler(request)
+        """Answers a request as a fault says."""
+        if fault["do"] == "skip":
+            return web.json_response({"results": [None]})
+        reply = await super().fail(fault, request, handler)
+        if fault["do"] == "noise":
+            draws = np.random.default_rng(0)
+            for name, tensor in self.model.weights.items():
+                noise = fault["size"] * draws.normal(size=tensor.shape)
+                self.model.weights[name] = (tensor + noise).astype(np.float32)
+        return reply
 
     async def _nothing(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -257,13 +200,6 @@ class StandIn:
     async def _update_weight_version(self, request: web.Request) -> web.Response:
         self._label = (await request.json())["new_version"]
         return web.json_response({"success": True, "new_version": self._label})
-
-    async def _set_faults(self, request: web.Request) -> web.Response:
-        self.faults = await request.json()
-        return web.json_response(None)
-
-    async def _get_calls(self, _: web.Request) -> web.Response:
-        return web.json_response(self.calls)
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -413,18 +349,6 @@ def started(
         for _, process in found:
             process.kill()
             process.wait()
-
-
-def post(url: str, path: str, body: Any = None) -> None:
-    """Posts JSON to a server."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), headers)
-    urllib.request.urlopen(request, timeout=60).close()
-
-
-def set_faults(url: str, faults: list[dict[str, Any]]) -> None:
-    """Sets the faults of a server in another process."""
-    post(url, "/stand_in/faults", faults)
 
 
 def _wait_healthy(url: str, process: subprocess.Popen[bytes], secs: float = 120) -> None:

@@ -190,12 +190,13 @@ class Checkpoints:
             causes = [os.strerror(n) for n in _DISK if os.strerror(n) in str(error)]
             latest = self.latest()
             there = (
-                "none is complete" if latest is None else f"step {latest} is the newest whole one"
+                "none is complete"
+                if latest is None
+                else f"step {latest} is the newest whole one, from which the same command continues"
             )
             raise OSError(
                 f"a checkpoint in {self.directory} could not be written: "
-                f"{causes[0] if causes else error}; {there}. The same command continues from it "
-                "when that is mended"
+                f"{causes[0] if causes else error}; {there}"
             ) from error
 
 

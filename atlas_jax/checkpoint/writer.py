@@ -170,7 +170,8 @@ class _Output:
                 f"process {jax.process_index()} on {socket.gethostname()} cannot write "
                 f"{self._directory}: {type(error).__name__}: {error}"
             )
-            logging.error("%s", self._problem)
+            if jax.process_count() > 1:  # the others come to know only at the end
+                logging.error("%s", self._problem)
             self._streams = {}
 
     def _open(self) -> None:

@@ -223,11 +223,17 @@ def _log(directory: pathlib.Path) -> Iterator[None]:
     handler.addFilter(_own_or_serious)
     logging.get_absl_logger().addHandler(handler)
     logging.info("jax %s, %d x %s", jax.__version__, jax.device_count(), jax.devices()[0])
+    lasts = False
     try:
         yield
+    except Exception:
+        # One of several processes ends soon; what its watch finds out until then is logged too.
+        lasts = jax.process_count() > 1
+        raise
     finally:
-        logging.get_absl_logger().removeHandler(handler)
-        handler.close()
+        if not lasts:
+            logging.get_absl_logger().removeHandler(handler)
+            handler.close()
 
 
 def _own_or_serious(record: python_logging.LogRecord) -> bool:

@@ -94,10 +94,11 @@ def main():
                     lambda i: i == jax.process_index(),
                 )  # fmt: skip
             else:
-                files = hf.ModelFiles(source.config, {}, words.tokenizer(WORDS))
+                files = hf.ModelFiles(source.config, {}, words.tokenizer(WORDS), "float32")
                 hf.export(
-                    params, decoder, files, str(target), dtype="float32", max_shard_size=10**9
-                )
+                    params, decoder, files, str(target), dtype="float32", max_shard_size=10**9,
+                    source="a test",
+                )  # fmt: skip
         except writer.WriteError as error:
             sys.stdout.write(json.dumps({"error": str(error)}) + "\n")
             sys.stdout.flush()

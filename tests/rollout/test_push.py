@@ -20,7 +20,7 @@ from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.push import unequal
 from atlas_jax.rollout.servers import Look, PoolOptions, Server
 from atlas_jax.types import DependencyError
-from tests import processes, stand_in, words
+from tests import http_faults, processes, stand_in, words
 from tests.rollout import served
 from tests.rollout.served import SAMPLING
 
@@ -126,7 +126,7 @@ def test_what_waited_in_a_queue_is_as_old_as_the_cache_that_it_may_have_read(lin
     with link(1) as (served_by, (server,)):
         served_by.sync.push(old.params, 1)
         url = served_by.pool.servers[0].url
-        stand_in.post(url, "/pause?mode=keep")
+        http_faults.post(url, "/pause?mode=keep")
         written = []
         ask = threading.Thread(target=lambda: written.extend(texts(served_by, 1)))
         before = len(asked(server))
@@ -310,7 +310,7 @@ def main():
 
     def push(version, fault):
         if distributed.is_main():
-            stand_in.set_faults(url, [fault] if fault else [])
+            http_faults.set_faults(url, [fault] if fault else [])
         distributed.barrier("the fault")
         try:
             link.sync.push(ours.params, version)

@@ -22,7 +22,7 @@ from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import Look, Pool, PoolOptions
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.types import DependencyError
-from tests import processes, stand_in, words
+from tests import http_faults, processes, stand_in, words
 
 WORDS = tuple(f"w{i}" for i in range(8))
 LOOK = Look(every_secs=0.2, timeout_secs=2.0, misses=3, patience_secs=2.0)
@@ -97,7 +97,7 @@ def test_a_request_that_ends_servers_does_not_end_all_of_them(model, tmp_path):
         with opened([url for url, _ in servers]) as engine:
             fault = {"path": capabilities.GENERATE, "token": POISON, "do": "exit"}
             for url, _ in servers:
-                stand_in.set_faults(url, [fault])
+                http_faults.set_faults(url, [fault])
             asked = [*requests(8), Request((5, POISON), 4, seed=0)]
             *fine, bad = engine.generate(asked, SAMPLING)
             assert sum(is_up(engine)) == 1
@@ -150,11 +150,11 @@ def test_the_last_server_is_waited_for_a_moment_if_it_hangs(model, tmp_path):
 
 def test_a_server_that_somebody_else_paused_is_left_out_until_it_goes_on(model):
     with stand_in.running(model, 2) as ((one, _), (two, _)), opened([one, two]) as engine:
-        stand_in.post(one, "/pause?mode=keep")
+        http_faults.post(one, "/pause?mode=keep")
         eventually(lambda: is_up(engine) == [False, True])
         assert engine.pool.servers[0].why == "it is paused, and not by this run"
         assert all(len(c.token_ids) == 4 for (c,) in engine.generate(requests(6), SAMPLING))
-        stand_in.post(one, "/resume")
+        http_faults.post(one, "/resume")
         eventually(lambda: is_up(engine) == [True, True])
 
 
@@ -207,7 +207,7 @@ def test_vllm_0_33_refuses_while_it_is_paused_and_is_waited_for(model):
         stand_in.running(model, 1, refuses_when_paused=True) as ((url, server),),
         opened([url], options) as engine,
     ):
-        stand_in.post(url, "/pause?mode=wait")
+        http_faults.post(url, "/pause?mode=wait")
         written = []
         ask = threading.Thread(
             target=lambda: written.extend(engine.generate(requests(3), SAMPLING))
@@ -215,7 +215,7 @@ def test_vllm_0_33_refuses_while_it_is_paused_and_is_waited_for(model):
         ask.start()
         # Before, a server was taken out after four tries.
         eventually(lambda: [c[1] for c in server.calls].count(capabilities.GENERATE) >= 18)
-        stand_in.post(url, "/resume")
+        http_faults.post(url, "/resume")
         ask.join(120)
         assert [len(c.token_ids) for (c,) in written] == [4] * 3
         assert is_up(engine) == [True]

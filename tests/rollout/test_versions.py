@@ -17,7 +17,7 @@ from tests import words
 
 @pytest.fixture(scope="module")
 def files():
-    return hf.ModelFiles({"model_type": "llama"}, {}, words.tokenizer(("a", "b")))
+    return hf.ModelFiles({"model_type": "llama"}, {}, words.tokenizer(("a", "b")), "float32")
 
 
 def write(directory, label, files):
@@ -78,7 +78,7 @@ def test_a_tokenizer_with_several_chat_templates_is_written(tmp_path):
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     ours = Versions(tmp_path, "run")
     for label in ("1.0", "2.0"):
-        write(ours, label, hf.ModelFiles({}, {}, tokenizer))
+        write(ours, label, hf.ModelFiles({}, {}, tokenizer, "float32"))
         folder = tmp_path / f"v{label}" / "additional_chat_templates"
         assert (folder / "tool_use.jinja").read_text() == "{{ tools }}"
 
