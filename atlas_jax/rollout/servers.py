@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from absl import logging
 
-from atlas_jax import stopping
+from atlas_jax import progress, stopping
 from atlas_jax.llm_client import (
     Client,
     ClientOptions,
@@ -149,13 +149,17 @@ class Pool:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Returns the result of a coroutine that runs in the pool's thread.
 
+        A run of several processes allows it the time of one request beyond the stall limit, from
+        each answer on.
+
         Raises:
             StopRequestedError: as soon as the run is to stop.
             DependencyError: if the pool is closed before the result is there.
         """
         future = self._submit(coroutine)
         try:
-            return stopping.result(future)
+            with progress.waiting(self.options.request_timeout_secs):
+                return stopping.result(future)
         except concurrent.futures.CancelledError:
             raise DependencyError(f"the connection to the {self.role} servers was closed") from None
 
@@ -335,7 +339,9 @@ class Pool:
             task = asyncio.create_task(server.client.post(capabilities.GENERATE, body))
             server.tasks.add(task)
             try:
-                return Answer(server, await task, version)
+                answer = Answer(server, await task, version)
+                progress.mark()
+                return answer
             except RefusedError as error:
                 if error.status in _REFUSED_REQUEST:
                     raise

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from atlas_jax import stopping
+from atlas_jax import progress, stopping
 from atlas_jax.rollout import capabilities
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling
@@ -90,6 +90,19 @@ def test_one_bad_request_fails_by_itself(model, fault, reason):
     assert re.search(reason, bad[0].finish_reason)
     if fault["do"] == "hang":
         assert len([call for call in sent if POISON in call[3]["token_ids"]]) == 1
+
+
+def test_answers_are_signs_of_progress_and_waits_have_patience(model):
+    """By which the watch of a run of several processes tells a slow server from a stuck process."""
+    with stand_in.running(model) as ((url, server),), opened([url]) as engine:
+        server.secs_per_token = 0.3
+        before = progress.marks()
+        thread = threading.Thread(target=engine.generate, args=(requests(3), SAMPLING))
+        thread.start()
+        eventually(lambda: progress.patience() == OPTIONS.request_timeout_secs)
+        thread.join()
+        assert progress.patience() == 0
+        assert progress.marks() >= before + 3
 
 
 def test_a_request_that_ends_servers_does_not_end_all_of_them(model, tmp_path):
