@@ -1,12 +1,20 @@
 """Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles."""
 
 import os
+import signal
+import threading
 
 from tests import processes
 
 os.environ["XLA_FLAGS"] = processes.xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Under nohup, programs that tests start would inherit that SIGHUP is ignored; a handler they do not.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and (
+    threading.current_thread() is threading.main_thread()
+):
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import pytest
 

@@ -3,6 +3,7 @@
 python -m atlas_jax.train --config configs/run/teacher_rcl.py \
     --config.resume_from=checkpoints/sft --config.output_dir=checkpoints/grpo
 
+`resume_from` takes the weights of an SFT run of the same model (teacher_sft.py:model=qwen3_8b).
 32 lessons a question, 4 questions a step, on any number of devices that divides 128. Judges reward
 them: helpfulness and process, as configs/rim_offline_config.py has it;
 `…/teacher_rcl.py:rim=rim_config` takes all four, and `--config.reward.kind=mixed` adds the rule of

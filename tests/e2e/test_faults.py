@@ -16,7 +16,6 @@ from tests import runtime_database, words
 from tests.e2e import faults, test_grpo
 
 QUICK = (4, 9, 11, 31)  # SIGTERM, a broken reply, a full disk, SIGKILL
-pytestmark = pytest.mark.xdist_group("faults")
 
 
 @pytest.fixture(scope="module")
