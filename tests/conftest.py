@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = processes.xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Under nohup, programs that tests start would inherit that SIGHUP is ignored; a handler they do not.
+# Under nohup, programs that tests start would inherit that SIGHUP is ignored, but no handler of it.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and (
     threading.current_thread() is threading.main_thread()
 ):

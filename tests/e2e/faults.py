@@ -151,6 +151,8 @@ class World:
         self.servers: list[subprocess.Popen[bytes] | None] = [None] * 4
         self.trainer: subprocess.Popen[bytes] | None = None
         self.attempts = 0
+        weights = hashlib.sha256(str(self.output).encode()).hexdigest()[:12]
+        self.memory = {f"atlas_jax-{os.getuid()}-{weights}"}
 
     @property
     def roles(self) -> dict[str, list[int]]:
@@ -262,7 +264,6 @@ class World:
 
     def suffer(self, fault: Fault, whole: Undisturbed) -> dict[str, Any]:
         """Lets a fault happen, repeats the command until it ends well, and checks what is left."""
-        memory = _in_memory()
         broken: dict[str, list[str]] = {name: [] for name in PROMISES}
         codes, missed = [], True
         with self:
@@ -275,6 +276,7 @@ class World:
                 if not codes:
                     missed = self._strike(fault, whole)
                 codes.append(self._end(fault, broken))
+                self._note_memory()
                 self._mend()
                 self._check_saved(saved, codes[-1], broken)
             if codes[-1] != 0:
@@ -283,11 +285,7 @@ class World:
         broken["orphan"] += [" ".join(p.cmdline())[:200] for p in self._marked()]
         for process in self._marked():
             process.kill()
-        own = hashlib.sha256(str(self.output).encode()).hexdigest()[:12]
-        left = _in_memory() - memory - _used_by_others()
-        broken["left in /dev/shm"] += [
-            name for name in left if name.endswith(own) or not name.startswith("atlas_jax-")
-        ]
+        broken["left in /dev/shm"] += [name for name in self.memory if (_MEMORY / name).exists()]
         return dataclasses.asdict(fault) | {
             "codes": codes,
             "missed": missed,
@@ -313,6 +311,7 @@ class World:
         if fault.name in REPLIES:
             return False
         self._wait_for_moment(fault, whole)
+        self._note_memory()
         if self.trainer.poll() is not None:
             return True
         if fault.name == "full disk":
@@ -453,6 +452,13 @@ class World:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(60)
 
+    def _note_memory(self) -> None:
+        """Notes what in memory belongs to this world; other tests use it at the same time."""
+        for process in self._marked():
+            with contextlib.suppress(OSError):
+                maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+                self.memory |= set(re.findall(rf"{_MEMORY}/([^/\s]+)", maps))
+
     def _marked(self) -> list[psutil.Process]:
         """Returns the processes that this world has started, and theirs."""
         name, value = self.mark.split("=")
@@ -464,6 +470,7 @@ class World:
         return found
 
 
+_MEMORY = pathlib.Path("/dev/shm")
 _WATCHING = frozenset({"/health", "/is_paused", "/weight_info"})
 
 
@@ -480,20 +487,6 @@ def _answers(url: str) -> bool:
         http_faults.get(url)
         return True
     return False
-
-
-def _in_memory() -> set[str]:
-    """Returns the files and directories in memory that outlive their processes."""
-    return {path.name for path in pathlib.Path("/dev/shm").iterdir()}
-
-
-def _used_by_others() -> set[str]:
-    """Returns those that processes use, which are of other tests that run at the same time."""
-    text = ""
-    for path in pathlib.Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            text += path.read_text(errors="replace")
-    return set(re.findall(r"/dev/shm/([^/\s]+)", text))
 
 
 def _end_of(log: pathlib.Path) -> str:
