@@ -144,7 +144,7 @@ def training() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Lets no signal cut the save short."""
+    """Lets no signal cut the save short; the run stops after it."""
     _process.saving = True
     try:
         yield
@@ -207,7 +207,8 @@ class _Listener:
 def _answer(number: signal.Signals) -> None:
     """Does what a signal asks for, and says so."""
     if _process.saving:
-        _say(f"{number.name}: the state is being saved; SIGKILL would lose it")
+        _process.request(number.name)
+        _say(f"{number.name}: stops when the state is saved; SIGKILL would lose it")
     elif not _process.requested.is_set():
         _process.request(number.name)
         if not _process.trains:

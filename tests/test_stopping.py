@@ -80,13 +80,14 @@ with stopping.training(), stopping.saving():
     say('ready')
     time.sleep(3)
 say('saved')
+say(f'stops: {stopping.requested()}')
 """)
     for _ in range(3):
         process.send(signal.SIGINT)
-        process.wait_for("SIGINT: the state is being saved")
+        process.wait_for("SIGINT: stops when the state is saved")
     code, rest = process.end()
     assert code == 0
-    assert "saved" in rest
+    assert "saved\nstops: True" in rest
 
 
 def test_what_waits_gives_up_within_a_second():
