@@ -60,7 +60,9 @@ def listens(ancestor: int, port: int) -> bool:
     """Returns whether a descendant of a process listens on a TCP port."""
     sockets = set()
     for table in ("tcp", "tcp6"):
-        for line in pathlib.Path("/proc/net", table).read_text().splitlines()[1:]:
+        path = pathlib.Path("/proc/net", table)
+        lines = path.read_text().splitlines() if path.exists() else []  # there may be no IPv6
+        for line in lines[1:]:
             _, local, _, state, *more = line.split()
             if state == "0A" and int(local.rpartition(":")[2], 16) == port:
                 sockets.add(f"socket:[{more[5]}]")

@@ -191,8 +191,10 @@ def _check_directory(name: str, path: pathlib.Path) -> None:
             f"{name} is no model: its config.json is not that of a Hugging Face model (it has no "
             f"model_type){final}"
         )
-    index = path / "model.safetensors.index.json"
-    if index.exists():
+    index, whole = path / "model.safetensors.index.json", path / "model.safetensors"
+    if whole.exists():  # the files that count are those of `checkpoint.hf`
+        files = [whole]
+    elif index.exists():
         names = set(_json(index).get("weight_map", {}).values())
         files = sorted(path / name for name in names)
     else:

@@ -126,7 +126,16 @@ def check_model(model: str, more: Sequence[str] = ()) -> None:
 
 
 def _missing_weights(path: pathlib.Path) -> list[str]:
-    for index in sorted(path.glob("*.index.json")):
+    if next(path.glob("*.safetensors"), None):
+        indexes = list(path.glob("model.safetensors.index.json"))
+    else:
+        indexes = sorted(path.glob("*.index.json"))
+    for index in indexes:
+        if (path / "model.safetensors").exists():
+            raise ValueError(
+                f"{path} has model.safetensors and {index.name}; training reads the one and vLLM "
+                "what the other lists; remove the one that is left over"
+            )
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -150,7 +159,10 @@ def check_port(host: str, port: int) -> None:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        advice = "end what listens there, or give another --port or --host"
+        if isinstance(error, socket.gaierror):
+            advice = "give the address of an interface of this host as --host"
+        else:
+            advice = "end what listens there, or give another --port or --host"
         raise ValueError(f"cannot listen on {host}:{port} ({reason}); {advice}") from None
 
 

@@ -11,8 +11,10 @@ import os
 import pathlib
 import secrets
 import tempfile
+import time
 
 NAME = "server_token"
+_LOOKS, _LOOK_SECS = 20, 0.1
 """Name of the file in the `output_dir` of a run."""
 
 _BYTES = 32
@@ -50,7 +52,7 @@ def read_or_make(path: str | os.PathLike[str]) -> str:
     """
     target = pathlib.Path(path)
     with contextlib.suppress(FileNotFoundError):
-        return read(target)
+        return _read_whole(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_urlsafe(_BYTES)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")  # mode 0600
@@ -60,6 +62,15 @@ def read_or_make(path: str | os.PathLike[str]) -> str:
         _publish(partial, target, token)
     finally:
         os.unlink(partial)
+    return _read_whole(target)
+
+
+def _read_whole(target: pathlib.Path) -> str:
+    """Returns the token in a file that another process may be about to write."""
+    for _ in range(_LOOKS):
+        if target.stat().st_size:
+            break
+        time.sleep(_LOOK_SECS)
     return read(target)
 
 

@@ -78,7 +78,7 @@ read_words() {
 find_gpus() {
   local count gpu
   gpus=() has_driver=""
-  command -v nvidia-smi >/dev/null && count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c .) ||
+  command -v nvidia-smi >/dev/null && count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^[^[:space:]]') ||
     return 0
   has_driver=yes
   # With unequal GPUs CUDA's own order is not that of nvidia-smi, which people and vLLM read.
@@ -92,6 +92,12 @@ find_gpus() {
   else
     mapfile -t gpus < <(seq 0 $((count - 1)))
   fi
+}
+
+# has_tpu: whether the host has TPU chips and JAX's library for them.
+has_tpu() {
+  { compgen -G "/dev/accel*" || compgen -G "/dev/vfio/[0-9]*"; } >/dev/null &&
+    "$python" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("libtpu"))'
 }
 
 # need_gpus COUNT FOR_WHAT: an error where `gpus` are fewer.

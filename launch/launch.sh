@@ -22,7 +22,7 @@ if [ -n "$has_driver" ] && [ "${JAX_PLATFORMS:-}" != cpu ]; then
   need_gpus "$devices" "training"
   CUDA_VISIBLE_DEVICES=$(join "${gpus[@]:0:devices}")
   export CUDA_VISIBLE_DEVICES
-elif [ "${JAX_PLATFORMS:-}" = cpu ] || ! compgen -G "/dev/accel*" >/dev/null; then
+elif [ "${JAX_PLATFORMS:-}" = cpu ] || ! has_tpu; then
   export JAX_PLATFORMS=cpu
   fast_cpu
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"

@@ -22,6 +22,7 @@ read_words "${@:3}"
 
 settings=(ATLAS_COORDINATOR="${hosts[0]##*@}:${PORT:-8476}" ATLAS_NUM_PROCESSES="${#hosts[@]}")
 for name in ${PASS:-JAX_PLATFORMS XLA_FLAGS HF_HUB_OFFLINE HF_HOME VLLM_API_KEY}; do
+  [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || usage "PASS has '$name', which is no name of a variable"
   [ -z "${!name:-}" ] || settings+=("$name=${!name}")
 done
 # What runs on a host: it reads variables up to an empty one, and trains. Training is told to stop

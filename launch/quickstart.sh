@@ -11,17 +11,31 @@ source launch/environment.sh
 usage() { echo "error: $1 (bash launch/quickstart.sh --help shows the usage)" >&2; exit 2; }
 case ${1:-} in -h | --help) help launch/quickstart.sh; exit ;; esac
 read_words "$@"
+for word in "${settings[@]}"; do
+  case $word in
+    *.output_dir=* | *.model_name_or_path=* | *.student_model=*)
+      usage "${word#--config.} is what the quickstart chooses; launch/launch.sh trains as you like" ;;
+  esac
+done
 out=outputs/quickstart
 grpo=(configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final"
   student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path=)
-trap 'interrupted=yes' INT
-interrupted=
+interrupted='' running=''
+trap 'interrupted=yes; [ -z "$running" ] || kill -TERM "$running" 2>/dev/null || true' INT TERM HUP
 say() { printf '\n== %s\n' "$*"; }
 
 # part COMMAND…: runs one; ends the script where that was stopped or failed.
 part() {
   local code=0
-  "$@" || code=$?
+  # Functions set variables; whatever else runs beside this shell, which can then answer signals.
+  if [ "$(type -t "$1")" = function ]; then
+    "$@" || code=$?
+  else
+    "$@" <&0 & running=$!
+    wait "$running" || code=$?
+    while kill -0 "$running" 2>/dev/null; do code=0; wait "$running" || code=$?; done
+    running=''
+  fi
   if [ "$code" = 75 ] || [ -n "$interrupted" ]; then
     echo "stopped; the same command continues: bash launch/quickstart.sh" >&2
     exit 75

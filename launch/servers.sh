@@ -12,6 +12,9 @@ case ${1:-} in -h | --help) help "${BASH_SOURCE[0]}"; exit ;; esac
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || usage "'${1:-}' is not a number of devices"
 devices=$1 each=${DEVICES_PER_SERVER:-$1}
 shift
+for number in "$each" "${PORT:=8765}"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || usage "'$number' is not a number above 0"
+done
 [ $((devices % each)) = 0 ] || usage "$devices devices do not divide into servers of $each"
 find_python
 find_gpus
@@ -29,7 +32,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
 for ((i = 0; i < devices / each; i++)); do
-  flags=(--port $((${PORT:-8765} + i)))
+  flags=(--port $((PORT + i)))
   if [ -n "$has_driver" ]; then
     flags+=(--tensor-parallel-size "$each")
     CUDA_VISIBLE_DEVICES=$(join "${gpus[@]:i * each:each}")

@@ -40,7 +40,7 @@ def test_a_key_of_a_provider_is_sent_to_nobody_else(tmp_path):
 
         result = score(tmp_path, [own, "c.small_model.api_key_env = 'GEMINI_API_KEY'"])
         assert result.returncode == 1
-        (error,) = result.stderr.strip().splitlines()
+        error, _ = result.stderr.strip().splitlines()  # and where a traceback is to be had
         assert error.startswith(
             f"error: reward.rim.small_model would send GEMINI_API_KEY to {server.url}, but"
         )

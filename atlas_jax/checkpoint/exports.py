@@ -36,6 +36,8 @@ UNMARKED_EXPORT = (
 
 _FORMAT = 1
 _FINGERPRINT_BYTES = 1 << 20
+_PARTS = 16
+_PART_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
@@ -168,18 +170,22 @@ def _names(directory: pathlib.Path) -> list[str]:
 
 
 def _fingerprint(path: pathlib.Path) -> str:
-    """Returns the size and a hash of the beginning of a file.
+    """Returns the size and a hash of parts of a file: its beginning, its end and some between.
 
     The beginning of a safetensors file is its header, then weights that any training changes; to
     read a large file whole would take as long as writing it.
     """
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            start = file.read(_FINGERPRINT_BYTES)
             size = os.fstat(file.fileno()).st_size
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            for part in range(1, _PARTS + 1):
+                file.seek(max(file.tell(), part * size // _PARTS - _PART_BYTES))
+                digest.update(file.read(_PART_BYTES))
     except OSError:
         return ""
-    return f"{size}:{hashlib.sha256(start).hexdigest()}"
+    return f"{size}:{digest.hexdigest()}"
 
 
 def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:

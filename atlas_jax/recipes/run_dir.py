@@ -171,7 +171,7 @@ def _acquired(directory: pathlib.Path) -> filelock.BaseFileLock:
             name = f"process {who['pid']} on {who['host']} since {who['started']}" if who else "?"
             raise ValueError(
                 f"output_dir={directory} is used by another run ({name}); end that one first, or "
-                "name another output_dir"
+                f"name another output_dir{_stale(kind, path)}"
             ) from None
         except OSError as error:
             if kind is filelock.SoftFileLock or not directory.is_dir():
@@ -180,6 +180,12 @@ def _acquired(directory: pathlib.Path) -> filelock.BaseFileLock:
         else:
             return lock
     raise AssertionError("a lock is acquired or an error is raised")
+
+
+def _stale(kind: type[filelock.BaseFileLock], path: str) -> str:
+    """Returns what to do about a lock file that a killed run has left on another host."""
+    soft = kind is filelock.SoftFileLock
+    return f"; if that host was lost, remove {path}, since this disk has no locks" if soft else ""
 
 
 def _holder(directory: pathlib.Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from atlas_jax import addresses, distributed
+from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.packing import Scored, collate_policy
@@ -39,7 +39,6 @@ Score = Callable[[Params, PolicyBatch], jax.Array]
 _PROBE_TOKENS = 8  # sampled tokens of each probe
 _PROBE_BLOCKS = 2  # whole blocks of the prefix cache that its prompt fills
 _UNIT = 32  # tokens; the probe's row is a multiple of it, which saves compilations
-_TOKEN_FILE = "server_token"
 
 
 class Served:
@@ -162,10 +161,14 @@ def server_key(output_dir: str) -> str:
     """Returns the key of the servers' routes, "" if there is none.
 
     It is VLLM_API_KEY, else the token that `serve` left in the run's directory.
+
+    Raises:
+        ValueError: if others can read that file, or if it holds no token.
     """
-    path = pathlib.Path(output_dir, _TOKEN_FILE)
-    found = os.environ.get("VLLM_API_KEY", "")
-    return found or (path.read_text().strip() if path.exists() else "")
+    if found := os.environ.get("VLLM_API_KEY", ""):
+        return found
+    path = pathlib.Path(output_dir, server_token.NAME)
+    return server_token.read(path) if path.exists() else ""
 
 
 def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speaker, VllmEngine]:

@@ -78,7 +78,7 @@ def open_model(config: TrainConfig, sharding: Sharding, longest: int) -> Model:
         )
     if distributed.is_main():
         # What the end of the run could not replace is better known at its start.
-        exports.check(_final(config), "model", exports.UNMARKED_EXPORT)
+        exports.check(_final(config), "model", _usual(config))
     return model
 
 
@@ -360,10 +360,19 @@ def export(config: TrainConfig, model: Model, params: Any) -> str:
         dtype=config.model.export_dtype,
         max_shard_size=config.model.max_shard_size,
         source=config.output_dir,
-        unmarked=exports.UNMARKED_EXPORT,
+        unmarked=_usual(config),
     )
     return directory
 
 
 def _final(config: TrainConfig) -> str:
     return os.path.join(config.output_dir, "final")
+
+
+def _usual(config: TrainConfig) -> tuple[str, ...]:
+    """Returns patterns of the files of a `final/` without a marker that a run has left.
+
+    Where no run has been, the directory is the user's.
+    """
+    has_run = os.path.isdir(os.path.join(config.output_dir, "checkpoints"))
+    return exports.UNMARKED_EXPORT if has_run else ()

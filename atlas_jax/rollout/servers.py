@@ -443,7 +443,7 @@ class Pool:
             return f"its health check got no answer within {secs:g} s", True
         except ServerError as error:
             return f"its health check failed: {error}", False
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # of what is compared with files of this host
             return str(error), False
         except UNEXPECTED as error:
             return f"its health check is unreadable: {type(error).__name__} {error}", False

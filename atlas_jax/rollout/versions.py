@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import stat
+import sys
 from typing import IO
 
 from absl import logging
@@ -27,6 +28,7 @@ _VERSION = re.compile(r"v\d+\.\d+|\.v\d+\.\d+\.partial")
 _FILES = ".atlas_jax_files"
 _OWNER = ".owner"  # locked by the process whose weights these are, for as long as it lives
 _MEMORY = pathlib.Path("/dev/shm")
+_CGROUP = pathlib.Path("/sys/fs/cgroup")
 _ROOM = 1.2  # of a version's size, since the last one is removed before the next is written
 
 
@@ -45,6 +47,8 @@ class Versions:
         self._run = run
         self._lock = lock
         self._has_files = False
+        # Of this run alone: another one may have the same root.
+        self._files = root / f"{_FILES}-{_name(run)}"
 
     def path(self, label: str) -> pathlib.Path:
         """Returns the directory of a version."""
@@ -70,7 +74,11 @@ class Versions:
         self._make(self.partial(label))
         # The tokenizer may take longer to write than the weights, so it is written once.
         shutil.copytree(
-            shared, self.partial(label), copy_function=_link_or_copy, dirs_exist_ok=True
+            shared,
+            self.partial(label),
+            ignore=shutil.ignore_patterns(MARK),
+            copy_function=_link_or_copy,
+            dirs_exist_ok=True,
         )
 
     def finish(self, label: str) -> None:
@@ -93,7 +101,7 @@ class Versions:
         """Removes all that this run wrote, and the directory if nothing else is in it."""
         self.remove_all()
         if self._has_files:
-            shutil.rmtree(self.root / _FILES, ignore_errors=True)
+            shutil.rmtree(self._files, ignore_errors=True)
         if self._lock:
             shutil.rmtree(self.root, ignore_errors=True)
             self._lock.close()
@@ -112,9 +120,9 @@ class Versions:
 
     def _shared_files(self, files: hf.ModelFiles) -> pathlib.Path:
         """Returns a directory with the files that all versions share, written once in this run."""
-        shared = self.root / _FILES
+        shared = self._files
         if not self._has_files:
-            partial = self.root / f"{_FILES}.partial"
+            partial = shared.with_name(f"{shared.name}.partial")
             for path in (shared, partial):
                 shutil.rmtree(path, ignore_errors=True)
             self._make(partial)
@@ -143,8 +151,7 @@ def in_memory(run: str, num_bytes: int) -> Versions | None:
         None if it cannot be used, with the reason in the log.
     """
     _sweep()
-    name = hashlib.sha256(run.encode()).hexdigest()[:12]
-    root = _MEMORY / f"{_prefix()}{name}"
+    root = _MEMORY / f"{_prefix()}{_name(run)}"
     free, needed = _free_bytes(), int(_ROOM * num_bytes)
     if free < needed:
         why = f"it has {free >> 20} MiB of {needed >> 20} MiB that a version needs"
@@ -158,19 +165,32 @@ def in_memory(run: str, num_bytes: int) -> Versions | None:
     return None
 
 
+def _name(run: str) -> str:
+    return hashlib.sha256(run.encode()).hexdigest()[:12]
+
+
 def _prefix() -> str:
     return f"atlas_jax-{os.getuid()}-"
 
 
 def _free_bytes() -> int:
-    """Returns how much `/dev/shm` can take: its own limit, or the host's free memory."""
+    """Returns how much `/dev/shm` can take: its own limit, or the free memory."""
     try:
         free = shutil.disk_usage(_MEMORY).free
         with open("/proc/meminfo") as lines:
             sizes = dict(line.split(":") for line in lines)
-        return min(free, int(sizes["MemAvailable"].split()[0]) << 10)
+        return min(free, int(sizes["MemAvailable"].split()[0]) << 10, _free_in_container())
     except (OSError, KeyError):
         return 0
+
+
+def _free_in_container() -> int:
+    """Returns what the control group of this process leaves of its memory."""
+    most, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    try:
+        return int(most.read_text()) - int(used.read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return sys.maxsize
 
 
 def _not_private(root: pathlib.Path) -> str:

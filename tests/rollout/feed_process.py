@@ -79,7 +79,7 @@ def run(output: pathlib.Path, num_questions: int) -> None:
     """Makes a few batches; process 0 writes what all of them have."""
     feed = make(output, num_questions, say)
     for step in range(STEPS):
-        given = feed.next(TrainState(np.int32(step), {}, None, None), time.sleep)
+        given = feed.next(TrainState(np.int32(step), {}, None), time.sleep)
         fields = {k: v for k, v in given.batch._asdict().items() if v is not None}
         whole = multihost_utils.process_allgather(fields, tiled=True)
         if not distributed.is_main():
@@ -100,7 +100,7 @@ def leave(output: pathlib.Path) -> None:
 
     feed = make(output, 4, fail)
     try:
-        feed.next(TrainState(np.int32(0), {}, None, None), time.sleep)
+        feed.next(TrainState(np.int32(0), {}, None), time.sleep)
     except (DependencyError, StopRequestedError) as error:
         found = f"{type(error).__name__} at {feed.get_state()['position']}"
         (output / f"left_{jax.process_index()}").write_text(found)

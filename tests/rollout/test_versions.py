@@ -40,14 +40,27 @@ def test_only_what_this_run_wrote_is_removed(tmp_path, files):
     for label in ("7.0", "8.0"):
         ours.remove_all()
         write(ours, label, files)
-    assert names(tmp_path) == sorted((*others, "v8.0", ".atlas_jax_files"))
-    other_run = Versions(tmp_path, "another run")
-    other_run.remove_all()
-    assert (tmp_path / "v8.0").exists()
+    (shared,) = tmp_path.glob(".atlas_jax_files*")
+    assert names(tmp_path) == sorted((*others, "v8.0", shared.name))
     ours.close()
     assert names(tmp_path) == sorted(others)
     for name in others:
         assert (tmp_path / name / "content").read_text() == name
+
+
+def test_two_runs_in_one_directory_leave_each_other_alone(tmp_path, files):
+    one, other = Versions(tmp_path, "one"), Versions(tmp_path, "other")
+    write(one, "1.0", files)
+    write(other, "0.0", files)
+    write(one, "2.0", files)
+    assert (tmp_path / "v2.0" / MARK).read_text() == "one"
+    other.remove_all()
+    other.close()
+    assert (tmp_path / "v2.0").exists()
+    one.remove_all()
+    write(one, "3.0", files)
+    one.close()
+    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize("name", ["v1.0", ".v1.0.partial"])
@@ -64,11 +77,12 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, files):
     killed = Versions(tmp_path, "run")
     write(killed, "1.0", files)
     killed.begin("2.0", files)
-    (tmp_path / ".atlas_jax_files" / "tokenizer.json").write_text("half wr")
+    (shared,) = tmp_path.glob(".atlas_jax_files*")
+    (shared / "tokenizer.json").write_text("half wr")
     again = Versions(tmp_path, "run")
     again.remove_all()
     write(again, "2.0", files)
-    assert names(tmp_path) == [".atlas_jax_files", "v2.0"]
+    assert names(tmp_path) == [shared.name, "v2.0"]
     whole = (tmp_path / "v2.0" / "tokenizer.json").read_text()
     assert whole == files.tokenizer.backend_tokenizer.to_str(pretty=True)
 
