@@ -20,22 +20,14 @@ done
 out=outputs/quickstart
 grpo=(configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final"
   student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path=)
-interrupted='' running=''
-trap 'interrupted=yes; [ -z "$running" ] || kill -TERM "$running" 2>/dev/null || true' INT TERM HUP
+trap 'interrupted=yes' INT
+interrupted=
 say() { printf '\n== %s\n' "$*"; }
 
 # part COMMAND…: runs one; ends the script where that was stopped or failed.
 part() {
   local code=0
-  # Functions set variables; whatever else runs beside this shell, which can then answer signals.
-  if [ "$(type -t "$1")" = function ]; then
-    "$@" || code=$?
-  else
-    "$@" <&0 & running=$!
-    wait "$running" || code=$?
-    while kill -0 "$running" 2>/dev/null; do code=0; wait "$running" || code=$?; done
-    running=''
-  fi
+  "$@" || code=$?
   if [ "$code" = 75 ] || [ -n "$interrupted" ]; then
     echo "stopped; the same command continues: bash launch/quickstart.sh" >&2
     exit 75

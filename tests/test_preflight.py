@@ -223,6 +223,15 @@ def test_sharded_models_and_fp16_bins_beside_safetensors_pass(model, config, tmp
     preflight.check(changed(config, model_name_or_path=broken(model, tmp_path, halves)))
 
 
+def test_a_stale_index_beside_a_whole_file_passes(model, config, tmp_path):
+    def stale(directory):
+        shards = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(shards))
+        (directory / "extra.safetensors").write_bytes(b"cut")
+
+    preflight.check(changed(config, model_name_or_path=broken(model, tmp_path, stale)))
+
+
 @pytest.mark.parametrize(
     "name", ["./absent", "/absent", "~/absent", "a/b/c", "absent/", "absent.gguf", "a b/c", "a//b"]
 )

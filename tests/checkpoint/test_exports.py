@@ -111,6 +111,18 @@ def test_what_the_user_changed_is_refused(tmp_path, change):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(("start", "size"), [(0, 4), (4 << 20, 600 << 10), ((8 << 20) - 4, 4)])
+def test_a_change_within_a_large_file_is_noticed(tmp_path, start, size):
+    with exports.replaced(str(tmp_path / "out"), "model", "a run", ()) as partial:
+        (partial / "model.safetensors").write_bytes(bytes(8 << 20))
+    exports.check(str(tmp_path / "out"), "model")
+    with (tmp_path / "out/model.safetensors").open("r+b") as file:
+        file.seek(start)
+        file.write(b"x" * size)
+    with pytest.raises(ValueError, match="changed since it was exported"):
+        exports.check(str(tmp_path / "out"), "model")
+
+
 def test_what_the_user_added_under_a_name_that_the_export_needs_is_refused(tmp_path):
     write(tmp_path / "out", names=("config.json",))
     (tmp_path / "out" / "generation_config.json").write_text("mine")

@@ -141,6 +141,13 @@ def test_final_is_replaced_but_nothing_of_the_users(inputs, whole, tmp_path):
     assert (final / "config.json").read_text() == "mine"
 
 
+def test_a_final_of_the_users_where_no_run_has_been_is_refused(inputs, tmp_path):
+    shutil.copytree(inputs / "model", tmp_path / "final")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "final").glob("*.*")}
+    assert f"{tmp_path / 'final'} is not empty" in refused(inputs, tmp_path)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "final").glob("*.*")} == before
+
+
 def test_a_model_of_the_users_in_the_place_of_a_runs_files_is_refused(inputs, tmp_path):
     shutil.copytree(inputs / "model", tmp_path / "model")
     before = {p.name: p.read_bytes() for p in (tmp_path / "model").glob("*.*")}
