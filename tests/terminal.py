@@ -36,7 +36,7 @@ class Terminal:
         self.shell = subprocess.Popen(
             ["bash", "--norc", "--noprofile", "-i"],
             stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder,
-            env=dict(environment) | {"PS1": _PROMPT},
+            env=dict(environment) | {"PS1": _PROMPT, "TERM": "dumb"},  # no codes in its text
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip

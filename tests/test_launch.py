@@ -610,7 +610,10 @@ def test_quickstart_stops_where_a_part_is_stopped(inputs, tmp_path):
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     (repository / ".venv/.installed-hf").touch()
-    shutil.copytree(inputs / "model", repository / "outputs/quickstart/smollm2")
+    model = repository / "outputs/quickstart/smollm2"
+    shutil.copytree(inputs / "model", model)
+    sizes = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 1024}))
     environment = os.environ | {"PYTHONPATH": str(repository), "XLA_FLAGS": ""}
     wrong = subprocess.run(
         ["bash", repository / "launch/quickstart.sh", "learning_rte=1"], env=environment,
