@@ -62,9 +62,10 @@ def test_before_training_a_signal_ends_the_process(number):
 
 def test_while_it_trains_a_signal_is_a_request_and_a_second_ctrl_c_the_end():
     process = Process(TRAIN)
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        process.send(number)
+    process.send(signal.SIGTERM)
     process.wait_for("SIGTERM: stops as soon as")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        process.send(number)
     process.send(signal.SIGINT)  # the same wish: a terminal and a script may both pass it on
     time.sleep(1.5)
     process.send(signal.SIGTERM)  # a scheduler repeats itself
