@@ -14,9 +14,10 @@ import tempfile
 import time
 
 NAME = "server_token"
-_LOOKS, _LOOK_SECS = 20, 0.1
 """Name of the file in the `output_dir` of a run."""
 
+_LOOKS = 20
+_LOOK_SECS = 0.1
 _BYTES = 32
 _MOST = 4096  # characters that are read of a file, which may be a wrong one
 

@@ -74,6 +74,9 @@ read_words() {
   arguments+=("${settings[@]}")
 }
 
+# no_flags: an error where `read_words` has met a flag that is no option of the config.
+no_flags() { [ ${#arguments[@]} = ${#settings[@]} ] || usage "'${arguments[0]}' is not key=value"; }
+
 # find_gpus: sets `gpus`, those that may be used, in the driver's order, and `has_driver`.
 find_gpus() {
   local count gpu

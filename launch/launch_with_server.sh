@@ -21,7 +21,7 @@ done
 servers=$1 trainers=$2
 find_config "$3"
 read_words "${@:4}"
-[ ${#arguments[@]} = ${#settings[@]} ] || usage "'${arguments[0]}' is not key=value"
+no_flags
 [ $((servers % DEVICES_PER_SERVER)) = 0 ] ||
   usage "$servers devices do not divide into servers of DEVICES_PER_SERVER=$DEVICES_PER_SERVER"
 find_python

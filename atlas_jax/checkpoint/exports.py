@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 
 from atlas_jax import files
@@ -189,12 +188,9 @@ def _fingerprint(path: pathlib.Path) -> str:
 
 
 def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:
-    """Links a file to a second place, or copies it where the file system has no hard links."""
+    """Links a file of the user's to its place in the new directory."""
     new.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(old, new, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(old, new, follow_symlinks=False)
+    files.link_or_copy(old, new)
 
 
 def _listed(names: Sequence[str]) -> str:

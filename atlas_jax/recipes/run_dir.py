@@ -229,13 +229,11 @@ def _log(directory: pathlib.Path) -> Iterator[None]:
     handler.addFilter(_own_or_serious)
     logging.get_absl_logger().addHandler(handler)
     logging.info("jax %s, %d x %s", jax.__version__, jax.device_count(), jax.devices()[0])
-    lasts = False
+    # One of several processes that fails ends soon; what its watch finds out then is logged too.
+    lasts = jax.process_count() > 1
     try:
         yield
-    except Exception:
-        # One of several processes ends soon; what its watch finds out until then is logged too.
-        lasts = jax.process_count() > 1
-        raise
+        lasts = False
     finally:
         if not lasts:
             logging.get_absl_logger().removeHandler(handler)

@@ -20,6 +20,7 @@ from typing import IO
 from absl import logging
 
 from atlas_jax.checkpoint import hf
+from atlas_jax.files import link_or_copy
 
 MARK = ".atlas_jax_weights"
 """File in each version; its content is the `output_dir` of the run that wrote it."""
@@ -77,7 +78,7 @@ class Versions:
             shared,
             self.partial(label),
             ignore=shutil.ignore_patterns(MARK),
-            copy_function=_link_or_copy,
+            copy_function=link_or_copy,
             dirs_exist_ok=True,
         )
 
@@ -130,14 +131,6 @@ class Versions:
             partial.rename(shared)
             self._has_files = True
         return shared
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """Makes `target` the same file; a copy on file systems without hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def in_memory(run: str, num_bytes: int) -> Versions | None:

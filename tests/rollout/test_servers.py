@@ -52,6 +52,17 @@ def requests(count, max_tokens=4):
     return [Request((5, 6, 7, i % 10), max_tokens, seed=i) for i in range(count)]
 
 
+def asked(engine, *sizes):
+    """Asks in a thread, from whose start on servers are at work; returns it and what they write."""
+    written = []
+    ask = threading.Thread(
+        target=lambda: written.extend(engine.generate(requests(*sizes), SAMPLING))
+    )
+    ask.start()
+    eventually(lambda: engine.pool.servers[0].tasks)
+    return ask, written
+
+
 def is_up(engine):
     return [server.up for server in engine.pool.servers]
 
@@ -123,12 +134,7 @@ def test_a_hung_server_is_left_out_and_comes_back_when_it_answers(model, tmp_pat
     with stand_in.started(model, tmp_path, 2, "--secs-per-token", "0.02") as servers:
         (one, first), (two, _) = servers
         with opened([one, two]) as engine:
-            written = []
-            ask = threading.Thread(
-                target=lambda: written.extend(engine.generate(requests(8, 100), SAMPLING))
-            )
-            ask.start()
-            eventually(lambda: engine.pool.servers[0].tasks)
+            ask, written = asked(engine, 8, 100)
             first.send_signal(signal.SIGSTOP)
             ask.join(120)
             assert [len(c.token_ids) for (c,) in written] == [100] * 8
@@ -144,12 +150,7 @@ def test_the_last_server_is_waited_for_a_moment_if_it_hangs(model, tmp_path):
         stand_in.started(model, tmp_path, 1, "--secs-per-token", "0.02") as ((url, process),),
         opened([url], OPTIONS._replace(look=look)) as engine,
     ):
-        written = []
-        ask = threading.Thread(
-            target=lambda: written.extend(engine.generate(requests(2, 50), SAMPLING))
-        )
-        ask.start()
-        eventually(lambda: engine.pool.servers[0].tasks)
+        ask, written = asked(engine, 2, 50)
         process.send_signal(signal.SIGSTOP)
         eventually(lambda: is_up(engine) == [False])
         process.send_signal(signal.SIGCONT)
