@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from typing import IO
 
 from absl import logging
 
@@ -58,15 +59,31 @@ def replace_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     target = resolved(path)
     recover(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{_unique()}.{_WORK}")
-    work.mkdir()
+    work, lock = _work_directory(target)
     try:
-        with (work / _LOCK).open("w") as lock:
-            _try_lock(lock.fileno())  # no other process can, while this one lives
+        with lock:
             yield from _replace(target, work)
     finally:
         with contextlib.suppress(OSError):  # not empty if it could not be cleared
             work.rmdir()
+
+
+def _work_directory(target: pathlib.Path) -> tuple[pathlib.Path, IO[str]]:
+    """Returns a new directory beside `target`, and its lock file, locked while it is open.
+
+    Until the lock is held, `recover` of another process takes the directory for a left-over and
+    may remove it; then there is another one.
+    """
+    while True:
+        work = target.with_name(f".{target.name}.{_unique()}.{_WORK}")
+        work.mkdir()
+        try:
+            lock = (work / _LOCK).open("w")
+        except FileNotFoundError:
+            continue
+        if _try_lock(lock.fileno()) and (work / _LOCK).exists():
+            return work, lock
+        lock.close()
 
 
 def _replace(target: pathlib.Path, work: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -96,8 +113,8 @@ def recover(path: str | os.PathLike[str]) -> None:
         with contextlib.suppress(FileNotFoundError), (work / _LOCK).open("r+") as lock:
             if _try_lock(lock.fileno()):
                 _clear(work, target)
-                with contextlib.suppress(OSError):
-                    work.rmdir()
+        with contextlib.suppress(OSError):  # not empty while its process lives
+            work.rmdir()
 
 
 def resolved(path: str | os.PathLike[str]) -> pathlib.Path:

@@ -195,6 +195,26 @@ def test_only_left_overs_of_our_own_are_removed(tmp_path):
     assert len(list(tmp_path.glob(".out*/thesis.txt"))) == 3
 
 
+def test_what_was_killed_before_it_held_its_lock_is_removed(tmp_path):
+    (tmp_path / ".out.12-deadbeef.atlas_jax_partial").mkdir()
+    files.recover(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_is_replaced_by_processes_that_recover_it_all_the_time(tmp_path):
+    code = (
+        "import sys; from atlas_jax import files\n"
+        "for i in range(300):\n"
+        "    files.recover(sys.argv[1])\n"
+        "    with files._work_directory(files.resolved(sys.argv[1]))[1] as lock:\n"
+        "        assert files.os.path.exists(lock.name)"
+    )
+    processes = [python(code, tmp_path / "out") for _ in range(3)]
+    assert [p.communicate(timeout=300)[1] for p in processes] == [""] * 3
+    files.recover(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_kill_at_any_moment_leaves_one_whole_directory(tmp_path):
     code = (
         "import itertools, sys; from atlas_jax import files\n"

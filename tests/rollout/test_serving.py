@@ -32,8 +32,9 @@ def path(tmp_path_factory):
 def test_the_key_is_that_of_the_environment_or_what_serve_left(tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert serving.server_key(str(tmp_path)) == ""
-    (tmp_path / "server_token").write_text("of the run\n")
-    assert serving.server_key(str(tmp_path)) == "of the run"
+    (tmp_path / "server_token").write_text("of-the-run\n")
+    (tmp_path / "server_token").chmod(0o600)
+    assert serving.server_key(str(tmp_path)) == "of-the-run"
     monkeypatch.setenv("VLLM_API_KEY", "of the environment")
     assert serving.server_key(str(tmp_path)) == "of the environment"
 
