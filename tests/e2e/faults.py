@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import json
 import os
 import pathlib
@@ -238,7 +239,7 @@ class World:
         numbers = [n for n in self.numbers if not (self.real and n == 0)]
         total = 0
         for number in numbers:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*_NO_ANSWER):
                 asked = http_faults.calls(self.urls[number])
                 total += sum(path not in _WATCHING for _, path, *_ in asked)
         return total
@@ -267,10 +268,10 @@ class World:
         broken: dict[str, list[str]] = {name: [] for name in PROMISES}
         codes, missed = [], True
         with self:
-            self.serve()
-            self._arm(fault, whole)
             while len(codes) < ATTEMPTS and 0 not in codes:
                 self.serve()
+                if not codes:
+                    self._arm(fault, whole)
                 saved = self._saved()
                 self.train()
                 if not codes:
@@ -471,6 +472,7 @@ class World:
 
 
 _MEMORY = pathlib.Path("/dev/shm")
+_NO_ANSWER = (OSError, http.client.HTTPException)
 _WATCHING = frozenset({"/health", "/is_paused", "/weight_info"})
 
 
@@ -483,7 +485,7 @@ def _is_scored(sample: dict[str, Any]) -> bool:
 
 
 def _answers(url: str) -> bool:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(*_NO_ANSWER):
         http_faults.get(url)
         return True
     return False
