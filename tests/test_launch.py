@@ -110,7 +110,7 @@ def refusal(script, *arguments, env=None, cwd=None):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, ""), done
     (line,) = done.stderr.splitlines()
-    return line.removeprefix("error: ").partition(f" (launch/{script} --help")[0]
+    return line.removeprefix("error: ").partition(" (launch/")[0].partition(" (bash launch/")[0]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,34 @@ def test_wrong_words_are_answered_in_a_line(words, message):
     assert refusal("launch.sh", *words) == message
     if words and words[0] == "1":
         assert refusal("launch_with_server.sh", "1", *words) == message
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "env", "message"),
+    [
+        ("servers.sh", ("two",), {}, "'two' is not a number of devices"),
+        ("servers.sh", ("2",), {"PORT": "0x"}, "'0x' is not a number above 0"),
+        ("servers.sh", ("2",), {"DEVICES_PER_SERVER": "0"}, "'0' is not a number above 0"),
+        (
+            "servers.sh", ("4",), {"DEVICES_PER_SERVER": "3"},
+            "4 devices do not divide into servers of 3",
+        ),
+        (
+            "multihost.sh", ("--hosts", __file__, "1", SFT), {"PASS": "HF_HOME $(id)"},
+            "PASS has '$(id)', which is no name of a variable",
+        ),
+        (
+            "launch_with_server.sh", ("1", "1", SFT, "--replay", "max_steps=1"), {},
+            "'--replay' is not key=value",
+        ),
+        (
+            "quickstart.sh", ("output_dir=.",), {},
+            "output_dir=. is what the quickstart chooses; launch/launch.sh trains as you like",
+        ),
+    ],
+)  # fmt: skip
+def test_what_other_scripts_cannot_use_is_answered_in_a_line(script, words, env, message):
+    assert refusal(script, *words, env=os.environ | env) == message
 
 
 @pytest.mark.parametrize(

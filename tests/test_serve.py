@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import urllib.request
 
 import pytest
 
-from atlas_jax import serve, server_token
+from atlas_jax import keeper, serve, server_token
 from atlas_jax.rollout import capabilities
 from tests import processes, vllm_servers, vllm_stub, words
 
@@ -513,3 +514,20 @@ def test_the_exit_code_and_signals_are_those_of_vllm(model, tmp_path):
     assert stopped.process.wait(60) != 0
     assert lost.process.wait(120) == 1
     assert "error: unrecognized arguments: --modle-len" in lost.log.read_text().splitlines()[-1]
+
+
+def test_who_listens_is_found_among_the_descendants_with_either_protocol():
+    code = (
+        "import socket, sys\n"
+        "server = socket.create_server(('', 0), family=getattr(socket, sys.argv[1]))\n"
+        "print(server.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    for family in ("AF_INET", "AF_INET6") if socket.has_ipv6 else ("AF_INET",):
+        with subprocess.Popen(
+            ["sh", "-c", 'cat | "$0" -c "$1" "$2"', sys.executable, code, family],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            port = int(process.stdout.readline())
+            assert keeper.listens(os.getpid(), port)
+            assert not keeper.listens(os.getpid(), port + 1)
+            process.stdin.close()

@@ -130,6 +130,18 @@ def test_memory_without_room_is_not_used(memory, caplog):
     assert not list(memory.iterdir())
 
 
+def test_memory_of_a_container_counts(memory, tmp_path_factory, monkeypatch, caplog):
+    group = tmp_path_factory.mktemp("group")
+    monkeypatch.setattr(versions, "_CGROUP", group)
+    (group / "memory.current").write_text("900\n")
+    (group / "memory.max").write_text("max\n")
+    assert versions.in_memory("run", 100) is not None
+    (group / "memory.max").write_text("1000\n")
+    assert versions.in_memory("run", 50) is not None
+    assert versions.in_memory("run", 99) is None
+    assert "MiB that a version needs" in caplog.text
+
+
 def test_a_directory_that_others_prepared_is_not_used(memory, tmp_path_factory, caplog):
     root = versions.in_memory("run", 1).root
     shutil.rmtree(root)
