@@ -10,11 +10,12 @@ os.environ["XLA_FLAGS"] = processes.xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Under nohup, programs that tests start would inherit that SIGHUP is ignored, but no handler of it.
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and (
-    threading.current_thread() is threading.main_thread()
-):
-    signal.signal(signal.SIGHUP, lambda *_: None)
+# Under nohup SIGHUP is ignored, and SIGINT in the background of a script. Programs that tests start
+# would inherit that, but no handler.
+if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 import pytest
 
