@@ -81,6 +81,9 @@ def _work_directory(target: pathlib.Path) -> tuple[pathlib.Path, IO[str]]:
             lock = (work / _LOCK).open("w")
         except FileNotFoundError:
             continue
+        except OSError:
+            work.rmdir()
+            raise
         if _try_lock(lock.fileno()) and (work / _LOCK).exists():
             return work, lock
         lock.close()
@@ -115,6 +118,14 @@ def recover(path: str | os.PathLike[str]) -> None:
                 _clear(work, target)
         with contextlib.suppress(OSError):  # not empty while its process lives
             work.rmdir()
+
+
+def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Makes `target` the same file or link as `source`; a copy where there are no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def resolved(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -168,11 +179,3 @@ def _sync(path: pathlib.Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Makes `target` the same file or link as `source`; a copy where there are no hard links."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)

@@ -201,13 +201,23 @@ def test_what_was_killed_before_it_held_its_lock_is_removed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_is_replaced_by_processes_that_recover_it_all_the_time(tmp_path):
+def test_a_disk_without_room_for_the_lock_is_left_as_it_was(tmp_path):
     code = (
-        "import sys; from atlas_jax import files\n"
+        "import resource, sys; from atlas_jax import files\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "files._work_directory(files.resolved(sys.argv[1]))"
+    )
+    assert "Too many open files" in python(code, tmp_path / "out").communicate(timeout=300)[1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_is_taken_for_a_left_over_by_nobody_while_its_process_lives(tmp_path):
+    code = (
+        "import os, sys; from atlas_jax import files\n"
         "for i in range(300):\n"
         "    files.recover(sys.argv[1])\n"
         "    with files._work_directory(files.resolved(sys.argv[1]))[1] as lock:\n"
-        "        assert files.os.path.exists(lock.name)"
+        "        assert os.path.exists(lock.name)"
     )
     processes = [python(code, tmp_path / "out") for _ in range(3)]
     assert [p.communicate(timeout=300)[1] for p in processes] == [""] * 3

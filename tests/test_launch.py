@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -110,7 +111,7 @@ def refusal(script, *arguments, env=None, cwd=None):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, ""), done
     (line,) = done.stderr.splitlines()
-    return line.removeprefix("error: ").partition(" (launch/")[0].partition(" (bash launch/")[0]
+    return re.split(rf" \((?:bash )?launch/{script} --help", line.removeprefix("error: "))[0]
 
 
 @pytest.mark.parametrize(

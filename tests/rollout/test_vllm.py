@@ -164,7 +164,11 @@ def generated(url):
 
 @contextlib.contextmanager
 def in_flight(link, max_tokens=240):
-    """Yields the answers of completions that are frozen half-way, once they are there."""
+    """Yields completions that are frozen half-way.
+
+    They are the requests, their answers once they are there, and how many are in flight each time
+    that a server has answered the probe.
+    """
     server = link.pool.servers[0]
     requests = long_requests(16, max_tokens)  # they take seconds, on a fast machine too
     bodies = [payload(request, 0, SAMPLING, ()) for request in requests]
@@ -180,15 +184,25 @@ def in_flight(link, max_tokens=240):
     urllib.request.urlopen(  # however long the export takes
         urllib.request.Request(f"{server.url}/pause?mode=keep&clear_cache=false", b""), timeout=60
     ).close()
-    yield requests, answers
-    thread.join()
+    counts, probe = [], link.sync._probe
+
+    def score(*args):
+        counts.append(len(server.tasks))
+        return probe.score(*args)
+
+    link.sync._probe = probe._replace(score=score)
+    try:
+        yield requests, answers, counts
+    finally:
+        link.sync._probe = probe
+        thread.join()
 
 
 def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new):
     """Weights change under completions in flight, which go on with the new ones."""
     link.sync.push(old.params, 9)
     server = link.pool.servers[0]
-    with in_flight(link) as (requests, answers):
+    with in_flight(link) as (requests, answers, _):
         link.sync.push(new.params, 10)
     changed = 0
     for request, answer in zip(requests, answers, strict=True):
@@ -215,10 +229,11 @@ def test_cached_keys_and_values_of_older_weights_are_not_read_under_a_newer_labe
     request = Request(served.PROMPT, 8, seed=5)
     engine = endless(link.engine)
     ((before,),) = engine.generate([request], SAMPLING)
-    with in_flight(link):
+    with in_flight(link) as (_, _, counts):
         values = link.sync.push(new.params, 14)
         assert values["sync/uncleared_caches"] == (1, 1)  # what is in flight holds on to them
         ((after,),) = engine.generate([request], SAMPLING)
+    assert counts[0], "none was in flight any more"
     for completion, ours, version in ((before, old, 13), (after, new, 14)):
         assert completion.weights_version == version
         expected = ours.score(completion.prompt_ids, np.asarray(completion.token_ids))
@@ -328,17 +343,9 @@ def frozen_completions_delay_no_probe(link, old, new):
     """Of a server that works on two completions at one time, when sixteen have been asked for."""
     link.sync.push(old.params, 1)  # compiles what the trainer computes, too
     (server,) = link.pool.servers
-    behind = []
-    probe = link.sync._probe
-
-    def score(*args):
-        behind.append(len(server.tasks))
-        return probe.score(*args)
-
-    link.sync._probe = probe._replace(score=score)
-    with in_flight(link, max_tokens=400) as (requests, answers):
+    with in_flight(link, max_tokens=400) as (requests, answers, counts):
         values = link.sync.push(new.params, 2)
-    assert max(behind) >= 10, "the probe came behind them"
+    assert counts[0] >= 10, "the probe came behind them"
     assert values["sync/uncleared_caches"] == (0, 1)
     spans = 0
     for request, answer in zip(requests, answers, strict=True):
