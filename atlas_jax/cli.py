@@ -160,6 +160,8 @@ def tool(command: Callable[[], None]) -> None:
 
 def _guard(command: Callable[[], None]) -> None:
     masking.mask_logs()
+    # Without torch, which nothing here needs, transformers says that it has no models.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         command()
     except UsageError as error:

@@ -186,7 +186,7 @@ class TrainConfig:
     (what `gradient_checkpointing=full` keeps) and `reference` (the layers of GRPO's reference
     model)."""
     compilation_cache_dir: str = "~/.cache/atlas_jax/xla"
-    """Compiled programs are kept here between runs; empty keeps none, nor do several processes on
+    """Compiled programs are kept here between runs; empty keeps none, nor do several devices of
     CPUs."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

@@ -1,7 +1,9 @@
 """Eight CPU devices, so that every sharding is real; a persistent cache would hide recompiles."""
 
 import os
+import pathlib
 import signal
+import sys
 import threading
 
 from tests import processes
@@ -9,6 +11,10 @@ from tests import processes
 os.environ["XLA_FLAGS"] = processes.xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ATLAS_TESTS_PREFIX"] = sys.prefix
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(pathlib.Path(__file__).parent / "programs"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # Under nohup SIGHUP is ignored, and SIGINT in the background of a script. Programs that tests start
 # would inherit that, but no handler.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from atlas_jax import logprobs
 from atlas_jax.checkpoint import hf
@@ -19,6 +18,10 @@ from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.types import Batch
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
 
 _SIZES = dict(
     vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
@@ -53,6 +56,9 @@ FAMILIES = {
 @functools.lru_cache
 def hf_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     """Returns a random float32 model; norms and biases are random too, so that each matters."""
+    import torch  # programs that load what `save` wrote find none
+    import transformers
+
     torch.manual_seed(seed)
     name, options = FAMILIES[family]
     config = getattr(transformers, name)(**_SIZES, **options)
@@ -63,8 +69,8 @@ def hf_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     return model.float().eval()
 
 
-def save(family: str, directory: pathlib.Path, dtype: torch.dtype = torch.float32, **kw) -> str:
-    """Saves the tiny model as transformers does and returns the path."""
+def save(family: str, directory: pathlib.Path, dtype: torch.dtype | None = None, **kw) -> str:
+    """Saves the tiny model, in float32 by default, as transformers does and returns the path."""
     model = hf_model(family)
     target = type(model)(model.config).to(dtype)
     target.load_state_dict(model.state_dict())

@@ -208,10 +208,10 @@ def _check_shared(directory: pathlib.Path) -> None:
 def _compilation_cache(config: TrainConfig) -> str | None:
     """Returns the directory of compiled programs, or None to keep none.
 
-    XLA's CPU programs lose the order of their collectives in the cache: processes that run them in
+    XLA's CPU programs lose the order of their collectives in the cache: devices that run them in
     different orders wait for each other for ever, or take one sum for another.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    if jax.device_count() > 1 and jax.default_backend() == "cpu":
         return None
     return os.path.expanduser(config.compilation_cache_dir) or None
 

@@ -33,7 +33,7 @@ sft_inputs, grpo_inputs = test_sft.inputs, test_grpo.inputs
 def commands(base, cache, num_processes, devices, **options):
     """Returns the command of each process of a run with this many devices each.
 
-    Runs of one process share the cache of compiled programs; several keep none.
+    They name a cache of compiled programs, which CPUs must not use with several devices.
     """
     flags = [f"--config.{k}={v}" for k, v in options.items()]
     flags.append(f"--config.compilation_cache_dir={cache}")

@@ -14,7 +14,7 @@ from tests.tokenizers import chatml_tokenizer
 COUNT = 24
 COMMON = {
     "max_steps": 2, "save_steps": 1, "data.length_buckets": "(512,)", "max_seq_length": 512,
-    "compilation_cache_dir": "", "gradient_accumulation_steps": 1, "data.system_prompt": "",
+    "gradient_accumulation_steps": 1, "data.system_prompt": "",
 }  # fmt: skip
 SFT = {"per_device_train_batch_size": 2}
 GRPO = {
@@ -44,6 +44,7 @@ def model(tmp_path_factory):
 def run(*command, **environment):
     environment = os.environ | environment
     environment["XLA_FLAGS"] = processes.xla_flags(1)
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     result = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, env=environment
     )
@@ -54,6 +55,7 @@ def run(*command, **environment):
 def train(kind, data, model, output, **values):
     values = COMMON | {"sft": SFT, "grpo": GRPO}[kind] | values
     values |= {"model_name_or_path": model, "output_dir": output}
+    values["compilation_cache_dir"] = model.with_name("traces_xla")
     if kind == "grpo":
         values["student_model"] = model
     flags = [f"--config.{name}={value}" for name, value in values.items()]
