@@ -1,12 +1,13 @@
 """Runs a command so that no process of its tree outlives the command, or whoever started this.
 
-    python keeper.py COMMAND [ARGUMENT …]
+    python keeper.py DIRECTORY COMMAND [ARGUMENT …]
 
 vLLM starts an engine, which starts workers; when one of them is killed, the others go on holding
 their GPU. A keeper stands between `serve` and vLLM. It ends vLLM when its own standard input ends,
 which the kernel closes however `serve` dies, and kills what is left when vLLM is gone. Processes
 that lose their parent become children of the keeper (PR_SET_CHILD_SUBREAPER), so none escapes by
 a session of its own. `serve` is a subreaper too, and does the same if the keeper is killed.
+DIRECTORY takes the command's temporary files and is removed after it.
 
 Runs as a plain file, so it imports only the standard library. Linux only.
 """
@@ -18,6 +19,7 @@ import ctypes
 import os
 import pathlib
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +86,18 @@ def end_descendants() -> None:
     _signal(signal.SIGKILL, _KILL_SECS, with_trackers=True)
 
 
+def clear(directory: str) -> None:
+    """Removes vLLM's temporary files, and the shared memory that is named after one of them.
+
+    vLLM leaves its sockets behind, the file by which its workers meet, and on CPUs the memory in
+    which they add up.
+    """
+    for path in pathlib.Path(directory).glob("vllm_dist_*"):
+        for memory in pathlib.Path("/dev/shm").glob(f"{path.name}-*"):
+            memory.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _signal(number: int, secs: float, with_trackers: bool = False) -> None:
     """Sends the descendants a signal, and waits until all of them are gone or the time is over."""
     limit = time.monotonic() + secs
@@ -124,11 +138,17 @@ def _is_wanted() -> bool:
     return not ready or bool(os.read(sys.stdin.fileno(), 1))
 
 
-def main(command: list[str]) -> int:
-    """Runs the command to its end and returns its exit code, negative for a signal."""
+def main(directory: str, command: list[str]) -> int:
+    """Runs the command to its end and returns its exit code, negative for a signal.
+
+    Args:
+        directory: exists and is empty; of temporary files.
+        command: what is run.
+    """
     adopt_orphans()
     child = subprocess.Popen(
         command,
+        env=os.environ | {"TMPDIR": directory},
         stdin=subprocess.DEVNULL,
         # Where the keeper itself is killed, vLLM's front end at least is told to end.
         preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
@@ -143,9 +163,10 @@ def main(command: list[str]) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(_KILL_SECS)
     end_descendants()
+    clear(directory)
     return -signal.SIGKILL if child.returncode is None else child.returncode
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = main(sys.argv[1], sys.argv[2:])
     sys.exit(code if code >= 0 else 128 - code)

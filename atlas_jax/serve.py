@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -252,6 +253,7 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
         inherited: environment of this program.
         token: what the server asks for; "" for nothing.
     """
+    caches = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     cpu = {} if has_gpu() else {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # servers and trainer share the cores
@@ -265,7 +267,11 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
     }
     guard = {"VLLM_API_KEY": token} if token else {}
     # With unequal GPUs CUDA's own order is another than the driver's, which vLLM reads too.
-    default = {"VLLM_NO_USAGE_STATS": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    default = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "TORCHINDUCTOR_CACHE_DIR": str(caches),  # other temporary files end with the server
+    }
     return cpu | default | dict(inherited) | fixed | guard
 
 
@@ -452,9 +458,10 @@ class Server:
         """
         host, port = self._options.host, self._options.port
         line = command(self._python, model, host, port, self._more, bool(self._token))
+        temporary = tempfile.mkdtemp(prefix="atlas_")  # a short name: paths of sockets are limited
         process = subprocess.Popen(
             # -P: modules beside the keeper's file do not hide those of the standard library.
-            [sys.executable, "-P", keeper.__file__, *line],
+            [sys.executable, "-P", keeper.__file__, temporary, *line],
             env=environment(os.environ, self._token),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -476,6 +483,7 @@ class Server:
             process.wait()
             # The keeper has done it, unless it was killed.
             keeper.end_descendants()
+            keeper.clear(temporary)
             output.join(timeout=5)
         if code is None or self._stopped:
             return code

@@ -14,7 +14,7 @@ import sys
 from atlas_jax.rollout import capabilities
 
 _PROGRAM = """#!{python}
-import http.server, json, os, pathlib, signal, subprocess, sys, threading, time
+import http.server, json, os, pathlib, signal, subprocess, sys, tempfile, threading, time
 from multiprocessing import resource_tracker, shared_memory
 
 FOLDER = pathlib.Path(os.environ["STUB_FOLDER"])
@@ -51,12 +51,18 @@ def front():
         sys.exit(int(os.environ["STUB_CODE"]))
     # Python's tracker frees it, when all that hold its pipe are gone.
     segment = shared_memory.SharedMemory(create=True, size=1)
+    # Nobody frees the other: its name is that of a temporary file.
+    meeting = pathlib.Path(tempfile.gettempdir(), "vllm_dist_" + segment.name)
+    meeting.touch()
+    memory = pathlib.Path("/dev/shm", meeting.name + "-tp:0-[0-1]-cpushm")
+    memory.touch()
     engine = start("engine", resource_tracker._resource_tracker._fd)
     while "STUB_WAITS" in os.environ and not (FOLDER / "go").exists():
         time.sleep(0.05)
     server = http.server.ThreadingHTTPServer((host, int(port)), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    text = {{"flags": flags, "environment": dict(os.environ), "segment": segment.name}}
+    left = [f"/dev/shm/{{segment.name}}", str(meeting), str(memory), tempfile.gettempdir()]
+    text = {{"flags": flags, "environment": dict(os.environ), "left": left}}
     note("front", json.dumps(text))
     engine.wait()  # without its engine vLLM ends, with 0
 

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
+import tempfile
 import threading
 import time
 import urllib.error
@@ -359,7 +361,12 @@ def frozen_completions_delay_no_probe(link, old, new):
     assert spans > len(answers), "none was frozen half-way"
 
 
-def test_frozen_completions_delay_no_probe_and_each_worker_is_checked(old, new, tmp_path):
+def test_frozen_completions_delay_no_probe_and_each_worker_is_checked(
+    old, new, tmp_path, monkeypatch
+):
+    temporary = tempfile.mkdtemp()  # a longer path has no room for the name of a socket
+    monkeypatch.setenv("TMPDIR", temporary)
+    shared = set(pathlib.Path("/dev/shm").glob("vllm_dist_*"))
     flags = ("--max-num-seqs", "2", "--tensor-parallel-size", "2")
     with (
         vllm_servers.running([str(old.model.source.path)], tmp_path, *flags) as (server,),
@@ -368,6 +375,9 @@ def test_frozen_completions_delay_no_probe_and_each_worker_is_checked(old, new, 
         frozen_completions_delay_no_probe(link, old, new)
         (checksums,) = link.sync._served.values()
         assert {name.partition(":")[0] for name in checksums} == {"0", "1"}
+        assert set(pathlib.Path("/dev/shm").glob("vllm_dist_*")) > shared
+    assert set(pathlib.Path("/dev/shm").glob("vllm_dist_*")) <= shared
+    pathlib.Path(temporary).rmdir()  # it is empty
 
 
 def test_a_server_that_follows_is_started_again_with_each_version(old, new, tmp_path):
