@@ -11,10 +11,6 @@ from tests import processes
 os.environ["XLA_FLAGS"] = processes.xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["ATLAS_TESTS_PREFIX"] = sys.prefix
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(pathlib.Path(__file__).parent / "programs"), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
 
 # Under nohup SIGHUP is ignored, and SIGINT in the background of a script. Programs that tests start
 # would inherit that, but no handler.
@@ -42,6 +38,20 @@ def vllm_server(tmp_path_factory):
     model = words.save(directory / "model", VLLM_WORDS, **VLLM_SIZES)
     with vllm_servers.running([model], directory) as (server,):
         yield server
+
+
+def pytest_configure(config):
+    """Lets the programs that tests start find no torch; xdist's own workers are none of these."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        paths = str(pathlib.Path(__file__).parent / "programs"), os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        os.environ["ATLAS_TESTS_PREFIX"] = sys.prefix
+
+
+@pytest.fixture
+def torch_to_find(monkeypatch):
+    """Lets programs find torch, where a test is about what they import."""
+    monkeypatch.setenv("ATLAS_TESTS_PREFIX", "")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook

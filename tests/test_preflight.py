@@ -100,6 +100,7 @@ def test_the_shipped_recipes_pass(name, model, monkeypatch):
     preflight.check(freeze(draft), 8)
 
 
+@pytest.mark.usefixtures("torch_to_find")
 def test_neither_jax_nor_transformers_is_imported(config, grpo, tmp_path):
     code = (
         "import sys, pickle; from atlas_jax import preflight\n"

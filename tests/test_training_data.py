@@ -55,6 +55,7 @@ def test_a_session_that_cannot_be_read_is_left_out_and_named(caplog):
     assert "session 2 is left out: it has a JSON list of 1 as session_reward" in caplog.text
 
 
+@pytest.mark.usefixtures("torch_to_find")
 def test_neither_jax_nor_torch_is_imported():
     check = "import sys, atlas_jax.training_data; print({'jax', 'torch'} & set(sys.modules))"
     result = subprocess.run(

@@ -108,6 +108,7 @@ def test_a_saved_tokenizer_comes_back_equal(
     assert again.eos_token_id == smollm2.eos_token_id
 
 
+@pytest.mark.usefixtures("torch_to_find")
 def test_no_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from atlas_jax.checkpoint.gguf import load_tokenizer; "
