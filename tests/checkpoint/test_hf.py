@@ -46,6 +46,7 @@ def test_round_trip_is_bitwise(family, dtype, tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.usefixtures("torch_to_find")
 def test_export_loads_in_transformers_without_a_warning(tmp_path):
     path = tiny.save("qwen3", tmp_path / "source")
     decoder, params = tiny.load(path)
