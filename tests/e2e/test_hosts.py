@@ -103,7 +103,11 @@ def test_sft_on_two_processes_equals_one(whole):
     assert len(list(whole(2).glob("events.out.tfevents*"))) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.long),
+     pytest.param(signal.SIGSTOP, id="hanging")],
+)  # fmt: skip
 def test_a_lost_process_ends_the_other_by_name_and_the_run_continues(sft, whole, tmp_path, number):
     output = tmp_path / "run"
     with processes.started(sft(output, save_steps=1), tmp_path / "logs") as run:
@@ -239,6 +243,7 @@ def test_grpo_on_two_processes_equals_one(grpo_inputs, tmp_path):
     assert len(list((outputs[1] / "rollouts").iterdir())) == 4
 
 
+@pytest.mark.long
 def test_grpo_with_fewer_questions_than_processes_equals_one(grpo_inputs, tmp_path):
     """One question a step, and one in the evaluation: process 1 has none, and trains half."""
     options = GRPO | {

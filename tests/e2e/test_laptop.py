@@ -16,7 +16,8 @@ from tests.e2e import test_servers
 smollm2 = test_servers.smollm2
 
 
-@pytest.mark.parametrize("cores", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("cores", [1, 2])
 def test_the_laptop_command_ends_well(smollm2, tmp_path, cores):
     values = {
         "model_name_or_path": smollm2, "student_model": smollm2, "output_dir": tmp_path / "grpo",
