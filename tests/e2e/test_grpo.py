@@ -68,14 +68,16 @@ def inputs(tmp_path_factory):
     return directory
 
 
-def command(inputs, output, protocol):
+def command(inputs, output, protocol, devices=2):
+    """Returns the command of a run; on one device it may use programs of others."""
     values = {
         "model_name_or_path": inputs / "model", "student_model": inputs / "model",
         "output_dir": output, "data.dataset_path": inputs / "questions.jsonl",
         "data.eval_path": inputs / "questions.jsonl", "data.system_prompt": "",
         "max_prompt_length": 12, "max_new_tokens": 4, "max_seq_length": 32,
         "data.length_buckets": "(32,)", "num_generations": GENERATIONS, "temperature": 1.0,
-        "top_p": 1.0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "top_p": 1.0, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4 // devices,
         "train_batch_size": 0,
         "learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_ratio": 0.0,
         "max_steps": STEPS, "save_steps": 2, "save_total_limit": 2, "eval_steps": 0,
@@ -83,7 +85,7 @@ def command(inputs, output, protocol):
     }  # fmt: skip
     flags = [f"--config.{k}={v}" for k, v in values.items()]
     environment = os.environ | {
-        "XLA_FLAGS": processes.xla_flags(2), "ATLAS_TRACEBACK": "1",
+        "XLA_FLAGS": processes.xla_flags(devices), "ATLAS_TRACEBACK": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     run = [sys.executable, "-m", "atlas_jax.train", f"--config=configs/run/{FILES[protocol]}.py"]
@@ -272,7 +274,7 @@ def test_a_run_does_not_end_for_samples_that_cannot_train(inputs, tmp_path, case
         "data.dataset_path": tmp_path / "questions.jsonl", "data.shuffle": False, "max_steps": 3,
         "reward.max_failed_frac": 0.2, "reward.retry_waits_secs": "(600.0,)", **ORDINARY[case],
     }  # fmt: skip
-    asked = command(inputs, tmp_path / "run", "teaching")
+    asked = command(inputs, tmp_path / "run", "teaching", 1)
     asked["args"] += [f"--config.{k}={v}" for k, v in values.items()]
     result = subprocess.run(**asked, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -51,7 +51,7 @@ def test_a_signal_while_a_program_compiles_is_answered_at_once(inputs, tmp_path)
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
-    wait_for(tmp_path / "training.log", "training begins with", process)
+    wait_for(tmp_path / "start.json", "{", process)  # the first step comes next
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     assert process.wait(300) == 75

@@ -498,6 +498,7 @@ def test_options_that_cannot_work_are_refused(changes, message):
         RIMReward(RIMConfig(**changes))
 
 
+@pytest.mark.usefixtures("torch_to_find")
 def test_it_is_imported_without_jax():
     heavy = "{'jax', 'flax', 'torch', 'transformers'}"
     code = f"import sys, atlas_jax.rewards as r; r.RIMReward; assert not {heavy} & set(sys.modules)"

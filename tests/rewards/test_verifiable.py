@@ -165,6 +165,7 @@ def test_options_of_the_gain_are_finite_and_not_negative(option, value):
         teaching_gain(**{option: value})
 
 
+@pytest.mark.usefixtures("torch_to_find")
 def test_rewards_are_imported_without_jax_or_torch():
     heavy = "{'jax', 'flax', 'torch', 'transformers'}"
     code = f"import sys, atlas_jax.rewards.verifiable; assert not {heavy} & set(sys.modules)"

@@ -231,11 +231,11 @@ def test_cached_keys_and_values_of_older_weights_are_not_read_under_a_newer_labe
     request = Request(served.PROMPT, 8, seed=5)
     engine = endless(link.engine)
     ((before,),) = engine.generate([request], SAMPLING)
-    with in_flight(link) as (_, _, counts):
+    with in_flight(link, max_tokens=480) as (_, _, counts):
         values = link.sync.push(new.params, 14)
+        assert counts[0], "none was in flight any more"
         assert values["sync/uncleared_caches"] == (1, 1)  # what is in flight holds on to them
         ((after,),) = engine.generate([request], SAMPLING)
-    assert counts[0], "none was in flight any more"
     for completion, ours, version in ((before, old, 13), (after, new, 14)):
         assert completion.weights_version == version
         expected = ours.score(completion.prompt_ids, np.asarray(completion.token_ids))
