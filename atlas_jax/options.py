@@ -186,8 +186,8 @@ class TrainConfig:
     (what `gradient_checkpointing=full` keeps) and `reference` (the layers of GRPO's reference
     model)."""
     compilation_cache_dir: str = "~/.cache/atlas_jax/xla"
-    """Compiled programs are kept here between runs; empty keeps none, nor do several devices of
-    CPUs."""
+    """Compiled programs are kept here between runs; empty keeps none, nor does a run on
+    several CPU devices."""
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()

@@ -14,7 +14,7 @@ def test_a_run_goes_on_when_a_server_hangs_and_uses_it_again_when_it_is_back(inp
     output = tmp_path / "run"
     with stand_in.started(model, tmp_path, 4, "--secs-per-token", "0.02") as servers:
         urls = [url for url, _ in servers]
-        command = test_grpo.command(inputs, output, "teaching", 1)
+        command = test_grpo.command(inputs, output, "teaching", devices=1)
         command["args"] += [
             "--config.rollout.backend=vllm",
             f"--config.rollout.teacher_servers={','.join(urls[:2])}",

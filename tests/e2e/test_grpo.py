@@ -274,7 +274,7 @@ def test_a_run_does_not_end_for_samples_that_cannot_train(inputs, tmp_path, case
         "data.dataset_path": tmp_path / "questions.jsonl", "data.shuffle": False, "max_steps": 3,
         "reward.max_failed_frac": 0.2, "reward.retry_waits_secs": "(600.0,)", **ORDINARY[case],
     }  # fmt: skip
-    asked = command(inputs, tmp_path / "run", "teaching", 1)
+    asked = command(inputs, tmp_path / "run", "teaching", devices=1)
     asked["args"] += [f"--config.{k}={v}" for k, v in values.items()]
     result = subprocess.run(**asked, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

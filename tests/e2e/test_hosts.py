@@ -30,29 +30,21 @@ GRPO = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation
 sft_inputs, grpo_inputs = test_sft.inputs, test_grpo.inputs
 
 
-def commands(base, cache, num_processes, devices, **options):
-    """Returns the command of each process of a run with this many devices each.
-
-    They name a cache of compiled programs, which CPUs must not use with several devices.
-    """
+def commands(base, num_processes, devices, **options):
+    """Returns the command of each process of a run with this many devices each."""
     flags = [f"--config.{k}={v}" for k, v in options.items()]
-    flags.append(f"--config.compilation_cache_dir={cache}")
-    environment = base["env"] | {
-        "XLA_FLAGS": processes.xla_flags(devices),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = base["env"] | {"XLA_FLAGS": processes.xla_flags(devices)}
     joins = processes.address_flags(num_processes) if num_processes > 1 else [[]]
     return [{"args": [*base["args"], *flags, *join], "env": environment} for join in joins]
 
 
 @pytest.fixture(scope="module")
-def sft(sft_inputs, tmp_path_factory):
+def sft(sft_inputs):
     """Returns `(output, processes, devices, **options) -> commands` of an SFT run."""
-    cache = tmp_path_factory.mktemp("sft_xla")
 
     def make(output, num_processes=2, devices=4, **options):
         base = test_sft.command(sft_inputs, output)
-        return commands(base, cache, num_processes, devices, **SFT | options)
+        return commands(base, num_processes, devices, **SFT | options)
 
     return make
 
@@ -228,7 +220,7 @@ def grpo_of_one_and_two(grpo_inputs, directory, protocol, options):
     for number in (1, 2):
         outputs.append(directory / str(number))
         base = test_grpo.command(grpo_inputs, outputs[-1], protocol)
-        asked = commands(base, directory / "xla", number, 4 // number, **options)
+        asked = commands(base, number, 4 // number, **options)
         processes.finish(asked, directory / f"logs{number}")
     assert_same_run(*outputs)
     for step in (1, 2):

@@ -27,7 +27,7 @@ def inputs(tmp_path_factory):
 
 def start(inputs, output, port, waits):
     """Starts a run of three steps with `mixed` reward and the offline judges."""
-    command = test_grpo.command(inputs, output, "teaching", 1)
+    command = test_grpo.command(inputs, output, "teaching", devices=1)
     url = f"http://127.0.0.1:{port}/v1"
     values = {
         "max_steps": STEPS, "save_steps": 0, "sync_ref_model": False, "num_iterations": 1,
@@ -89,7 +89,7 @@ def test_a_run_outlives_its_judges(inputs, tmp_path):
 
 def test_nothing_that_a_run_writes_shows_the_password_of_a_judge(inputs, tmp_path):
     with judge_server.running() as server:
-        command = test_grpo.command(inputs, tmp_path / "run", "teaching", 1)
+        command = test_grpo.command(inputs, tmp_path / "run", "teaching", devices=1)
         url = f"http://judge:hush%2Fhush@127.0.0.1:{server.port}/v1"
         values = {
             "max_steps": 1, "sync_ref_model": False, "num_iterations": 1, "reward.kind": "rim",
