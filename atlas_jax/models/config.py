@@ -1,13 +1,18 @@
 """What a decoder is made of, read from a Hugging Face `config.json`.
 
-Each option of a `config.json` is one of four things: read here, fixed to the one value that the
-decoder computes, known not to change the forward pass, or refused by name.
+transformers' config class of the `model_type` is the judge. It fills in what is absent and turns
+former spellings into today's. An option that it has is computed by the decoder, without effect on
+the forward pass, or refused by name unless it has the class's default; an option that it does not
+have cannot change what transformers computes, and is left alone (see `ignored`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,30 +74,33 @@ class ModelConfig:
 
 
 _READ = {
-    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "head_dim",
-    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-    "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters",
-    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_bias",
-    "mlp_bias", "hidden_act", "hidden_activation", "query_pre_attn_scalar",
-    "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
+    "vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings", "rope_parameters", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "attention_bias", "mlp_bias", "hidden_act",
+    "hidden_activation", "query_pre_attn_scalar", "_sliding_window_pattern",
 }  # fmt: skip
+"""Options of transformers' config classes that the decoder computes."""
+
+_REPLACED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
+"""Former options, which transformers turns into those of today."""
 
 _WITHOUT_EFFECT = {
-    "_name_or_path", "transformers_version", "transformers.js_config", "torch_dtype", "dtype",
-    "use_cache", "cache_implementation", "initializer_range", "bos_token_id", "eos_token_id",
-    "pad_token_id", "is_llama_config", "attention_dropout", "unsloth_version", "unsloth_fixed",
-    "id2label", "label2id", "return_dict", "chunk_size_feed_forward", "problem_type",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "use_cache", "cache_implementation", "initializer_range", "attention_dropout",
+    "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "torch_dtype",
 }  # fmt: skip
+"""Options that change nothing in the forward pass, beside those of every model."""
 
-_FIXED = {
-    "pretraining_tp": (1, None), "quantization_config": (None,), "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,), "partial_rotary_factor": (1.0, None),
-    "num_local_experts": (None,), "num_experts": (None,), "rope_interleaved": (False, None),
-    "use_bidirectional_attention": (False, None), "is_encoder_decoder": (False, None),
+_REFUSED = {
+    "quantization_config": "the weights are quantised; convert them to bfloat16 first",
+    "compression_config": "the weights are compressed; convert them to bfloat16 first",
+    "auto_map": "the model brings code of its own, which is not run",
+}
+
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
 }  # fmt: skip
-
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -103,52 +111,78 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What `config.json` leaves unsaid, by `model_type`."""
 
+_WITH_BIAS = ("llama", "qwen3", "gemma3_text")
+"""Families whose `attention_bias` says whether attention has biases."""
+
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Returns the architecture that the content of a `config.json` describes.
 
     Raises:
-        ValueError: names the architecture or option that is not supported, or the key that lacks.
+        ValueError: names the architecture or option that is not supported, or what transformers
+            refuses.
     """
     family = hf.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(
             f"model_type {family!r} is not supported; supported are {', '.join(_FAMILIES)}"
         )
-    _refuse_unknown(hf)
+    for name, reason in _REFUSED.items():
+        if hf.get(name) is not None:
+            raise ValueError(f"config.json has {name}: {reason}")
+    options = _complete(hf, family)
+    _refuse_uncomputed(options, family)
+    return _read(options, family)
+
+
+def ignored(hf: dict[str, Any]) -> list[str]:
+    """Returns the options of a `config.json` that transformers does not know for its family."""
+    known = _defaults(hf["model_type"]).keys() | _REPLACED | _WITHOUT_EFFECT | _REFUSED.keys()
+    return sorted(hf.keys() - known)
+
+
+def _complete(hf: dict[str, Any], family: str) -> dict[str, Any]:
+    """Returns the options as transformers' own class reads them, with its defaults.
+
+    Raises:
+        ValueError: if the class refuses them.
+    """
     try:
-        return _read(hf, family)
-    except KeyError as error:
-        raise ValueError(f"config.json lacks {error.args[0]!r}") from None
+        return transformers.CONFIG_MAPPING[family].from_dict(dict(hf)).to_dict()
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers refuses config.json: {reason}") from None
 
 
-def _refuse_unknown(hf: dict[str, Any]) -> None:
-    for name, value in hf.items():
-        if name in _FIXED:
-            if value not in _FIXED[name]:
-                raise ValueError(
-                    f"config.json option {name}={value!r} is not supported; only "
-                    f"{_FIXED[name][0]!r} is"
-                )
-        elif name not in _READ and name not in _WITHOUT_EFFECT and value:
-            raise ValueError(f"config.json option {name}={value!r} is not known to this decoder")
+def _defaults(family: str) -> dict[str, Any]:
+    return transformers.CONFIG_MAPPING[family]().to_dict()
+
+
+def _refuse_uncomputed(options: dict[str, Any], family: str) -> None:
+    """Refuses an option of the class that the decoder does not compute.
+
+    What the class does not have changes nothing in transformers either.
+    """
+    harmless = _READ | _WITHOUT_EFFECT | transformers.PreTrainedConfig().to_dict().keys()
+    for name, default in _defaults(family).items():
+        if name not in harmless and options[name] != default:
+            raise ValueError(
+                f"config.json option {name}={options[name]!r} is not supported; only {default!r} is"
+            )
 
 
 def _read(hf: dict[str, Any], family: str) -> ModelConfig:
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     gemma = family == "gemma3_text"
-    activation = hf.get("hidden_activation" if gemma else "hidden_act") or "gelu_pytorch_tanh"
+    activation = hf["hidden_activation" if gemma else "hidden_act"]
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f"activation {activation!r} is not supported; use one of {', '.join(_ACTIVATIONS)}"
         )
     window, local_layers = _local(hf, family)
-    if family == "qwen2" and hf.get("attention_bias") is False:
-        raise ValueError("config.json option attention_bias=False is not supported for qwen2")
-    bias = bool(hf.get("attention_bias", False))
+    bias = family in _WITH_BIAS and bool(hf["attention_bias"])
     fields: dict[str, Any] = {
-        "qkv_bias": bias, "output_bias": bias and family != "qwen2",
-        "mlp_bias": bool(hf.get("mlp_bias", False)),
+        "qkv_bias": bias, "output_bias": bias, "mlp_bias": family == "llama" and hf["mlp_bias"],
     }  # fmt: skip
     if gemma:
         fields["embed_scale"] = float(width) ** 0.5
@@ -159,13 +193,13 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
         intermediate_size=hf["intermediate_size"],
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        num_kv_heads=hf["num_key_value_heads"] or heads,
         head_dim=hf.get("head_dim") or width // heads,
         max_positions=hf["max_position_embeddings"],
         norm_eps=hf["rms_norm_eps"],
-        tie_embeddings=bool(hf.get("tie_word_embeddings", gemma)),
-        rope=_rope(hf, "full_attention"),
-        local_rope=_rope(hf, "sliding_attention") if gemma else None,
+        tie_embeddings=bool(hf["tie_word_embeddings"]),
+        rope=_rope(hf["rope_parameters"], "full_attention"),
+        local_rope=_rope(hf["rope_parameters"], "sliding_attention") if gemma else None,
         window=window,
         local_layers=local_layers,
         activation=_ACTIVATIONS[activation],
@@ -176,35 +210,24 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
 def _local(hf: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
     """Returns the window, and which layers have it."""
     layers, window = hf["num_hidden_layers"], hf.get("sliding_window") or 0
-    if hf.get("layer_types"):
-        kinds = {"sliding_attention": True, "full_attention": False}
-        unknown = set(hf["layer_types"]) - set(kinds)
-        if unknown:
-            raise ValueError(f"config.json option layer_types has {sorted(unknown)}, not supported")
-        local = tuple(kinds[t] for t in hf["layer_types"])
-    elif family == "gemma3_text":
-        period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-        local = tuple((i + 1) % period != 0 for i in range(layers))
-    elif family in ("qwen2", "qwen3"):
-        first = hf.get("max_window_layers", layers) if hf.get("use_sliding_window") else layers
-        local = tuple(i >= first for i in range(layers))
-    else:
-        local = (bool(window) and family == "mistral",) * layers
-    if len(local) != layers:
-        raise ValueError(f"config.json has {len(local)} layer_types for {layers} layers")
+    if family == "llama":
+        return 0, ()
+    if family == "mistral":  # transformers reads no layer_types here
+        return (window, (True,) * layers) if window else (0, ())
+    kinds = {"sliding_attention": True, "full_attention": False}
+    unknown = set(hf["layer_types"]) - set(kinds)
+    if unknown:
+        raise ValueError(f"config.json option layer_types has {sorted(unknown)}, not supported")
+    local = tuple(kinds[t] for t in hf["layer_types"])
     if any(local) and not window:
         raise ValueError("config.json has layers with sliding_attention, but no sliding_window")
     return (window, local) if any(local) else (0, ())
 
 
-def _rope(hf: dict[str, Any], layer_type: str) -> Rope:
-    """Reads `rope_theta` with `rope_scaling`, or the `rope_parameters` of transformers 5."""
-    options = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+def _rope(options: dict[str, Any], layer_type: str) -> Rope:
+    """Reads the `rope_parameters` of transformers 5, of one kind of layers if they differ."""
     options = options.get(layer_type, options)
-    theta = options.get("rope_theta") or hf.get("rope_theta", 10000.0)
-    if layer_type == "sliding_attention" and "rope_parameters" not in hf:
-        return Rope(theta=float(hf.get("rope_local_base_freq", 10000.0)))
-    kind = options.get("rope_type") or options.get("type") or "default"
+    theta, kind = float(options["rope_theta"]), options["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(
             f"config.json option rope type {kind!r} is not supported; "
@@ -213,11 +236,11 @@ def _rope(hf: dict[str, Any], layer_type: str) -> Rope:
     if options.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json option partial_rotary_factor is not supported")
     if kind == "default":
-        return Rope(theta=float(theta))
+        return Rope(theta=theta)
     if kind == "linear":
-        return Rope(theta=float(theta), kind=kind, factor=float(options["factor"]))
+        return Rope(theta=theta, kind=kind, factor=float(options["factor"]))
     return Rope(
-        theta=float(theta),
+        theta=theta,
         kind=kind,
         factor=float(options["factor"]),
         low_freq_factor=float(options["low_freq_factor"]),

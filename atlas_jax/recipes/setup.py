@@ -17,7 +17,7 @@ from atlas_jax import distributed, optim, step
 from atlas_jax.checkpoint import exports, gguf, hf, manager
 from atlas_jax.config import TrainConfig
 from atlas_jax.models import attention
-from atlas_jax.models.config import ModelConfig, from_hf
+from atlas_jax.models.config import ModelConfig, from_hf, ignored
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import run_dir
 from atlas_jax.recipes.run_dir import Origin, Started
@@ -108,6 +108,8 @@ def _open(
     source = hf.open_source(path)
     tokenizer = load_tokenizer(tokenizer_name or path)
     architecture = from_hf(source.config)
+    if unknown := ignored(source.config):
+        logging.info("%s: options of config.json without a meaning there: %s", name, unknown)
     check_vocabulary(tokenizer, architecture.vocab_size)
     decoder = make_decoder(config, architecture, sharding, param_dtype)
     return Model(source, decoder, hf.model_files(source, tokenizer))

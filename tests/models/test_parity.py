@@ -100,33 +100,6 @@ def test_attention_of_another_device_is_refused(name):
         attention.select(name, mesh, packed=False, dtype=np.dtype("float32"))
 
 
-LLAMA = dict(
-    model_type="llama", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-    num_attention_heads=1, max_position_embeddings=8, rms_norm_eps=1e-5, hidden_act="silu",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"model_type": "mamba"}, "mamba"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"hidden_act": "relu"}, "relu"),
-        ({"pretraining_tp": 2}, "pretraining_tp"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"brand_new_trick": 3}, "brand_new_trick"),
-    ],
-)
-def test_unsupported_options_are_refused_by_name(change, named):
-    with pytest.raises(ValueError, match=named):
-        from_hf(LLAMA | change)
-
-
-def test_a_missing_option_is_named():
-    with pytest.raises(ValueError, match="rms_norm_eps"):
-        from_hf({k: v for k, v in LLAMA.items() if k != "rms_norm_eps"})
-
-
 def test_random_parameters_have_the_shapes_of_loaded_ones(tmp_path):
     path = tiny.save("gemma3", tmp_path)
     decoder, params = tiny.load(path, devices=ONE)
