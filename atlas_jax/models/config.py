@@ -9,6 +9,8 @@ have cannot change what transformers computes, and is left alone (see `ignored`)
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -20,11 +22,15 @@ class Rope:
     """Rotary position embedding (arXiv:2104.09864): the base, and how it was stretched."""
 
     theta: float = 10000.0
-    kind: str = "default"  # default | linear | llama3
+    kind: str = "default"  # default | linear | llama3 | yarn
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0  # yarn: turns above which a frequency is kept
+    beta_slow: float = 1.0  # yarn: turns below which it is divided by the factor
+    truncate: bool = True  # yarn: whether the range between the two is rounded to whole pairs
+    attention_factor: float = 1.0  # of cosine and sine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +204,8 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
         max_positions=hf["max_position_embeddings"],
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=bool(hf["tie_word_embeddings"]),
-        rope=_rope(hf["rope_parameters"], "full_attention"),
-        local_rope=_rope(hf["rope_parameters"], "sliding_attention") if gemma else None,
+        rope=_rope(hf, "full_attention"),
+        local_rope=_rope(hf, "sliding_attention") if gemma else None,
         window=window,
         local_layers=local_layers,
         activation=_ACTIVATIONS[activation],
@@ -224,26 +230,67 @@ def _local(hf: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
     return (window, local) if any(local) else (0, ())
 
 
-def _rope(options: dict[str, Any], layer_type: str) -> Rope:
+def _rope(hf: dict[str, Any], layer_type: str) -> Rope:
     """Reads the `rope_parameters` of transformers 5, of one kind of layers if they differ."""
+    options = hf["rope_parameters"]
     options = options.get(layer_type, options)
-    theta, kind = float(options["rope_theta"]), options["rope_type"]
-    if kind not in ("default", "linear", "llama3"):
+    kind, theta = options["rope_type"], float(options["rope_theta"])
+    if kind not in _ROPES:
         raise ValueError(
             f"config.json option rope type {kind!r} is not supported; "
-            "supported are default, linear, llama3"
+            f"supported are {', '.join(_ROPES)}"
         )
     if options.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json option partial_rotary_factor is not supported")
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "linear":
-        return Rope(theta=theta, kind=kind, factor=float(options["factor"]))
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=float(options["factor"]),
-        low_freq_factor=float(options["low_freq_factor"]),
-        high_freq_factor=float(options["high_freq_factor"]),
-        original_max_positions=int(options["original_max_position_embeddings"]),
-    )
+    return Rope(theta=theta, **_ROPES[kind](options, hf["max_position_embeddings"]))
+
+
+def _linear(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
+    del max_positions
+    return {"kind": "linear", "factor": float(options["factor"])}
+
+
+def _llama3(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
+    del max_positions
+    return {
+        "kind": "llama3",
+        "factor": float(options["factor"]),
+        "low_freq_factor": float(options["low_freq_factor"]),
+        "high_freq_factor": float(options["high_freq_factor"]),
+        "original_max_positions": int(options["original_max_position_embeddings"]),
+    }
+
+
+def _yarn(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
+    """Reads the options of YaRN (arXiv:2309.00071, sections 3.2 to 3.4)."""
+    original = int(options["original_max_position_embeddings"])
+    factor = float(options["factor"] or max_positions / original)
+
+    def length_factor(weight: float) -> float:
+        return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention = options.get("attention_factor")
+    if attention is None:
+        weight, weight_all = options.get("mscale"), options.get("mscale_all_dim")
+        if weight and weight_all:
+            attention = length_factor(weight) / length_factor(weight_all)
+        else:
+            attention = length_factor(1.0)
+    return {
+        "kind": "yarn",
+        "factor": factor,
+        "original_max_positions": original,
+        "beta_fast": float(options.get("beta_fast") or 32.0),
+        "beta_slow": float(options.get("beta_slow") or 1.0),
+        "truncate": bool(options.get("truncate", True)),
+        "attention_factor": float(attention),
+    }
+
+
+_ROPES: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {
+    "default": lambda options, max_positions: {},
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+"""Reader of each kind of rotary embedding: fields of `Rope` besides the base."""

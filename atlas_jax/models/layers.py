@@ -73,7 +73,8 @@ def rotation(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> Rotatio
     """Returns the angles `position * theta ** (-2 i / H)`, stretched as `rope` says.
 
     Reference: RoFormer, arXiv:2104.09864, eq. 15; `llama3` stretches wavelengths as Llama 3.1 does
-    (its model card and transformers' `_compute_llama3_parameters`).
+    (its model card and transformers' `_compute_llama3_parameters`); `yarn` is arXiv:2309.00071,
+    section 3.2, with the factor of section 3.4 on cosine and sine.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     frequencies = (1.0 / rope.theta**exponents).astype(np.float32)
@@ -81,8 +82,11 @@ def rotation(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> Rotatio
         frequencies = frequencies / rope.factor
     elif rope.kind == "llama3":
         frequencies = _llama3(frequencies, rope)
+    elif rope.kind == "yarn":
+        frequencies = _yarn(frequencies, rope, head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    scale = rope.attention_factor
+    return Rotation(scale * jnp.cos(angles), scale * jnp.sin(angles))
 
 
 def _llama3(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
@@ -91,6 +95,23 @@ def _llama3(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = np.clip(blend, 0.0, 1.0)
     return keep * frequencies + (1 - keep) * frequencies / rope.factor
+
+
+def _yarn(frequencies: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
+    """Keeps frequencies with many turns, divides those with few, and blends by pair in between."""
+
+    def pair(turns: float) -> float:
+        """Returns the place of the frequency that makes so many turns in the original context."""
+        length = rope.original_max_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(rope.theta))
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first or 0.001
+    divided = np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / width, 0.0, 1.0)
+    return divided * frequencies / rope.factor + (1 - divided) * frequencies
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:

@@ -22,11 +22,17 @@ LLAMA_ROPE = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 COMMON = {
     "rms_norm_eps": [1e-5, 1e-2], "rope_theta": [500.0, 10000.0], "tie_word_embeddings": [True],
     "use_cache": [False], "_model_name_or_path": ["a.gguf"], "head_dim": [8, 16],
     "architectures": [None, ["Other"]], "bos_token_id": [0, None], "eos_token_id": [[1, 2]],
-    "rope_scaling": [None, {"type": "linear", "factor": 4.0}], "initializer_range": [0.3],
+    "rope_scaling": [
+        None, {"type": "linear", "factor": 4.0}, YARN,
+        YARN | {"beta_fast": 8, "beta_slow": 2, "truncate": False, "attention_factor": 1.3},
+        YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}, YARN | {"factor": None},
+    ],
+    "initializer_range": [0.3],
     "some_tool_version": ["2026.11"], "torch_dtype": ["float32"], "attention_dropout": [0.1],
 }  # fmt: skip
 LOCAL = {
@@ -117,7 +123,8 @@ LLAMA = {"model_type": "llama"} | SIZES
     [
         ({"model_type": "mamba"}, "mamba"),
         ({"model_type": None}, "None"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, "factor"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"hidden_act": "relu"}, "relu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: the weights are quantised"),
