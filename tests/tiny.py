@@ -32,6 +32,11 @@ _LLAMA3 = dict(
     high_freq_factor=4.0, original_max_position_embeddings=32,
 )  # fmt: skip
 
+_YARN = dict(
+    rope_type="yarn", rope_theta=500000.0, factor=4.0, original_max_position_embeddings=64,
+)  # fmt: skip
+_IDS = dict(pad_token_id=0, eos_token_id=0, bos_token_id=0)  # the usual ids are outside
+
 FAMILIES = {
     "llama2": ("LlamaConfig", dict(tie_word_embeddings=False)),
     "llama3.1": ("LlamaConfig", dict(rope_parameters=_LLAMA3, tie_word_embeddings=True)),
@@ -50,7 +55,31 @@ FAMILIES = {
         dict(head_dim=32, sliding_window=6, query_pre_attn_scalar=24, tie_word_embeddings=True,
              layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     ),
+    "smollm3": ("SmolLM3Config", dict(no_rope_layers=[1, 0, 1], **_IDS)),
+    "olmo2": ("Olmo2Config", dict(tie_word_embeddings=False)),
+    "olmo3": (
+        "Olmo3Config",
+        dict(sliding_window=6,
+             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+             rope_parameters={
+                 "full_attention": _YARN, "sliding_attention": dict(rope_type="default",
+                                                                    rope_theta=1e4)}),
+    ),
+    "granite": (
+        "GraniteConfig",
+        dict(embedding_multiplier=12.0, attention_multiplier=0.1, residual_multiplier=0.3,
+             logits_scaling=6.0, attention_bias=True),
+    ),
+    "phi3": ("Phi3Config", dict(sliding_window=9, **_IDS)),
+    "phi4": (
+        "Phi3Config",
+        dict(tie_word_embeddings=True, original_max_position_embeddings=64, **_IDS,
+             rope_parameters=dict(
+                 rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75,
+                 short_factor=[1.0, 1.1, 1.3, 2.0, 2.5, 4.0], long_factor=[2.0] * 6)),
+    ),
 }  # fmt: skip
+ADDED = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "phi4")
 
 
 @functools.lru_cache

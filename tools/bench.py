@@ -29,7 +29,7 @@ from atlas_jax.data import loader, sources
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import setup, sft
+from atlas_jax.recipes import sft, vocabulary
 from atlas_jax.sharding import Sharding, make_mesh, to_global
 from atlas_jax.types import Batch, Params
 
@@ -136,7 +136,7 @@ def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
             packing=True, max_seq_length=args.length, data=DataConfig(dataset_path=args.packing)
         )
         rows, _ = sources.load_rows(config.data, config.seed)
-        tokenizer = setup.load_tokenizer(args.model)
+        tokenizer = vocabulary.load_tokenizer(args.model)
         packed = loader.build(rows, config, tokenizer, loader.Layout(args.batch))
         return [packed.batch(i) for i in range(args.steps)]
     rng = np.random.default_rng(0)

@@ -32,7 +32,7 @@ from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes.setup import load_tokenizer
+from atlas_jax.recipes.vocabulary import load_tokenizer
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import abstract as abstract_tree
 from atlas_jax.types import Params

@@ -266,7 +266,7 @@ def digest(source: Source) -> str:
     """
     names = sorted(source.shapes)
     total = hashlib.sha256(json.dumps([(n, source.shapes[n]) for n in names]).encode())
-    for kind in ("q_proj.weight", "down_proj.weight"):
+    for kind in ("q_proj.weight", "qkv_proj.weight", "down_proj.weight"):
         for name in [n for n in names if n.endswith(kind)][-1:]:
             total.update(np.ascontiguousarray(source.read(name)).tobytes())
     return total.hexdigest()[:16]
@@ -282,9 +282,10 @@ def load(source: Source, decoder: Decoder) -> Params:
     placements = decoder.placements()
     params: Params = {}
     for entry in names.entries(decoder.config):
-        shape = names.leaf(decoder.shapes, entry.path)
-        place = names.leaf(placements, entry.path)
-        _set(params, entry.path, _load_kind(source, decoder, entry, shape, place))
+        places = [names.leaf(placements, path) for path in entry.paths]
+        values = _load_kind(source, decoder, entry, places)
+        for path, value in zip(entry.paths, values, strict=True):
+            _set(params, path, value)
     return params
 
 
@@ -292,24 +293,37 @@ def _load_kind(
     source: Source,
     decoder: Decoder,
     entry: names.Entry,
-    shape: jax.ShapeDtypeStruct,
-    place: jax.sharding.NamedSharding,
-) -> jax.Array:
-    """Returns all tensors of one kind, stacked where there is one in each layer."""
+    places: list[jax.sharding.NamedSharding],
+) -> list[jax.Array]:
+    """Returns the parameters in the tensors of one kind, stacked where each layer has one."""
+    shapes = names.shapes_of(entry, decoder.shapes)
+    dtype = decoder.param_dtype
     if not entry.per_layer:
-        tensor = names.from_hf(entry, source.read(entry.name), shape.shape)
-        return _place(tensor, place).astype(shape.dtype)
-    one = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+        found = names.from_hf(entry, source.read(entry.name), shapes)
+        return [_place(x, place).astype(dtype) for x, place in zip(found, places, strict=True)]
     # Layers are stacked in device memory also where they are to rest in the host's: JAX writes no
     # device array into a host one.
-    on_device = jax.sharding.NamedSharding(place.mesh, place.spec)
-    stacked = jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=on_device)()
+    stacks = [
+        _zeros((decoder.config.num_layers, *shape), dtype, _with_spec(place, place.spec))
+        for shape, place in zip(shapes, places, strict=True)
+    ]
     for i, name in enumerate(names.hf_names(entry, decoder.config)):
-        tensor = names.from_hf(entry, source.read(name), shape.shape[1:])
-        stacked = _write_layer(stacked, _place(tensor, one), np.int32(i))
+        found = names.from_hf(entry, source.read(name), shapes)
+        for k, (tensor, place) in enumerate(zip(found, places, strict=True)):
+            one = _with_spec(place, place.spec[1:])
+            stacks[k] = _write_layer(stacks[k], _place(tensor, one), np.int32(i))
         # Dispatch runs ahead of the writes; without waiting, many tensors would be held at once.
-        stacked.block_until_ready()
-    return jax.device_put(stacked, place)
+        jax.block_until_ready(stacks)
+    return [jax.device_put(x, place) for x, place in zip(stacks, places, strict=True)]
+
+
+def _with_spec(place: jax.sharding.NamedSharding, spec: Any) -> jax.sharding.NamedSharding:
+    """Returns a place in device memory on the same mesh."""
+    return jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, place: jax.sharding.NamedSharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
 
 
 def _place(tensor: np.ndarray, place: jax.sharding.NamedSharding) -> jax.Array:

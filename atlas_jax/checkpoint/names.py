@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.models.config import ModelConfig
@@ -16,60 +18,77 @@ class Entry(NamedTuple):
     """One kind of tensor.
 
     A `linear` tensor is `[out, in]` at Hugging Face and `[*in, *out]` here; others have the same
-    order of numbers in both.
+    order of numbers in both. A tensor may hold several parameters, one below the other.
 
     Example:
         # o_proj.weight [D, N*H] <-> attention/o/kernel [N, H, D], whose first two dims are inputs
-        Entry("self_attn.o_proj.weight", ("layers", "attention", "o", "kernel"), "linear", 2)
+        Entry("self_attn.o_proj.weight", (("layers", "attention", "o", "kernel"),), "linear", 2)
     """
 
-    name: str  # behind `model.layers.{i}.` where the path begins with "layers"
-    path: tuple[str, ...]
+    name: str  # behind `model.layers.{i}.` where the paths begin with "layers"
+    paths: tuple[tuple[str, ...], ...]
     kind: Literal["linear", "same"] = "same"
-    inputs: int = 1  # leading dims of the parameter that are inputs
+    inputs: int = 1  # leading dims of a parameter that are inputs
 
     @property
     def per_layer(self) -> bool:
         """Whether there is one such tensor in each layer."""
-        return self.path[0] == "layers"
+        return self.paths[0][0] == "layers"
 
 
 def entries(config: ModelConfig) -> list[Entry]:
     """Returns the kinds of tensors that a model of this architecture consists of."""
-    found = [Entry("model.embed_tokens.weight", ("embed",)), Entry("model.norm.weight", ("norm",))]
+    found = [
+        Entry("model.embed_tokens.weight", (("embed",),)),
+        Entry("model.norm.weight", (("norm",),)),
+    ]
     if not config.tie_embeddings:
-        found.append(Entry("lm_head.weight", ("head",)))
-    attention, mlp = ("layers", "attention"), ("layers", "mlp")
-    for ours, inputs, bias in (
-        ("q", 1, config.qkv_bias), ("k", 1, config.qkv_bias), ("v", 1, config.qkv_bias),
-        ("o", 2, config.output_bias),
-    ):  # fmt: skip
-        found += _linear(f"self_attn.{ours}_proj", (*attention, ours), inputs, bias)
-    for ours in ("gate", "up", "down"):
-        found += _linear(f"mlp.{ours}_proj", (*mlp, ours), 1, config.mlp_bias)
-    if config.qk_norm:
-        found.append(Entry("self_attn.q_norm.weight", (*attention, "q_norm", "scale")))
-        found.append(Entry("self_attn.k_norm.weight", (*attention, "k_norm", "scale")))
+        found.append(Entry("lm_head.weight", (("head",),)))
+    bias, mlp_bias = config.qkv_bias, config.mlp_bias
+    if config.fused:
+        found += _linear("self_attn.qkv_proj", "attention", ("q", "k", "v"), bias)
+        found += _linear("mlp.gate_up_proj", "mlp", ("gate", "up"), mlp_bias)
+    else:
+        for ours in ("q", "k", "v"):
+            found += _linear(f"self_attn.{ours}_proj", "attention", (ours,), bias)
+        for ours in ("gate", "up"):
+            found += _linear(f"mlp.{ours}_proj", "mlp", (ours,), mlp_bias)
+    found += _linear("self_attn.o_proj", "attention", ("o",), config.output_bias, inputs=2)
+    found += _linear("mlp.down_proj", "mlp", ("down",), mlp_bias)
+    if config.qk_norm != "none":
+        for ours in ("q_norm", "k_norm"):
+            path = ("layers", "attention", ours, "scale")
+            found.append(Entry(f"self_attn.{ours}.weight", (path,)))
     return found + [
-        Entry(f"{name}.weight", ("layers", norm, "scale")) for name, norm in _norms(config)
+        Entry(f"{name}.weight", (("layers", norm, "scale"),))
+        for name, norm in _NORMS[config.norms].items()
     ]
 
 
-def _norms(config: ModelConfig) -> list[tuple[str, str]]:
-    """Llama calls the norm before the MLP `post_attention`; Gemma has one that really is."""
-    if not config.post_norms:
-        return [("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")]
-    return [
-        ("input_layernorm", "attention_norm"),
-        ("post_attention_layernorm", "attention_post_norm"),
-        ("pre_feedforward_layernorm", "mlp_norm"),
-        ("post_feedforward_layernorm", "mlp_post_norm"),
-    ]
+_NORMS = {
+    "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
+    "after": {
+        "post_attention_layernorm": "attention_post_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    },
+    "both": {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "attention_post_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    },
+}
+"""Llama calls the norm before the MLP `post_attention`; others have one that really is."""
 
 
-def _linear(name: str, path: tuple[str, ...], inputs: int, bias: bool) -> list[Entry]:
-    found = [Entry(f"{name}.weight", (*path, "kernel"), "linear", inputs)]
-    return [*found, Entry(f"{name}.bias", (*path, "bias"))] if bias else found
+def _linear(
+    name: str, part: str, ours: tuple[str, ...], bias: bool, inputs: int = 1
+) -> list[Entry]:
+    kernels, biases = (
+        tuple(("layers", part, each, leaf) for each in ours) for leaf in ("kernel", "bias")
+    )
+    found = [Entry(f"{name}.weight", kernels, "linear", inputs)]
+    return [*found, Entry(f"{name}.bias", biases)] if bias else found
 
 
 def leaf(tree: Params, path: tuple[str, ...]) -> Any:
@@ -89,26 +108,43 @@ def hf_names(entry: Entry, config: ModelConfig) -> list[str]:
 def hf_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the Hugging Face shape of a parameter of `shape`, the layer dim left out."""
     if entry.kind == "same":
-        return shape if len(entry.path) == 1 else (int(np.prod(shape)),)
+        return (int(np.prod(shape)),) if entry.per_layer else shape
     split = entry.inputs
     return int(np.prod(shape[split:])), int(np.prod(shape[:split]))
+
+
+def shapes_of(entry: Entry, shapes: Params) -> list[tuple[int, ...]]:
+    """Returns the shapes of the parameters in a tensor, the layer dim left out."""
+    return [leaf(shapes, path).shape[1 if entry.per_layer else 0 :] for path in entry.paths]
 
 
 def hf_shapes(config: ModelConfig, shapes: Params) -> dict[str, tuple[int, ...]]:
     """Returns name and shape of every Hugging Face tensor of a model."""
     result: dict[str, tuple[int, ...]] = {}
     for entry in entries(config):
-        shape = leaf(shapes, entry.path).shape[1 if entry.per_layer else 0 :]
-        result |= dict.fromkeys(hf_names(entry, config), hf_shape(entry, shape))
+        parts = [hf_shape(entry, shape) for shape in shapes_of(entry, shapes)]
+        whole = sum(part[0] for part in parts), *parts[0][1:]
+        result |= dict.fromkeys(hf_names(entry, config), whole)
     return result
 
 
-def from_hf(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a Hugging Face tensor in the layout of the parameter, as a view where it can be."""
-    return (tensor.T if entry.kind == "linear" else tensor).reshape(shape)
+def from_hf(
+    entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]
+) -> list[np.ndarray]:
+    """Returns the parameters that a Hugging Face tensor holds, as views where it can be."""
+    ends = np.cumsum([hf_shape(entry, shape)[0] for shape in shapes])[:-1]
+    parts = np.split(tensor, ends) if len(shapes) > 1 else [tensor]
+    return [
+        (part.T if entry.kind == "linear" else part).reshape(shape)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
-def to_hf(entry: Entry, value: Array) -> Array:
-    """Returns one layer of a parameter in Hugging Face layout."""
-    shape = hf_shape(entry, value.shape)
-    return value.reshape(shape) if entry.kind == "same" else value.reshape(shape[::-1]).T
+def to_hf(entry: Entry, values: Sequence[Array]) -> Array:
+    """Returns the Hugging Face tensor of one layer's parameters."""
+    parts = []
+    for value in values:
+        shape = hf_shape(entry, value.shape)
+        linear = entry.kind == "linear"
+        parts.append(value.reshape(shape[::-1]).T if linear else value.reshape(shape))
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -238,9 +238,9 @@ def _values(
     waiting: collections.deque[tuple[jax.Array, jax.Array]] = collections.deque()
     for name in order:
         entry, i = kinds[name]
-        param = names.leaf(params, entry.path)
+        parts = [names.leaf(params, path) for path in entry.paths]
         one = _one(entry, dtype_of(name, dtype), decoder.sharding.replicated)
-        value, checksum = one(param, np.int32(i))
+        value, checksum = one(parts, np.int32(i))
         value.copy_to_host_async()
         waiting.append((value, checksum))
         if len(waiting) > _AHEAD:
@@ -251,13 +251,13 @@ def _values(
 @functools.lru_cache
 def _one(
     entry: names.Entry, dtype: str, place: jax.sharding.NamedSharding
-) -> Callable[[jax.Array, np.int32], tuple[jax.Array, jax.Array]]:
-    """Returns the compiled `(parameter, layer) -> (tensor, checksum)` of one kind."""
+) -> Callable[[list[jax.Array], np.int32], tuple[jax.Array, jax.Array]]:
+    """Returns the compiled `(parameters, layer) -> (tensor, checksum)` of one kind."""
     bits = jnp.uint32 if jnp.dtype(dtype).itemsize == 4 else jnp.uint16
 
-    def run(param: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value = param[layer] if entry.per_layer else param
-        value = names.to_hf(entry, value.astype(dtype))
+    def run(parts: list[jax.Array], layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = [part[layer] if entry.per_layer else part for part in parts]
+        value = names.to_hf(entry, [part.astype(dtype) for part in values])
         numbers = jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32)
         return value, jnp.sum(numbers * (numbers | 1), dtype=jnp.uint32)
 

@@ -158,6 +158,11 @@ class TokenDataset:
         self._rows: dict[int, Table] = {}  # of the latest epochs
         self._lock = threading.RLock()  # Grain's threads share the two above
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens of all examples, one behind the other: [sum of T] int32."""
+        return self._sequences.tokens
+
     def example(self, index: int) -> Example:
         """Returns one example, in the order of the dataset's rows."""
         part = slice(self._sequences.offsets[index], self._sequences.offsets[index + 1])

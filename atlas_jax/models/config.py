@@ -8,6 +8,7 @@ have cannot change what transformers computes, and is left alone (see `ignored`)
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -22,7 +23,7 @@ class Rope:
     """Rotary position embedding (arXiv:2104.09864): the base, and how it was stretched."""
 
     theta: float = 10000.0
-    kind: str = "default"  # default | linear | llama3 | yarn
+    kind: str = "default"  # default | linear | llama3 | yarn | longrope
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -31,6 +32,8 @@ class Rope:
     beta_slow: float = 1.0  # yarn: turns below which it is divided by the factor
     truncate: bool = True  # yarn: whether the range between the two is rounded to whole pairs
     attention_factor: float = 1.0  # of cosine and sine
+    divisors: tuple[float, ...] = ()  # longrope: of each frequency
+    partial: float = 1.0  # share of each head that is rotated, from its beginning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +54,19 @@ class ModelConfig:
     local_rope: Rope | None = None  # of layers with a window; None is `rope`
     window: int = 0  # positions that a local layer sees, itself included; 0 is all
     local_layers: tuple[bool, ...] = ()  # which layers are local; () is none
+    rope_layers: tuple[bool, ...] = ()  # which layers rotate (arXiv:2501.18795); () is all
     activation: str = "silu"  # silu | gelu_tanh
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False  # norms on what attention and MLP return, too (Gemma)
+    qk_norm: str = "none"  # none | head: of each head | projection: of all heads together
+    norms: str = "before"  # before attention and MLP | after: on what they return | both
     norm_offset: float = 0.0  # added to norm scales (Gemma: 1)
     embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_divisor: float = 1.0
     query_scale: float = 0.0  # of attention scores; 0 is head_dim ** -0.5
+    fused: bool = False  # files hold query, key and value in one tensor, and gate and up
 
     @property
     def score_scale(self) -> float:
@@ -84,7 +91,9 @@ _READ = {
     "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
     "tie_word_embeddings", "rope_parameters", "sliding_window", "use_sliding_window",
     "max_window_layers", "layer_types", "attention_bias", "mlp_bias", "hidden_act",
-    "hidden_activation", "query_pre_attn_scalar", "_sliding_window_pattern",
+    "hidden_activation", "query_pre_attn_scalar", "_sliding_window_pattern", "no_rope_layers",
+    "no_rope_layer_interval", "embedding_multiplier", "attention_multiplier", "logits_scaling",
+    "residual_multiplier", "original_max_position_embeddings",
 }  # fmt: skip
 """Options of transformers' config classes that the decoder computes."""
 
@@ -92,10 +101,13 @@ _REPLACED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_wind
 """Former options, which transformers turns into those of today."""
 
 _WITHOUT_EFFECT = {
-    "use_cache", "cache_implementation", "initializer_range", "attention_dropout",
-    "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "torch_dtype",
+    "use_cache", "cache_implementation", "initializer_range", "attention_dropout", "resid_pdrop",
+    "embd_pdrop", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "torch_dtype",
 }  # fmt: skip
-"""Options that change nothing in the forward pass, beside those of every model."""
+"""Options that change nothing in the forward pass, beside those of every model.
+
+Training is without dropout, as the policy that samples is.
+"""
 
 _REFUSED = {
     "quantization_config": "the weights are quantised; convert them to bfloat16 first",
@@ -112,13 +124,18 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "gemma3_text": {"qk_norm": True, "post_norms": True, "norm_offset": 1.0},
+    "qwen3": {"qk_norm": "head"},
+    "gemma3_text": {"qk_norm": "head", "norms": "both", "norm_offset": 1.0},
+    "smollm3": {},
+    "olmo2": {"qk_norm": "projection", "norms": "after"},
+    "olmo3": {"qk_norm": "projection", "norms": "after"},
+    "granite": {},
+    "phi3": {"fused": True},
 }
 """What `config.json` leaves unsaid, by `model_type`."""
 
-_WITH_BIAS = ("llama", "qwen3", "gemma3_text")
-"""Families whose `attention_bias` says whether attention has biases."""
+_ALL_LOCAL = ("mistral", "phi3")
+"""Families whose layers all have the window."""
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -154,7 +171,7 @@ def _complete(hf: dict[str, Any], family: str) -> dict[str, Any]:
         ValueError: if the class refuses them.
     """
     try:
-        return transformers.CONFIG_MAPPING[family].from_dict(dict(hf)).to_dict()
+        return transformers.CONFIG_MAPPING[family].from_dict(copy.deepcopy(hf)).to_dict()
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers refuses config.json: {reason}") from None
@@ -179,20 +196,19 @@ def _refuse_uncomputed(options: dict[str, Any], family: str) -> None:
 
 def _read(hf: dict[str, Any], family: str) -> ModelConfig:
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    gemma = family == "gemma3_text"
-    activation = hf["hidden_activation" if gemma else "hidden_act"]
+    own = {name: hf[name] for name in _defaults(family)}
+    activation = own.get("hidden_activation", own.get("hidden_act"))
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f"activation {activation!r} is not supported; use one of {', '.join(_ACTIVATIONS)}"
         )
-    window, local_layers = _local(hf, family)
-    bias = family in _WITH_BIAS and bool(hf["attention_bias"])
+    window, local_layers = _local(own, family)
+    rotated = tuple(map(bool, own.get("no_rope_layers", ())))[: hf["num_hidden_layers"]]
+    bias = bool(own.get("attention_bias"))
+    by_layer = "sliding_attention" in hf["rope_parameters"]
     fields: dict[str, Any] = {
-        "qkv_bias": bias, "output_bias": bias, "mlp_bias": family == "llama" and hf["mlp_bias"],
+        "qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(own.get("mlp_bias")),
     }  # fmt: skip
-    if gemma:
-        fields["embed_scale"] = float(width) ** 0.5
-        fields["query_scale"] = float(hf["query_pre_attn_scalar"]) ** -0.5
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=width,
@@ -200,37 +216,65 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=hf["num_key_value_heads"] or heads,
-        head_dim=hf.get("head_dim") or width // heads,
-        max_positions=hf["max_position_embeddings"],
+        head_dim=hf.get("head_dim") or width // heads,  # some classes look for it without having it
+        max_positions=_max_positions(hf),
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=bool(hf["tie_word_embeddings"]),
-        rope=_rope(hf, "full_attention"),
-        local_rope=_rope(hf, "sliding_attention") if gemma else None,
+        rope=_rope(hf, family, "full_attention"),
+        local_rope=_rope(hf, family, "sliding_attention") if by_layer else None,
         window=window,
         local_layers=local_layers,
+        rope_layers=() if all(rotated) else rotated,
         activation=_ACTIVATIONS[activation],
-        **(fields | _FAMILIES[family]),
+        **(fields | _scales(own) | _FAMILIES[family]),
     )
 
 
-def _local(hf: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
+def _scales(own: dict[str, Any]) -> dict[str, Any]:
+    """Returns the constant factors of Gemma and of Granite."""
+    if "query_pre_attn_scalar" in own:
+        return {
+            "embed_scale": float(own["hidden_size"]) ** 0.5,
+            "query_scale": float(own["query_pre_attn_scalar"]) ** -0.5,
+        }
+    if "residual_multiplier" in own:
+        return {
+            "embed_scale": float(own["embedding_multiplier"]),
+            "query_scale": float(own["attention_multiplier"]),
+            "residual_scale": float(own["residual_multiplier"]),
+            "logit_divisor": float(own["logits_scaling"]),
+        }
+    return {}
+
+
+def _local(own: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
     """Returns the window, and which layers have it."""
-    layers, window = hf["num_hidden_layers"], hf.get("sliding_window") or 0
-    if family == "llama":
-        return 0, ()
-    if family == "mistral":  # transformers reads no layer_types here
+    layers, window = own["num_hidden_layers"], own.get("sliding_window") or 0
+    if family in _ALL_LOCAL:  # transformers reads no layer_types here
         return (window, (True,) * layers) if window else (0, ())
     kinds = {"sliding_attention": True, "full_attention": False}
-    unknown = set(hf["layer_types"]) - set(kinds)
+    named = own.get("layer_types") or ["full_attention"] * layers
+    unknown = set(named) - set(kinds)
     if unknown:
         raise ValueError(f"config.json option layer_types has {sorted(unknown)}, not supported")
-    local = tuple(kinds[t] for t in hf["layer_types"])
+    local = tuple(kinds[t] for t in named)
     if any(local) and not window:
         raise ValueError("config.json has layers with sliding_attention, but no sliding_window")
     return (window, local) if any(local) else (0, ())
 
 
-def _rope(hf: dict[str, Any], layer_type: str) -> Rope:
+def _max_positions(hf: dict[str, Any]) -> int:
+    """Returns how many positions the rotary embedding of short texts reaches.
+
+    Beyond the original ones, longrope has other frequencies for all positions, and transformers and
+    vLLM choose between the two by different rules.
+    """
+    most, options = hf["max_position_embeddings"], hf["rope_parameters"]
+    original = options.get("original_max_position_embeddings")
+    return min(most, original) if options.get("rope_type") == "longrope" else most
+
+
+def _rope(hf: dict[str, Any], family: str, layer_type: str) -> Rope:
     """Reads the `rope_parameters` of transformers 5, of one kind of layers if they differ."""
     options = hf["rope_parameters"]
     options = options.get(layer_type, options)
@@ -240,9 +284,11 @@ def _rope(hf: dict[str, Any], layer_type: str) -> Rope:
             f"config.json option rope type {kind!r} is not supported; "
             f"supported are {', '.join(_ROPES)}"
         )
-    if options.get("partial_rotary_factor", 1.0) != 1.0:
+    partial = float(options.get("partial_rotary_factor") or 1.0)
+    if partial != 1.0 and family != "phi3":
         raise ValueError("config.json option partial_rotary_factor is not supported")
-    return Rope(theta=theta, **_ROPES[kind](options, hf["max_position_embeddings"]))
+    fields = _ROPES[kind](options, hf["max_position_embeddings"])
+    return Rope(theta=theta, partial=partial, **fields)
 
 
 def _linear(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
@@ -287,10 +333,31 @@ def _yarn(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
     }
 
 
+def _longrope(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
+    """Reads the options of LongRoPE (arXiv:2402.13753) for texts of the original length."""
+    original = int(options["original_max_position_embeddings"])
+    factor = float(options.get("factor") or max_positions / original)
+    attention = options.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
+    return {
+        "kind": "longrope",
+        "divisors": tuple(map(float, options["short_factor"])),
+        "attention_factor": float(attention),
+    }
+
+
+def _default(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
+    del options, max_positions
+    return {}
+
+
 _ROPES: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {
-    "default": lambda options, max_positions: {},
+    "default": _default,
     "linear": _linear,
+    "dynamic": _default,  # longer texts than the model's positions alone change it
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }
 """Reader of each kind of rotary embedding: fields of `Rope` besides the base."""

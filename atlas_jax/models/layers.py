@@ -45,27 +45,36 @@ INIT_SCALE = 0.02
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, " D"], config: ModelConfig
-) -> Float[Array, "*B D"]:
+    x: Float[Array, "*B"], scale: Float[Array, "*D"], config: ModelConfig, divisor: float = 1.0
+) -> Float[Array, "*B"]:
     """Returns `x` over its root mean square, times the scale (arXiv:1910.07467, eq. 4).
 
     Computed in float32, returned in the dtype of `x`.
+
+    Args:
+        x: its last dims, as many as those of the scale, are normed together.
+        scale: learned.
+        config: epsilon, and what is added to the scale.
+        divisor: of the result.
     """
     wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    factor = scale.astype(jnp.float32) + config.norm_offset
+    dims = tuple(range(-scale.ndim, 0))
+    mean_square = jnp.mean(jnp.square(wide), axis=dims, keepdims=True)
+    factor = (scale.astype(jnp.float32) + config.norm_offset) / divisor
     return (wide * jax.lax.rsqrt(mean_square + config.norm_eps) * factor).astype(x.dtype)
 
 
 class Norm(nnx.Module):
     """Root-mean-square norm with a learned scale."""
 
-    def __init__(self, size: int, config: ModelConfig) -> None:
-        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norm_offset), dims=(None,))
+    def __init__(
+        self, shape: tuple[int, ...], config: ModelConfig, dims: tuple[str | None, ...] = (None,)
+    ) -> None:
+        self.scale = nnx.Param(jnp.full(shape, 1.0 - config.norm_offset), dims=dims)
         self.config = config
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Returns the norm of the last dim of `x`."""
+    def __call__(self, x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """Returns the norm of the last dims of `x`, those of the scale."""
         return rms_norm(x, self.scale[...], self.config)
 
 
@@ -74,8 +83,10 @@ def rotation(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> Rotatio
 
     Reference: RoFormer, arXiv:2104.09864, eq. 15; `llama3` stretches wavelengths as Llama 3.1 does
     (its model card and transformers' `_compute_llama3_parameters`); `yarn` is arXiv:2309.00071,
-    section 3.2, with the factor of section 3.4 on cosine and sine.
+    section 3.2, with the factor of section 3.4 on cosine and sine; `longrope` divides each
+    frequency by its own number (arXiv:2402.13753, eq. 2). H is what `rope` rotates of a head.
     """
+    head_dim = int(head_dim * rope.partial)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     frequencies = (1.0 / rope.theta**exponents).astype(np.float32)
     if rope.kind == "linear":
@@ -84,6 +95,8 @@ def rotation(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> Rotatio
         frequencies = _llama3(frequencies, rope)
     elif rope.kind == "yarn":
         frequencies = _yarn(frequencies, rope, head_dim)
+    elif rope.kind == "longrope":
+        frequencies = (frequencies / rope.divisors).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
     scale = rope.attention_factor
     return Rotation(scale * jnp.cos(angles), scale * jnp.sin(angles))
@@ -115,11 +128,16 @@ def _yarn(frequencies: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
-    """Rotates the pairs `(x[i], x[i + H/2])` of every head, in float32."""
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotates the pairs `(x[i], x[i + R/2])` of every head, in float32.
+
+    R is what the angles are for: all of a head, or its first numbers, and the others stay.
+    """
+    half = angles.cos.shape[-1]
+    low, high, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
     cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
-    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = [low * cos - high * sin, high * cos + low * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), rest], axis=-1)
 
 
 class Projection(nnx.Module):
@@ -162,8 +180,8 @@ class Attention(nnx.Module):
         self.v = Projection((d,), (k, h), kv, bias, rngs=rngs)
         o_dims = ("heads", None, "embed")
         self.o = Projection((n, h), (d,), o_dims, config.output_bias, rngs=rngs)
-        self.q_norm = Norm(h, config) if config.qk_norm else None
-        self.k_norm = Norm(h, config) if config.qk_norm else None
+        self.q_norm = _head_norm(config, n, "heads")
+        self.k_norm = _head_norm(config, k, "kv_heads")
 
     def __call__(
         self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
@@ -174,6 +192,13 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         key = rotate(key, angles)
         return self.o(attend(rotate(query, angles), key, value)), KeysValues(key, value)
+
+
+def _head_norm(config: ModelConfig, heads: int, dim: str) -> Norm | None:
+    """Returns the norm of queries or keys, if there is one."""
+    if config.qk_norm == "projection":
+        return Norm((heads, config.head_dim), config, (dim, None))
+    return Norm((config.head_dim,), config) if config.qk_norm == "head" else None
 
 
 class MLP(nnx.Module):
@@ -192,22 +217,32 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and MLP, each behind a norm and beside a residual."""
+    """One decoder layer: attention and MLP, each beside a residual, with norms around them."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        size = config.hidden_size
-        self.attention_norm = Norm(size, config)
+        def norm(*places: str) -> Norm | None:
+            return Norm((config.hidden_size,), config) if config.norms in places else None
+
+        self.attention_norm = norm("before", "both")
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = Norm(size, config)
+        self.mlp_norm = norm("before", "both")
         self.mlp = MLP(config, rngs=rngs)
-        self.attention_post_norm = Norm(size, config) if config.post_norms else None
-        self.mlp_post_norm = Norm(size, config) if config.post_norms else None
+        self.attention_post_norm = norm("after", "both")
+        self.mlp_post_norm = norm("after", "both")
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Returns the layer's output for every position, and its keys and values."""
-        y, kept = self.attention(self.attention_norm(x), angles, attend)
-        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
-        y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), kept
+        y, kept = self.attention(_normed(self.attention_norm, x), angles, attend)
+        x = self._added(x, _normed(self.attention_post_norm, y))
+        y = self.mlp(_normed(self.mlp_norm, x))
+        return self._added(x, _normed(self.mlp_post_norm, y)), kept
+
+    def _added(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + (y if self.residual_scale == 1.0 else self.residual_scale * y)
+
+
+def _normed(norm: Norm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)

@@ -166,7 +166,7 @@ class Decoder:
             scale = self.config.score_scale
             return self.attention(*qkv, segment_ids, sequence_ids, scale=scale, window=window)
 
-        def step(x: jax.Array, scanned: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+        def step(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, None]:
             return self.layer(scanned, checkpoint_name(x, "kept"), angles, attend)[0], None
 
         angles = self.angles(positions)
@@ -183,8 +183,8 @@ class Decoder:
         return x * jnp.asarray(self.config.embed_scale, self.compute_dtype)
 
     def norm(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns what leaves the last layer, normed."""
-        return rms_norm(x, params["norm"], self.config)
+        """Returns what leaves the last layer, normed, and divided by the divisor of logits."""
+        return rms_norm(x, params["norm"], self.config, self.config.logit_divisor)
 
     def output_table(self, params: Params) -> Float[Array, "V D"]:
         """Returns the output embedding as it rests, for `logprobs`."""
@@ -198,13 +198,18 @@ class Decoder:
         return full, local
 
     def stacked(self, params: Params) -> tuple[Params, Any]:
-        """Returns what a scan over layers runs through: parameters, and whether one is local."""
-        local = self.config.local_layers or (False,) * self.config.num_layers
-        return params["layers"], np.asarray(local)
+        """Returns what a scan over layers runs through.
+
+        That is parameters, whether a layer is local, and whether it rotates.
+        """
+        size = self.config.num_layers
+        local = self.config.local_layers or (False,) * size
+        rotates = self.config.rope_layers or (True,) * size
+        return params["layers"], (np.asarray(local), np.asarray(rotates))
 
     def layer(
         self,
-        scanned: tuple[Params, jax.Array],
+        scanned: tuple[Params, tuple[jax.Array, jax.Array]],
         x: Float[Array, "B T D"],
         angles: tuple[Rotation, Rotation],
         attend: Callable[..., jax.Array],
@@ -212,17 +217,19 @@ class Decoder:
         """Runs one layer of `stacked`, gathering its parameters as it comes.
 
         Args:
-            scanned: the layer's parameters as they rest, and whether it is local.
+            scanned: the layer's parameters as they rest, and what it does (`stacked`).
             x: what enters it.
             angles: from `angles`.
             attend: `(window, query, key, value) -> [B, T, N, H]`; window 0 sees everything. Where
                 only some layers are local, the device chooses.
         """
         config = self.config
-        params, is_local = scanned
+        params, (is_local, rotates) = scanned
         params = shd.gather(self.sharding, params, self._layer_dims, self.compute_dtype)
         block = nnx.merge(self._block[0], nnx.State(params))
         full, local = (functools.partial(attend, window) for window in (0, config.window))
+        if config.rope_layers:
+            angles = _where(rotates, angles[0]), _where(rotates, angles[1])
         if not any(config.local_layers):
             x, kept = block(x, angles[0], full)
         elif all(config.local_layers):
@@ -239,6 +246,11 @@ class Decoder:
     def _rows(self, x: jax.Array) -> jax.Array:
         where = NamedSharding(self.sharding.mesh, PartitionSpec(shd.BATCH_AXES))
         return jax.lax.with_sharding_constraint(x, where)
+
+
+def _where(rotates: jax.Array, angles: Rotation) -> Rotation:
+    """Returns the angles, or those that change nothing."""
+    return Rotation(jnp.where(rotates, angles.cos, 1.0), jnp.where(rotates, angles.sin, 0.0))
 
 
 def _is_dims(x: Any) -> bool:

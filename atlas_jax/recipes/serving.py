@@ -182,7 +182,8 @@ def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speake
     lengths = [start.max_model_len for start in pool.starts]
     context = min(model.decoder.config.max_positions, *lengths)
     encode = speakers.encoder(tokenizer, system_prompt)
-    return Speaker(encode, engine.generate, context), engine
+    vocab_size = model.decoder.config.vocab_size
+    return Speaker(encode, engine.generate, context, vocab_size), engine
 
 
 def choose_versions(config: GRPOConfig, model: setup.Model) -> Versions:

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import distributed, optim, step
-from atlas_jax.checkpoint import exports, gguf, hf, manager
+from atlas_jax.checkpoint import exports, hf, manager
 from atlas_jax.config import TrainConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, from_hf, ignored
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import run_dir
+from atlas_jax.recipes import run_dir, vocabulary
 from atlas_jax.recipes.run_dir import Origin, Started
 from atlas_jax.sharding import Sharding, make_mesh, platform
 from atlas_jax.types import Params
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Model(NamedTuple):
@@ -37,9 +33,21 @@ class Model(NamedTuple):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text, as `generation_config.json` says."""
-        ids = self.files.generation_config.get("eos_token_id")
-        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+        """Tokens that end a text, as `generation_config.json` says.
+
+        Without it they are what `config.json` says and the tokenizer's, which some fine-tunings
+        changed alone.
+        """
+        if said := _ids(self.files.generation_config):
+            return said
+        eos = self.files.tokenizer.eos_token_id
+        own = _ids(self.source.config)
+        return own if eos is None or eos in own else (*own, eos)
+
+
+def _ids(options: dict[str, Any]) -> tuple[int, ...]:
+    ids = options.get("eos_token_id")
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
 class Start(NamedTuple):
@@ -106,11 +114,11 @@ def _open(
 ) -> Model:
     path = hf.resolve(name)
     source = hf.open_source(path)
-    tokenizer = load_tokenizer(tokenizer_name or path)
+    tokenizer = vocabulary.load_tokenizer(tokenizer_name or path)
     architecture = from_hf(source.config)
     if unknown := ignored(source.config):
         logging.info("%s: options of config.json without a meaning there: %s", name, unknown)
-    check_vocabulary(tokenizer, architecture.vocab_size)
+    vocabulary.check_size(tokenizer, architecture.vocab_size)
     decoder = make_decoder(config, architecture, sharding, param_dtype)
     return Model(source, decoder, hf.model_files(source, tokenizer))
 
@@ -137,36 +145,6 @@ def make_decoder(
     )
     decoder.placements()
     return decoder
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a model directory, `.gguf` file or hub id.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if path.endswith(".gguf"):
-        return gguf.load_tokenizer(path)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"{path} has no tokenizer: {error}") from None
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Checks that the model has a row for every token.
-
-    Raises:
-        ValueError: if the tokenizer has more tokens than the model; fewer are usual (padding).
-    """
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {highest}, but the model's vocab_size is {vocab_size}; "
-            "set tokenizer_name_or_path to the tokenizer that the model was trained with"
-        )
 
 
 def make_optimizer(config: TrainConfig, decoder: Decoder, num_steps: int) -> step.Optimizer:
@@ -212,7 +190,7 @@ def begin(
     now = Started(
         find_origin(config) if latest is None else Origin(config.model_name_or_path),
         hf.digest(model.source),
-        tokenizer_digest(model.files.tokenizer),
+        vocabulary.digest(model.files.tokenizer),
         hf.digest(student.source) if student else "",
     )
     if latest is None:
@@ -323,12 +301,6 @@ def _check_same_start(config: TrainConfig, before: Started, now: Started) -> Non
                 f"the run was started with{f' ({options})' if options else ''}; restore it, or "
                 "name a new output_dir"
             )
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a short hash of a tokenizer's vocabulary and chat template."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def data_state(config: TrainConfig, start: Start, fingerprint: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import BatchPlan, SFTConfig, batch_plan
 from atlas_jax.data import chat, loader, sources
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import run_dir, setup
+from atlas_jax.recipes import run_dir, setup, vocabulary
 from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.types import Batch, Metrics, Params
 
@@ -134,13 +134,17 @@ def _datasets(
     train = loader.build(
         rows, config, tokenizer, loader.Layout(global_rows, *process), model.stop_ids
     )
+    vocab_size = model.decoder.config.vocab_size
+    vocabulary.check_ids(tokenizer, train.tokens, vocab_size)
     distributed.check_same(train.fingerprint, "its training rows differ from those of process 0")
     sample = chat.render_sample(tokenizer, train.example(0))
     logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
     if held_out is None:
         return train, None
     layout = loader.Layout(eval_rows, *process)
-    return train, loader.build(held_out, config, tokenizer, layout, model.stop_ids, training=False)
+    other = loader.build(held_out, config, tokenizer, layout, model.stop_ids, training=False)
+    vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
+    return train, other
 
 
 def _report(outcome: loop.Outcome, directory: str) -> None:

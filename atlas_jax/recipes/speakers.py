@@ -50,25 +50,23 @@ def local(
 
     def bind(params: Params, version: int) -> Speaker:
         generate = functools.partial(engine.generate, params, version)
-        return Speaker(encode, generate, context)
+        return Speaker(encode, generate, context, model.decoder.config.vocab_size)
 
     return bind
 
 
 def stop_tokens(model: Model) -> tuple[int, ...]:
-    """Returns the tokens that end a text: those of `generation_config.json`, else the tokenizer's.
+    """Returns the tokens that end a text, see `Model.stop_ids`.
 
     Raises:
         ValueError: if there is none.
     """
-    eos = model.files.tokenizer.eos_token_id
-    stop_ids = model.stop_ids or (() if eos is None else (eos,))
-    if not stop_ids:
+    if not model.stop_ids:
         raise ValueError(
             f"{model.files.tokenizer.name_or_path} has no stop token; set eos_token_id in its "
             "generation_config.json"
         )
-    return stop_ids
+    return model.stop_ids
 
 
 def encoder(

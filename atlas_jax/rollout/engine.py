@@ -32,3 +32,5 @@ class Speaker(NamedTuple):
     generate: Generate
     context: int
     """Tokens that a prompt and its completion may have together."""
+    vocab_size: int
+    """Tokens that the model knows; a tokenizer may have more."""

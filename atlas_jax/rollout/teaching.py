@@ -202,20 +202,25 @@ def _untaught(rollout: Rollout, protocol: Protocol) -> Completion | None:
 def _ask(
     speaker: Speaker, requests: Sequence[Request], sampling: Sampling, room: int
 ) -> list[list[Completion]]:
-    """Returns the completions; requests of more than `room` tokens are not sent."""
-    fits = [len(r.prompt_ids) + r.max_tokens <= room for r in requests]
+    """Returns the completions; requests that the model or `room` does not hold are not sent."""
+    problems = [_problem(request, room, speaker.vocab_size) for request in requests]
     written = iter(
-        speaker.generate([r for r, ok in zip(requests, fits, strict=True) if ok], sampling)
+        speaker.generate([r for r, p in zip(requests, problems, strict=True) if not p], sampling)
     )
     return [
-        next(written) if ok else [_too_long(r, room)] * r.num_samples
-        for r, ok in zip(requests, fits, strict=True)
+        [Completion.missing(f"skipped: {problem}")] * r.num_samples if problem else next(written)
+        for r, problem in zip(requests, problems, strict=True)
     ]
 
 
-def _too_long(request: Request, room: int) -> Completion:
-    sizes = f"prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
-    return Completion.missing(f"skipped: {sizes} exceed {room}")
+def _problem(request: Request, room: int, vocab_size: int) -> str:
+    """Returns why a request is not sent; empty if it is."""
+    if len(request.prompt_ids) + request.max_tokens > room:
+        sizes = f"prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
+        return f"{sizes} exceed {room}"
+    if max(request.prompt_ids, default=0) >= vocab_size:
+        return f"prompt with token {max(request.prompt_ids)}, of which the model has {vocab_size}"
+    return ""
 
 
 def _fill(template: str, question: Question, more: Mapping[str, str]) -> str:

@@ -221,17 +221,23 @@ def test_other_data_is_refused_on_resume(inputs, whole):
     assert "seed" in result.stderr.splitlines()[-2]
 
 
-def test_a_tokenizer_of_another_model_is_refused(inputs, tmp_path):
+def test_rows_with_a_token_that_the_model_lacks_are_refused(inputs, tmp_path):
+    """A tokenizer may have more tokens than the model: Gemma 3's has one for images."""
     model = tmp_path / "model"
     shutil.copytree(inputs / "model", model)
     tokenizer = chatml_tokenizer()
-    tokenizer.add_tokens([f"<extra_{i}>" for i in range(20)])
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(200)])
     tokenizer.save_pretrained(model)
-    options = command(inputs, tmp_path / "run", f"--config.model_name_or_path={model}")
+    rows = (inputs / "train.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows.replace("say one 3", "say <extra_150>"))
+    change = [f"--config.model_name_or_path={model}",
+              f"--config.data.dataset_path={tmp_path / 'rows.jsonl'}"]  # fmt: skip
+    options = command(inputs, tmp_path / "run", *change)
     options["env"].pop("ATLAS_TRACEBACK")
     result = subprocess.run(**options, capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "the model's vocab_size is 400" in result.stderr
+    assert "the rows contain '<extra_150>', whose id" in result.stderr
+    assert "its vocab_size is 400" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -1,5 +1,6 @@
 """A `config.json` means what it means to transformers, or is refused by name."""
 
+import copy
 import json
 import random
 
@@ -23,12 +24,14 @@ LLAMA_ROPE = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONG = {"short_factor": [1.0, 1.2, 2.0, 3.5], "long_factor": [9.0] * 4}
+IDS = {"pad_token_id": [0, None], "bos_token_id": [0], "eos_token_id": [[1, 2]]}
 COMMON = {
     "rms_norm_eps": [1e-5, 1e-2], "rope_theta": [500.0, 10000.0], "tie_word_embeddings": [True],
     "use_cache": [False], "_model_name_or_path": ["a.gguf"], "head_dim": [8, 16],
     "architectures": [None, ["Other"]], "bos_token_id": [0, None], "eos_token_id": [[1, 2]],
     "rope_scaling": [
-        None, {"type": "linear", "factor": 4.0}, YARN,
+        None, {"type": "linear", "factor": 4.0}, YARN, {"type": "dynamic", "factor": 2.0},
         YARN | {"beta_fast": 8, "beta_slow": 2, "truncate": False, "attention_factor": 1.3},
         YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}, YARN | {"factor": None},
     ],
@@ -56,13 +59,31 @@ OPTIONS = {
         "layer_types": LOCAL["layer_types"], "rope_parameters": [None], "attention_bias": [True],
         "hidden_activation": ["gelu_pytorch_tanh"], "rope_scaling": [None],
     },
+    "smollm3": COMMON | LOCAL | IDS | {
+        "no_rope_layers": [[1, 0, 1], [1, 1, 1], [0, 1, 1, 0]], "no_rope_layer_interval": [2, 3],
+        "attention_bias": [True], "mlp_bias": [True],
+    },
+    "olmo2": COMMON | IDS | {"attention_bias": [True], "sliding_window": [5]},
+    "olmo3": COMMON | IDS | {
+        "sliding_window": [5], "layer_types": LOCAL["layer_types"], "attention_bias": [True],
+    },
+    "granite": COMMON | IDS | {
+        "embedding_multiplier": [12.0, 3], "attention_multiplier": [0.2, 0.015625],
+        "residual_multiplier": [0.22], "logits_scaling": [8, 0.5], "attention_bias": [True],
+        "mlp_bias": [True],
+    },
+    "phi3": COMMON | IDS | {
+        "sliding_window": [5, 40], "attention_bias": [True], "partial_rotary_factor": [0.5],
+        "original_max_position_embeddings": [32], "resid_pdrop": [0.2], "head_dim": [8],
+        "rope_scaling": [None, LONG | {"type": "longrope"}, LONG | {"type": "su"}],
+    },
 }  # fmt: skip
 
 
 def generate(family, seed):
     """Returns a config with some of the options, each with one of its values."""
     draws = random.Random(f"{family} {seed}")
-    found = {"model_type": family} | SIZES
+    found = {"model_type": family, "pad_token_id": 0} | SIZES
     for name, values in OPTIONS[family].items():
         if draws.random() < 0.4:
             found[name] = draws.choice(values)
@@ -74,7 +95,7 @@ def model_of(options):
     torch.manual_seed(0)
     kind = transformers.CONFIG_MAPPING[options["model_type"]]
     model = transformers.AutoModelForCausalLM.from_config(
-        kind.from_dict(dict(options)), attn_implementation="eager"
+        kind.from_dict(copy.deepcopy(options)), attn_implementation="eager"
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -91,7 +112,7 @@ def test_a_generated_config_means_what_it_means_to_transformers(family, seed, tm
         model = model_of(options)
         with torch.no_grad():
             expected = model(torch.tensor(np.asarray(rows.tokens, np.int64))).logits[0].numpy()
-    except (TypeError, ValueError, StrictDataclassError):  # layers with a window, and no window
+    except (KeyError, TypeError, ValueError, StrictDataclassError):  # such as a window of none
         with pytest.raises(ValueError, match=r"config\.json"):
             config.from_hf(options)
         return
@@ -123,7 +144,8 @@ LLAMA = {"model_type": "llama"} | SIZES
     [
         ({"model_type": "mamba"}, "mamba"),
         ({"model_type": None}, "None"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "proportional"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 8}}, "factor"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"hidden_act": "relu"}, "relu"),
@@ -143,6 +165,8 @@ def test_what_is_not_computed_is_refused_by_name(change, named):
 
 def test_what_transformers_does_not_know_is_named_and_left_alone():
     options = LLAMA | {"_model_name_or_path": "a.gguf", "unsloth_version": "1", "use_cache": False}
+    before = copy.deepcopy(options)
     assert config.from_hf(options) == config.from_hf(LLAMA)
+    assert options == before
     assert config.ignored(options) == ["_model_name_or_path", "unsloth_version"]
     assert config.ignored(LLAMA | {"rope_scaling": None, "sliding_window_pattern": 2}) == []

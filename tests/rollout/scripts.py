@@ -39,7 +39,7 @@ class Script:
     @property
     def speaker(self) -> Speaker:
         """The script as the protocol sees a model."""
-        return Speaker(lambda text: tuple(map(ord, text)), self._generate, self._context)
+        return Speaker(lambda text: tuple(map(ord, text)), self._generate, self._context, 0x110000)
 
     def _generate(self, requests, sampling):
         self.calls.append(list(requests))

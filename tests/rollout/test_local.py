@@ -94,7 +94,10 @@ def model_logprobs(model, completion, temperature=1.0):
 @pytest.mark.parametrize(
     ("family", "mesh"),
     [(family, "one") for family in tiny.FAMILIES]
-    + [(family, "2x2x2") for family in ("llama_bias", "mistral_window", "qwen3", "gemma3")],
+    + [
+        (family, "2x2x2")
+        for family in ("llama_bias", "mistral_window", "qwen3", "gemma3", *tiny.ADDED)
+    ],
 )
 def test_greedy_text_equals_transformers(engine_of, family, mesh):
     engine, params = engine_of(family, mesh)
