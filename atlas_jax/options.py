@@ -125,6 +125,9 @@ class TrainConfig:
     """Hugging Face directory, `.gguf` file or hub id of the model that is trained."""
     tokenizer_name_or_path: str = ""
     """Where the tokenizer comes from; empty takes the model's own."""
+    chat_template_kwargs: str = ""
+    """Variables of the chat template as a JSON object, such as `{"enable_thinking": false}`; for
+    training and generation alike."""
     output_dir: str = ""
     """Everything that the run writes. Running the same command again continues there."""
     resume_from: str = ""

@@ -27,6 +27,9 @@ class RolloutConfig:
     """Further fields of the rows that templates may use."""
     student_system_prompt: str = ""
     """System message of the student; `data.system_prompt` is the trained model's."""
+    student_chat_template_kwargs: str = ""
+    """Variables of the student's chat template as a JSON object; empty takes those of
+    `chat_template_kwargs`."""
     missing_teaching: str = "none"
     """What a text without `<teaching>` counts as: `none` is no teaching (the answer alone stands),
     `whole` makes all of it the lesson, `unscored` skips the sample."""

@@ -19,6 +19,7 @@ import safetensors
 
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
 from atlas_jax.data import examples, questions, snapshot, sources
+from atlas_jax.data.chat_template import read_options
 from atlas_jax.recipes.layout import make_layout
 from atlas_jax.validation import mesh_shape
 
@@ -106,7 +107,10 @@ def check_models(config: TrainConfig) -> None:
         check_model(config.model_name_or_path)
     with _of("tokenizer_name_or_path" if tokenizer else "model_name_or_path"):
         _check_tokenizer(tokenizer or config.model_name_or_path, _needs_chat(config))
+    read_options(config.chat_template_kwargs)
     if isinstance(config, GRPOConfig) and config.rollout.protocol == "teaching":
+        name = "rollout.student_chat_template_kwargs"
+        read_options(config.rollout.student_chat_template_kwargs, name)
         with _of("student_model"):
             check_model(config.student_model)
             _check_tokenizer(config.student_model, False)

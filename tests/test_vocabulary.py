@@ -1,29 +1,14 @@
 """Tokenizers are those of their files, and their tokens have rows in the model."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from atlas_jax.checkpoint import hf
 from atlas_jax.recipes import vocabulary
-from atlas_jax.recipes.setup import Model
 from tests.tokenizers import chatml_tokenizer
-
-
-class Source:
-    """A model on disk."""
-
-    def __init__(self, **config):
-        self.config = config
-
-
-class Files:
-    """What stands beside the weights."""
-
-    def __init__(self, eos, **generation_config):
-        self.tokenizer = chatml_tokenizer()
-        self.tokenizer.eos_token_id = eos
-        self.generation_config = generation_config
 
 
 def test_a_tokenizer_that_differs_from_its_file_is_refused_with_both_lists(tmp_path, monkeypatch):
@@ -66,4 +51,7 @@ def test_added_tokens_may_lie_beyond_the_model_but_rows_may_not_have_them():
     ],
 )
 def test_stop_tokens_are_those_of_the_first_file_that_names_some(config, generation, eos, expected):
-    assert Model(Source(**config), None, Files(eos, **generation)).stop_ids == expected
+    source, tokenizer = mock.Mock(hf.Source), chatml_tokenizer()
+    source.config, source.generation_config = config, generation
+    tokenizer.eos_token_id = eos
+    assert vocabulary.stop_ids(source, tokenizer) == expected

@@ -26,6 +26,7 @@ from atlas_jax import cli, metrics, optim, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, MeshConfig, SFTConfig
 from atlas_jax.data import loader, sources
+from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
@@ -137,7 +138,7 @@ def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
         )
         rows, _ = sources.load_rows(config.data, config.seed)
         tokenizer = vocabulary.load_tokenizer(args.model)
-        packed = loader.build(rows, config, tokenizer, loader.Layout(args.batch))
+        packed = loader.build(rows, config, ChatTemplate(tokenizer), loader.Layout(args.batch))
         return [packed.batch(i) for i in range(args.steps)]
     rng = np.random.default_rng(0)
     shape = (args.batch, args.length)

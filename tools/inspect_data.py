@@ -20,6 +20,7 @@ from atlas_jax import cli, training_data
 from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig, GRPOConfig, TrainConfig
 from atlas_jax.data import chat, loader, questions, snapshot, sources, trace_files
+from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.data.sources import Rows
 from atlas_jax.data.trace_query import score_of
 from atlas_jax.data.traces import AtlasSessionTrace
@@ -83,12 +84,15 @@ def all_sessions(config: DataConfig) -> Iterator[AtlasSessionTrace]:
 
 def print_examples(config: TrainConfig, rows: Rows) -> None:
     """Prints conversations as the tokenizer renders them."""
-    from transformers import AutoTokenizer
+    # What imports JAX comes late: questions and counts need none.
+    from atlas_jax.checkpoint import hf
+    from atlas_jax.recipes import vocabulary
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.tokenizer_name_or_path or config.model_name_or_path
-    )
-    dataset = loader.build(rows, config, tokenizer, loader.Layout(1))
+    path = hf.resolve(config.model_name_or_path)
+    tokenizer = vocabulary.load_tokenizer(config.tokenizer_name_or_path or path)
+    template = ChatTemplate(tokenizer, read_options(config.chat_template_kwargs))
+    stop_ids = vocabulary.stop_ids(hf.open_source(path), tokenizer)
+    dataset = loader.build(rows, config, template, loader.Layout(1), stop_ids)
     report = dataset.report
     print(f"{report.examples} examples, {report.tokens} tokens, {report.trained_tokens} trained")
     for i in range(min(_NUM_SHOWN, report.examples)):

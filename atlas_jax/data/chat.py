@@ -13,17 +13,23 @@ a trained turn:
 What follows the last stop token of a turn (here the newline) belongs to the next prompt: the model
 has stopped by then. Templates that show earlier turns differently from the last one (Qwen3 leaves
 out their thinking) give one example for each assistant turn, as the model would have seen it.
+
+A turn is trained as the template shows it. A row is rejected where that lacks what the assistant
+says, its reasoning, or the name of a tool that it calls.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from atlas_jax.data.examples import Conversation, PlainText, Sample
+from atlas_jax.data.chat_template import ChatTemplate, errors
+from atlas_jax.data.examples import Conversation, PlainText, Sample, trained_turns
 from atlas_jax.types import Example, Message
 
 if TYPE_CHECKING:
@@ -40,6 +46,7 @@ NOTES = {
 }
 """What can be remarkable about an example -> what it means."""
 
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _CHUNK = 256  # texts that one call of the tokenizer spreads over its threads
 
 
@@ -115,38 +122,46 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample], options: MaskOptions
+    template: ChatTemplate, samples: Iterable[Sample], options: MaskOptions
 ) -> Iterator[Encoded]:
     """Yields the example or examples of each sample, in order, and the samples without one."""
-    rendered = (part for s in samples for part in render(tokenizer, s, options.completion_only))
+    rendered = (part for s in samples for part in render(template, s, options.completion_only))
     for _, group in itertools.groupby(rendered, key=lambda part: part.templated):
         while chunk := list(itertools.islice(group, _CHUNK)):
-            yield from _encode_chunk(tokenizer, chunk, options)
+            yield from _encode_chunk(template.tokenizer, chunk, options)
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, sample: Sample, completion_only: bool
-) -> list[Rendered]:
+def render(template: ChatTemplate, sample: Sample, completion_only: bool) -> list[Rendered]:
     """Returns the text of a sample with its trained spans, in as many parts as examples follow.
 
     A sample that has nothing to train on, or that the template refuses, has the note for it.
     """
-    from jinja2 import TemplateError
-
     templated = isinstance(sample, Conversation)
     if not _written(sample, completion_only).strip():
         return [Rendered(sample.name, "", (), templated, ("empty",))]
     if isinstance(sample, PlainText):
-        text = sample.prompt + sample.completion + str(tokenizer.eos_token)
+        text = sample.prompt + sample.completion + str(template.tokenizer.eos_token)
         start = len(sample.prompt) if completion_only else 0
         return [Rendered(sample.name, text, ((start, len(text)),), templated)]
     try:
+        sample = _fitted(template, sample)
         if completion_only:
-            return _render_turns(tokenizer, sample)
-        text = _apply_template(tokenizer, sample.messages)
+            return _render_turns(template, sample)
+        text = template(sample.messages, tools=sample.tools)
         return [Rendered(sample.name, text, ((0, len(text)),), templated)]
-    except (ValueError, TemplateError) as error:
-        return [Rendered(sample.name, "", (), templated, ("rejected",), str(error))]
+    except errors() as error:
+        reason = str(error) if isinstance(error, ValueError) else _named(error)
+        return [Rendered(sample.name, "", (), templated, ("rejected",), reason)]
+
+
+def _named(error: Exception) -> str:
+    return f"the chat template fails with {type(error).__name__}: {error}"
+
+
+def _fitted(template: ChatTemplate, sample: Conversation) -> Conversation:
+    messages = template.fitted(sample.messages)
+    fewer = len(sample.messages) - len(messages)
+    return sample._replace(messages=messages, num_context=max(sample.num_context - fewer, 0))
 
 
 def render_sample(tokenizer: PreTrainedTokenizerBase, example: Example, color: bool = False) -> str:
@@ -180,18 +195,13 @@ def _written(sample: Sample, completion_only: bool) -> str:
         return sample.completion if completion_only else sample.prompt + sample.completion
     if not completion_only:
         return "".join(message["content"] for message in sample.messages)
-    turns = (sample.messages[i] for i in _trained_turns(sample))
+    turns = (sample.messages[i] for i in trained_turns(sample))
     return "".join(m["content"] + str(m.get("tool_calls") or "") for m in turns)
 
 
-def _trained_turns(sample: Conversation) -> list[int]:
-    turns = range(sample.num_context, len(sample.messages))
-    return [i for i in turns if sample.messages[i]["role"] == "assistant"]
-
-
-def _render_turns(tokenizer: PreTrainedTokenizerBase, sample: Conversation) -> list[Rendered]:
-    full = _apply_template(tokenizer, sample.messages)
-    turns = {i: _render_turn(tokenizer, sample, i) for i in _trained_turns(sample)}
+def _render_turns(template: ChatTemplate, sample: Conversation) -> list[Rendered]:
+    full = template(sample.messages, tools=sample.tools)
+    turns = {i: _render_turn(template, sample, i) for i in trained_turns(sample)}
     if all(full.startswith(turn.text) for turn in turns.values()):
         spans = tuple(span for turn in turns.values() for span in turn.spans)
         notes = tuple(sorted({note for turn in turns.values() for note in turn.notes}))
@@ -202,43 +212,67 @@ def _render_turns(tokenizer: PreTrainedTokenizerBase, sample: Conversation) -> l
     ]
 
 
-def _render_turn(tokenizer: PreTrainedTokenizerBase, sample: Conversation, turn: int) -> Rendered:
+def _render_turn(template: ChatTemplate, sample: Conversation, turn: int) -> Rendered:
     """Returns the conversation up to and including one assistant turn, that turn trained."""
-    history = sample.messages[:turn]
-    prompt = _apply_template(tokenizer, history, add_generation_prompt=True)
-    text = _apply_template(tokenizer, sample.messages[: turn + 1])
-    if text.startswith(prompt):
-        return Rendered(sample.name, text, ((len(prompt), len(text)),), True)
-    # The turn has another beginning than the one that generation is given (some templates put
-    # "<think>" into the generation prompt only): what both have in common is the prompt.
-    bare = _apply_template(tokenizer, history)
-    start = _common_length(prompt, text)
-    if start <= len(bare) or not text.startswith(bare):
-        raise ValueError(
-            f"the chat template renders message {turn + 1} otherwise than as a continuation of "
-            f"the messages before it: after {text[:start][-40:]!r} stands "
-            f"{text[start:][:40]!r}, its generation prompt has {prompt[start:][:40]!r}; use a "
-            "template that only appends, or rows of plain prompt and completion"
-        )
-    return Rendered(sample.name, text, ((start, len(text)),), True, ("other_prompt",))
+    render = functools.partial(template, tools=sample.tools)
+    history, message = sample.messages[:turn], sample.messages[turn]
+    prompt = render(history, add_generation_prompt=True)
+    text = render(sample.messages[: turn + 1])
+    notes: tuple[str, ...] = ()
+    start = len(prompt)
+    if not text.startswith(prompt):
+        # The turn has another beginning than the one that generation is given (some templates put
+        # "<think>" into the generation prompt only). What the prompt has in common with the turn of
+        # an answer that begins like none is what comes before every answer.
+        neutral = render([*history, Message(role="assistant", content="0")])
+        bare = render(history)
+        start = _common_length(prompt, neutral)
+        if start <= len(bare) or not text.startswith(prompt[:start]):
+            shared = _common_length(prompt, text)
+            raise ValueError(
+                f"the chat template renders message {turn + 1} otherwise than as a continuation of "
+                f"the messages before it: after {text[:shared][-40:]!r} stands "
+                f"{text[shared:][:40]!r}, its generation prompt has {prompt[shared:][:40]!r}; use "
+                "a template that only appends, or rows of plain prompt and completion"
+            )
+        notes = ("other_prompt",)
+    added = _EMPTY_THOUGHT.match(text, start)
+    if added and not _EMPTY_THOUGHT.match(message["content"]):
+        start, notes = added.end(), ("other_prompt",)
+    _check_shown(message, text[start:], turn)
+    return Rendered(sample.name, text, ((start, len(text)),), True, notes)
+
+
+def _check_shown(message: Message, text: str, turn: int) -> None:
+    """Checks that a turn shows all of its message; templates may set other blanks.
+
+    Raises:
+        ValueError: names what it leaves out.
+    """
+    fields: Mapping[str, Any] = message
+    shown = _squeezed(text)
+    for name in ("content", "reasoning_content", "thinking"):
+        if _squeezed(str(fields.get(name) or "")) not in shown:
+            raise ValueError(
+                f"the chat template leaves {name} of message {turn + 1} out, or a part of it: of "
+                f"{str(fields[name])[:60]!r} it shows {text[:60]!r}"
+            )
+    for call in fields.get("tool_calls") or []:
+        called = str(call.get("function", call).get("name", ""))
+        if _squeezed(called) not in shown:
+            raise ValueError(
+                f"the chat template does not show that message {turn + 1} calls {called!r}; it has "
+                "no place for tool calls"
+            )
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _common_length(a: str, b: str) -> int:
     pairs = zip(a, b, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    add_generation_prompt: bool = False,
-) -> str:
-    conversation: list[Any] = [dict(message) for message in messages]
-    return str(
-        tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    )
 
 
 def _encode_chunk(

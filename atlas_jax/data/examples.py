@@ -14,6 +14,7 @@ are null count as absent, because columnar files write null for what a row does 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -45,6 +46,8 @@ class Conversation(NamedTuple):
     messages: list[Message]
     num_context: int = 0
     """Messages at the start that are only read: assistant turns among them are not trained."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Definitions of the tools that the assistant may call, as chat templates take them."""
 
 
 class PlainText(NamedTuple):
@@ -120,9 +123,30 @@ def to_sample(row: Row, config: DataConfig) -> Sample:
         sample = _prompt_completion(row.name, fields["prompt"], fields["completion"])
     if isinstance(sample, PlainText):
         return sample
-    if all(m["role"] != "assistant" for m in sample.messages[sample.num_context :]):
-        raise ValueError("has no assistant message to train on; add one, or remove the row")
+    if not trained_turns(sample):
+        raise ValueError(
+            "has no assistant message to train on, behind one of the user and not of weight 0; add "
+            "one, or remove the row"
+        )
+    if kind not in ("teaching", "session"):
+        sample = sample._replace(tools=_tools(fields.get("tools")))
     return _with_system_prompt(sample, config.system_prompt)
+
+
+def trained_turns(sample: Conversation) -> list[int]:
+    """Returns which messages are trained: the assistant's answers, but those a row leaves out.
+
+    A row leaves one out with `"weight": 0` or `"train": false`. What the assistant says before
+    anybody has asked is context.
+    """
+    roles = [message["role"] for message in sample.messages]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    turns = range(max(sample.num_context, asked), len(roles))
+    return [i for i in turns if roles[i] == "assistant" and _is_trained(sample.messages[i])]
+
+
+def _is_trained(message: Mapping[str, Any]) -> bool:
+    return message.get("weight", 1) != 0 and bool(message.get("train", True))
 
 
 def row_format(fields: Mapping[str, Any], wanted: str) -> str:
@@ -225,7 +249,62 @@ def _message(value: Any, place: str) -> Message:
             f"has the role {given['role']!r} in {place}; it must be one of {', '.join(_ROLES)}"
         )
     _text(given["content"], f"{place}.content")
+    if given.get("weight", 1) not in (0, 1):
+        raise ValueError(f"has {place}.weight={given['weight']!r}; it must be 0 or 1")
+    if given.get("tool_calls"):
+        given["tool_calls"] = _calls(given["tool_calls"], f"{place}.tool_calls")
     return cast(Message, given)
+
+
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Returns tool calls with their arguments as objects.
+
+    OpenAI's are JSON text. Columnar files fill the arguments that a call lacks, but others have,
+    with nulls.
+    """
+    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+        raise ValueError(f"has {place} that are no list of objects")
+    calls = []
+    for call in value:
+        whole = {name: item for name, item in call.items() if item is not None}
+        function = whole.get("function", whole)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"has a call without the name of a function in {place}")
+        changed = dict(function)
+        if "arguments" in function:
+            changed["arguments"] = _arguments(function["arguments"])
+        calls.append({**whole, "function": changed} if "function" in whole else changed)
+    return calls
+
+
+def _arguments(value: Any) -> Any:
+    if not isinstance(value, str):
+        return _without_nulls({} if value is None else value)
+    try:
+        found = json.loads(value or "{}")
+    except ValueError:
+        return value
+    return found if isinstance(found, dict) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(item) for k, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Returns the tools of a row, which may be JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"has tools that are not JSON: {error}") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError("has tools that are no list of objects")
+    return tuple(_without_nulls(tool) for tool in value)
 
 
 def _text(value: Any, place: str) -> str:

@@ -20,7 +20,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import numpy as np
@@ -28,12 +28,10 @@ from absl import logging
 
 from atlas_jax.config import TrainConfig
 from atlas_jax.data import chat, examples, sessions
+from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
 from atlas_jax.data.sources import Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Batch, Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Table: TypeAlias = list[list[int]] | np.ndarray
 """The examples of each row, as indices: lists of several when packed, else one column."""
@@ -88,7 +86,7 @@ class Sequences(NamedTuple):
 def build(
     rows: Rows,
     config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     layout: Layout,
     stop_ids: Sequence[int] = (),
     training: bool = True,
@@ -98,7 +96,7 @@ def build(
     Args:
         rows: what `sources.load_rows` returned.
         config: lengths, packing, seed and the `data` options.
-        tokenizer: a fast one; conversations need its chat template.
+        template: of a fast tokenizer; conversations need one.
         layout: rows a step, and which of them are this process's.
         stop_ids: tokens that end a turn beside the tokenizer's end of text, such as those of the
             model's `generation_config.json`.
@@ -110,12 +108,13 @@ def build(
     """
     _check_layout(layout)
     rows = unfold(rows, sessions.LESSONS)
+    tokenizer = template.tokenizer
     samples, rejected = examples.parse_rows(rows, config.data)
     chat.check_tokenizer(tokenizer, samples)
     options = chat.mask_options(
         tokenizer, config.data.completion_only, config.max_seq_length, stop_ids
     )
-    encoded = list(chat.encode(tokenizer, samples, options))
+    encoded = list(chat.encode(template, samples, options))
     rejected += [f"{e.name}: {e.reason}" for e in encoded if "rejected" in e.notes]
     check_rejected(rejected, len(rows.rows), config.data.max_rejected_frac)
     sequences = _flatten([e.example for e in encoded if e.example])

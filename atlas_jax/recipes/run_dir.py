@@ -59,6 +59,8 @@ class Started(NamedTuple):
     """Digest of the tokenizer."""
     student: str = ""
     """Digest of GRPO's student; empty where the trainer does not read it."""
+    date: str = ""
+    """What chat templates take for today; empty in runs that do not say."""
 
 
 @contextlib.contextmanager
@@ -109,6 +111,18 @@ def started(output_dir: str) -> Started | None:
         return None
     values = json.loads(path.read_text())
     return Started(**(values | {"origin": Origin(**values["origin"])}))
+
+
+def date(output_dir: str) -> datetime.date:
+    """Returns what chat templates take for today: the day on which the run was started.
+
+    Every process must call it, and gets the same. A run that goes on after midnight, or on another
+    day, keeps its examples.
+    """
+    before = started(output_dir) if output_dir else None
+    today = datetime.date.today().isoformat()
+    mine = before.date if before and before.date else today
+    return datetime.date.fromisoformat(distributed.gather_texts(mine)[0])
 
 
 def changed(config: TrainConfig) -> str:

@@ -181,7 +181,7 @@ def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speake
     )
     lengths = [start.max_model_len for start in pool.starts]
     context = min(model.decoder.config.max_positions, *lengths)
-    encode = speakers.encoder(tokenizer, system_prompt)
+    encode = speakers.encoder(model.template, system_prompt)
     vocab_size = model.decoder.config.vocab_size
     return Speaker(encode, engine.generate, context, vocab_size), engine
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from absl import logging
 
 from atlas_jax import distributed, optim, step
 from atlas_jax.checkpoint import exports, hf, manager
-from atlas_jax.config import TrainConfig
+from atlas_jax.config import GRPOConfig, TrainConfig
+from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, from_hf, ignored
 from atlas_jax.models.transformer import Decoder
@@ -30,24 +32,12 @@ class Model(NamedTuple):
     source: hf.Source
     decoder: Decoder
     files: hf.ModelFiles
+    template: ChatTemplate
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text, as `generation_config.json` says.
-
-        Without it they are what `config.json` says and the tokenizer's, which some fine-tunings
-        changed alone.
-        """
-        if said := _ids(self.files.generation_config):
-            return said
-        eos = self.files.tokenizer.eos_token_id
-        own = _ids(self.source.config)
-        return own if eos is None or eos in own else (*own, eos)
-
-
-def _ids(options: dict[str, Any]) -> tuple[int, ...]:
-    ids = options.get("eos_token_id")
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+        """Tokens that end a text."""
+        return vocabulary.stop_ids(self.source, self.files.tokenizer)
 
 
 class Start(NamedTuple):
@@ -76,7 +66,8 @@ def open_model(config: TrainConfig, sharding: Sharding, longest: int) -> Model:
     """
     dtype = jnp.dtype(config.model.param_dtype)
     tokenizer = config.tokenizer_name_or_path
-    model = _open(config, config.model_name_or_path, sharding, dtype, tokenizer)
+    kwargs = read_options(config.chat_template_kwargs)
+    model = _open(config, config.model_name_or_path, sharding, dtype, kwargs, tokenizer)
     most = model.decoder.config.max_positions
     if longest > most:
         raise ValueError(
@@ -99,7 +90,10 @@ def open_frozen(config: TrainConfig, path: str, sharding: Sharding) -> Model:
         ValueError: for files that are missing, broken or not supported.
     """
     sharding = dataclasses.replace(sharding, offload="none")
-    return _open(config, path, sharding, compute_dtype(config, sharding), "")
+    text = config.chat_template_kwargs
+    if isinstance(config, GRPOConfig) and path == config.student_model:
+        text = config.rollout.student_chat_template_kwargs or text
+    return _open(config, path, sharding, compute_dtype(config, sharding), read_options(text))
 
 
 def compute_dtype(config: TrainConfig, sharding: Sharding) -> jnp.dtype:
@@ -110,7 +104,12 @@ def compute_dtype(config: TrainConfig, sharding: Sharding) -> jnp.dtype:
 
 
 def _open(
-    config: TrainConfig, name: str, sharding: Sharding, param_dtype: jnp.dtype, tokenizer_name: str
+    config: TrainConfig,
+    name: str,
+    sharding: Sharding,
+    param_dtype: jnp.dtype,
+    template_options: Mapping[str, Any],
+    tokenizer_name: str = "",
 ) -> Model:
     path = hf.resolve(name)
     source = hf.open_source(path)
@@ -120,7 +119,8 @@ def _open(
         logging.info("%s: options of config.json without a meaning there: %s", name, unknown)
     vocabulary.check_size(tokenizer, architecture.vocab_size)
     decoder = make_decoder(config, architecture, sharding, param_dtype)
-    return Model(source, decoder, hf.model_files(source, tokenizer))
+    template = ChatTemplate(tokenizer, template_options, run_dir.date(config.output_dir))
+    return Model(source, decoder, hf.model_files(source, tokenizer), template)
 
 
 def make_decoder(
@@ -192,6 +192,7 @@ def begin(
         hf.digest(model.source),
         vocabulary.digest(model.files.tokenizer),
         hf.digest(student.source) if student else "",
+        model.template.date.isoformat(),
     )
     if latest is None:
         params = load_origin(now.origin, config, model, decoder)

@@ -131,9 +131,8 @@ def _datasets(
         config.data, config.seed, config.output_dir, distributed.is_main()
     )
     tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
-    train = loader.build(
-        rows, config, tokenizer, loader.Layout(global_rows, *process), model.stop_ids
-    )
+    layout = loader.Layout(global_rows, *process)
+    train = loader.build(rows, config, model.template, layout, model.stop_ids)
     vocab_size = model.decoder.config.vocab_size
     vocabulary.check_ids(tokenizer, train.tokens, vocab_size)
     distributed.check_same(train.fingerprint, "its training rows differ from those of process 0")
@@ -142,7 +141,7 @@ def _datasets(
     if held_out is None:
         return train, None
     layout = loader.Layout(eval_rows, *process)
-    other = loader.build(held_out, config, tokenizer, layout, model.stop_ids, training=False)
+    other = loader.build(held_out, config, model.template, layout, model.stop_ids, training=False)
     vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
     return train, other
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from atlas_jax.config import GRPOConfig
+from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
 from atlas_jax.recipes.setup import Model
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.teaching import Limits, Protocol, Templates
-from atlas_jax.types import Metrics, Params
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from atlas_jax.types import Message, Metrics, Params
 
 
 class Engines(NamedTuple):
@@ -45,7 +43,7 @@ def local(
     if stop_ids is None:
         stop_ids = stop_tokens(model)
     engine = LocalEngine(model.decoder, model.files.tokenizer, stop_ids, max_rows)
-    encode = encoder(model.files.tokenizer, system_prompt)
+    encode = encoder(model.template, system_prompt)
     context = model.decoder.config.max_positions
 
     def bind(params: Params, version: int) -> Speaker:
@@ -69,13 +67,12 @@ def stop_tokens(model: Model) -> tuple[int, ...]:
     return model.stop_ids
 
 
-def encoder(
-    tokenizer: PreTrainedTokenizerBase, system_prompt: str
-) -> Callable[[str], tuple[int, ...]]:
+def encoder(template: ChatTemplate, system_prompt: str) -> Callable[[str], tuple[int, ...]]:
     """Returns a user's message -> prompt ids, under the chat template if the tokenizer has one.
 
     It may be called from several threads.
     """
+    tokenizer = template.tokenizer
     lock = threading.Lock()  # a tokenizer is no thread's but one's at a time
 
     def encode(text: str) -> tuple[int, ...]:
@@ -86,12 +83,11 @@ def encoder(
         if not tokenizer.chat_template:
             whole = f"{system_prompt}\n\n{text}" if system_prompt else text
             return tuple(tokenizer(whole).input_ids)
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        messages = [*system, {"role": "user", "content": text}]
-        ids: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-        return tuple(ids)
+        messages = [Message(role="user", content=text)]
+        if system_prompt:
+            messages.insert(0, Message(role="system", content=system_prompt))
+        whole = template(template.fitted(messages), add_generation_prompt=True)
+        return tuple(tokenizer(whole, add_special_tokens=False).input_ids)
 
     return encode
 

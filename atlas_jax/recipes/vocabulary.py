@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from atlas_jax.checkpoint import gguf
+from atlas_jax.checkpoint import gguf, hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,3 +102,20 @@ def digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a short hash of a tokenizer's vocabulary and chat template."""
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def stop_ids(source: hf.Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the tokens that end a text of a model, as its `generation_config.json` says.
+
+    Without it they are what `config.json` says and the tokenizer's, which some fine-tunings changed
+    alone.
+    """
+    if said := _eos(source.generation_config):
+        return said
+    eos, own = tokenizer.eos_token_id, _eos(source.config)
+    return own if eos is None or eos in own else (*own, eos)
+
+
+def _eos(options: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = options.get("eos_token_id")
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)

@@ -1,13 +1,20 @@
 """What is trained: spans of turns in characters, then in tokens."""
 
+import datetime
+import json
+
 import numpy as np
 import pytest
+from absl import logging
 from tokenizers import processors
 
+from atlas_jax.config import DataConfig
 from atlas_jax.data import chat
-from atlas_jax.data.examples import Conversation, PlainText
+from atlas_jax.data.chat_template import ChatTemplate, read_options
+from atlas_jax.data.examples import Conversation, PlainText, to_sample
+from atlas_jax.data.sources import Row
 from atlas_jax.types import Example
-from tests.tokenizers import QWEN3, R1, chatml_tokenizer, llama2_tokenizer
+from tests.tokenizers import CHATML, QWEN3, R1, chatml_tokenizer, llama2_tokenizer
 
 
 def conversation(*contents, num_context=0):
@@ -18,7 +25,7 @@ def conversation(*contents, num_context=0):
 
 def encode(tokenizer, sample, completion_only=True, max_length=1000, stop_ids=()):
     options = chat.mask_options(tokenizer, completion_only, max_length, stop_ids)
-    return list(chat.encode(tokenizer, [sample], options))
+    return list(chat.encode(ChatTemplate(tokenizer), [sample], options))
 
 
 def encode_one(tokenizer, sample, **options):
@@ -239,7 +246,9 @@ def test_sample_without_written_words_is_empty(sample):
 def test_mixed_samples_keep_their_order():
     tokenizer = chatml_tokenizer()
     samples = [PlainText("a", "x", "y"), conversation("x", ""), PlainText("c", "x", "z")]
-    encoded = list(chat.encode(tokenizer, samples, chat.mask_options(tokenizer, True, 99)))
+    encoded = list(
+        chat.encode(ChatTemplate(tokenizer), samples, chat.mask_options(tokenizer, True, 99))
+    )
     assert [e.name for e in encoded] == ["a", "rows.jsonl:1", "c"]
 
 
@@ -282,3 +291,165 @@ def test_rendered_sample_of_no_trained_tokens_is_its_text():
     tokenizer = chatml_tokenizer()
     ids = np.asarray(tokenizer("hello you")["input_ids"], np.int32)
     assert chat.render_sample(tokenizer, Example(ids, np.zeros(len(ids), bool))) == "hello you"
+
+
+THINKS = (  # as Qwen3: the last answer gets a thought, an empty one where it has none
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }}{% endfor %}"
+    "<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT_TOOLS = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments + '!'")
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DATED = "{{ strftime_now('%d %b %Y') + ' ' + style }}{{ strftime_now( \"%Y\" ) }}" + CHATML
+
+
+def whole_text(tokenizer, example):
+    return tokenizer.decode(example.tokens.tolist())
+
+
+def row_of(*messages, **fields):
+    fields["messages"] = [dict(zip(("role", "content"), m, strict=True)) for m in messages]
+    return to_sample(Row("r", fields), DataConfig())
+
+
+def test_an_empty_thought_that_the_template_adds_is_prompt():
+    tokenizer = chatml_tokenizer(THINKS)
+    added, own = (encode_one(tokenizer, conversation("x", a)) for a in ("y", "<think>z</think>y"))
+    assert trained_text(tokenizer, added.example) == "y<|im_end|>"
+    assert added.notes == ("other_prompt",)
+    assert trained_text(tokenizer, own.example) == "<think>z</think>y<|im_end|>"
+    template = ChatTemplate(tokenizer, {"enable_thinking": False})
+    options = chat.mask_options(tokenizer, True, 1000)
+    (encoded,) = chat.encode(template, [conversation("x", "y")], options)
+    assert trained_text(tokenizer, encoded.example) == "y<|im_end|>"
+    assert encoded.notes == ()
+
+
+@pytest.mark.parametrize("answer", ["<answer>y</answer>", "<thinking>y", "<", "y"])
+def test_an_answer_that_begins_like_the_generation_prompt_is_whole(answer):
+    tokenizer = chatml_tokenizer(R1)
+    encoded = encode_one(tokenizer, conversation("x", answer))
+    assert trained_text(tokenizer, encoded.example) == answer + "<|im_end|>"
+    assert encoded.notes == ("other_prompt",)
+
+
+def test_what_the_template_leaves_out_is_rejected_not_trained_as_silence():
+    tokenizer = chatml_tokenizer(R1)
+    encoded = encode_one(tokenizer, conversation("x", "<think>why</think>y"))
+    assert encoded.example is None
+    assert "leaves content of message 2 out, or a part of it" in encoded.reason
+    sample = conversation("x", "y")
+    sample.messages[1]["reasoning_content"] = "why"
+    assert "leaves reasoning_content of message 2" in encode_one(tokenizer, sample).reason
+
+
+def call(arguments):
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "move", "arguments": arguments}}],
+    }
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}, {"x": 1, "theta": None}])
+@pytest.mark.parametrize(("template", "shown"), [(TOOLS, '{"x": 1}'), (TEXT_TOOLS, '{"x": 1}!')])
+def test_tools_and_their_calls_reach_the_template(arguments, template, shown):
+    tool = {"type": "function", "function": {"name": "move", "strict": None}}
+    messages = [{"role": "user", "content": "go"}, call(arguments)]
+    for tools in ([tool], json.dumps([tool])):
+        row = Row("r", {"messages": messages, "tools": tools})
+        tokenizer = chatml_tokenizer(template)
+        example = encode_one(tokenizer, to_sample(row, DataConfig())).example
+        assert trained_text(tokenizer, example) == f"move {shown}<|im_end|>"
+        assert whole_text(tokenizer, example).startswith("<|im_start|>system\nmove<|im_end|>")
+
+
+def test_a_call_that_the_template_does_not_show_is_rejected():
+    row = Row("r", {"messages": [{"role": "user", "content": "go"}, call({})]})
+    encoded = encode_one(chatml_tokenizer(), to_sample(row, DataConfig()))
+    assert "does not show that message 2 calls 'move'" in encoded.reason
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [("{{ messages[0].content + 1 }}", "TypeError"), ("{{ 1 / 0 }}", "ZeroDivisionError"),
+     ("{{ [1][messages[0].content | length * 9] + 1 }}", "Error")],
+)  # fmt: skip
+def test_whatever_a_template_raises_is_the_rows_rejection(template, named):
+    encoded = encode_one(chatml_tokenizer(template), conversation("x", "y"))
+    assert encoded.notes == ("rejected",)
+    assert f"the chat template fails with {named}" in encoded.reason or named == "Error"
+
+
+@pytest.mark.parametrize("left_out", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_an_answer_that_the_row_leaves_out_is_read_and_not_trained(left_out):
+    tokenizer = chatml_tokenizer()
+    sample = conversation("x", "wrong", "z", "right")
+    sample.messages[1].update(left_out)
+    example = encode_one(tokenizer, sample).example
+    assert trained_text(tokenizer, example) == "right<|im_end|>"
+    assert "wrong<|im_end|>" in whole_text(tokenizer, example)
+    assert "weight" not in whole_text(tokenizer, example)
+    sample.messages[3].update(left_out)
+    with pytest.raises(ValueError, match="no assistant message to train on"):
+        to_sample(Row("r", {"messages": sample.messages}), DataConfig())
+
+
+def test_a_greeting_of_the_assistant_is_context():
+    tokenizer = chatml_tokenizer()
+    sample = row_of(("assistant", "Hello!"), ("user", "x"), ("assistant", "y"))
+    example = encode_one(tokenizer, sample).example
+    assert trained_text(tokenizer, example) == "y<|im_end|>"
+    assert whole_text(tokenizer, example).startswith("<|im_start|>assistant\nHello!")
+    with pytest.raises(ValueError, match="behind one of the user"):
+        row_of(("system", "s"), ("assistant", "y"))
+
+
+def test_a_template_without_room_for_a_system_message_gets_it_with_the_question(caplog):
+    logging.get_absl_logger().propagate = True
+    tokenizer = chatml_tokenizer(NO_SYSTEM)
+    template = ChatTemplate(tokenizer)
+    samples = [row_of(("system", "be kind"), ("user", "x"), ("assistant", "y"))] * 2
+    encoded = list(chat.encode(template, samples, chat.mask_options(tokenizer, True, 1000)))
+    for one in encoded:
+        assert whole_text(tokenizer, one.example).startswith(
+            "<|im_start|>user\nbe kind\n\nx<|im_end|>"
+        )
+        assert trained_text(tokenizer, one.example) == "y<|im_end|>"
+    assert caplog.text.count("has no place for a system message") == 1
+    assert ChatTemplate(chatml_tokenizer()).fitted(samples[0].messages) == samples[0].messages
+    assert samples[0].messages[0]["role"] == "system"
+
+
+def test_a_run_gives_templates_its_options_and_its_date():
+    tokenizer = chatml_tokenizer(DATED)
+    template = ChatTemplate(tokenizer, {"style": "terse"}, datetime.date(2025, 2, 3))
+    options = chat.mask_options(tokenizer, True, 1000)
+    (encoded,) = chat.encode(template, [conversation("x", "y")], options)
+    assert whole_text(tokenizer, encoded.example).startswith("03 Feb 2025 terse2025<|im_start|>")
+    assert ChatTemplate(tokenizer).date == datetime.date.today()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[1]", "is no JSON object"), ('{"tools": []}', "cannot give tools")],
+)
+def test_options_of_a_template_are_checked(text, message):
+    with pytest.raises(ValueError, match=f"kwargs=.*{message}|kwargs {message}"):
+        read_options(text, "kwargs")
+    assert read_options("") == {}

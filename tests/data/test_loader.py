@@ -8,6 +8,7 @@ import pytest
 
 from atlas_jax.config import SFTConfig
 from atlas_jax.data import loader
+from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.loader import Layout
 from atlas_jax.data.sources import Row, Rows
 from tests.tokenizers import chatml_tokenizer
@@ -29,7 +30,7 @@ def rows(count=NUM_ROWS):
 def build(layout=Layout(4), data=None, training=True, **changes):  # noqa: B008 - immutable
     config = dataclasses.replace(CONFIG, **changes)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **(data or {})))
-    return loader.build(rows(), config, TOKENIZER, layout, training=training)
+    return loader.build(rows(), config, ChatTemplate(TOKENIZER), layout, training=training)
 
 
 def segments(batch):
@@ -188,7 +189,7 @@ def test_fingerprint_changes_with_a_row_and_with_its_mask():
         data = dataclasses.replace(CONFIG.data, completion_only=completion_only)
         config = dataclasses.replace(CONFIG, data=data)
         named = Rows([Row("t:0", fields)], [])
-        return loader.build(named, config, TOKENIZER, Layout(1)).fingerprint
+        return loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1)).fingerprint
 
     found = {
         fingerprint(conversation("x", "y")),
@@ -226,7 +227,7 @@ def test_report_counts_and_names_every_row():
     config = dataclasses.replace(
         CONFIG, max_seq_length=40, data=dataclasses.replace(CONFIG.data, max_rejected_frac=0.5)
     )
-    report = loader.build(named, config, TOKENIZER, Layout(1)).report
+    report = loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1)).report
     assert (report.rows, report.examples) == (6, 2)
     assert report.empty == ("t:1",)
     assert report.masked == ("t:2",)
@@ -244,17 +245,17 @@ def test_nothing_left_is_an_error_with_the_counts():
     named = Rows([Row("t:0", conversation("x" * 60, "y")), Row("t:1", conversation("x", ""))], [])
     config = dataclasses.replace(CONFIG, max_seq_length=40)
     with pytest.raises(ValueError, match=r"no example is left of 2 rows: .*1 empty, 1 masked"):
-        loader.build(named, config, TOKENIZER, Layout(1))
+        loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1))
 
 
 def test_rows_that_the_template_refuses_stop_the_run():
     refusing = chatml_tokenizer("{{ raise_exception('never') }}")
     named = Rows([Row("t:0", conversation("x", "y"))], [])
     with pytest.raises(ValueError, match=r"1 of 1 dataset rows(.|\n)*t:0: .*never"):
-        loader.build(named, CONFIG, refusing, Layout(1))
+        loader.build(named, CONFIG, ChatTemplate(refusing), Layout(1))
 
 
 def test_conversations_without_a_chat_template_stop_the_run():
     named = Rows([Row("t:0", conversation("x", "y"))], [])
     with pytest.raises(ValueError, match="has no chat template"):
-        loader.build(named, CONFIG, chatml_tokenizer(None), Layout(1))
+        loader.build(named, CONFIG, ChatTemplate(chatml_tokenizer(None)), Layout(1))

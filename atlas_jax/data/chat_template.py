@@ -1,0 +1,163 @@
+"""A tokenizer's chat template with what a run gives it: its options, and one date.
+
+Rows of training and prompts of generation are rendered by the same object, so that a model is asked
+as it was trained.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import logging
+
+from atlas_jax.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
+_TAKEN = {"messages", "conversation", "tools", "add_generation_prompt", "tokenize"}
+_OURS = ("weight", "train")  # fields of a message that say what is trained
+_SYSTEM, _USER, _ANSWER = "System probe.", "User probe.", "Answer probe."
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """Returns what a template raises: a program of others, which may fail in any way."""
+    from jinja2 import TemplateError
+
+    return (
+        TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+        ValueError,
+    )  # fmt: skip
+
+
+def read_options(text: str, name: str = "chat_template_kwargs") -> dict[str, Any]:
+    """Returns the variables that a run gives to a template.
+
+    Args:
+        text: a JSON object, such as `{"enable_thinking": false}`; empty is none.
+        name: the option that holds it, for the error.
+
+    Raises:
+        ValueError: if it is no JSON object, or names what is not its to give.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{name}={text!r} is no JSON object; write {{"enable_thinking": false}}')
+    if taken := _TAKEN & found.keys():
+        raise ValueError(f"{name} cannot give {', '.join(sorted(taken))}, which rows decide")
+    return found
+
+
+class ChatTemplate:
+    """Renders conversations."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        options: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+    ) -> None:
+        """Keeps what every rendering gets.
+
+        Args:
+            tokenizer: has the template.
+            options: further variables of the template.
+            date: what templates take for today; None is today.
+        """
+        self.tokenizer = tokenizer
+        self.date = date or datetime.date.today()
+        self._options = dict(options or {})
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Returns the text of a conversation.
+
+        Arguments of tool calls are given as objects, as most templates expect, and as JSON text
+        where the template fails with that, as DeepSeek's do.
+
+        Raises:
+            Exception: one of `errors`.
+        """
+        more: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        if tools:
+            more["tools"] = list(tools)
+        plain = [{k: v for k, v in m.items() if k not in _OURS} for m in messages]
+        try:
+            return self._render(plain, more)
+        except TypeError:
+            if not any(m.get("tool_calls") for m in plain):
+                raise
+            return self._render([_with_text(m) for m in plain], more)
+
+    def _render(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
+        more = self._options | more
+        # A tokenizer may have one template for conversations with tools, and another without.
+        text = self._dated(self.tokenizer.get_chat_template(tools=more.get("tools")))
+        return str(
+            self.tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **more)
+        )
+
+    @functools.cache  # noqa: B019  (lives as long as a run)
+    def _dated(self, text: str) -> str:
+        """Returns a template that has the run's date in place of its calls for today's."""
+        return _TODAY.sub(lambda call: json.dumps(self.date.strftime(call["format"])), text)
+
+    def fitted(self, messages: Sequence[Message]) -> list[Message]:
+        """Returns the conversation with its system message where the template has a place for it.
+
+        Where it has none, the text comes before the first message of the user.
+        """
+        messages = list(messages)
+        roles = [m["role"] for m in messages[:2]]
+        if roles != ["system", "user"] or self._takes_system:
+            return messages
+        system, user, *rest = messages
+        whole = f"{system['content']}\n\n{user['content']}"
+        return [{**user, "content": whole}, *rest]
+
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        """Whether a system message is shown, and in the same way before and after an answer."""
+        system = Message(role="system", content=_SYSTEM)
+        user = Message(role="user", content=_USER)
+        answer = Message(role="assistant", content=_ANSWER)
+        try:
+            asked = self([system, user], add_generation_prompt=True)
+            answered = self([system, user, answer])
+            found = _SYSTEM in asked and _SYSTEM in answered
+        except errors():
+            found = False
+        if not found:
+            logging.warning(
+                "the chat template of %s has no place for a system message; it is put before the "
+                "first message of the user",
+                self.tokenizer.name_or_path,
+            )
+        return found
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message whose tool calls have their arguments as JSON text."""
+    calls = []
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        changed = {**function, "arguments": arguments}
+        calls.append({**call, "function": changed} if "function" in call else changed)
+    return {**message, "tool_calls": calls} if calls else message
