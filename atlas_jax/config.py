@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from atlas_jax import config_files, masking
 from atlas_jax.option_rules import ALGORITHMS, CHOICES, EMPTIED, REWARDS, SYNONYMS
 from atlas_jax.options import (
+    ColumnsConfig,
     DataConfig,
     HostsConfig,
     MeshConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "ALGORITHMS",
     "CHOICES",
     "REWARDS",
+    "ColumnsConfig",
     "DataConfig",
     "GRPOConfig",
     "HostsConfig",

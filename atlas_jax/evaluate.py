@@ -87,7 +87,9 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     protocol = speakers.protocol(config, 1)
     rows = sources.read_rows(config.data, config.data.dataset_path)
     fields = config.rollout.question_fields
-    questions = parse_questions(rows, config.data.max_rejected_frac, True, fields)
+    questions = parse_questions(
+        rows, config.data.max_rejected_frac, True, fields, vars(config.data.columns)
+    )
     questions = questions[: limit or None]
     sharding = setup.make_sharding(config)
     models = [setup.open_frozen(one, one.model_name_or_path, sharding) for one in configs]

@@ -9,12 +9,33 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class ColumnsConfig:
+    """What rows call the fields that training reads; empty for the names that are looked for."""
+
+    messages: str = ""
+    """A conversation, for SFT."""
+    prompt: str = ""
+    """What is given, for SFT."""
+    completion: str = ""
+    """What is learned, for SFT."""
+    tools: str = ""
+    """Tools that the assistant may call, for SFT."""
+    question: str = ""
+    """What is asked, for GRPO."""
+    ground_truth: str = ""
+    """What is right, for GRPO."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where training rows come from and how they become token sequences."""
 
     dataset_path: str = ""
-    """A `.jsonl` or `.parquet` file, several separated by commas, a hub dataset (`owner/name`), or
-    one file of it (`owner/name:folder/file.jsonl`)."""
+    """A file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.arrow`; texts may end in `.gz` or
+    `.zst`), a pattern such as `data/*.jsonl`, a directory, a hub dataset (`owner/name`), or one
+    file of it (`owner/name:folder/file.jsonl`); several are separated by commas."""
+    dataset_config: str = ""
+    """Subset of a hub dataset, such as `main` of `openai/gsm8k`."""
     dataset_split: str = "train"
     """Split of a hub dataset; files have none, also those of a hub dataset."""
     dataset_max_samples: int = 0
@@ -22,6 +43,7 @@ class DataConfig:
     format: str = "auto"
     """`messages`, `prompt_completion`, `teaching`, `session` (traces of the Atlas runtime), or
     `auto`: told from the fields of the rows, for all but sessions."""
+    columns: ColumnsConfig = ColumnsConfig()
     db_url: str = ""
     """The runtime's database, `postgresql://user:password@host:5432/name`, in place of
     `dataset_path`."""
@@ -67,7 +89,8 @@ class DataConfig:
     length_buckets: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
     """Row lengths that unpacked batches are padded to; one compilation each."""
     max_rejected_frac: float = 0.01
-    """Share of unreadable rows above which the run stops."""
+    """Share of rows above which the run stops: those that cannot be read, are empty, or are cut or
+    left without a trained token by `max_seq_length`."""
     num_workers: int = 2
     """Threads that assemble batches ahead of the step."""
 

@@ -311,7 +311,9 @@ def check_data(config: TrainConfig) -> None:
     def use(row: sources.Row) -> None:
         if isinstance(config, GRPOConfig):
             needs_truth = config.reward.kind != "rim"
-            questions.to_question(row, needs_truth, config.rollout.question_fields)
+            questions.to_question(
+                row, needs_truth, config.rollout.question_fields, vars(config.data.columns)
+            )
         else:
             examples.to_sample(row, config.data)
 

@@ -318,10 +318,10 @@ def test_resume_from_is_a_run_a_checkpoint_or_a_model(config, model, tmp_path, m
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "a,b\n", r"a\.csv is of an unknown kind; its name must end in"),
+        ("a.txt", "a,b\n", r"a\.txt is of an unknown kind; its name must end in"),
         ("a.parquet", "no table", r"a\.parquet is not a Parquet file"),
         ("a.jsonl", '{"messages": \n{"messages": 1}\n', r"a\.jsonl:1: is not JSON"),
-        ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl:1: lacks messages; it has text"),
+        ("a.jsonl", '{"body": "x"}\n', r"a\.jsonl:1: lacks messages; it has body"),
         ("a", None, "the directory .* holds no file that ends in"),
     ],
 )

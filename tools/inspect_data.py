@@ -102,7 +102,11 @@ def print_examples(config: TrainConfig, rows: Rows) -> None:
 def print_questions(config: GRPOConfig, rows: Rows) -> None:
     """Prints questions with their ground truth and fields."""
     found = questions.parse_questions(
-        rows, 1.0, config.reward.kind != "rim", config.rollout.question_fields
+        rows,
+        1.0,
+        config.reward.kind != "rim",
+        config.rollout.question_fields,
+        vars(config.data.columns),
     )
     print(f"{len(found)} questions")
     for question in found[:_NUM_SHOWN]:

@@ -1,5 +1,7 @@
 """Rows of the accepted shapes, turned into conversations or plain texts.
 
+Rows of other tools are turned into these first, see `shapes`.
+
 | format | fields of a row | becomes |
 |---|---|---|
 | `messages` | `messages`: list of `{"role", "content"}` | the conversation as it is |
@@ -20,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from atlas_jax.config import DataConfig
+from atlas_jax.data import shapes
 from atlas_jax.data.sources import Row, Rows, check_rejected
 from atlas_jax.types import Message
 
@@ -113,7 +116,9 @@ def to_sample(row: Row, config: DataConfig) -> Sample:
     Raises:
         ValueError: says what is wrong with the row, without its name.
     """
-    fields = {key: value for key, value in row.fields.items() if value is not None}
+    fields = shapes.renamed(row.fields, vars(config.columns))
+    if not all(name in fields for name in FIELDS["teaching"]):
+        fields = shapes.training_row(fields)
     kind = row_format(fields, config.format)
     if kind == "messages":
         sample: Sample = Conversation(row.name, _messages(fields["messages"], "messages"))

@@ -75,6 +75,10 @@ class Report(NamedTuple):
     other_prompt: tuple[str, ...]
 
 
+_LOST = ("empty", "masked", "truncated")
+"""Notes of rows that are not trained, or not wholly; too many of them stop the run."""
+
+
 class Sequences(NamedTuple):
     """Examples end to end; example `i` is `[offsets[i], offsets[i + 1])` of the flat arrays."""
 
@@ -116,7 +120,10 @@ def build(
     )
     encoded = list(chat.encode(template, samples, options))
     rejected += [f"{e.name}: {e.reason}" for e in encoded if "rejected" in e.notes]
-    check_rejected(rejected, len(rows.rows), config.data.max_rejected_frac)
+    lost = [
+        f"{e.name}: {chat.NOTES[note]}" for e in encoded for note in _LOST if note in e.notes
+    ]
+    check_rejected(rejected + lost, len(rows.rows), config.data.max_rejected_frac)
     sequences = _flatten([e.example for e in encoded if e.example])
     report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, encoded)
     _log(report)

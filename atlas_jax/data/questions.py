@@ -2,10 +2,11 @@
 
 | part of a question | fields, the first that a row has |
 |---|---|
-| question | `prompt`, `problem_text`, `question`, `input` |
+| question | `prompt`, `problem_text`, `question`, `problem`, `input` |
 | ground truth | `ground_truth`, `answer`, `solution` |
 
-All other fields that are texts or numbers may be used by templates.
+All other fields that are texts or numbers may be used by templates. A prompt may be a list of
+messages, see `shapes`.
 """
 
 from __future__ import annotations
@@ -13,24 +14,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from atlas_jax.config import GRPOConfig
+from atlas_jax.data import shapes
 from atlas_jax.data.examples import PLACEHOLDER
 from atlas_jax.data.sessions import QUESTIONS
 from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Question
 
-_QUESTION = ("prompt", "problem_text", "question", "input")
+_QUESTION = ("prompt", "problem_text", "question", "problem", "input")
 _GROUND_TRUTH = ("ground_truth", "answer", "solution")
 _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 
 
 def parse_questions(
-    rows: Rows, max_rejected_frac: float, needs_truth: bool, needed_fields: Sequence[str] = ()
+    rows: Rows,
+    max_rejected_frac: float,
+    needs_truth: bool,
+    needed_fields: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> list[Question]:
     """Returns a question for each row; of sessions, one for each step whose truth is known.
 
@@ -39,6 +45,7 @@ def parse_questions(
         max_rejected_frac: share of unusable rows above which the run stops.
         needs_truth: whether a row without ground truth is unusable.
         needed_fields: further fields that templates may use, without which a row is unusable.
+        columns: our name of a field -> the rows', see `shapes.renamed`.
 
     Raises:
         ValueError: for a field that templates must not use, for too many unusable rows, and if none
@@ -54,7 +61,7 @@ def parse_questions(
     questions, rejected = [], []
     for row in rows.rows:
         try:
-            questions.append(to_question(row, needs_truth, needed_fields))
+            questions.append(to_question(row, needs_truth, needed_fields, columns))
         except ValueError as error:
             rejected.append(f"{row.name}: {error}")
     check_rejected(rejected, len(rows.rows), max_rejected_frac)
@@ -63,14 +70,21 @@ def parse_questions(
     return questions
 
 
-def to_question(row: Row, needs_truth: bool, needed_fields: Sequence[str] = ()) -> Question:
+def to_question(
+    row: Row,
+    needs_truth: bool,
+    needed_fields: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+) -> Question:
     """Returns one row as a question; the arguments are those of `parse_questions`.
 
     Raises:
         ValueError: says what the row lacks, without its name.
     """
-    fields = {k: v for k, v in row.fields.items() if v is not None}
-    question, truth = _first(fields, _QUESTION), _first(fields, _GROUND_TRUTH)
+    fields = shapes.question_row(shapes.renamed(row.fields, columns or {}))
+    named = bool(columns and columns.get("question"))
+    question = _first(fields, ("question",) if named else _QUESTION)
+    truth = _first(fields, _GROUND_TRUTH)
     if not question:
         raise ValueError(
             f"has no question; it has {', '.join(fields) or 'no fields'}; name the text one of "

@@ -19,10 +19,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax.config import DataConfig
-from atlas_jax.data import sessions, snapshot, trace_files
+from atlas_jax.data import row_files, sessions, snapshot, trace_files
 from atlas_jax.files import write_whole
 
-_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 _NUM_SHOWN = 5
 _NUM_LOOKED_AT = 1000
@@ -85,8 +84,8 @@ def read_rows(config: DataConfig, path: str) -> Rows:
 
     Args:
         config: gives the split of hub datasets and the limit of rejected rows.
-        path: `.jsonl` (or `.json` with one object a line) and `.parquet` files, hub dataset ids
-            (`owner/name`) or single files of a hub dataset (`owner/name:folder/file.jsonl`);
+        path: files of the kinds of `row_files`, patterns of their names, directories, hub dataset
+            ids (`owner/name`) or single files of a hub dataset (`owner/name:folder/file.jsonl`);
             several are separated by commas. Blank lines of a JSONL file are no rows.
 
     Raises:
@@ -117,7 +116,7 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
         if config.format == "session":
             records = trace_files.read(part)
         elif _is_local(part):
-            records = _records(part, config.dataset_split)
+            records = _records(part, config)
         else:
             continue
         first = ""
@@ -250,14 +249,17 @@ def _all_records(
     parts = _parts(path)
     if config.format == "session":
         return sessions.to_records(_chain(trace_files.read(part) for part in parts), config)
-    return _chain(_records(part, config.dataset_split) for part in parts)
+    return _chain(_records(part, config) for part in parts)
 
 
 _chain = itertools.chain.from_iterable
 
 
 def _parts(path: str) -> list[str]:
-    return [part for part in (p.strip() for p in path.split(",")) if part]
+    if os.path.isfile(os.path.expanduser(path)):  # its name may have a comma
+        return [path]
+    parts = (part for part in (p.strip() for p in path.split(",")) if part)
+    return [file for part in parts for file in row_files.expanded(part)]
 
 
 def _list_rejected(path: str, *parts: Rows | None) -> None:
@@ -267,23 +269,16 @@ def _list_rejected(path: str, *parts: Rows | None) -> None:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _records(path: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _records(path: str, config: DataConfig) -> row_files.Records:
     """Yields each row's name and its fields, or in their place why it is rejected."""
     file = os.path.expanduser(path)
-    if not os.path.isfile(file):
-        if _looks_like_file(path):
-            raise ValueError(
-                f"dataset file {path} does not exist; relative paths start at {os.getcwd()}"
-            )
-        return _hub_records(path, hub_split)
-    if file.endswith((".jsonl", ".json")):
-        return _json_records(path, file)
-    if file.endswith(".parquet"):
-        return _parquet_records(path, file)
-    raise ValueError(
-        f"dataset file {path} is of an unknown kind; its name must end in one of "
-        f"{', '.join(_FILE_SUFFIXES)}"
-    )
+    if os.path.isfile(file):
+        return row_files.read(path)
+    if _looks_like_file(path):
+        raise ValueError(
+            f"dataset file {path} does not exist; relative paths start at {os.getcwd()}"
+        )
+    return _hub_records(path, config)
 
 
 def _is_local(path: str) -> bool:
@@ -293,68 +288,39 @@ def _is_local(path: str) -> bool:
 def _looks_like_file(path: str) -> bool:
     if _HUB_FILE.fullmatch(path) or os.path.isdir(os.path.expanduser(path)):
         return False
-    return path.endswith(_FILE_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return row_files.is_known(path) or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _json_records(path: str, file: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    # Bytes, because text mode also breaks lines at characters that JSON strings may hold.
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _json_object(line)
-
-
-def _json_object(line: bytes) -> dict[str, Any] | str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        return f"is not JSON ({error}); each line must be one JSON object"
-    if not isinstance(value, dict):
-        return f"is a JSON {type(value).__name__}, not an object; each line must be one object"
-    return value
-
-
-def _parquet_records(path: str, file: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(
-            f"dataset file {path} is not a Parquet file ({error}); write it again"
-        ) from error
-    with table:
-        number = 0
-        for batch in table.iter_batches():
-            for fields in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", fields
-
-
-def _hub_records(path: str, hub_split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _hub_records(path: str, config: DataConfig) -> row_files.Records:
     import datasets
 
     match = _HUB_FILE.fullmatch(path)
     repo, files = (match["repo"], match["file"]) if match else (path, None)
-    if match:
-        hub_split = "train"  # the only one that `datasets` gives a file
+    # The only split that `datasets` gives a file.
+    hub_split = "train" if match else config.dataset_split
     folder = pathlib.Path(path).expanduser()
     kind = "directory" if folder.is_dir() else "hub dataset"
-    if folder.is_dir() and not any(file.suffix in _FILE_SUFFIXES for file in folder.rglob("*")):
+    if folder.is_dir() and not any(row_files.is_known(str(f)) for f in folder.rglob("*")):
         raise ValueError(
             f"the directory {path}, given as a dataset, holds no file that ends in "
-            f"{', '.join(_FILE_SUFFIXES)}; give the file itself"
+            f"{row_files.kinds()}; give the file itself"
         )
     try:
-        table = datasets.load_dataset(
-            str(folder) if folder.is_dir() else repo, data_files=files, split=hub_split
-        )
+        if (folder / "state.json").exists():  # of `save_to_disk`
+            table = datasets.load_from_disk(str(folder))
+        else:
+            table = datasets.load_dataset(
+                str(folder) if folder.is_dir() else repo,
+                config.dataset_config or None,
+                data_files=files,
+                split=hub_split,
+            )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         why = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"{kind} {path!r}, split {hub_split!r}, cannot be loaded ({why}); check the id, "
-            "data.dataset_split and the network, or give a .jsonl or .parquet file"
+            "data.dataset_config, data.dataset_split and the network, or give a .jsonl or .parquet "
+            "file"
         ) from error
     for number, fields in enumerate(table, start=1):
         yield f"{path}[{hub_split}]:{number}", dict(fields)

@@ -279,12 +279,12 @@ def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | Non
         config.data, config.seed, config.output_dir, distributed.is_main()
     )
     most, needs_truth = config.data.max_rejected_frac, config.reward.kind != "rim"
-    fields = config.rollout.question_fields
-    train = asked.parse_questions(rows, most, needs_truth, fields)
+    fields, columns = config.rollout.question_fields, vars(config.data.columns)
+    train = asked.parse_questions(rows, most, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].question)
     if held_out is None:
         return train, None
-    questions = asked.parse_questions(held_out, most, needs_truth, fields)
+    questions = asked.parse_questions(held_out, most, needs_truth, fields, columns)
     return train, questions[: config.rollout.eval_limit or None]
 
 

@@ -103,7 +103,7 @@ def test_given_format_is_taken_where_several_fit():
             "has no assistant message to train on",
         ),
         ({"messages": []}, {}, "has messages that are no list of messages"),
-        ({"messages": "x"}, {}, "has messages that are no list of messages"),
+        ({"messages": "x"}, {}, "has messages as a text that is not JSON"),
         ({"messages": ["x"]}, {}, "has a str as messages[0]"),
         (
             {"messages": [{"from": "human"}]},
@@ -111,14 +111,14 @@ def test_given_format_is_taken_where_several_fit():
             "lacks role, content in messages[0], which has from",
         ),
         (
-            {"messages": [USER, {"role": "bot", "content": "y"}]},
+            {"messages": [USER, {"role": "narrator", "content": "y"}]},
             {},
-            "has the role 'bot' in messages[1]; it must be one of system, user, assistant, tool",
+            "has the role 'narrator' in messages[1]; it must be one of system, user, assistant",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             {},
-            "has a list as messages[0].content; it must be a text",
+            "has a part of type text in messages[0].content; only texts are trained",
         ),
         (
             {"prompt": "a", "completion": 4},

@@ -67,11 +67,9 @@ def test_missing_file_is_an_error_and_no_hub_look_up(path):
 
 
 def test_file_of_an_unknown_kind_is_an_error(tmp_path):
-    (tmp_path / "a.csv").write_text("a,b\n")
-    with pytest.raises(
-        ValueError, match=r"a\.csv is of an unknown kind.*\.jsonl, \.json, \.parquet"
-    ):
-        sources.read_rows(CONFIG, str(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("a,b\n")
+    with pytest.raises(ValueError, match=r"a\.txt is of an unknown kind.*\.jsonl, \.json, \.csv"):
+        sources.read_rows(CONFIG, str(tmp_path / "a.txt"))
 
 
 def test_broken_parquet_file_is_an_error(tmp_path):
@@ -201,8 +199,8 @@ def test_the_gsm8k_recipe_finds_its_two_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no file that ends in .jsonl, .json, .parquet; give the file itself"),
-        ({"README.txt": "hi"}, "holds no file that ends in .jsonl, .json, .parquet; give the file"),
+        ({}, "some of them with .gz or .zst behind; give the file itself"),
+        ({"README.txt": "hi"}, "holds no file that ends in .jsonl, .json, .csv, .tsv, .parquet, "),
         ({"a.jsonl": '{"prompt": '}, "split 'train', cannot be loaded (JSON parse error: "),
     ],
 )

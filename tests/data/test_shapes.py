@@ -1,0 +1,136 @@
+"""Rows as other tools write them."""
+
+import pytest
+
+from atlas_jax.config import ColumnsConfig, DataConfig
+from atlas_jax.data.examples import PlainText, to_sample
+from atlas_jax.data.questions import to_question
+from atlas_jax.data.sources import Row
+
+ASKED = ("user", "What is 2+2?")
+ANSWERED = ("assistant", "It is four.")
+TALK = [{"role": "user", "content": ASKED[1]}, {"role": "assistant", "content": ANSWERED[1]}]
+
+
+def sample(fields, **options):
+    return to_sample(Row("d:1", fields), DataConfig(**options))
+
+
+def turns(fields, **options):
+    return [(m["role"], m["content"]) for m in sample(fields, **options).messages]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": 7, "conversations": [{"from": "human", "value": ASKED[1]},
+                                    {"from": "gpt", "value": ANSWERED[1]}]},
+        {"conversations": TALK},
+        {"conversations": [{"from": "user", "value": ASKED[1]},
+                           {"from": "chatgpt", "value": ANSWERED[1], "weight": None}]},
+        {"instruction": ASKED[1], "input": "", "output": ANSWERED[1]},
+        {"instruction": ASKED[1], "context": "", "response": ANSWERED[1], "category": "open_qa"},
+        {"prompt": ASKED[1], "response": ANSWERED[1]},
+        {"question": ASKED[1], "answer": ANSWERED[1]},
+        {"problem": ASKED[1], "solution": ANSWERED[1], "level": 3},
+        {"query": ASKED[1], "response": ANSWERED[1]},
+        {"prompt": [TALK[0]], "completion": ANSWERED[1]},
+        {"prompt": ASKED[1], "completion": [TALK[1]]},
+        {"messages": '[{"role": "user", "content": "What is 2+2?"}, '
+                     '{"role": "assistant", "content": "It is four."}]'},
+        {"messages": [{"role": "User", "content": ASKED[1]},
+                      {"role": "model", "content": ANSWERED[1]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is "},
+                                                   {"type": "text", "text": "2+2?"}]}, TALK[1]]},
+        {"prompt": ASKED[1], "prompt_id": "x", "messages": TALK},
+        {"messages": TALK, "chosen": "a", "rejected": "b"},
+    ],
+    ids=lambda fields: "+".join(fields),
+)  # fmt: skip
+def test_a_row_is_told_from_its_fields(fields):
+    assert turns(fields) == [ASKED, ANSWERED]
+
+
+def test_what_stands_before_the_question_is_kept():
+    row = {"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "Be brief.",
+           "history": [["hi", "hello"]]}  # fmt: skip
+    assert turns(row) == [
+        ("system", "Be brief."), ("user", "hi"), ("assistant", "hello"),
+        ("user", "Add.\n\n2 and 2"), ("assistant", "4"),
+    ]  # fmt: skip
+    assert turns({"conversations": TALK, "system": "s"})[0] == ("system", "s")
+    assert turns({"messages": [{"role": "developer", "content": "s"}, *TALK]})[0] == ("system", "s")
+
+
+def test_a_call_as_openai_wrote_it_before_tools():
+    call = {"role": "assistant", "content": None,
+            "function_call": {"name": "add", "arguments": '{"a": 1}'}}  # fmt: skip
+    result = {"role": "function", "name": "add", "content": "1"}
+    found = sample({"messages": [TALK[0], call, result, TALK[1]]}).messages
+    assert found[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    ]
+    assert found[2]["role"] == "tool"
+
+
+def test_text_alone_is_trained_whole():
+    assert sample({"text": "All of it.", "id": 3}) == PlainText("d:1", "", "All of it.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "is a preference row"),
+        ({"chosen": TALK, "rejected": TALK}, "is a preference row"),
+        ({"messages": "[{"}, "messages as a text that is not JSON"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TALK[1]]},
+         r"a part of type image_url in messages\[0\]"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, "the role 'narrator'"),
+        ({"instruction": ["x"], "output": "y"}, "instruction or output that is no text"),
+        ({"body": "x"}, "lacks messages; it has body"),
+        ({"question": "q", "answer": float("nan")}, "lacks messages; it has question"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_none_says_why(fields, message):
+    with pytest.raises(ValueError, match=message):
+        sample(fields)
+
+
+def test_columns_are_renamed_by_the_config():
+    columns = ColumnsConfig(prompt="body", completion="reply")
+    assert sample({"body": "x", "reply": "y"}, columns=columns) == PlainText("d:1", "x", "y")
+    with pytest.raises(ValueError, match=r"lacks reply, which data\.columns\.completion names"):
+        sample({"body": "x", "prompt": "y"}, columns=columns)
+    columns = vars(ColumnsConfig(question="body", ground_truth="key"))
+    row = Row("d:1", {"prompt": "not this", "body": "q", "key": 4, "answer": "not this"})
+    assert to_question(row, True, (), columns)[1:3] == ("q", "4")
+
+
+@pytest.mark.parametrize(
+    ("fields", "question", "truth"),
+    [
+        ({"prompt": [{"role": "user", "content": "q"}], "solution": "4"}, "q", "4"),
+        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+          "reward_model": {"style": "rule", "ground_truth": "4"}, "data_source": "x"},
+         "s\n\nq", "4"),
+        ({"problem": "q", "level": 2, "solution": "4"}, "q", "4"),
+        ({"problem": "q", "answer": "4", "solution": "2+2=4"}, "q", "4"),
+        ({"question": "q", "answer": float("nan"), "solution": 0}, "q", "0"),
+        ({"question": "q", "answer": True}, "q", "True"),
+    ],
+)  # fmt: skip
+def test_questions_of_other_tools(fields, question, truth):
+    assert to_question(Row("d:1", fields), True)[1:3] == (question, truth)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": TALK, "answer": "4"}, "a prompt with the roles user, assistant"),
+        ({"question": "q", "answer": float("nan")}, "has no ground truth"),
+        ({"question": "q", "answer": ["4", "5"]}, "has no ground truth"),
+    ],
+)
+def test_questions_that_are_none_say_why(fields, message):
+    with pytest.raises(ValueError, match=message):
+        to_question(Row("d:1", fields), True)
