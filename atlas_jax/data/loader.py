@@ -120,9 +120,7 @@ def build(
     )
     encoded = list(chat.encode(template, samples, options))
     rejected += [f"{e.name}: {e.reason}" for e in encoded if "rejected" in e.notes]
-    lost = [
-        f"{e.name}: {chat.NOTES[note]}" for e in encoded for note in _LOST if note in e.notes
-    ]
+    lost = [f"{e.name}: {chat.NOTES[note]}" for e in encoded for note in _LOST if note in e.notes]
     check_rejected(rejected + lost, len(rows.rows), config.data.max_rejected_frac)
     sequences = _flatten([e.example for e in encoded if e.example])
     report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, encoded)

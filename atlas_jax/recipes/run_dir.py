@@ -113,6 +113,11 @@ def started(output_dir: str) -> Started | None:
     return Started(**(values | {"origin": Origin(**values["origin"])}))
 
 
+def today() -> datetime.date:
+    """Returns this host's date."""
+    return datetime.date.today()
+
+
 def date(output_dir: str) -> datetime.date:
     """Returns what chat templates take for today: the day on which the run was started.
 
@@ -120,8 +125,7 @@ def date(output_dir: str) -> datetime.date:
     day, keeps its examples.
     """
     before = started(output_dir) if output_dir else None
-    today = datetime.date.today().isoformat()
-    mine = before.date if before and before.date else today
+    mine = before.date if before and before.date else today().isoformat()
     return datetime.date.fromisoformat(distributed.gather_texts(mine)[0])
 
 

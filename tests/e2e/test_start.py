@@ -1,6 +1,7 @@
 """What a run begins with: another run's weights, or its own directory; and what is refused."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import safetensors.numpy
 
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig, SFTConfig
-from atlas_jax.recipes import grpo, sft
+from atlas_jax.recipes import grpo, run_dir, sft
 from tests import words
 from tests.e2e import test_grpo
 
@@ -252,3 +253,27 @@ def test_every_offload_starts_and_continues_with_the_same_numbers(
     for line, plain in zip(found, expected, strict=True):
         assert line["loss/total"] == pytest.approx(plain["loss/total"], rel=1e-5, abs=1e-7)
         assert line["optim/grad_norm"] == pytest.approx(plain["optim/grad_norm"], rel=1e-4)
+
+
+def test_a_run_that_goes_on_another_day_keeps_its_date(inputs, tmp_path, monkeypatch):
+    """Its template writes one word more in 2020, which would be other training data."""
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    tokenizer = words.tokenizer(WORDS)
+    tokenizer.chat_template = (
+        "{% if strftime_now('%Y') == '2020' %}plan {% endif %}"
+        "{% for m in messages %}{{ m.content }} {% endfor %}<eos>"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    row = {"messages": [{"role": "user", "content": "q1 answer"},
+                        {"role": "assistant", "content": "1"}]}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 16)
+    output, today = tmp_path / "run", datetime.date.today()
+    changes = {"model_name_or_path": f"{tmp_path}/model", "data.completion_only": False,
+               "data.dataset_path": f"{tmp_path}/rows.jsonl"}  # fmt: skip
+    run(inputs, output, max_steps=1, **changes)
+    assert json.loads((output / "start.json").read_text())["date"] == today.isoformat()
+    monkeypatch.setattr(run_dir, "today", lambda: datetime.date(2020, 1, 2))
+    run(inputs, output, max_steps=2, **changes)
+    assert [line["step"] for line in steps(output)] == [1, 2]
+    run(inputs, tmp_path / "other", max_steps=1, **changes)  # which begins on that day
+    assert steps(tmp_path / "other")[0]["loss/total"] != steps(output)[0]["loss/total"]
