@@ -250,6 +250,11 @@ def _check_shown(message: Message, text: str, turn: int) -> None:
         ValueError: names what it leaves out.
     """
     fields: Mapping[str, Any] = message
+    if not message["content"].strip() and not fields.get("tool_calls"):
+        raise ValueError(
+            f"has nothing in message {turn + 1}, of the assistant, which would be trained to say "
+            'nothing; remove it, or give it "weight": 0'
+        )
     shown = _squeezed(text)
     for name in ("content", "reasoning_content", "thinking"):
         if _squeezed(str(fields.get(name) or "")) not in shown:

@@ -2,7 +2,7 @@
 
 | part of a question | fields, the first that a row has |
 |---|---|
-| question | `prompt`, `problem_text`, `question`, `problem`, `input` |
+| question | `prompt`, `problem_text`, `question`, `problem`, `instruction`, `query`, `input` |
 | ground truth | `ground_truth`, `answer`, `solution` |
 
 All other fields that are texts or numbers may be used by templates. A prompt may be a list of
@@ -26,7 +26,7 @@ from atlas_jax.data.sessions import QUESTIONS
 from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Question
 
-_QUESTION = ("prompt", "problem_text", "question", "problem", "input")
+_QUESTION = ("prompt", "problem_text", "question", "problem", "instruction", "query", "input")
 _GROUND_TRUTH = ("ground_truth", "answer", "solution")
 _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 

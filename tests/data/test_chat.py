@@ -358,6 +358,11 @@ def test_what_the_template_leaves_out_is_rejected_not_trained_as_silence():
     assert "leaves reasoning_content of message 2" in encode_one(tokenizer, sample).reason
 
 
+def test_an_empty_answer_among_others_is_rejected():
+    encoded = encode_one(chatml_tokenizer(), conversation("a", " ", "b", "x"))
+    assert "has nothing in message 2, of the assistant" in encoded.reason
+
+
 def call(arguments):
     return {
         "role": "assistant",
