@@ -176,7 +176,12 @@ def test_iterator_restored_at_its_end_is_exhausted():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 1}, {"packing": True}, {"max_seq_length": 9}, {"data": {"shuffle": False}}],
+    [
+        {"seed": 1},
+        {"packing": True},
+        {"data": {"shuffle": False}},
+        {"max_seq_length": 9, "data": {"max_rejected_frac": 1.0}},
+    ],
 )
 def test_state_of_other_data_is_refused(changes):
     state = build(**changes).batches().get_state()
@@ -225,7 +230,7 @@ def test_report_counts_and_names_every_row():
     ]
     named = Rows([Row(f"t:{i}", f) for i, f in enumerate(fields)], ["t:9: is not JSON"])
     config = dataclasses.replace(
-        CONFIG, max_seq_length=40, data=dataclasses.replace(CONFIG.data, max_rejected_frac=0.5)
+        CONFIG, max_seq_length=40, data=dataclasses.replace(CONFIG.data, max_rejected_frac=0.9)
     )
     report = loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1)).report
     assert (report.rows, report.examples) == (6, 2)
@@ -241,9 +246,20 @@ def test_report_counts_and_names_every_row():
     assert report.tokens == len(prompt) + 3 + 40
 
 
+def test_rows_that_are_cut_masked_or_empty_count_against_the_limit():
+    good = [Row(f"t:{i}", conversation("x", "y")) for i in range(2)]
+    for lost in (conversation("x" * 60, "y"), conversation("x", ""), conversation("x", "y" * 60)):
+        data = dataclasses.replace(CONFIG.data, max_rejected_frac=0.3)
+        config = dataclasses.replace(CONFIG, max_seq_length=40, data=data)
+        named = Rows([*good, Row("t:9", lost)], [])
+        with pytest.raises(ValueError, match=r"1 of 3 dataset rows cannot be used.*\n  t:9: "):
+            loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1))
+
+
 def test_nothing_left_is_an_error_with_the_counts():
     named = Rows([Row("t:0", conversation("x" * 60, "y")), Row("t:1", conversation("x", ""))], [])
-    config = dataclasses.replace(CONFIG, max_seq_length=40)
+    lenient = dataclasses.replace(CONFIG.data, max_rejected_frac=1.0)
+    config = dataclasses.replace(CONFIG, max_seq_length=40, data=lenient)
     with pytest.raises(ValueError, match=r"no example is left of 2 rows: .*1 empty, 1 masked"):
         loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1))
 
