@@ -170,8 +170,10 @@ def _complete(hf: dict[str, Any], family: str) -> dict[str, Any]:
     Raises:
         ValueError: if the class refuses them.
     """
+    # Files may say a dtype that they do not hold, or none that there is; nothing here goes by it.
+    told = {name: value for name, value in hf.items() if name not in ("dtype", "torch_dtype")}
     try:
-        return transformers.CONFIG_MAPPING[family].from_dict(copy.deepcopy(hf)).to_dict()
+        return transformers.CONFIG_MAPPING[family].from_dict(copy.deepcopy(told)).to_dict()
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers refuses config.json: {reason}") from None
