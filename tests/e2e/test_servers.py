@@ -144,6 +144,7 @@ def run(smollm2, tmp_path_factory):
     return output, seen
 
 
+@pytest.mark.long
 def test_ctrl_c_in_a_terminal_saves_though_tee_is_gone_and_then_ends_the_servers(run):
     _, seen = run
     found = seen["interrupt"]
@@ -156,6 +157,7 @@ def test_ctrl_c_in_a_terminal_saves_though_tee_is_gone_and_then_ends_the_servers
     assert "Traceback" not in found["text"]
 
 
+@pytest.mark.long
 def test_a_kill_ends_the_servers_and_is_the_exit_code(run):
     _, seen = run
     for part in ("atlas_jax.serve", "VLLM::EngineCore"):
@@ -164,6 +166,7 @@ def test_a_kill_ends_the_servers_and_is_the_exit_code(run):
     assert not seen["left"]
 
 
+@pytest.mark.long
 def test_the_same_command_continues_and_brings_the_servers_to_its_version(run):
     output, seen = run
     log = (output / "training.log").read_text()
@@ -180,6 +183,7 @@ def test_the_same_command_continues_and_brings_the_servers_to_its_version(run):
         assert {s["guided"]["weights_version"] for s in samples if s["guided"]["token_ids"]} == {0}
 
 
+@pytest.mark.long
 def test_server_and_trainer_agree_at_every_step(run):
     """Sampled at temperature 0.7 and top_p 0.95, in float32; every update changes every matrix."""
     output, _ = run
@@ -190,6 +194,7 @@ def test_server_and_trainer_agree_at_every_step(run):
         assert 0 <= line["rollout/mismatch_kl"] <= 1e-8
 
 
+@pytest.mark.long
 def test_logs_are_kept_for_each_process(run):
     output, _ = run
     assert {path.name.rpartition("_")[0] for path in (output / "logs").glob("*_server_*")} == {
@@ -198,6 +203,7 @@ def test_logs_are_kept_for_each_process(run):
     assert f"step {STEPS}/{STEPS}" in (output / "logs" / "training.log").read_text()
 
 
+@pytest.mark.long
 def test_a_fresh_server_continues_from_the_export(run, tmp_path):
     output, _ = run
     with vllm_servers.running([output / "final"], tmp_path, "--max-model-len", "512") as (server,):
@@ -206,9 +212,9 @@ def test_a_fresh_server_continues_from_the_export(run, tmp_path):
     assert "Paris" in reply["choices"][0]["text"]
 
 
-def test_a_taken_port_is_an_error_before_anything_starts(smollm2, tmp_path, vllm_server):
+def test_a_taken_port_is_an_error_before_anything_starts(tmp_path, vllm_server):
     port = int(vllm_server.url.rpartition(":")[2])
-    process = start(smollm2, tmp_path / "grpo", port)
+    process = start(vllm_server.root, tmp_path / "grpo", port)
     assert process.wait(60) == 2
     assert f"port {port} is taken" in (tmp_path / "printed.log").read_text()
 
