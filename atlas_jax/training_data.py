@@ -15,7 +15,9 @@ forms leave it free.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import gc
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime
@@ -93,9 +95,11 @@ def get_training_sessions(
         ConnectionError: if the database cannot be reached.
         TimeoutError: if a statement takes too long.
     """
-    return list(
-        iter_training_sessions(db_url, limit=limit, offset=offset, config=config, **selection)
+    sessions = iter_training_sessions(
+        db_url, limit=limit, offset=offset, config=config, **selection
     )
+    with _collector_paused():
+        return list(sessions)
 
 
 def iter_training_sessions(
@@ -196,6 +200,21 @@ async def get_session_by_id_async(
         include_learning_data=include_learning_data,
         config=config,
     )
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keeps Python from looking for cycles, which sessions have none of.
+
+    It would walk again and again over all sessions that are kept.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _query(selection: Any) -> Query:

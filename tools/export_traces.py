@@ -46,7 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--include-all-statuses", action="store_true", help="whatever the review")
     parser.add_argument("--trajectory-event-limit", type=int, default=200, help="events a session")
-    parser.add_argument("--batch-size", type=int, default=200, help="sessions held at one time")
+    parser.add_argument("--batch-size", type=int, default=150, help="sessions held at one time")
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
     if not args.database_url:

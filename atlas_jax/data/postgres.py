@@ -22,18 +22,21 @@ from typing import Any, NamedTuple
 import psycopg
 from absl import logging
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, tuple_row
+from psycopg.types.string import ByteaBinaryLoader, TextBinaryLoader
 
 from atlas_jax import masking
 from atlas_jax.data import postgres_sql
 from atlas_jax.data.postgres_sql import Page, Schema
 from atlas_jax.data.trace_query import Query
-from atlas_jax.data.trace_records import session_record
+from atlas_jax.data.trace_records import Event, session_record
 
 _LOST = ("08", "57P", "53300", "25P03", "40001")  # sqlstates after which a new connection may help
 _RETRY_PAUSE_SECS = 0.5
 _CONNECTING = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10,
                "keepalives_count": 3, "application_name": "atlas_jax"}  # fmt: skip
+
+_OTHER_TYPES = 0  # those that psycopg does not know, such as enumerations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Access:
     """How a database is read."""
 
     statement_timeout_secs: float = 30.0
-    page_size: int = 200
+    page_size: int = 150
     """Sessions that are held at one time."""
     events_per_session: int = 200
     """Events kept of a session, the newest."""
@@ -59,12 +62,21 @@ class Database(NamedTuple):
     access: Access
 
 
+class _EventRange(NamedTuple):
+    """Where the events of a page lie."""
+
+    first: int
+    last: int
+    most: int
+    """Events of the session that has the most."""
+
+
 class _Fetched(NamedTuple):
     """Sessions of a page, and by session id what belongs to them."""
 
     rows: Sequence[dict[str, Any]]
     steps: Mapping[int, Sequence[dict[str, Any]]]
-    events: Mapping[int, dict[str, Any]]
+    events: Mapping[int, list[Event]]
     is_last: bool
 
     def behind(self, page: Page, count: int) -> Page:
@@ -231,8 +243,13 @@ def _snapshot(url: str, access: Access) -> Iterator[psycopg.Connection[dict[str,
     options: dict[str, Any] = {k: v for k, v in _CONNECTING.items() if k not in parsed(url)}
     # Without prepared statements it works behind a pooler, too.
     with psycopg.connect(
-        url, row_factory=dict_row, prepare_threshold=None, **options
+        url, row_factory=dict_row, prepare_threshold=None, client_encoding="utf8", **options
     ) as connection:
+        # Of the binary format. JSON is decoded later, so that a page that waits is small; `jsonb`
+        # stays bytes, by which `trace_values` tells it from a text.
+        connection.adapters.register_loader("jsonb", ByteaBinaryLoader)
+        connection.adapters.register_loader("json", TextBinaryLoader)
+        connection.adapters.register_loader(_OTHER_TYPES, TextBinaryLoader)
         connection.read_only = True
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         milliseconds = str(round(access.statement_timeout_secs * 1000))
@@ -266,7 +283,7 @@ def _fetch(
     connection: psycopg.Connection[dict[str, Any]],
     database: Database,
     query: Query,
-    ranges: Mapping[int, tuple[int, int]],
+    ranges: Mapping[int, _EventRange],
     page: Page,
     number: int,
 ) -> _Fetched:
@@ -274,7 +291,7 @@ def _fetch(
     size = database.access.page_size
     wanted = size if page.limit is None else min(size, page.limit)
     statement = postgres_sql.sessions(query, database.schema, page._replace(limit=wanted))
-    rows = connection.execute(*statement).fetchall()
+    rows = connection.execute(*statement, binary=True).fetchall()
     ids = [row["id"] for row in rows]
     events = _events(connection, ids, ranges.get(number), database.access)
     is_last = len(rows) < wanted or wanted == page.limit
@@ -283,13 +300,13 @@ def _fetch(
 
 def _event_ranges(
     connection: psycopg.Connection[dict[str, Any]], database: Database, query: Query, page: Page
-) -> dict[int, tuple[int, int]]:
-    """Returns between which ids the events of each page lie; pages without events are absent."""
+) -> dict[int, _EventRange]:
+    """Returns where the events of each page lie; pages without events are absent."""
     if not query.include_trajectory_events:
         return {}
     statement = postgres_sql.event_ranges(query, database.schema, page, database.access.page_size)
     rows = connection.execute(*statement)
-    return {row["number"]: (row["first"], row["last"]) for row in rows}
+    return {row["number"]: _EventRange(row["first"], row["last"], row["most"]) for row in rows}
 
 
 def _steps(
@@ -297,13 +314,13 @@ def _steps(
 ) -> dict[int, list[dict[str, Any]]]:
     values = {"ids": ids}
     attempts, notes = defaultdict(list), defaultdict(list)
-    for row in connection.execute(postgres_sql.ATTEMPTS, values):
+    for row in connection.execute(postgres_sql.ATTEMPTS, values, binary=True):
         attempt = {"attempt": row["attempt"], "evaluation": row["evaluation"]}
         attempts[row["session_id"], row["step_id"]].append(attempt)
-    for row in connection.execute(postgres_sql.GUIDANCE, values):
+    for row in connection.execute(postgres_sql.GUIDANCE, values, binary=True):
         notes[row["session_id"], row["step_id"]].append(row["note"])
     steps = defaultdict(list)
-    for row in connection.execute(postgres_sql.STEPS, values):
+    for row in connection.execute(postgres_sql.STEPS, values, binary=True):
         key = row["session_id"], row["step_id"]
         own = {"attempt_details": attempts.get(key, []), "guidance_notes": notes.get(key, [])}
         steps[row["session_id"]].append(row | own)
@@ -313,12 +330,20 @@ def _steps(
 def _events(
     connection: psycopg.Connection[dict[str, Any]],
     ids: Sequence[int],
-    span: tuple[int, int] | None,
+    span: _EventRange | None,
     access: Access,
-) -> dict[int, dict[str, Any]]:
+) -> dict[int, list[Event]]:
+    """Returns the newest events of each session, oldest first."""
     if span is None:
         return {}
-    values = {
-        "ids": ids, "first": span[0], "last": span[1], "limit": access.events_per_session,
-    }  # fmt: skip
-    return {row["session_id"]: row for row in connection.execute(postgres_sql.EVENTS, values)}
+    limit = access.events_per_session
+    values = {"ids": ids, "first": span.first, "last": span.last, "limit": limit}
+    too_many = span.most > limit
+    statement = postgres_sql.NEWEST_EVENTS if too_many else postgres_sql.EVENTS
+    events: dict[int, list[Event]] = defaultdict(list)
+    with connection.cursor(binary=True, row_factory=tuple_row) as cursor:
+        for event in cursor.execute(statement, values).fetchall():
+            events[event[0]].append(event)
+    for own in events.values():
+        own.sort()  # by id, which no other event has
+    return events

@@ -9,34 +9,34 @@ from atlas_jax.data.trace_query import LARGEST_SCORE, NUMBER, Query
 
 TABLES = ("sessions", "plans", "step_results", "step_attempts", "guidance_notes",
           "trajectory_events")  # fmt: skip
-_JSON = ("metadata", "reward", "reward_stats", "reward_audit")
-_PLAIN = ("task", "status", "final_answer", "student_learning", "teacher_learning",
-          "review_status", "review_notes", "completed_at")  # fmt: skip
+_COLUMNS = ("task", "status", "final_answer", "student_learning", "teacher_learning",
+            "review_status", "review_notes", "completed_at", "metadata", "reward", "reward_stats",
+            "reward_audit")  # fmt: skip
 _ORDER = "ORDER BY s.created_at DESC, s.id DESC"
 
 COLUMNS = """
 SELECT attname FROM pg_attribute
 WHERE attrelid = 'sessions'::regclass AND attnum > 0 AND NOT attisdropped"""
 STEPS = """
-SELECT session_id, step_id, trace, output, evaluation::text, attempts, metadata::text
+SELECT session_id, step_id, trace, output, evaluation, attempts, metadata
 FROM step_results WHERE session_id = ANY(%(ids)s) ORDER BY session_id, step_id"""
 ATTEMPTS = """
-SELECT session_id, step_id, attempt, evaluation::text
+SELECT session_id, step_id, attempt, evaluation
 FROM step_attempts WHERE session_id = ANY(%(ids)s) ORDER BY session_id, step_id, attempt"""
 GUIDANCE = """
 SELECT session_id, step_id, note
 FROM guidance_notes WHERE session_id = ANY(%(ids)s) ORDER BY session_id, step_id, sequence"""
-# The newest of each session. The runtime's schema has no index by session, but ids of events lie
-# close together for sessions of one time, so that a range of ids spares reading the whole table.
+# The runtime's schema has no index by session, but ids of events lie close together for sessions of
+# one time, so that a range of ids spares reading the whole table.
 EVENTS = """
-SELECT session_id, array_agg(id ORDER BY id) AS ids, array_agg(created_at ORDER BY id) AS times,
-  '[' || string_agg(event::text, ',' ORDER BY id) || ']' AS events
-FROM (
-  SELECT session_id, id, event, created_at,
-    row_number() OVER (PARTITION BY session_id ORDER BY id DESC) AS newest
-  FROM trajectory_events
-  WHERE id BETWEEN %(first)s AND %(last)s AND session_id = ANY(%(ids)s)
-) AS e WHERE newest <= %(limit)s GROUP BY session_id"""
+SELECT session_id, id, created_at, event FROM trajectory_events
+WHERE id BETWEEN %(first)s AND %(last)s AND session_id = ANY(%(ids)s)"""
+# Numbering costs the server a sort of all events, so it is asked only where some session has more.
+NEWEST_EVENTS = f"""
+SELECT session_id, id, created_at, event FROM (
+  SELECT *, row_number() OVER (PARTITION BY session_id ORDER BY id DESC) AS newest
+  FROM ({EVENTS}) AS e
+) AS numbered WHERE newest <= %(limit)s"""
 
 
 class Schema(NamedTuple):
@@ -60,12 +60,9 @@ class Page(NamedTuple):
 def sessions(query: Query, schema: Schema, page: Page) -> tuple[str, dict[str, Any]]:
     """Returns the statement for a page of sessions with their plans, and its values."""
     condition, values = where(query, schema, page)
-    json = [f"s.{c}::text AS {c}" for c in _JSON if c in schema.session_columns]
-    plain = [f"s.{c}" for c in _PLAIN if c in schema.session_columns]
-    missing = [f"NULL AS {c}" for c in _JSON + _PLAIN if c not in schema.session_columns]
-    columns = ", ".join(["s.id", "s.created_at", *plain, *json, *missing])
+    columns = [f"s.{c}" if c in schema.session_columns else f"NULL AS {c}" for c in _COLUMNS]
     return (
-        f"SELECT {columns}, p.plan::text AS plan FROM sessions s "
+        f"SELECT s.id, s.created_at, {', '.join(columns)}, p.plan FROM sessions s "
         f"LEFT JOIN plans p ON p.session_id = s.id WHERE {condition} {_ORDER} "
         "LIMIT %(limit)s OFFSET %(offset)s",
         values,
@@ -79,15 +76,21 @@ def count(query: Query, schema: Schema) -> tuple[str, dict[str, Any]]:
 
 
 def event_ranges(query: Query, schema: Schema, page: Page, size: int) -> tuple[str, dict[str, Any]]:
-    """Returns the statement for the lowest and highest event id of each page of `size` sessions."""
+    """Returns the statement for where the events of each page of `size` sessions lie.
+
+    Its rows have the `number` of the page, the `first` and `last` id of its events, and in `most`
+    how many the session with the most of them has.
+    """
     condition, values = where(query, schema, page)
     chosen = (
         f"SELECT s.id, row_number() OVER ({_ORDER}) - 1 - %(offset)s AS place FROM sessions s "
         f"WHERE {condition} {_ORDER} LIMIT %(limit)s OFFSET %(offset)s"
     )
     return (
-        "SELECT place / %(size)s AS number, min(e.id) AS first, max(e.id) AS last "
-        f"FROM ({chosen}) AS c JOIN trajectory_events e ON e.session_id = c.id GROUP BY 1",
+        "SELECT place / %(size)s AS number, min(first) AS first, max(last) AS last, "
+        "max(total) AS most FROM (SELECT place, min(e.id) AS first, max(e.id) AS last, "
+        f"count(*) AS total FROM ({chosen}) AS c JOIN trajectory_events e ON e.session_id = c.id "
+        "GROUP BY place) AS of_sessions GROUP BY 1",
         values | {"size": size},
     )
 

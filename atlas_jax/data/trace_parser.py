@@ -276,19 +276,22 @@ def _events(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _event(value: Any) -> dict[str, Any]:
-    event = decoded(value)
+    event = value if isinstance(value, dict) else decoded(value)
     if not isinstance(event, dict):
         return {"event": event}
-    inner = decoded(event.get("event"))
+    inner = event.get("event")
+    inner = inner if isinstance(inner, dict) else decoded(inner)
     source = inner if isinstance(inner, dict) else {}
     payload = source.get("payload")
     source = payload if isinstance(payload, dict) else source
-    lifted: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if kind := source.get("event_type") or source.get("type"):
-        lifted["type"] = lifted["event_type"] = kind
+        found["type"] = found["event_type"] = kind
     if name := source.get("name"):
-        lifted["name"] = name
+        found["name"] = name
     metadata = source.get("metadata")
     if actor := metadata.get("actor") if isinstance(metadata, dict) else None:
-        lifted["actor"] = actor
-    return {**lifted, **event, "event": {} if inner is None else inner}
+        found["actor"] = actor
+    found.update(event)
+    found["event"] = {} if inner is None else inner
+    return found

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
+
+import msgspec
 
 from atlas_jax.data.trace_parser import UNREVIEWED
-from atlas_jax.data.trace_values import as_object, as_text, decoded
+from atlas_jax.data.trace_values import as_object, as_text, decoded, decoded_once
 
 Row = Mapping[str, Any]
-"""Columns of a table by name; JSON columns as texts or as values."""
+"""Columns of a table by name; JSON columns as texts, as the bytes of `jsonb`, or as values."""
+
+Event: TypeAlias = tuple[int, int, datetime.datetime, Any]
+"""`session_id`, `id`, `created_at` and `event` of a row of `trajectory_events`."""
 
 _LIFTED = ("triage_dossier", "learning_key", "learning_history", "teacher_notes", "reward_summary",
            "drift", "drift_alert", "adaptive_summary")  # fmt: skip
 
 
-def session_record(session: Row, steps: Sequence[Row], events: Row | None) -> dict[str, Any]:
+def session_record(
+    session: Row, steps: Sequence[Row], events: Sequence[Event] | None
+) -> dict[str, Any]:
     """Returns a session as one line of an export holds it.
 
     Args:
         session: a row of `sessions`, with its `plan`.
         steps: rows of `step_results` by `step_id`, each with `attempt_details` and
             `guidance_notes`.
-        events: the columns `ids`, `times` and `events` of its trajectory, oldest first.
+        events: its trajectory, oldest first.
     """
     metadata = as_object(session["metadata"])
     plan = decoded(session["plan"])
@@ -49,10 +56,9 @@ def session_record(session: Row, steps: Sequence[Row], events: Row | None) -> di
             record[name] = metadata[name] = value
     record |= _optional(session, metadata)
     if events:
-        columns = zip(events["ids"], decoded(events["events"]), events["times"], strict=True)
         record["trajectory_events"] = [
-            {"id": number, "event": event, "created_at": _iso(when)}
-            for number, event, when in columns
+            {"id": number, "event": decoded_once(event), "created_at": _iso(when)}
+            for _, number, when, event in events
         ]
     return record
 
@@ -142,4 +148,5 @@ def _result(step: Row) -> dict[str, Any]:
 
 
 def _iso(when: datetime.datetime | None) -> str | None:
-    return when.isoformat() if when else None  # the connection's zone is UTC
+    """Returns what `isoformat` returns, which takes ten times as long; the zone is UTC."""
+    return msgspec.to_builtins(when).replace("Z", "+00:00") if when else None

@@ -8,16 +8,43 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import msgspec
+
 T = TypeVar("T", int, float)
+
+_ENCODED = (str, bytes)
+_decode = msgspec.json.Decoder().decode
 
 
 def decoded(value: Any) -> Any:
-    """Returns the JSON that a text holds, also where it was encoded twice; all else as it is."""
-    if not isinstance(value, str):
+    """Returns the JSON that a column or a text holds, also where it was encoded twice.
+
+    All else is returned as it is.
+    """
+    if not isinstance(value, _ENCODED):
         return value
+    value = decoded_once(value)
+    return decoded_once(value) if isinstance(value, str) else value
+
+
+def decoded_once(value: str | bytes) -> Any:
+    """Returns the JSON of a text or of a `jsonb` column; the text itself if it holds none.
+
+    Such a column cannot hold NaN, which texts may and msgspec refuses. What else msgspec refuses,
+    such as numbers beyond a float, is left to the standard decoder.
+
+    Args:
+        value: a text, or what PostgreSQL sends of `jsonb` in its binary format: one byte for the
+            version of the format, and the JSON in UTF-8.
+    """
+    if isinstance(value, bytes):
+        value = value[1:]
+        try:
+            return _decode(value)
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            value = value.decode(errors="replace")
     try:
-        value = json.loads(value)
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value)
     except (ValueError, RecursionError):
         return value
 

@@ -1,6 +1,7 @@
 """Sessions of a real database: what is read, in which order, and what happens when it fails."""
 
 import datetime
+import gc
 import itertools
 import json
 import subprocess
@@ -106,6 +107,76 @@ def test_events_are_the_newest_in_order():
     (found,) = training_data.get_training_sessions(new_database([many]))
     outputs = [e["event"]["payload"]["data"]["output"] for e in found.trajectory_events]
     assert outputs == [str(k) for k in range(5, 205)]
+
+
+def test_the_newest_events_are_kept_of_each_session():
+    rows = [session(i, events=[runtime_database.event(k, f"{i}.{k}") for k in range(i)])
+            for i in range(6)]  # fmt: skip
+    found = read(new_database(rows), Query(), events_per_session=2, page_size=4)
+    texts = [
+        [e["event"]["payload"]["data"]["output"] for e in record.get("trajectory_events", ())]
+        for record in found
+    ]
+    assert texts == [["5.3", "5.4"], ["4.2", "4.3"], ["3.1", "3.2"], ["2.0", "2.1"], ["1.0"], []]
+
+
+AWKWARD = (
+    "18446744073709551616", "-9223372036854775809", "1e400", "1" + "0" * 400 + ".5", "1e-400",
+    "0.1", "3.0", "-0.0", "123456789012345678901234567890.123456789", "1" + "0" * 5000,
+    '"\\u00e9 \\ud83d\\ude00 \\n \\u0001"', '{"b": 1, "a": 2, "a": {"": 3}}', "null", "true",
+    '"[NaN, {\\"a\\": 1, \\"a\\": 2}]"', '"[1,"', "[" * 600 + "]" * 600,
+)  # fmt: skip
+BEYOND_JSONB = ('"\\u0000"', '"\\ud800"', "[1, 2E5]")
+BEYOND_JSON = ("[NaN, -Infinity]", "[1,")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("jsonb", AWKWARD),
+        ("json", AWKWARD + BEYOND_JSONB),
+        ("text", AWKWARD + BEYOND_JSONB + BEYOND_JSON),
+    ],
+)
+def test_columns_hold_what_the_standard_decoder_makes_of_them(kind, values):
+    url = new_database([session(0, events=[])])
+    execute(url, f"ALTER TABLE trajectory_events ALTER event TYPE {kind}")
+    with psycopg.connect(url) as connection:
+        connection.cursor().executemany(
+            f"INSERT INTO trajectory_events (session_id, event) VALUES (1, %s::{kind})",
+            [[value] for value in values],
+        )
+        stored = connection.execute("SELECT event::text FROM trajectory_events ORDER BY id")
+        texts = [text for (text,) in stored]
+    (record,) = read(url, Query())
+    found = [event["event"] for event in record["trajectory_events"]]
+    assert list(map(repr, found)) == [repr(standard(text)) for text in texts]
+
+
+def standard(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def test_a_column_of_a_type_of_its_own_is_a_text(url):
+    url = new_database([session(0)])
+    execute(url, "CREATE TYPE fate AS ENUM ('running', 'succeeded')")
+    execute(url, "ALTER TABLE sessions ALTER status DROP DEFAULT, ALTER status TYPE fate "
+                 "USING status::fate")  # fmt: skip
+    (found,) = training_data.get_training_sessions(url)
+    assert found.session_metadata["status"] == "succeeded"
+
+
+def test_the_collector_runs_again_after_a_read(small):
+    training_data.get_training_sessions(small, limit=1)
+    assert gc.isenabled()
+    execute(small, "UPDATE sessions SET created_at = 'infinity' WHERE id = 1")
+    with pytest.raises(ValueError, match="refuses the query"):
+        training_data.get_training_sessions(small)
+    assert gc.isenabled()
+    execute(small, "UPDATE sessions SET created_at = %s WHERE id = 1", START)
 
 
 def key_of(row):
