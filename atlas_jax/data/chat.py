@@ -33,6 +33,7 @@ from atlas_jax.data.examples import Conversation, PlainText, Sample, trained_tur
 from atlas_jax.types import Example, Message
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 NOTES = {
@@ -201,7 +202,7 @@ def _written(sample: Sample, completion_only: bool) -> str:
 
 def _render_turns(template: ChatTemplate, sample: Conversation) -> list[Rendered]:
     full = template(sample.messages, tools=sample.tools)
-    turns = {i: _render_turn(template, sample, i) for i in trained_turns(sample)}
+    turns = {i: _render_turn(template, sample, i, full) for i in trained_turns(sample)}
     if all(full.startswith(turn.text) for turn in turns.values()):
         spans = tuple(span for turn in turns.values() for span in turn.spans)
         notes = tuple(sorted({note for turn in turns.values() for note in turn.notes}))
@@ -212,12 +213,20 @@ def _render_turns(template: ChatTemplate, sample: Conversation) -> list[Rendered
     ]
 
 
-def _render_turn(template: ChatTemplate, sample: Conversation, turn: int) -> Rendered:
-    """Returns the conversation up to and including one assistant turn, that turn trained."""
+def _render_turn(template: ChatTemplate, sample: Conversation, turn: int, full: str) -> Rendered:
+    """Returns the conversation up to and including one assistant turn, that turn trained.
+
+    Args:
+        template: renders.
+        sample: the conversation.
+        turn: which of its messages.
+        full: the whole conversation, rendered.
+    """
     render = functools.partial(template, tools=sample.tools)
     history, message = sample.messages[:turn], sample.messages[turn]
     prompt = render(history, add_generation_prompt=True)
-    text = render(sample.messages[: turn + 1])
+    is_last = turn + 1 == len(sample.messages)
+    text = full if is_last else render(sample.messages[: turn + 1])
     notes: tuple[str, ...] = ()
     start = len(prompt)
     if not text.startswith(prompt):
@@ -283,26 +292,28 @@ def _common_length(a: str, b: str) -> int:
 def _encode_chunk(
     tokenizer: PreTrainedTokenizerBase, chunk: list[Rendered], options: MaskOptions
 ) -> Iterator[Encoded]:
-    encoding = tokenizer(
+    # Lists of all tokens of the chunk would be many objects; arrays are made text by text below.
+    batch = tokenizer(
         [part.text for part in chunk],
         add_special_tokens=not chunk[0].templated,
         return_attention_mask=False,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         verbose=False,
     )
-    for i, part in enumerate(chunk):
+    for part, encoding in zip(chunk, batch.encodings or (), strict=True):
         if part.text:
-            yield _encode_one(part, {key: value[i] for key, value in encoding.items()}, options)
+            yield _encode_one(part, encoding, options)
         else:
             yield Encoded(part.name, None, part.notes, part.reason)
 
 
-def _encode_one(part: Rendered, encoding: dict[str, Any], options: MaskOptions) -> Encoded:
-    tokens = np.asarray(encoding["input_ids"], np.int32)
-    added = np.asarray(encoding["special_tokens_mask"], bool)
-    is_stop = np.isin(tokens, list(options.stop_ids))
-    covered = token_spans(np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2))
+def _encode_one(part: Rendered, encoding: Encoding, options: MaskOptions) -> Encoded:
+    tokens = np.asarray(encoding.ids, np.int32)
+    added = np.asarray(encoding.special_tokens_mask, bool)
+    is_stop = np.zeros(len(tokens), bool)
+    for stop_id in options.stop_ids:
+        is_stop |= tokens == stop_id
+    edges = itertools.chain.from_iterable(encoding.offsets)
+    covered = token_spans(np.fromiter(edges, np.int64, 2 * len(tokens)).reshape(-1, 2))
     turns = [_turn_mask(covered, span, added) for span in part.spans]
     notes = list(part.notes)
     if not all((turn & is_stop).any() for turn in turns):
