@@ -116,6 +116,19 @@ class ChatTemplate:
         """Returns a template that has the run's date in place of its calls for today's."""
         return _TODAY.sub(lambda call: json.dumps(self.date.strftime(call["format"])), text)
 
+    def identity(self) -> list[Any]:
+        """Returns, as JSON values, everything that decides how a conversation is tokenized."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        calls = {"truncation", "padding"}  # set anew by each call of the tokenizer
+        return [
+            {name: part for name, part in backend.items() if name not in calls},
+            self.tokenizer.chat_template,
+            {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+            bool(self.tokenizer.split_special_tokens),
+            self._options,
+            self.date.isoformat(),
+        ]
+
     def fitted(self, messages: Sequence[Message]) -> list[Message]:
         """Returns the conversation with its system message where the template has a place for it.
 

@@ -31,6 +31,7 @@ from atlas_jax.data import chat, examples, sessions
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
 from atlas_jax.data.sources import Rows, check_rejected, epoch_order, unfold
+from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
 from atlas_jax.types import Batch, Example
 
 Table: TypeAlias = list[list[int]] | np.ndarray
@@ -79,14 +80,6 @@ _LOST = ("empty", "masked", "truncated")
 """Notes of rows that are not trained, or not wholly; too many of them stop the run."""
 
 
-class Sequences(NamedTuple):
-    """Examples end to end; example `i` is `[offsets[i], offsets[i + 1])` of the flat arrays."""
-
-    tokens: np.ndarray  # [sum of T] int32
-    loss_mask: np.ndarray  # [sum of T] bool
-    offsets: np.ndarray  # [examples + 1] int64
-
-
 def build(
     rows: Rows,
     config: TrainConfig,
@@ -94,6 +87,7 @@ def build(
     layout: Layout,
     stop_ids: Sequence[int] = (),
     training: bool = True,
+    token_dir: str = "",
 ) -> TokenDataset:
     """Tokenizes rows and returns the dataset that serves them as batches.
 
@@ -105,6 +99,7 @@ def build(
         stop_ids: tokens that end a turn beside the tokenizer's end of text, such as those of the
             model's `generation_config.json`.
         training: false keeps the order of the rows, for evaluation.
+        token_dir: where the tokens are kept for the next start; empty keeps none.
 
     Raises:
         ValueError: for a layout that does not divide, a tokenizer that lacks what the rows need,
@@ -118,12 +113,12 @@ def build(
     options = chat.mask_options(
         tokenizer, config.data.completion_only, config.max_seq_length, stop_ids
     )
-    encoded = list(chat.encode(template, samples, options))
-    rejected += [f"{e.name}: {e.reason}" for e in encoded if "rejected" in e.notes]
-    lost = [f"{e.name}: {chat.NOTES[note]}" for e in encoded for note in _LOST if note in e.notes]
+    tokenized = tokenize(template, samples, options, token_dir)
+    remarks = tokenized.remarks
+    rejected += [f"{r.name}: {r.reason}" for r in remarks if "rejected" in r.notes]
+    lost = [f"{r.name}: {chat.NOTES[note]}" for r in remarks for note in _LOST if note in r.notes]
     check_rejected(rejected + lost, len(rows.rows), config.data.max_rejected_frac)
-    sequences = _flatten([e.example for e in encoded if e.example])
-    report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, encoded)
+    report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, tokenized)
     _log(report)
     _check_not_empty(report)
     order = Order(
@@ -134,7 +129,7 @@ def build(
         config.seed,
     )
     buckets = capped_buckets(config.data.length_buckets, config.max_seq_length)
-    return TokenDataset(sequences, report, order, layout, buckets, config.data.num_workers)
+    return TokenDataset(tokenized, report, order, layout, buckets, config.data.num_workers)
 
 
 class TokenDataset:
@@ -142,7 +137,7 @@ class TokenDataset:
 
     def __init__(
         self,
-        sequences: Sequences,
+        tokenized: Tokenized,
         report: Report,
         order: Order,
         layout: Layout,
@@ -150,6 +145,9 @@ class TokenDataset:
         num_threads: int,
     ) -> None:
         self.report = report
+        self.token_path = tokenized.path
+        """The file that keeps the tokens, if one does."""
+        sequences = tokenized.sequences
         self.fingerprint = fingerprint(sequences, order)
         """Changes with the examples and with anything that decides which step holds which."""
         self._sequences = sequences
@@ -314,23 +312,16 @@ def _check_layout(layout: Layout) -> None:
         )
 
 
-def _flatten(kept: list[Example]) -> Sequences:
-    lengths = [len(example.tokens) for example in kept]
-    return Sequences(
-        tokens=np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in kept)]),
-        loss_mask=np.concatenate([np.zeros(0, bool), *(e.loss_mask for e in kept)]),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-    )
-
-
-def _report(num_rows: int, rejected: list[str], encoded: list[chat.Encoded]) -> Report:
-    kept = [e.example for e in encoded if e.example]
-    names = {note: tuple(e.name for e in encoded if note in e.notes) for note in chat.NOTES}
+def _report(num_rows: int, rejected: list[str], tokenized: Tokenized) -> Report:
+    tokens, loss_mask, offsets = tokenized.sequences
+    names = {
+        note: tuple(r.name for r in tokenized.remarks if note in r.notes) for note in chat.NOTES
+    }
     return Report(
         rows=num_rows,
-        examples=len(kept),
-        tokens=sum(len(example.tokens) for example in kept),
-        trained_tokens=sum(int(example.loss_mask.sum()) for example in kept),
+        examples=len(offsets) - 1,
+        tokens=len(tokens),
+        trained_tokens=int(loss_mask.sum()),
         **{**names, "rejected": tuple(rejected)},
     )
 

@@ -7,6 +7,9 @@ the files of the run that is there as they were:
     config.json   the resolved options, without secrets
     model/        configuration and tokenizer, which make the checkpoints convertible
     start.json    the weights that training began with
+
+The tokens of its rows, which are no part of that description, are kept in `data/`, see
+`data.tokenized`.
 """
 
 from __future__ import annotations
@@ -111,6 +114,11 @@ def started(output_dir: str) -> Started | None:
         return None
     values = json.loads(path.read_text())
     return Started(**(values | {"origin": Origin(**values["origin"])}))
+
+
+def tokens(config: TrainConfig) -> str:
+    """Returns the directory in which a run keeps the tokens of its rows."""
+    return str(pathlib.Path(config.output_dir) / "data")
 
 
 def today() -> datetime.date:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from absl import logging
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import BatchPlan, SFTConfig, batch_plan
-from atlas_jax.data import chat, loader, sources
+from atlas_jax.data import chat, loader, sources, tokenized
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import run_dir, setup, vocabulary
 from atlas_jax.sharding import Sharding, to_global
@@ -49,6 +50,9 @@ def _train(config: SFTConfig, plan: BatchPlan, sharding: Sharding) -> bool:
     if position := setup.data_state(config, start, train.fingerprint):
         batches.set_state(position)
     run_dir.commit(config, model.files, start.started)
+    tokenized.remove_others(
+        run_dir.tokens(config), [d.token_path for d in (train, held_out) if d is not None]
+    )
     job = loop.Job(
         config=config,
         num_steps=num_steps,
@@ -132,7 +136,14 @@ def _datasets(
     )
     tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
     layout = loader.Layout(global_rows, *process)
-    train = loader.build(rows, config, model.template, layout, model.stop_ids)
+    build = functools.partial(
+        loader.build,
+        config=config,
+        template=model.template,
+        stop_ids=model.stop_ids,
+        token_dir=run_dir.tokens(config),
+    )
+    train = build(rows, layout=layout)
     vocab_size = model.decoder.config.vocab_size
     vocabulary.check_ids(tokenizer, train.tokens, vocab_size)
     distributed.check_same(train.fingerprint, "its training rows differ from those of process 0")
@@ -141,7 +152,7 @@ def _datasets(
     if held_out is None:
         return train, None
     layout = loader.Layout(eval_rows, *process)
-    other = loader.build(held_out, config, model.template, layout, model.stop_ids, training=False)
+    other = build(held_out, layout=layout, training=False)
     vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
     return train, other
 

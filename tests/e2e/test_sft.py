@@ -208,9 +208,31 @@ def test_a_stopped_run_continues_bitwise(inputs, whole, tmp_path, number):
 
 
 def test_a_finished_run_changes_nothing_when_started_again(inputs, whole):
-    before = metrics(whole[0])
-    train(inputs, whole[0])
+    before, kept = metrics(whole[0]), tokens(whole[0])
+    assert len(kept) == 2  # of the rows to train on, and of those held out
+    result = train(inputs, whole[0])
     assert metrics(whole[0]) == before
+    assert tokens(whole[0]) == kept
+    assert result.stderr.count("examples read from") == 2
+
+
+def tokens(output):
+    return {path.name: path.read_bytes() for path in output.glob("data/tokens-*.npz")}
+
+
+def test_tokens_of_other_rows_go_when_a_run_with_new_ones_begins(inputs, tmp_path):
+    train(inputs, tmp_path, "--config.max_steps=1")
+    before = tokens(tmp_path)
+    refused = subprocess.run(
+        **command(inputs, tmp_path, "--config.max_seq_length=64", "--config.max_steps=2"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "holds a run on other data" in refused.stderr
+    assert before.items() <= tokens(tmp_path).items()
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(inputs, tmp_path, "--config.max_seq_length=64", "--config.max_steps=1")
+    assert len(tokens(tmp_path)) == 2
+    assert not before.keys() & tokens(tmp_path).keys()
 
 
 def test_other_data_is_refused_on_resume(inputs, whole):

@@ -1,0 +1,181 @@
+"""Samples to tokens by several processes: this one and workers that it starts.
+
+A worker is a program of its own, neither forked from a process with JAX's threads nor a second run
+of the user's script. It reads pickled chunks from its standard input and answers on its standard
+output. It imports the tokenizer's library first, which takes seconds, so that a small dataset is
+done before a worker would be ready; none is started for one.
+
+What a dead worker had taken is done again by this process, which then meets the same error, if
+there is one.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any, TypeAlias
+
+from absl import logging
+
+from atlas_jax.data import chat
+from atlas_jax.data.chat_template import ChatTemplate
+from atlas_jax.data.examples import Sample
+
+_CHUNK = 256  # samples that a worker gets at one time
+_MAX_WORKERS = 15
+_WORTH_SECS = 10.0
+"""How long this process must have to go, by the pace of its first chunk, for workers to start."""
+
+_MODULE = "atlas_jax.data.encoding_pool"
+_ENDED = (EOFError, OSError, pickle.UnpicklingError)
+
+Task: TypeAlias = tuple[ChatTemplate, chat.MaskOptions]
+"""What a worker keeps for all of its chunks."""
+
+
+def encode(
+    template: ChatTemplate,
+    samples: Sequence[Sample],
+    options: chat.MaskOptions,
+    worth_secs: float = _WORTH_SECS,
+) -> Iterator[chat.Encoded]:
+    """Returns what `chat.encode` does, by as many processes as this one may use processors.
+
+    Args:
+        template: of the run.
+        samples: all of a dataset.
+        options: what is trained.
+        worth_secs: estimated seconds of this process alone above which it starts workers.
+    """
+    queue = _Queue(samples)
+    done: dict[int, list[chat.Encoded]] = {}
+    start = time.monotonic()
+    for place, chunk in itertools.islice(queue, 1):
+        done[place] = list(chat.encode(template, chunk, options))
+    secs = (time.monotonic() - start) * len(queue.places)
+    count = min(len(os.sched_getaffinity(0)) - 1, _MAX_WORKERS, len(queue.places))
+    with contextlib.ExitStack() as stack:
+        if secs > worth_secs and count > 0:
+            logging.info("tokenizing %d rows with %d further processes", len(samples), count)
+            stack.enter_context(_helped(queue, done, (template, options), count))
+        for place, chunk in queue:
+            done[place] = list(chat.encode(template, chunk, options))
+    for place, chunk in queue:  # of workers that died
+        done[place] = list(chat.encode(template, chunk, options))
+    return itertools.chain.from_iterable(done[place] for place in sorted(done))
+
+
+class _Queue(Iterator[tuple[int, Sequence[Sample]]]):
+    """Chunks that nobody has taken yet, by the place of their first sample; threads share it."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+        self.places = collections.deque(range(0, len(samples), _CHUNK))
+
+    def __next__(self) -> tuple[int, Sequence[Sample]]:
+        try:
+            place = self.places.popleft()
+        except IndexError:
+            raise StopIteration from None
+        return place, self._samples[place : place + _CHUNK]
+
+
+@dataclasses.dataclass
+class _Worker:
+    """A worker process."""
+
+    process: subprocess.Popen[bytes]
+    is_ready: bool = False
+    is_dismissed: bool = False
+
+    def dismiss(self) -> None:
+        """Ends the process, whatever it does."""
+        self.is_dismissed = True
+        self.process.kill()
+
+
+@contextlib.contextmanager
+def _helped(
+    queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task, count: int
+) -> Iterator[None]:
+    """Lets workers take chunks of the queue too; waits at the end for those that they have."""
+    workers: list[_Worker] = []
+    with futures.ThreadPoolExecutor(count) as threads:
+        try:
+            workers += (_Worker(_start()) for _ in range(count))
+            serving = [threads.submit(_serve, worker, queue, done, task) for worker in workers]
+            yield
+            for worker in workers:
+                if not worker.is_ready:  # the work was done before it could take a part
+                    worker.dismiss()
+            futures.wait(serving)
+        finally:
+            for worker in workers:
+                worker.dismiss()
+                worker.process.communicate()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # Errors of a worker are met again, and told, by this process. An interrupt is for this process.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", _MODULE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TOKENIZERS_PARALLELISM": "false",
+        },
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def _serve(worker: _Worker, queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task) -> None:
+    """Gives a worker chunks until none is left or it dies."""
+    try:
+        _ask(worker, task)
+        worker.is_ready = True
+        for place, chunk in queue:
+            try:
+                done[place] = _ask(worker, list(chunk))
+            except _ENDED:
+                queue.places.append(place)
+                raise
+    except _ENDED:
+        if not worker.is_dismissed:
+            logging.warning("a process that tokenizes ended early; the others do its part")
+
+
+def _ask(worker: _Worker, content: Any) -> Any:
+    requests, answers = worker.process.stdin, worker.process.stdout
+    assert requests and answers  # pipes, see `_start`
+    pickle.dump(content, requests, pickle.HIGHEST_PROTOCOL)
+    requests.flush()
+    return pickle.load(answers)
+
+
+def main() -> None:
+    """Is a worker: reads its task and chunks, and answers each, until its input ends."""
+    # What libraries print must not get among the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    template, options = pickle.load(sys.stdin.buffer)
+    answer: Any = None
+    with contextlib.suppress(EOFError):
+        while True:
+            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+            answer = list(chat.encode(template, pickle.load(sys.stdin.buffer), options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The tokens of a dataset, kept in a run's `output_dir`, so that they are made once.
+
+    data/tokens-0123456789abcdef.npz    what `tokenize` returned for one fingerprint
+
+The fingerprint covers the samples, the tokenizer, the chat template with its options and date, what
+is trained, and the versions of the libraries that render and encode. A file is written whole under
+a lock: of several processes that share a disk one makes it, and the others wait and read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import re
+import zipfile
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import filelock
+import msgspec
+import numpy as np
+from absl import logging
+
+from atlas_jax.data import chat, encoding_pool
+from atlas_jax.data.chat_template import ChatTemplate
+from atlas_jax.data.examples import Conversation, Sample
+from atlas_jax.files import replace_atomically
+
+_FORMAT = "atlas_jax tokens 1"
+_FILE = re.compile(r"tokens-[0-9a-f]{16}\.npz")
+_LOCK = "tokens.lock"
+_LIBRARIES = ("jinja2", "tokenizers", "transformers")
+_POLL_SECS = 0.2
+_BROKEN = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+class Sequences(NamedTuple):
+    """Examples end to end; example `i` is `[offsets[i], offsets[i + 1])` of the flat arrays."""
+
+    tokens: np.ndarray  # [sum of T] int32
+    loss_mask: np.ndarray  # [sum of T] bool
+    offsets: np.ndarray  # [examples + 1] int64
+
+
+class Remark(NamedTuple):
+    """What is remarkable about an example, or why there is none."""
+
+    name: str
+    notes: tuple[str, ...]
+    """Keys of `chat.NOTES`."""
+    reason: str
+
+
+class Tokenized(NamedTuple):
+    """A dataset's examples, and what became of the samples that are out of the ordinary."""
+
+    sequences: Sequences
+    remarks: list[Remark]
+    path: pathlib.Path | None = None
+    """The file that holds it."""
+
+
+def tokenize(
+    template: ChatTemplate,
+    samples: Sequence[Sample],
+    options: chat.MaskOptions,
+    directory: str = "",
+) -> Tokenized:
+    """Returns the examples of all samples, in order, from the file that holds them if there is one.
+
+    Args:
+        template: of a tokenizer that `chat.check_tokenizer` accepts.
+        samples: of the dataset.
+        options: what is trained.
+        directory: where the file is, or gets; empty keeps none.
+    """
+    _fit_first(template, samples)
+    if not directory:
+        return _encode(template, samples, options)
+    key = fingerprint(template, samples, options)
+    path = pathlib.Path(directory) / f"tokens-{key[:16]}.npz"
+    if found := _load(path, key):
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(_LOCK)):
+        if found := _load(path, key):
+            return found
+        made = _encode(template, samples, options)
+        _store(path, key, made)
+        return made._replace(path=path)
+
+
+def fingerprint(
+    template: ChatTemplate, samples: Iterable[Sample], options: chat.MaskOptions
+) -> str:
+    """Returns a hash of everything that decides what `tokenize` returns."""
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    trained = [options.completion_only, options.max_length, sorted(options.stop_ids)]
+    digest = hashlib.sha256(
+        json.dumps([_FORMAT, versions, template.identity(), trained], sort_keys=True).encode()
+    )
+    for sample in samples:
+        content = _content(sample)
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def remove_others(directory: str, kept: Collection[pathlib.Path | None]) -> None:
+    """Removes files of other fingerprints that `tokenize` has left in a directory."""
+    for path in pathlib.Path(directory).glob("tokens-*.npz"):
+        if path not in kept and _FILE.fullmatch(path.name) and _is_ours(path):
+            path.unlink(missing_ok=True)
+            logging.info("removed %s, which holds the tokens of other rows or options", path)
+
+
+def _fit_first(template: ChatTemplate, samples: Iterable[Sample]) -> None:
+    """Finds out whether the template has a place for a system message, if some sample has one.
+
+    What is logged of it is then logged once, also where workers render or nothing is rendered.
+    """
+    for sample in samples:
+        messages = sample.messages if isinstance(sample, Conversation) else []
+        if [message["role"] for message in messages[:2]] == ["system", "user"]:
+            template.fitted(messages)
+            return
+
+
+def _content(sample: Sample) -> bytes:
+    """Returns different bytes for different samples."""
+    kind = type(sample).__name__
+    try:
+        return msgspec.msgpack.encode([kind, *sample])
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        # Numbers of more than 64 bits, and half surrogate pairs among the arguments of tools.
+        return repr([kind, *sample]).encode(errors="surrogatepass")
+
+
+def _encode(
+    template: ChatTemplate, samples: Sequence[Sample], options: chat.MaskOptions
+) -> Tokenized:
+    kept, remarks = [], []
+    for encoded in encoding_pool.encode(template, samples, options):
+        if encoded.example:
+            kept.append(encoded.example)
+        if encoded.notes:
+            remarks.append(Remark(encoded.name, encoded.notes, encoded.reason))
+    sequences = Sequences(
+        tokens=np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in kept)]),
+        loss_mask=np.concatenate([np.zeros(0, bool), *(e.loss_mask for e in kept)]),
+        offsets=np.cumsum([0, *(len(e.tokens) for e in kept)], dtype=np.int64),
+    )
+    return Tokenized(sequences, remarks)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that ends with its process; does nothing where the file system has no locks."""
+    lock = filelock.FileLock(str(path))
+    try:
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=0)
+        if not lock.is_locked:
+            logging.info("waiting for the process that tokenizes the rows for all")
+            lock.acquire(poll_interval=_POLL_SECS)
+    except (OSError, NotImplementedError):
+        logging.info("%s: no file locks here; every process tokenizes", path.parent)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _store(path: pathlib.Path, key: str, made: Tokenized) -> None:
+    """Writes the file; a disk that is full costs the next start its time, and nothing else."""
+    header = _bytes([_FORMAT, key])
+    remarks = _bytes(made.remarks)
+    try:
+        with replace_atomically(path) as partial, partial.open("wb") as file:
+            np.savez(file, header=header, remarks=remarks, **made.sequences._asdict())
+    except OSError as error:
+        logging.warning("the tokens of the rows cannot be kept in %s (%s)", path, error)
+
+
+def _load(path: pathlib.Path, key: str) -> Tokenized | None:
+    """Returns what the file holds; None if there is none, or if it is not what it should be."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = _values(file["header"])
+            sequences = Sequences(*(file[name] for name in Sequences._fields))
+            remarks = [Remark(n, tuple(notes), why) for n, notes, why in _values(file["remarks"])]
+        if header != [_FORMAT, key] or not _is_whole(sequences):
+            raise ValueError("its content is another")
+    except _BROKEN as error:
+        logging.warning("%s does not hold the tokens of the rows (%s); made again", path, error)
+        return None
+    logging.info("%d examples read from %s", len(sequences.offsets) - 1, path)
+    return Tokenized(sequences, remarks, path)
+
+
+def _is_whole(sequences: Sequences) -> bool:
+    tokens, mask, offsets = sequences
+    kinds = [array.dtype for array in sequences] == [np.int32, bool, np.int64]
+    return bool(
+        kinds
+        and tokens.shape == mask.shape == (offsets[-1],)
+        and offsets[0] == 0
+        and (np.diff(offsets) > 0).all()
+    )
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return _values(file["header"])[0] == _FORMAT
+    except _BROKEN:
+        return False
+
+
+def _bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _values(content: np.ndarray) -> Any:
+    return json.loads(content.tobytes())
