@@ -264,20 +264,24 @@ def _check_shown(message: Message, text: str, turn: int) -> None:
             f"has nothing in message {turn + 1}, of the assistant, which would be trained to say "
             'nothing; remove it, or give it "weight": 0'
         )
-    shown = _squeezed(text)
     for name in ("content", "reasoning_content", "thinking"):
-        if _squeezed(str(fields.get(name) or "")) not in shown:
+        if not _is_shown(str(fields.get(name) or ""), text):
             raise ValueError(
                 f"the chat template leaves {name} of message {turn + 1} out, or a part of it: of "
                 f"{str(fields[name])[:60]!r} it shows {text[:60]!r}"
             )
     for call in fields.get("tool_calls") or []:
         called = str(call.get("function", call).get("name", ""))
-        if _squeezed(called) not in shown:
+        if not _is_shown(called, text):
             raise ValueError(
                 f"the chat template does not show that message {turn + 1} calls {called!r}; it has "
                 "no place for tool calls"
             )
+
+
+def _is_shown(part: str, text: str) -> bool:
+    """Returns whether a text has a part, whatever the blanks."""
+    return part in text or _squeezed(part) in _squeezed(text)
 
 
 def _squeezed(text: str) -> str:
