@@ -28,6 +28,7 @@ CHOICES = {
     "rollout.pause_mode": ("keep", "wait"),
     "rollout.weight_sync": ("reload", "restart"),
     "data.format": ("auto", "messages", "prompt_completion", "teaching", "session"),
+    "data.turns": ("each", "history"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.export_dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -80,6 +80,11 @@ class DataConfig:
     """Draw a new order every epoch; false keeps the order of the file."""
     completion_only: bool = True
     """Train on what the assistant writes only; false trains on prompts too."""
+    turns: str = "each"
+    """Where the chat template changes earlier turns (Qwen3): `each` makes an example of every
+    assistant turn, as the model would have seen it, at a cost that grows with the square of a
+    conversation's length; `history` makes one of the conversation, its earlier turns trained as the
+    template shows them before later ones."""
     system_prompt: str = ""
     """System message put before rows that have none."""
     teacher_template: str = ""

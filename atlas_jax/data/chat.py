@@ -11,11 +11,15 @@ a trained turn:
                -----------                                                          -----------
 
 What follows the last stop token of a turn (here the newline) belongs to the next prompt: the model
-has stopped by then. Templates that show earlier turns differently from the last one (Qwen3 leaves
-out their thinking) give one example for each assistant turn, as the model would have seen it.
+has stopped by then. Templates that show earlier turns differently from the last one (Qwen3 puts an
+empty thought before the last alone) give one example for each assistant turn, as the model would
+have seen it, or with `turns="history"` one example, in which earlier turns are trained as they are
+shown there.
 
 A turn is trained as the template shows it. A row is rejected where that lacks what the assistant
-says, its reasoning, or the name of a tool that it calls.
+says, its reasoning, or the name of a tool that it calls. What messages say is text, also where it
+names special tokens, see `control_tokens`. Plain texts are their own template, and special tokens
+in them are special tokens.
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from atlas_jax.data.chat_template import ChatTemplate, errors
+from atlas_jax.data.chat_template import EMPTY_THOUGHT, ChatTemplate, errors
 from atlas_jax.data.examples import Conversation, PlainText, Sample, trained_turns
 from atlas_jax.types import Example, Message
 
@@ -47,7 +51,8 @@ NOTES = {
 }
 """What can be remarkable about an example -> what it means."""
 
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+_QUOTED = re.compile(r"\\U(0010[0-9a-f]{4})")
+_Render: TypeAlias = Callable[..., str]  # a chat template with a row's tools
 _CHUNK = 256  # texts that one call of the tokenizer spreads over its threads
 
 
@@ -60,6 +65,8 @@ class MaskOptions(NamedTuple):
     """Tokens after which an example is cut."""
     stop_ids: frozenset[int]
     """Tokens that end a turn."""
+    turns: str = "each"
+    """Where a template changes earlier turns: an example of `each`, or one with their `history`."""
 
 
 class Rendered(NamedTuple):
@@ -70,6 +77,8 @@ class Rendered(NamedTuple):
     spans: tuple[tuple[int, int], ...]
     templated: bool
     """The text came from a chat template, which writes the special tokens itself."""
+    covered: bool = False
+    """Messages name special tokens, which are covered in the text, see `control_tokens`."""
     notes: tuple[str, ...] = ()
     reason: str = ""
     """Why it was rejected."""
@@ -90,10 +99,11 @@ def mask_options(
     completion_only: bool,
     max_length: int,
     stop_ids: Collection[int] = (),
+    turns: str = "each",
 ) -> MaskOptions:
     """Returns options whose stop tokens are the tokenizer's end of text and `stop_ids`."""
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return MaskOptions(completion_only, max_length, frozenset((*own, *stop_ids)))
+    return MaskOptions(completion_only, max_length, frozenset((*own, *stop_ids)), turns)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample]) -> None:
@@ -126,33 +136,35 @@ def encode(
     template: ChatTemplate, samples: Iterable[Sample], options: MaskOptions
 ) -> Iterator[Encoded]:
     """Yields the example or examples of each sample, in order, and the samples without one."""
-    rendered = (part for s in samples for part in render(template, s, options.completion_only))
-    for _, group in itertools.groupby(rendered, key=lambda part: part.templated):
+    rendered = (part for sample in samples for part in render(template, sample, options))
+    for _, group in itertools.groupby(rendered, key=lambda part: (part.templated, part.covered)):
         while chunk := list(itertools.islice(group, _CHUNK)):
-            yield from _encode_chunk(template.tokenizer, chunk, options)
+            yield from _encode_chunk(template, chunk, options)
 
 
-def render(template: ChatTemplate, sample: Sample, completion_only: bool) -> list[Rendered]:
+def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list[Rendered]:
     """Returns the text of a sample with its trained spans, in as many parts as examples follow.
 
     A sample that has nothing to train on, or that the template refuses, has the note for it.
     """
     templated = isinstance(sample, Conversation)
-    if not _written(sample, completion_only).strip():
-        return [Rendered(sample.name, "", (), templated, ("empty",))]
+    if not _written(sample, options.completion_only).strip():
+        return [Rendered(sample.name, "", (), templated, notes=("empty",))]
     if isinstance(sample, PlainText):
         text = sample.prompt + sample.completion + str(template.tokenizer.eos_token)
-        start = len(sample.prompt) if completion_only else 0
+        start = len(sample.prompt) if options.completion_only else 0
         return [Rendered(sample.name, text, ((start, len(text)),), templated)]
     try:
         sample = _fitted(template, sample)
-        if completion_only:
-            return _render_turns(template, sample)
-        text = template(sample.messages, tools=sample.tools)
-        return [Rendered(sample.name, text, ((0, len(text)),), templated)]
+        covered = _covered(template, sample)
+        parts = _render_conversation(template, covered, options)
+        return [part._replace(covered=covered != sample) for part in parts]
     except errors() as error:
         reason = str(error) if isinstance(error, ValueError) else _named(error)
-        return [Rendered(sample.name, "", (), templated, ("rejected",), reason)]
+        # Errors quote texts, and private characters in them as their numbers.
+        reason = _QUOTED.sub(lambda match: chr(int(match[1], 16)), reason)
+        reason = template.control_tokens.uncover(reason)
+        return [Rendered(sample.name, "", (), templated, notes=("rejected",), reason=reason)]
 
 
 def _named(error: Exception) -> str:
@@ -163,6 +175,13 @@ def _fitted(template: ChatTemplate, sample: Conversation) -> Conversation:
     messages = template.fitted(sample.messages)
     fewer = len(sample.messages) - len(messages)
     return sample._replace(messages=messages, num_context=max(sample.num_context - fewer, 0))
+
+
+def _covered(template: ChatTemplate, sample: Conversation) -> Conversation:
+    tokens = template.control_tokens
+    return sample._replace(
+        messages=tokens.cover_messages(sample.messages), tools=tokens.cover_tools(sample.tools)
+    )
 
 
 def render_sample(tokenizer: PreTrainedTokenizerBase, example: Example, color: bool = False) -> str:
@@ -200,40 +219,72 @@ def _written(sample: Sample, completion_only: bool) -> str:
     return "".join(m["content"] + str(m.get("tool_calls") or "") for m in turns)
 
 
-def _render_turns(template: ChatTemplate, sample: Conversation) -> list[Rendered]:
-    full = template(sample.messages, tools=sample.tools)
-    turns = {i: _render_turn(template, sample, i, full) for i in trained_turns(sample)}
+def _render_conversation(
+    template: ChatTemplate, sample: Conversation, options: MaskOptions
+) -> list[Rendered]:
+    render = functools.partial(template, tools=sample.tools)
+    full = render(sample.messages)
+    if not options.completion_only:
+        return [Rendered(sample.name, full, ((0, len(full)),), True)]
+    turns: dict[int, Rendered] = {}
+    for i in trained_turns(sample):
+        turns[i] = _render_turn(render, sample, i, full)
+        if options.turns == "history" and not full.startswith(turns[i].text):
+            return [_render_history(template, sample, full)]
     if all(full.startswith(turn.text) for turn in turns.values()):
         spans = tuple(span for turn in turns.values() for span in turn.spans)
         notes = tuple(sorted({note for turn in turns.values() for note in turn.notes}))
-        return [Rendered(sample.name, full, spans, True, notes)]
+        return [Rendered(sample.name, full, spans, True, notes=notes)]
     return [
         turn._replace(name=f"{sample.name} (message {i + 1})", notes=(*turn.notes, "split"))
         for i, turn in turns.items()
     ]
 
 
-def _render_turn(template: ChatTemplate, sample: Conversation, turn: int, full: str) -> Rendered:
+def _render_turn(render: _Render, sample: Conversation, turn: int, full: str) -> Rendered:
     """Returns the conversation up to and including one assistant turn, that turn trained.
 
     Args:
-        template: renders.
+        render: the chat template.
         sample: the conversation.
         turn: which of its messages.
         full: the whole conversation, rendered.
     """
-    render = functools.partial(template, tools=sample.tools)
-    history, message = sample.messages[:turn], sample.messages[turn]
-    prompt = render(history, add_generation_prompt=True)
     is_last = turn + 1 == len(sample.messages)
     text = full if is_last else render(sample.messages[: turn + 1])
+    start, notes = _turn_start(render, sample.messages, turn, text)
+    _check_shown(sample.messages[turn], text[start:], turn)
+    return Rendered(sample.name, text, ((start, len(text)),), True, notes=notes)
+
+
+def _turn_start(
+    render: _Render,
+    messages: Sequence[Message],
+    turn: int,
+    text: str,
+    after: Sequence[Message] = (),
+) -> tuple[int, tuple[str, ...]]:
+    """Returns where an assistant turn begins in a text, and what is remarkable about it.
+
+    Args:
+        render: the chat template.
+        messages: the conversation.
+        turn: which of its messages it is.
+        text: the conversation up to this turn or a later one.
+        after: what comes after an answer that stands where the turn stands.
+
+    Raises:
+        ValueError: if the text does not continue that of the messages before.
+    """
+    history, message = messages[:turn], messages[turn]
+    prompt = render(history, add_generation_prompt=True)
     notes: tuple[str, ...] = ()
     start = len(prompt)
     if not text.startswith(prompt):
         # The turn has another beginning than the one that generation is given (some templates put
         # "<think>" into the generation prompt only). What the prompt has in common with the turn of
         # an answer that begins like none is what comes before every answer.
-        neutral = render([*history, Message(role="assistant", content="0")])
+        neutral = render([*history, Message(role="assistant", content="0"), *after])
         bare = render(history)
         start = _common_length(prompt, neutral)
         if start <= len(bare) or not text.startswith(prompt[:start]):
@@ -245,11 +296,54 @@ def _render_turn(template: ChatTemplate, sample: Conversation, turn: int, full: 
                 "a template that only appends, or rows of plain prompt and completion"
             )
         notes = ("other_prompt",)
-    added = _EMPTY_THOUGHT.match(text, start)
-    if added and not _EMPTY_THOUGHT.match(message["content"]):
+    added = EMPTY_THOUGHT.match(text, start)
+    if added and not EMPTY_THOUGHT.match(message["content"]):
         start, notes = added.end(), ("other_prompt",)
-    _check_shown(message, text[start:], turn)
-    return Rendered(sample.name, text, ((start, len(text)),), True, notes)
+    return start, notes
+
+
+def _render_history(template: ChatTemplate, sample: Conversation, full: str) -> Rendered:
+    """Returns the conversation up to its last trained turn, with all turns trained as shown there.
+
+    Args:
+        template: renders.
+        sample: the conversation.
+        full: the whole conversation, rendered.
+
+    Raises:
+        ValueError: if earlier turns are not shown as they are.
+    """
+    render = functools.partial(template, tools=sample.tools)
+    *earlier, last = trained_turns(sample)
+    whole = _render_turn(render, sample, last, full)
+    question = [Message(role="user", content="0")]
+    spans = []
+    notes = set(whole.notes)
+    try:
+        end = _turn_end(render, sample.messages[: earlier[0]], question) if earlier else ""
+        if earlier and not template.control_tokens.named_in(end):
+            raise ValueError("the chat template ends no turn with a special token")
+        for turn in earlier:
+            start, more = _turn_start(render, sample.messages, turn, whole.text, question)
+            notes.update(more)
+            span = start, whole.text.find(end, start) + len(end)
+            _check_shown(sample.messages[turn], whole.text[slice(*span)], turn)
+            spans.append(span)
+    except ValueError as error:
+        raise ValueError(f"{error} (with data.turns=history; data.turns=each may do)") from None
+    return whole._replace(spans=(*spans, *whole.spans), notes=tuple(sorted(notes)))
+
+
+def _turn_end(render: _Render, history: Sequence[Message], question: Sequence[Message]) -> str:
+    """Returns what the template writes after an answer, be it the last message or not."""
+    ends = []
+    for after in ([], question):
+        zero, one = (
+            render([*history, Message(role="assistant", content=content), *after])
+            for content in "01"
+        )
+        ends.append(zero[_common_length(zero, one) + 1 :])
+    return ends[0][: _common_length(*ends)]
 
 
 def _check_shown(message: Message, text: str, turn: int) -> None:
@@ -294,20 +388,27 @@ def _common_length(a: str, b: str) -> int:
 
 
 def _encode_chunk(
-    tokenizer: PreTrainedTokenizerBase, chunk: list[Rendered], options: MaskOptions
+    template: ChatTemplate, chunk: list[Rendered], options: MaskOptions
 ) -> Iterator[Encoded]:
-    # Lists of all tokens of the chunk would be many objects; arrays are made text by text below.
-    batch = tokenizer(
-        [part.text for part in chunk],
-        add_special_tokens=not chunk[0].templated,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    for part, encoding in zip(chunk, batch.encodings or (), strict=True):
+    texts = [part.text for part in chunk]
+    encode = _encode_covered if chunk[0].covered else _encode_texts
+    for part, encoding in zip(chunk, encode(template, texts, chunk[0].templated), strict=True):
         if part.text:
             yield _encode_one(part, encoding, options)
         else:
             yield Encoded(part.name, None, part.notes, part.reason)
+
+
+def _encode_texts(template: ChatTemplate, texts: list[str], templated: bool) -> list[Encoding]:
+    # Lists of all tokens of the chunk would be many objects; arrays are made text by text later.
+    batch = template.tokenizer(
+        texts, add_special_tokens=not templated, return_attention_mask=False, verbose=False
+    )
+    return list(batch.encodings or ())
+
+
+def _encode_covered(template: ChatTemplate, texts: list[str], templated: bool) -> list[Encoding]:
+    return [template.control_tokens.encode(text, not templated) for text in texts]
 
 
 def _encode_one(part: Rendered, encoding: Encoding, options: MaskOptions) -> Encoded:

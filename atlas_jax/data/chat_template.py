@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from atlas_jax.data.control_tokens import ControlTokens, is_marker
 from atlas_jax.types import Message
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
 _TAKEN = {"messages", "conversation", "tools", "add_generation_prompt", "tokenize"}
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _OURS = ("weight", "train")  # fields of a message that say what is trained
 _SYSTEM, _USER, _ANSWER = "System probe.", "User probe.", "Answer probe."
 
@@ -102,6 +104,42 @@ class ChatTemplate:
             if not any(m.get("tool_calls") for m in plain):
                 raise
             return self._render([_with_text(m) for m in plain], more)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Returns the tokens of a conversation that an answer is to follow.
+
+        What messages say is text, also where it names special tokens. Without a chat template the
+        messages follow one another, with an empty line between them.
+
+        Raises:
+            Exception: one of `errors`.
+        """
+        messages = self.fitted(messages) if self.tokenizer.chat_template else messages
+        covered = self.control_tokens.cover_messages(messages)
+        if self.tokenizer.chat_template:
+            text, adds = self(covered, add_generation_prompt=True), False
+        else:
+            text, adds = "\n\n".join(m["content"] for m in covered), True
+        if covered != messages:
+            return tuple(self.control_tokens.encode(text, adds).ids)
+        return tuple(self.tokenizer(text, add_special_tokens=adds).input_ids)
+
+    @functools.cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The special tokens, and what the template sets around messages beside them."""
+        messages = [
+            Message(role="user", content=_USER),
+            Message(role="assistant", content=_ANSWER),
+        ]
+        try:
+            text = self(messages) if self.tokenizer.chat_template else ""
+        except errors():
+            text = ""
+        text = EMPTY_THOUGHT.sub("", text.replace(_USER, "").replace(_ANSWER, ""))
+        added = map(str, self.tokenizer.added_tokens_decoder.values())
+        return ControlTokens(
+            self.tokenizer, [name for name in added if name in text and is_marker(name)]
+        )
 
     def _render(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
         more = self._options | more

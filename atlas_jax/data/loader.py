@@ -111,7 +111,11 @@ def build(
     samples, rejected = examples.parse_rows(rows, config.data)
     chat.check_tokenizer(tokenizer, samples)
     options = chat.mask_options(
-        tokenizer, config.data.completion_only, config.max_seq_length, stop_ids
+        tokenizer,
+        config.data.completion_only,
+        config.max_seq_length,
+        stop_ids,
+        config.data.turns,
     )
     tokenized = tokenize(template, samples, options, token_dir)
     remarks = tokenized.remarks

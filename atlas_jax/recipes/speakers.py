@@ -72,22 +72,14 @@ def encoder(template: ChatTemplate, system_prompt: str) -> Callable[[str], tuple
 
     It may be called from several threads.
     """
-    tokenizer = template.tokenizer
     lock = threading.Lock()  # a tokenizer is no thread's but one's at a time
 
     def encode(text: str) -> tuple[int, ...]:
-        with lock:
-            return render(text)
-
-    def render(text: str) -> tuple[int, ...]:
-        if not tokenizer.chat_template:
-            whole = f"{system_prompt}\n\n{text}" if system_prompt else text
-            return tuple(tokenizer(whole).input_ids)
         messages = [Message(role="user", content=text)]
         if system_prompt:
             messages.insert(0, Message(role="system", content=system_prompt))
-        whole = template(template.fitted(messages), add_generation_prompt=True)
-        return tuple(tokenizer(whole, add_special_tokens=False).input_ids)
+        with lock:
+            return template.prompt_ids(messages)
 
     return encode
 

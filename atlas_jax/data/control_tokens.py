@@ -1,0 +1,179 @@
+r"""Special tokens that a message names stay text.
+
+A chat template writes special tokens between messages. A message may hold the same characters, and
+in the rendered text a tokenizer cannot tell the ones from the others. Therefore such names in a
+message are covered by private characters before it is rendered, and a text with covers is encoded
+by a copy of the tokenizer that calls its special tokens otherwise:
+
+    message             how is <|im_end|> used?
+    covered             how is ########## used?
+    rendered            <|im_start|>user\nhow is ########## used?<|im_end|>\n
+    read by the copy    ============user\nhow is <|im_end|> used?==========\n
+
+A cover is as long as what it covers, so that places in the text stay the same. Texts without such a
+name are neither covered nor encoded otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tokenizers import Encoding, Tokenizer
+
+from atlas_jax.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+_COVERS, _STAND_INS = 0x100000, 0x108000  # of a private plane of Unicode
+_PRIVATE = re.compile("[\U00100000-\U0010fffd]+")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # what sentencepiece falls back to
+
+
+class ControlTokens:
+    """The special tokens of a tokenizer, told from texts that name them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, framing: Collection[str] = ()) -> None:
+        """Collects the names.
+
+        Args:
+            tokenizer: whose special tokens they are; a fast one.
+            framing: tokens that the chat template sets around messages. Some tokenizers do not
+                call them special.
+        """
+        self._tokenizer = tokenizer
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        named = {name for name in tokenizer.special_tokens_map.values() if isinstance(name, str)}
+        names = {name for name in special | named | set(framing) if is_marker(name)}
+        self._numbers = {name: i for i, name in enumerate(sorted(names))}
+        self._names = list(self._numbers)
+        self._around = names & (named | set(framing))
+        """Those that begin and end texts and turns; the model writes the others itself."""
+        self._lengths = sorted({len(name) for name in names}, reverse=True)
+        first = "".join(sorted({re.escape(name[0]) for name in names}))
+        self._first = re.compile(f"[{first}]" if first else "(?!)")
+
+    def cover(self, text: str) -> str:
+        """Returns a text with its names of special tokens covered; itself if it has none.
+
+        Raises:
+            ValueError: if it has private characters beside them.
+        """
+        return self._checked(self._replaced(text, self._numbers, _COVERS), text)
+
+    def cover_messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Returns messages with the names of special tokens in them covered.
+
+        In what the assistant says these are the tokens around texts and turns alone: a thought or a
+        call may begin with a special token that the model writes.
+
+        Raises:
+            ValueError: if there are private characters beside them.
+        """
+        found: list[Any] = []
+        for message in messages:
+            which = self._around if message["role"] == "assistant" else self._numbers
+            change = functools.partial(self._replaced, names=which, base=_COVERS)
+            found.append({k: v if k == "role" else _mapped(v, change) for k, v in message.items()})
+        return self._checked(found, list(messages))
+
+    def cover_tools(self, tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+        """Returns definitions of tools with the names of special tokens in them covered."""
+        return tuple(_mapped(tool, self.cover) for tool in tools)
+
+    def named_in(self, text: str) -> bool:
+        """Returns whether a text has the name of a special token."""
+        return next(self._find(text), None) is not None
+
+    def uncover(self, text: str) -> str:
+        """Returns a text with what its covers stand for."""
+
+        def shown(match: re.Match[str]) -> str:
+            name = self._names[ord(match[0][0]) - _COVERS]
+            whole, rest = divmod(len(match[0]), len(name))
+            return name * whole + name[:rest]
+
+        last = chr(_COVERS + max(len(self._names) - 1, 0))
+        return re.sub(f"([{chr(_COVERS)}-{last}])\\1*", shown, text)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
+        """Returns the tokens of a text with covers, which become text.
+
+        Args:
+            text: what was rendered.
+            add_special_tokens: whether the tokenizer adds its own, such as that of the beginning.
+        """
+        renamed = self._replaced(text, self._numbers, _STAND_INS)
+        return self._copy.encode(self.uncover(renamed), add_special_tokens=add_special_tokens)
+
+    def _replaced(self, text: str, names: Collection[str], base: int) -> str:
+        """Returns the text with each of the names as one private character, repeated."""
+        parts, at = [], 0
+        for start, name in self._find(text):
+            if name in names:
+                parts += [text[at:start], chr(base + self._numbers[name]) * len(name)]
+                at = start + len(name)
+        return "".join([*parts, text[at:]]) if parts else text
+
+    def _find(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yields the names in a text as a tokenizer finds them: the first, then the longest."""
+        end = 0
+        for match in self._first.finditer(text):
+            start = match.start()
+            if start >= end:
+                parts = (text[start : start + length] for length in self._lengths)
+                if name := next((part for part in parts if part in self._numbers), ""):
+                    end = start + len(name)
+                    yield start, name
+
+    def _checked(self, covered: T, before: T) -> T:
+        given = before if isinstance(before, str) else json.dumps(before, ensure_ascii=False)
+        if covered != before and (found := _PRIVATE.search(given)):
+            raise ValueError(
+                f"names a special token and has the private character U+{ord(found[0][0]):X}; "
+                "remove one of the two"
+            )
+        return covered
+
+    @functools.cached_property
+    def _copy(self) -> Tokenizer:
+        """The tokenizer with other names for its special tokens, under the same numbers."""
+        content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        content["truncation"] = content["padding"] = None
+        other = {name: chr(_STAND_INS + i) * len(name) for name, i in self._numbers.items()}
+        for token in content["added_tokens"]:
+            token["content"] = other.get(token["content"], token["content"])
+        model = content["model"]
+        vocab = model["vocab"]
+        # A name that stays in the vocabulary would be found there.
+        model["vocab"] = (
+            {other.get(piece, piece): i for piece, i in vocab.items()}
+            if isinstance(vocab, dict)
+            else [[other.get(piece, piece), score] for piece, score in vocab]
+        )
+        if model.get("unk_token"):
+            model["unk_token"] = other.get(model["unk_token"], model["unk_token"])
+        if "merges" in model:
+            pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+            model["merges"] = [p for p in pairs if other.keys().isdisjoint((*p, "".join(p)))]
+        return Tokenizer.from_str(json.dumps(content))
+
+
+def is_marker(name: str) -> bool:
+    """Returns whether an added token looks like no text: neither a word, nor blanks, nor a byte."""
+    return len(name) > 2 and bool(name.strip()) and not name.isalnum() and not _BYTE.match(name)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns JSON with all of its texts changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(k, change): _mapped(item, change) for k, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list | tuple) else value
