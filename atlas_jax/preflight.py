@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
-import safetensors
-
+from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
 from atlas_jax.data import examples, questions, snapshot, sources
 from atlas_jax.data.chat_template import read_options
@@ -138,7 +135,7 @@ def check_model(name: str) -> None:
     elif path.is_file():
         _check_gguf(name, path)
     else:
-        _check_directory(name, path)
+        layout.check(path)
 
 
 def _check_hub(name: str, path: pathlib.Path) -> None:
@@ -171,6 +168,7 @@ def _is_fetched(name: str) -> bool:
 
 
 def _check_gguf(name: str, path: pathlib.Path) -> None:
+    layout.check_fetched(path)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -178,60 +176,6 @@ def _check_gguf(name: str, path: pathlib.Path) -> None:
             f"{name} is a file and no GGUF file; give a .gguf file, or the directory of a "
             "safetensors model"
         )
-
-
-def _check_directory(name: str, path: pathlib.Path) -> None:
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ValueError(
-            f"{name} is a LoRA adapter; merge it into its base model (peft's merge_and_unload) and "
-            "give the result"
-        )
-    final = f"; {path}/final is one" if (path / "final" / "config.json").exists() else ""
-    if not (path / "config.json").exists():
-        raise ValueError(f"{name} is no model: it has no config.json{final}")
-    content = _json(path / "config.json")
-    if "model_type" not in content:
-        raise ValueError(
-            f"{name} is no model: its config.json is not that of a Hugging Face model (it has no "
-            f"model_type){final}"
-        )
-    index, whole = path / "model.safetensors.index.json", path / "model.safetensors"
-    if whole.exists():  # the files that count are those of `checkpoint.hf`
-        files = [whole]
-    elif index.exists():
-        names = set(_json(index).get("weight_map", {}).values())
-        files = sorted(path / name for name in names)
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        other = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "no weights"
-        raise ValueError(
-            f"{name} has no *.safetensors file (it has {other}); save the model with "
-            "safe_serialization=True"
-        )
-    for file in files:
-        _check_weights(file)
-
-
-def _check_weights(file: pathlib.Path) -> None:
-    if not file.exists():
-        raise ValueError(f"{file} is named in the index but does not exist; download it again")
-    try:
-        with safetensors.safe_open(file, "numpy"):
-            pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is truncated or no safetensors file: {error}; "
-            "download it again"
-        ) from None
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _needs_chat(config: TrainConfig) -> bool:
@@ -246,13 +190,16 @@ def _check_tokenizer(name: str, needs_chat: bool) -> None:
         _check_hub(name, path)
     if not path.is_dir():
         return
-    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+    files = [file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)]
+    for file in files:
+        layout.check_fetched(file)
+    if not files:
         raise ValueError(
             f"{name} has no tokenizer.json, nor another tokenizer's file; copy it from the model "
             "that this one was made of, or set tokenizer_name_or_path"
         )
     options = path / "tokenizer_config.json"
-    named = options.exists() and _json(options).get("chat_template")
+    named = options.exists() and layout.read_json(options).get("chat_template")
     if needs_chat and not named and not any((path / file).exists() for file in _TEMPLATE_FILES):
         raise ValueError(
             f"{name} has no chat template, which conversations need; set tokenizer_name_or_path to "
@@ -270,7 +217,8 @@ def _check_origin(config: TrainConfig) -> None:
             f"resume_from={config.resume_from} does not exist; give the output_dir of another run, "
             "one of its checkpoints, or a model directory"
         )
-    if path.parent.name == "checkpoints" and path.name.isdigit():
+    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit()
+    if is_checkpoint and not layout.is_model(path):
         return
     if any(entry.name.isdigit() for entry in path.glob("checkpoints/*")):
         return

@@ -35,12 +35,13 @@ from typing import IO, Any, NoReturn
 from absl import logging
 
 from atlas_jax import keeper, server_token
+from atlas_jax.checkpoint import layout
 from atlas_jax.rollout import capabilities
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLUGIN = pathlib.Path(__file__).parent / "vllm_plugin"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "*.tiktoken")
 
 _LOOK = """
@@ -112,6 +113,7 @@ def check_model(model: str, more: Sequence[str] = ()) -> None:
         if path.suffix != ".gguf":
             raise ValueError(f"the model {model} is a file; give a directory in HF layout")
         return
+    layout.check_adapter(path)
     flags = {word.partition("=")[0].replace("_", "-") for word in more}
     missing = []
     if not any((path / name).exists() for name in ("config.json", "params.json")):
@@ -127,22 +129,22 @@ def check_model(model: str, more: Sequence[str] = ()) -> None:
 
 
 def _missing_weights(path: pathlib.Path) -> list[str]:
-    if next(path.glob("*.safetensors"), None):
-        indexes = list(path.glob("model.safetensors.index.json"))
-    else:
-        indexes = sorted(path.glob("*.index.json"))
-    for index in indexes:
-        if (path / "model.safetensors").exists():
+    """Returns the weight files that lack; vLLM reads some kinds that training does not."""
+    if layout.has_weights(path):
+        if (path / layout.WHOLE).exists() and (path / layout.INDEX).exists():
             raise ValueError(
-                f"{path} has model.safetensors and {index.name}; training reads the one and vLLM "
+                f"{path} has {layout.WHOLE} and {layout.INDEX}; training reads the one and vLLM "
                 "what the other lists; remove the one that is left over"
             )
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is no index of weight files; copy the model again") from None
-        return [shard for shard in shards if not (path / shard).exists()]
-    return [] if _any(path, _WEIGHTS) else ["weight files (*.safetensors)"]
+        files = layout.weight_files(path)
+    else:
+        files = [file for index in path.glob("*.index.json") for file in layout.indexed(index)]
+        if not files and not _any(path, _OTHER_WEIGHTS):
+            return ["weight files (*.safetensors)"]
+    for file in files:
+        if file.exists():
+            layout.check_fetched(file)
+    return [file.name for file in files if not file.exists()]
 
 
 def _any(path: pathlib.Path, patterns: Sequence[str]) -> bool:

@@ -236,7 +236,7 @@ def test_a_model_directory_that_is_wrong_or_incomplete_is_refused_by_what_is_mis
     index.write_text(json.dumps({"weight_map": shards}))
     assert message(sharded).endswith("has no model-00002-of-00002.safetensors")
     index.write_text("{}")
-    assert "index.json is no index of weight files" in message(sharded)
+    assert "index.json has no weight_map; download it again" in message(sharded)
     tokenizers = [path.name for path in pathlib.Path(model).glob("tokenizer*")]
     bare = without(model, tmp_path / "c", *tokenizers)
     assert message(bare).endswith("has no tokenizer files")

@@ -15,7 +15,6 @@ after an error or a kill it is as it was.
 from __future__ import annotations
 
 import argparse
-import json
 import logging as python_logging
 import os
 import pathlib
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import files as files_lib
-from atlas_jax.checkpoint import exports, hf, manager, writer
+from atlas_jax.checkpoint import exports, hf, layout, manager
 from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", *writer.DTYPES.values()),
+        "--dtype", default="auto", choices=("auto", *layout.DTYPES.values()),
         help="of exported tensors; auto (default): of each tensor as it was stored in the model "
         "that the training began with",
     )  # fmt: skip
@@ -172,7 +171,7 @@ def _find_checkpoint(src: pathlib.Path) -> tuple[pathlib.Path, int] | None:
     Raises:
         ValueError: if it is one without a complete checkpoint, or without the run's `model/`.
     """
-    if src.is_file() or _is_model(src):
+    if src.is_file() or (src / "adapter_config.json").exists() or layout.is_model(src):
         return None
     if src.parent.name == "checkpoints" and src.name.isdigit():
         run = src.parent.parent
@@ -190,20 +189,6 @@ def _find_checkpoint(src: pathlib.Path) -> tuple[pathlib.Path, int] | None:
             "hold; name the directory of a whole run"
         )
     return run, step
-
-
-def _is_model(directory: pathlib.Path) -> bool:
-    """Returns whether this is a Hugging Face directory, whatever its name and its folders are.
-
-    A run has a `config.json` too, of its options, but those name no architecture.
-    """
-    if (directory / "adapter_config.json").exists():
-        return True
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def _decoder(files: hf.ModelFiles) -> Decoder:

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from atlas_jax import files
+from atlas_jax.checkpoint import layout
 
 MARKER = ".atlas_jax_export.json"
 """Name of the marker file; neither transformers nor vLLM read it."""
@@ -28,8 +29,7 @@ UNMARKED_FILES = (
 """Patterns of the files in `model/` of a run by a version that wrote no markers."""
 
 UNMARKED_EXPORT = (
-    *UNMARKED_FILES, "model.safetensors", "model-*-of-*.safetensors",
-    "model.safetensors.index.json", "trainer_state.json",
+    *UNMARKED_FILES, layout.WHOLE, "model-*-of-*.safetensors", layout.INDEX, "trainer_state.json",
 )  # fmt: skip
 """Patterns of the files in `final/` of such a run."""
 

@@ -14,26 +14,22 @@ import hashlib
 import json
 import os
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.checkpoint import exports, gguf, names, writer
+from atlas_jax.checkpoint import exports, gguf, layout, names, writer
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
 _DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-_BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 _DTYPES_FILE = "dtypes.json"
-_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @runtime_checkable
@@ -61,13 +57,14 @@ class SafetensorsSource:
 
     def __init__(self, path: str) -> None:
         self.path = pathlib.Path(path)
-        _check_directory(self.path)
-        self.config = _read_json(self.path / "config.json")
+        layout.check(self.path)
+        self.config = layout.read_json(self.path / "config.json")
         generation = self.path / "generation_config.json"
-        self.generation_config = _read_json(generation) if generation.exists() else {}
+        self.generation_config = layout.read_json(generation) if generation.exists() else {}
         self._files: dict[str, Any] = {}
-        for file in _weight_files(self.path):
-            for name, content in _open_file(file):
+        for file in layout.weight_files(self.path):
+            content = layout.open_file(file)
+            for name in content.keys():  # noqa: SIM118  (not a dict)
                 if name in self._files:
                     raise ValueError(
                         f"{self.path} has tensor {name} in {file.name} and another file; "
@@ -90,106 +87,11 @@ class SafetensorsSource:
     def dtype(self, name: str) -> str:
         """Returns the dtype in which a tensor is stored; raises as `read` does."""
         dtype = self._files[name].get_slice(name).get_dtype()
-        if dtype not in writer.DTYPES:
+        if dtype not in layout.DTYPES:
             raise ValueError(
-                f"tensor {name} has dtype {dtype}; supported are {', '.join(writer.DTYPES)}"
+                f"tensor {name} has dtype {dtype}; supported are {', '.join(layout.DTYPES)}"
             )
-        return writer.DTYPES[dtype]
-
-
-def _check_directory(path: pathlib.Path) -> None:
-    """Checks for what people give instead of a model directory."""
-    if path.is_file():
-        raise ValueError(f"{path} is a file; give the directory that holds it")
-    adapter = path / "adapter_config.json"
-    if adapter.exists():
-        base = _read_json(adapter).get("base_model_name_or_path")
-        raise ValueError(
-            f"{path} holds a LoRA adapter (adapter_config.json), not a whole model; merge it into "
-            f"its base model {base} (peft: merge_and_unload, save_pretrained) and give the result"
-        )
-
-
-def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files that count, in the order of transformers; others are named in the log.
-
-    `model.safetensors` comes first, then what `model.safetensors.index.json` lists. A complete set
-    of numbered shards without an index is read too, which transformers refuses.
-    """
-    index = path / "model.safetensors.index.json"
-    whole = path / "model.safetensors"
-    found = sorted(path.glob("*.safetensors"))
-    if whole.exists():
-        used = [whole]
-    elif index.exists():
-        used = _indexed(index)
-    else:
-        used = _numbered(path, found)
-    others = [file.name for file in found if file not in used]
-    if whole.exists() and index.exists():
-        others.append(index.name)
-    if others:
-        counted = _some([file.name for file in used])
-        logging.warning("%s: %s not read; the weights are in %s", path, _some(others), counted)
-    return used
-
-
-def _indexed(index: pathlib.Path) -> list[pathlib.Path]:
-    files = _read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise ValueError(f"{index} has no weight_map; download it again")
-    for file in files.values():
-        parts = pathlib.PurePath(str(file)).parts
-        if not parts or ".." in parts or pathlib.PurePath(str(file)).is_absolute():
-            raise ValueError(f"{index} names {file!r}, which lies outside its directory; not read")
-    return sorted({index.parent / str(file) for file in files.values()})
-
-
-def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Returns the one whole set of numbered shards."""
-    if not found:
-        other = ", ".join(sorted(p.name for p in path.glob("*.bin"))) or "no weights"
-        raise ValueError(
-            f"{path} has no *.safetensors file (it has {other}); save the model with "
-            "safe_serialization=True"
-        )
-    sets: dict[int, list[pathlib.Path]] = collections.defaultdict(list)
-    for file in found:
-        if match := _SHARD.fullmatch(file.name):
-            sets[int(match[2])].append(file)
-    whole = [files for total, files in sets.items() if len(files) == total]
-    if len(whole) != 1 or len(sets) != 1:
-        raise ValueError(
-            f"{path} has neither model.safetensors nor model.safetensors.index.json, and "
-            f"{_some([file.name for file in found])} is no whole set of numbered shards; download "
-            "the model again, or name its one file model.safetensors"
-        )
-    return whole[0]
-
-
-def _open_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    if not path.exists():
-        raise ValueError(f"{path} is named in the index but does not exist; download it again")
-    try:
-        file = safetensors.safe_open(path, "numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file: {error}; "
-            "download it again"
-        ) from None
-    return ((name, file) for name in file.keys())  # noqa: SIM118  (not a dict)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; a Hugging Face model directory has one")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:  # text that is not UTF-8, too
-        raise ValueError(f"{path} is not JSON: {error}; download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; download it again")
-    return content
+        return layout.DTYPES[dtype]
 
 
 def resolve(name_or_path: str) -> str:
@@ -248,14 +150,6 @@ def _main_dtype(dtype: writer.Dtype, config: Mapping[str, Any]) -> str:
     said = str(config.get("dtype") or config.get("torch_dtype"))
     usual = collections.Counter(dtype.values()).most_common(1)[0][0]
     return said if said in dtype.values() else usual
-
-
-def is_model(directory: pathlib.Path) -> bool:
-    """Returns whether a directory is a model in Hugging Face layout."""
-    try:
-        return "model_type" in json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
 
 
 def digest(source: Source) -> str:
@@ -340,7 +234,7 @@ def stored_shapes(source: Source, tied: bool) -> dict[str, tuple[int, ...]]:
     return {
         name: shape
         for name, shape in source.shapes.items()
-        if not name.endswith(_BUFFERS) and not (tied and name == "lm_head.weight")
+        if not name.endswith(layout.BUFFERS) and not (tied and name == "lm_head.weight")
     }
 
 
@@ -351,7 +245,8 @@ def _check(source: Source, decoder: Decoder) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         raise ValueError(
-            f"the weights do not fit config.json: missing {_some(missing)}; unknown {_some(extra)}"
+            f"the weights do not fit config.json: missing {layout.some(missing)}; "
+            f"unknown {layout.some(extra)}"
         )
     if (
         tied
@@ -369,10 +264,6 @@ def _check(source: Source, decoder: Decoder) -> None:
             raise ValueError(
                 f"tensor {name} has shape {found[name]}, but config.json asks for {shape}"
             )
-
-
-def _some(found: list[str]) -> str:
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "") or "none"
 
 
 def _set(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
@@ -488,14 +379,14 @@ def write_run_files(directory: str, files: ModelFiles) -> None:
 def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFiles:
     """Returns what `write_run_files` wrote."""
     path = pathlib.Path(directory)
-    config = _read_json(path / "config.json")
+    config = layout.read_json(path / "config.json")
     generation, dtypes = path / "generation_config.json", path / _DTYPES_FILE
     said = config.get("dtype") or config.get("torch_dtype") or "float32"
     return ModelFiles(
         config=config,
-        generation_config=_read_json(generation) if generation.exists() else {},
+        generation_config=layout.read_json(generation) if generation.exists() else {},
         tokenizer=load_tokenizer(directory),
-        dtype=_read_json(dtypes) if dtypes.exists() else said.removeprefix("torch."),
+        dtype=layout.read_json(dtypes) if dtypes.exists() else said.removeprefix("torch."),
     )
 
 

@@ -25,12 +25,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, stopping
-from atlas_jax.checkpoint import names
+from atlas_jax.checkpoint import layout, names
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
-
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Those of safetensors, and as NumPy calls them."""
 
 Dtype = str | Mapping[str, str]
 """dtype of all tensors, or of each by name."""
@@ -190,7 +187,7 @@ class _Output:
 
 def _file_name(number: int, total: int) -> str:
     if total == 1:
-        return "model.safetensors"
+        return layout.WHOLE
     return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
 
@@ -198,7 +195,7 @@ def _begin(
     stack: contextlib.ExitStack, path: pathlib.Path, content: Sequence[Tensor], dtype: Dtype
 ) -> IO[bytes]:
     """Opens a file and writes the header, which says where each tensor will stand."""
-    stored = {name: ours for ours, name in DTYPES.items()}
+    stored = {name: ours for ours, name in layout.DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in content:
@@ -220,7 +217,7 @@ def _write_index(directory: pathlib.Path, files: Sequence[Sequence[Tensor]], dty
     weight_map = {tensor.name: name for tensor, name in pairs}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     text = json.dumps(index, indent=2) + "\n"
-    (directory / "model.safetensors.index.json").write_text(text)
+    (directory / layout.INDEX).write_text(text)
 
 
 def _values(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import distributed, optim, step
-from atlas_jax.checkpoint import exports, hf, manager
+from atlas_jax.checkpoint import exports, hf, layout, manager
 from atlas_jax.config import GRPOConfig, TrainConfig
 from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.models import attention
@@ -225,15 +225,15 @@ def find_origin(config: TrainConfig) -> Origin:
             f"resume_from={name} does not exist; give the output_dir of another run, one of its "
             "checkpoints, or a model directory"
         )
+    if layout.is_model(place):  # whatever it is called and holds beside
+        return Origin(str(place))
     if place.parent.name == "checkpoints" and place.name.isdigit():
         return Origin(str(place.parent.parent), int(place.name))
     if (place / "checkpoints").is_dir():
         latest = manager.Checkpoints(str(place), create=False).latest()
         if latest is not None:
             return Origin(str(place), latest)
-    if hf.is_model(place):
-        return Origin(str(place))
-    final = f"; its {place / 'final'} is one" if hf.is_model(place / "final") else ""
+    final = f"; its {place / 'final'} is one" if layout.is_model(place / "final") else ""
     raise ValueError(
         f"resume_from={name} has no complete checkpoint and is no model directory{final}"
     )

@@ -1,0 +1,309 @@
+"""Model directories: which files hold the weights, and what a directory is that holds none of ours.
+
+The files that count are those that transformers would load. Whatever cannot be trained is named for
+what it is, from names and headers alone. Imports no JAX.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import safetensors
+from absl import logging
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""dtypes of weights: those of safetensors, and as NumPy calls them."""
+
+BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+"""Ends of the names of tensors that are no weights."""
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_POINTER = b"version https://git-lfs"
+_BASE = "merge it into its base model{} (peft: merge_and_unload, save_pretrained); give the result"
+_SAVE = "load it with transformers and save_pretrained, which writes safetensors"
+_CONVERT = "give that model in Hugging Face layout; transformers has a script that converts it"
+_SOURCE = "give the model that it was made of"
+_WRITE = "write a Hugging Face model of it"
+_FOREIGN = (
+    ("model_index.json", "a diffusers pipeline", "give a language model"),
+    ("consolidated*.pth", "a checkpoint in Meta's original layout", _CONVERT),
+    ("consolidated*.safetensors", "a checkpoint in Mistral's own layout", _CONVERT),
+    ("*.gguf", "GGUF files", "give one of them instead of their directory"),
+    ("pytorch_model*.bin", "pickled PyTorch weights", _SAVE),
+    ("flax_model*.msgpack", "Flax weights", _SAVE),
+    ("tf_model*.h5", "TensorFlow weights", _SAVE),
+    ("*.onnx", "an ONNX export", _SOURCE),
+    ("onnx/*.onnx", "an ONNX export", _SOURCE),
+    ("openvino_model*.xml", "an OpenVINO export", _SOURCE),
+    ("*.engine", "a TensorRT engine", _SOURCE),
+    ("*.mlmodelc", "a Core ML export", _SOURCE),
+    ("*.mlpackage", "a Core ML export", _SOURCE),
+    ("*.tflite", "a LiteRT export", _SOURCE),
+    ("weights*.npz", "an MLX model in its old format", _SOURCE),
+    ("*.distcp", "a distributed PyTorch checkpoint", _WRITE),
+    ("*/*.distcp", "a distributed PyTorch checkpoint", _WRITE),
+    ("*zero_pp_rank_*", "a DeepSpeed checkpoint", _WRITE),
+    ("*/*zero_pp_rank_*", "a DeepSpeed checkpoint", _WRITE),
+    ("mp_rank_*", "a Megatron or DeepSpeed checkpoint", _WRITE),
+    ("*/mp_rank_*", "a Megatron or DeepSpeed checkpoint", _WRITE),
+    ("*.nemo", "a NeMo archive", _WRITE),
+    ("_CHECKPOINT_METADATA", "an Orbax checkpoint", "give a run, or its checkpoints/STEP"),
+    ("*.pth", "pickled PyTorch weights", _SAVE),
+    ("*.ckpt", "pickled PyTorch weights", _SAVE),
+    ("*model*.bin", "pickled PyTorch weights", _SAVE),
+    ("*model*.pt", "pickled PyTorch weights", _SAVE),
+)
+"""File -> what a directory is that has it and no weights of ours, and what to do."""
+
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
+             "pytorch_lora_weights.safetensors")  # fmt: skip
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_QUANTISED_TENSORS = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|input_scale|scales|SCB)$"
+    r"|\.weight\.(absmax|quant_)"
+)
+
+
+def check(path: pathlib.Path) -> None:
+    """Checks that a directory is a model that can be trained, from names and headers alone.
+
+    Raises:
+        ValueError: says what it is, which file is damaged or missing, or why it cannot be trained.
+    """
+    check_adapter(path)
+    config = path / "config.json"
+    if not config.exists():
+        if found := foreign(path):
+            raise ValueError(found)
+        raise ValueError(f"{path} is no model: it has no config.json{_hint(path)}")
+    content = read_json(config)
+    if "model_type" not in content:
+        raise ValueError(
+            f"{path} is no model: its config.json is not that of a Hugging Face model (it has no "
+            f"model_type){_hint(path)}"
+        )
+    if method := _quantised(path, content):
+        raise ValueError(
+            f"{path} is quantised ({method}); training needs weights in "
+            f"{', '.join(DTYPES.values())}: give the model that it was made of"
+        )
+    for file in weight_files(path):
+        with open_file(file) as tensors:
+            check_tensors(file, tensors)
+
+
+def check_adapter(path: pathlib.Path) -> None:
+    """Checks that a path is a directory, and not that of an adapter.
+
+    Raises:
+        ValueError: names the adapter's base model.
+    """
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give the directory that holds it")
+    file = path / "adapter_config.json"
+    if file.exists():
+        content = read_json(file)
+        kind = str(content.get("peft_type") or content.get("fine_tune_type") or "LoRA")
+        kind = "LoRA" if kind.lower() == "lora" else kind
+        base = content.get("base_model_name_or_path") or content.get("model") or ""
+        raise ValueError(
+            f"{path} holds a {kind} adapter ({file.name}), not a whole model; "
+            f"{_BASE.format(f' {base}' if base else '')}"
+        )
+    held = [name for name in _ADAPTERS if (path / name).exists()]
+    if held and not (path / WHOLE).exists() and not (path / INDEX).exists():
+        raise ValueError(
+            f"{path} holds an adapter ({held[0]}), not a whole model; {_BASE.format('')}"
+        )
+
+
+def has_weights(path: pathlib.Path) -> bool:
+    """Returns whether a directory has weight files under the names of transformers."""
+    named = any((path / name).exists() for name in (WHOLE, INDEX))
+    return named or any(_SHARD.fullmatch(file.name) for file in path.glob("*.safetensors"))
+
+
+def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files that count, in the order of transformers; others are named in the log.
+
+    `model.safetensors` comes first, then what `model.safetensors.index.json` lists. A complete set
+    of numbered shards without an index is read too, which transformers refuses.
+
+    Raises:
+        ValueError: if there are none, or it cannot be told which count.
+    """
+    index, whole = path / INDEX, path / WHOLE
+    found = sorted(path.glob("*.safetensors"))
+    if whole.exists():
+        used = [whole]
+    elif index.exists():
+        used = indexed(index)
+    else:
+        used = _numbered(path, found)
+    others = [file.name for file in found if file not in used]
+    if whole.exists() and index.exists():
+        others.append(index.name)
+    if others:
+        counted = some([file.name for file in used])
+        logging.warning("%s: %s not read; the weights are in %s", path, some(others), counted)
+    return used
+
+
+def indexed(index: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files that an index lists, whether they exist or not.
+
+    Raises:
+        ValueError: if it is none, or leads out of its directory.
+    """
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} has no weight_map; download it again")
+    for file in files.values():
+        parts = pathlib.PurePath(str(file)).parts
+        if not parts or ".." in parts or pathlib.PurePath(str(file)).is_absolute():
+            raise ValueError(f"{index} names {file!r}, which lies outside its directory; not read")
+    return sorted({index.parent / str(file) for file in files.values()})
+
+
+def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Returns the one whole set of numbered shards."""
+    sets: dict[int, list[pathlib.Path]] = collections.defaultdict(list)
+    for file in found:
+        if match := _SHARD.fullmatch(file.name):
+            sets[int(match[2])].append(file)
+    whole = [files for total, files in sets.items() if len(files) == total]
+    if len(whole) == 1 and len(sets) == 1:
+        return whole[0]
+    if not sets and (other := foreign(path)):
+        raise ValueError(other)
+    if not found:
+        raise ValueError(f"{path} has no *.safetensors file, nor other weights{_hint(path)}")
+    raise ValueError(
+        f"{path} has neither {WHOLE} nor {INDEX}, and {some([file.name for file in found])} is no "
+        "whole set of numbered shards; download the model again, or name its one file "
+        f"{WHOLE}"
+    )
+
+
+def foreign(path: pathlib.Path) -> str:
+    """Returns what a directory without weights of ours is; empty where that cannot be told."""
+    for pattern, what, advice in _FOREIGN:
+        if file := next(path.glob(pattern), None):
+            name = file.relative_to(path)
+            return f"{path} holds {what} ({name}) and no safetensors of a model; {advice}"
+    return ""
+
+
+def open_file(file: pathlib.Path) -> Any:
+    """Returns an open safetensors file.
+
+    Raises:
+        ValueError: if it is missing, empty, cut off, or no such file.
+    """
+    if not file.exists():
+        raise ValueError(f"{file} is named in the index but does not exist; download it again")
+    check_fetched(file)
+    try:
+        return safetensors.safe_open(file, "numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is truncated or no safetensors file: {error}; "
+            "download it again"
+        ) from None
+
+
+def check_fetched(file: pathlib.Path) -> None:
+    """Checks that a file is not empty, nor what git-lfs leaves where it fetches none.
+
+    Raises:
+        ValueError: if it is.
+    """
+    with file.open("rb") as content:
+        beginning = content.read(len(_POINTER))
+    if beginning == _POINTER:
+        raise ValueError(
+            f"{file} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
+        )
+    if not beginning:
+        raise ValueError(f"{file} is empty; download it again")
+
+
+def check_tensors(file: pathlib.Path, tensors: Any) -> None:
+    """Checks the names and dtypes in the header of an open file.
+
+    Raises:
+        ValueError: for quantised tensors, and dtypes that cannot be trained.
+    """
+    names = list(tensors.keys())
+    if not names:
+        raise ValueError(f"{file} has no tensors; download it again")
+    quantised = [name for name in names if _QUANTISED_TENSORS.search(name)]
+    if quantised:
+        raise ValueError(
+            f"{file} has quantised tensors ({some(quantised)}); give the model that it was made of"
+        )
+    for name in names:
+        check_dtype(name, tensors.get_slice(name).get_dtype())
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Checks the dtype of a tensor, as safetensors calls it; buffers may have any.
+
+    Raises:
+        ValueError: names it.
+    """
+    if dtype not in DTYPES and not name.endswith(BUFFERS):
+        raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)}")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a file.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; a Hugging Face model directory has one")
+    check_fetched(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # text that is not UTF-8, too
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return content
+
+
+def is_model(directory: pathlib.Path) -> bool:
+    """Returns whether a directory is a model in Hugging Face layout, whatever its name."""
+    try:
+        content = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "model_type" in content
+
+
+def some(found: Sequence[str]) -> str:
+    """Returns the first names of a list, and how many more there are."""
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "") or "none"
+
+
+def _hint(path: pathlib.Path) -> str:
+    return f"; {path}/final is one" if is_model(path / "final") else ""
+
+
+def _quantised(path: pathlib.Path, config: dict[str, Any]) -> str:
+    """Returns how a model is quantised; empty where nothing says that it is."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        options = config.get(key)
+        if isinstance(options, dict) and options:
+            kind = options.get("quant_method") or options.get("quant_algo") or options.get("format")
+            return str(kind or ("MLX" if key == "quantization" else key))
+    return next((name for name in _QUANTISED_FILES if (path / name).exists()), "")
