@@ -23,7 +23,6 @@ from atlas_jax.validation import mesh_shape
 _ROOM_BYTES = 1 << 20
 _HUB_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
@@ -190,14 +189,7 @@ def _check_tokenizer(name: str, needs_chat: bool) -> None:
         _check_hub(name, path)
     if not path.is_dir():
         return
-    files = [file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)]
-    for file in files:
-        layout.check_fetched(file)
-    if not files:
-        raise ValueError(
-            f"{name} has no tokenizer.json, nor another tokenizer's file; copy it from the model "
-            "that this one was made of, or set tokenizer_name_or_path"
-        )
+    layout.check_tokenizer(path)
     options = path / "tokenizer_config.json"
     named = options.exists() and layout.read_json(options).get("chat_template")
     if needs_chat and not named and not any((path / file).exists() for file in _TEMPLATE_FILES):

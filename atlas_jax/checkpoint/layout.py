@@ -64,6 +64,7 @@ _FOREIGN = (
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
              "pytorch_lora_weights.safetensors")  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISED_TENSORS = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|input_scale|scales|SCB)$"
@@ -233,6 +234,24 @@ def check_fetched(file: pathlib.Path) -> None:
         )
     if not beginning:
         raise ValueError(f"{file} is empty; download it again")
+
+
+def check_tokenizer(path: pathlib.Path) -> None:
+    """Checks that a directory has the files of a tokenizer.
+
+    Raises:
+        ValueError: if it has none, or one is damaged.
+    """
+    files = [file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)]
+    for file in files:
+        check_fetched(file)
+        if file.suffix == ".json":
+            read_json(file)
+    if not files:
+        raise ValueError(
+            f"{path} has no tokenizer.json, nor another tokenizer's file; copy it from the model "
+            "that this one was made of, or set tokenizer_name_or_path"
+        )
 
 
 def check_tensors(file: pathlib.Path, tensors: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from atlas_jax.checkpoint import gguf, hf
+from atlas_jax.checkpoint import gguf, hf, layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,27 +33,52 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     if path.endswith(".gguf"):
         return gguf.load_tokenizer(path)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    folder = pathlib.Path(os.path.expanduser(path))
+    if folder.is_dir():
+        layout.check_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"{path} has no tokenizer: {error}") from None
-    file = pathlib.Path(os.path.expanduser(path), "tokenizer.json")
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else path)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers loads no tokenizer from {path}: {reason}") from None
+    file, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if file.exists():
-        _check_encoding(tokenizer, file)
+        expected = Tokenizer.from_file(str(file)).encode(CHECK_TEXT, add_special_tokens=False).ids
+        _check_encoding(tokenizer, file, expected)
+    elif pieces.exists() and (ids := _by_sentencepiece(pieces)):
+        if _encoded(tokenizer) != ids:
+            # The classes of some families rebuild the tokenizer otherwise than its file says.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        _check_encoding(tokenizer, pieces, ids)
     return tokenizer
 
 
-def _check_encoding(tokenizer: PreTrainedTokenizerBase, file: pathlib.Path) -> None:
-    """Checks that transformers encodes a text as `tokenizers` does from the file itself.
+def _by_sentencepiece(file: pathlib.Path) -> list[int]:
+    """Returns how sentencepiece encodes the text; nothing for a file of another kind."""
+    import sentencepiece
+
+    try:
+        ids = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(CHECK_TEXT)
+    except (OSError, RuntimeError):
+        return []
+    return list(ids)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(CHECK_TEXT, add_special_tokens=False).input_ids)
+
+
+def _check_encoding(
+    tokenizer: PreTrainedTokenizerBase, file: pathlib.Path, expected: list[int]
+) -> None:
+    """Checks that transformers encodes a text as the library of the file does from the file itself.
 
     Some releases of transformers 5 rebuilt the tokenizers of some models from their class and lost
     spaces (transformers issues 45488 and 48206).
     """
-    expected = Tokenizer.from_file(str(file)).encode(CHECK_TEXT, add_special_tokens=False).ids
-    found = list(tokenizer(CHECK_TEXT, add_special_tokens=False).input_ids)
-    if found != expected:
+    if (found := _encoded(tokenizer)) != expected:
         import transformers
 
         raise ValueError(
