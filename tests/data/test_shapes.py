@@ -1,8 +1,13 @@
 """Rows as other tools write them."""
 
+import json
+import pathlib
+import re
+
 import pytest
 
 from atlas_jax.config import ColumnsConfig, DataConfig
+from atlas_jax.data import row_files
 from atlas_jax.data.examples import PlainText, to_sample
 from atlas_jax.data.questions import to_question
 from atlas_jax.data.sources import Row
@@ -134,3 +139,27 @@ def test_questions_of_other_tools(fields, question, truth):
 def test_questions_that_are_none_say_why(fields, message):
     with pytest.raises(ValueError, match=message):
         to_question(Row("d:1", fields), True)
+
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+def test_every_row_that_the_readme_shows_is_taken():
+    text = README.read_text()
+    table = text[text.index("Rows are told from their fields") :].split("Other names are told")[0]
+    rows = re.findall(r"^\| ([^|]+) \| `(\{.*?\})`", table, re.MULTILINE)
+    assert len(rows) == table.count("\n| ") - 1 > 14
+    options = DataConfig(teacher_template="{question}", lesson_template="{teaching}")
+    for shape, row in rows:
+        fields = json.loads(row)
+        if shape.startswith("GRPO"):
+            question = to_question(Row("d:1", fields), True)
+            assert (question.question, question.ground_truth) == ("2+2?", "4")
+        else:
+            to_sample(Row("d:1", fields), options)
+
+
+def test_every_kind_of_file_that_is_read_stands_in_the_readme():
+    text = README.read_text()
+    for kind in (*row_files._READERS, *row_files._COMPRESSED):
+        assert re.search(rf"`[\w.]*{re.escape(kind)}`", text), kind
