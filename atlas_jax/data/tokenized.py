@@ -99,7 +99,7 @@ def fingerprint(
 ) -> str:
     """Returns a hash of everything that decides what `tokenize` returns."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    trained = options._replace(stop_ids=sorted(options.stop_ids))._asdict()
+    trained = options._asdict() | {"stop_ids": sorted(options.stop_ids)}
     digest = hashlib.sha256(
         json.dumps([_FORMAT, versions, template.identity(), trained], sort_keys=True).encode()
     )
