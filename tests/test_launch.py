@@ -642,7 +642,11 @@ def test_quickstart_stops_where_a_part_is_stopped(inputs, tmp_path):
     model = repository / "outputs/quickstart/smollm2"
     shutil.copytree(inputs / "model", model)
     sizes = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 1024}))
+    (model / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 2048}))
+    # Its tokens are bytes, so that the demonstrations are longer than SmolLM2's.
+    sft = repository / "configs/run/quickstart_sft.py"
+    longer = sft.read_text().replace("512", "2048").replace("(264,)", "(2048,)")
+    sft.write_text(longer)
     environment = os.environ | {"PYTHONPATH": str(repository), "XLA_FLAGS": ""}
     wrong = subprocess.run(
         ["bash", repository / "launch/quickstart.sh", "learning_rte=1"], env=environment,
