@@ -57,12 +57,12 @@ class SafetensorsSource:
 
     def __init__(self, path: str) -> None:
         self.path = pathlib.Path(path)
-        layout.check(self.path)
+        files = layout.check(self.path)
         self.config = layout.read_json(self.path / "config.json")
         generation = self.path / "generation_config.json"
         self.generation_config = layout.read_json(generation) if generation.exists() else {}
         self._files: dict[str, Any] = {}
-        for file in layout.weight_files(self.path):
+        for file in files:
             content = layout.open_file(file)
             for name in content.keys():  # noqa: SIM118  (not a dict)
                 if name in self._files:
@@ -86,12 +86,7 @@ class SafetensorsSource:
 
     def dtype(self, name: str) -> str:
         """Returns the dtype in which a tensor is stored; raises as `read` does."""
-        dtype = self._files[name].get_slice(name).get_dtype()
-        if dtype not in layout.DTYPES:
-            raise ValueError(
-                f"tensor {name} has dtype {dtype}; supported are {', '.join(layout.DTYPES)}"
-            )
-        return layout.DTYPES[dtype]
+        return layout.dtype_of(name, self._files[name])
 
 
 def resolve(name_or_path: str) -> str:

@@ -72,8 +72,11 @@ _QUANTISED_TENSORS = re.compile(
 )
 
 
-def check(path: pathlib.Path) -> None:
+def check(path: pathlib.Path) -> list[pathlib.Path]:
     """Checks that a directory is a model that can be trained, from names and headers alone.
+
+    Returns:
+        Its `weight_files`.
 
     Raises:
         ValueError: says what it is, which file is damaged or missing, or why it cannot be trained.
@@ -95,9 +98,11 @@ def check(path: pathlib.Path) -> None:
             f"{path} is quantised ({method}); training needs weights in "
             f"{', '.join(DTYPES.values())}: give the model that it was made of"
         )
-    for file in weight_files(path):
+    files = weight_files(path)
+    for file in files:
         with open_file(file) as tensors:
             check_tensors(file, tensors)
+    return files
 
 
 def check_adapter(path: pathlib.Path) -> None:
@@ -269,17 +274,20 @@ def check_tensors(file: pathlib.Path, tensors: Any) -> None:
             f"{file} has quantised tensors ({some(quantised)}); give the model that it was made of"
         )
     for name in names:
-        check_dtype(name, tensors.get_slice(name).get_dtype())
+        if not name.endswith(BUFFERS):  # which may have any dtype
+            dtype_of(name, tensors)
 
 
-def check_dtype(name: str, dtype: str) -> None:
-    """Checks the dtype of a tensor, as safetensors calls it; buffers may have any.
+def dtype_of(name: str, tensors: Any) -> str:
+    """Returns the dtype of a tensor in an open file, as NumPy calls it.
 
     Raises:
-        ValueError: names it.
+        ValueError: for one that weights cannot have.
     """
-    if dtype not in DTYPES and not name.endswith(BUFFERS):
+    dtype = tensors.get_slice(name).get_dtype()
+    if dtype not in DTYPES:
         raise ValueError(f"tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

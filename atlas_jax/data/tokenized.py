@@ -167,7 +167,7 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
         if not lock.is_locked:
             logging.info("waiting for the process that tokenizes the rows for all")
             lock.acquire(poll_interval=_POLL_SECS)
-    except (OSError, NotImplementedError):
+    except OSError:
         logging.info("%s: no file locks here; every process tokenizes", path.parent)
     try:
         yield
