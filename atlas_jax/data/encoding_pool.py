@@ -62,7 +62,7 @@ def encode(
     for place, chunk in itertools.islice(queue, 1):
         done[place] = list(chat.encode(template, chunk, options))
     secs = (time.monotonic() - start) * len(queue.places)
-    count = min(len(os.sched_getaffinity(0)) - 1, _MAX_WORKERS, len(queue.places))
+    count = min(_num_processors() - 1, _MAX_WORKERS, len(queue.places))
     with contextlib.ExitStack() as stack:
         if secs > worth_secs and count > 0:
             logging.info("tokenizing %d rows with %d further processes", len(samples), count)
@@ -72,6 +72,13 @@ def encode(
     for place, chunk in queue:  # of workers that died
         done[place] = list(chat.encode(template, chunk, options))
     return itertools.chain.from_iterable(done[place] for place in sorted(done))
+
+
+def _num_processors() -> int:
+    """Returns how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Queue(Iterator[tuple[int, Sequence[Sample]]]):
