@@ -78,6 +78,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
     from atlas_jax.recipes import grpo, setup, speakers
+    from atlas_jax.rewards.truths import check_truths
     from atlas_jax.rollout import evaluation, record
     from atlas_jax.rollout.sampling import Sampling
     from atlas_jax.types import RewardResult, Rollout
@@ -91,6 +92,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
         rows, config.data.max_rejected_frac, True, fields, vars(config.data.columns)
     )
     questions = questions[: limit or None]
+    check_truths(questions)
     sharding = setup.make_sharding(config)
     models = [setup.open_frozen(one, one.model_name_or_path, sharding) for one in configs]
     student = grpo.open_student(config, sharding)

@@ -31,6 +31,7 @@ from atlas_jax.recipes import run_dir, serving, setup, speakers
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import make_reward
+from atlas_jax.rewards.truths import check_truths
 from atlas_jax.rollout import evaluation, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
@@ -282,6 +283,8 @@ def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | Non
     fields, columns = config.rollout.question_fields, vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].question)
+    if needs_truth:
+        check_truths(train)
     if held_out is None:
         return train, None
     questions = asked.parse_questions(held_out, most, needs_truth, fields, columns)

@@ -4,92 +4,93 @@ r"""Answers found in texts and compared with a known one.
 
     "… **Final Answer:** $\frac{6}{4}$ cups."  ->  "\frac{6}{4} cups"  ->  "3/2"
 
+`is_correct` says whether a text gives a known answer; `equality` tells what is equal.
 Every function takes time linear in the length of the text, whatever a model wrote.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
 
-_MAX_NUMBER = 256  # characters of a number; a longer one is compared as text
-_MAX_EXPONENT = 100  # of ten; a larger one is compared as text
-_MAX_OPTION = 200  # characters of a text that is nothing but an option of multiple choice
+from atlas_jax.rewards import choices, equality, numbers, statements, symbolic
+from atlas_jax.rewards.plain import TAIL, clean, plain
 
-_TAG = re.compile(r"<(/?)solution>", re.IGNORECASE)
+_TAG = re.compile(r"< ?(/?) ?(solution|answer) ?>", re.IGNORECASE)
 _BRACE = re.compile(r"(\\(?:boxed|fbox) ?)?\{|\}|\\[{}]")
+_BOXED_TOKEN = re.compile(r"\\(?:boxed|fbox) {1,4}(-?[\d.,]*\d|[A-Za-z](?![A-Za-z]))")
 _HASHES = re.compile(r"(?<!#)####[ \t]*([^\n#]*)")
+_JSON = re.compile(
+    r'"(?:final_?|correct_?)?answer"\s{0,8}:\s{0,8}(?:("(?:[^"\\\n]|\\.)*+")|([^\s,{}\[\]"]++))',
+    re.IGNORECASE,
+)
 _MARKER = re.compile(
-    r"(?<!\w)(?:the\s{1,4})?(?:final\s{1,4}|correct\s{1,4})?"
-    r"answer(?:[\s*_]{1,8}is\b|[\s*_]{0,8}[:=])",
+    r"(?<!\w)(?:the\s{1,4}|my\s{1,4})?(?:final[\s_]{1,4}|correct\s{1,4}|right\s{1,4})?"
+    r"(?:answer(?:[\s*_]{1,8}(?:is|was|would be|should be|will be|must be|comes to|equals)\b(?!n't)"
+    r"|[\s*_\"]{0,8}(?:[:=→⇒]|->)|\s{1,4}[-–—](?=\s))"
+    r"|ans\.?\s{0,4}[:=]|(?:respuesta|réponse|resposta|risposta)(?:\s{1,4}\w{1,12})?\s{1,4}(?:es|est|é|è)\b"
+    r"|antwort\s{1,4}(?:ist|lautet)\b|答案\s{0,4}(?:是|为|为|：|:))"
+    r"|^[#*_ ]{1,8}(?:final )?answer[*_: ]{0,8}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SENTENCE_END = re.compile(
+    r"(?<![MDJS]r)(?<!Mrs)(?<!\bSt)(?<!\bRs)(?<!Prof)(?<!\bMt)(?<!approx)(?<!\b[A-J])"
+    r"(?<!\b[A-Z]\. [A-Z])(?<!^[A-Z])[.!?;](?=\s)|。"
+)
+_CLAUSE_END = re.compile(
+    r"(?<!times)(?<!many)(?<!much),?\s(?:because|since|so|which|as)\b|\s\(|,\s(?:not|rather|instead)\b",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"(?<![MDJS]r)(?<!Mrs)(?<!St)(?<!\b[A-J])[.!?;](?=\s)")
-_CLAUSE_END = re.compile(r",?\s(?:because|since|so|which|as)\b|\s\(", re.IGNORECASE)
 _LISTED = re.compile(r"[,;]\s|\b(?:and|or)\b", re.IGNORECASE)
-_OPTION = re.compile(
-    r"(?:(?:option|choice) )?(?:\(?([a-h])[).]+(?: (.*))?|\(?([a-h])\)?)", re.IGNORECASE
+_EQUALS = re.compile(r"(?<![=<>!:])=(?![=>])")
+_ALGEBRA = re.compile(
+    r"\d ?[a-z](?![a-z])|[a-z] ?(?:\^|\*\*)|[+*/-] ?[a-z](?![a-z])", re.IGNORECASE
 )
-_OTHER_OPTION = re.compile(r"[a-h]|(?:.*\W)?\(?[a-h][).].*", re.IGNORECASE)
-
-_EDGE = " \t\r\n*_`\"'“”‘’$:"
-_TAIL = _EDGE + ".,;!?"
-_MATH = re.compile(r"\\[()\[\]]|\\(?:left|right|displaystyle)(?![A-Za-z])")
-_DOLLARS = re.compile(r"(?<!\\)\$((?:[^$\\]|\\.)++)\$")
-_BOLD = re.compile(r"(?<!\w)\*\*|\*\*(?!\w)")
-_WRAPPED = re.compile(
-    r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname|boxed|fbox) ?\{([^{}]*)\}"
+_DENIAL = re.compile(
+    r"\b(?:no|not|never|none|cannot|neither|wrong|incorrect)\b|n't\b", re.IGNORECASE
 )
-_FRAC = re.compile(r"\\[dtc]?frac ?(?:\{([^{}]*)\}|(\d)) ?(?:\{([^{}]*)\}|(\d))")
-_CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "—": "-", "⁄": "/", "’": "'", "‘": "'", "“": '"', "”": '"'}
-)
-
-_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|(?<!\.)\.\d++)"
-_NUMBER = re.compile(
-    r"(?:(?<![\w)])(?P<sign>[-+])|(?<![\w^])(?<!\d\.))"
-    r"(?:(?P<whole>\d++) (?=\d++ ?/ ?\d))?"
-    rf"(?P<top>{_DECIMAL})"
-    rf"(?: ?/ ?(?P<bottom>-?{_DECIMAL})"
-    r"|(?:e| ?(?:\*|×|x|\\times|\\cdot) ?10 ?\^ ?\{?)(?P<exponent>[-+]?\d++)\}?)?"
-    r"(?: (?P<multiple>dozen|hundred|thousand|million|billion|trillion)s?\b)?",
+_CLOSING = re.compile(
+    r"(?:let me know|i hope|hope (?:this|that)|feel free|if you (?:have|need|want)|please|thank)\b",
     re.IGNORECASE,
 )
-_MULTIPLES = {
-    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12,
-}  # fmt: skip
-_LETTERS = re.compile(r"[^\W\d_]+")
-_POWER = re.compile(r"\^\{?-?\d\}?|[²³]|°[cf]?")
-_UNIT_TAIL = re.compile(r"(?!\.)(?:[^\W\d_]|[ /.'()-])*")
-_WORDS_AND_NUMBER = re.compile(r"[\w\s.,':-]*")
-_SHORT_UNITS = {
-    "mm", "cm", "dm", "km", "kg", "mg", "lb", "lbs", "oz", "ft", "in", "yd", "mi", "hr", "hrs",
-    "min", "mins", "sec", "ms", "ml", "dl", "kw", "mw", "hz", "am", "pm", "mph", "usd", "eur", "of",
-}  # fmt: skip
-_UNIT_LETTERS = set("mghlsvwj")
-_OPERATORS = {
-    "and", "or", "to", "not", "plus", "minus", "negative", "times", "over", "divided", "pi", "sqrt",
-    "sin", "cos", "tan", "log", "exp", "mod", "factorial", "choose", "squared", "cubed", "half",
-    "twice", "double",
-}  # fmt: skip
-_ASSIGNED = re.compile(r"\\?[a-z][\w ]{0,40}(?:\([a-z]\))? ?= ?(?=[^=]*$)")
-_ARTICLE = re.compile(r"\b(?:the|an|a) (?=[^\W\d_]{2})")
-_SPACED_MARK = re.compile(r" ?([^\w\s]) ?")
+_FENCED = re.compile(r"```[^\n`]{0,20}\n")
+_ANNOUNCED = re.compile(r"(?:output|result|answer|prints?)\b[^\n]{0,40}:\s*$", re.IGNORECASE)
+_MATH_SPAN = re.compile(r"(?<!\\)\$(?![\s\d]*\$)([^\s$](?:[^$\n]{0,300}[^\s$])?)\$(?!\d)")
+_PLAIN_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3}")
+_RESULT = re.compile(r"= ?\$?(?=[-+]?[\d.])")
+_NOT_THE = re.compile(
+    r"(?:\b(?:not|never|cannot|except|than|least|most)|n't)(?: (?!only\b)\w{1,12})?"
+    r" (?:exactly |just |equal to )?$",
+    re.IGNORECASE,
+)
+_PRICE = re.compile(
+    r"(?<!\bfor)(?<!\bat)(?<!\bwith)(?<!\bof)(?<!\bfrom)(?<!\bthan)(?<!\bthe)(?<!\bhis)(?<!\bher)"
+    r" (?:[$€£] ?)([\d,]*\d(?:\.\d+)?)"
+)
+_COPULA = re.compile(r"\b(?:is|are|was|were|be|equals) (?:now |exactly |about |only )?$")
+_ASIDE = re.compile(r"(?<=\w) \([^()]*\)")
+_PHRASE = re.compile(
+    r"\b(?:for|in|of|after|per|over|within|during|from|on|to \w{1,12}) (?:the |his |her |their "
+    r"|all |each |every |these |those )?$"
+)
+_STRESSED = re.compile(r"\*\*\$?([-+]?[\d.,/]*\d)%?\*\*")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def extract_answer(text: str) -> str | None:
     r"""Returns the span of the answer that a text gives; None if it gives none.
 
-    The first of these that is there: the last complete `<solution>`, the last closed `\boxed` or
-    `\fbox`, GSM8K's `####`, what follows the last "Final Answer:", "Answer:", "the answer is" or
-    "answer =", the text itself where it is one option of multiple choice, the last number.
+    The first of these that is there, behind the last `</think>`: the last complete `<solution>` or
+    else `<answer>`, the last closed `\boxed` or `\fbox`, GSM8K's `####`, the value of "answer" in
+    JSON, what follows the last "Final Answer:", "Answer:", "the answer is" or "answer =", the text
+    itself where it is one option of multiple choice, the option that it chooses, the output that
+    it shows, yes or no, what it comes to: the number that its last sentence gives.
     """
-    return marked_answer(text) or _bare_option(text) or _last_number(text)
+    written = _behind_thinking(text)
+    return _unmarked_or(marked_answer(written), written)
 
 
 def normalise(answer: str) -> str:
@@ -99,23 +100,33 @@ def normalise(answer: str) -> str:
     that units are not compared. Everything else becomes lower-case text without articles, spaces
     around marks and LaTeX spacing.
     """
-    return str(_read(answer))
+    return str(equality.read(answer))
 
 
-def is_correct(text: str, ground_truth: str) -> bool:
+def is_correct(text: str, ground_truth: str, is_cut: bool = False) -> bool:
     """Returns whether the answer that a text gives is the ground truth.
 
-    Options of multiple choice are compared by their letters where both have one. The ground truth
-    may be a whole solution that marks its answer.
+    Options of multiple choice are compared by their letters where both have one, yes and no by
+    what a sentence begins with. The ground truth may be a whole solution that marks its answer.
+    What our comparison does not find equal is asked of math-verify, where it is installed.
+
+    Args:
+        text: what a model wrote.
+        ground_truth: the known answer.
+        is_cut: whether the text was cut by its limit of length; then it must mark its answer, and
+            the marked one must not be what was cut.
     """
-    answer = extract_answer(text)
     truth = marked_answer(ground_truth) or ground_truth
-    given, wanted = _option(answer or ""), _option(truth)
-    if given and wanted:
-        return given.letter == wanted.letter
-    target = _read(wanted.text if wanted and wanted.text else truth)
-    readings = [] if answer is None else [answer, *_other_readings(answer)]
-    return target != "" and any(_read(reading) == target for reading in readings)
+    if not clean(truth):
+        return False
+    written = _behind_thinking(text)
+    marked = _whole_mark(written) if is_cut else marked_answer(written)
+    if (wanted := choices.verdict(truth)) is not None:
+        sentences = [marked] if marked else [] if is_cut else _edges(written)
+        said = (choices.said_verdict(s) for s in sentences)
+        return next((s for s in said if s is not None), None) == wanted
+    answer = marked if is_cut else _unmarked_or(marked, written)
+    return answer is not None and _is_answer(answer, truth)
 
 
 def states_answer(lesson: str, ground_truth: str) -> bool:
@@ -124,45 +135,92 @@ def states_answer(lesson: str, ground_truth: str) -> bool:
     A fraction counts only in lowest terms, because "6/2" does not yet say 3. The letter of an
     option counts as "(B)" or behind "answer is" and the like.
     """
-    plain, truth = _plain(lesson), marked_answer(ground_truth) or ground_truth
-    option = _option(truth)
-    if option and _states_letter(plain, option.letter.upper()):
+    text, truth = plain(lesson), marked_answer(ground_truth) or ground_truth
+    option = choices.option(truth)
+    if option and _states_letter(text, option.letter.upper()):
         return True
-    target = _read(option.text if option else truth)
+    target = equality.read(option.text if option else truth)
     if isinstance(target, Fraction):
-        return any(_stated(number) == target for number in _numbers(plain))
-    return target != "" and _phrase(target) in _phrase(_canonical(plain))
+        return any(_stated(number) == target for number in numbers.numbers(text))
+    return target != "" and _phrase(target) in _phrase(equality.canonical(text))
+
+
+def _states_letter(text: str, letter: str) -> bool:
+    return bool(
+        re.search(
+            rf"\({letter}\)|\b(?i:answer|option|choice|choose|pick|select)\b"
+            rf"(?:[\s:=*_]{{1,4}}(?i:is|option|choice)\b){{0,2}}[\s:=*_\"']{{1,4}}{letter}(?!\w)",
+            text,
+        )
+    )
+
+
+def _phrase(text: str) -> str:
+    """Returns the words and marks of a text between single spaces, so that whole ones are found."""
+    return f" {' '.join(_TOKEN.findall(text))} "
+
+
+def _stated(number: re.Match[str]) -> Fraction | None:
+    """Returns the value that a number states; None for a fraction that is not in lowest terms."""
+    value = numbers.value(number)
+    if value is None or not number["bottom"]:
+        return value
+    return value if number["bottom"].lstrip("-") == str(value.denominator) else None
 
 
 def marked_answer(text: str) -> str | None:
     """Returns the answer that is marked as such."""
-    tags = itertools.pairwise(_TAG.finditer(text))
-    spans = [(a.end(), b.start()) for a, b in tags if not a[1] and b[1]]
-    for start, end in reversed(spans):
-        if _clean(text[start:end]):
-            return _inside_solution(text[start:end])
-    return _boxed(text) or _behind_hashes(text) or _behind_marker(text)
+    return _enclosed(text) or _announced(text)
 
 
-def _inside_solution(text: str) -> str:
-    """Returns what the content of a solution tag answers; of several lines the last number."""
-    content = _clean(text)
-    answer = _boxed(text) or _behind_hashes(text) or _behind_marker(text)
+def _behind_thinking(text: str) -> str:
+    """Returns what a text says behind its thoughts; all of it, if it says nothing there."""
+    said = text.rpartition("</think>")[2]
+    return said if said.strip() else text
+
+
+def _whole_mark(text: str) -> str | None:
+    """Returns the marked answer of a text that was cut: one that is closed, or ends before."""
+    whole = re.match(r"(?s).*(?:\n|[.!?;](?=\s))", text)
+    return _enclosed(text) or (_announced(whole[0]) if whole else None)
+
+
+def _enclosed(text: str) -> str | None:
+    """Returns the answer in tags or in a box."""
+    tags = list(_TAG.finditer(text))
+    for name in ("solution", "answer"):
+        own = itertools.pairwise(tag for tag in tags if tag[2].lower() == name)
+        spans = [(a.end(), b.start()) for a, b in own if not a[1] and b[1]]
+        for start, end in reversed(spans):
+            if clean(text[start:end]):
+                return _inside_tag(text[start:end])
+    return _boxed(text)
+
+
+def _announced(text: str) -> str | None:
+    """Returns the answer behind marks or words that announce it."""
+    return _behind_hashes(text) or _in_json(text) or _behind_marker(text)
+
+
+def _inside_tag(text: str) -> str:
+    """Returns what the content of a tag answers; of several lines what they come to."""
+    content = clean(text)
+    answer = _boxed(text) or _announced(text)
     if answer is None and "\n" in content and "\\begin" not in content:
-        answer = _last_number(content)
+        answer = _conclusion(content)
     return answer or content
 
 
 def _boxed(text: str) -> str | None:
     r"""Returns the content of the last `\boxed` that is closed and not empty."""
     open_braces: list[re.Match[str]] = []
-    spans = []
+    spans = [match.span(1) for match in _BOXED_TOKEN.finditer(text)]
     for brace in _BRACE.finditer(text):
         if brace[0].endswith("{") and len(brace[0]) != 2:
             open_braces.append(brace)
         elif brace[0] == "}" and open_braces and (opened := open_braces.pop())[1]:
             spans.append((opened.end(), brace.start()))
-    contents = (_clean(text[start:end]) for start, end in sorted(spans, reverse=True))
+    contents = (clean(text[start:end]) for start, end in sorted(spans, reverse=True))
     return next(filter(None, contents), None)
 
 
@@ -171,8 +229,20 @@ def _behind_hashes(text: str) -> str | None:
     end = len(text.rstrip())
     for hashes in reversed(list(_HASHES.finditer(text))):
         answer = _behind_marker(hashes[1]) or _statement(hashes[1])
-        if answer and (hashes.end() >= end or _is_number(answer)):
+        if answer and (hashes.end() >= end or equality.is_plain_number(answer)):
             return answer
+    return None
+
+
+def _in_json(text: str) -> str | None:
+    """Returns the value of the last "answer" in JSON."""
+    for match in reversed(list(_JSON.finditer(text))):
+        try:
+            value = json.loads(match[1], strict=False) if match[1] else match[2]
+        except ValueError:  # LaTeX without its backslashes doubled
+            value = match[1][1:-1]
+        if clean(value):
+            return clean(value)
     return None
 
 
@@ -187,183 +257,148 @@ def _behind_marker(text: str) -> str | None:
 
 def _statement(line: str) -> str:
     """Returns the answer in a line: a leading number, what the last "=" gives, or a sentence."""
-    text = _clean(line)
+    text = clean(line).rstrip(TAIL)
     if not text:
         return ""
-    sentence = _clean(_SENTENCE_END.split(text, maxsplit=1)[0])
-    clause = _clean(_CLAUSE_END.split(sentence, maxsplit=1)[0])
-    number = next(filter(_is_number, (text, sentence, clause)), None)
-    result = _right_side(text) if number is None else None
+    sentence = clean(_SENTENCE_END.split(text, maxsplit=1)[0])
+    clause = clean(_CLAUSE_END.split(sentence, maxsplit=1)[0])
+    number = next(filter(equality.is_plain_number, (text, sentence, clause)), None)
+    result = _result(text) if number is None else None
     return number or (result and _statement(result)) or sentence
 
 
-def _right_side(text: str) -> str | None:
-    """Returns what stands behind the last "=" of one chain of equations."""
-    parts = text.split("=")
-    return None if len(parts) < 2 or any(map(_LISTED.search, parts[1:-1])) else parts[-1]
-
-
-def _bare_option(text: str) -> str | None:
-    text = text.strip()
-    return _clean(text) if len(text) <= _MAX_OPTION and _option(text) else None
-
-
-def _last_number(text: str) -> str | None:
-    numbers = [number[0] for number in _numbers(_plain(text))]
-    return numbers[-1] if numbers else None
-
-
-class _Option(NamedTuple):
-    """One option of multiple choice, such as "(B) Paris"."""
-
-    letter: str  # lower case
-    text: str  # "" if only the letter is given
-
-
-def _option(answer: str) -> _Option | None:
-    """Returns the option that an answer is; None for anything else, and for several options."""
-    match = _OPTION.fullmatch(_clean(answer))
-    text = (match and match[2]) or ""
-    if match is None or _OTHER_OPTION.fullmatch(text):
+def _result(text: str) -> str | None:
+    """Returns what a chain of equations comes to; None for equations of algebra and for others."""
+    parts = _EQUALS.split(text)
+    if len(parts) < 2 or any(map(_LISTED.search, parts[1:-1])) or _DENIAL.search(parts[0]):
         return None
-    return _Option((match[1] or match[3]).lower(), text)
+    if len(parts) == 2 and equality.is_plain_number(parts[0]):
+        return parts[0]
+    return None if any(map(_ALGEBRA.search, parts[:-1])) else parts[-1]
 
 
-def _states_letter(plain: str, letter: str) -> bool:
-    return bool(
-        re.search(
-            rf"\({letter}\)|\b(?i:answer|option|choice|choose|pick|select)\b"
-            rf"(?:[\s:=*_]{{1,4}}(?i:is|option|choice)\b){{0,2}}[\s:=*_\"']{{1,4}}{letter}(?!\w)",
-            plain,
-        )
+def _unmarked_or(marked: str | None, text: str) -> str | None:
+    return (
+        marked
+        or choices.bare_option(text)
+        or choices.chosen(text)
+        or _output(text)
+        or _conclusion(text)
+        or _bare_verdict(text)
     )
 
 
-def _other_readings(answer: str) -> Iterator[str]:
-    """Yields what an answer says too: the text of an option, a result, a sentence's one number."""
-    option = _option(answer)
+def _bare_verdict(text: str) -> str | None:
+    return next((s for s in _edges(text) if choices.said_verdict(s) is not None), None)
+
+
+def _edges(text: str) -> list[str]:
+    """Returns the last sentence of a text and the first."""
+    sentences = [s for s in _SENTENCE_END.split(text.strip()) if s.strip()]
+    return [sentences[-1].strip(), sentences[0].strip()] if sentences else []
+
+
+def _output(text: str) -> str | None:
+    """Returns the one line of a block of code that ends a text and is announced as its output."""
+    text = text.rstrip()
+    if not text.endswith("```"):
+        return None
+    before, fence, block = text[:-3].rpartition("```")
+    lines = block.partition("\n")[2].strip().splitlines()
+    return lines[0] if fence and len(lines) == 1 and _ANNOUNCED.search(before[-80:]) else None
+
+
+def _conclusion(text: str) -> str | None:
+    """Returns what the last sentence with a number comes to.
+
+    That is the mathematics that ends with it, the number behind the last "=", a number in bold, a
+    price before a phrase with another number, or else the last number.
+    """
+    sentence = _last_sentence(text)
+    if sentence is None:
+        return None
+    spans = [m for m in _MATH_SPAN.finditer(sentence) if not _PLAIN_WORD.search(m[1])]
+    if spans and not any(numbers.numbers(plain(sentence[spans[-1].end() :]))):
+        span = spans[-1][1]
+        if not equality.is_plain_number(span) and not any(map(str.isspace, (span[0], span[-1]))):
+            return _statement(span)
+    stressed = _STRESSED.findall(sentence)
+    if len(stressed) == 1:
+        return stressed[0]
+    return _last_number(sentence)
+
+
+def _last_sentence(text: str) -> str | None:
+    """Returns the last sentence that has a number, but for phrases that close a letter."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    while lines and _CLOSING.match(lines[-1].strip()):
+        lines.pop()
+    for line in reversed(lines):
+        sentences = _SENTENCE_END.split(line)
+        for sentence in reversed(sentences):
+            if re.search(r"\d|[½-¾]", sentence) and any(numbers.numbers(plain(sentence))):
+                return sentence
+    return None
+
+
+def _last_number(sentence: str) -> str | None:
+    text = plain(sentence)
+    results = {match.end() for match in _RESULT.finditer(text)}
+    behind = [n for n in numbers.numbers(text) if n.start() in results]
+    if behind:
+        return behind[-1][0]
+    short = plain(_ASIDE.sub("", sentence))
+    found = list(numbers.numbers(short))
+    if not found:
+        short, found = text, list(numbers.numbers(text))
+    if not found:
+        return None
+    before = short[: found[-1].start()][-40:]
+    if _NOT_THE.search(before):
+        return None
+    if len(found) > 1 and _PHRASE.search(before):
+        return _price(sentence) or _stated_before(found[-2], short) or found[-1][0]
+    return found[-1][0]
+
+
+def _price(sentence: str) -> str | None:
+    """Returns the one amount of money of a sentence, if that is what something costs or earns."""
+    prices = _PRICE.findall(sentence)
+    return prices[0] if len(prices) == 1 and len(re.findall("[$€£]", sentence)) == 1 else None
+
+
+def _stated_before(number: re.Match[str], text: str) -> str | None:
+    """Returns a number that is said to be something, before a phrase with another number."""
+    is_said = _COPULA.search(text[: number.start()][-40:])
+    return number[0] if is_said and not re.search("[,;:]", text[number.end() :][:-1]) else None
+
+
+def _is_answer(answer: str, truth: str) -> bool:
+    """Returns whether an extracted answer is the known one, as it stands or in what it states."""
+    wanted, given = choices.option(truth), choices.option(answer)
+    if wanted and given:
+        return given.agrees(wanted)
+    if wanted and (led := choices.led_by(answer) or (choices.chosen(answer) or "").lower()):
+        return led == wanted.letter
+    target = wanted.text if wanted and wanted.text else truth
+    readings = list(_readings(answer))
+    if any(equality.same(reading, target) for reading in readings):
+        return True
+    number = numbers.quantity(plain(clean(target)))
+    if number is not None:
+        stated = statements.stated(plain(clean(answer)))
+        return any(quantity.agrees(number) for quantity in stated)
+    return symbolic.same(answer, target)
+
+
+def _readings(answer: str) -> Iterator[str]:
+    """Yields an answer, and what it says too: an option's text, a result, who it is about."""
+    option = choices.option(answer)
     text = (option and option.text) or answer
+    yield answer
     yield text
-    if result := _right_side(text):
+    if result := _result(text):
         yield result
-    plain = _plain(text)
-    numbers, words = list(_numbers(plain)), _LETTERS.findall(plain.lower())
-    is_sentence = any(len(word) > 2 for word in words) and _OPERATORS.isdisjoint(words)
-    if len(numbers) == 1 and is_sentence and _WORDS_AND_NUMBER.fullmatch(plain):
-        yield numbers[0][0]
-
-
-def _clean(text: str) -> str:
-    """Returns a text without the marks around it."""
-    text = _BOLD.sub("", _MATH.sub("", text))
-    return _WRAPPED.sub(r"\1", _DOLLARS.sub(r"\1", text)).rstrip(_TAIL).lstrip(_EDGE)
-
-
-def _plain(text: str) -> str:
-    """Returns a text in one line with its LaTeX written as plain characters where it can be."""
-    text = text.translate(_CHARACTERS)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    return " ".join(text.split())
-
-
-def _plain_fraction(match: re.Match[str]) -> str:
-    parts = [(match[1] or match[2] or "").strip(), (match[3] or match[4] or "").strip()]
-    top, bottom = (p if re.fullmatch(r"-?[\w.,\\]+", p) else f"({p})" for p in parts)
-    mixed = match.start() and match.string[match.start() - 1].isdigit()
-    return f"{' ' if mixed else ''}{top}/{bottom}"
-
-
-_REWRITES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (_MATH, ""),
-    (_BOLD, ""),
-    (re.compile(r"\\!"), ""),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<=\d)\\,(?=\d{3})"), ""),
-    (re.compile(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])"), " "),
-    (re.compile(r"\^ ?\{?\\circ\}?"), "°"),
-    (_WRAPPED, r" \1 "),
-    (_FRAC, _plain_fraction),
-    (_WRAPPED, r" \1 "),
-    (re.compile(r"(?<!\\)\{(\w)\}"), r"\1"),
-    (_FRAC, _plain_fraction),
-    (re.compile(r"\\([$%&#_{}])"), r"\1"),
-    (re.compile(r"[$€£¥₹%]"), ""),
-)
-
-
-def _read(answer: str) -> Fraction | str:
-    """Returns the exact number that an answer is, or else its canonical text."""
-    text = _plain(_clean(answer)).lower().rstrip(_TAIL)
-    text = _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
-    number = _quantity(text)
-    return _canonical(text) if number is None else number
-
-
-def _is_number(text: str) -> bool:
-    return isinstance(_read(text), Fraction)
-
-
-def _canonical(plain: str) -> str:
-    text = _ARTICLE.sub("", plain.lower())
-    return _SPACED_MARK.sub(r"\1", text).rstrip(_TAIL).lstrip(_EDGE)
-
-
-def _phrase(text: str) -> str:
-    """Returns the words and marks of a text between single spaces, so that whole ones are found."""
-    return f" {' '.join(_TOKEN.findall(text))} "
-
-
-def _quantity(plain: str) -> Fraction | None:
-    """Returns the number that is all of a text but for its unit."""
-    text = re.sub(r"^([-+]) ", r"\1", plain[: _MAX_NUMBER + 1])
-    number = _NUMBER.match(text)
-    if len(plain) > _MAX_NUMBER or number is None or not _is_unit_tail(text[number.end() :]):
-        return None
-    return _value(number)
-
-
-def _numbers(plain: str) -> Iterator[re.Match[str]]:
-    """Yields the numbers of a text; none that is part of a word or of an expression like 2x."""
-    for number in _NUMBER.finditer(plain):
-        suffix = _LETTERS.match(plain, number.end())
-        if suffix is None or _is_unit(suffix[0].lower(), attached=True):
-            yield number
-
-
-def _value(number: re.Match[str]) -> Fraction | None:
-    """Returns the exact value; None if it is too long to compute or divides by 0."""
-    if (
-        len(number[0]) > _MAX_NUMBER
-        or abs(exponent := int(number["exponent"] or 0)) > _MAX_EXPONENT
-    ):
-        return None
-    top, bottom = (Fraction((number[k] or "1").replace(",", "")) for k in ("top", "bottom"))
-    if not bottom:
-        return None
-    size = int(number["whole"] or 0) + top / bottom
-    size *= Fraction(10) ** exponent * _MULTIPLES.get((number["multiple"] or "").lower(), 1)
-    return -size if number["sign"] == "-" else size
-
-
-def _stated(number: re.Match[str]) -> Fraction | None:
-    """Returns the value that a number states; None for a fraction that is not in lowest terms."""
-    value = _value(number)
-    if value is None or not number["bottom"]:
-        return value
-    return value if number["bottom"].lstrip("-") == str(value.denominator) else None
-
-
-def _is_unit_tail(tail: str) -> bool:
-    """Returns whether what follows a number is nothing, or a unit and the words behind it."""
-    text = _POWER.sub("", tail)
-    words = _LETTERS.findall(text)
-    if not _UNIT_TAIL.fullmatch(text) or not {"and", "or"}.isdisjoint(words):
-        return False
-    return not words or _is_unit(words[0], attached=text[0] != " ")
-
-
-def _is_unit(word: str, attached: bool) -> bool:
-    if len(word) == 1:
-        return word in _UNIT_LETTERS and not attached
-    return word in _SHORT_UNITS or (len(word) >= (5 if attached else 3) and word not in _OPERATORS)
+    subject = re.match(r"(.{1,80}?) (?:is|was|are|were|because|since)\b(.*)", text)
+    if subject and not _DENIAL.search(subject[2]) and not subject[1][-1].isdigit():
+        yield subject[1]

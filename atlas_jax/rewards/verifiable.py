@@ -14,10 +14,17 @@ __all__ = [
     "exact_match",
     "extract_answer",
     "is_correct",
+    "is_right",
     "normalise",
     "states_answer",
     "teaching_gain",
 ]
+
+
+def is_right(completion: Completion, ground_truth: str) -> bool:
+    """Returns whether a completion answers right; one cut by its limit must mark its answer."""
+    is_cut = completion.finish_reason == "length"
+    return is_correct(completion.text, ground_truth, is_cut)
 
 
 def exact_match() -> Reward:
@@ -30,7 +37,7 @@ def exact_match() -> Reward:
         text, truth = rollout.answer.text, rollout.question.ground_truth
         if unscored := _unscored(truth, {"answer": rollout.answer}):
             return unscored
-        correct = is_correct(text, truth)
+        correct = is_right(rollout.answer, truth)
         return RewardResult(float(correct), {"correct": correct, "extracted": extract_answer(text)})
 
     return lambda rollouts: [score(rollout) for rollout in rollouts]
@@ -64,7 +71,7 @@ def teaching_gain(
         if unscored := _unscored(truth, completions):
             return unscored
         assert baseline is not None and guided is not None
-        before, after = is_correct(baseline.text, truth), is_correct(guided.text, truth)
+        before, after = is_right(baseline, truth), is_right(guided, truth)
         efficiency = _efficiency(baseline.num_tokens, guided.num_tokens)
         leaked = states_answer(rollout.teaching, truth)
         gain = 0.0 if before == after else 1.0 if after else -degradation_penalty

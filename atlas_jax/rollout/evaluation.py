@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atlas_jax import metrics
-from atlas_jax.rewards.answers import is_correct
+from atlas_jax.rewards.verifiable import is_right
 from atlas_jax.rollout import measures, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
@@ -198,10 +198,10 @@ def _taught(rollouts: Sequence[Rollout]) -> bool:
 def _measure(rollouts: Sequence[Rollout], taught: bool) -> Metrics:
     if taught:
         return measures.of_teaching([rollouts])
-    right = sum(is_correct(r.policy.text, r.question.ground_truth) for r in rollouts)
+    right = sum(is_right(r.policy, r.question.ground_truth) for r in rollouts)
     return {"accuracy": (right, len(rollouts))}
 
 
 def _right(rollout: Rollout, which: str) -> bool:
     completion = getattr(rollout, which) or rollout.policy
-    return is_correct(completion.text, rollout.question.ground_truth)
+    return is_right(completion, rollout.question.ground_truth)

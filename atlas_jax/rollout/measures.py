@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from atlas_jax.rewards.answers import extract_answer, is_correct, states_answer
+from atlas_jax.rewards.answers import extract_answer, states_answer
+from atlas_jax.rewards.verifiable import is_right
 from atlas_jax.rollout.teaching import has_lesson
 from atlas_jax.types import Completion, Metrics, RewardResult, Rollout
 
@@ -94,7 +95,7 @@ def of_teaching(groups: Sequence[Sequence[Rollout]]) -> Metrics:
     """Returns the metrics of baseline against guided answers."""
     rollouts = [r for group in groups for r in group]
     pairs = [
-        (r, is_correct(r.baseline.text, truth), is_correct(r.guided.text, truth))
+        (r, is_right(r.baseline, truth), is_right(r.guided, truth))
         for r in rollouts
         if (truth := r.question.ground_truth) and r.baseline and r.guided
         if r.baseline.token_ids and r.guided.token_ids

@@ -113,6 +113,17 @@ def test_exact_match_scores_the_answer_that_counts():
     ]
 
 
+def test_an_answer_that_was_cut_counts_only_if_it_is_marked():
+    texts = {"count on from 3, which is 7": 0.0, "so \\boxed{7} and": 1.0}
+    for text, score in texts.items():
+        cut = completion(text, finish_reason="length")
+        sample = rollout(WRONG_TEXT, RIGHT)._replace(guided=cut)
+        assert exact_match()([sample])[0].score == score
+        assert teaching_gain(efficiency_weight=0.0)([sample])[0].score == score
+    whole = rollout(WRONG_TEXT, "count on from 3, which is 7")
+    assert exact_match()([whole])[0].score == 1.0
+
+
 def fixed(*scores):
     return lambda rollouts: [RewardResult(score, {"from": "judge"}) for score in scores]
 

@@ -1,0 +1,151 @@
+"""Numbers in plain text: their exact values and their units."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+from atlas_jax.rewards import spoken
+
+_MAX_NUMBER = 256  # characters of a number; a longer one is compared as text
+_MAX_EXPONENT = 100  # a larger one is compared as text
+
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces around numbers
+_LETTER = rf"[^\W\d_{_CJK}]"
+_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|(?<!\.)\.\d++)"
+NUMBER = re.compile(
+    rf"(?:(?<![^\W{_CJK}])(?<!\))(?P<sign>[-+])|(?<![^\W{_CJK}])(?<!\^)(?<!\d\.))"
+    r"(?:(?P<whole>\d++) (?=\d++ ?/ ?\d))?"
+    rf"(?P<top>{_DECIMAL})"
+    rf"(?: ?/ ?(?P<bottom>-?{_DECIMAL})"
+    r"|(?:e| ?(?:\*|×|x|\\times|\\cdot) ?10 ?(?:\^|\*\*) ?\{?)(?P<exponent>[-+]?\d++)\}?)?"
+    r"(?: ?\^ ?\{?(?P<power>-?\d++)\}?)?"
+    r"(?: (?P<multiple>dozen|hundred|thousand|million|billion|trillion)s?\b)?",
+    re.IGNORECASE,
+)
+_MULTIPLES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12,
+}  # fmt: skip
+_GROUPS = re.compile(r"([-+]?\d{1,3})((?:([ '_])\d{3})(?:\3\d{3})*)(?![\d/]| ?/|\3\d)")
+LETTERS = re.compile(rf"{_LETTER}+")
+_POWER = re.compile(r"\^\{?-?\d\}?|°[CcFf]?")
+_UNIT_TAIL = re.compile(r"(?![.!^]| - )(?:[^\W\d_]|[ /.'()-])*")
+_SHORT_UNITS = {
+    "mm", "cm", "dm", "km", "kg", "mg", "μm", "μg", "lb", "lbs", "oz", "ft", "in", "yd", "mi", "hr",
+    "hrs", "min", "mins", "sec", "ms", "ml", "dl", "kw", "mw", "hz", "am", "pm", "mph", "of", "kj",
+    "pa",
+}  # fmt: skip
+_UNIT_LETTERS = set("mghlsvwjNJWVKALCFΩ")
+_OPERATORS = {
+    "and", "or", "to", "not", "plus", "minus", "negative", "over", "divided", "pi", "sqrt", "sin",
+    "cos", "tan", "log", "exp", "mod", "factorial", "choose", "squared", "cubed", "half", "twice",
+    "double", "triple", "raised", "power", "root", "is", "was", "are", "less", "fewer", "than",
+    "isn", "from", "below", "above", "under", "out",
+}  # fmt: skip
+_SIGN_WORD = re.compile(r"(?:minus|negative) (?=[\d.])", re.IGNORECASE)
+_AND_PART = re.compile(r" and (?:an? |one )?(half|quarter|third|\d+ ?/ ?\d+)\b(?!\s*of\b)")
+
+
+class Quantity(NamedTuple):
+    """A number and what it counts."""
+
+    value: Fraction
+    unit: str  # the first word or letter behind it; "" for none
+    is_dozen: bool = False
+
+    def agrees(self, other: Quantity) -> bool:
+        """Returns whether the numbers are equal and the units are not known to differ.
+
+        Units are not compared, but for single letters (m and h) and the halves of a day.
+        """
+        units = {self.unit, other.unit}
+        clash = len(units) == 2 and all(len(u) == 1 or u in ("am", "pm") for u in units)
+        return self.value == other.value and not clash
+
+
+def quantity(plain: str) -> Quantity | None:
+    """Returns the number that is all of a text but for its unit."""
+    text = re.sub(r"^([-+]) ", r"\1", plain[: _MAX_NUMBER + 1])
+    text = _SIGN_WORD.sub("-", text, count=1)
+    if (groups := _GROUPS.match(text)) and text[groups.end() : groups.end() + 1] in ("", " ", "."):
+        text = groups[1] + re.sub(r"\D", "", groups[2]) + text[groups.end() :]
+    number = NUMBER.match(text)
+    if len(plain) > _MAX_NUMBER or number is None or number["power"]:
+        return None
+    tail, part = text[number.end() :], Fraction(0)
+    tail = re.sub(r"^(?:ths?|rds?|nds?)\b", "", tail) if number["bottom"] else tail
+    if behind := _AND_PART.match(tail):
+        part = spoken.part(behind[1])
+        tail = tail[behind.end() :]
+    size = value(number)
+    if size is None or not _is_unit_tail(tail):
+        return None
+    words = LETTERS.findall(tail)
+    if words and (nth := spoken.denominator(words[0])):
+        return Quantity(size / nth, "")
+    size += -part if size < 0 else part
+    return Quantity(size, unit(words), (number["multiple"] or "").lower() == "dozen")
+
+
+def numbers(plain: str) -> Iterator[re.Match[str]]:
+    """Yields the numbers of a text; none that is part of a word or of an expression like 2x."""
+    for number in NUMBER.finditer(plain):
+        suffix = LETTERS.match(plain, number.end())
+        if suffix is None or is_attached_unit(suffix[0]):
+            yield number
+
+
+def value(number: re.Match[str]) -> Fraction | None:
+    """Returns the exact value; None if it is too long to compute or divides by 0."""
+    if (
+        len(number[0]) > _MAX_NUMBER
+        or abs(exponent := int(number["exponent"] or 0)) > _MAX_EXPONENT
+    ):
+        return None
+    top, bottom = (Fraction((number[k] or "1").replace(",", "")) for k in ("top", "bottom"))
+    if not bottom:
+        return None
+    size = int(number["whole"] or 0) + top / bottom
+    if number["power"]:
+        if abs(power := int(number["power"])) > _MAX_EXPONENT or (power < 0 and not size):
+            return None
+        size **= power
+    size *= Fraction(10) ** exponent * _MULTIPLES.get((number["multiple"] or "").lower(), 1)
+    return -size if number["sign"] == "-" else size
+
+
+def unit(words: list[str]) -> str:
+    """Returns the unit that words behind a number begin with; "" for no words."""
+    word = words[0] if words else ""
+    return word if len(word) == 1 else word.lower()
+
+
+def _is_unit_tail(tail: str) -> bool:
+    """Returns whether what follows a number is nothing, or a unit and the words behind it."""
+    if tail[:1] == "^" or tail.startswith(("²", "³")):
+        return False
+    text = _POWER.sub("", tail)
+    words = LETTERS.findall(text)
+    if not _UNIT_TAIL.fullmatch(text) or not {"and", "or", "than"}.isdisjoint(words):
+        return False
+    if words and words[0] == "times":
+        return len(words) == 1
+    if not words or text[0] == " ":
+        return not words or is_unit(words[0])
+    return len(words[0]) > 1 and is_attached_unit(words[0])
+
+
+def is_unit(word: str) -> bool:
+    """Returns whether a word behind a number and a space may be its unit."""
+    lower = word.lower()
+    if len(word) < 3:
+        return word in _UNIT_LETTERS or lower in _SHORT_UNITS
+    return lower not in _OPERATORS
+
+
+def is_attached_unit(word: str) -> bool:
+    """Returns whether letters right behind a number are its unit, and no factor as in 2x."""
+    return word in _UNIT_LETTERS or word.lower() in _SHORT_UNITS or len(word) >= 5
