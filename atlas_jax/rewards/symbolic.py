@@ -39,8 +39,11 @@ _ARITHMETIC = re.compile(r"\\(?:times|cdot|div|[dtc]?frac)(?![A-Za-z])|[^A-Za-z\
 
 def same(answer: str, truth: str) -> bool:
     """Returns whether math-verify finds two expressions equal; false where it is not installed."""
-    if not is_installed() or not _is_asked(answer, truth):
-        return False
+    return is_installed() and _is_asked(answer, truth) and _verdict(answer, truth)
+
+
+@functools.lru_cache(maxsize=4096)  # a step's rewards and its metrics ask the same
+def _verdict(answer: str, truth: str) -> bool:
     return _checker().same(latex(clean(answer)), latex(clean(truth)))
 
 

@@ -339,6 +339,22 @@ def test_hostile_text_takes_linear_time(piece):
     assert time.process_time() - start < 10  # minutes, if it were quadratic
 
 
+MORE_PIECES = [
+    "<answer>", '"answer": "', "ans: ", "# answer\n", "one hundred and ", "(", "[", "[1,", "\\{1,",
+    r"\sqrt{", "(x+1)", "9^9", "x = 1, ", " or ", r"\pm ", r"\cup ", "<= ", r"\begin{matrix}", "½",
+    "⁸", "```\n", "yes, ", "pick B ", "May 1 ", "$x$", "答案是", "in 5 ", "5 hours ", r"1\over ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", MORE_PIECES)
+def test_hostile_answer_is_compared_in_linear_time(piece):
+    text = piece * (20_000 // len(piece))
+    start = time.process_time()
+    is_correct(text, "x + 1, B")
+    is_correct(f"<solution>{text}</solution>", text)
+    assert time.process_time() - start < 10  # minutes, if it were quadratic
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
