@@ -38,7 +38,8 @@ _MARKER = re.compile(
 )
 _SENTENCE_END = re.compile(
     r"(?<![MDJS]r)(?<!Mrs)(?<!\bSt)(?<!\bRs)(?<!Prof)(?<!\bMt)(?<!approx)(?<!\b[A-J])"
-    r"(?<!\b[A-Z]\. [A-Z])(?<!^[A-Z])[.!?;](?=\s)|。"
+    r"(?<!\b[A-Z]\. [A-Z])(?<!^[A-Z])(?<!\bsq)"
+    r"(?:[.!?](?=\s)|;(?=\s(?![-+\d])))|。"
 )
 _CLAUSE_END = re.compile(
     r"(?<!times)(?<!many)(?<!much),?\s(?:because|since|so|which|as)\b|\s\(|,\s(?:not|rather|instead)\b",

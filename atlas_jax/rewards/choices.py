@@ -11,13 +11,14 @@ _MAX_OPTION = 200  # characters of a text that is nothing but an option of multi
 
 _OPTION = re.compile(
     r"(?:(?:the )?(?:option|choice|answer) )?"
-    r"(?:\(?([a-j])([).]+)(?: ?(?<=[) ])(.*))?|\(?([a-j])\)?)",
+    r"(?:[(\[]?([a-j])([).]+)(?: ?(?<=[) ])(.*))?|[(\[]?([a-j])[)\]]?)",
     re.IGNORECASE,
 )
 _OTHER_OPTION = re.compile(r"[a-j]|(?:.*\W)?\(?[a-j][).].*", re.IGNORECASE)
 _LETTER_FIRST = re.compile(
     r"(?:(?:the )?(?i:option|choice|answer) )?\(?([A-Ja-j])\)?"
-    r"(?=$|[.,;]?$|(?::|,? -| is| as| or| and|,) |[).]|,? (?i:because|since|due|which|not)\b)(.*)"
+    r"(?=$|[.,;]?$|(?:[:;]|,? -| is| as| or| and|,) |[).]"
+    r"|,? (?i:because|since|due|which|not)\b)(.*)"
 )
 _ALTERNATIVE = re.compile(r"\W*(?:(?:or|and|nor)\b|\(?[A-J]\)?(?:[,).;:]|$| (?:or|and)\b))")
 _REASON = re.compile(
@@ -25,13 +26,16 @@ _REASON = re.compile(
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
-    r"\b(?i:(?:correct|right|best|final) (?:option|choice|answer)|I(?:'d| would| will)? choose"
-    r"|select|pick|go with|must be|should be)(?: (?i:is|be|option|choice))?[:* ]{1,4}"
+    r"(?<!not )(?<!n't )\b(?i:(?:correct|right|best|final) (?:option|choice|answer)"
+    r"|I(?:'d| would| will)? choose"
+    r"|select|pick|go with|must be|should be|option|choice)(?: (?i:is|be|option|choice))?[:* ]{1,4}"
     r"(?:\(([A-Ja-j])\)|([B-J])\b(?!['’(]|-\w)|(A)(?=\W*$|[.,;:]))"
+    r"(?! is (?:not|wrong|incorrect|false|too)\b)"
     r"|(?:^|[\s*(])([A-J])[)*]{0,3} is (?:the )?(?:correct|right|best)\b"
 )
 _VERDICT = re.compile(
-    r"(?:so|thus|therefore|hence|then|ultimately|in conclusion)?[, ]*\b(yes|no|true|false)\b"
+    r"(?:so|thus|therefore|hence|then|ultimately|in conclusion)?[, ]*"
+    r"(?:(?:it|that|this|the (?:statement|claim)) is )?\b(yes|no|true|false)\b"
     r"(?!-)(?=$|[.,;:!)*]| ?[-(]| because| since| as )",
     re.IGNORECASE,
 )

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from atlas_jax.rewards import choices, expressions, numbers, spoken
-from atlas_jax.rewards.plain import EDGE, TAIL, clean, latex, plain, without_tail
+from atlas_jax.rewards.plain import EDGE, clean, latex, plain, without_tail
 
 _MAX_COLLECTION = 2000  # characters; a longer one is compared as text
 _MAX_NUMBER = 256  # characters of a number in words
@@ -74,7 +74,7 @@ def read(answer: str) -> Fraction | str:
 def canonical(plain_text: str) -> str:
     """Returns a plain text in lower case, without articles and spaces around marks."""
     text = _ARTICLE.sub("", plain_text.lower())
-    return _SPACED_MARK.sub(r"\1", text).rstrip(TAIL).lstrip(EDGE)
+    return without_tail(_SPACED_MARK.sub(r"\1", text)).lstrip(EDGE)
 
 
 def key(answer: str) -> tuple[Any, ...]:

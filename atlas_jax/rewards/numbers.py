@@ -36,7 +36,7 @@ _UNIT_TAIL = re.compile(r"(?![.!^]| - )(?:[^\W\d_]|[ /.'()-])*")
 _SHORT_UNITS = {
     "mm", "cm", "dm", "km", "kg", "mg", "μm", "μg", "lb", "lbs", "oz", "ft", "in", "yd", "mi", "hr",
     "hrs", "min", "mins", "sec", "ms", "ml", "dl", "kw", "mw", "hz", "am", "pm", "mph", "of", "kj",
-    "pa",
+    "pa", "rs", "sq", "cu",
 }  # fmt: skip
 _UNIT_LETTERS = set("mghlsvwjNJWVKALCFΩ")
 _OPERATORS = {
@@ -46,6 +46,7 @@ _OPERATORS = {
     "isn", "from", "below", "above", "under", "out",
 }  # fmt: skip
 _SIGN_WORD = re.compile(r"(?:minus|negative) (?=[\d.])", re.IGNORECASE)
+_ONE = re.compile(r"^an? (?=(?:dozen|hundred|thousand|million|billion)\b)", re.IGNORECASE)
 _AND_PART = re.compile(r" and (?:an? |one )?(half|quarter|third|\d+ ?/ ?\d+)\b(?!\s*of\b)")
 
 
@@ -69,9 +70,11 @@ class Quantity(NamedTuple):
 def quantity(plain: str) -> Quantity | None:
     """Returns the number that is all of a text but for its unit."""
     text = re.sub(r"^([-+]) ", r"\1", plain[: _MAX_NUMBER + 1])
-    text = _SIGN_WORD.sub("-", text, count=1)
+    text = _ONE.sub("1 ", _SIGN_WORD.sub("-", text, count=1), count=1)
     if (groups := _GROUPS.match(text)) and text[groups.end() : groups.end() + 1] in ("", " ", "."):
         text = groups[1] + re.sub(r"\D", "", groups[2]) + text[groups.end() :]
+    if text.lower() in ("half", "a half"):
+        return Quantity(Fraction(1, 2), "")
     number = NUMBER.match(text)
     if len(plain) > _MAX_NUMBER or number is None or number["power"]:
         return None

@@ -39,6 +39,7 @@ _VULGAR = re.compile("(\\d?)([¼-¾⅐-⅞])")
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 _LOWERED = re.compile("[₀-₉]+")
 _MATRIX = re.compile(r"\\(begin|end)\{([pbvBV]?)(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?")
+_FACTOR = re.compile(r"[\d)]$|(?<![A-Za-z])[A-Za-z]$")
 _ROW = re.compile(r"\\\\(?:\s*\[[^\]\n]{0,20}\])?")
 
 Rewrite = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
@@ -53,7 +54,7 @@ def clean(text: str) -> str:
 def without_tail(text: str) -> str:
     """Returns a text without the marks behind it; the mark of a factorial stays."""
     bare = text.rstrip(TAIL)
-    is_factorial = text.startswith("!", len(bare)) and bare[-1:].isdigit()
+    is_factorial = text.startswith("!", len(bare)) and _FACTOR.search(bare[-2:])
     return f"{bare}!" if is_factorial else bare
 
 

@@ -17,6 +17,20 @@ KNOWN_MISSES: set[int] = set()
 """Lines of the file, from 0, whose verdict is not yet the right one."""
 
 RIGHT = [
+    ("Answer: 2; 3", "2, 3"),
+    ("Answer: 5 sq. ft.", "5"),
+    ("Answer: 500 Rs", "500"),
+    ("Answer: half", "1/2"),
+    ("Answer: a dozen", "12"),
+    ("Answer: [C]", "C"),
+    ("Answer: C; it is the only even one", "C"),
+    ("Thus, option C.", "C"),
+    ("Answer: It is true.", "true"),
+    (r"\boxed{3\text{ hours and }30\text{ minutes}}", "3 hours 30 minutes"),
+    ("Answer: 1'234'567", "1234567"),
+    ("Answer: December 25th", "December 25"),
+    (r"\boxed{2 \text{ and } 3}", "2,3"),
+    (r"\boxed{\left(\frac{1}{2}, 3\right)}", "(1/2, 3)"),
     ("So the answer is 72 clips altogether in April and May.", "72"),
     ("The answer is 72 clips in 2 months.", "72"),
     ("The answer is 18 apples for Tom and Ann.", "18"),
@@ -161,6 +175,20 @@ RIGHT = [
 ]
 
 WRONG = [
+    (r"\boxed{x!}", "x"),
+    ("It is not option C.", "C"),
+    ("Option C is wrong.", "C"),
+    ("A or B?", "A"),
+    ("Answer: it is not true", "true"),
+    (r"\boxed{2x+1}", "2x-1"),
+    (r"\boxed{f'(x)}", "f(x)"),
+    (r"\boxed{\frac{6+8}{2}}", "7"),
+    ("Answer: 2 hours 30 minutes", "30 hours 2 minutes"),
+    ("Answer: May 1, 2021", "May 2, 2021"),
+    ("Answer: anything but 3", "3"),
+    ("Answer: the sum of 3 and 4", "3"),
+    ("Answer: 5 - 6", "6"),
+    ("Answer: Paris or London", "Paris"),
     ("Answer: at least 72", "72"),
     ("Answer: more than 72", "72"),
     ("Answer: less than 72 clips", "72"),
