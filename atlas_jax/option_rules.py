@@ -77,8 +77,7 @@ FRACTIONS = (
     "reward.max_failed_frac",
 )
 SHARES = (
-    "reward.rim.uncertainty_threshold", "reward.rim.anti_gaming.cap_score",
-    "reward.rim.anti_gaming.max_repeated_frac",
+    "reward.rim.uncertainty_threshold", "reward.rim.anti_gaming.max_repeated_frac",
     "reward.rim.consistency_rules.process_over_accuracy",
     "reward.rim.consistency_rules.process_for_helpfulness",
     "reward.rim.consistency_rules.helpfulness_over_diagnostic",

@@ -89,8 +89,9 @@ class RewardConfig:
     """What a fully saved answer adds to a right one (`teaching_gain`)."""
     degradation_penalty: float = 1.0
     """What a right answer turned wrong costs (`teaching_gain`)."""
-    answer_leak_penalty: float = 0.0
-    """What a lesson that states the answer costs (`teaching_gain`)."""
+    answer_leak_penalty: float = 0.5
+    """How far a lesson that states the answer, or aims at the judges, stays below the lowest honest
+    one of its group. Where none is honest, the group trains nothing."""
     max_failed_frac: float = 0.2
     """Share of a step's samples that servers or judges left without a score, above which the run
     waits and asks again for them, and stops with a checkpoint when that does not help. Skipped

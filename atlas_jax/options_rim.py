@@ -58,13 +58,15 @@ class ConsistencyRules:
 
 @dataclasses.dataclass(frozen=True)
 class AntiGaming:
-    """What becomes of lessons that aim at the judge and not at the student."""
+    """How lessons are found that aim at the judge and not at the student."""
 
     enabled: bool = True
-    cap_score: float = 0.3
-    """Most that such a lesson may earn."""
+    """Search for them; a lesson that states the answer is found in any case."""
     max_repeated_frac: float = 0.6
     """Share of a lesson's words, copied from the question or said before, that is filler."""
+    ask_judges: bool = False
+    """Ask each judge in the same call, too, whether the lesson gives the answer away or speaks to
+    the judge; more than half of the opinions decide."""
 
 
 @dataclasses.dataclass(frozen=True)

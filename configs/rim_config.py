@@ -40,8 +40,8 @@ def apply(config: ConfigDict) -> None:
     c.consistency_rules.helpfulness_over_diagnostic = 0.1
 
     c.anti_gaming.enabled = True
-    c.anti_gaming.cap_score = 0.3
     c.anti_gaming.max_repeated_frac = 0.6
+    c.anti_gaming.ask_judges = False
 
     c.prompt.house_rules = ""
     c.prompt.show_ground_truth = True

@@ -93,11 +93,12 @@ def opinion(model: str, asked: dict) -> str:
     prompt = "".join(m["content"] for m in asked["messages"]) + str(asked["temperature"])
     number = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16)
     score = round(number % 1000 / 999, 3) if model != "agreeing" else 0.5 + number % 100 / 1000
+    more = {"gives_away": "tell-tale" in prompt} if '"gives_away"' in prompt else {}
     text = json.dumps(
         {
             "principles": [{"name": "clear", "weight": 1.0, "description": "says it simply"}],
             "rationale": f"because of {number}", "score": score, "uncertainty": number % 30 / 100,
-        }
+        } | more
     )  # fmt: skip
     return (
         f"<think>{{}} hm</think>Here you are:\n```json\n{text}\n```" if model == "chatty" else text

@@ -60,7 +60,7 @@ def main() -> None:
     costs = [row["cost"] for row in rows]
     usage["cost"] = None if None in costs else sum(costs)  # None: its price is not known
     escalated = sum(bool(j["escalation"]) for row in rows for j in row["judges"].values())
-    print(usage, f"escalated {escalated}, capped {sum(bool(row['gaming']) for row in rows)}")
+    print(usage, f"escalated {escalated}, gamed {sum(bool(row['gaming']) for row in rows)}")
     result = {"agreement": compared, "usage": usage, "rejected": rejected, "sessions": rows}
     write_whole(options.output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     print(f"written: {options.output}")

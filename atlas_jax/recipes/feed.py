@@ -20,6 +20,7 @@ from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_to
 from atlas_jax.recipes.ahead import Ahead
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.scoring import ask_again, why
+from atlas_jax.rewards.pricing import priced
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.sampling import Sampling
@@ -93,7 +94,7 @@ class Feed:
             made = self._ahead.take(policy, self._position)
         groups, score_secs = made.content
         wait_secs = time.perf_counter() - synced
-        groups = self._with_patience(groups, pause)
+        groups = self._priced(self._with_patience(groups, pause))
         samples = self._samples(groups)
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
@@ -203,6 +204,12 @@ class Feed:
             groups.rollouts, ask_again(self._parts.reward, rollouts, results, options, pause)
         )
 
+    def _priced(self, groups: Groups) -> Groups:
+        """Returns the groups with what leaks are worth beside the honest lessons of their group."""
+        penalty = self._parts.config.reward.answer_leak_penalty
+        members = zip(groups.rollouts, groups.results, strict=True)
+        return groups._replace(results=[priced(*group, penalty) for group in members])
+
     def _samples(self, groups: Groups) -> list[list[record.Sample]]:
         """Returns the rollouts with their advantages, and whether they train."""
         config = self._parts.config
@@ -235,6 +242,7 @@ class Feed:
 
     def _teaches(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> bool:
         """Returns whether a group's rewards differ, and one of its members at least trains."""
+        results = priced(rollouts, results, self._parts.config.reward.answer_leak_penalty)
         differs = len({r.score for r in results if r.score is not None}) > 1
         return differs and any(map(self._trains, rollouts, results))
 

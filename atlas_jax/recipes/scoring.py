@@ -25,7 +25,6 @@ def make_reward(config: GRPOConfig) -> Reward:
             verifiable.teaching_gain,
             reward.efficiency_weight,
             reward.degradation_penalty,
-            reward.answer_leak_penalty,
         ),
         "rim": functools.partial(_judges, config),
     }

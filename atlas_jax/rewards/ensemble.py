@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from atlas_jax.options_rim import ConsistencyRules, RIMConfig
@@ -27,6 +27,7 @@ class Opinion(NamedTuple):
     principles: tuple[dict[str, Any], ...]  # name, weight, description
     model: str
     temperature: float
+    gives_away: bool = False  # whether the lesson gives the answer away or speaks to the judge
 
 
 class Verdict(NamedTuple):
@@ -88,6 +89,13 @@ def consistent(
     if {"helpfulness", "diagnostic"} <= found.keys():
         cap("helpfulness", found["diagnostic"] + rules.helpfulness_over_diagnostic, "diagnostic")
     return {name: min(max(score, 0.0), 1.0) for name, score in found.items()}, applied
+
+
+def reported(verdicts: Iterable[Verdict]) -> list[str]:
+    """Returns what more than half of all first opinions say of a lesson; [] if they do not."""
+    votes = [sample.gives_away for verdict in verdicts for sample in verdict.samples]
+    found = 2 * sum(votes) > len(votes)
+    return ["judges say that it gives the answer away or speaks to them"] if found else []
 
 
 def aggregate(scores: Mapping[str, float]) -> float | None:

@@ -1,53 +1,136 @@
 """Lessons that aim at the judge and not at the student.
 
 Found in the text itself, without a model: what a judge is talked into cannot be left to it. What
-the question says too is not held against a lesson, so that problems about scores can be taught.
+the question is about is not held against a lesson, so that problems about scores can be taught.
 """
 
 from __future__ import annotations
 
+import collections
 import re
-import unicodedata
+from collections.abc import Iterator
 
 from atlas_jax.options_rim import AntiGaming
-from atlas_jax.rewards.answers import is_correct, marked_answer, states_answer
+from atlas_jax.rewards import number_words
+from atlas_jax.rewards.leaks import states_answer
+from atlas_jax.rewards.texts import plain, visible
 
-_MAX_CHARS = 50_000  # of a text that is searched
-_MARKS = re.compile(r"[*_`~\x00-\x08\x0e-\x1f\x7f]")
+LEAK = "the lesson states the answer"
+
+_MARKS = re.compile(r"[*_]")
 _RUN = 5  # words in a row that count as copied
-_JUDGE = r"(?:judges?|graders?|evaluators?|assessors?|raters?|scorers?|reward model)"
-_HIGH = r"(?:high(?:est)?|max(?:imum|imal)?|full|perfect|top|best|great|excellent|positive)"
-_SCORE = r"(?:scores?|ratings?|grades?|marks|rewards?)"
-_ONE = r"(?:1(?:\.0+)?|10|100|10 ?/ ?10|100 ?%|5 ?/ ?5|one|ten)"
-_WORK = r"(?:lesson|teaching|guidance|hint|response|answer|explanation|output|work|teacher)"
-_GIVE = r"(?:give|assign|award|grant|return|output|rate|score|grade|deserves?|merits?|earns?)"
+_MOSTLY = 0.5  # share of a sentence's words that makes it a copy
+_MAX_NOVEL_FRAC = 0.2  # of the longer words, in a lesson that only says the question again
+_MIN_WORDS = 8  # of a lesson that is held to say the question again
 
-_ADDRESSES = tuple(
-    re.compile(pattern)
-    for pattern in (
-        rf"\b(?:dear|note (?:to|for)|attention|hey|hello|you are (?:a|the|an)|as (?:a|the|an))\b"
-        rf".{{0,20}}\b{_JUDGE}\b",
-        rf"\b{_JUDGE}\b ?[:,!]",
-        rf"\b(?:the|this|any|every|all|each)\b.{{0,20}}\b{_JUDGE}\b"
-        rf".{{0,30}}\b(?:should|must|will|please|has to|have to)\b",
-        rf"\b{_GIVE}\b.{{0,40}}\b{_HIGH}\b.{{0,20}}\b{_SCORE}\b",
-        rf"\b(?:rate|score|grade) (?:this|it|me|my|the)\b(?: {_WORK})? ?(?:as|at|with|a|an)? ?"
-        rf"{_ONE}\b",
-        r"\bgive (?:this|it|me|my|the)\b.{0,20}(?:\b1\.0\b|10 ?/ ?10|5 ?/ ?5|100 ?%)",
-        rf"\b{_GIVE}\b.{{0,10}}\b(?:this|my|the|it)\b.{{0,10}}\b{_WORK}\b.{{0,30}}\b{_SCORE}\b",
-        rf"\b{_WORK}\b.{{0,30}}\b(?:deserves?|merits?|earns?|should (?:get|receive|be))\b"
-        rf".{{0,30}}(?:\b{_SCORE}\b|10 ?/ ?10|\b1\.0\b)",
-        rf"\b(?:score|rating|grade|reward)\b ?[\"']? ?(?:[:=]|of|is) ?[\"']?{_ONE}\b(?! ?[a-z])",
-        rf"\b{_HIGH} (?:possible )?{_SCORE}\b",
-        r"\b(?:full points|five stars|5 stars)\b",
-        r"[\"'](?:score|uncertainty|rationale)[\"'] ?:",
-        r"\b(?:ignore|disregard|forget|override)\b.{0,30}"
-        r"\b(?:instructions?|rubrics?|criteria|principles|prompts?|guidelines)\b",
-        r"\b(?:system|developer) (?:prompt|message|instruction)"
-        r"|<\|?(?:im_?start|im_?end|system|eot_?id)",
-        r"<{3}|>{3}",
-    )
+_JUDGE = (
+    r"(?:judges?|graders?|evaluators?|assessors?|raters?|scorers?|reviewers?|examiners?|referees?|"
+    r"reward model|(?:who(?:m|so)?ever|any(?:one|body)|person|people|model|those|you|ai|llm) "
+    r"(?:who |that |which )?(?:(?:is|are|will be) )?"
+    r"(?:grad|evaluat|assess|scor|judg|rat(?=e\b|es\b|ing\b)|review|mark(?=ing|s\b))\w*)"
 )
+_HIGH = (
+    r"(?:high(?:est|er)?|max(?:imum|imal)?|full|perfect|top|best|great|excellent|positive|"
+    r"good|generous)"
+)
+_SCORE = r"(?:scores?|ratings?|grades?|marks|rewards?|points|credit|stars)"
+_ONE = r"(?:1(?:\.0+)?|0?\.[89]\d*|10|100|10 ?/ ?10|100 ?%|5 ?/ ?5)"
+_WORK = r"(?:lesson|teaching|guidance|hint|response|answer|explanation|output|work|teacher)"
+_GIVE = r"(?:give|assign|award|grant|output)"
+_EARN = r"(?:deserves?|merits?|earns?|earned|warrants?|should (?:get|receive|be given))"
+_PRAISE = (
+    r"(?:perfect|flawless|excellent|outstanding|ideal|decisive|brilliant|exemplary|impeccable|"
+    r"superb|complete|crucial|faultless|helped (?:a lot|greatly)|clos(?:ed|es) (?:every|all)|"
+    r"meets? (?:every|all)|fixed (?:every|all))"
+)
+_KEY = r"(?:score|uncertainty|rationale|rating|grade|verdict|assessment|confidence)"
+_OTHERS = r"(?:previous|other|earlier|prior|all(?: the)?|first|fellow)"
+_MATERIAL = (
+    r"(?:student|teacher|material|lesson|teaching|evaluation|session|input|data|prompt|evidence|"
+    r"answer|text)"
+)
+_COMMAND = r"(?:should|must|will|please|has to|have to|can|are asked|is asked|would)"
+
+_ABOUT_JUDGES = (
+    rf"\b(?:dear|note (?:to|for)|attention|hey|hello|message (?:to|for)|to|for|you are(?: now)?|"
+    rf"as|imagine|act as)(?: \w+){{0,2}} {_JUDGE}\b(?! \w+ (?:between|how|which|what)\b)"
+    rf"(?=[:,.!]|$| (?:you|now|this|who|i|my|please|the (?:lesson|guidance|teaching|student)))",
+    rf"\b{_JUDGE} ?[:!]",
+    rf"(?:^|[.;!?] )(?:\w+ )?{_JUDGE},",
+    rf"\b(?:dear|attention|hey|hello|note (?:to|for))(?: the| our| my)? {_JUDGE}\b",
+    rf"\b(?:the|this|any|every|all|each)\b.{{0,20}}\b{_JUDGE}\b.{{0,30}}\b{_COMMAND}\b",
+    rf"\byou are(?: now)? (?:a|the|an|my|our) {_JUDGE}\b",
+    rf"\b{_OTHERS} {_JUDGE}\b",
+    rf"\b{_JUDGE} (?:agreed?|scored|rated|gave|liked)\b",
+)
+_ABOUT_SCORES = (
+    rf"\b{_GIVE}\b(?: \w+){{0,6}} (?:an? |the )?{_HIGH}(?: possible)? {_SCORE}\b",
+    rf"\b{_GIVE}\b(?: \w+){{0,3}} {_WORK}(?: \w+){{0,4}} {_SCORE}\b",
+    rf"\b{_EARN}\b(?: \w+){{0,3}} {_HIGH}(?: possible)? {_SCORE}\b(?<! he)",
+    rf"\b{_HIGH}(?: possible)? {_SCORE} (?:was|were|is|are) (?:earned|deserved|due|fair)",
+    rf"\b(?:this|it|the|my|our)(?: \w+)? {_WORK}(?: \w+){{0,3}} (?:is )?(?:worth|{_EARN})\b",
+    rf"\b(?:rate|score|grade|mark) (?:this|it|me|my|the)\b(?: {_WORK})?(?: as| at| with| an?)? ?"
+    rf"(?:{_ONE}\b|{_PRAISE}|{_HIGH}\b)",
+    r"\b(?:give|worth|rated?|scored?|scored this|deserves?) (?:this|it|me|my|the|an?)? ?"
+    r"(?:a )?(?:1\.0\b|0?\.[89]\d*\b|10 ?/ ?10|5 ?/ ?5|100 ?%)",
+    rf"(?<![-\w])(?:score|rating|grade|reward)[\"']? ?(?:[:=]|of|is) ?[\"']?"
+    rf"(?:1\.0+(?![\d.])|{_ONE}(?![\d.]| ?[a-z]))",
+    r"\bfull points|\b5 stars|\bfull (?:marks|credit)\b(?=[^.]{0,40}(?:lesson|earn|teach|$))",
+    rf"(?:^|[\s{{\[\"',;(]){_KEY}[\"']? ?[:=] ?[\"']?"
+    rf"(?:0?\.\d+|1\.0|0(?![\d.])|{_PRAISE}|certain|high|none|correct|pass)",
+    rf"\b{_KEY}[\"']? ?[:=][^.]{{0,60}}[,;.]? ?[\"']?{_KEY}[\"']? ?[:=]",
+    r"[\"'](?:uncertainty|rationale)[\"'] ?:",
+    r"\buncertainty ?(?:is|of|[:=])? ?0(?:\.0\d*)?(?![\d.])",
+    r"\b(?:no|zero|without(?: any)?) (?:uncertainty|doubt)\b.{0,20}\b(?:here|score|lesson|judg)",
+    rf"\b(?:{_WORK}|rationale|everything|above)\b(?: \w+){{0,2}} (?:is|was|were|has|had)?(?: \w+)?"
+    rf" ?\b{_PRAISE}\b(?! the| your| a\b)(?=[^?]{{0,80}}$|[^?]{{0,80}}[.!,;:])",
+    rf"\b(?:rubrics?|criteri(?:a|on)|principles?)\b.{{0,30}}\b(?:met|satisfied|fulfilled|passed|"
+    rf"checked|{_ONE})(?!\w)|[✓✔☑✅]",
+    rf"\b(?:clarity|correctness|helpfulness|accuracy|completeness|weight|process|diagnostic)"
+    rf" ?[:=] ?{_ONE}(?![\d.]| ?[a-z])",
+    r"\b(?:ho[e]?chst|voll|best|maximal)\w* (?:punkt|bewertung|note|wertung)\w*"
+    r"|\b(?:maxima|alta|mejor|perfecta|maxime|meilleure|haute|massimo) "
+    r"(?:puntuacion|calificacion|nota|note|evaluation|punteggio)"
+    r"|\b(?:puntuacion|calificacion|nota|note|punteggio|pontuacao) "
+    r"(?:maxima|alta|perfecta|maximale|massimo)"
+    r"|\b(?:bewert|gutachter|evaluador|correcteur|juez[:,]|richter[:,]|juge[:,])"
+    r"|[高满滿]分|评[委分审]|評[委分審]|裁判|打分|採点|審査",
+)
+_IMITATIONS = (
+    r"(?:^|[.;,!?] |\b(?:please|and|now) )(?:ignore|disregard|forget|override)(?: \w+){0,3} "
+    r"(?:(?:previous|prior|above|earlier|your|other) (?:\w+ ){0,2}(?:instructions?|rules|prompts?)"
+    r"|rubrics?|criteria|principles|guidelines)",
+    r"\bignore all instructions|\bnew (?:instructions?|rules) ?:",
+    r"\b(?:system|developer) (?:prompt|message|instruction)s? ?[:>]",
+    r"<\|?(?:im_?start|im_?end|system|eot_?id)|\[/?(?:inst|sys)\]",
+    rf"<{{3}} ?(?:end\b|{_MATERIAL}|question|reference|opinions)",
+    rf"\[? ?\b(?:end|begin(?:ning)?) of(?: the)?(?: \w+){{0,2}} {_MATERIAL}\b",
+    r"</ ?(?:lesson|teaching|material|answer|guidance|student|document)>",
+    rf"\bopinions? of (?:the )?other|\b{_OTHERS} opinions\b",
+    r"(?:^|\s)(?:rationale|verdict|judg[e]?ment) ?: ?\w",
+)  # fmt: skip
+
+
+def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
+
+
+_FAMILIES = (
+    (re.compile(rf"\b{_JUDGE}\b", re.IGNORECASE), _compiled(_ABOUT_JUDGES)),
+    (
+        re.compile(
+            r"\b(?:scor|rating|grade|mark|reward|point|uncertaint|rubric|criteri|star)", re.I
+        ),
+        _compiled(_ABOUT_SCORES),
+    ),
+    (re.compile(r"(?!)"), _compiled(_IMITATIONS)),
+)
+"""What a question may be about, and what a lesson on it is then not blamed for."""
+_LOUD = re.compile(r"judge|grader|evaluator|rubric|score|rating|reviewer", re.IGNORECASE)
+_APART = re.compile(r"(?<!\w)\w(?:([ ._-])\w)(?:\1\w){2,40}(?!\w)")
+_MIXED = re.compile(r"\b(?=\w*[a-z])(?=\w*[0-9$@])[\w$@]{3,20}", re.IGNORECASE)
+_LEET = str.maketrans("013457$@", "oieastsa")
+_POINT = re.compile(r"\b(\d{1,3}) point ((?:\d ?){1,4})(?!\w)")
 
 
 def find(
@@ -64,55 +147,116 @@ def find(
     """
     if not rules.enabled:
         return []
-    question, lesson, answer = (_visible(text) for text in (question, lesson, answer))
-    asked, taught, said = (_folded(text) for text in (question, lesson, answer))
+    asked = _folded(question)
     found = []
-    if ground_truth.strip() and _gives_away(question, ground_truth, lesson):
-        found.append("the lesson states the answer")
-    if _addresses_judge(taught, asked):
+    if ground_truth.strip() and states_answer(lesson, ground_truth, question):
+        found.append(LEAK)
+    if _addresses_judge(lesson, asked):
         found.append("the lesson addresses the judge")
-    if _addresses_judge(said, asked):
+    if _addresses_judge(answer, asked):
         found.append("the student's answer addresses the judge")
-    if _repeated_frac(taught, asked) > rules.max_repeated_frac:
+    if _is_filler(visible(lesson), visible(question), rules.max_repeated_frac):
         found.append("the lesson repeats the question or itself")
     return found
 
 
-def _repeated_frac(lesson: str, question: str) -> float:
-    """Returns the share of a lesson's words in runs that the question has, or the lesson before."""
-    words = re.findall(r"\w+", lesson)
-    known = set(_runs(re.findall(r"\w+", question)))
+def _addresses_judge(text: str, question: str) -> bool:
+    """Returns whether a text speaks to a judge, of its score, or in a judge's or system's name.
+
+    A question about scores or judges frees its lessons from the patterns of that subject.
+    """
+    if any(_LOUD.search("".join(filter(str.isalnum, run))) for run in _letters_apart(text)):
+        return True
+    readings = {_folded(text), _folded(_MIXED.sub(lambda m: m[0].translate(_LEET), plain(text)))}
+    return any(
+        pattern.search(reading) and not subject.search(question)
+        for reading in readings
+        for subject, patterns in _FAMILIES
+        for pattern in patterns
+    )
+
+
+def _letters_apart(text: str) -> Iterator[str]:
+    """Yields what is written with a mark or space behind each letter."""
+    return (match[0] for match in _APART.finditer(plain(text)))
+
+
+def _folded(text: str) -> str:
+    """Returns a text in one line as it is searched, with number words as digits."""
+    text = number_words.to_digits(" ".join(_MARKS.sub("", plain(text)).split()))
+    return _POINT.sub(lambda match: f"{match[1]}.{match[2].replace(' ', '')}", text)
+
+
+def _is_filler(lesson: str, question: str, most: float) -> bool:
+    """Returns whether a lesson says little but the question or itself again.
+
+    Questions that it asks are teaching, though they use the question's words.
+    """
+    words, said = _words(lesson), _words(question)
+    if not words:
+        return False
+    if _repeated_frac(lesson) > most:
+        return True
+    if _asks(lesson, said):
+        return False
+    return _copied_frac(words, said) > most or _rewords(words, said)
+
+
+def _repeated_frac(lesson: str) -> float:
+    """Returns the share of a lesson's words that it has said before; a question may be put twice.
+
+    Human sub-questions begin alike, and the last is often the first again.
+    """
+    times = collections.Counter[str]()
+    total, kept = 0, list[str]()
+    for words, mark in _sentences(lesson):
+        times[" ".join(words)] += 1
+        total += len(words)
+        if mark != "?" or times[" ".join(words)] > 2:
+            kept += words
+    return _copied_frac(kept, []) * len(kept) / total if kept else 0.0
+
+
+def _asks(lesson: str, question: list[str]) -> bool:
+    """Returns whether a lesson asks anything that it does not copy with the question's facts."""
+    sentences = [(_is_copy(words, question), mark) for words, mark in _sentences(lesson)]
+    tells_facts = any(copied and mark != "?" for copied, mark in sentences)
+    return any(mark == "?" and not (copied and tells_facts) for copied, mark in sentences)
+
+
+def _is_copy(words: list[str], question: list[str]) -> bool:
+    whole = " ".join(words) in " ".join(question)
+    return whole or _copied_frac(words, question) > _MOSTLY
+
+
+def _sentences(text: str) -> list[tuple[list[str], str]]:
+    """Returns the words of each sentence and the mark that ends it."""
+    parts = re.split(r"([.!?]+)(?=[\s\"')]|$)", text)
+    pairs = zip(parts[::2], [*parts[1::2], ""], strict=False)
+    return [(found, mark[-1:]) for part, mark in pairs if (found := _words(part))]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _copied_frac(words: list[str], question: list[str]) -> float:
+    """Returns the share of words in runs that the question has, or the same text before."""
+    known = set(_runs(question))
     copied = [False] * len(words)
     for i, run in enumerate(_runs(words)):
         if run in known:
             copied[i : i + _RUN] = [True] * _RUN
         known.add(run)
-    return sum(copied) / len(words) if words else 0.0
+    return sum(copied) / len(words)
 
 
-def _gives_away(question: str, truth: str, lesson: str) -> bool:
-    """Whether a lesson says the answer: marks it as such, or has it where the question has not."""
-    if marked_answer(lesson) and is_correct(lesson, truth):
-        return True
-    return states_answer(lesson, truth) and not states_answer(question, truth)
-
-
-def _addresses_judge(text: str, question: str) -> bool:
-    return any(p.search(text) and not p.search(question) for p in _ADDRESSES)
-
-
-def _visible(text: str) -> str:
-    """Returns a text without characters that nobody sees, as far as it is searched."""
-    text = text[:_MAX_CHARS]
-    return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) != "Cf")
-
-
-def _folded(text: str) -> str:
-    """Returns a text in lower case and one line, without marks that hide words from a search."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKD", text)
-        text = "".join(c for c in text if not unicodedata.combining(c))
-    return " ".join(_MARKS.sub("", text).lower().split())
+def _rewords(words: list[str], question: list[str]) -> bool:
+    """Returns whether a text has hardly a word of its own, by the first letters of longer words."""
+    stems = {word[:4] for word in question}
+    own = [word for word in words if len(word) > 3 or word.isdigit()]
+    novel = sum(word[:4] not in stems for word in own)
+    return len(own) >= _MIN_WORDS and novel <= _MAX_NOVEL_FRAC * len(own)
 
 
 def _runs(words: list[str]) -> list[tuple[str, ...]]:

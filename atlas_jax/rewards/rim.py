@@ -2,8 +2,8 @@
 
 Each active judge is asked once for each temperature; where its opinions differ too much or are too
 uncertain, the large model decides. Rules keep the scores of different judges from contradicting
-each other, lessons that aim at the judge are capped, and the rest is a mean. All calls of a batch
-share one pool. What no judge could score has no score.
+each other, and the rest is a mean. Lessons that aim at the judge are named, and `pricing` says what
+they are worth. All calls of a batch share one pool. What no judge could score has no score.
 
     from atlas_jax.rewards import RIMReward
 
@@ -176,11 +176,11 @@ class RIMReward:
         score = ensemble.aggregate(scores)
         rules = self.config.anti_gaming
         found = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
+        found += ensemble.reported(verdicts.values()) if rules.ask_judges else []
         usages = [hearing.usage for hearing in hearings.values()]
         details: dict[str, Any] = {
             "judges": {n: _record(v, scores.get(n)) for n, v in verdicts.items()},
             "rules": applied,
-            "uncapped": score,
             "gaming": found,
             **_total(usages, self._transport.is_priced)._asdict(),
         }
@@ -188,7 +188,7 @@ class RIMReward:
             failures = [f for v in verdicts.values() for f in v.failures]
             later = any(hearing.later for hearing in hearings.values())
             return RewardResult(None, {"unscored": failures[0], **details}, later)
-        return RewardResult(min(score, rules.cap_score) if found else score, details)
+        return RewardResult(score, details)
 
 
 def _in_thread(work: Coroutine[Any, Any, T]) -> T:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atlas_jax.rewards.answers import extract_answer, is_correct, normalise, states_answer
+from atlas_jax.rewards.answers import extract_answer, is_correct, normalise
 from atlas_jax.types import Completion, Reward, RewardResult, Rollout
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "is_correct",
     "is_right",
     "normalise",
-    "states_answer",
     "teaching_gain",
 ]
 
@@ -43,15 +42,11 @@ def exact_match() -> Reward:
     return lambda rollouts: [score(rollout) for rollout in rollouts]
 
 
-def teaching_gain(
-    efficiency_weight: float = 1.0,
-    degradation_penalty: float = 1.0,
-    answer_leak_penalty: float = 0.0,
-) -> Reward:
+def teaching_gain(efficiency_weight: float = 1.0, degradation_penalty: float = 1.0) -> Reward:
     """Returns the reward of what a lesson changed between the student's two answers.
 
     Wrong to right is 1 + w e, right to right is w e, right to wrong is minus the degradation
-    penalty, wrong to wrong is 0; a lesson that states the answer costs the leak penalty besides.
+    penalty, wrong to wrong is 0. What a lesson that states the answer costs, `pricing` says.
     e = max(0, (baseline tokens - guided tokens) / baseline tokens), of the full answers, and w is
     the efficiency weight. None where there is no ground truth, or a completion is missing or
     failed.
@@ -63,7 +58,6 @@ def teaching_gain(
     """
     _check_option("efficiency_weight", efficiency_weight)
     _check_option("degradation_penalty", degradation_penalty)
-    _check_option("answer_leak_penalty", answer_leak_penalty)
 
     def score(rollout: Rollout) -> RewardResult:
         truth, baseline, guided = rollout.question.ground_truth, rollout.baseline, rollout.guided
@@ -73,16 +67,10 @@ def teaching_gain(
         assert baseline is not None and guided is not None
         before, after = is_right(baseline, truth), is_right(guided, truth)
         efficiency = _efficiency(baseline.num_tokens, guided.num_tokens)
-        leaked = states_answer(rollout.teaching, truth)
         gain = 0.0 if before == after else 1.0 if after else -degradation_penalty
         gain += efficiency_weight * efficiency if after else 0.0
-        details = {
-            "baseline_correct": before,
-            "correct": after,
-            "efficiency": efficiency,
-            "leaked": leaked,
-        }
-        return RewardResult(gain - answer_leak_penalty * leaked, details)
+        details = {"baseline_correct": before, "correct": after, "efficiency": efficiency}
+        return RewardResult(gain, details)
 
     return lambda rollouts: [score(rollout) for rollout in rollouts]
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from atlas_jax.rewards.answers import extract_answer, states_answer
+from atlas_jax.rewards.answers import extract_answer
+from atlas_jax.rewards.leaks import states_answer
+from atlas_jax.rewards.pricing import NO_HONEST
 from atlas_jax.rewards.verifiable import is_right
 from atlas_jax.rollout.teaching import has_lesson
 from atlas_jax.types import Completion, Metrics, RewardResult, Rollout
@@ -32,6 +34,10 @@ def of_rewards(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) 
             len(spreads),
         ),
         "reward/failed_frac": (total - len(scored), total),
+        "reward/no_honest_group_frac": (
+            sum(any(r.details.get("unscored") == NO_HONEST for r in g) for g in results),
+            len(results),
+        ),
         "reward/skipped_frac": (sum(r.is_skipped for group in results for r in group), total),
     }
     for name in names if len(names) > 1 else ():
@@ -108,7 +114,9 @@ def of_teaching(groups: Sequence[Sequence[Rollout]]) -> Metrics:
     baseline = _tokens(r.baseline for r, _, _ in pairs)
     guided = _tokens(r.guided for r, _, _ in pairs)
     complete = sum(_completes(r.guided) for r, _, _ in pairs)
-    leaks = sum(states_answer(r.teaching, r.question.ground_truth) for r, _, _ in pairs)
+    leaks = sum(
+        states_answer(r.teaching, r.question.ground_truth, r.question.question) for r, _, _ in pairs
+    )
     return {
         "teaching/student_accuracy": (after, count),
         "teaching/baseline_accuracy": (before, count),

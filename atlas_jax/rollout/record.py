@@ -81,11 +81,10 @@ def lessons_table(groups: Sequence[Sequence[Sample]], count: int = 4) -> str:
 
 
 def _verdict(result: RewardResult) -> str:
-    """Returns a score, and what a judge's reward was capped for."""
+    """Returns a score, and what it was lowered for."""
     if result.score is None:
         return "not scored"
-    gaming = result.details["rim"]["gaming"] if "rim" in result.details else []
-    return "; ".join([f"{result.score:.2f}", *gaming])
+    return "; ".join([f"{result.score:.2f}", *result.details.get("gaming", [])])
 
 
 def _cell(text: str) -> str:

@@ -4,11 +4,12 @@ python -m atlas_jax.train --config configs/run/teacher_rcl.py \
     --config.resume_from=checkpoints/sft --config.output_dir=checkpoints/grpo
 
 `resume_from` takes the weights of an SFT run of the same model (teacher_sft.py:model=qwen3_8b).
-32 lessons a question, 4 questions a step, on any number of devices that divides 128. Judges reward
-them: helpfulness and process, as configs/rim_offline_config.py has it;
-`…/teacher_rcl.py:rim=rim_config` takes all four, and `--config.reward.kind=mixed` adds the rule of
-what a lesson changed. The guide expects reward/mean to rise, teaching/non_degradation_rate above
-0.95 and a KL of 0.5 to 2.0.
+32 lessons a question, 4 questions a step, on any number of devices that divides 128. They earn what
+they change in the student's answers, which is compared with the ground truth, and what judges say:
+helpfulness and process, as configs/rim_offline_config.py has it; `…/teacher_rcl.py:rim=rim_config`
+takes all four. Sessions of the Atlas runtime (`data=runtime_pg`) need not have a ground truth:
+there judges alone reward. The guide expects reward/mean to rise, teaching/non_degradation_rate
+above 0.95 and a KL of 0.5 to 2.0.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +36,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.max_steps = 250
     c.save_steps = 10
     c.eval_steps = 10
-    c.reward.kind = "rim"
-    return config.apply_parts(
+    c = config.apply_parts(
         c, argument, model="qwen3_8b", data="arc_atlas_rl", rim="rim_offline_config"
     )
+    c.reward.kind = "rim" if c.data.format == "session" else "mixed"
+    return c

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from atlas_jax.rewards.pricing import priced
 from atlas_jax.rewards.verifiable import combine, exact_match, teaching_gain
 from atlas_jax.types import Completion, Question, RewardResult, Rollout
 
@@ -47,7 +48,6 @@ def test_teaching_gain_of_the_four_outcomes(baseline, guided, expected):
         "baseline_correct": baseline == RIGHT,
         "correct": guided == RIGHT,
         "efficiency": 0.25,
-        "leaked": False,
     }
 
 
@@ -56,13 +56,15 @@ def test_longer_guided_answer_costs_nothing():
     assert [result.score for result in teaching_gain()(samples)] == [1.0, 0.0]
 
 
-def test_leaked_answer_costs_the_penalty_in_every_outcome():
+def test_a_leaked_answer_is_priced_in_its_group_in_every_outcome():
     outcomes = [(WRONG_TEXT, RIGHT), (RIGHT, RIGHT), (RIGHT, WRONG_TEXT), (WRONG_TEXT, WRONG_TEXT)]
     samples = [rollout(*texts, teaching="it is 7.") for texts in outcomes]
-    results = teaching_gain(answer_leak_penalty=0.5)(samples)
-    assert [result.score for result in results] == [0.75, -0.25, -1.5, -0.5]
-    assert all(result.details["leaked"] for result in results)
-    assert [result.score for result in teaching_gain()(samples)] == [1.25, 0.25, -1.0, 0.0]
+    results = teaching_gain()(samples)
+    assert [result.score for result in results] == [1.25, 0.25, -1.0, 0.0]
+    honest = rollout(RIGHT, RIGHT, (100, 90))
+    results = priced([*samples, honest], [*results, *teaching_gain()([honest])], 0.5)
+    assert [result.score for result in results] == pytest.approx([-0.4, -0.4, -1.5, -0.5, 0.1])
+    assert [bool(result.details.get("gaming")) for result in results] == [True] * 4 + [False]
 
 
 def test_teaching_gain_is_none_where_it_cannot_be_told():
@@ -167,9 +169,7 @@ def test_weights_without_a_sum_are_refused(weights):
         combine({str(i): (fixed(1.0), weight) for i, weight in enumerate(weights)})
 
 
-@pytest.mark.parametrize(
-    "option", ["efficiency_weight", "degradation_penalty", "answer_leak_penalty"]
-)
+@pytest.mark.parametrize("option", ["efficiency_weight", "degradation_penalty"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_options_of_the_gain_are_finite_and_not_negative(option, value):
     with pytest.raises(ValueError, match=f"{option} of the reward is"):

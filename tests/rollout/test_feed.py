@@ -303,6 +303,63 @@ def test_the_same_question_twice_in_a_batch_is_two_groups(tmp_path):
     assert given.metrics["reward/zero_std_group_frac"] == (1, 2)
 
 
+PLUS = [Question(f"id{i}", f"what is {i} + 50?", str(i + 50), {}) for i in range(8)]
+
+
+def taught(tmp_path, lessons, refills=0):
+    """Returns a feed of groups of two lessons; the student is right with any, and not alone."""
+    config = dataclasses.replace(
+        CONFIG,
+        reward=RewardConfig(),
+        rollout=RolloutConfig(refill_rounds=refills),
+        student_model="s",
+    )
+    feed = make_feed(tmp_path, lambda prompt, member: "", config=config, how=protocol(size=2))
+
+    def student(prompt, member):
+        number = int(prompt.split("what is ")[1].split()[0])
+        return f"Answer: {number + 50 if prompt.startswith('with') else 0}"
+
+    def teacher(prompt, member):
+        number = int(prompt.split("what is ")[1].split()[0])
+        return f"<teaching>{lessons(number, member)}</teaching>"
+
+    feed._parts = feed._parts._replace(
+        order=Order(PLUS, 0, False),
+        policy=lambda params, version: Script(teacher, version=version).speaker,
+        student=Script(student).speaker,
+    )
+    return feed
+
+
+def test_a_leak_that_makes_the_student_right_is_the_worse_of_its_group(tmp_path):
+    feed = taught(tmp_path, lambda i, member: ("add them", f"it is {i + 50}.")[member])
+    given = feed.next(state_of(0), lambda secs: None)
+    rows = recorded(tmp_path, 1)
+    assert [row["reward"] for row in rows] == [1.0, 0.5, 1.0, 0.5]
+    assert [row["advantage"] > 0 for row in rows] == [True, False, True, False]
+    assert rows[1]["reward_details"]["own_score"] == 1.0
+    assert given.metrics["reward/no_honest_group_frac"] == (0, 2)
+    assert given.metrics["teaching/answer_leak_frac"] == (2, 4)
+
+
+@pytest.mark.parametrize(("refills", "asked"), [(0, ["id0", "id1"]), (1, ["id0", "id2"])])
+def test_a_group_of_leaks_trains_nothing_and_is_counted_or_replaced(tmp_path, refills, asked):
+    """The lessons of id1 all state the answer; those of the others differ."""
+    feed = taught(
+        tmp_path,
+        lambda i, member: f"it is {i + 50}." if member or i == 1 else "add",
+        refills,
+    )
+    given = feed.next(state_of(0), lambda secs: None)
+    rows = recorded(tmp_path, 1)
+    assert [row["question_id"] for row in rows[::2]] == asked
+    leaks = asked.count("id1")
+    assert given.metrics["reward/no_honest_group_frac"] == (leaks, 2)
+    assert [row["trains"] for row in rows] == [True, True, *[not leaks] * 2]
+    assert given.metrics["reward/skipped_frac"] == (2 * leaks, 4)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_truncated_completions_can_be_left_out(tmp_path, masked):
     config = dataclasses.replace(CONFIG, mask_truncated_completions=masked)

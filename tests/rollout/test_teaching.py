@@ -271,6 +271,7 @@ def test_the_reward_metrics_by_hand():
     assert found == {
         "reward/mean": (2.5, 5), "reward/zero_std_group_frac": (1, 2),
         "reward/failed_frac": (1, 6), "reward/skipped_frac": (0, 6),
+        "reward/no_honest_group_frac": (0, 3),
         "reward/a": (3.0, 5), "reward/b": (2.0, 6),
     }  # fmt: skip
     assert "reward/a" not in measures.of_rewards(results, ("a",))

@@ -1,0 +1,224 @@
+"""Whether a lesson gives the answer away, so that the student need not work for it.
+
+What counts is what a student could copy or decode at once: the answer where the text calls it the
+answer, in digits, in words, spelled, encoded, or as a sum. What lessons need does not count by
+itself: numbers of list entries, facts about units, what the question says too.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from atlas_jax.rewards import frames, leaked_numbers, number_words
+from atlas_jax.rewards.answers import is_correct, marked_answer, normalise
+from atlas_jax.rewards.texts import plain, visible
+
+_OPTION = re.compile(r"\(?([A-Ha-h])(?:[).:]+(?:\s+(\S.*))?|\))?", re.DOTALL)
+_LISTED = re.compile(r"(?:(?<=\s)|^)\(?([A-H])[).:]\s+")
+_MAX_OPTION = 200  # characters of an option's text
+_BEFORE = 40  # characters before a letter that are looked at
+_CHOOSES = re.compile(
+    r"\b(?:answer|option|choose|choice|pick|select|mark)(?: is| option| choice|:){0,2}[ *\"']+$",
+    re.IGNORECASE,
+)
+_GOES_ON = re.compile(r"\)? ?(?:and|or|with|to|,)\b")
+_CLOSED = re.compile(r"[.,!;\n\"'*]|$")
+_ORDINARY = {
+    "yes", "no", "true", "false", "none", "all", "both", "neither", "either", "even", "odd", "more",
+    "less", "equal", "same", "never", "always", "positive", "negative", "zero", "nothing", "up",
+    "down", "left", "right", "increase", "decrease", "and", "or", "not", "correct", "incorrect",
+    "increases", "decreases", "infinite", "undefined", "unknown", "other", "one", "first", "last",
+}  # fmt: skip
+"""Answers that are words of every lesson."""
+_ARTICLE = re.compile(r"\b(?:the|an|a) (?=[^\W\d_]{2})", re.IGNORECASE)
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_CLAUSE = re.compile(r"[.!?;\n]")
+_EXCLUDED = re.compile(
+    r"\b(?:not|isn't|aren't|neither|nor|never|cannot be|can't be|eliminate|rule out|exclude|wrong|"
+    r"cross out|strike)\b",
+    re.IGNORECASE,
+)
+
+
+class _Option(NamedTuple):
+    """One option of multiple choice."""
+
+    letter: str  # upper case
+    text: str  # "" if only the letter is known
+
+
+def states_answer(lesson: str, ground_truth: str, question: str = "") -> bool:
+    """Returns whether a lesson gives the ground truth away.
+
+    Args:
+        lesson: as the student reads it.
+        ground_truth: the answer, or a solution that marks it.
+        question: as it was asked; "" where it is not known, which takes nothing for its own.
+    """
+    truth = (marked_answer(ground_truth) or ground_truth).strip()
+    if not lesson.strip() or not normalise(truth):
+        return False
+    seen = visible(lesson)
+    if marked_answer(seen) and is_correct(seen, ground_truth):
+        return True
+    text, problem = plain(lesson), plain(question)
+    asked = leaked_numbers.asked(problem)
+    listed = _listed(problem)
+    option = _option_of(truth, listed)
+    if option:
+        return _states_option(text, option, listed)
+    value = _number(truth)
+    if value is not None:
+        return leaked_numbers.gives_away(value, text, asked)
+    return _states_text(text, plain(truth), problem) or _encodes_text(text, truth)
+
+
+def _number(truth: str) -> Fraction | None:
+    """Returns the number that an answer is; None for any other."""
+    try:
+        return Fraction(normalise(truth))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _states_text(text: str, truth: str, problem: str) -> bool:
+    """Returns whether a text has the words of an answer where they give it away."""
+    words = _words(truth)
+    if not words:
+        return False
+    spots = _spots(words, text)
+    everyday = " ".join(words) in _ORDINARY or len("".join(words)) <= 2
+    if not everyday and not _spots(words, problem):
+        return bool(spots) or _spelled("".join(words), text)
+    return any(
+        frames.says_so(text, *spot)
+        or frames.stands_alone(text, *spot)
+        or frames.concludes(text, *spot, ())
+        for spot in spots
+    )
+
+
+def _words(text: str) -> list[str]:
+    """Returns the words and marks of an answer in lower case, without articles."""
+    return _TOKEN.findall(_ARTICLE.sub("", text.lower()).strip(" \t\n.,;:!?\"'*"))
+
+
+def _spots(words: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Returns where a text has these words in a row."""
+    joint = r"(?:\s{1,3}(?:the|an|a)\b)?\s{0,3}"
+    first = r"(?<!\w)" if words[0][0].isalnum() else ""
+    last = r"(?!\w)" if words[-1][-1].isalnum() else ""
+    found = re.finditer(first + joint.join(map(re.escape, words)) + last, text, re.IGNORECASE)
+    return [spot.span() for spot in found]
+
+
+def _spelled(word: str, text: str) -> bool:
+    """Returns whether a text has a word letter by letter, "P-A-R-I-S", or backwards."""
+    if len(word) < 3:
+        return False
+    apart = r"[^\w\n]{1,3}".join(map(re.escape, word))
+    if re.search(rf"(?<!\w){apart}(?!\w)", text, re.IGNORECASE):
+        return True
+    return word != word[::-1] and bool(_spots([word[::-1]], text))
+
+
+def _encodes_text(text: str, truth: str) -> bool:
+    """Returns whether a text has an answer in base64, in hexadecimal bytes, or rotated by 13."""
+    for form in {truth, truth.lower(), truth.upper(), truth.capitalize()}:
+        raw = form.encode(errors="replace")
+        codes = base64.b64encode(raw).decode().rstrip("="), raw.hex(), codecs.encode(form, "rot13")
+        if len(form) > 2 and any(re.search(rf"(?<!\w){re.escape(c)}(?!\w)", text) for c in codes):
+            return True
+    return False
+
+
+def _listed(problem: str) -> list[_Option]:
+    """Returns the options that a question lists, in their order from A on."""
+    marks: list[re.Match[str]] = []
+    for match in _LISTED.finditer(problem):
+        if ord(match[1]) - ord("A") == len(marks):
+            marks.append(match)
+    ends = [*(mark.start() for mark in marks), len(problem)][1:]
+    texts = [problem[m.end() : end][:_MAX_OPTION] for m, end in zip(marks, ends, strict=False)]
+    lines = [text.strip().partition("\n")[0].rstrip(" .;,(") for text in texts]
+    return [_Option(mark[1], line) for mark, line in zip(marks, lines, strict=True)]
+
+
+def _option_of(truth: str, listed: Sequence[_Option]) -> _Option | None:
+    """Returns the option that an answer is: by its letter, or by its text where it is listed."""
+    match = _OPTION.fullmatch(plain(truth))
+    if match:
+        letter = match[1].upper()
+        known = next((option.text for option in listed if option.letter == letter), "")
+        return _Option(letter, (match[2] or known).strip())
+    same = [o for o in listed if o.text and _words(o.text) == _words(plain(truth))]
+    return same[0] if len(same) == 1 else None
+
+
+def _states_option(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
+    """Returns whether a text tells which option it is."""
+    if _tells_letter(text, option.letter) or _tells_place(text, option, listed):
+        return True
+    words = _words(option.text)
+    if words and listed:
+        spots = _spots(words, text)
+        told = any(
+            frames.says_so(text, *spot)
+            or frames.stands_alone(text, *spot)
+            or frames.concludes(text, *spot, ())
+            for spot in spots
+        )
+        return told or _spelled("".join(words), text) or _excludes_others(text, option, listed)
+    value = _number(option.text) if words else None
+    if value is not None:
+        return leaked_numbers.gives_away(value, text, leaked_numbers.asked(""))
+    return bool(words) and bool(_spots(words, text))
+
+
+def _tells_letter(text: str, letter: str) -> bool:
+    """Returns whether a text names a letter as its choice; "a" before a word is an article."""
+    for spot in re.finditer(rf"(?<![\w'])\(?{letter}(?![\w'])\)?", text, re.IGNORECASE):
+        start, end = spot.span()
+        if spot[0] == letter.lower() and not _CLOSED.match(text[end : end + 1]):
+            continue
+        if frames.stands_alone(text, start, end) or frames.says_so(text, start, end):
+            return True
+        before, after = text[max(0, start - _BEFORE) : start], text[end : end + _BEFORE]
+        if _CHOOSES.search(before) and not _GOES_ON.match(after):
+            return True
+    return False
+
+
+def _tells_place(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
+    """Returns whether a text names an option by its place in the list, as a choice."""
+    place = ord(option.letter) - ord("A") + 1
+    if place > len(listed):
+        return False
+    names = [number_words.ordinal(place)] + (["last", "final"] if place == len(listed) else [])
+    kind = r"(?: (?:one|option|choice|answer|of (?:the )?(?:options|choices|four|list)))"
+    for spot in re.finditer(rf"\b(?:{'|'.join(names)}){kind}?\b", text, re.IGNORECASE):
+        if frames.says_so(text, *spot.span()) or frames.concludes(text, *spot.span(), ()):
+            return True
+    return False
+
+
+def _excludes_others(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
+    """Returns whether a text rules out every option but one."""
+    out = set()
+    for clause in _CLAUSE.split(text):
+        negated = _EXCLUDED.search(clause)
+        if negated:
+            out |= {o.letter for o in listed if _names(clause[negated.start() :], o)}
+    return len(listed) > 2 and out == {o.letter for o in listed} - {option.letter}
+
+
+def _names(clause: str, option: _Option) -> bool:
+    """Returns whether a clause has an option's text or its letter."""
+    if option.text and _spots(_words(option.text), clause):
+        return True
+    return bool(re.search(rf"(?<![\w'])\(?{option.letter}(?![\w'])", clause))

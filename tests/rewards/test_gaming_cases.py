@@ -1,0 +1,63 @@
+"""Attacks and honest lessons, written by people who did not write the rules or before they did.
+
+`gaming_cases.jsonl` has two sources: `handed` came with the request for these rules, `own` was
+written before them. New cases belong there; no rule may be made for the text of one.
+"""
+
+import json
+import pathlib
+
+import pytest
+
+from atlas_jax.options_rim import AntiGaming
+from atlas_jax.rewards.gaming import find
+
+CASES = [
+    json.loads(line)
+    for line in pathlib.Path(__file__).with_name("gaming_cases.jsonl").read_text().splitlines()
+]
+MIN_FOUND_FRAC = 0.75
+MAX_FLAGGED_FRAC = 0.10
+
+
+def outcomes(source, kind):
+    """Returns for each case what is found, by a name that tells the case."""
+    return {
+        f"{case['class']}: {case['lesson'][:60]!a}": find(
+            case["question"], case["truth"], case["lesson"], case["answer"], AntiGaming()
+        )
+        for case in CASES
+        if (case["source"], case["kind"]) == (source, kind)
+    }
+
+
+@pytest.mark.parametrize("source", ["handed", "own"])
+def test_most_attacks_are_found(source):
+    found = outcomes(source, "attack")
+    missed = [name for name, reasons in found.items() if not reasons]
+    assert len(missed) <= (1 - MIN_FOUND_FRAC) * len(found), missed
+
+
+@pytest.mark.parametrize("source", ["handed", "own"])
+def test_few_honest_lessons_are_flagged(source):
+    found = outcomes(source, "honest")
+    flagged = {name: reasons for name, reasons in found.items() if reasons}
+    assert len(flagged) <= MAX_FLAGGED_FRAC * len(found), flagged
+
+
+def test_human_sub_questions_pass():
+    lessons = [case for case in CASES if "Socratic" in case["class"]]
+    assert len(lessons) == 15
+    for case in lessons:
+        assert not find(case["question"], case["truth"], case["lesson"], "", AntiGaming()), case
+
+
+@pytest.mark.parametrize("truth", ["1", "2", "3", "4"])
+@pytest.mark.parametrize("form", ["{}. ", "{}) ", "({}) ", "Step {}: ", "Step {}. "])
+@pytest.mark.parametrize("end", [" ", "\n"])
+def test_the_numbers_of_four_steps_are_no_answer(truth, form, end):
+    steps = "Read it.", "Draw what is known.", "Ask what is missing.", "Check the units."
+    lesson = end.join(form.format(i) + step for i, step in enumerate(steps, 1))
+    question = "How many of the parts of the model in the shop are broken?"
+    assert not find(question, truth, lesson, "", AntiGaming())
+    assert find(question, truth, f"{lesson}{end}The answer is {truth}.", "", AntiGaming())

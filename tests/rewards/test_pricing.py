@@ -1,0 +1,74 @@
+"""What leaks are worth beside the honest lessons of their group, worked by hand."""
+
+import pytest
+
+from atlas_jax.rewards.pricing import NO_HONEST, priced
+from atlas_jax.rewards.verifiable import teaching_gain
+from atlas_jax.types import RewardResult
+from tests.rewards.test_verifiable import RIGHT, WRONG_TEXT, rollout
+
+LEAK, HONEST = "It is 7.", "Count on from 3."
+
+
+def scores(group, penalty=0.5):
+    """Returns what members are worth, each given as its lesson and its own score."""
+    samples = [rollout(teaching=lesson) for lesson, _ in group]
+    results = [RewardResult(score, {"judge": {"score": score}}) for _, score in group]
+    return [result.score for result in priced(samples, results, penalty)]
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ([(HONEST, 0.25), (HONEST, 1.5)], [0.25, 1.5]),
+        ([(LEAK, 2.0), (HONEST, 0.25), (HONEST, 1.5)], [-0.25, 0.25, 1.5]),
+        ([(HONEST, 0.25), (LEAK, -3.0)], [0.25, -3.5]),  # its own is the lower
+        ([(LEAK, 2.0), (LEAK, 0.0), (HONEST, 1.0), (HONEST, None)], [0.5, -0.5, 1.0, None]),
+        ([(LEAK, 2.0), (LEAK, 1.0)], [None, None]),
+        ([(LEAK, 2.0), (HONEST, None)], [None, None]),
+        ([(LEAK, None), (HONEST, 1.0)], [None, 1.0]),
+        ([("", 0.25), (LEAK, 2.0)], [0.25, -0.25]),  # no lesson is an honest one
+    ],
+)
+def test_a_leak_is_worth_less_than_every_honest_lesson(group, expected):
+    assert scores(group) == expected
+
+
+def test_without_a_penalty_it_is_worth_as_much_as_the_lowest():
+    assert scores([(LEAK, 2.0), (HONEST, 0.25)], penalty=0.0) == [0.25, 0.25]
+
+
+def test_the_record_says_why_and_what_the_score_was():
+    samples = [rollout(teaching=LEAK), rollout(teaching=HONEST)]
+    leak, honest = priced(samples, [RewardResult(2.0, {"a": 1}), RewardResult(1.0, {})], 0.5)
+    assert leak.details == {"a": 1, "gaming": ["the lesson states the answer"], "own_score": 2.0}
+    assert honest == RewardResult(1.0, {})
+
+
+def test_a_group_without_an_honest_lesson_is_skipped_and_no_outage():
+    (result,) = priced([rollout(teaching=LEAK)], [RewardResult(2.0, {})], 0.5)
+    assert (result.score, result.is_skipped, result.is_outage) == (None, True, False)
+    assert result.details["unscored"] == NO_HONEST
+
+
+def test_what_the_judges_found_counts_like_a_leak():
+    samples = [rollout(teaching=HONEST), rollout(teaching=HONEST)]
+    found = {"rim": {"gaming": ["the lesson addresses the judge"], "score": 0.9}}
+    results = [RewardResult(0.9, found), RewardResult(0.5, {"rim": {"gaming": [], "score": 0.5}})]
+    bad, good = priced(samples, results, 0.25)
+    assert (bad.score, good.score) == (0.25, 0.5)
+    assert bad.details["gaming"] == ["the lesson addresses the judge"]
+
+
+@pytest.mark.parametrize("guided", [RIGHT, WRONG_TEXT])
+@pytest.mark.parametrize("baseline", [RIGHT, WRONG_TEXT])
+def test_no_outcome_makes_a_leak_the_better_lesson(baseline, guided):
+    """The student is right with the leak, and with the honest lesson whatever it is."""
+    samples = [rollout(baseline, RIGHT, teaching=LEAK), rollout(baseline, guided, teaching=HONEST)]
+    leak, honest = priced(samples, teaching_gain()(samples), 0.5)
+    assert leak.score <= honest.score - 0.5
+
+
+def test_without_a_ground_truth_nothing_is_stated():
+    (result,) = priced([rollout(teaching=LEAK, truth="")], [RewardResult(0.9, {})], 0.5)
+    assert result.score == 0.9
