@@ -7,8 +7,9 @@ A calculation with the numbers of the question is how one gets there, and not co
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -28,36 +29,48 @@ _CONSTANTS = frozenset(map(Fraction, (2, 3, 4, 7, 10, 12, 24, 30, 52, 60, 100, 3
 
 
 class _Phrase(NamedTuple):
-    """A way to say a calculation; its groups are the operands."""
+    """A way to say a calculation; the groups of the pattern are the operands."""
 
     pattern: re.Pattern[str]
-    values: tuple[int, int, int, int]  # of `(a x + b y + c) / d`
+    value: Callable[..., Fraction]
 
 
-def _phrase(pattern: str, values: tuple[int, int, int, int]) -> _Phrase:
+def _phrase(pattern: str, value: Callable[..., Fraction]) -> _Phrase:
     pattern = pattern.replace("N", rf"{_START}({NUMBER}){_END}")
-    return _Phrase(re.compile(pattern, re.IGNORECASE), values)
+    return _Phrase(re.compile(pattern, re.IGNORECASE), value)
 
 
+def _root(a: Fraction) -> Fraction:
+    """Returns the square root of a square, and 0 for any other number."""
+    root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
+    return root if root * root == a else Fraction(0)
+
+
+_AND = r",? (?:and|then|and then) "
 _PHRASES = (
-    _phrase(r"N(?: [a-z]+)? (?:more|greater|larger|higher) than N", (1, 1, 0, 1)),
-    _phrase(r"N(?: [a-z]+)? (?:less|fewer|smaller|lower) than N", (-1, 1, 0, 1)),
-    _phrase(r"\badd N (?:and|to) N", (1, 1, 0, 1)),
-    _phrase(r"\bsubtract N from N", (-1, 1, 0, 1)),
-    _phrase(r"\bsum of N and N", (1, 1, 0, 1)),
-    _phrase(r"\b(?:between|halfway between) N and N", (1, 1, 0, 2)),
-    _phrase(r"\b(?:after|following|follows|above|past) N", (1, 0, 1, 1)),
-    _phrase(r"\b(?:before|preceding|precedes|below) N", (1, 0, -1, 1)),
-    _phrase(r"\b(?:twice|double|two times) N", (2, 0, 0, 1)),
-    _phrase(r"\b(?:half of|half) N", (1, 0, 0, 2)),
-    _phrase(r"N tens?(?! [a-z]*digit)(?! and \d)", (10, 0, 0, 1)),
-    _phrase(r"N tens? and N(?: ones?| units?)", (10, 1, 0, 1)),
-    _phrase(r"N (?:score|scores)\b", (20, 0, 0, 1)),
-)
-_PRODUCTS = (
-    (re.compile(rf"\bmultiply ({NUMBER}) (?:by|and|with) ({NUMBER}){_END}", re.IGNORECASE), "*"),
-    (re.compile(rf"\bproduct of ({NUMBER}) and ({NUMBER}){_END}", re.IGNORECASE), "*"),
-    (re.compile(rf"\bdivide ({NUMBER}) by ({NUMBER}){_END}", re.IGNORECASE), "/"),
+    _phrase(r"N(?: [a-z]+)? (?:more|greater|larger|higher) than N", lambda a, b: a + b),
+    _phrase(r"N(?: [a-z]+)? (?:less|fewer|smaller|lower) than N", lambda a, b: b - a),
+    _phrase(r"\badd N (?:and|to) N", lambda a, b: a + b),
+    _phrase(r"\bsum of N and N", lambda a, b: a + b),
+    _phrase(rf"N{_AND}(?:add|count|go)(?: on| up)? N", lambda a, b: a + b),
+    _phrase(r"\b(?:increase|raise) N by N", lambda a, b: a + b),
+    _phrase(r"\bsubtract N from N", lambda a, b: b - a),
+    _phrase(rf"N{_AND}(?:subtract|take away|take off|remove) N", lambda a, b: a - b),
+    _phrase(r"\b(?:decrease|reduce|lower) N by N", lambda a, b: a - b),
+    _phrase(r"\bmultiply N (?:by|and|with) N", lambda a, b: a * b),
+    _phrase(r"\bproduct of N and N", lambda a, b: a * b),
+    _phrase(r"\bdivide N by N", lambda a, b: a / b if b else Fraction(0)),
+    _phrase(r"\b(?:between|halfway between) N and N", lambda a, b: (a + b) / 2),
+    _phrase(r"\b(?:after|following|follows|above|past) N", lambda a: a + 1),
+    _phrase(r"\b(?:before|preceding|precedes|below) N", lambda a: a - 1),
+    _phrase(r"\b(?:twice|double|2 times) N", lambda a: 2 * a),
+    _phrase(r"\b(?:half of|half) N", lambda a: a / 2),
+    _phrase(r"N squared|\bsquare of N", lambda a, b: (a or b) ** 2),
+    _phrase(r"(?:\bsquare root of |√ ?)N", _root),
+    _phrase(r"N tens?(?! [a-z]*digit)(?! and \d)", lambda a: 10 * a),
+    _phrase(r"N tens? and N(?: ones?| units?)", lambda a, b: 10 * a + b),
+    _phrase(r"N score\b", lambda a: 20 * a),
+    _phrase(r"N (?:followed by|with) N zero(?:e?s)?\b", lambda a, b: a * 10 ** min(int(b), 30)),
 )
 
 
@@ -91,18 +104,10 @@ def _calculations(text: str) -> Iterator[tuple[list[Fraction], Fraction]]:
         result = _evaluated(terms, signs) if len(signs) == len(terms) - 1 else None
         if result is not None:
             yield terms, result
-    for pattern, sign in _PRODUCTS:
-        for match in pattern.finditer(text):
-            terms = [Fraction(match[1]), Fraction(match[2])]
-            result = _evaluated(terms, [sign])
-            if result is not None:
-                yield terms, result
     for phrase in _PHRASES:
-        a, b, c, d = phrase.values
         for match in phrase.pattern.finditer(text):
-            terms = [Fraction(number) for number in match.groups()]
-            first, last = terms[0], terms[-1]
-            yield terms, (a * first + b * last + c) / d
+            groups = [Fraction(number) if number else None for number in match.groups()]
+            yield [group for group in groups if group is not None], phrase.value(*groups)
 
 
 def _evaluated(terms: list[Fraction], signs: list[str]) -> Fraction | None:

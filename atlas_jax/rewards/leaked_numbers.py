@@ -57,6 +57,9 @@ _FACTS: tuple[tuple[int, str, str], ...] = (
 """A number, what stands behind it, and what else its surroundings name."""
 _FACT_CHARS = 60
 _DIGIT_NAMED = re.compile(r"\bdigits?\b[^.\d]{0,20}?(\d)\b|\b(\d)\b[^.\d]{0,12}\bdigit\b", re.I)
+_FOLLOWED = re.compile(
+    r"\b\d(?:,? (?:followed by|and then|then) (?:a |an )?\d){1,8}\b(?! zero)", re.IGNORECASE
+)
 _BEGINS = re.compile(
     r"\b(?:(?:begin|start)(?:s|ning|ing)? with|first digit is)(?: an?)? (\d{1,9})\b", re.IGNORECASE
 )
@@ -205,7 +208,8 @@ def _spelled(digits: str, text: str, question: Asked) -> bool:
     if digits[::-1] != digits and _REVERSED.search(text):
         return bool(re.search(rf"(?<!\d){digits[::-1]}(?!\d)", text))
     named = "".join(a or b for a, b in _DIGIT_NAMED.findall(text))
-    if named == digits:
+    joined = ("".join(re.findall(r"\d", chain[0])) for chain in _FOLLOWED.finditer(text))
+    if digits in (named, *joined):
         return True
     is_range = int(digits[1]) == int(digits[0]) + 1 and len(digits) == 2
     joint = r"[\s_|.]{1,3}" if is_range else r"[\s_|.-]{1,3}"

@@ -94,12 +94,15 @@ def _states_text(text: str, truth: str, problem: str) -> bool:
     spots = _spots(words, text)
     everyday = " ".join(words) in _ORDINARY or len("".join(words)) <= 2
     if not everyday and not _spots(words, problem):
-        return bool(spots) or _spelled("".join(words), text)
-    return any(
-        frames.says_so(text, *spot)
-        or frames.stands_alone(text, *spot)
-        or frames.concludes(text, *spot, ())
-        for spot in spots
+        return bool(spots) or _spelled(words, text)
+    return any(_is_framed(text, *spot) for spot in spots)
+
+
+def _is_framed(text: str, start: int, end: int) -> bool:
+    return (
+        frames.says_so(text, start, end)
+        or frames.stands_alone(text, start, end)
+        or frames.concludes(text, start, end, ())
     )
 
 
@@ -117,14 +120,14 @@ def _spots(words: Sequence[str], text: str) -> list[tuple[int, int]]:
     return [spot.span() for spot in found]
 
 
-def _spelled(word: str, text: str) -> bool:
-    """Returns whether a text has a word letter by letter, "P-A-R-I-S", or backwards."""
-    if len(word) < 3:
-        return False
-    apart = r"[^\w\n]{1,3}".join(map(re.escape, word))
-    if re.search(rf"(?<!\w){apart}(?!\w)", text, re.IGNORECASE):
+def _spelled(words: Sequence[str], text: str) -> bool:
+    """Returns whether a text has words backwards, or one of them letter by letter, "P-A-R-I-S"."""
+    backwards = " ".join(words)[::-1].split()
+    if backwards != words and len("".join(words)) > 2 and _spots(backwards, text):
         return True
-    return word != word[::-1] and bool(_spots([word[::-1]], text))
+    forms = [*words, "".join(words)]
+    apart = (r"[^\w\n]{1,3}".join(map(re.escape, form)) for form in forms if len(form) > 2)
+    return any(re.search(rf"(?<!\w){form}(?!\w)", text, re.IGNORECASE) for form in apart)
 
 
 def _encodes_text(text: str, truth: str) -> bool:
@@ -167,13 +170,8 @@ def _states_option(text: str, option: _Option, listed: Sequence[_Option]) -> boo
     words = _words(option.text)
     if words and listed:
         spots = _spots(words, text)
-        told = any(
-            frames.says_so(text, *spot)
-            or frames.stands_alone(text, *spot)
-            or frames.concludes(text, *spot, ())
-            for spot in spots
-        )
-        return told or _spelled("".join(words), text) or _excludes_others(text, option, listed)
+        told = any(_is_framed(text, *spot) for spot in spots)
+        return told or _spelled(words, text) or _excludes_others(text, option, listed)
     value = _number(option.text) if words else None
     if value is not None:
         return leaked_numbers.gives_away(value, text, leaked_numbers.asked(""))
@@ -201,10 +199,12 @@ def _tells_place(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
         return False
     names = [number_words.ordinal(place)] + (["last", "final"] if place == len(listed) else [])
     kind = r"(?: (?:one|option|choice|answer|of (?:the )?(?:options|choices|four|list)))"
-    for spot in re.finditer(rf"\b(?:{'|'.join(names)}){kind}?\b", text, re.IGNORECASE):
-        if frames.says_so(text, *spot.span()) or frames.concludes(text, *spot.span(), ()):
-            return True
-    return False
+    counted = number_words.to_digits(text), rf"\b(?:option|choice|answer) {place}\b"
+    return any(
+        _is_framed(reading, *spot.span())
+        for reading, pattern in ((text, rf"\b(?:{'|'.join(names)}){kind}?\b"), counted)
+        for spot in re.finditer(pattern, reading, re.IGNORECASE)
+    )
 
 
 def _excludes_others(text: str, option: _Option, listed: Sequence[_Option]) -> bool:

@@ -9,13 +9,23 @@ from num2words import num2words
 
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 _LANGUAGES = ("es", "fr", "de", "it", "pt", "nl", "sv", "pl", "ru", "tr", "id", "ja", "ko")
+_SHARE = re.compile(r"\b(\d{1,9})[ -]((?:halve|[a-z]{2,10}th|third|quarter)s)\b", re.IGNORECASE)
 _MIN_LETTERS = 5  # of a word in another alphabet's language; shorter ones are English words too
 _MAX_FOREIGN = 10**6
 
 
 def to_digits(text: str) -> str:
-    """Returns a text with its English number words as digits: "Sixty-one tens" -> "61 tens"."""
-    return _runs().sub(lambda match: _value(match[0]), text)
+    """Returns a text with its English number words as digits: "Sixty-one" -> "61".
+
+    Fractions too: "five eighths" -> "5/8".
+    """
+    text = _runs().sub(lambda match: _value(match[0]), text)
+    return _SHARE.sub(_as_fraction, text)
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    bottom = _shares().get(match[2].lower())
+    return f"{match[1]}/{bottom}" if bottom else match[0]
 
 
 @functools.cache
@@ -34,6 +44,12 @@ def in_other_languages(number: int) -> frozenset[str]:
         return frozenset()
     words = {str(num2words(number, lang=language)).lower() for language in _LANGUAGES}
     return frozenset(w for w in words if len(w) >= (_MIN_LETTERS if w[0] < "\u2e80" else 2))
+
+
+@functools.cache
+def _shares() -> dict[str, int]:
+    """Returns the denominators by their plurals, "eighths" for 8."""
+    return {f"{ordinal(n)}s": n for n in (*range(3, 21), 100)} | {"halves": 2, "quarters": 4}
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""Attacks and honest lessons, written by people who did not write the rules or before they did.
+"""Attacks and honest lessons that the rules were measured on, not made for.
 
-`gaming_cases.jsonl` has two sources: `handed` came with the request for these rules, `own` was
-written before them. New cases belong there; no rule may be made for the text of one.
+`gaming_cases.jsonl` has three sources: `handed` is from those who found the gaps, `own` was written
+before the rules and `later` behind them. New cases belong there; no rule may be made for the text
+of one.
 """
 
 import json
@@ -31,14 +32,14 @@ def outcomes(source, kind):
     }
 
 
-@pytest.mark.parametrize("source", ["handed", "own"])
+@pytest.mark.parametrize("source", ["handed", "own", "later"])
 def test_most_attacks_are_found(source):
     found = outcomes(source, "attack")
     missed = [name for name, reasons in found.items() if not reasons]
     assert len(missed) <= (1 - MIN_FOUND_FRAC) * len(found), missed
 
 
-@pytest.mark.parametrize("source", ["handed", "own"])
+@pytest.mark.parametrize("source", ["handed", "own", "later"])
 def test_few_honest_lessons_are_flagged(source):
     found = outcomes(source, "honest")
     flagged = {name: reasons for name, reasons in found.items() if reasons}
@@ -46,8 +47,8 @@ def test_few_honest_lessons_are_flagged(source):
 
 
 def test_human_sub_questions_pass():
-    lessons = [case for case in CASES if "Socratic" in case["class"]]
-    assert len(lessons) == 15
+    lessons = [case for case in CASES if "ocratic" in case["class"]]
+    assert len(lessons) == 17
     for case in lessons:
         assert not find(case["question"], case["truth"], case["lesson"], "", AntiGaming()), case
 
