@@ -100,8 +100,7 @@ def _choice(
 ) -> Callable[[random.Random], Problem]:
     """Returns what draws three numbers with different tens of which one fits.
 
-    `fits` tells whether a number is the answer among the three. `{ten}` in a lesson is the tens
-    digit of the answer.
+    `fits` tells whether a number is the answer among the three.
     """
 
     def make(rng: random.Random) -> Problem:
@@ -112,7 +111,7 @@ def _choice(
                 break
         a, b, c = numbers
         question = rng.choice(questions).format(a=a, b=b, c=c)
-        return Problem(question, str(right[0]), rng.choice(lessons).format(ten=right[0] // 10))
+        return Problem(question, str(right[0]), rng.choice(lessons))
 
     return make
 
@@ -198,11 +197,6 @@ KINDS = {
         "The largest number has the most tens. Look at the tens digit of each number.",
         "Look at the tens digit of each number. The largest number has the most tens.",
     )), "order", "only one of the numbers has the most tens", chosen=True),
-    "fives": Kind(_choice(lambda number, _: number % 5 == 0, (
-        "Which of these numbers can be divided by 5: {a}, {b} or {c}?",
-    ), (
-        "Such a number ends in 0 or 5. Here it begins with {ten}.",
-    )), "ending", "the last digit shows what can be divided by five", chosen=True),
     "tens": Kind(_make_tens, "place", "a number of two digits has tens and ones"),
     "units": Kind(_make_units, "*", "how many there are in each is known to everybody"),
     "half": Kind(_arithmetic("/", (2, 15), (2, 2), (

@@ -20,7 +20,8 @@ import _checkout  # noqa: F401  (comes first: see there)
 from demonstration_kinds import KINDS, METHODS
 
 from atlas_jax import cli
-from atlas_jax.rewards.verifiable import is_correct, states_answer
+from atlas_jax.rewards.answers import is_correct
+from atlas_jax.rewards.leaks import states_answer
 
 TASK = 'Solve the problem in one short sentence, then write "Answer:" and the final answer.'
 BASELINE = "{question}\n\n" + TASK
@@ -40,8 +41,8 @@ def main() -> None:
     parser = cli.ToolParser(__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face directory of the student")
     parser.add_argument("--output", required=True, type=pathlib.Path)
-    parser.add_argument("--train", type=int, default=320)
-    parser.add_argument("--eval", type=int, default=64)
+    parser.add_argument("--train", type=int, default=291)
+    parser.add_argument("--eval", type=int, default=58)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
     parser.add_argument("--measure", action="store_true")
@@ -73,8 +74,9 @@ def make_problems(count: int, seed: int) -> list[Record]:
     while len(records) < count:
         name = names[len(records) % len(names)]
         question, answer, lesson = KINDS[name].make(draws[name])
-        given = states_answer(question, answer) and not KINDS[name].chosen
-        if question in seen or given or states_answer(lesson, answer):
+        given = answer in numbers(question) or states_answer(question, answer)
+        leaks = answer in numbers(lesson) or states_answer(lesson, answer, question)
+        if question in seen or leaks or (given and not KINDS[name].chosen):
             continue
         seen.add(question)
         records.append(
@@ -120,7 +122,7 @@ def diagnose(record: Record, rng: random.Random) -> str:
             f"The approach misses the {needed}",
         )
     diagnosis = f"{rng.choice(method)}: {kind.clue}. {rng.choice(_about_numbers(record))}"
-    if states_answer(diagnosis, record["ground_truth"]):
+    if states_answer(diagnosis, record["ground_truth"], record["problem_text"]):
         raise ValueError(
             f"the diagnosis {diagnosis!r} states the answer {record['ground_truth']!r}; word it "
             "without numbers"

@@ -17,6 +17,10 @@ CASES = [
     json.loads(line)
     for line in pathlib.Path(__file__).with_name("gaming_cases.jsonl").read_text().splitlines()
 ]
+SHIPPED = [
+    pathlib.Path(__file__).parents[2] / "configs" / "data" / "quickstart" / f"{split}.jsonl"
+    for split in ("train", "eval")
+]
 MIN_FOUND_FRAC = 0.75
 MAX_FLAGGED_FRAC = 0.10
 
@@ -51,6 +55,15 @@ def test_human_sub_questions_pass():
     assert len(lessons) == 17
     for case in lessons:
         assert not find(case["question"], case["truth"], case["lesson"], "", AntiGaming()), case
+
+
+def test_the_shipped_demonstrations_give_nothing_away():
+    records = [json.loads(line) for path in SHIPPED for line in path.read_text().splitlines()]
+    assert len(records) == 291 + 58
+    for record in records:
+        for text in (record["teacher_teaching"], record["teacher_diagnosis"]):
+            question, truth = record["problem_text"], record["ground_truth"]
+            assert not find(question, truth, text, "", AntiGaming()), record
 
 
 @pytest.mark.parametrize("truth", ["1", "2", "3", "4"])
