@@ -14,7 +14,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from fractions import Fraction
 
 from atlas_jax.rewards import choices, equality, numbers, statements, symbolic
 from atlas_jax.rewards.plain import TAIL, clean, plain
@@ -78,7 +77,6 @@ _PHRASE = re.compile(
     r"|all |each |every |these |those )?$"
 )
 _STRESSED = re.compile(r"\*\*\$?([-+]?[\d.,/]*\d)%?\*\*")
-_TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def extract_answer(text: str) -> str | None:
@@ -128,45 +126,6 @@ def is_correct(text: str, ground_truth: str, is_cut: bool = False) -> bool:
         return next((s for s in said if s is not None), None) == wanted
     answer = marked if is_cut else _unmarked_or(marked, written)
     return answer is not None and _is_answer(answer, truth)
-
-
-def states_answer(lesson: str, ground_truth: str) -> bool:
-    """Returns whether a lesson contains the ground truth as a number or phrase of its own.
-
-    A fraction counts only in lowest terms, because "6/2" does not yet say 3. The letter of an
-    option counts as "(B)" or behind "answer is" and the like.
-    """
-    text, truth = plain(lesson), marked_answer(ground_truth) or ground_truth
-    option = choices.option(truth)
-    if option and _states_letter(text, option.letter.upper()):
-        return True
-    target = equality.read(option.text if option else truth)
-    if isinstance(target, Fraction):
-        return any(_stated(number) == target for number in numbers.numbers(text))
-    return target != "" and _phrase(target) in _phrase(equality.canonical(text))
-
-
-def _states_letter(text: str, letter: str) -> bool:
-    return bool(
-        re.search(
-            rf"\({letter}\)|\b(?i:answer|option|choice|choose|pick|select)\b"
-            rf"(?:[\s:=*_]{{1,4}}(?i:is|option|choice)\b){{0,2}}[\s:=*_\"']{{1,4}}{letter}(?!\w)",
-            text,
-        )
-    )
-
-
-def _phrase(text: str) -> str:
-    """Returns the words and marks of a text between single spaces, so that whole ones are found."""
-    return f" {' '.join(_TOKEN.findall(text))} "
-
-
-def _stated(number: re.Match[str]) -> Fraction | None:
-    """Returns the value that a number states; None for a fraction that is not in lowest terms."""
-    value = numbers.value(number)
-    if value is None or not number["bottom"]:
-        return value
-    return value if number["bottom"].lstrip("-") == str(value.denominator) else None
 
 
 def marked_answer(text: str) -> str | None:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from atlas_jax.rewards.answers import extract_answer, is_correct, normalise, states_answer
+from atlas_jax.rewards.answers import extract_answer, is_correct, normalise
 
 EXTRACTED = [
     # solution tags
@@ -236,55 +236,6 @@ WRONG = [
     ("anything", ""),
 ]
 
-STATED = [
-    ("think of 5 apples", "5", True),
-    ("it is 15 or 3.5 or 5/6 or x5", "5", False),
-    ("Result: 5.", "5", True),
-    ("It is **5**!", "5", True),
-    (r"$\boxed{5}$", "5", True),
-    (r"$\boxed{\frac{1}{2}}$", "1/2", True),
-    ("so...5", "5", True),
-    ("use 5x and the 5th row and x^5", "5", False),
-    ("a box of 5kg", "5", True),
-    ("that is 1,234 in all", "1234", True),
-    ("that is 1,234 in all", "234", False),
-    ("of 2,3,5 take one", "3", True),
-    ("that is 1234 dollars", "$1,234", True),
-    ("count 10-5 first", "5", True),
-    ("count 10-5 first", "-5", False),
-    ("it is -5", "5", False),
-    ("it is -5", "-5", True),
-    ("halve it: 0.5", "1/2", True),
-    (r"halve it: \frac{1}{2}", "0.5", True),
-    ("divide 6/2", "3", False),
-    ("take 1 1/2 cups", "1.5", True),
-    ("about 3 million people", "3,000,000", True),
-    ("divide by 1/0", "0", False),
-    ("it is 18", "9 * 2 = 18\n#### 18", True),
-    ("multiply 9 by 2", "9 * 2 = 18\n#### 18", False),
-    ("Think of PARIS, the capital", "Paris", True),
-    ("Think of parish", "Paris", False),
-    ("look at the\n Eiffel  Tower", "The Eiffel Tower", True),
-    ("write 2x + 1 there", "2x+1", True),
-    ("write 12x + 1 there", "2x+1", False),
-    ("write 2x 1 there", "2x+1", False),
-    (r"see the **Eiffel** \(Tower\)", "Eiffel Tower", True),
-    ("choose (B)", "B", True),
-    ("the answer is B", "B", True),
-    ("the answer is Bob", "B", False),
-    ("The answer is: **B**.", "B", True),
-    ("the correct option is B because", "B", True),
-    ("Pick B", "(B)", True),
-    ("Let B be a set; a Bear", "B", False),
-    ("the answer is a number", "A", False),
-    ("a look at a map", "A", False),
-    ("It lies in Paris", "B) Paris", True),
-    ("It lies in France", "B) Paris", False),
-    ("", "5", False),
-    ("5", "", False),
-    ("anything", " . ", False),
-]
-
 
 @pytest.mark.parametrize(("text", "answer"), EXTRACTED)
 def test_answer_is_found(text, answer):
@@ -304,11 +255,6 @@ def test_right_answer_is_right(text, truth):
 @pytest.mark.parametrize(("text", "truth"), WRONG)
 def test_wrong_answer_is_wrong(text, truth):
     assert not is_correct(text, truth)
-
-
-@pytest.mark.parametrize(("lesson", "truth", "stated"), STATED)
-def test_lesson_states_the_answer_only_as_a_number_or_phrase_of_its_own(lesson, truth, stated):
-    assert states_answer(lesson, truth) is stated
 
 
 @pytest.mark.parametrize("form", [f for _, f in NORMALISED if f not in ("1,234", "{5}")])
@@ -334,7 +280,6 @@ def test_hostile_text_takes_linear_time(piece):
     start = time.process_time()
     for hostile in (text, f"<solution>{text}</solution>"):
         is_correct(hostile, "5")
-        states_answer(hostile, "5 5")
         normalise(hostile)
     assert time.process_time() - start < 10  # minutes, if it were quadratic
 
@@ -380,5 +325,4 @@ def test_huge_numbers_are_compared_as_text():
     assert normalise("1e-999999999") == "1e-999999999"
     assert normalise("1 / 1e" + digits) == "1/1e" + digits
     assert not is_correct("Answer: 1e999999999", "1")
-    assert not states_answer(f"{digits} 1e999999999", "1")
     assert normalise("1e100") == "1" + "0" * 100
