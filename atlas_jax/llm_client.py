@@ -1,26 +1,48 @@
 """An async client of OpenAI-compatible HTTP servers: vLLM for rollouts, any endpoint for judges.
 
-It posts JSON and returns JSON. Connection errors, time-outs, 429 and 5xx are tried again with
-exponential back-off and jitter, or after what `Retry-After` says; every other refusal is final.
-A vLLM server that refuses requests because it is paused is asked again until it has resumed.
-Imports no JAX.
+It posts JSON and returns JSON. Connection errors, time-outs and 5xx are tried again with
+exponential back-off and jitter, or after what `Retry-After` says; every other refusal is final. A
+server that is asked too often (429, and 529 of Anthropic) is asked nothing by anybody until the
+time that it names, and a vLLM server that refuses requests because it is paused is asked again
+until it has resumed; neither is a try. Imports no JAX.
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime
+import email.utils
 import json
+import math
 import random
+import re
 import time
 import types
+import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import aiohttp
+import yarl
 
 from atlas_jax import masking
+from atlas_jax.throttle import Pace, Throttle
 
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+__all__ = [
+    "Client",
+    "ClientOptions",
+    "Pace",
+    "RefusedError",
+    "ServerError",
+    "Throttle",
+    "Tries",
+    "UnavailableError",
+]
+
+_TRANSIENT = frozenset({408, 425, 500, 502, 503, 504})
+_BUSY = frozenset({429, 529})  # the server is well, and is asked too often
+_RETRY_DELAY = re.compile(r'"retryDelay":\s*"([\d.]+)s"')  # in the body of Google's 429
+_CLOCK_SECS = 2.0  # by which a server's clock may differ from ours without being wrong
 _SHOWN = 300  # characters of a reply that an error message repeats
 _PAUSED = ("engine_paused", "Generation is paused")  # in the body of vLLM's 503
 _PAUSED_SECS = 0.5  # mean wait between two requests to a paused server
@@ -33,7 +55,8 @@ class ClientOptions(NamedTuple):
     """Requests that the server has at one time; the others wait here."""
     timeout_secs: float = 600.0
     """Longest that one try may take, its connection included; also the longest that a request
-    waits for a paused server to resume."""
+    waits for a paused server to resume, and that a server may refuse all requests as too many
+    after it has been left alone for as long as it asked."""
     connect_timeout_secs: float = 10.0
     """Longest that opening a connection may take."""
     max_tries: int = 4
@@ -43,12 +66,15 @@ class ClientOptions(NamedTuple):
     backoff_secs: float = 0.5
     """Mean wait before the second try; doubled before each further one."""
     max_backoff_secs: float = 30.0
-    """Longest wait between two tries, `Retry-After` included."""
+    """Longest wait between two tries, `Retry-After` included; also the longest that a server which
+    is asked too often is left alone."""
     requests_per_minute: float = 0.0
     """Tries that begin in a minute; 0 is no limit."""
     max_failures_in_row: int = 0
     """Tries in a row that may fail, over all requests, before the server counts as down and every
-    request fails at once; 0 is no limit."""
+    request fails at once; 0 is no limit. Refusals of too many requests do not count."""
+    trust_env: bool = False
+    """Whether the proxy that the environment names is used, unless the server is on this host."""
 
 
 class ServerError(Exception):
@@ -75,25 +101,6 @@ class UnavailableError(ServerError):
     """The server cannot be reached or is in trouble, after every try."""
 
 
-class Pace:
-    """Lets a number of units pass in a minute, a second's worth of them at once."""
-
-    def __init__(self, per_minute: float) -> None:
-        """Makes a pace; 0 is no limit."""
-        self._secs_per_unit = 60.0 / per_minute if per_minute else 0.0
-        self._free_at = 0.0
-
-    async def wait(self, units: float = 1.0) -> None:
-        """Returns when the units before these have passed."""
-        start = max(self._free_at, time.monotonic() - 1.0)
-        self._free_at = start + units * self._secs_per_unit
-        await asyncio.sleep(max(0.0, start - time.monotonic()))
-
-    def correct(self, units: float) -> None:
-        """Counts units that were more, or with a minus fewer, than `wait` was told."""
-        self._free_at += units * self._secs_per_unit
-
-
 class Tries:
     """The requests that one call may make, over all that it asks for."""
 
@@ -112,6 +119,8 @@ class Client:
         api_key: str = "",
         options: ClientOptions | None = None,
         admit: Callable[[], str] = str,
+        refund: Callable[[], None] = lambda: None,
+        throttle: Throttle | None = None,
     ) -> None:
         """Makes a client; nothing is connected yet.
 
@@ -120,18 +129,26 @@ class Client:
             api_key: sent as a bearer token unless empty; never part of an error or a log.
             options: None takes the defaults.
             admit: called before each try; what it returns unless empty is why there is none.
+            refund: called for each try that the server did not take up, being asked too often.
+            throttle: shared with the other clients of this address; None makes one.
         """
         self.base_url = base_url.rstrip("/")
         self.num_retries = 0  # tries after the first, over all requests
         self._options = options or ClientOptions()
         self._api_key = api_key
-        self._slots = asyncio.Semaphore(self._options.max_in_flight)
         self._admit = admit
-        self._pace = Pace(self._options.requests_per_minute)
+        self._refund = refund
+        self._throttle = throttle or Throttle(
+            self._options.max_in_flight, self._options.requests_per_minute
+        )
         self._failures_in_row = 0
+        self._busy_since = math.inf  # when it should have taken a request again, and did not
+        self._given_up = ""
+        self._proxy: str | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
+        self._proxy = _proxy(self.base_url) if self._options.trust_env else None
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
             connector=aiohttp.TCPConnector(limit=0),
@@ -195,7 +212,7 @@ class Client:
                 await asyncio.sleep(max(wait, self._backoff(attempt)))
             attempt += 1
             try:
-                reply = await self._resumed(method, url, payload, params, tries)
+                reply = await self._taken_up(method, url, payload, params, tries)
                 self._failures_in_row = 0
                 return reply
             except _TransientError as later:
@@ -205,7 +222,7 @@ class Client:
                     break
         raise failure
 
-    async def _resumed(
+    async def _taken_up(
         self,
         method: str,
         url: str,
@@ -213,23 +230,47 @@ class Client:
         params: Mapping[str, str] | None,
         tries: Tries,
     ) -> Any:
-        """Returns the reply to one try; the time that the server is paused does not count."""
+        """Returns the reply to one try; what a paused or a busy server refuses does not count."""
         end = time.monotonic() + self._options.timeout_secs
         while True:
-            try:
-                async with self._slots:
-                    self._check(url)
-                    if self._options.requests_per_minute:
-                        await self._pace.wait()
-                    tries.left -= 1
-                    tries.made += 1
-                    return await self._once(method, url, payload, params)
-            except _PausedError as paused:
-                tries.left += 1
-                tries.made -= 1
-                if time.monotonic() > end:
-                    raise _TransientError(paused.failure, final=True) from None
-            await asyncio.sleep(_PAUSED_SECS * random.uniform(0.5, 1.5))
+            async with self._throttle.place() as sent:
+                self._check(url)
+                tries.left -= 1
+                tries.made += 1
+                try:
+                    reply = await self._once(method, url, payload, params)
+                    self._throttle.accepted()
+                    self._busy_since = math.inf
+                    return reply
+                except _PausedError as paused:
+                    tries.left += 1
+                    tries.made -= 1
+                    if time.monotonic() > end:
+                        raise _TransientError(paused.failure, final=True) from None
+                    wait = _PAUSED_SECS * random.uniform(0.5, 1.5)
+                except _BusyError as busy:
+                    tries.left += 1
+                    tries.made -= 1
+                    self.num_retries += 1
+                    self._refund()
+                    self._hold(busy, sent)
+                    wait = 0.0
+            await asyncio.sleep(wait)
+
+    def _hold(self, busy: _BusyError, sent: float) -> None:
+        """Leaves the server alone for as long as it asks.
+
+        Raises:
+            UnavailableError: if it has refused everything for too long.
+        """
+        secs = busy.wait or self._backoff(self._throttle.num_refusals + 1)
+        secs = min(secs, self._options.max_backoff_secs)
+        now = time.monotonic()
+        self._busy_since = min(self._busy_since, now + secs)
+        if now - self._busy_since > self._options.timeout_secs:
+            self._given_up = f"{busy.failure.body}: nothing else for {now - self._busy_since:.0f} s"
+            raise busy.failure
+        self._throttle.refused(sent, secs)
 
     def _check(self, url: str) -> None:
         """Raises what stands against a try."""
@@ -237,6 +278,8 @@ class Client:
         if most and self._failures_in_row >= most:
             why = f"given up after {self._failures_in_row} failures in a row"
             raise UnavailableError(url, 0, why)
+        if self._given_up:
+            raise UnavailableError(url, 429, self._given_up)
         if why := self._admit():
             raise RefusedError(url, 0, why)
 
@@ -252,11 +295,11 @@ class Client:
         try:
             # A redirect could lead a key to another server, or from https to http.
             async with self._session.request(
-                method, url, json=payload, params=params, allow_redirects=False
+                method, url, json=payload, params=params, allow_redirects=False, proxy=self._proxy
             ) as reply:
                 body = await reply.text(errors="replace")
                 location = reply.headers.get("Location", "")
-                retry_after = reply.headers.get("Retry-After", "")
+                wait = _retry_after(reply.headers, body)
                 status = reply.status
         except aiohttp.ConnectionTimeoutError:
             why = f"no connection within {self._options.connect_timeout_secs:g} s"
@@ -269,11 +312,31 @@ class Client:
             raise _TransientError(
                 UnavailableError(url, 0, f"{type(error).__name__}: {error}")
             ) from None
+        return self._read(url, status, body, wait, location)
+
+    def _read(self, url: str, status: int, body: str, wait: float, location: str) -> Any:
+        """Returns the JSON of a reply.
+
+        Args:
+            url: of the request.
+            status: of the reply.
+            body: of the reply.
+            wait: seconds after which the server wants to be asked again.
+            location: where it moves the request to.
+
+        Raises:
+            RefusedError: for a status that is final.
+            _TransientError: for one that may pass, and for what is not JSON.
+            _BusyError: from a server that is asked too often.
+            _PausedError: from a vLLM server that is paused.
+        """
         shown = body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
         if status == 503 and any(sign in body for sign in _PAUSED):
             raise _PausedError(UnavailableError(url, status, shown))
+        if status in _BUSY:
+            raise _BusyError(UnavailableError(url, status, shown), wait)
         if status in _TRANSIENT or status >= 500:
-            raise _TransientError(UnavailableError(url, status, shown), _seconds(retry_after))
+            raise _TransientError(UnavailableError(url, status, shown), wait)
         if 300 <= status < 400:
             raise RefusedError(url, status, f"moved to {location}; give that address")
         if status >= 400:
@@ -309,9 +372,73 @@ class _PausedError(Exception):
         self.failure = failure
 
 
-def _seconds(header: str) -> float:
-    """Returns the seconds of a `Retry-After` header; dates and nonsense are 0."""
+class _BusyError(Exception):
+    """A refusal of a server that is asked too often."""
+
+    def __init__(self, failure: UnavailableError, wait: float) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+        self.wait = wait  # seconds; 0 where the server names none
+
+
+def _retry_after(headers: Mapping[str, str], body: str) -> float:
+    """Returns the seconds after which a server wants to be asked again; 0 where it does not say.
+
+    It may say so in milliseconds (OpenAI, Azure), in seconds or as a date (RFC 9110, 10.2.3), or in
+    the body (Google).
+    """
+    told = headers.get("Retry-After", "")
+    delay = _RETRY_DELAY.search(body)
+    options = (
+        _number(headers.get("retry-after-ms", "")) / 1000,
+        _number(told),
+        _until(told, headers.get("Date", "")),
+        _number(delay[1]) if delay else 0.0,
+    )
+    return next((secs for secs in options if secs > 0), 0.0)
+
+
+def _number(text: str) -> float:
+    """Returns a finite number of 0 or more; 0 for all else."""
     try:
-        return max(float(header), 0.0)
+        value = float(text)
     except ValueError:
         return 0.0
+    return value if 0 < value < math.inf else 0.0
+
+
+def _until(date: str, now: str) -> float:
+    """Returns the seconds until a date of HTTP, 0 for what is none or has passed.
+
+    Args:
+        date: the date.
+        now: when the server wrote it, which counts where its clock is not ours.
+    """
+    end = _timestamp(date)
+    if end is None:
+        return 0.0
+    here, there = time.time(), _timestamp(now)
+    is_wrong = there is not None and abs(there - here) > _CLOCK_SECS
+    return max(end - (there if is_wrong and there is not None else here), 0.0)
+
+
+def _timestamp(date: str) -> float | None:
+    try:
+        found = email.utils.parsedate_to_datetime(date)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    if found.tzinfo is None:
+        found = found.replace(tzinfo=datetime.UTC)
+    return found.timestamp()
+
+
+def _proxy(base_url: str) -> str | None:
+    """Returns the proxy that the environment names for an address; none for one on this host."""
+    url = yarl.URL(base_url)
+    host = url.host or ""
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return None
+    if urllib.request.proxy_bypass(f"{host}:{url.port}"):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(url.scheme) or proxies.get("all")

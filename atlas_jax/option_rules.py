@@ -67,7 +67,7 @@ NOT_NEGATIVE = (
     "reward.efficiency_weight", "reward.degradation_penalty", "reward.answer_leak_penalty",
     "reward.rim.variance_threshold", "reward.rim.arbiter_temperature",
     "reward.rim.limits.requests_per_minute", "reward.rim.limits.tokens_per_minute",
-    "reward.rim.limits.max_calls", "reward.rim.limits.max_cost",
+    "reward.rim.limits.max_calls", "reward.rim.limits.max_cost", "reward.rim.cache_max_bytes",
 )  # fmt: skip
 FRACTIONS = (
     "warmup_ratio",

@@ -36,7 +36,8 @@ class JudgeModel:
     response_format: str = "auto"
     """`json_schema`, `json_object`, `none`, or `auto`: the first of these that the server takes."""
     max_tokens: int = 2048
-    """Tokens of a reply, thinking included."""
+    """Tokens of a reply, thinking included; one that is cut off is asked for again with twice the
+    room, and then with four times."""
     input_price: float = UNKNOWN_PRICE
     """Money for a million prompt tokens; -1 is a provider's list price, if `endpoints` has it, and
     not known for an endpoint of one's own."""
@@ -87,7 +88,7 @@ class JudgeLimits:
     """What judges may cost; 0 is no limit. Processes of a run share them equally."""
 
     max_in_flight: int = 64
-    """Calls that an endpoint has at one time."""
+    """Calls that an endpoint has at one time, unless it refuses some of them as too many."""
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     """Prompts and replies together."""
@@ -98,8 +99,8 @@ class JudgeLimits:
     timeout_secs: float = 120.0
     """Longest wait for one reply."""
     max_tries: int = 4
-    """Requests of one call at most, whether nothing came back or what came could not be read; those
-    that only find out which `response_format` a server takes are not counted."""
+    """Requests of one call at most, whether nothing came back or what came could not be read. Those
+    that a server refuses as too many, or for a parameter that it does not know, are not counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,9 @@ class RIMConfig:
     """Uncertainty of any of them above which it does."""
     arbiter_temperature: float = 0.3
     cache_dir: str = "~/.cache/atlas_jax/judges"
-    """Replies are kept here, by their model, prompt and temperature; empty keeps none."""
+    """Replies are kept here, in one file, by all that decides them; empty keeps none."""
+    cache_max_bytes: int = 2**30
+    """Size of that file, above which the oldest replies go; 0 is no limit."""
     replay: bool = False
     """Read every reply from the cache, and fail where it has none."""
     active_judges: ActiveJudges = ActiveJudges()

@@ -69,7 +69,7 @@ def check_output_file(path: str) -> None:
     _check_writable(os.path.dirname(path) or ".")
 
 
-def _check_writable(directory: str) -> None:
+def _check_writable(directory: str, room_bytes: int = _ROOM_BYTES) -> None:
     path = pathlib.Path(directory).absolute()
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not existing.is_dir():
@@ -77,7 +77,7 @@ def _check_writable(directory: str) -> None:
         raise ValueError(f"{where} is no directory; name another one")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "cannot be written; name another directory", directory)
-    if shutil.disk_usage(existing).free < _ROOM_BYTES:
+    if shutil.disk_usage(existing).free < room_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
 
 
@@ -85,7 +85,7 @@ def _check_judges_files(config: GRPOConfig) -> None:
     """Checks the cache of judges' replies and the account of what they have cost."""
     if config.reward.rim.cache_dir:
         with _of("reward.rim.cache_dir"):
-            _check_writable(os.path.expanduser(config.reward.rim.cache_dir))
+            _check_writable(os.path.expanduser(config.reward.rim.cache_dir), room_bytes=0)
     from atlas_jax.rewards import replies  # brings an HTTP client, which takes time
 
     for path in pathlib.Path(config.output_dir).glob("judges_spent_process_*.json"):

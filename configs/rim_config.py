@@ -18,6 +18,7 @@ def apply(config: ConfigDict) -> None:
     c.uncertainty_threshold = 0.3
     c.arbiter_temperature = 0.3
     c.cache_dir = "~/.cache/atlas_jax/judges"
+    c.cache_max_bytes = 2**30
     c.replay = False
 
     c.active_judges.accuracy = True

@@ -52,15 +52,17 @@ def main() -> None:
         f"{len(unscored)} without a score", *(row["unscored"] for row in unscored[:5]), sep="\n  "
     )
     scores = {"score": [r.score for r in results]} | {
-        name: [row["judges"][name]["score"] for row in rows] for name in reward.names
+        name: [row["judges"][name]["score"] if "judges" in row else None for row in rows]
+        for name in reward.names
     }
     compared = agreement.report(scores, carried(found), options.good)
     print(table(compared))
-    usage = {name: sum(row[name] for row in rows) for name in ("calls", "cached", "tokens")}
-    costs = [row["cost"] for row in rows]
+    judged = [row for row in rows if "judges" in row]
+    usage = {name: sum(row[name] for row in judged) for name in ("calls", "cached", "tokens")}
+    costs = [row["cost"] for row in judged]
     usage["cost"] = None if None in costs else sum(costs)  # None: its price is not known
-    escalated = sum(bool(j["escalation"]) for row in rows for j in row["judges"].values())
-    print(usage, f"escalated {escalated}, gamed {sum(bool(row['gaming']) for row in rows)}")
+    escalated = sum(bool(j["escalation"]) for row in judged for j in row["judges"].values())
+    print(usage, f"escalated {escalated}, gamed {sum(bool(row['gaming']) for row in judged)}")
     result = {"agreement": compared, "usage": usage, "rejected": rejected, "sessions": rows}
     write_whole(options.output, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     print(f"written: {options.output}")
@@ -80,13 +82,15 @@ def read(path: str, limit: int) -> tuple[list[AtlasSessionTrace], list[str]]:
 def case_of(session: AtlasSessionTrace) -> Case:
     """Returns a session as judges see it: the first attempt as plan, all guidance as lesson."""
     lessons = sessions.lessons(session)
+    work = "\n\n".join(step.output for step in session.steps)
     return Case(
         question=session.task,
         ground_truth=sessions.questions(session, answer_as_truth=False)[-1]["ground_truth"],
         baseline="",
         plan=lessons[0]["student_approach"] if lessons else _plan(session.plan),
         lesson="\n\n".join(lesson["teacher_teaching"] for lesson in lessons),
-        answer=session.final_answer or "\n\n".join(step.output for step in session.steps),
+        answer=session.final_answer or work,
+        trace=work if session.final_answer else "",
     )
 
 

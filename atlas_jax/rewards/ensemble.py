@@ -3,7 +3,7 @@
 Pure functions. Nothing depends on the order in which replies arrive.
 
 Reference: the RIM reward of ATLAS (Arc Intelligence), with its faults left out: an arbiter that
-fails leaves the first opinions standing, and what no judge could score has no score.
+fails leaves the first opinions standing, and where a judge did not speak there is no score.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Verdict(NamedTuple):
     samples: tuple[Opinion, ...]  # of the small model, in the order of the temperatures
     spread: float  # standard deviation of their scores
     escalation: str  # why the large model was asked; "" if it was not
-    failures: tuple[str, ...]  # calls that brought no opinion
+    failures: tuple[str, ...]  # one for each opinion that was asked for and did not come
+    num_asked: int  # opinions that were asked for, the large model's too
 
 
 def spread(samples: Sequence[Opinion]) -> float:
@@ -99,5 +100,5 @@ def reported(verdicts: Iterable[Verdict]) -> list[str]:
 
 
 def aggregate(scores: Mapping[str, float]) -> float | None:
-    """Returns the mean over the judges that have a score; None if none has."""
+    """Returns the mean over the judges, all of which have spoken; None where there is none."""
     return statistics.fmean(scores.values()) if scores else None

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     plan: str  # how the student meant to go about it
     lesson: str  # as the student read it
     answer: str  # the student's, with the lesson
+    trace: str = ""  # how the student came to it, where that is more than the answer
 
 
 class Judge(NamedTuple):
@@ -58,7 +59,7 @@ JUDGES = {
     ),
     "process": Judge(
         "You judge how a student worked after a lesson.",
-        ("question", "ground_truth", "plan", "lesson", "answer"),
+        ("question", "ground_truth", "plan", "lesson", "trace", "answer"),
         "Did the student follow its plan where the plan was good and leave it where the lesson "
         "said so? Did it apply the lesson? Are the steps clear, in order, without gaps, and with "
         "the right means? Judge the way and not only where it ended.",
@@ -78,6 +79,7 @@ _TITLES = {
     "baseline": "STUDENT'S ANSWER WITHOUT THE LESSON",
     "plan": "STUDENT'S PLAN",
     "lesson": "TEACHER'S LESSON",
+    "trace": "STUDENT'S WORK WITH THE LESSON",
     "answer": "STUDENT'S FINAL ANSWER",
 }
 
@@ -193,6 +195,7 @@ def _material(judge: Judge, case: Case, prompt: JudgePrompt, more: dict[str, str
     hidden = {
         "ground_truth": not prompt.show_ground_truth,
         "baseline": not prompt.show_baseline,
+        "trace": not case.trace.strip(),
     }
     texts = {
         _TITLES[field]: _shown(getattr(case, field), prompt.max_chars)
@@ -222,6 +225,19 @@ def _defused(text: str, tag: str) -> str:
     return _SPECIAL.sub(lambda match: match[0] + " ", text)
 
 
+def problem(case: Case) -> str:
+    """Returns why a case cannot be shown to a judge; "" if it can."""
+    for name, text in case._asdict().items():
+        if _SURROGATE.search(text):
+            return f"the {name} has a lone surrogate, which no encoding of Unicode can hold"
+    return ""
+
+
+def lacks_lesson(name: str, case: Case) -> bool:
+    """Returns whether a judge would have to look at a lesson that there is not."""
+    return "lesson" in JUDGES[name].sees and not case.lesson.strip()
+
+
 class Unreadable(NamedTuple):
     """A reply that is no opinion."""
 
@@ -229,24 +245,31 @@ class Unreadable(NamedTuple):
 
 
 def parse(text: str, model: str, temperature: float) -> Opinion | Unreadable:
-    """Returns the opinion that a reply states: its last JSON object with a score.
+    """Returns the opinion that a reply states.
 
-    Anything may stand around it: thinking, a code fence, a sentence. A score that is not a number
-    from 0 to 1 is no score, and neither is one without an uncertainty.
+    Thinking, a code fence, a sentence may stand around its JSON object, and the object's texts may
+    hold line breaks and LaTeX that nobody escaped. A score that is not a number from 0 to 1 is no
+    score, and neither is one without an uncertainty. Of verdicts that differ none is taken: one of
+    them may be quoted from the lesson, and which one cannot be known.
     """
-    found = [value for value in _objects(text) if "score" in value]
+    found, rest = _verdicts(text)
     if not found:
         return Unreadable(f"no JSON object with a score in {text[:120]!r}")
-    value = found[-1]
-    score, uncertainty = _share(value["score"]), _share(value.get("uncertainty"))
+    scores = {_share(value["score"]) for value in found}
+    scores |= {_share(match[1]) for match in _SCORE.finditer(rest)}
+    known = {_share(value["uncertainty"]) for value in found if "uncertainty" in value}
+    if len(scores) > 1 or len(known) > 1:
+        return Unreadable(f"several verdicts that differ, of scores {sorted(map(str, scores))}")
+    (score,), uncertainty = scores, known.pop() if known else None
     if score is None or uncertainty is None:
-        shown = json.dumps({k: value.get(k) for k in ("score", "uncertainty")})[:120]
+        shown = json.dumps({k: found[-1].get(k) for k in _STATED})[:120]
         return Unreadable(f"score and uncertainty are not numbers from 0 to 1: {shown}")
+    value = next(value for value in found if "uncertainty" in value)
     rationale = value.get("rationale")
     return Opinion(
         score=score,
         uncertainty=uncertainty,
-        rationale=rationale if isinstance(rationale, str) else "",
+        rationale=_plain(rationale) if isinstance(rationale, str) else "",
         principles=_principles(value.get("principles")),
         model=model,
         temperature=temperature,
@@ -254,25 +277,67 @@ def parse(text: str, model: str, temperature: float) -> Opinion | Unreadable:
     )
 
 
-_DECODER = json.JSONDecoder()
+_STATED = ("score", "uncertainty")
+_SCORE = re.compile(r"""["']score["']\s*:\s*["']?([\d.]*)""")
+_THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>")
+_ESCAPE = re.compile(
+    r"""\\(?:(["\\/]|u[0-9a-fA-F]{4}|"""
+    # The escape of a line break or a tab, unless it begins a command of LaTeX.
+    r"""[nrt](?!(?:abla|eq?|ot(?:in)?|u|ight|angle|ho|heta|ext\w*|imes|an|au|o|frac|riangle)"""
+    r"""(?![a-z])))|)"""
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_STARTS = 200  # opening braces that are tried
+_START = re.compile(r"""\{(?=\s*["}])""")
 
 
-def _objects(text: str) -> list[dict[str, Any]]:
-    """Returns the JSON objects of a text that no other holds, in their order."""
-    found: list[dict[str, Any]] = []
-    at = text.find("{")
+def _verdicts(text: str) -> tuple[list[dict[str, Any]], str]:
+    """Returns the objects with a score that no thinking holds, and the text that stands outside."""
+    text = _ESCAPE.sub(lambda match: match[0] if match[1] else r"\\", text)
+    objects = _objects(text)
+    outside = text
+    for _, first, end in objects:
+        outside = outside[:first] + " " * (end - first) + outside[end:]
+    first, last = 0, len(text)
+    for tag in _THOUGHT.finditer(outside):
+        # What stands before the end of a thought belongs to it, also where its beginning is absent.
+        first, last = (tag.end(), len(text)) if tag[1] else (first, min(last, tag.start()))
+    found = [v for v, begin, _ in objects if first <= begin < last and "score" in v]
+    return found, outside[first:last]
+
+
+def _objects(text: str) -> list[tuple[dict[str, Any], int, int]]:
+    """Returns the JSON objects of a text that no other holds, and from where to where they go."""
+    found: list[tuple[dict[str, Any], int, int]] = []
+    start = _START.search(text)
     for _ in range(_MAX_STARTS):
-        if at < 0:
+        if start is None:
             break
+        end = start.end()
         try:
-            value, end = _DECODER.raw_decode(text, at)
+            value, end = _DECODER.raw_decode(text, start.start())
+            found.append((value, start.start(), end))
         except (ValueError, RecursionError):
-            at = text.find("{", at + 1)
-            continue
-        found.append(value)
-        at = text.find("{", end)
+            pass
+        start = _START.search(text, end)
     return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON; what it states twice, and differently, it does not state."""
+    value = dict(pairs)
+    for name in _STATED:
+        if any(other != value.get(name) for key, other in pairs if key == name):
+            value[name] = None
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, strict=False)  # takes raw line breaks
+
+
+def _plain(text: str) -> str:
+    """Returns a text that can be written: lone surrogates become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _share(value: Any) -> float | None:
@@ -298,6 +363,10 @@ def _principles(value: Any) -> tuple[dict[str, Any], ...]:
     ]
     total = sum(weight for _, weight in whole) or 1.0
     return tuple(
-        {"name": p["name"], "weight": w / total, "description": str(p.get("description", ""))}
+        {
+            "name": _plain(p["name"]),
+            "weight": w / total,
+            "description": _plain(str(p.get("description", ""))),
+        }
         for p, w in whole
     )

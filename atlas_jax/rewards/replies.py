@@ -1,21 +1,44 @@
-"""Replies of judges on disk, one small file for each call, and what a run has spent.
+"""Replies of judges on disk, and what a run has spent.
 
-A file has its name when it is whole, so that processes, also of several hosts, share a directory.
+The replies are one SQLite file in the cache directory, which the processes of a run, of several
+runs and of several hosts share. It has a rollback journal: a write-ahead log needs memory that all
+of its users share, which a network file system between hosts does not give. What the cache cannot
+do is warned of once and never an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 import json
+import math
 import os
 import pathlib
-import uuid
-from collections.abc import Sequence
+import re
+import sqlite3
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from absl import logging
 
 from atlas_jax.files import write_whole
 from atlas_jax.types import Message
+
+FILE_NAME = "replies.sqlite"
+"""Of the file in the cache directory."""
+
+_FLUSH_SECS = 1.0  # between two writes; a kill loses the replies of so many seconds
+_FLUSH_REPLIES = 256  # and of so many
+_LOCK_SECS = 5.0  # longest wait for another process that writes
+_KEPT_FRAC = 0.9  # of the size limit, after the oldest entries have gone
+_TABLE = """
+CREATE TABLE IF NOT EXISTS replies (
+    number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, text BLOB NOT NULL,
+    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, is_cut INTEGER NOT NULL)
+"""
 
 
 class Reply(NamedTuple):
@@ -24,54 +47,152 @@ class Reply(NamedTuple):
     text: str
     input_tokens: int
     output_tokens: int
+    is_cut: bool = False  # it ran out of tokens
 
 
-def key_of(model: str, messages: Sequence[Message], temperature: float, max_tokens: int) -> str:
-    """Returns the name that a call has in the cache: a digest of all that decides its reply."""
+def key_of(parts: Sequence[str], messages: Sequence[Message]) -> str:
+    """Returns the name that a call has in the cache: a digest of all that decides its reply.
+
+    Args:
+        parts: address, model, response format, temperature and room, in a fixed order.
+        messages: the conversation.
+    """
     texts = [text for m in messages for text in (m["role"], m["content"])]
-    parts = [model, repr(temperature), str(max_tokens), *texts]
-    content = "".join(f"{len(part)}:{part}" for part in parts)
-    return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()
+    content = "".join(f"{len(part)}:{part}" for part in [*parts, *texts])
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Cache:
-    """Replies by the key of their call."""
+    """Replies by the key of their call; threads may share it."""
 
-    def __init__(self, directory: str) -> None:
-        """Opens a directory; "" keeps nothing.
+    def __init__(self, directory: str, max_bytes: int = 0, *, is_read_only: bool = False) -> None:
+        """Opens the cache of a directory.
 
-        Raises:
-            OSError: if it cannot be written.
+        Args:
+            directory: where it lies; "" keeps nothing.
+            max_bytes: size of the file, above which the oldest replies go; 0 is no limit.
+            is_read_only: whether nothing will be written.
         """
-        tag = uuid.uuid4().hex
-        self._partials = (f"{tag}.{i}" for i in itertools.count())
-        self._root = pathlib.Path(directory).expanduser() if directory else None
-        if self._root:
-            for first in range(256):
-                (self._root / f"{first:02x}").mkdir(parents=True, exist_ok=True)
+        self._max_bytes = max_bytes
+        self._lock = threading.RLock()
+        self._pending: dict[str, Reply] = {}
+        self._flushed_at = -math.inf
+        self._file: sqlite3.Connection | None = None
+        self._path = pathlib.Path(directory).expanduser().absolute() / FILE_NAME
+        if directory:
+            with self._tolerant():
+                self._file = self._open(is_read_only)
 
     def read(self, key: str) -> Reply | None:
-        """Returns the reply to a call; None where there is none, or a broken file."""
-        if self._root is None:
-            return None
-        try:
-            with open(self._path(self._root, key), encoding="utf-8") as file:
-                return Reply(*json.load(file))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
+        """Returns the reply to a call; None where there is none."""
+        with self._tolerant():
+            if kept := self._pending.get(key):
+                return kept
+            if self._file is None:
+                return None
+            row = self._file.execute(
+                "SELECT CAST(text AS BLOB), CAST(input_tokens AS INTEGER), "
+                "CAST(output_tokens AS INTEGER), is_cut FROM replies WHERE key = ?",
+                (bytes.fromhex(key),),
+            ).fetchone()
+            if row:
+                text = row[0].decode("utf-8", "surrogatepass")
+                return Reply(text, row[1], row[2], bool(row[3]))
+        return None
 
     def write(self, key: str, reply: Reply) -> None:
-        """Keeps a reply, in the place of an earlier one."""
-        if self._root is None:
+        """Keeps a reply, in the place of an earlier one; `flush` brings it to the disk."""
+        if self._file is None:
             return
-        path = self._path(self._root, key)
-        partial = f"{path}.{next(self._partials)}"
-        with open(partial, "wb", buffering=0) as file:
-            file.write(json.dumps(reply).encode())
-        os.replace(partial, path)
+        with self._lock:
+            self._pending[key] = reply
+            is_late = time.monotonic() - self._flushed_at >= _FLUSH_SECS
+            if is_late or len(self._pending) >= _FLUSH_REPLIES:
+                self.flush()
 
-    def _path(self, root: pathlib.Path, key: str) -> str:
-        return f"{root}/{key[:2]}/{key[2:]}.json"
+    def flush(self) -> None:
+        """Writes what is kept in memory to the file, in one transaction."""
+        with self._tolerant():
+            if self._file is None or not self._pending:
+                return
+            rows = [
+                (bytes.fromhex(key), r.text.encode("utf-8", "surrogatepass"), *r[1:])
+                for key, r in self._pending.items()
+            ]
+            with _transaction(self._file):
+                self._file.executemany(
+                    "INSERT OR REPLACE INTO replies (key, text, input_tokens, output_tokens, "
+                    "is_cut) VALUES (?, ?, ?, ?, ?)",
+                    rows,
+                )
+            self._pending.clear()
+            self._flushed_at = time.monotonic()
+            self._trim(self._file)
+
+    def _open(self, is_read_only: bool) -> sqlite3.Connection:
+        if not is_read_only:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Where a kill has left a journal, reading needs to write.
+        can_write = not is_read_only or os.access(self._path.parent, os.W_OK)
+        mode = "ro" if not can_write else "rw" if is_read_only else "rwc"
+        file = sqlite3.connect(
+            f"file:{urllib.parse.quote(str(self._path))}?mode={mode}",
+            uri=True,
+            timeout=_LOCK_SECS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        if not is_read_only:
+            file.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when entries go
+            file.execute(_TABLE)
+        file.execute("SELECT number, key, text, is_cut FROM replies LIMIT 1")  # is it ours
+        return file
+
+    def _trim(self, file: sqlite3.Connection) -> None:
+        """Removes the oldest replies while the file is above its limit."""
+        while self._max_bytes and (size := _size(file)) > self._max_bytes:
+            (count,) = file.execute("SELECT count(*) FROM replies").fetchone()
+            if not count:
+                return
+            oldest = math.ceil(count * (1 - _KEPT_FRAC * self._max_bytes / size))
+            with _transaction(file):
+                file.execute(
+                    "DELETE FROM replies WHERE number IN "
+                    "(SELECT number FROM replies ORDER BY number LIMIT ?)",
+                    (oldest,),
+                )
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Goes on without a cache where there is something wrong with its file."""
+        with self._lock:
+            try:
+                yield
+            except (sqlite3.Error, OSError, ValueError) as error:
+                self._file = None
+                self._pending.clear()
+                logging.warning(
+                    "the cache of judges' replies is not used from here on: %s: %s; see to the "
+                    "file, or name another reward.rim.cache_dir",
+                    *(self._path, error),
+                )
+
+
+@contextlib.contextmanager
+def _transaction(file: sqlite3.Connection) -> Iterator[None]:
+    file.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        file.execute("COMMIT")
+    finally:
+        if file.in_transaction:
+            file.execute("ROLLBACK")
+
+
+def _size(file: sqlite3.Connection) -> int:
+    (pages,) = file.execute("PRAGMA page_count").fetchone()
+    (size,) = file.execute("PRAGMA page_size").fetchone()
+    return int(pages) * int(size)
 
 
 class Spent(NamedTuple):
@@ -82,8 +203,16 @@ class Spent(NamedTuple):
     cost: float | None = 0.0  # None: some of it is not known
 
 
+_LEDGER_NAME = re.compile(r"(?P<run>.*_process_)\d+\.json")
+_WIDTH = 160  # bytes of an account, so that a later one takes the very place of an earlier one
+
+
 class Ledger:
-    """What this process of a run has spent, over all its restarts."""
+    """What this process of a run has spent, over all its restarts.
+
+    The account is on disk before a call is made, so that it survives a kill. It is overwritten in
+    place, which is one write of less than a sector: no other process can see the half of it.
+    """
 
     def __init__(self, path: str) -> None:
         """Continues the account in a file; "" keeps it in memory.
@@ -92,28 +221,94 @@ class Ledger:
             ValueError: for a file that holds no account, such as one that lost power emptied.
         """
         self._path = path
-        self.spent = Spent()
-        if path and os.path.exists(path):
-            try:
-                self.spent = Spent(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{path} is not the account of what judges have cost ({error}); write "
-                    '{"calls": …, "tokens": …, "cost": …} with what is known, or remove it to '
-                    "begin at 0"
-                ) from None
+        self._lock = threading.Lock()
+        self._is_laid_out = False
+        self._is_warned = False
+        self.spent = _read(path) if path and os.path.exists(path) else Spent()
+        self.others = _sum([_read(p) for p in _others(path)])
+        """What the other processes of the run had spent when this one began."""
+
+    @property
+    def total(self) -> Spent:
+        """What all processes had spent when this one began, and this one since then."""
+        return _sum([self.spent, self.others])
 
     def begin(self) -> None:
         """Counts a call."""
-        self.spent = self.spent._replace(calls=self.spent.calls + 1)
+        self._count(Spent(calls=1))
+
+    def refund(self) -> None:
+        """Takes back a call that the server did not take up."""
+        self._count(Spent(calls=-1))
 
     def add(self, tokens: int, cost: float | None) -> None:
         """Counts what a call took; a cost of None is not known, nor is then the sum."""
-        calls, before, money = self.spent
-        total = None if money is None or cost is None else money + cost
-        self.spent = Spent(calls, before + tokens, total)
+        self._count(Spent(0, tokens, cost))
 
     def save(self) -> None:
-        """Writes the account."""
-        if self._path:
-            write_whole(self._path, json.dumps(self.spent._asdict()) + "\n")
+        """Writes the account so that it also outlives a power cut."""
+        with self._lock:
+            self._write(is_whole=True)
+
+    def _count(self, more: Spent) -> None:
+        with self._lock:
+            self.spent = _sum([self.spent, more])
+            self._write(is_whole=not self._is_laid_out)
+
+    def _write(self, is_whole: bool) -> None:
+        if not self._path:
+            return
+        text = json.dumps(self.spent._asdict()).ljust(_WIDTH) + "\n"
+        try:
+            if is_whole or not os.path.exists(self._path):
+                write_whole(self._path, text)
+                self._is_laid_out = True
+            else:
+                with open(self._path, "r+b", buffering=0) as file:
+                    file.write(text.encode())
+        except OSError as error:
+            if not self._is_warned:
+                logging.warning(
+                    "what judges have cost cannot be written: %s: %s; a restart will not know it",
+                    *(self._path, error),
+                )
+            self._is_warned = True
+
+
+def _others(path: str) -> list[str]:
+    """Returns the accounts of the other processes of a run, which may have been more."""
+    file = pathlib.Path(path)
+    name = _LEDGER_NAME.fullmatch(file.name)
+    if not name or not file.parent.is_dir():
+        return []
+    return sorted(
+        str(other)
+        for other in file.parent.iterdir()
+        if (found := _LEDGER_NAME.fullmatch(other.name))
+        if found["run"] == name["run"] and other.name != file.name
+    )
+
+
+def _read(path: str) -> Spent:
+    try:
+        spent = Spent(**json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+        numbers = [spent.calls, spent.tokens, 0 if spent.cost is None else spent.cost]
+        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
+            raise ValueError(f"{spent} has what is no number of 0 or more")
+        return spent
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the account of what judges have cost ({error}); write "
+            '{"calls": …, "tokens": …, "cost": …} with what is known, or remove it to '
+            "begin at 0"
+        ) from None
+
+
+def _sum(parts: Sequence[Spent]) -> Spent:
+    costs = [part.cost for part in parts if part.cost is not None]
+    is_known = len(costs) == len(parts)
+    return Spent(
+        calls=sum(part.calls for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        cost=sum(costs) if is_known else None,
+    )

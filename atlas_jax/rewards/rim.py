@@ -3,7 +3,8 @@
 Each active judge is asked once for each temperature; where its opinions differ too much or are too
 uncertain, the large model decides. Rules keep the scores of different judges from contradicting
 each other, and the rest is a mean. Lessons that aim at the judge are named, and `pricing` says what
-they are worth. All calls of a batch share one pool. What no judge could score has no score.
+they are worth. All calls of a batch share one pool. Where one of the judges did not speak there is
+no score, so that scores of a group are always those of the same judges.
 
     from atlas_jax.rewards import RIMReward
 
@@ -14,6 +15,7 @@ they are worth. All calls of a batch share one pool. What no judge could score h
 from __future__ import annotations
 
 import asyncio
+import difflib
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -22,12 +24,32 @@ from atlas_jax import config as config_lib
 from atlas_jax import progress, stopping
 from atlas_jax.options_rim import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
-from atlas_jax.rewards.ensemble import Verdict
-from atlas_jax.rewards.transport import Answer, Pool, Transport
+from atlas_jax.rewards.ensemble import Opinion, Verdict
+from atlas_jax.rewards.transport import MAX_HOLD_SECS, Answer, Pool, Transport
 from atlas_jax.rewards.verifiable import failure
-from atlas_jax.types import RewardResult, Rollout
+from atlas_jax.types import Message, RewardResult, Rollout
 
 T = TypeVar("T")
+
+_EVIDENCE = {
+    "ground_truth": "ground_truth",
+    "student_baseline_answer": "baseline",
+    "baseline_solution": "baseline",
+    "student_plan": "plan",
+    "teacher_trace": "lesson",
+    "student_trace": "trace",
+}
+"""What `evaluate` takes, and the field of a case that it is; the original writes some with an s."""
+
+_NO_LESSON = Opinion(
+    score=0.0,
+    uncertainty=0.0,
+    rationale="there is no lesson",
+    principles=(),
+    model="",
+    temperature=0.0,
+)
+"""What is known of an absent lesson without a judge."""
 
 _CLOSE_SECS = 5.0
 """Longest that closing the connections may hold up the caller."""
@@ -36,11 +58,16 @@ _CLOSE_SECS = 5.0
 class RIMEvaluation(NamedTuple):
     """What the judges say of one answer."""
 
-    score: float | None  # None: no judge could score it
+    score: float | None  # None: a judge did not speak
     rationale: str  # of all judges
     judge_scores: dict[str, float]
     judge_explanations: dict[str, str]
     extra: dict[str, Any]  # the whole record
+
+    @property
+    def reward(self) -> float | None:
+        """The score, by the name that the original has for it besides."""
+        return self.score
 
 
 class _Usage(NamedTuple):
@@ -57,7 +84,7 @@ class _Hearing(NamedTuple):
 
     verdict: Verdict
     usage: _Usage
-    later: bool  # a failure that may pass
+    later: bool  # it did not speak, for a reason that may pass
 
 
 class RIMReward:
@@ -105,25 +132,42 @@ class RIMReward:
         Raises:
             StopRequestedError: if the run is to stop; calls in flight are given up.
         """
-        with progress.waiting(self.config.limits.timeout_secs):
+        with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
             return _in_thread(self._score(cases))
 
     def evaluate(
-        self,
-        prompt: str,
-        response: str,
-        *,
-        ground_truth: str = "",
-        student_baseline_answer: str = "",
-        student_plan: str = "",
-        teacher_trace: str = "",
+        self, prompt: str, response: str, **evidence: str | Sequence[str] | None
     ) -> RIMEvaluation:
-        """Returns what the judges say of one student's answer."""
+        """Returns what the judges say of one student's answer.
+
+        Args:
+            prompt: the question.
+            response: the student's answer, with the lesson.
+            evidence: `ground_truth`, `baseline_solution` (also `student_baseline_answer`: the
+                student's answer alone), `student_plan`, `teacher_trace` (the lesson),
+                `student_trace` (how the student came to its answer); each a text or a list of one,
+                also under the plural of its name.
+
+        Raises:
+            TypeError: for evidence of another name.
+            ValueError: for one of several texts, or that is given under two names.
+        """
+        fields: dict[str, str] = {}
+        for name, value in evidence.items():
+            field, text = _field(name), _one(name, value)
+            if fields.setdefault(field, text) != text:
+                raise ValueError(f"{name} is given under two names, with two values; give it once")
         case = judges.Case(
-            prompt, ground_truth, student_baseline_answer, student_plan, teacher_trace, response
+            question=prompt,
+            ground_truth=fields.get("ground_truth", ""),
+            baseline=fields.get("baseline", ""),
+            plan=fields.get("plan", ""),
+            lesson=fields.get("lesson", ""),
+            answer=response,
+            trace=fields.get("trace", ""),
         )
         (result,) = self.score([case])
-        verdicts = result.details["judges"]
+        verdicts = result.details.get("judges", {})
         heard = {name: v for name, v in verdicts.items() if v["score"] is not None}
         explanations = {name: v["rationale"] for name, v in heard.items()}
         return RIMEvaluation(
@@ -135,25 +179,37 @@ class RIMReward:
         )
 
     async def _score(self, cases: Sequence[judges.Case]) -> list[RewardResult]:
+        problems = [judges.problem(case) for case in cases]
+        shown = [case for case, why in zip(cases, problems, strict=True) if not why]
         async with self._transport.open() as pool:
             hearings = await asyncio.gather(
-                *(self._hear(pool, name, case) for case in cases for name in self.names)
+                *(self._hear(pool, name, case) for case in shown for name in self.names)
             )
         count = len(self.names)
-        return [
+        results = (
             self._result(case, dict(zip(self.names, hearings[i * count :][:count], strict=True)))
-            for i, case in enumerate(cases)
+            for i, case in enumerate(shown)
+        )
+        return [
+            RewardResult(None, {"unscored": why}, is_skipped=True) if why else next(results)
+            for why in problems
         ]
 
     async def _hear(self, pool: Pool, name: str, case: judges.Case) -> _Hearing:
         """Returns what one judge says of one case, the arbiter asked where it must be."""
+        priced = self._transport.is_priced
+        if judges.lacks_lesson(name, case):
+            return _Hearing(Verdict(_NO_LESSON, (), 0.0, "", (), 0), _total([], priced), False)
         messages = judges.messages(name, case, self.config)
-        answers = await asyncio.gather(
-            *(
-                pool.ask("small_model", messages, temperature)
-                for temperature in self.config.temperatures
-            )
-        )
+        temperatures = self.config.temperatures
+        answers = await _asked(pool, messages, temperatures)
+        calls = list(answers)
+        if any(a.opinion for a in answers):
+            missing = [i for i, a in enumerate(answers) if a.later]
+            again = await _asked(pool, messages, [temperatures[i] for i in missing])
+            calls += again
+            for i, answer in zip(missing, again, strict=True):
+                answers[i] = answer
         samples = tuple(a.opinion for a in answers if a.opinion)
         opinion = ensemble.choose(samples)
         reason = ensemble.escalation(samples, self.config)
@@ -161,19 +217,21 @@ class RIMReward:
             messages = judges.arbiter_messages(name, case, samples, reason, self.config)
             temperature = self.config.arbiter_temperature
             last = await pool.ask("large_model", messages, temperature)
-            answers = [*answers, last]
+            answers, calls = [*answers, last], [*calls, last]
             opinion = last.opinion or opinion
-        failures = tuple(a.failure for a in answers if a.failure)
-        verdict = Verdict(opinion, samples, ensemble.spread(samples), reason, failures)
-        usage = _total(answers, self._transport.is_priced)
-        return _Hearing(verdict, usage, any(a.later for a in answers))
+        failures = tuple(a.failure for a in answers if not a.opinion)
+        spread = ensemble.spread(samples)
+        verdict = Verdict(opinion, samples, spread, reason, failures, len(answers))
+        later = opinion is None and any(a.later for a in answers)
+        return _Hearing(verdict, _total(calls, priced), later)
 
     def _result(self, case: judges.Case, hearings: dict[str, _Hearing]) -> RewardResult:
         """Returns the score with the breakdown that it is made of."""
         verdicts = {name: hearing.verdict for name, hearing in hearings.items()}
         stated = {name: v.opinion.score for name, v in verdicts.items() if v.opinion}
         scores, applied = ensemble.consistent(stated, self.config.consistency_rules)
-        score = ensemble.aggregate(scores)
+        unheard = {name: hearing for name, hearing in hearings.items() if name not in stated}
+        score = None if unheard else ensemble.aggregate(scores)
         rules = self.config.anti_gaming
         found = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
         found += ensemble.reported(verdicts.values()) if rules.ask_judges else []
@@ -185,10 +243,39 @@ class RIMReward:
             **_total(usages, self._transport.is_priced)._asdict(),
         }
         if score is None:
-            failures = [f for v in verdicts.values() for f in v.failures]
-            later = any(hearing.later for hearing in hearings.values())
-            return RewardResult(None, {"unscored": failures[0], **details}, later)
+            name, hearing = next(iter(unheard.items()))
+            why = f"the judge {name} did not speak: {hearing.verdict.failures[0]}"
+            later = all(hearing.later for hearing in unheard.values())
+            return RewardResult(None, {"unscored": why, **details}, later)
         return RewardResult(score, details)
+
+
+async def _asked(
+    pool: Pool, messages: Sequence[Message], temperatures: Sequence[float]
+) -> list[Answer]:
+    """Returns what the small model says at each temperature."""
+    return await asyncio.gather(*(pool.ask("small_model", messages, t) for t in temperatures))
+
+
+def _field(name: str) -> str:
+    """Returns the field of a case that evidence of this name is.
+
+    Raises:
+        TypeError: for a name that is not known.
+    """
+    found = _EVIDENCE.get(name) or _EVIDENCE.get(name.removesuffix("s"))
+    if found is None:
+        nearest = difflib.get_close_matches(name, _EVIDENCE, 1, 0.0)
+        raise TypeError(f"evaluate() takes no {name}; did you mean {nearest[0]}?")
+    return found
+
+
+def _one(name: str, value: str | Sequence[str] | None) -> str:
+    """Returns the text of one piece of evidence; "" where there is none."""
+    texts = [value] if isinstance(value, str) else list(value or ())
+    if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}={texts!r:.200} must be one text, since there is one answer")
+    return texts[0] if texts else ""
 
 
 def _in_thread(work: Coroutine[Any, Any, T]) -> T:
@@ -255,6 +342,7 @@ def _record(verdict: Verdict, score: float | None) -> dict[str, Any]:
         "model": opinion.model if opinion else "",
         "escalation": verdict.escalation,
         "spread": verdict.spread,
+        "asked": verdict.num_asked,
         "samples": [
             {k: getattr(s, k) for k in ("score", "uncertainty", "temperature", "rationale")}
             for s in verdict.samples

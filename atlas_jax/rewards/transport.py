@@ -11,32 +11,32 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
+import yarl
+
 from atlas_jax import progress
 from atlas_jax.endpoints import Endpoint, api_key, prices, resolve_all, warn_if_readable
 from atlas_jax.llm_client import (
     Client,
     ClientOptions,
-    Pace,
     RefusedError,
     ServerError,
     Tries,
     UnavailableError,
 )
 from atlas_jax.options_rim import JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.rewards import dialect as dialects
+from atlas_jax.rewards.dialect import Dialect, Request
 from atlas_jax.rewards.ensemble import Opinion
-from atlas_jax.rewards.judges import SCHEMA, Unreadable, parse
+from atlas_jax.rewards.judges import Unreadable, parse
 from atlas_jax.rewards.replies import Cache, Ledger, Reply, key_of
+from atlas_jax.throttle import Throttle
 from atlas_jax.types import Message
 
-_FORMATS: dict[str, dict[str, Any] | None] = {
-    "json_schema": {
-        "type": "json_schema",
-        "json_schema": {"name": "judgement", "schema": SCHEMA},
-    },
-    "json_object": {"type": "json_object"},
-    "none": None,
-}
+MAX_HOLD_SECS = 120.0
+"""Longest that an endpoint is left alone because it says so; limits are by the minute."""
+
 _CHARS_PER_TOKEN = 4  # an estimate, until a reply says
+_MOST_ROOM = 4  # times `max_tokens`, for a reply that is cut off
 
 
 class ReplayError(RuntimeError):
@@ -80,14 +80,29 @@ class Pool:
             ReplayError: on replay, if the cache has no reply.
         """
         model = self._owner.models[which]
-        key = key_of(model.endpoint.model, messages, temperature, model.options.max_tokens)
-        if key in self._asked:
-            answer = await self._asked[key]
+        options = model.options
+        request = Request(
+            model=model.endpoint.model,
+            messages=messages,
+            temperature=temperature,
+            max_tokens=options.max_tokens,
+            response_format=options.response_format,
+        )
+        parts = (_address(model.endpoint.base_url), *map(str, request[:1] + request[2:]))
+        key = key_of(parts, messages)
+        earlier = self._asked.get(key)
+        if earlier is not None and not _may_pass(earlier):
+            answer = await earlier
             return answer._replace(cached=True, tokens=0, cost=0.0, calls=0)
 
-        call = self._owner.call(self._clients[which], model, key, messages, temperature)
+        call = self._owner.call(self._clients[which], model, key, request)
         self._asked[key] = asyncio.ensure_future(call)
         return await self._asked[key]
+
+
+def _may_pass(asked: asyncio.Task[Answer]) -> bool:
+    """Returns whether a call has failed in a way that makes another one worth it."""
+    return asked.done() and not asked.cancelled() and not asked.exception() and asked.result().later
 
 
 class _Model(NamedTuple):
@@ -99,7 +114,7 @@ class _Model(NamedTuple):
 
 
 class Transport:
-    """What stays from one batch to the next: cache, account, and what a server has refused."""
+    """What stays from one batch to the next: cache, account, and what endpoints have refused."""
 
     def __init__(self, config: RIMConfig, share: int = 1, ledger_path: str = "") -> None:
         """Finds endpoints and keys; nothing is connected yet.
@@ -107,7 +122,8 @@ class Transport:
         Args:
             config: of RIM.
             share: how many processes keep the limits together.
-            ledger_path: file with the account of this process; "" keeps it in memory.
+            ledger_path: file with the account of this process, `…_process_N.json` beside those of
+                the others; "" keeps it in memory.
 
         Raises:
             ValueError: for an endpoint or a key that is not known, and for a budget of money where
@@ -115,7 +131,7 @@ class Transport:
         """
         self._replay = config.replay
         self._limits = _shared(config.limits, share)
-        self._cache = Cache(config.cache_dir)
+        self._cache = Cache(config.cache_dir, config.cache_max_bytes, is_read_only=config.replay)
         self._ledger = Ledger(ledger_path)
         options = {"small_model": config.small_model, "large_model": config.large_model}
         self.models = {
@@ -129,52 +145,64 @@ class Transport:
         }
         self.is_priced = all(model.prices for model in self.models.values())
         """Whether it is known what every call costs."""
-        if config.limits.max_cost and self._ledger.spent.cost is None:
+        if config.limits.max_cost and self._ledger.total.cost is None:
             raise ValueError(
                 f"{ledger_path} has calls of judges whose price was not known, so that "
                 f"reward.rim.limits.max_cost={config.limits.max_cost:g} cannot be kept; set it to "
                 "0, or remove the file"
             )
+        self._budget = _budget(config.limits, share, self._ledger)
         for endpoint in {m.endpoint for m in self.models.values() if m.api_key}:
             warn_if_readable(endpoint)
-        self._refused: dict[Endpoint, int] = {}  # how many formats the endpoint does not take
-        self._pace = Pace(float(self._limits.tokens_per_minute))
+        self._dialects: dict[Endpoint, Dialect] = {}
+        self._throttles = {
+            _address(model.endpoint.base_url): Throttle(
+                self._limits.max_in_flight,
+                float(self._limits.requests_per_minute),
+                float(self._limits.tokens_per_minute),
+            )
+            for model in self.models.values()
+        }
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Pool]:
-        """Yields a pool of calls, inside one event loop; the account is saved at its end."""
+        """Yields a pool of calls, inside one event loop; what came of them is kept at its end."""
         limits = self._limits
         options = ClientOptions(
             max_in_flight=limits.max_in_flight,
             timeout_secs=limits.timeout_secs,
             max_tries=limits.max_tries,
-            requests_per_minute=float(limits.requests_per_minute),
+            max_backoff_secs=MAX_HOLD_SECS,
             max_failures_in_row=2 * limits.max_in_flight,
+            trust_env=True,
         )
         servers = {(m.endpoint.base_url, m.api_key) for m in self.models.values()}
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._ledger.save)
+            stack.callback(self._cache.flush)
             clients = {
-                server: await stack.enter_async_context(Client(*server, options, self._admit))
-                for server in servers
+                (url, key): await stack.enter_async_context(
+                    Client(
+                        url,
+                        key,
+                        options,
+                        admit=self._admit,
+                        refund=self._ledger.refund,
+                        throttle=self._throttles[_address(url)],
+                    )
+                )
+                for url, key in servers
             }
             yield Pool(
                 self,
                 {n: clients[m.endpoint.base_url, m.api_key] for n, m in self.models.items()},
             )
 
-    async def call(
-        self,
-        client: Client,
-        model: _Model,
-        key: str,
-        messages: Sequence[Message],
-        temperature: float,
-    ) -> Answer:
+    async def call(self, client: Client, model: _Model, key: str, request: Request) -> Answer:
         """Returns one answer, from the cache or from the server."""
-        name = model.endpoint.model
+        name, temperature = request.model, request.temperature
         kept = self._cache.read(key)
-        found = parse(kept.text, name, temperature) if kept else None
+        found = _read(kept, request) if kept else None
         if isinstance(found, Opinion):
             return Answer(found, "", False, True)
         if found and self._replay:
@@ -182,100 +210,116 @@ class Transport:
         if self._replay:
             raise ReplayError(
                 f"the cache has no reply of {name} at temperature {temperature:g} "
-                f"to {messages[-1]['content'][:200]!r}; replay only what was scored with the same "
-                "options, or set reward.rim.replay=False"
+                f"to {request.messages[-1]['content'][:200]!r}; replay only what was scored with "
+                "the same options, or set reward.rim.replay=False"
             )
-        payload = {
-            "model": name,
-            "messages": list(messages),
-            "temperature": temperature,
-            "max_tokens": model.options.max_tokens,
-        }
         tokens, cost = 0, 0.0
         failure, later = "", True
+        most = _MOST_ROOM * request.max_tokens
         tries = Tries(self._limits.max_tries)
         while tries.left:
             try:
-                reply = await self._post(client, model, payload, tries)
+                reply = await self._post(client, model, request, tries)
             except ServerError as error:
-                failure, later = str(error), isinstance(error, UnavailableError)
+                failure = f"{failure}; then {error}" if failure else str(error)
+                later = isinstance(error, UnavailableError)
                 break
             tokens += reply.input_tokens + reply.output_tokens
             cost += _cost(reply, model.prices)
             self._cache.write(key, reply)
-            read = parse(reply.text, name, temperature)
+            read = _read(reply, request)
             if not isinstance(read, Unreadable):
                 return Answer(read, "", False, False, tokens, cost, tries.made)
             failure = read.reason
+            if reply.is_cut:
+                request = request._replace(max_tokens=min(2 * request.max_tokens, most))
         return Answer(None, failure, later, False, tokens, cost, tries.made)
 
     def _admit(self) -> str:
         """Counts a call, or returns which budget has none left."""
-        limits, spent = self._limits, self._ledger.spent
-        if limits.max_calls and spent.calls >= limits.max_calls:
-            return f"this process's {limits.max_calls} of reward.rim.limits.max_calls are used up"
-        if limits.max_cost and spent.cost is not None and spent.cost >= limits.max_cost:
-            return f"this process's {limits.max_cost:g} of reward.rim.limits.max_cost is used up"
+        limits, spent = self._budget, self._ledger.spent
+        if limits.calls is not None and spent.calls >= limits.calls:
+            return f"this process's {limits.calls} of reward.rim.limits.max_calls are used up"
+        if limits.cost is not None and spent.cost is not None and spent.cost >= limits.cost:
+            return f"this process's {limits.cost:g} of reward.rim.limits.max_cost is used up"
         self._ledger.begin()
         return ""
 
-    async def _post(
-        self, client: Client, model: _Model, payload: dict[str, Any], tries: Tries
-    ) -> Reply:
-        """Makes one call, in the strictest format that the server takes.
+    async def _post(self, client: Client, model: _Model, request: Request, tries: Tries) -> Reply:
+        """Makes one call, with the parameters that the model takes.
 
         A request that only told that it does not take one is not counted among the tries.
         """
-        chars = sum(len(message["content"]) for message in payload["messages"])
+        chars = sum(len(message["content"]) for message in request.messages)
         estimate = chars // _CHARS_PER_TOKEN
-        if self._limits.tokens_per_minute:
-            await self._pace.wait(float(estimate))
+        tokens = self._throttles[_address(model.endpoint.base_url)].tokens
+        await tokens.wait(float(estimate))
+        dialect = self._dialects.get(model.endpoint, Dialect())
         while True:
-            used = self._refused.setdefault(model.endpoint, 0)
-            wanted = model.options.response_format
-            name = list(_FORMATS)[used] if wanted == "auto" else wanted
-            body = payload | ({"response_format": _FORMATS[name]} if _FORMATS[name] else {})
             try:
-                raw = await client.post("/chat/completions", body, tries=tries)
+                raw = await client.post(
+                    "/chat/completions", dialects.payload(request, dialect), tries=tries
+                )
             except RefusedError as error:
-                if wanted != "auto" or name == "none" or not _refuses_format(error):
+                if (simpler := dialects.after(error, request, dialect)) is None:
                     raise
-                self._refused[model.endpoint] = max(self._refused[model.endpoint], used + 1)
+                dialect = simpler
                 tries.left += 1
                 continue
+            self._dialects[model.endpoint] = dialect  # now that it is known to be taken
             progress.mark()
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens
-            self._pace.correct(float(total - estimate))
+            tokens.correct(float(total - estimate))
             self._ledger.add(total, _cost(reply, model.prices) if self.is_priced else None)
             return reply
 
 
+class _Budget(NamedTuple):
+    """What a process may have spent in all; None is no limit."""
+
+    calls: int | None
+    cost: float | None
+
+
+def _budget(limits: JudgeLimits, share: int, ledger: Ledger) -> _Budget:
+    """Returns what a process may spend: of what the run has left an equal part, and what it has."""
+    total, own = ledger.total, ledger.spent
+    calls = own.calls + max(limits.max_calls - total.calls, 0) // share
+    cost = (own.cost or 0.0) + max(limits.max_cost - (total.cost or 0.0), 0.0) / share
+    return _Budget(calls if limits.max_calls else None, cost if limits.max_cost else None)
+
+
 def _shared(limits: JudgeLimits, share: int) -> JudgeLimits:
-    """Returns the limits of one of `share` processes; a limit that there is stays one."""
-    if share == 1:
-        return limits
-    names = ("max_in_flight", "requests_per_minute", "tokens_per_minute", "max_calls")
+    """Returns the rates of one of `share` processes; a limit that there is stays one."""
+    names = ("max_in_flight", "requests_per_minute", "tokens_per_minute")
     parts = {n: max(getattr(limits, n) // share, 1) for n in names if getattr(limits, n)}
-    return dataclasses.replace(limits, max_cost=limits.max_cost / share, **parts)
+    return dataclasses.replace(limits, **parts)
 
 
-def _refuses_format(error: RefusedError) -> bool:
-    body = error.body.lower()
-    words = ("response_format", "json_schema", "json_object", "schema", "structured", "guided")
-    return error.status in (400, 404, 415, 422, 501) and any(word in body for word in words)
+def _address(base_url: str) -> str:
+    """Returns the address of an endpoint without a user and a password."""
+    return str(yarl.URL(base_url.rstrip("/")).with_user(None))
+
+
+def _read(reply: Reply, request: Request) -> Opinion | Unreadable:
+    """Returns what a reply says; one that is cut says nothing, whatever it held so far."""
+    if reply.is_cut:
+        return Unreadable(f"cut off behind {reply.output_tokens} tokens: {reply.text[-120:]!r}")
+    return parse(reply.text, request.model, request.temperature)
 
 
 def _reply(raw: Any, estimate: int) -> Reply:
     """Returns what a chat completion holds; "" where it is none."""
     try:
-        text = raw["choices"][0]["message"]["content"]
+        choice = raw["choices"][0]
+        text, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
         usage = raw.get("usage") or {}
         input_tokens = int(usage.get("prompt_tokens") or estimate)
         output_tokens = int(usage.get("completion_tokens") or len(text or "") // _CHARS_PER_TOKEN)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return Reply("", estimate, 0)
-    return Reply(text if isinstance(text, str) else "", input_tokens, output_tokens)
+    return Reply(text if isinstance(text, str) else "", input_tokens, output_tokens, is_cut)
 
 
 def _cost(reply: Reply, prices: tuple[float, float] | None) -> float:

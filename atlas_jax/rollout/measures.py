@@ -55,6 +55,14 @@ def of_judges(results: Sequence[Sequence[RewardResult]], names: Sequence[str]) -
     calls, cached, tokens = (sum(d[k] for d in heard) for k in ("calls", "cached", "tokens"))
     costs = [d["cost"] for d in heard if d["cost"] is not None]
     found = {
+        "reward/judge_missing_frac": (
+            sum(v["stated_score"] is None for v in verdicts),
+            len(verdicts),
+        ),
+        "reward/opinions_missing_frac": (
+            sum(len(v["failures"]) for v in verdicts),
+            sum(v["asked"] for v in verdicts),
+        ),
         "reward/escalated_frac": (sum(bool(v["escalation"]) for v in verdicts), len(verdicts)),
         "reward/disagreement": (sum(several), len(several)),
         "reward/gamed_frac": (sum(bool(d["gaming"]) for d in heard), len(heard)),

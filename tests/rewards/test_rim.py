@@ -1,9 +1,11 @@
 """The judges' reward over a real HTTP server in a process of its own, well and ill."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import pathlib
+import sqlite3
 import subprocess
 import sys
 import time
@@ -45,6 +47,11 @@ def options(server, tmp_path, small="agreeing", large="large", limits=(), **chan
         large_model=JudgeModel(model=large, base_url=server.url),
         **{"limits": limits, "active_judges": TWO, "cache_dir": str(tmp_path / "cache"), **changes},
     )
+
+
+def kept(config):
+    """The file of the cache."""
+    return pathlib.Path(config.cache_dir) / "replies.sqlite"
 
 
 def test_the_breakdown_is_the_one_whose_score_is_used(server, tmp_path):
@@ -182,10 +189,11 @@ def test_the_cache_spares_calls_and_forgets_broken_replies(server, tmp_path):
     again = RIMReward(config).score(cases(5, "cache"))
     assert server.stats()["calls"] == before
     assert [r.score for r in again] == [r.score for r in first]
-    files = list(pathlib.Path(config.cache_dir).glob("*/*.json"))
-    assert len(files) == sum(r.details["calls"] for r in first)
-    files[0].write_text("{broken")
-    files[1].write_text(json.dumps(["no opinion", 1, 1]))
+    with contextlib.closing(sqlite3.connect(kept(config))) as file, file:
+        (count,) = file.execute("SELECT count(*) FROM replies").fetchone()
+        assert count == sum(r.details["calls"] for r in first)
+        file.execute("UPDATE replies SET text = '{broken' WHERE number = 1")
+        file.execute("UPDATE replies SET text = 'no opinion' WHERE number = 2")
     third = RIMReward(config).score(cases(5, "cache"))
     assert server.stats()["calls"] == before + 2
     assert [r.score for r in third] == [r.score for r in first]
@@ -205,8 +213,7 @@ def test_processes_share_a_cache(server, tmp_path):
     assert (
         outputs[0] == outputs[1] == [r.score for r in RIMReward(config).score(cases(40, "shared"))]
     )
-    files = list(pathlib.Path(config.cache_dir).glob("*/*"))
-    assert all(path.suffix == ".json" for path in files)
+    assert list(pathlib.Path(config.cache_dir).iterdir()) == [kept(config)]
 
 
 def test_equal_samples_are_asked_once(server, tmp_path):
