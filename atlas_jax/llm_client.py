@@ -42,6 +42,9 @@ __all__ = [
 _TRANSIENT = frozenset({408, 425, 500, 502, 503, 504})
 _BUSY = frozenset({429, 529})  # the server is well, and is asked too often
 _RETRY_DELAY = re.compile(r'"retryDelay":\s*"([\d.]+)s"')  # in the body of Google's 429
+Payload = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+"""What is posted, or what tells it at the time of each try."""
+
 _CLOCK_SECS = 2.0  # by which a server's clock may differ from ours without being wrong
 _SHOWN = 300  # characters of a reply that an error message repeats
 _PAUSED = ("engine_paused", "Generation is paused")  # in the body of vLLM's 503
@@ -171,7 +174,7 @@ class Client:
     async def post(
         self,
         path: str,
-        payload: Mapping[str, Any] | None = None,
+        payload: Payload | None = None,
         params: Mapping[str, str] | None = None,
         tries: Tries | None = None,
     ) -> Any:
@@ -179,7 +182,7 @@ class Client:
 
         Args:
             path: appended to the address.
-            payload: sent as JSON.
+            payload: sent as JSON; a function is called for each try.
             params: of the query.
             tries: requests that are left of a call with several posts; None allows `max_tries`.
 
@@ -198,7 +201,7 @@ class Client:
         self,
         method: str,
         path: str,
-        payload: Mapping[str, Any] | None,
+        payload: Payload | None,
         params: Mapping[str, str] | None,
         tries: Tries | None,
     ) -> Any:
@@ -226,7 +229,7 @@ class Client:
         self,
         method: str,
         url: str,
-        payload: Mapping[str, Any] | None,
+        payload: Payload | None,
         params: Mapping[str, str] | None,
         tries: Tries,
     ) -> Any:
@@ -239,9 +242,11 @@ class Client:
                 tries.made += 1
                 try:
                     reply = await self._once(method, url, payload, params)
-                    self._throttle.accepted()
-                    self._busy_since = math.inf
+                    self._accepted()
                     return reply
+                except RefusedError:
+                    self._accepted()
+                    raise
                 except _PausedError as paused:
                     tries.left += 1
                     tries.made -= 1
@@ -256,6 +261,10 @@ class Client:
                     self._hold(busy, sent)
                     wait = 0.0
             await asyncio.sleep(wait)
+
+    def _accepted(self) -> None:
+        self._throttle.accepted()
+        self._busy_since = math.inf
 
     def _hold(self, busy: _BusyError, sent: float) -> None:
         """Leaves the server alone for as long as it asks.
@@ -287,7 +296,7 @@ class Client:
         self,
         method: str,
         url: str,
-        payload: Mapping[str, Any] | None,
+        payload: Payload | None,
         params: Mapping[str, str] | None,
     ) -> Any:
         if self._session is None:
@@ -295,7 +304,12 @@ class Client:
         try:
             # A redirect could lead a key to another server, or from https to http.
             async with self._session.request(
-                method, url, json=payload, params=params, allow_redirects=False, proxy=self._proxy
+                method,
+                url,
+                json=payload() if callable(payload) else payload,
+                params=params,
+                allow_redirects=False,
+                proxy=self._proxy,
             ) as reply:
                 body = await reply.text(errors="replace")
                 location = reply.headers.get("Location", "")

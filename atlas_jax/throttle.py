@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -33,11 +34,77 @@ class Pace:
         self._free_at += units * self._secs_per_unit
 
 
+_NEAR = 0.9  # share of what was refused up to which it is taken up again at once
+_PLATEAU = 0.97  # share of the rate that was refused, at which the rate stays for some time
+_START = 0.93  # and at which it begins, at most
+_PERIOD_SECS = 20.0  # until it is there, at least
+_PERIOD_HOLDS = 30.0  # and in pauses, so that these cost little
+
+
+class _Rate:
+    """Requests a second that an endpoint takes, unlimited until it has refused some twice.
+
+    An endpoint may ask for a longer pause than its limit needs, so that who only keeps the pauses
+    stays below the limit; who asks evenly is seldom refused. The limit lies between what was
+    accepted since the refusal before and what was asked when it refused.
+
+    Reference: the growth is that of CUBIC (RFC 9438), of a rate in the place of a window.
+    """
+
+    def __init__(self) -> None:
+        self._start = math.inf  # behind the last pause, requests a second
+        self._refused = math.inf  # the plateau; infinite where no such rate has been refused
+        self._period = _PERIOD_SECS
+        self._refused_at = -math.inf
+        self._num_accepted = 0
+        self._num_paced = 0  # requests that waited for their turn, so that the rate held them up
+        self._free_at = 0.0
+
+    def turn(self) -> float:
+        """Returns the time at which the next request may be sent."""
+        now = time.monotonic()
+        self._num_paced += self._free_at > now
+        start = max(self._free_at, now)
+        self._free_at = start + 1 / self._asked
+        return start
+
+    def accepted(self) -> None:
+        """Counts a request."""
+        self._num_accepted += 1
+
+    def idle(self, secs: float) -> None:
+        """Leaves out a time in which nothing was asked."""
+        self._refused_at += secs
+
+    def refused(self, now: float, held_until: float) -> None:
+        """Asks slower, once for all requests that were refused together."""
+        asked, secs = self._asked, max(now - self._refused_at, 1e-3)
+        accepted = max(self._num_accepted, 1) / secs
+        if asked < math.inf:
+            self._refused = _PLATEAU * asked
+            self._start = max(min(math.sqrt(accepted * asked), _START * asked), accepted)
+        elif secs < math.inf and self._num_accepted:
+            self._start = accepted
+        self._period = max(_PERIOD_HOLDS * (held_until - now), _PERIOD_SECS)
+        self._free_at = held_until
+        self._refused_at = now
+        self._num_accepted = self._num_paced = 0
+
+    @property
+    def _asked(self) -> float:
+        """Requests a second that are sent now."""
+        if self._refused == math.inf:  # it has not been too fast yet
+            return self._start + math.log(2) * self._num_paced  # twice as fast in a second
+        x = self._num_paced / (self._period * self._start) - 1
+        return self._refused + (self._refused - self._start) * x**3 + self._refused * max(x, 0.0)
+
+
 class Throttle:
-    """Places for the requests in flight, fewer of them while the endpoint refuses some.
+    """Places for the requests in flight, fewer and with time between them where some are refused.
 
     Reference: additive increase and multiplicative decrease (Chiu and Jain, 1989), as TCP sets the
-    size of its congestion window.
+    size of its congestion window; the fast return to just below what was refused is of CUBIC
+    (RFC 9438).
     """
 
     def __init__(
@@ -57,8 +124,11 @@ class Throttle:
         self._lock = threading.Lock()
         self._limit = float(max_in_flight)
         self._in_flight = 0
+        self._idle_since = 0.0
         self._held_until = 0.0
         self._lowered_at = 0.0
+        self._refused_limit = math.inf
+        self._rate = _Rate()
         self._waiting: collections.OrderedDict[asyncio.Future[None], None] = (
             collections.OrderedDict()
         )
@@ -72,9 +142,7 @@ class Throttle:
         while True:
             await self._take()
             try:
-                while (secs := self._held_until - time.monotonic()) > 0:
-                    await asyncio.sleep(secs)
-                if self._in_flight <= self._limit:  # it may have been lowered meanwhile
+                if await self._turn():
                     yield time.monotonic()
                     return
             finally:
@@ -93,19 +161,39 @@ class Throttle:
             now = time.monotonic()
             self._held_until = max(self._held_until, now + secs)
             if sent >= self._lowered_at:
-                self._limit = max(min(self._limit, self._in_flight) / 2, 1.0)
+                self._refused_limit = min(self._limit, self._in_flight)
+                self._limit = max(self._refused_limit / 2, 1.0)
                 self._lowered_at = now
+                self._rate.refused(now, self._held_until)
                 self.num_refusals += 1
 
     def accepted(self) -> None:
-        """Lets the places grow by one for as many accepted requests as there are places."""
+        """Lets the places grow: by one for as many accepted requests as there are places."""
         with self._lock:
             self.num_refusals = 0
-            self._limit = min(self._limit + 1 / self._limit, float(self._most))
+            is_below = self._limit < _NEAR * self._refused_limit
+            more = 1.0 if is_below else 1 / self._limit
+            self._limit = min(self._limit + more, float(self._most))
+            self._rate.accepted()
             self._wake()
+
+    async def _turn(self) -> bool:
+        """Returns when a request may be sent; false if there are fewer places by now."""
+        while True:
+            held_until = self._held_until
+            await _until(held_until)
+            with self._lock:
+                if self._in_flight > self._limit:
+                    return False
+                turn = self._rate.turn()
+            await _until(turn)
+            if self._held_until == held_until:  # otherwise the turns are dealt anew
+                return True
 
     async def _take(self) -> None:
         with self._lock:
+            if not self._in_flight:
+                self._rate.idle(time.monotonic() - self._idle_since)
             if self._in_flight < int(self._limit):
                 self._in_flight += 1
                 return
@@ -125,6 +213,7 @@ class Throttle:
         with self._lock:
             self._in_flight -= 1
             self._wake()
+            self._idle_since = time.monotonic()
 
     def _wake(self) -> None:
         """Gives free places to those who wait, each in its own event loop."""
@@ -133,6 +222,11 @@ class Throttle:
             with contextlib.suppress(RuntimeError):  # its loop has been closed
                 turn.get_loop().call_soon_threadsafe(_give, turn)
                 self._in_flight += 1
+
+
+async def _until(at: float) -> None:
+    while (secs := at - time.monotonic()) > 0:
+        await asyncio.sleep(secs)
 
 
 def _give(turn: asyncio.Future[None]) -> None:

@@ -30,7 +30,14 @@ class Judge(http_faults.Faults):
         super().__init__()
         self.latency = latency
         self.tries: collections.Counter[str] = collections.Counter()
-        self.stats = {"calls": 0, "in_flight": 0, "max_in_flight": 0, "formats": {}, "keys": []}
+        self.stats = {
+            "calls": 0,
+            "in_flight": 0,
+            "max_in_flight": 0,
+            "formats": {},
+            "keys": [],
+            "rooms": [],
+        }
 
     async def reply(self, request: web.Request) -> web.StreamResponse:
         """Answers as the model of the request does."""
@@ -51,22 +58,24 @@ class Judge(http_faults.Faults):
         model = asked["model"]
         form = asked.get("response_format", {"type": "none"})["type"]
         self.stats["formats"][form] = self.stats["formats"].get(form, 0) + 1
-        if model == "no schemas" and form == "json_schema":
-            return web.json_response(
-                {"error": "response_format json_schema is unknown"}, status=400
-            )
-        if model.startswith("no formats") and form != "none":
-            return web.json_response({"error": "unknown field response_format"}, status=400)
-        if model == "no key":
-            return web.json_response({"error": "no such key"}, status=401)
+        if refusal := _refused(model, form, asked):
+            return web.json_response({"error": refusal[1]}, status=refusal[0])
         key = hashlib.sha256(body).hexdigest()
         self.tries[key] += 1
+        if model.startswith("one opinion fails ") and self._fails(asked, key):
+            return await self._ill("500", request)
+        if model.startswith("cut below ") and asked["max_tokens"] < int(model.split()[-1]):
+            self.stats["rooms"].append(asked["max_tokens"])
+            return chat('{"principles": [], "rationale": "so', "length")
         if model == "unreadable behind two 500s":
             return await self._ill("500" if self.tries[key] <= 2 else "zero", request)
         model = model.removeprefix("no formats, ")
         if model.startswith("never ") or (model.startswith("first ") and self.tries[key] == 1):
             return await self._ill(model.split(" ", 1)[1], request)
         return chat(opinion(model, asked))
+
+    def _fails(self, asked, key) -> bool:
+        return asked["temperature"] == 0.5 and self.tries[key] <= int(asked["model"].split()[-1])
 
     async def _ill(self, how: str, request: web.Request) -> web.StreamResponse:
         if how == "429":
@@ -88,9 +97,22 @@ class Judge(http_faults.Faults):
         return chat('{"principles": [], "rationale": "the lesson", "score": 0.9, "uncert')
 
 
+def _refused(model: str, form: str, asked: dict) -> tuple[int, object] | None:
+    """Returns status and error of a request that the model does not take."""
+    if model == "no schemas" and form == "json_schema":
+        return 400, "response_format json_schema is unknown"
+    if model.startswith("no formats") and form != "none":
+        return 400, "unknown field response_format"
+    if model == "reasoning" and (names := {"max_tokens", "temperature"} & asked.keys()):
+        return 400, {"message": f"Unsupported: {max(names)}", "param": max(names)}
+    if model == "nothing of a process" and "how a student worked" in str(asked["messages"]):
+        return 400, "content policy"
+    return (401, "no such key") if model == "no key" else None
+
+
 def opinion(model: str, asked: dict) -> str:
     """Returns what a judge says: scores of three decimals, all different unless they agree."""
-    prompt = "".join(m["content"] for m in asked["messages"]) + str(asked["temperature"])
+    prompt = "".join(m["content"] for m in asked["messages"]) + str(asked.get("temperature"))
     number = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16)
     score = round(number % 1000 / 999, 3) if model != "agreeing" else 0.5 + number % 100 / 1000
     more = {"gives_away": "tell-tale" in prompt} if '"gives_away"' in prompt else {}
@@ -105,11 +127,16 @@ def opinion(model: str, asked: dict) -> str:
     )
 
 
-def chat(text: str) -> web.Response:
+def chat(text: str, finish_reason: str = "stop") -> web.Response:
     """Returns a chat completion."""
     return web.json_response(
         {
-            "choices": [{"message": {"role": "assistant", "content": text}}],
+            "choices": [
+                {
+                    "message": {"role": "assistant", "content": text},
+                    "finish_reason": finish_reason,
+                }
+            ],
             "usage": {"prompt_tokens": 100, "completion_tokens": 20},
         }
     )
@@ -126,7 +153,7 @@ def main() -> None:
     app.router.add_post("/v1/chat/completions", judge.reply)
     app.router.add_post("/moved/v1/chat/completions", _moved)
     app.router.add_get("/stats", lambda _: _stats(judge))
-    asyncio.run(_serve(app, options.port))
+    asyncio.run(serve(app, options.port))
 
 
 async def _moved(_: web.Request) -> web.Response:
@@ -137,7 +164,8 @@ async def _stats(judge: Judge) -> web.Response:
     return web.json_response(judge.stats)
 
 
-async def _serve(app: web.Application, port: int) -> None:
+async def serve(app: web.Application, port: int) -> None:
+    """Serves until the process ends; prints the port."""
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()

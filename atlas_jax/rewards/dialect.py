@@ -6,6 +6,7 @@ want `max_completion_tokens` for `max_tokens` and no temperature but their own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -37,6 +38,27 @@ class Dialect(NamedTuple):
     room: str = "max_tokens"
     """The parameter for the most tokens of a reply."""
     takes_temperature: bool = True
+
+    def easier_of(self, other: Dialect) -> Dialect:
+        """Returns what asks for no more than either of two."""
+        return Dialect(
+            num_formats_refused=max(self.num_formats_refused, other.num_formats_refused),
+            room=min(self.room, other.room),  # the later name comes first in the alphabet
+            takes_temperature=self.takes_temperature and other.takes_temperature,
+        )
+
+
+_EVERYTHING = Dialect()
+
+
+@dataclasses.dataclass
+class Known:
+    """What is known of a model."""
+
+    latest: Dialect = _EVERYTHING
+    """What refusals say that it takes."""
+    taken: Dialect = _EVERYTHING
+    """What it has taken."""
 
 
 class Request(NamedTuple):

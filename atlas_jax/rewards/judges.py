@@ -278,7 +278,7 @@ def parse(text: str, model: str, temperature: float) -> Opinion | Unreadable:
 
 
 _STATED = ("score", "uncertainty")
-_SCORE = re.compile(r"""["']score["']\s*:\s*["']?([\d.]*)""")
+_SCORE = re.compile(r"""["']score["']\s*:\s*["']?(\d+(?:\.\d+)?)?""")
 _THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>")
 _ESCAPE = re.compile(
     r"""\\(?:(["\\/]|u[0-9a-fA-F]{4}|"""

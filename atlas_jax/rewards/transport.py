@@ -25,7 +25,7 @@ from atlas_jax.llm_client import (
 )
 from atlas_jax.options_rim import JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import dialect as dialects
-from atlas_jax.rewards.dialect import Dialect, Request
+from atlas_jax.rewards.dialect import Dialect, Known, Request
 from atlas_jax.rewards.ensemble import Opinion
 from atlas_jax.rewards.judges import Unreadable, parse
 from atlas_jax.rewards.replies import Cache, Ledger, Reply, key_of
@@ -154,7 +154,7 @@ class Transport:
         self._budget = _budget(config.limits, share, self._ledger)
         for endpoint in {m.endpoint for m in self.models.values() if m.api_key}:
             warn_if_readable(endpoint)
-        self._dialects: dict[Endpoint, Dialect] = {}
+        self._dialects = {model.endpoint: Known() for model in self.models.values()}
         self._throttles = {
             _address(model.endpoint.base_url): Throttle(
                 self._limits.max_in_flight,
@@ -254,19 +254,25 @@ class Transport:
         estimate = chars // _CHARS_PER_TOKEN
         tokens = self._throttles[_address(model.endpoint.base_url)].tokens
         await tokens.wait(float(estimate))
-        dialect = self._dialects.get(model.endpoint, Dialect())
+        known, sent = self._dialects[model.endpoint], Dialect()
+
+        def body() -> dict[str, Any]:
+            nonlocal sent  # what other calls have learned while this one waited counts
+            sent = known.latest
+            return dialects.payload(request, sent)
+
         while True:
             try:
-                raw = await client.post(
-                    "/chat/completions", dialects.payload(request, dialect), tries=tries
-                )
+                raw = await client.post("/chat/completions", body, tries=tries)
             except RefusedError as error:
-                if (simpler := dialects.after(error, request, dialect)) is None:
+                easier = dialects.after(error, request, sent)
+                if easier is None:
+                    known.latest = known.taken  # it was about something else
                     raise
-                dialect = simpler
+                known.latest = known.latest.easier_of(easier)
                 tries.left += 1
                 continue
-            self._dialects[model.endpoint] = dialect  # now that it is known to be taken
+            known.taken = known.taken.easier_of(sent)
             progress.mark()
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens

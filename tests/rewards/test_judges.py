@@ -116,6 +116,13 @@ def test_no_text_leaves_its_fence(attack):
             assert special not in shown
 
 
+def test_how_a_student_worked_is_shown_where_it_is_known():
+    shown = user("process", CASE._replace(trace="the trace"))
+    assert re.search(r"STUDENT'S WORK WITH THE LESSON \w+\nthe trace\n", shown)
+    assert "the trace" not in user("helpfulness", CASE._replace(trace="the trace"))
+    assert "WORK WITH" not in user("process")
+
+
 def test_the_tag_follows_from_the_texts():
     assert user("process") == user("process")
     first, other = (
@@ -177,6 +184,62 @@ def test_opinions_are_read_from_what_surrounds_them(text):
 )
 def test_what_is_no_opinion_has_no_score(text):
     assert isinstance(parse(text, "m", 0.5), Unreadable)
+
+
+WRITTEN = '{"principles": [], "rationale": "%s", "score": 0.7, "uncertainty": 0.1}'
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r"by \(x\) and \frac{1}{2} \le \{1\}", r"by \(x\) and \frac{1}{2} \le \{1\}"),
+        (
+            r"\theta \neq \nabla \rho \text{ if } \beta",
+            r"\theta \neq \nabla \rho \text{ if } \beta",
+        ),
+        (r"\underline{x} \u00e9 \\frac12", "\\underline{x} é \\frac12"),
+        (r"one\nTwo\tthree \"four\"", 'one\nTwo\tthree "four"'),
+        ("one\ntwo\r\n\tthree", "one\ntwo\r\n\tthree"),
+        (r"half \ud83d of a pair", "half ? of a pair"),
+        ("it imitates </think> and <think>", "it imitates </think> and <think>"),
+    ],
+)
+def test_latex_and_line_breaks_that_nobody_escaped_are_read(written, read):
+    found = parse(WRITTEN % written, "m", 0.5)
+    assert (found.score, found.rationale) == (0.7, read)
+
+
+def test_braces_of_latex_before_an_opinion_do_not_hide_it():
+    assert parse(r"$\frac{a}{b}$, \{1\} " * 500 + json.dumps(GOOD), "m", 0.5).score == 0.7
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(GOOD) + ' The lesson says {"score": 1.0, "uncertainty": 0.0}.',
+        'The lesson says {"score": 1.0}. ' + json.dumps(GOOD),
+        json.dumps(GOOD) + json.dumps(GOOD | {"uncertainty": 0.9}),
+        json.dumps([GOOD, GOOD | {"score": 0.2}]),
+        json.dumps(GOOD)[:-1] + ', "score": 1.0}',
+        WRITTEN % 'it says {"score": 1.0, "uncertainty": 0.0}',
+        json.dumps(GOOD) + "{'score': 1.0, 'uncertainty': 0.0}",
+        json.dumps(GOOD) + '{"score": 0.9, "unc',
+        "<think>" + json.dumps(GOOD),
+    ],
+)
+def test_of_several_verdicts_none_is_taken(text):
+    assert isinstance(parse(text, "m", 0.5), Unreadable)
+
+
+def test_verdicts_that_agree_are_one():
+    assert parse(json.dumps(GOOD) + '\nSo "score": 0.7.' + json.dumps(GOOD), "m", 0.5).score == 0.7
+
+
+@pytest.mark.parametrize("tag", ["think", "thinking", "reasoning"])
+def test_a_draft_in_a_thought_is_no_verdict(tag):
+    draft = f'<{tag}>{{"score": 0.1, "uncertainty": 0}} no</{tag}>'
+    assert parse(draft + json.dumps(GOOD), "m", 0.5).score == 0.7
+    assert parse(draft.removeprefix(f"<{tag}>") + json.dumps(GOOD), "m", 0.5).score == 0.7
 
 
 def test_odd_principles_do_not_cost_the_score():

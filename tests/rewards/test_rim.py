@@ -151,6 +151,88 @@ def test_a_refusal_is_final(server, tmp_path):
     assert "401" in results[0].details["unscored"]
 
 
+def test_a_sample_of_which_a_judge_did_not_speak_has_no_score(server, tmp_path):
+    """The judge of the process is refused; nobody takes the other one's opinion for both."""
+    from atlas_jax.rollout import measures
+
+    config = options(server, tmp_path, "nothing of a process", "nothing of a process")
+    (result,) = RIMReward(config).score(cases(1, "unheard"))
+    assert (result.score, result.later, result.is_outage) == (None, False, True)
+    assert result.details["unscored"].startswith("the judge process did not speak: ")
+    assert "content policy" in result.details["unscored"]
+    assert result.details["judges"]["helpfulness"]["score"] is not None
+    found = measures.of_judges([[RewardResult(None, {"rim": result.details})]], ())
+    assert found["reward/judge_missing_frac"] == (1, 2)
+    assert found["reward/opinions_missing_frac"] == (4, 7)  # three and the arbiter, of the process
+
+
+@pytest.mark.parametrize(("failures", "missing"), [(2, 0), (5, 1)])
+def test_an_opinion_that_is_missing_among_others_is_asked_for_again(
+    server, tmp_path, failures, missing
+):
+    """Each call has two requests, so that two failures end the first call and four the second."""
+    model = f"one opinion fails {failures}"
+    config = options(server, tmp_path, model, "large", {"max_tries": 2})
+    (result,) = RIMReward(config).score(cases(1, model))
+    assert result.score is not None
+    for judge in result.details["judges"].values():
+        assert len(judge["samples"]) == 3 - missing
+        assert len(judge["failures"]) == missing
+    escalated = sum(bool(j["escalation"]) for j in result.details["judges"].values())
+    assert result.details["calls"] == 2 * (2 + min(failures + 1, 4)) + escalated
+
+
+def test_a_lone_surrogate_fails_its_sample(server, tmp_path):
+    good, bad = cases(2, "surrogate")
+    results = RIMReward(options(server, tmp_path))
+    results = results.score([good, bad._replace(lesson="half \ud800"), bad])
+    assert [r.score is None for r in results] == [False, True, False]
+    assert results[1].is_skipped
+    assert results[1].details["unscored"].startswith("the lesson has a lone surrogate")
+
+
+def test_a_lesson_that_there_is_not_is_no_call(server, tmp_path):
+    (case,) = cases(1, "absent")
+    before = server.stats()["calls"]
+    (result,) = RIMReward(options(server, tmp_path)).score([case._replace(lesson=" \n")])
+    assert server.stats()["calls"] == before
+    assert result.score == result.details["calls"] == 0
+    assert {j["rationale"] for j in result.details["judges"].values()} == {"there is no lesson"}
+    accuracy = options(server, tmp_path, active_judges=ActiveJudges(True, False, False, False))
+    (result,) = RIMReward(accuracy).score([case._replace(lesson="")])
+    assert (result.details["calls"], result.score is None) == (3, False)
+
+
+def test_a_reply_that_is_cut_off_is_asked_for_again_with_more_room(server, tmp_path):
+    config = options(
+        server, tmp_path, "cut below 250", active_judges=ActiveJudges(True, *[False] * 3)
+    )
+    room = dataclasses.replace(config.small_model, max_tokens=100)
+    config = dataclasses.replace(config, small_model=room, temperatures=(0.0,))
+    (result,) = RIMReward(config).score(cases(1, "cut"))
+    assert result.score is not None
+    assert server.stats()["rooms"] == [100, 200]
+    longer = dataclasses.replace(room, model="cut below 9999")
+    limits = JudgeLimits(max_tries=5)
+    config = dataclasses.replace(config, small_model=longer, large_model=longer, limits=limits)
+    (result,) = RIMReward(config).score(cases(1, "cut"))
+    assert server.stats()["rooms"][2:7] == [100, 200, 400, 400, 400]
+    assert (result.score, result.later) == (None, True)
+    assert "cut off behind 20 tokens" in result.details["unscored"]
+
+
+def test_a_reasoning_model_is_told_by_its_refusals(server, tmp_path):
+    reward = RIMReward(options(server, tmp_path, "reasoning", "reasoning", {"max_in_flight": 1}))
+    before = server.stats()["calls"]
+    results = reward.score(cases(3, "reasoning"))
+    assert all(len(j["samples"]) == 3 for r in results for j in r.details["judges"].values())
+    calls = 18 + sum(bool(j["escalation"]) for r in results for j in r.details["judges"].values())
+    assert server.stats()["calls"] - before == calls + 2  # one refusal for each parameter
+    before = server.stats()["calls"]
+    (result,) = reward.score(cases(1, "later"))
+    assert server.stats()["calls"] - before == result.details["calls"]
+
+
 @pytest.mark.parametrize(
     ("model", "form"), [("no schemas", "json_object"), ("no formats", "none"), ("chatty", "none")]
 )
@@ -197,6 +279,18 @@ def test_the_cache_spares_calls_and_forgets_broken_replies(server, tmp_path):
     third = RIMReward(config).score(cases(5, "cache"))
     assert server.stats()["calls"] == before + 2
     assert [r.score for r in third] == [r.score for r in first]
+
+
+def test_another_address_or_format_is_another_reply(server, tmp_path):
+    with judge_server.running() as other:
+        config = options(server, tmp_path)
+        RIMReward(config).score(cases(1, "address"))
+        RIMReward(options(other, tmp_path)).score(cases(1, "address"))
+        assert other.stats()["calls"] == 6
+    form = dataclasses.replace(config.small_model, response_format="json_object")
+    before = server.stats()["calls"]
+    RIMReward(dataclasses.replace(config, small_model=form)).score(cases(1, "address"))
+    assert server.stats()["calls"] - before == 6
 
 
 def test_processes_share_a_cache(server, tmp_path):
@@ -415,6 +509,22 @@ def test_one_answer_can_be_evaluated_also_inside_an_event_loop(server, tmp_path)
     assert set(found.judge_scores) == set(found.judge_explanations) == {"helpfulness", "process"}
     assert found.score == pytest.approx(sum(found.judge_scores.values()) / 2)
     assert found.judge_explanations["process"] in found.rationale
+
+
+def test_evaluate_takes_all_that_is_known_by_the_names_of_the_original(server, tmp_path):
+    reward = RIMReward(options(server, tmp_path))
+    found = reward.evaluate(
+        "3 + 4?", "7", ground_truth="7", baseline_solutions=["8"], student_plans="add",
+        teacher_traces="Count on.", student_trace="4, 5, 6, 7",
+    )  # fmt: skip
+    case = Case("3 + 4?", "7", "8", "add", "Count on.", "7", "4, 5, 6, 7")
+    assert found.reward == found.score == reward.score([case])[0].score is not None
+    with pytest.raises(TypeError, match="no teacher_lesson; did you mean teacher_trace"):
+        reward.evaluate("3 + 4?", "7", teacher_lesson="x")
+    with pytest.raises(ValueError, match="must be one text"):
+        reward.evaluate("3 + 4?", "7", teacher_traces=["x", "y"])
+    with pytest.raises(ValueError, match="under two names"):
+        reward.evaluate("3 + 4?", "7", baseline_solution="x", student_baseline_answer="y")
 
 
 _STOPPED = """
