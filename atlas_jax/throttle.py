@@ -58,15 +58,13 @@ class _Rate:
         self._refused_at = -math.inf
         self._num_accepted = 0
         self._num_paced = 0  # requests that waited for their turn, so that the rate held them up
-        self._free_at = 0.0
+        self.free_at = 0.0
+        """When the next request may be sent."""
 
-    def turn(self) -> float:
-        """Returns the time at which the next request may be sent."""
-        now = time.monotonic()
-        self._num_paced += self._free_at > now
-        start = max(self._free_at, now)
-        self._free_at = start + 1 / self._asked
-        return start
+    def sent(self, now: float, *, is_paced: bool) -> None:
+        """Counts a request that is sent, and whether it had to wait for `free_at`."""
+        self._num_paced += is_paced
+        self.free_at = now + 1 / self._asked
 
     def accepted(self) -> None:
         """Counts a request."""
@@ -86,7 +84,7 @@ class _Rate:
         elif secs < math.inf and self._num_accepted:
             self._start = accepted
         self._period = max(_PERIOD_HOLDS * (held_until - now), _PERIOD_SECS)
-        self._free_at = held_until
+        self.free_at = held_until
         self._refused_at = now
         self._num_accepted = self._num_paced = 0
 
@@ -123,30 +121,41 @@ class Throttle:
         self._requests = Pace(requests_per_minute)
         self._lock = threading.Lock()
         self._limit = float(max_in_flight)
+        self._refused_limit = math.inf
+        self._lowered_at = 0.0
         self._in_flight = 0
         self._idle_since = 0.0
         self._held_until = 0.0
-        self._lowered_at = 0.0
-        self._refused_limit = math.inf
         self._rate = _Rate()
+        self._is_paced = False  # whether the next request waits for its turn alone
         self._waiting: collections.OrderedDict[asyncio.Future[None], None] = (
             collections.OrderedDict()
         )
+        self._timer: tuple[asyncio.AbstractEventLoop, float] | None = None
         self.num_refusals = 0
         """Times in a row that the limit was lowered, nothing having been accepted in between."""
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[float]:
-        """Holds a place for one request; yields the time at which it may be sent."""
+        """Holds a place for one request; yields the time at which it is sent."""
         await self._requests.wait()
-        while True:
-            await self._take()
-            try:
-                if await self._turn():
-                    yield time.monotonic()
-                    return
-            finally:
-                self._leave()
+        turn = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if not self._in_flight and not self._waiting:
+                self._rate.idle(time.monotonic() - self._idle_since)
+            self._waiting[turn] = None
+            self._deal()
+        try:
+            await turn
+            yield time.monotonic()
+        finally:
+            with self._lock:
+                if turn in self._waiting:
+                    del self._waiting[turn]
+                else:
+                    self._in_flight -= 1
+                    self._idle_since = time.monotonic()
+                self._deal()
 
     def refused(self, sent: float, secs: float) -> None:
         """Holds all requests, and halves the places that there are.
@@ -165,6 +174,7 @@ class Throttle:
                 self._limit = max(self._refused_limit / 2, 1.0)
                 self._lowered_at = now
                 self._rate.refused(now, self._held_until)
+                self._is_paced = False
                 self.num_refusals += 1
 
     def accepted(self) -> None:
@@ -175,58 +185,36 @@ class Throttle:
             more = 1.0 if is_below else 1 / self._limit
             self._limit = min(self._limit + more, float(self._most))
             self._rate.accepted()
-            self._wake()
+            self._deal()
 
-    async def _turn(self) -> bool:
-        """Returns when a request may be sent; false if there are fewer places by now."""
-        while True:
-            held_until = self._held_until
-            await _until(held_until)
-            with self._lock:
-                if self._in_flight > self._limit:
-                    return False
-                turn = self._rate.turn()
-            await _until(turn)
-            if self._held_until == held_until:  # otherwise the turns are dealt anew
-                return True
-
-    async def _take(self) -> None:
-        with self._lock:
-            if not self._in_flight:
-                self._rate.idle(time.monotonic() - self._idle_since)
-            if self._in_flight < int(self._limit):
-                self._in_flight += 1
-                return
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting[turn] = None
-        try:
-            await turn
-        except asyncio.CancelledError:
-            with self._lock:
-                if turn in self._waiting:
-                    del self._waiting[turn]
-                    raise
-            self._leave()  # the place was given away already
-            raise
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._in_flight -= 1
-            self._wake()
-            self._idle_since = time.monotonic()
-
-    def _wake(self) -> None:
-        """Gives free places to those who wait, each in its own event loop."""
+    def _deal(self) -> None:
+        """Gives the places that are free by now to those who wait, each in its own event loop."""
         while self._waiting and self._in_flight < int(self._limit):
+            now = time.monotonic()
+            at = max(self._held_until, self._rate.free_at)
+            if at > now:
+                self._is_paced = at > self._held_until
+                self._deal_at(at)
+                return
             turn, _ = self._waiting.popitem(last=False)
             with contextlib.suppress(RuntimeError):  # its loop has been closed
                 turn.get_loop().call_soon_threadsafe(_give, turn)
                 self._in_flight += 1
+                self._rate.sent(now, is_paced=self._is_paced)
+                self._is_paced = False
 
+    def _deal_at(self, at: float) -> None:
+        """Deals at a later time, in the event loop of the first who waits."""
+        loop = next(iter(self._waiting)).get_loop()
+        if self._timer != (loop, at):
+            self._timer = loop, at
+            with contextlib.suppress(RuntimeError):  # its loop has been closed
+                loop.call_soon_threadsafe(loop.call_later, at - time.monotonic(), self._ring)
 
-async def _until(at: float) -> None:
-    while (secs := at - time.monotonic()) > 0:
-        await asyncio.sleep(secs)
+    def _ring(self) -> None:
+        with self._lock:
+            self._timer = None
+            self._deal()
 
 
 def _give(turn: asyncio.Future[None]) -> None:

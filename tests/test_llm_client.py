@@ -2,13 +2,22 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import time
+from email.utils import formatdate
 
 import pytest
 from aiohttp import web
 
-from atlas_jax.llm_client import Client, ClientOptions, Pace, RefusedError, UnavailableError
+from atlas_jax.llm_client import (
+    Client,
+    ClientOptions,
+    Pace,
+    RefusedError,
+    Throttle,
+    UnavailableError,
+)
 
 QUICK = ClientOptions(max_tries=3, timeout_secs=5.0, backoff_secs=0.01)
 
@@ -88,6 +97,125 @@ def test_retry_after_is_heeded_up_to_a_limit():
     assert talk(busy, lambda c: c.post("/"), QUICK._replace(max_backoff_secs=0.5)) == 1
     assert calls[1] - calls[0] >= 0.3
     assert 0.5 <= calls[2] - calls[1] < 10
+
+
+def busy(headers, body="slow down"):
+    """Answers: a refusal, and then only what comes `HOLD` seconds or more later."""
+    calls = []
+
+    async def answer(_):
+        calls.append(time.monotonic())
+        if len(calls) == 1:
+            told = {name: tell() if callable(tell) else tell for name, tell in headers.items()}
+            return web.Response(status=429, headers=told, text=body)
+        return web.json_response(1)
+
+    return calls, answer
+
+
+HOLD = 0.6
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({"Retry-After": "0.6"}, ""),
+        ({"Retry-After": "1"}, ""),
+        ({"retry-after-ms": "600", "Retry-After": "30"}, ""),
+        ({"Retry-After": lambda: formatdate(math.ceil(time.time() + HOLD), usegmt=True)}, ""),
+        (  # a server whose clock is an hour behind
+            {"Date": lambda: formatdate(time.time() - 3600, usegmt=True),
+             "Retry-After": lambda: formatdate(time.time() - 3599, usegmt=True)}, "",
+        ),
+        ({}, '[{"error": {"code": 429, "details": [{"retryDelay": "0.6s"}]}}]'),
+        ({"Retry-After": "soon"}, '{"retryDelay": "0.6s"}'),
+    ],
+)  # fmt: skip
+def test_a_busy_server_is_left_alone_by_all_requests_for_as_long_as_it_says(headers, body):
+    """It costs no try, and the requests behind the refused one wait as well."""
+    calls, answer = busy(headers, body)
+
+    async def use(client):
+        first = await asyncio.gather(*(client.post("/") for _ in range(3)))
+        return first, client.num_retries
+
+    options = QUICK._replace(max_tries=1, max_in_flight=1, timeout_secs=30.0)
+    assert talk(answer, use, options) == ([1, 1, 1], 1)
+    assert len(calls) == 4
+    assert calls[1] - calls[0] >= HOLD - 0.05
+    assert calls[1] - calls[0] < 25
+
+
+def test_a_busy_server_is_not_down():
+    calls = []
+
+    async def every_second(_):
+        calls.append(1)
+        if len(calls) % 2:
+            return web.Response(status=429, headers={"Retry-After": "0.01"})
+        return web.json_response(1)
+
+    async def use(client):
+        return await asyncio.gather(*(client.post("/") for _ in range(20)))
+
+    options = QUICK._replace(max_tries=1, max_failures_in_row=1, timeout_secs=60.0)
+    assert talk(every_second, use, options) == [1] * 20
+
+
+def test_a_server_that_stays_busy_is_given_up_by_all():
+    calls = []
+
+    async def ever(_):
+        calls.append(1)
+        return web.Response(status=529, headers={"Retry-After": "0.05"}, text="overloaded")
+
+    async def use(client):
+        return await asyncio.gather(*(client.post("/") for _ in range(50)), return_exceptions=True)
+
+    results = talk(ever, use, QUICK._replace(timeout_secs=0.5, max_in_flight=8))
+    assert all(isinstance(r, UnavailableError) for r in results)
+    assert {r.status for r in results} <= {429, 529}
+    assert "overloaded" in str(results[-1])
+
+
+def test_fewer_requests_are_in_flight_after_a_refusal_and_more_again_later():
+    now, most = 0, []
+
+    async def limited(_):
+        nonlocal now
+        now += 1
+        most.append(now)
+        await asyncio.sleep(0.05)
+        is_too_much = now > 6
+        await asyncio.sleep(0.05)
+        now -= 1
+        if is_too_much:
+            return web.Response(status=429, headers={"Retry-After": "0.05"})
+        return web.json_response(1)
+
+    async def use(client):
+        return await asyncio.gather(*(client.post("/") for _ in range(60)))
+
+    options = QUICK._replace(max_tries=1, max_in_flight=16, timeout_secs=60.0)
+    assert talk(limited, use, options) == [1] * 60
+    assert most[:16] == list(range(1, 17))
+    assert max(most[16:]) <= 8
+    assert max(most[-30:]) > 1
+
+
+def test_clients_of_one_address_share_what_one_of_them_is_told():
+    calls, answer = busy({"Retry-After": "0.6"})
+
+    async def use(client):
+        throttle = Throttle(4)
+        url = client.base_url
+        one, other = (Client(url, key, QUICK, throttle=throttle) for key in "ab")
+        async with one, other:
+            await one.post("/")
+            await other.post("/")
+
+    talk(answer, use)
+    assert calls[1] - calls[0] >= HOLD - 0.05
 
 
 def test_after_every_try_it_is_unavailable():
