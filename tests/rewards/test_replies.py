@@ -113,7 +113,7 @@ def test_a_cache_that_cannot_be_used_is_warned_of_once(server, tmp_path, caplog,
     with fault(kept(config)):
         reward = RIMReward(config)
         for name in ("one", "two"):
-            assert all(r.score is not None for r in reward.score(cases(20, f"{name} {fault}")))
+            assert all(r.score is not None for r in reward.score(cases(5, f"{name} {fault}")))
     warnings = [r.getMessage() for r in caplog.records if "cache of judges' replies" in r.message]
     assert len(warnings) == 1
     assert str(kept(config)) in warnings[0]
@@ -146,12 +146,12 @@ import pathlib, sys
 from tests.rewards.test_rim import RIMReward, cases, options
 server = type("Server", (), {"url": sys.argv[1]})
 config = options(server, pathlib.Path(sys.argv[2]), cache_dir="")
-RIMReward(config, ledger_path=sys.argv[3]).score(cases(5000))
+RIMReward(config, ledger_path=sys.argv[3]).score(cases(300))
 """
 
 
 def test_the_account_survives_a_kill(tmp_path):
-    with judge_server.running(latency=0.01) as server:
+    with judge_server.running(latency=0.1) as server:
         command = [sys.executable, "-c", _KILLED, server.url, str(tmp_path)]
         for _ in range(2):
             before = server.stats()["calls"]
