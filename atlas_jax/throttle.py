@@ -190,25 +190,28 @@ class Throttle:
     def _deal(self) -> None:
         """Gives the places that are free by now to those who wait, each in its own event loop."""
         while self._waiting and self._in_flight < int(self._limit):
+            first = next(iter(self._waiting))
+            if first.get_loop().is_closed():
+                del self._waiting[first]
+                continue
             now = time.monotonic()
             at = max(self._held_until, self._rate.free_at)
             if at > now:
                 self._is_paced = at > self._held_until
-                self._deal_at(at)
+                self._deal_at(first.get_loop(), at)
                 return
-            turn, _ = self._waiting.popitem(last=False)
-            with contextlib.suppress(RuntimeError):  # its loop has been closed
-                turn.get_loop().call_soon_threadsafe(_give, turn)
+            del self._waiting[first]
+            with contextlib.suppress(RuntimeError):  # its loop is being closed
+                first.get_loop().call_soon_threadsafe(_give, first)
                 self._in_flight += 1
                 self._rate.sent(now, is_paced=self._is_paced)
                 self._is_paced = False
 
-    def _deal_at(self, at: float) -> None:
-        """Deals at a later time, in the event loop of the first who waits."""
-        loop = next(iter(self._waiting)).get_loop()
+    def _deal_at(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
+        """Deals at a later time, in an event loop in which somebody waits."""
         if self._timer != (loop, at):
             self._timer = loop, at
-            with contextlib.suppress(RuntimeError):  # its loop has been closed
+            with contextlib.suppress(RuntimeError):  # it is being closed
                 loop.call_soon_threadsafe(loop.call_later, at - time.monotonic(), self._ring)
 
     def _ring(self) -> None:
