@@ -36,6 +36,7 @@ def start(inputs, output, port, waits):
         "reward.rim.large_model.base_url": url, "reward.rim.large_model.model": "large",
         "reward.rim.small_model.api_key_env": "", "reward.rim.large_model.api_key_env": "",
         "reward.rim.limits.max_tries": 1, "reward.rim.cache_dir": output / "judges",
+        "rollout.missing_teaching": "whole",  # otherwise what is no lesson is scored without judges
     }  # fmt: skip
     command["args"][3] += ":rim=rim_offline_config"
     command["args"] += [f"--config.{k}={v}" for k, v in values.items()]
