@@ -7,7 +7,9 @@ import re
 
 from num2words import num2words
 
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+from atlas_jax.rewards import spoken
+
+_QUARTERS = {"quarters": 4}
 _LANGUAGES = ("es", "fr", "de", "it", "pt", "nl", "sv", "pl", "ru", "tr", "id", "ja", "ko")
 _SHARE = re.compile(r"\b(\d{1,9})[ -]((?:halve|[a-z]{2,10}th|third|quarter)s)\b", re.IGNORECASE)
 _MIN_LETTERS = 5  # of a word in another alphabet's language; shorter ones are English words too
@@ -19,12 +21,11 @@ def to_digits(text: str) -> str:
 
     Fractions too: "five eighths" -> "5/8".
     """
-    text = _runs().sub(lambda match: _value(match[0]), text)
-    return _SHARE.sub(_as_fraction, text)
+    return _SHARE.sub(_as_fraction, spoken.in_digits(text))
 
 
 def _as_fraction(match: re.Match[str]) -> str:
-    bottom = _shares().get(match[2].lower())
+    bottom = _QUARTERS.get(match[2].lower()) or spoken.denominator(match[2])
     return f"{match[1]}/{bottom}" if bottom else match[0]
 
 
@@ -44,51 +45,3 @@ def in_other_languages(number: int) -> frozenset[str]:
         return frozenset()
     words = {str(num2words(number, lang=language)).lower() for language in _LANGUAGES}
     return frozenset(w for w in words if len(w) >= (_MIN_LETTERS if w[0] < "\u2e80" else 2))
-
-
-@functools.cache
-def _shares() -> dict[str, int]:
-    """Returns the denominators by their plurals, "eighths" for 8."""
-    return {f"{ordinal(n)}s": n for n in (*range(3, 21), 100)} | {"halves": 2, "quarters": 4}
-
-
-@functools.cache
-def _table() -> dict[str, int]:
-    """Returns the numbers below 1000 by their words, without hyphens and "and"."""
-    return {_bare(num2words(number)): number for number in range(1000)}
-
-
-@functools.cache
-def _runs() -> re.Pattern[str]:
-    names = {word for phrase in _table() for word in phrase.split()} | set(_SCALES)
-    one = "(?:" + "|".join(sorted(names, key=len, reverse=True)) + ")"
-    scale = "|".join(f"(?<={scale})" for scale in ("hundred", *_SCALES))
-    joint = rf"(?:[ -]|(?:{scale})(?:, and|,| and) )"
-    again = rf"(?!(?<=\d )(?:hundred|{'|'.join(_SCALES)}))"  # "3 million" is a number already
-    return re.compile(
-        rf"\b{again}(?:a (?=hundred|thousand|million))?{one}(?:{joint}{one}){{0,20}}\b", re.I
-    )
-
-
-def _bare(phrase: str) -> str:
-    return " ".join(re.sub(r"[-,]|\band\b", " ", phrase.lower()).split())
-
-
-def _value(run: str) -> str:
-    """Returns a run of number words as digits; several numbers where it is no single one."""
-    total, part, out = 0, "", []
-    words = _bare(run).split()
-    if words[0] in ("a", "hundred"):
-        words = ["one", *words[words[0] == "a" :]]
-    for word in words:
-        if word in _SCALES and (part or total):
-            total += _table().get(part, 1) * _SCALES[word]
-            part = ""
-        elif word in _SCALES:
-            total = _SCALES[word]
-        elif (longer := f"{part} {word}".strip()) in _table():
-            part = longer
-        else:
-            out.append(str(total + _table().get(part, 0)))
-            total, part = 0, word
-    return " ".join([*out, str(total + _table().get(part, 0))])

@@ -11,7 +11,10 @@ _POWERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def in_digits(text: str) -> str:
-    """Returns a text with the numbers that its words say in digits: "two thirds" becomes 2/3."""
+    """Returns a text with the numbers that its words say in digits.
+
+    "two thirds" becomes 2/3, "a hundred and five" 105, and "six zero", which is no number, 6 0.
+    """
     return _run().sub(_digits, text)
 
 
@@ -38,10 +41,12 @@ def currencies() -> frozenset[str]:
 
 @functools.cache
 def _words() -> dict[str, int]:
-    """The numbers below 1000 by their words, without hyphens and "and"."""
+    """The numbers below 1000, and 1100 to 9900 in hundreds, by their words without "and"."""
     from num2words import num2words  # takes a moment to load
 
-    return {_bare(num2words(n)): n for n in range(1000)}
+    below = {_bare(num2words(n)): n for n in range(1000)}
+    hundreds = {f"{_bare(num2words(n))} hundred": 100 * n for n in range(11, 100) if n % 10}
+    return below | hundreds | {"hundred": 100, "": 0}
 
 
 @functools.cache
@@ -56,38 +61,47 @@ def _denominators() -> dict[str, int]:
 @functools.cache
 def _run() -> re.Pattern[str]:
     """Matches number words in a row, and the part of a whole behind them."""
+    powers = "|".join(("hundred", *_POWERS))
     single = {word for name in _words() for word in name.split()} | _POWERS.keys()
     word = f"(?:{'|'.join(sorted(single))})"
+    behind_power = "|".join(f"(?<={power})" for power in ("hundred", *_POWERS))
+    joint = rf"(?:[ -]|(?:{behind_power})(?:, and|,| and) )"
     noun = rf"(?:{'|'.join(sorted({*_denominators(), 'quarter', 'quarters'}))})"
     return re.compile(
-        rf"\b({word}\b(?:(?:[ -]|, | and ){word}\b){{0,{_MAX_WORDS}}})"
+        rf"\b(?!(?<=\d )(?:{powers})\b)"  # "3 million" has its digits already
+        rf"((?:an? (?=(?:{powers})\b))?{word}\b(?:{joint}{word}\b){{0,{_MAX_WORDS}}})"
         rf"(?: and (?:an?|one) (?P<extra>{noun})\b|[ -](?P<part>{noun})\b)?",
         re.IGNORECASE,
     )
 
 
 def _digits(match: re.Match[str]) -> str:
-    size = _count(_bare(match[1]).split())
-    if size is None:
-        return match[0]
+    *before, size = _counts(_bare(match[1]).split())
+    last = str(size)
     if match["part"]:
-        return f"{size}/{_size(match['part'])}"
-    return f"{size} 1/{_size(match['extra'])}" if match["extra"] else str(size)
+        last = f"{size}/{_size(match['part'])}"
+    elif match["extra"]:
+        last = f"{size} 1/{_size(match['extra'])}"
+    return " ".join([*map(str, before), last])
 
 
-def _count(words: list[str]) -> int | None:
-    """Returns the number that words say: groups below 1000, each with its power of 1000."""
-    total, group, least = 0, list[str](), 10**12
+def _counts(words: list[str]) -> list[int]:
+    """Returns the numbers that words say: each of groups below 1000 with falling powers of 1000."""
+    found = []
+    total, group, least = 0, "", 10**12
     for word in words:
-        if word not in _POWERS:
-            group.append(word)
-            continue
-        below = _words().get(" ".join(group))
-        if below is None or _POWERS[word] >= least:
-            return None
-        total, group, least = total + below * _POWERS[word], [], _POWERS[word]
-    rest = _words().get(" ".join(group)) if group else 0
-    return None if rest is None else total + rest
+        longer = f"{group} {word}".strip()
+        if longer in _words():
+            group = longer
+        elif word in _POWERS and _POWERS[word] < least and (group or not total):
+            total += (_words()[group] or 1) * _POWERS[word]
+            group, least = "", _POWERS[word]
+        else:
+            found.append(total + _words()[group])
+            is_power = word in _POWERS
+            total, group = (_POWERS[word], "") if is_power else (0, word)
+            least = _POWERS[word] if is_power else 10**12
+    return [*found, total + _words()[group]]
 
 
 def _size(noun: str) -> int:
@@ -95,4 +109,5 @@ def _size(noun: str) -> int:
 
 
 def _bare(words: str) -> str:
-    return " ".join(w for w in re.findall(r"[a-z]+", words.lower()) if w != "and")
+    """Returns number words without "and" and "a", between single spaces."""
+    return " ".join(w for w in re.findall(r"[a-z]+", words.lower()) if w not in ("and", "a", "an"))
