@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -44,9 +45,10 @@ def start(inputs, output, port, waits):
 
 
 def wait_for(output, text, process, count=1):
+    """Waits until the log has a regular expression so often."""
     log = output / "training.log"
     for _ in range(6000):
-        if log.exists() and log.read_text().count(text) >= count:
+        if log.exists() and len(re.findall(text, log.read_text())) >= count:
             return
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.05)
@@ -65,13 +67,14 @@ def test_a_run_outlives_its_judges(inputs, tmp_path):
         server.kill()
         error = process.communicate(timeout=300)[1]
     assert process.returncode == 1
-    assert "16 of 16 samples could not be scored" in error
+    # All that have a lesson: an empty one is worth 0 without a judge.
+    assert re.search(r"1[3-6] of 16 samples could not be scored", error)
     (saved,) = checkpoints(tmp_path)
     assert saved in (1, 2)
 
     # Still dead: the run waits, and a signal ends it at once.
     process = start(inputs, tmp_path, server.port, "(600.0,)")
-    wait_for(tmp_path, "asking again for 16 of them in 600 s", process)
+    wait_for(tmp_path, r"asking again for 1[3-6] of them in 600 s", process)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60) is not None
     assert process.returncode == 75
@@ -81,7 +84,7 @@ def test_a_run_outlives_its_judges(inputs, tmp_path):
     # The judges come back while it waits: nothing is lost.
     waits = "(" + "0.5, " * 600 + ")"
     process = start(inputs, tmp_path, server.port, waits)
-    wait_for(tmp_path, "asking again for 16 of them in 0.5 s", process)
+    wait_for(tmp_path, r"asking again for 1[3-6] of them in 0\.5 s", process)
     with judge_server.running(server.port):
         error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error[-3000:]
@@ -121,10 +124,14 @@ def check(output):
         scores = {"helpfulness": [], "process": []}
         for sample in samples:
             gain, rim = (sample["reward_details"][name] for name in ("teaching_gain", "rim"))
-            assert sample["reward"] == pytest.approx(gain["score"] + 0.5 * rim["score"])
+            # Before a lesson that gives the answer away is priced.
+            own = sample["reward_details"].get("own_score", sample["reward"])
+            assert own == pytest.approx(gain["score"] + 0.5 * rim["score"])
             assert sample["policy"]["weights_version"] == line["step"] - 1
             for name, judge in rim["judges"].items():
-                assert judge["rationale"].startswith("because of")
+                is_heard = judge["rationale"].startswith("because of")
+                assert is_heard == bool(sample["teaching"])
+                assert (judge["score"] > 0) == is_heard
                 scores[name].append(judge["score"])
         assert line["reward/failed_frac"] == 0
         assert line["reward/mean"] == pytest.approx(np.mean([s["reward"] for s in samples]))
@@ -133,7 +140,6 @@ def check(output):
         )
         for name, given in scores.items():
             assert line[f"rim_rewards/{name}"] == pytest.approx(np.mean(given))
-            assert min(given) > 0
         assert line["reward/calls"] * len(samples) == pytest.approx(
             sum(s["reward_details"]["rim"]["calls"] for s in samples)
         )
