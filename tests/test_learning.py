@@ -20,7 +20,11 @@ from tests import words
 SEEDS = (0, 1, 2)
 QUESTIONS = tuple(f"q{i}" for i in range(8))
 TRUTHS = "39420571"
-WORDS = (*QUESTIONS, "answer", "hint", "plan")
+ANSWERS = tuple(f"<answer>{digit}</answer>" for digit in words.DIGITS)
+"""Marked, as an answer that its limit of one token cuts must be."""
+HINTS = ("red", "blue", "green", "black", "white", "pink", "brown", "grey", "gold", "teal")
+"""What a student takes for each digit. The answer itself would be a leak, which does not pay."""
+WORDS = (*QUESTIONS, *ANSWERS, *HINTS, "answer", "hint", "plan")
 LENGTH = 40
 """Of a row: a question and the words of a group."""
 
@@ -112,7 +116,7 @@ def test_a_policy_learns_what_only_its_reward_says(fresh, tmp_path, seed):
 
 @pytest.fixture(scope="module")
 def student(fresh, tmp_path_factory):
-    """A student that answers with the digit of its hint, and without one at random."""
+    """A student that answers with the digit that its hint means, and without one at random."""
     output = tmp_path_factory.mktemp("student")
     frozen = options(fresh, output, learning_rate=5e-3)
     model = setup.open_model(frozen, one_device(), LENGTH)
@@ -120,9 +124,10 @@ def student(fresh, tmp_path_factory):
     rng = np.random.default_rng(0)
 
     def example():
-        question, truth, other = rng.choice(QUESTIONS), rng.choice(10), rng.choice(WORDS)
-        prompt = rng.choice(["answer", f"hint {truth} answer", f"hint {other} answer"])
-        tokens = np.asarray(tokenizer(f"{question} {prompt} {truth}").input_ids, np.int32)
+        question, digit, other = rng.choice(QUESTIONS), rng.choice(10), rng.choice(WORDS)
+        prompt = rng.choice(["answer", f"hint {HINTS[digit]} answer", f"hint {other} answer"])
+        text = f"{question} {prompt} {ANSWERS[digit]}"
+        tokens = np.asarray(tokenizer(text).input_ids, np.int32)
         return Example(tokens, np.arange(len(tokens)) == len(tokens) - 1)
 
     optimizer = setup.make_optimizer(frozen, model.decoder, 100)
@@ -147,7 +152,7 @@ def test_a_teacher_learns_what_helps_a_student(fresh, student, tmp_path, seed):
         "rollout.missing_teaching": "whole", "reward.names": ("teaching_gain",),
         "per_device_train_batch_size": 128,
     }  # fmt: skip
-    found = train(options(fresh, tmp_path, seed=seed, **taught), 40)
+    found = train(options(fresh, tmp_path, seed=seed, **taught), 60)
     alone = column(found, "teaching/baseline_accuracy")
     helped = column(found, "teaching/student_accuracy")
     assert helped[:5].mean() < 0.3

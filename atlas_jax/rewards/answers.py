@@ -10,6 +10,7 @@ Every function takes time linear in the length of the text, whatever a model wro
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -102,6 +103,8 @@ def normalise(answer: str) -> str:
     return str(equality.read(answer))
 
 
+# The reward, the measures of a step and the search for leaks ask the same of the same text.
+@functools.lru_cache(maxsize=2048)
 def is_correct(text: str, ground_truth: str, is_cut: bool = False) -> bool:
     """Returns whether the answer that a text gives is the ground truth.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import functools
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -52,6 +53,8 @@ class _Option(NamedTuple):
     text: str  # "" if only the letter is known
 
 
+# Asked of each lesson where it is priced and where it is measured.
+@functools.lru_cache(maxsize=2048)
 def states_answer(lesson: str, ground_truth: str, question: str = "") -> bool:
     """Returns whether a lesson gives the ground truth away.
 

@@ -178,10 +178,12 @@ def test_every_sample_is_on_record(whole, protocol):
             assert policy["prompt_ids"] == found[i - i % GENERATIONS]["policy"]["prompt_ids"]
             assert sample["question"] in QUESTIONS
             assert sample["ground_truth"] == str(int(sample["question"][1]) % 3)
-            assert set(sample["reward_details"]) == (
-                {"teaching_gain"} if protocol == "teaching" else {"exact_match"}
-            )
+            named = {"teaching_gain"} if protocol == "teaching" else {"exact_match"}
+            # What a lesson that gives the answer away costs, its details say too.
+            priced = {"own_score", "gaming"} & set(sample["reward_details"])
+            assert set(sample["reward_details"]) == named | priced
             if protocol == "teaching":
+                assert priced in (set(), {"own_score", "gaming"})
                 assert sample["teaching"] == policy["text"].strip()
                 assert sample["probe"]["token_ids"]
                 assert sample["baseline"]["token_ids"]

@@ -12,6 +12,8 @@ from atlas_jax.rewards.judges import Case
 from tests import vllm_servers
 from tests.assets import smollm2_gguf
 
+pytestmark = pytest.mark.long
+
 CASE = Case(
     "What is 3 + 4?", "7", "8", "I would add them.", "Count on from 3, four times.", "Answer: 7"
 )
@@ -23,14 +25,14 @@ def server(tmp_path_factory):
     model = directory / "model"
     convert = [sys.executable, "tools/convert_checkpoint.py", str(smollm2_gguf()), str(model)]
     subprocess.run(convert, check=True, env=os.environ | {"PYTHONPATH": "."})
-    flags = ("--max-model-len", "2048", "--served-model-name", "judge")
+    flags = ("--max-model-len", "4096", "--served-model-name", "judge")
     with vllm_servers.running([model], directory, *flags) as (server,):
         yield server
 
 
 def test_every_reply_under_a_schema_is_an_opinion(server, tmp_path):
     model = JudgeModel(
-        model="judge", base_url=f"{server.url}/v1", response_format="json_schema", max_tokens=900
+        model="judge", base_url=f"{server.url}/v1", response_format="json_schema", max_tokens=2000
     )
     config = RIMConfig(
         small_model=model,
