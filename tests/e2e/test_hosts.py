@@ -178,6 +178,7 @@ def on_hosts(network, asked):
     return asked
 
 
+@pytest.mark.long
 def test_a_host_that_is_cut_off_ends_both_by_name_and_both_continue(sft, whole, network, tmp_path):
     output = tmp_path / "run"
     with processes.started(on_hosts(network, sft(output, save_steps=1)), tmp_path / "logs") as run:

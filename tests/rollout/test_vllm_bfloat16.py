@@ -27,6 +27,8 @@ from tests import vllm_servers
 from tests.assets import smollm2_gguf
 from tests.rollout import served
 
+pytestmark = pytest.mark.long
+
 QUESTIONS = (
     "Count from 1 to 60.",
     "Write the even numbers up to 80.",
