@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -48,6 +49,7 @@ NOTES = {
     "no_stop": "the model will not learn to stop: an assistant turn ends without a stop token",
     "split": "one example for each assistant turn: the template changes earlier turns",
     "other_prompt": "the template starts the turn otherwise than its generation prompt does",
+    "unseen": "the template shows no tools, or leaves out a message that is only read",
 }
 """What can be remarkable about an example -> what it means."""
 
@@ -158,13 +160,26 @@ def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list
         sample = _fitted(template, sample)
         covered = _covered(template, sample)
         parts = _render_conversation(template, covered, options)
-        return [part._replace(covered=covered != sample) for part in parts]
+        for part in parts:
+            _check_encodable(part.text)
+        more = () if _shows_context(covered, parts[-1].text) else ("unseen",)
+        return [
+            part._replace(covered=covered != sample, notes=(*part.notes, *more)) for part in parts
+        ]
     except errors() as error:
         reason = str(error) if isinstance(error, ValueError) else _named(error)
         # Errors quote texts, and private characters in them as their numbers.
         reason = _QUOTED.sub(lambda match: chr(int(match[1], 16)), reason)
         reason = template.control_tokens.uncover(reason)
         return [Rendered(sample.name, "", (), templated, notes=("rejected",), reason=reason)]
+
+
+def _check_encodable(text: str) -> None:
+    """Raises a ValueError for half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half a surrogate pair in its text ({error}); repair it") from None
 
 
 def _named(error: Exception) -> str:
@@ -371,6 +386,15 @@ def _check_shown(message: Message, text: str, turn: int) -> None:
                 f"the chat template does not show that message {turn + 1} calls {called!r}; it has "
                 "no place for tool calls"
             )
+
+
+def _shows_context(sample: Conversation, text: str) -> bool:
+    """Returns whether a text shows all that is only read before its last trained turn."""
+    last = max(trained_turns(sample))
+    told = [m["content"] for m in sample.messages[:last] if m["role"] != "assistant"]
+    named = [str(tool.get("function", tool).get("name", "")) for tool in sample.tools]
+    # Some templates write what tools return as JSON.
+    return all(_is_shown(t, text) or _is_shown(json.dumps(t)[1:-1], text) for t in told + named)
 
 
 def _is_shown(part: str, text: str) -> bool:

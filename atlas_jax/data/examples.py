@@ -16,7 +16,6 @@ are null count as absent, because columnar files write null for what a row does 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -170,10 +169,11 @@ def row_format(fields: Mapping[str, Any], wanted: str) -> str:
             return choice
     closest = max(choices, key=lambda choice: sum(field in fields for field in FIELDS[choice]))
     missing = [field for field in FIELDS[closest] if field not in fields]
-    shapes = " or ".join(f"({', '.join(FIELDS[choice])})" for choice in choices)
+    accepted = " or ".join(dict.fromkeys(f"({', '.join(FIELDS[name])})" for name in choices))
     reason = (
         f"lacks {', '.join(missing)}; it has {', '.join(fields) or 'no fields'}; "
-        f"data.format={wanted} accepts rows with {shapes}"
+        f"data.format={wanted} accepts rows with {accepted}, and the shapes of other tools that "
+        "the README's part on data lists; data.columns tells other names"
     )
     for other, needed in FIELDS.items():
         if all(field in fields for field in needed):
@@ -256,6 +256,8 @@ def _message(value: Any, place: str) -> Message:
     _text(given["content"], f"{place}.content")
     if given.get("weight", 1) not in (0, 1):
         raise ValueError(f"has {place}.weight={given['weight']!r}; it must be 0 or 1")
+    if not isinstance(given.get("train", True), bool):
+        raise ValueError(f"has {place}.train={given['train']!r}; it must be true or false")
     if given.get("tool_calls"):
         given["tool_calls"] = _calls(given["tool_calls"], f"{place}.tool_calls")
     return cast(Message, given)
@@ -286,7 +288,7 @@ def _arguments(value: Any) -> Any:
     if not isinstance(value, str):
         return _without_nulls({} if value is None else value)
     try:
-        found = json.loads(value or "{}")
+        found = shapes.from_json(value or "{}", "arguments")
     except ValueError:
         return value
     return found if isinstance(found, dict) else value
@@ -301,10 +303,7 @@ def _without_nulls(value: Any) -> Any:
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     """Returns the tools of a row, which may be JSON text."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"has tools that are not JSON: {error}") from None
+        value = shapes.from_json(value, "tools") if value.strip() else None
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -74,6 +74,7 @@ class Report(NamedTuple):
     no_stop: tuple[str, ...]
     split: tuple[str, ...]
     other_prompt: tuple[str, ...]
+    unseen: tuple[str, ...]
 
 
 _LOST = ("empty", "masked", "truncated")

@@ -5,7 +5,8 @@
 | question | `prompt`, `problem_text`, `question`, `problem`, `instruction`, `query`, `input` |
 | ground truth | `ground_truth`, `answer`, `solution` |
 
-All other fields that are texts or numbers may be used by templates. A prompt may be a list of
+Behind an `instruction` stands its `input` or `context`. All other fields that are texts or numbers
+may be used by templates. A prompt may be a list of
 messages, see `shapes`.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import shapes
@@ -28,6 +30,7 @@ from atlas_jax.types import Question
 
 _QUESTION = ("prompt", "problem_text", "question", "problem", "instruction", "query", "input")
 _GROUND_TRUTH = ("ground_truth", "answer", "solution")
+_NUM_SHOWN = 5
 _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 
 
@@ -66,7 +69,11 @@ def parse_questions(
             rejected.append(f"{row.name}: {error}")
     check_rejected(rejected, len(rows.rows), max_rejected_frac)
     if not questions:
-        raise ValueError("the dataset has no usable question; look at data.dataset_path")
+        first = f"; the first: {rejected[0]}" if rejected else ""
+        raise ValueError(f"the dataset has no usable question; look at data.dataset_path{first}")
+    if rejected:
+        shown = "; ".join(rejected[:_NUM_SHOWN]) + ("; …" if len(rejected) > _NUM_SHOWN else "")
+        logging.warning("%d of %d questions are left out: %s", len(rejected), len(rows.rows), shown)
     return questions
 
 
@@ -93,8 +100,14 @@ def to_question(
     if needs_truth and not truth:
         raise ValueError(
             "has no ground truth, which the reward needs; add one of "
-            f"{', '.join(_GROUND_TRUTH)}, or choose another reward"
+            f"{', '.join(_GROUND_TRUTH)}, a text or a number, or choose another reward; it has "
+            f"{', '.join(fields)}"
         )
+    for text in (question, truth):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"has half a surrogate pair ({error}); repair it") from None
     shown = {
         k: str(v)
         for k, v in fields.items()

@@ -3,11 +3,13 @@
 | shape | fields | becomes |
 |---|---|---|
 | ShareGPT | `conversations`: list of `{"from", "value"}` or `{"role", "content"}` | `messages` |
-| OpenAI | `messages` with parts, `function_call`, `developer` | `messages` |
+| OpenAI | `messages` with parts, `function_call`, `developer`; `functions` | `messages`, `tools` |
 | Alpaca | `instruction`, `output`, perhaps `input`, `system`, `history` | `messages` |
 | Dolly | `instruction`, `response`, perhaps `context` | `messages` |
 | a question and a text | `prompt`, `query`, `question` or `problem`; `response`, … | `messages` |
 | text alone | `text` | `prompt`, empty, and `completion` |
+
+What becomes `messages` begins with `system` or `system_prompt`, where a row has one.
 
 For GRPO a `prompt` may be a list of messages (TRL, verl), and the ground truth may stand in
 `reward_model` (verl).
@@ -31,11 +33,14 @@ _ROLES = {
 _PAIRS = (
     ("instruction", "output"), ("instruction", "response"), ("prompt", "response"),
     ("query", "response"), ("question", "response"), ("problem", "solution"),
-    ("question", "answer"), ("input", "output"),
+    ("question", "answer"), ("question", "completion"), ("input", "output"),
 )  # fmt: skip
 """What somebody asks and what is answered, in the order in which they are looked for."""
 
 _CONTEXT = ("input", "context")  # stands behind the instruction
+_SYSTEM = ("system", "system_prompt")
+_MAX_DEPTH = 64
+"""Of lists and objects in each other; those who read them call themselves once a level."""
 
 
 def present(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,9 +60,10 @@ def renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
         columns: our name -> the row's; empty for its own.
 
     Raises:
-        ValueError: names a column that the row lacks.
+        ValueError: names a column that the row lacks; for one nested too deep.
     """
     found = present(fields)
+    _check_depth(found)
     for ours, theirs in columns.items():
         if theirs:
             if theirs not in found:
@@ -76,18 +82,18 @@ def training_row(fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: says what is wrong with the row.
     """
-    if "messages" in fields:
-        return fields | {"messages": messages(fields["messages"], "messages")}
-    if "conversations" in fields:
-        found = messages(fields["conversations"], "conversations")
-        return _rest(fields, "conversations") | {"messages": _with_system(fields, found)}
-    if {"prompt", "completion"} <= fields.keys():
-        return fields | _alike(fields["prompt"], fields["completion"])
+    fields = _with_tools(fields)
+    for name in ("messages", "conversations"):
+        if name in fields:
+            found = messages(fields[name], name)
+            return _rest(fields, name) | {"messages": _with_system(fields, found)}
     if {"chosen", "rejected"} <= fields.keys():
         raise ValueError(
             "is a preference row (chosen, rejected), which neither SFT nor GRPO trains on; make "
             "messages or prompt and completion of the chosen text"
         )
+    if {"prompt", "completion"} <= fields.keys():
+        return _prompt_and_completion(fields)
     for asked, answered in _PAIRS:
         if {asked, answered} <= fields.keys():
             found = _pair(fields, asked, answered)
@@ -100,11 +106,16 @@ def training_row(fields: dict[str, Any]) -> dict[str, Any]:
 def question_row(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a row for GRPO with the question as text.
 
+    That of an instruction has the input behind it, as for SFT.
+
     Raises:
         ValueError: if the prompt is a conversation of several turns.
     """
     found = dict(fields)
-    if isinstance(found.get("prompt"), list):
+    if isinstance(found.get("instruction"), str):
+        texts = (found[name] for name in ("instruction", *_CONTEXT) if name in found)
+        found["instruction"] = "\n\n".join(t for t in texts if isinstance(t, str) and t)
+    if _is_chat(found.get("prompt")):
         asked = messages(found["prompt"], "prompt")
         fine = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in asked)
         roles = [str(m.get("role")) if isinstance(m, dict) else "none" for m in asked]
@@ -130,16 +141,40 @@ def messages(value: Any, field: str) -> Any:
         ValueError: for JSON text that cannot be read, and for parts that are no text.
     """
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"has {field} as a text that is not JSON: {error}") from None
+        value = from_json(value, field)
     if not isinstance(value, list):
         return value
     return [
         _message(item, f"{field}[{i}]") if isinstance(item, dict) else item
         for i, item in enumerate(value)
     ]
+
+
+def from_json(text: str, field: str) -> Any:
+    """Returns the value of a field that is JSON text.
+
+    Raises:
+        ValueError: if it is not, or is nested too deep.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"has {field} with too many brackets in each other") from None
+    except ValueError as error:
+        raise ValueError(f"has {field} as a text that is not JSON: {error}") from None
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises a ValueError for lists and objects in each other beyond `_MAX_DEPTH`."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [x for x in itertools.chain.from_iterable(parts) if isinstance(x, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"has more than {_MAX_DEPTH} lists and objects in each other; flatten it")
 
 
 def _message(item: dict[str, Any], place: str) -> dict[str, Any]:
@@ -153,6 +188,9 @@ def _message(item: dict[str, Any], place: str) -> dict[str, Any]:
         found["content"] = "".join(_part(part, place) for part in found["content"])
     if isinstance(call := found.pop("function_call", None), dict):
         found["tool_calls"] = [{"type": "function", "function": call}]
+    if found.get("role") == "function_call" and isinstance(found.get("content"), str):
+        calls = from_json(found.pop("content"), f"{place}.value")  # ShareGPT's
+        found |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return found
 
 
@@ -165,15 +203,42 @@ def _part(part: Any, place: str) -> str:
     raise ValueError(f"has a part of type {kind} in {place}.content; only texts are trained")
 
 
-def _alike(prompt: Any, completion: Any) -> dict[str, Any]:
-    """Returns prompt and completion as two texts or two lists of messages."""
-    if isinstance(prompt, list) or isinstance(completion, list):
-        if isinstance(prompt, str):
+def _is_chat(value: Any) -> bool:
+    """Returns whether a prompt or a completion is a list of messages, maybe as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+        return all(isinstance(part, dict) and {"role", "content"} <= part.keys() for part in value)
+    return isinstance(value, list)
+
+
+def _prompt_and_completion(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row with prompt and completion as two texts or two lists of messages.
+
+    Raises:
+        ValueError: for what texts as they stand have no place for.
+    """
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(fields.get("label"), bool):
+        raise ValueError(
+            "is a preference row (prompt, completion and a label of true or false), which neither "
+            "SFT nor GRPO trains on; keep the rows whose label is true, without it"
+        )
+    if _is_chat(prompt) or _is_chat(completion):
+        if isinstance(prompt, str) and not _is_chat(prompt):
             prompt = [{"role": "user", "content": prompt}]
-        if isinstance(completion, str):
+        if isinstance(completion, str) and not _is_chat(completion):
             completion = [{"role": "assistant", "content": completion}]
-        prompt, completion = messages(prompt, "prompt"), messages(completion, "completion")
-    return {"prompt": prompt, "completion": completion}
+        prompt = _with_system(fields, messages(prompt, "prompt"))
+        return fields | {"prompt": prompt, "completion": messages(completion, "completion")}
+    if lost := [name for name in (*_SYSTEM, "tools") if fields.get(name)]:
+        raise ValueError(
+            f"has {lost[0]} beside a plain prompt and completion, which are trained as they stand; "
+            "put it into the prompt, or make messages of all"
+        )
+    return fields
 
 
 def _pair(fields: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, Any]]:
@@ -182,7 +247,11 @@ def _pair(fields: Mapping[str, Any], asked: str, answered: str) -> list[dict[str
     texts = [fields[name] for name in (asked, *more)]
     if not all(isinstance(text, str) for text in (*texts, fields[answered])):
         raise ValueError(f"has {asked} or {answered} that is no text")
-    turns = [text for pair in fields.get("history") or [] for text in pair]
+    history = fields.get("history") or []
+    history = from_json(history, "history") if isinstance(history, str) else history
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        raise ValueError("has a history that is no list of pairs of texts, [[asked, answered], …]")
+    turns = [text for pair in history for text in pair]
     roles = itertools.cycle(("user", "assistant"))
     found = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
     question = "\n\n".join(text for text in texts if text)
@@ -193,11 +262,34 @@ def _pair(fields: Mapping[str, Any], asked: str, answered: str) -> list[dict[str
     ]
 
 
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+    )
+
+
 def _with_system(fields: Mapping[str, Any], found: Any) -> Any:
-    system = fields.get("system")
-    if not system or not isinstance(found, list):
+    """Returns a conversation behind the system text that stands in a field of its own."""
+    text = next((fields[name] for name in _SYSTEM if fields.get(name)), None)
+    if not text or not isinstance(found, list):
         return found
-    return [{"role": "system", "content": system}, *found]
+    (system,) = messages([{"role": "system", "content": text}], "system")
+    if not found or not isinstance(found[0], dict) or found[0].get("role") != "system":
+        return [system, *found]
+    if found[0].get("content") != system["content"]:
+        raise ValueError("has a system text of its own and another one as first message; keep one")
+    return found
+
+
+def _with_tools(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row whose `functions`, OpenAI's former definitions of tools, are `tools`."""
+    found = fields.get("functions")
+    if "tools" in fields or not found:
+        return fields
+    found = from_json(found, "functions") if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(f, dict) and "name" in f for f in found):
+        return fields
+    return fields | {"tools": [{"type": "function", "function": function} for function in found]}
 
 
 def _rest(fields: Mapping[str, Any], *used: str) -> dict[str, Any]:

@@ -318,6 +318,41 @@ NO_SYSTEM = (
 DATED = "{{ strftime_now('%d %b %Y') + ' ' + style }}{{ strftime_now( \"%Y\" ) }}" + CHATML
 
 
+def test_what_a_template_leaves_out_of_what_is_read_is_told():
+    tool = {"type": "function", "function": {"name": "add"}}
+    talk = ("user", "q"), ("assistant", "a")
+    for template, seen in ((TOOLS, True), (CHATML, False)):
+        encoded = encode_one(chatml_tokenizer(template), row_of(*talk, tools=[tool]))
+        assert encoded.notes == (() if seen else ("unseen",))
+        assert encoded.example is not None
+    no_results = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}")
+    as_json = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content)")
+    rows = row_of(("user", "q"), ("tool", 'a "result"'), ("assistant", "a"))
+    for template, notes in ((no_results, ("unseen",)), (as_json, ()), (CHATML, ())):
+        assert encode_one(chatml_tokenizer(template), rows).notes == notes
+    after = row_of(*talk, ("tool", "not read by any turn"))
+    assert encode_one(chatml_tokenizer(no_results), after).notes == ()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "\ud800"}}]},
+        {"messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", "tool_calls": [
+                {"function": {"name": "add", "arguments": {"x": "\ud800"}}}]}]},
+    ],
+    ids=["tools", "arguments"],
+)  # fmt: skip
+def test_half_a_surrogate_pair_in_what_a_template_shows_rejects_the_row(fields):
+    plain = {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}
+    sample = to_sample(Row("r", plain | fields), DataConfig())
+    encoded = encode_one(chatml_tokenizer(TOOLS), sample)
+    assert encoded.notes == ("rejected",)
+    assert "half a surrogate pair" in encoded.reason
+
+
 def whole_text(tokenizer, example):
     return tokenizer.decode(example.tokens.tolist())
 

@@ -66,8 +66,17 @@ def test_a_few_unusable_rows_are_left_out_and_many_stop_the_run():
         parse_questions(rows(good, {"question": "q"}, good, good), 0.2, True)
 
 
+def test_questions_that_are_left_out_are_counted_and_named(caplog):
+    good = {"question": "q", "answer": "1"}
+    with caplog.at_level("WARNING"):
+        parse_questions(rows(good, {"question": "q"}, good, good), 0.25, True)
+    assert "1 of 4 questions are left out: d:2: has no ground truth" in caplog.text
+
+
 def test_no_question_at_all_is_refused():
-    with pytest.raises(ValueError, match=r"no usable question; look at data.dataset_path"):
+    with pytest.raises(
+        ValueError, match=r"no usable question; look at data.dataset_path; the first: d:1: has no"
+    ):
         parse_questions(rows({"question": "q"}), 1.0, True)
     with pytest.raises(ValueError, match=r"no usable question"):
         parse_questions(rows(), 0.0, True)

@@ -25,6 +25,10 @@ def turns(fields, **options):
     return [(m["role"], m["content"]) for m in sample(fields, **options).messages]
 
 
+def nested(depth):
+    return {"inner": nested(depth - 1)} if depth else {}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -67,6 +71,58 @@ def test_what_stands_before_the_question_is_kept():
     assert turns({"messages": [{"role": "developer", "content": "s"}, *TALK]})[0] == ("system", "s")
 
 
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": TALK},
+        {"conversations": TALK},
+        {"prompt": TALK[:1], "completion": TALK[1:]},
+        {"question": ASKED[1], "response": ANSWERED[1]},
+        {"messages": [{"role": "system", "content": "s"}, *TALK]},
+    ],
+    ids=lambda fields: "+".join(fields),
+)
+def test_a_system_text_in_a_field_of_its_own_comes_first_and_once(name, fields):
+    assert turns({**fields, name: "s"}) == [("system", "s"), ASKED, ANSWERED]
+    parts = [{"type": "text", "text": "s"}]
+    assert turns({**fields, name: parts}) == [("system", "s"), ASKED, ANSWERED]
+
+
+def test_messages_may_be_json_text_wherever_they_stand():
+    asked, answered = json.dumps(TALK[:1]), json.dumps(TALK[1:])
+    assert turns({"prompt": asked, "completion": answered}) == [ASKED, ANSWERED]
+    assert turns({"prompt": asked, "completion": ANSWERED[1]}) == [ASKED, ANSWERED]
+    row = Row("d:1", {"prompt": asked, "solution": "4"})
+    assert to_question(row, True).question == ASKED[1]
+    plain = {"prompt": '[{"a": 1}]', "completion": "[{"}
+    assert sample(plain) == PlainText("d:1", *plain.values())
+
+
+def test_columns_of_a_question_and_its_answer_are_a_conversation():
+    columns = ColumnsConfig(question="q", completion="a")
+    assert turns({"q": ASKED[1], "a": ANSWERED[1]}, columns=columns) == [ASKED, ANSWERED]
+
+
+def test_a_call_in_the_roles_of_sharegpt():
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'}
+    result = {"from": "observation", "value": "1"}
+    row = {"conversations": [{"from": "human", "value": "go"}, call, result, TALK[1]],
+           "tools": '[{"name": "add"}]'}  # fmt: skip
+    found = sample(row)
+    assert found.messages[1]["tool_calls"] == [{"name": "add", "arguments": {"a": 1}}]
+    assert [m["role"] for m in found.messages] == ["user", "assistant", "tool", "assistant"]
+    assert found.tools == ({"name": "add"},)
+    assert sample({"conversations": TALK, "tools": ""}).tools == ()
+
+
+def test_functions_of_openai_s_former_calls_are_tools():
+    tool = ({"type": "function", "function": {"name": "add"}},)
+    assert sample({"messages": TALK, "functions": [{"name": "add"}]}).tools == tool
+    assert sample({"messages": TALK, "functions": '[{"name": "add"}]'}).tools == tool
+    assert sample({"messages": TALK, "functions": ["sums"]}).tools == ()
+
+
 def test_a_call_as_openai_wrote_it_before_tools():
     call = {"role": "assistant", "content": None,
             "function_call": {"name": "add", "arguments": '{"a": 1}'}}  # fmt: skip
@@ -94,6 +150,20 @@ def test_text_alone_is_trained_whole():
         ({"instruction": ["x"], "output": "y"}, "instruction or output that is no text"),
         ({"body": "x"}, "lacks messages; it has body"),
         ({"question": "q", "answer": float("nan")}, "lacks messages; it has question"),
+        ({"prompt": "q", "completion": "a", "label": False}, "is a preference row"),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "has system beside a plain prompt"),
+        ({"prompt": "q", "completion": "a", "tools": "[1]"}, "has tools beside a plain prompt"),
+        ({"messages": [{"role": "system", "content": "t"}, *TALK], "system": "s"},
+         "another one as first message"),
+        ({"instruction": "q", "output": "a", "history": ["a", "b"]}, "no list of pairs"),
+        ({"instruction": "q", "output": "a", "history": TALK}, "no list of pairs"),
+        ({"instruction": "q", "output": "a", "history": [["a", "b", "c"]]}, "no list of pairs"),
+        ({"instruction": "q", "output": "a", "history": "["}, "history as a text that is not JSON"),
+        ({"messages": [TALK[0], {**TALK[1], "train": "false"}]}, "must be true or false"),
+        ({"messages": "[" * 100_000}, "too many brackets"),
+        ({"messages": TALK, "tools": "[" * 100_000}, "too many brackets"),
+        ({"messages": TALK, "tools": "[" * 200 + "]" * 200}, "in each other"),
+        ({"messages": TALK, "tools": [nested(200)]}, "in each other"),
     ],
 )  # fmt: skip
 def test_a_row_that_is_none_says_why(fields, message):
@@ -122,6 +192,8 @@ def test_columns_are_renamed_by_the_config():
         ({"problem": "q", "answer": "4", "solution": "2+2=4"}, "q", "4"),
         ({"question": "q", "answer": float("nan"), "solution": 0}, "q", "0"),
         ({"question": "q", "answer": True}, "q", "True"),
+        ({"instruction": "Add.", "input": "2 and 2", "answer": "4"}, "Add.\n\n2 and 2", "4"),
+        ({"instruction": "Add.", "input": "", "answer": "4"}, "Add.", "4"),
     ],
 )  # fmt: skip
 def test_questions_of_other_tools(fields, question, truth):
@@ -134,6 +206,7 @@ def test_questions_of_other_tools(fields, question, truth):
         ({"prompt": TALK, "answer": "4"}, "a prompt with the roles user, assistant"),
         ({"question": "q", "answer": float("nan")}, "has no ground truth"),
         ({"question": "q", "answer": ["4", "5"]}, "has no ground truth"),
+        ({"question": "\ud800", "answer": "4"}, "half a surrogate pair"),
     ],
 )
 def test_questions_that_are_none_say_why(fields, message):
