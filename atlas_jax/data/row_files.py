@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ Records = Iterator[tuple[str, dict[str, Any] | str]]
 
 _COMPRESSED = (".gz", ".zst")
 _BEGINNING = 64  # bytes that tell an array from lines
+_LONGEST_CELL = 2**31 - 1  # of a table, in characters; the most that every platform takes
 _JSON_ERRORS = (ValueError, RecursionError)
 
 
@@ -149,10 +151,17 @@ def _array(path: str, file: str) -> Records:
 
 def _separated(path: str, file: str, delimiter: str) -> Records:
     """Reads a table of texts; cells that are empty count as absent."""
+    csv.field_size_limit(_LONGEST_CELL)  # of 128 KiB otherwise; conversations are longer
     with _opened(file) as content:
         text = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(content))
         try:
-            for number, row in enumerate(csv.DictReader(text, delimiter=delimiter), start=1):
+            table = csv.DictReader(text, delimiter=delimiter)
+            twice = [name for name, n in Counter(table.fieldnames or ()).items() if n > 1]
+            if twice:
+                raise ValueError(
+                    f"dataset file {path} has the column {twice[0]!r} more than once; rename one"
+                )
+            for number, row in enumerate(table, start=1):
                 if None in row or None in row.values():
                     yield f"{path}:{number}", "has another number of cells than the first line"
                 else:

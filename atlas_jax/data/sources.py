@@ -23,6 +23,8 @@ from atlas_jax.data import row_files, sessions, snapshot, trace_files
 from atlas_jax.files import write_whole
 
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
+_SAVED = "state.json"  # is in what `datasets` wrote with `save_to_disk`
+_NO_ROWS = (_SAVED, "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _NUM_SHOWN = 5
 _NUM_LOOKED_AT = 1000
 """Rows of a file that `check` looks at; a few unusable ones may stand first."""
@@ -272,6 +274,12 @@ def _list_rejected(path: str, *parts: Rows | None) -> None:
 def _records(path: str, config: DataConfig) -> row_files.Records:
     """Yields each row's name and its fields, or in their place why it is rejected."""
     file = os.path.expanduser(path)
+    whole = os.path.isfile(file) or os.path.exists(f"{file}/{_SAVED}")
+    if whole and "[" in config.dataset_split:
+        raise ValueError(
+            f"the split {config.dataset_split!r} takes some of the rows, but {path} has no splits; "
+            "data.dataset_max_samples draws some of any dataset"
+        )
     if os.path.isfile(file):
         return row_files.read(path)
     if _looks_like_file(path):
@@ -306,7 +314,7 @@ def _hub_records(path: str, config: DataConfig) -> row_files.Records:
             f"{row_files.kinds()}; give the file itself"
         )
     try:
-        if (folder / "state.json").exists():  # of `save_to_disk`
+        if (folder / _SAVED).exists():
             table = datasets.load_from_disk(str(folder))
         else:
             table = datasets.load_dataset(
@@ -320,7 +328,30 @@ def _hub_records(path: str, config: DataConfig) -> row_files.Records:
         raise ValueError(
             f"{kind} {path!r}, split {hub_split!r}, cannot be loaded ({why}); check the id, "
             "data.dataset_config, data.dataset_split and the network, or give a .jsonl or .parquet "
-            "file"
+            "file, or files by a pattern of their names"
         ) from error
+    if folder.is_dir() and not (folder / _SAVED).exists():
+        _tell_unread(folder, config)
     for number, fields in enumerate(table, start=1):
         yield f"{path}[{hub_split}]:{number}", dict(fields)
+
+
+def _tell_unread(folder: pathlib.Path, config: DataConfig) -> None:
+    """Warns of files that `datasets` leaves out: it reads the most frequent kind of a directory."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(str(folder), config.dataset_config or None)
+    read = {os.path.realpath(f) for files in builder.config.data_files.values() for f in files}
+    left = [
+        str(file)
+        for file in sorted(folder.rglob("*"))
+        if row_files.is_known(str(file))
+        and file.name not in _NO_ROWS
+        and os.path.realpath(file) not in read
+    ]
+    if left:
+        logging.warning(
+            "%d files of the directory %s are not read, such as %s; a pattern of names, such as "
+            "%s/*, reads files of any kind",
+            *(len(left), folder, left[0], folder),
+        )

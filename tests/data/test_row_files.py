@@ -85,9 +85,38 @@ def test_patterns_directories_and_saved_datasets(tmp_path):
     assert fields(tmp_path / "splits", dataset_split="test") == ROWS[1:]
 
 
+def test_files_of_a_directory_that_are_not_read_are_named(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    assert fields(tmp_path) == ROWS * 2
+    assert "not read" not in caplog.text
+    (tmp_path / "c.csv").write_bytes(TABLE)
+    assert fields(tmp_path) == ROWS * 2
+    assert f"1 files of the directory {tmp_path} are not read, such as {tmp_path}/c.csv" in (
+        caplog.text
+    )
+
+
+def test_a_part_of_what_has_no_splits_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    for name in ("a.jsonl", "saved"):
+        with pytest.raises(ValueError, match=r"the split 'train\[:1\]' takes some of the rows"):
+            fields(tmp_path / name, dataset_split="train[:1]")
+    assert fields(tmp_path / "splits", dataset_split="train[:1]") == ROWS[:1]
+
+
+def test_cells_of_a_table_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\na," + "x" * 300_000 + "\n")
+    assert fields(tmp_path / "a.csv") == [{"prompt": "a", "completion": "x" * 300_000}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", b"a,b,a\n1,2,3\n", "has the column 'a' more than once"),
         ("a.txt", LINES, "is of an unknown kind; its name must end in one of .jsonl, .json, .csv"),
         ("a.jsonl.gz", LINES, "is damaged"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], "is damaged"),
