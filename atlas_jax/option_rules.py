@@ -60,7 +60,7 @@ POSITIVE = (
     "hosts.start_timeout_secs", "hosts.heartbeat_timeout_secs", "hosts.stall_timeout_secs",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "gradient_accumulation_steps", "train_batch_size", "save_steps", "save_total_limit",
+    "seed", "gradient_accumulation_steps", "train_batch_size", "save_steps", "save_total_limit",
     "eval_steps", "weight_decay", "max_grad_norm", "data.dataset_max_samples", "top_k", "beta",
     "rollout.max_answer_tokens", "rollout.refill_rounds", "rollout.eval_limit",
     "rollout.max_staleness", "data.max_sessions",
@@ -71,6 +71,8 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 FRACTIONS = (
     "warmup_ratio",
+    "adam_beta1",
+    "adam_beta2",
     "data.eval_split_ratio",
     "data.max_rejected_frac",
     "min_p",

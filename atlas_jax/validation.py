@@ -292,3 +292,7 @@ def _check_values(values: dict[str, Any]) -> None:
         for name in names:
             if name in values and not holds(values[name]):
                 raise ValueError(f"{name}={values[name]} must be {rule}")
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}={value} must be finite")
