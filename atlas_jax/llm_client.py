@@ -357,7 +357,7 @@ class Client:
             raise RefusedError(url, status, shown)
         try:
             return json.loads(body) if body.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _TransientError(UnavailableError(url, status, f"not JSON: {shown}")) from None
 
     def _backoff(self, attempt: int) -> float:

@@ -67,14 +67,18 @@ def test_an_empty_reply_is_none():
     assert talk(empty, lambda client: client.post("/")) is None
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 503, 200])
-def test_what_may_pass_is_tried_again(status):
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [*((status, "not yet") for status in (408, 429, 500, 503, 200)), (200, "[" * 100_000)],
+    ids=lambda part: str(part)[:9],
+)
+def test_what_may_pass_is_tried_again(status, text):
     calls = []
 
     async def second_time(_):
         calls.append(time.monotonic())
         if len(calls) == 1:
-            return web.Response(status=status, text="not yet")
+            return web.Response(status=status, text=text)
         return web.json_response({"ok": True})
 
     async def use(client):

@@ -114,6 +114,6 @@ def _named(body: str) -> tuple[str, str]:
         error = (value[0] if isinstance(value, list) else value)["error"]
         parameter = error.get("param") or ""
         text = str(error.get("message") or body)
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         parameter, text = "", body
     return str(parameter).lower(), text[:_SHOWN].lower()

@@ -36,6 +36,7 @@ MAX_HOLD_SECS = 120.0
 """Longest that an endpoint is left alone because it says so; limits are by the minute."""
 
 _CHARS_PER_TOKEN = 4  # an estimate, until a reply says
+_MOST_TOKENS = 10**9  # of one call; beyond it a count is nonsense
 _MOST_ROOM = 4  # times `max_tokens`, for a reply that is cut off
 
 
@@ -316,16 +317,34 @@ def _read(reply: Reply, request: Request) -> Opinion | Unreadable:
 
 
 def _reply(raw: Any, estimate: int) -> Reply:
-    """Returns what a chat completion holds; "" where it is none."""
+    """Returns what a chat completion holds; its text is "" where it is none."""
     try:
         choice = raw["choices"][0]
-        text, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
-        usage = raw.get("usage") or {}
-        input_tokens = int(usage.get("prompt_tokens") or estimate)
-        output_tokens = int(usage.get("completion_tokens") or len(text or "") // _CHARS_PER_TOKEN)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        text, is_cut = _text(choice["message"]["content"]), choice.get("finish_reason") == "length"
+    except (KeyError, IndexError, TypeError, AttributeError):
         return Reply("", estimate, 0)
-    return Reply(text if isinstance(text, str) else "", input_tokens, output_tokens, is_cut)
+    usage = raw.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    return Reply(
+        text,
+        _count(usage.get("prompt_tokens"), estimate),
+        _count(usage.get("completion_tokens"), len(text) // _CHARS_PER_TOKEN),
+        is_cut,
+    )
+
+
+def _text(content: Any) -> str:
+    """Returns a message's content, which some endpoints divide into parts, thoughts among them."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(part["text"] for part in parts)
+    return content if isinstance(content, str) else ""
+
+
+def _count(given: Any, estimate: int) -> int:
+    """Returns a number of tokens as an endpoint gives it, the estimate where it is none."""
+    is_number = isinstance(given, int | float) and 0 < given <= _MOST_TOKENS
+    return int(given) if is_number else estimate
 
 
 def _cost(reply: Reply, prices: tuple[float, float] | None) -> float:

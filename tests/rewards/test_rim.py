@@ -15,7 +15,7 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax import endpoints
 from atlas_jax.options_rim import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
-from atlas_jax.rewards import RIMReward
+from atlas_jax.rewards import RIMReward, transport
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
 from atlas_jax.types import RewardResult
@@ -52,6 +52,26 @@ def options(server, tmp_path, small="agreeing", large="large", limits=(), **chan
 def kept(config):
     """The file of the cache."""
     return pathlib.Path(config.cache_dir) / "replies.sqlite"
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [None, [1], {}, {"prompt_tokens": "ten"}, {"prompt_tokens": float("inf")},
+     {"prompt_tokens": float("nan")}, {"prompt_tokens": -5}, {"prompt_tokens": 10**40}],
+    ids=str,
+)  # fmt: skip
+def test_a_reply_counts_whatever_its_usage_is(usage):
+    choice = {"message": {"content": "12345678"}, "finish_reason": "stop"}
+    assert transport._reply({"choices": [choice], "usage": usage}, 7) == ("12345678", 7, 2, False)
+
+
+def test_a_reply_in_parts_is_their_texts():
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "a"},
+             {"type": "text", "text": "b"}]  # fmt: skip
+    choice = {"message": {"content": parts}, "finish_reason": "length"}
+    assert transport._reply({"choices": [choice]}, 7) == ("ab", 7, 0, True)
+    for content in (None, 3, ["a"], [{"type": "text"}]):
+        assert transport._reply({"choices": [{"message": {"content": content}}]}, 7)[0] == ""
 
 
 def test_the_breakdown_is_the_one_whose_score_is_used(server, tmp_path):
