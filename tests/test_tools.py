@@ -97,3 +97,19 @@ def test_data_is_inspected_as_the_docstring_says(model, tmp_path):
     assert "1 rows to train on, 0 held out" in result.stdout
     absent = run("inspect_data.py", "configs/run/absent.py")
     assert error_of(absent).startswith("configs/run/absent.py does not exist")
+
+
+def test_the_inspection_counts_sessions_of_files_by_pattern(model, tmp_path):
+    given = {"validation": {"guidance": "Carry.", "text": "21"}}
+    step = {"description": "Add.", "output": "4", "guidance": ["Carry."],
+            "attempt_history": [{"evaluation": given}]}  # fmt: skip
+    for name in ("a.jsonl", "b,c.jsonl"):
+        session = {"task": name, "review_status": "approved", "status": "succeeded"}
+        (tmp_path / name).write_text(json.dumps(session | {"steps": [step]}) + "\n")
+    result = run(
+        "inspect_data.py", "configs/run/teacher_sft.py:data=runtime_traces",
+        f"--config.data.dataset_path={tmp_path}/*.jsonl", "--config.data.eval_split_ratio=0",
+        f"--config.model_name_or_path={model}", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert "  approved               2" in result.stdout.split("\n")
+    assert "2 rows to train on, 0 held out" in result.stdout

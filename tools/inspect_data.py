@@ -76,7 +76,7 @@ def all_sessions(config: DataConfig) -> Iterator[AtlasSessionTrace]:
             config.db_url, include_trajectory_events=False
         )
         return
-    for part in filter(None, map(str.strip, config.dataset_path.split(","))):
+    for part in sources.parts_of(config.dataset_path):
         for _, session in trace_files.read(part):
             if isinstance(session, AtlasSessionTrace):
                 yield session

@@ -113,7 +113,7 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
         ValueError: for a file that is missing, unreadable or of an unknown kind, or that begins
             with rows of which none can be used.
     """
-    for part in _parts(path):
+    for part in parts_of(path):
         records: Iterator[tuple[str, Any]]
         if config.format == "session":
             records = trace_files.read(part)
@@ -248,7 +248,7 @@ def _all_records(
 ) -> Iterable[tuple[str, dict[str, Any] | sessions.Parts | str]]:
     if not path:
         return sessions.to_records(snapshot.read(output_dir), config)
-    parts = _parts(path)
+    parts = parts_of(path)
     if config.format == "session":
         return sessions.to_records(_chain(trace_files.read(part) for part in parts), config)
     return _chain(_records(part, config) for part in parts)
@@ -257,7 +257,8 @@ def _all_records(
 _chain = itertools.chain.from_iterable
 
 
-def _parts(path: str) -> list[str]:
+def parts_of(path: str) -> list[str]:
+    """Returns the files, directories and datasets that `data.dataset_path` names."""
     if os.path.isfile(os.path.expanduser(path)):  # its name may have a comma
         return [path]
     parts = (part for part in (p.strip() for p in path.split(",")) if part)
