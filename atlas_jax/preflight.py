@@ -17,6 +17,7 @@ from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
 from atlas_jax.data import examples, questions, snapshot, sources
 from atlas_jax.data.chat_template import read_options
+from atlas_jax.models.config import check_family
 from atlas_jax.recipes.layout import make_layout
 from atlas_jax.validation import mesh_shape
 
@@ -101,6 +102,7 @@ def check_models(config: TrainConfig) -> None:
     tokenizer = config.tokenizer_name_or_path
     with _of("model_name_or_path"):
         check_model(config.model_name_or_path)
+        _check_computed(config.model_name_or_path)
     with _of("tokenizer_name_or_path" if tokenizer else "model_name_or_path"):
         _check_tokenizer(tokenizer or config.model_name_or_path, _needs_chat(config))
     read_options(config.chat_template_kwargs)
@@ -109,6 +111,8 @@ def check_models(config: TrainConfig) -> None:
         read_options(config.rollout.student_chat_template_kwargs, name)
         with _of("student_model"):
             check_model(config.student_model)
+            if config.rollout.backend == "local":
+                _check_computed(config.student_model)
             _check_tokenizer(config.student_model, False)
 
 
@@ -135,6 +139,16 @@ def check_model(name: str) -> None:
         _check_gguf(name, path)
     else:
         layout.check(path)
+
+
+def _check_computed(name: str) -> None:
+    """Checks that the decoder computes models like a directory's `config.json`."""
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        try:
+            check_family(layout.read_json(path / "config.json"))
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be computed here: {error}") from None
 
 
 def _check_hub(name: str, path: pathlib.Path) -> None:

@@ -159,6 +159,14 @@ def write(name, text):
     return lambda directory: (directory / name).write_text(text)
 
 
+def edited(**options):
+    def change(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+    return change
+
+
 def truncate(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
@@ -192,6 +200,9 @@ def without(*names):
     [
         (without("config.json"), r"is no model: it has no config\.json$"),
         (write("config.json", "{"), r"config\.json is not JSON"),
+        (write("config.json", "[" * 100_000), r"config\.json is not JSON"),
+        (edited(model_type="gemma2"), "model_type 'gemma2' is not supported; supported are llama"),
+        (edited(auto_map={"AutoModel": "x.Y"}), "config.json has auto_map"),
         (as_run, r"its config\.json is not that of a Hugging Face model .*broken/final is one"),
         (adapter, "holds a LoRA adapter .* merge it into its base model"),
         (without("model.safetensors"), r"has no \*\.safetensors file, nor other weights"),
@@ -203,6 +214,11 @@ def without(*names):
 def test_a_directory_that_is_no_whole_model_is_told(model, grpo, tmp_path, option, change, message):
     path = broken(model, tmp_path, change)
     refused(changed(grpo, **{option: path}), rf"{option}={re.escape(path)}.*{message}")
+
+
+def test_a_student_that_a_server_answers_for_may_be_of_any_architecture(model, grpo, tmp_path):
+    path = broken(model, tmp_path, edited(model_type="gemma2"))
+    preflight.check_models(changed(grpo, student_model=path, rollout__backend="vllm"))
 
 
 def test_sharded_models_and_fp16_bins_beside_safetensors_pass(model, config, tmp_path):

@@ -62,6 +62,14 @@ def test_stop_tokens_are_those_of_the_first_file_that_names_some(config, generat
     assert vocabulary.stop_ids(source, tokenizer) == expected
 
 
+@pytest.mark.parametrize("ids", ["x", [3, "x"], 3.5, True, [[3]]])
+def test_stop_tokens_that_are_no_whole_numbers_are_named(ids):
+    source = mock.Mock(hf.Source)
+    source.config, source.generation_config = {}, {"eos_token_id": ids}
+    with pytest.raises(ValueError, match=r"eos_token_id=.* must be whole numbers"):
+        vocabulary.stop_ids(source, chatml_tokenizer())
+
+
 PIECES = {
     "llama": dict(model_type="bpe", split_digits=True),
     "gemma": dict(model_type="bpe", add_dummy_prefix=False),

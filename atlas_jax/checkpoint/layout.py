@@ -301,7 +301,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     check_fetched(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # text that is not UTF-8, too
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8, too
         raise ValueError(f"{path} is not JSON: {error}; download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
@@ -312,7 +312,7 @@ def is_model(directory: pathlib.Path) -> bool:
     """Returns whether a directory is a model in Hugging Face layout, whatever its name."""
     try:
         content = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "model_type" in content
 

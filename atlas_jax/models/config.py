@@ -14,9 +14,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -145,7 +142,19 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         ValueError: names the architecture or option that is not supported, or what transformers
             refuses.
     """
-    family = hf.get("model_type")
+    family = check_family(hf)
+    options = _complete(hf, family)
+    _refuse_uncomputed(options, family)
+    return _read(options, family)
+
+
+def check_family(hf: dict[str, Any]) -> str:
+    """Returns the `model_type` of a `config.json`, without transformers, which loads slowly.
+
+    Raises:
+        ValueError: for one that is not supported, and for options that none of them has.
+    """
+    family = str(hf.get("model_type"))
     if family not in _FAMILIES:
         raise ValueError(
             f"model_type {family!r} is not supported; supported are {', '.join(_FAMILIES)}"
@@ -153,9 +162,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     for name, reason in _REFUSED.items():
         if hf.get(name) is not None:
             raise ValueError(f"config.json has {name}: {reason}")
-    options = _complete(hf, family)
-    _refuse_uncomputed(options, family)
-    return _read(options, family)
+    return family
 
 
 def ignored(hf: dict[str, Any]) -> list[str]:
@@ -170,6 +177,9 @@ def _complete(hf: dict[str, Any], family: str) -> dict[str, Any]:
     Raises:
         ValueError: if the class refuses them.
     """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
     # Files may say a dtype that they do not hold, or none that there is; nothing here goes by it.
     told = {name: value for name, value in hf.items() if name not in ("dtype", "torch_dtype")}
     try:
@@ -180,6 +190,8 @@ def _complete(hf: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def _defaults(family: str) -> dict[str, Any]:
+    import transformers
+
     return transformers.CONFIG_MAPPING[family]().to_dict()
 
 
@@ -188,6 +200,8 @@ def _refuse_uncomputed(options: dict[str, Any], family: str) -> None:
 
     What the class does not have changes nothing in transformers either.
     """
+    import transformers
+
     harmless = _READ | _WITHOUT_EFFECT | transformers.PreTrainedConfig().to_dict().keys()
     for name, default in _defaults(family).items():
         if name not in harmless and options[name] != default:

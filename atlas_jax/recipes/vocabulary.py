@@ -143,4 +143,7 @@ def stop_ids(source: hf.Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 def _eos(options: Mapping[str, Any]) -> tuple[int, ...]:
     ids = options.get("eos_token_id")
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(stop) is int for stop in ids):
+        raise ValueError(f"eos_token_id={ids!r} of the model must be whole numbers; correct it")
+    return tuple(ids)
