@@ -392,7 +392,8 @@ def _shows_context(sample: Conversation, text: str) -> bool:
     """Returns whether a text shows all that is only read before its last trained turn."""
     last = max(trained_turns(sample))
     told = [m["content"] for m in sample.messages[:last] if m["role"] != "assistant"]
-    named = [str(tool.get("function", tool).get("name", "")) for tool in sample.tools]
+    functions = [tool.get("function", tool) for tool in sample.tools]
+    named = [str(f.get("name", "")) for f in functions if isinstance(f, dict)]
     # Some templates write what tools return as JSON.
     return all(_is_shown(t, text) or _is_shown(json.dumps(t)[1:-1], text) for t in told + named)
 
