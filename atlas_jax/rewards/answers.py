@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from atlas_jax.rewards import choices, equality, numbers, statements, symbolic
+from atlas_jax.rewards import choices, conclusions, equality, numbers, statements, symbolic
 from atlas_jax.rewards.plain import TAIL, clean, plain
 
 _TAG = re.compile(r"< ?(/?) ?(solution|answer) ?>", re.IGNORECASE)
@@ -24,7 +24,7 @@ _BRACE = re.compile(r"(\\(?:boxed|fbox) ?)?\{|\}|\\[{}]")
 _BOXED_TOKEN = re.compile(r"\\(?:boxed|fbox) {1,4}(-?[\d.,]*\d|[A-Za-z](?![A-Za-z]))")
 _HASHES = re.compile(r"(?<!#)####[ \t]*([^\n#]*)")
 _JSON = re.compile(
-    r'"(?:final_?|correct_?)?answer"\s{0,8}:\s{0,8}(?:("(?:[^"\\\n]|\\.)*+")|([^\s,{}\[\]"]++))',
+    r'"(?:final_?|correct_?)?answer"\s{0,8}:\s{0,8}(?:("(?:[^"\\\n]|\\.)*+")|(\[[^\[\]{}\n]{0,200}\]|[^\s,{}\[\]"]++))',
     re.IGNORECASE,
 )
 _MARKER = re.compile(
@@ -36,15 +36,19 @@ _MARKER = re.compile(
     r"|^[#*_ ]{1,8}(?:final )?answer[*_: ]{0,8}$",
     re.IGNORECASE | re.MULTILINE,
 )
-_SENTENCE_END = re.compile(
-    r"(?<![MDJS]r)(?<!Mrs)(?<!\bSt)(?<!\bRs)(?<!Prof)(?<!\bMt)(?<!approx)(?<!\b[A-J])"
-    r"(?<!\b[A-Z]\. [A-Z])(?<!^[A-Z])(?<!\bsq)"
-    r"(?:[.!?](?=\s)|;(?=\s(?![-+\d])))|。"
-)
 _CLAUSE_END = re.compile(
-    r"(?<!times)(?<!many)(?<!much),?\s(?:because|since|so|which|as)\b|\s\(|,\s(?:not|rather|instead)\b",
+    r"(?<!times)(?<!many)(?<!much),?\s(?:because|since|so|which|as)\b|\s\(|,\s(?:not|rather|instead)\b"
+    r"|\s(?:not|rather\sthan|instead\sof)\s(?=[$€£]?\d)",
     re.IGNORECASE,
 )
+_CONTRAST = re.compile(
+    r"not (?!only\b|just\b|merely\b)[^,;]{1,60}?"
+    r"(?:,? but (?:rather )?|[,;.] (?:it|the answer)(?: is|'s) )(?!not\b)",
+    re.IGNORECASE,
+)
+_PREDICATE = re.compile(r".{1,80} (?:is|are|equals) (?=\S)(?!.* (?:is|are|equals) )")
+_RESTATED = re.compile(r"(.{1,80}?),? or (?:about |approximately |roughly )?(.{1,80})")
+_MAX_SAID = 400  # characters of a statement whose predicate is looked at
 _LISTED = re.compile(r"[,;]\s|\b(?:and|or)\b", re.IGNORECASE)
 _EQUALS = re.compile(r"(?<![=<>!:])=(?![=>])")
 _ALGEBRA = re.compile(
@@ -53,31 +57,7 @@ _ALGEBRA = re.compile(
 _DENIAL = re.compile(
     r"\b(?:no|not|never|none|cannot|neither|wrong|incorrect)\b|n't\b", re.IGNORECASE
 )
-_CLOSING = re.compile(
-    r"(?:let me know|i hope|hope (?:this|that)|feel free|if you (?:have|need|want)|please|thank)\b",
-    re.IGNORECASE,
-)
-_FENCED = re.compile(r"```[^\n`]{0,20}\n")
 _ANNOUNCED = re.compile(r"(?:output|result|answer|prints?)\b[^\n]{0,40}:\s*$", re.IGNORECASE)
-_MATH_SPAN = re.compile(r"(?<!\\)\$(?![\s\d]*\$)([^\s$](?:[^$\n]{0,300}[^\s$])?)\$(?!\d)")
-_PLAIN_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3}")
-_RESULT = re.compile(r"= ?\$?(?=[-+]?[\d.])")
-_NOT_THE = re.compile(
-    r"(?:\b(?:not|never|cannot|except|than|least|most)|n't)(?: (?!only\b)\w{1,12})?"
-    r" (?:exactly |just |equal to )?$",
-    re.IGNORECASE,
-)
-_PRICE = re.compile(
-    r"(?<!\bfor)(?<!\bat)(?<!\bwith)(?<!\bof)(?<!\bfrom)(?<!\bthan)(?<!\bthe)(?<!\bhis)(?<!\bher)"
-    r" (?:[$€£] ?)([\d,]*\d(?:\.\d+)?)"
-)
-_COPULA = re.compile(r"\b(?:is|are|was|were|be|equals) (?:now |exactly |about |only )?$")
-_ASIDE = re.compile(r"(?<=\w) \([^()]*\)")
-_PHRASE = re.compile(
-    r"\b(?:for|in|of|after|per|over|within|during|from|on|to \w{1,12}) (?:the |his |her |their "
-    r"|all |each |every |these |those )?$"
-)
-_STRESSED = re.compile(r"\*\*\$?([-+]?[\d.,/]*\d)%?\*\*")
 
 
 def extract_answer(text: str) -> str | None:
@@ -220,10 +200,10 @@ def _behind_marker(text: str) -> str | None:
 
 def _statement(line: str) -> str:
     """Returns the answer in a line: a leading number, what the last "=" gives, or a sentence."""
-    text = clean(line).rstrip(TAIL)
+    text = _CONTRAST.sub("", clean(line).rstrip(TAIL), count=1)
     if not text:
         return ""
-    sentence = clean(_SENTENCE_END.split(text, maxsplit=1)[0])
+    sentence = clean(conclusions.SENTENCE_END.split(text, maxsplit=1)[0])
     clause = clean(_CLAUSE_END.split(sentence, maxsplit=1)[0])
     number = next(filter(equality.is_plain_number, (text, sentence, clause)), None)
     result = _result(text) if number is None else None
@@ -237,6 +217,10 @@ def _result(text: str) -> str | None:
         return None
     if len(parts) == 2 and equality.is_plain_number(parts[0]):
         return parts[0]
+    if re.match(r"\\(?:int|sum|prod|lim)", parts[0].strip()) or (
+        len(parts) > 2 and not re.search("[A-Za-z]", parts[-2])
+    ):
+        return parts[-1]
     return None if any(map(_ALGEBRA.search, parts[:-1])) else parts[-1]
 
 
@@ -257,7 +241,7 @@ def _bare_verdict(text: str) -> str | None:
 
 def _edges(text: str) -> list[str]:
     """Returns the last sentence of a text and the first."""
-    sentences = [s for s in _SENTENCE_END.split(text.strip()) if s.strip()]
+    sentences = [s for s in conclusions.SENTENCE_END.split(text.strip()) if s.strip()]
     return [sentences[-1].strip(), sentences[0].strip()] if sentences else []
 
 
@@ -272,68 +256,11 @@ def _output(text: str) -> str | None:
 
 
 def _conclusion(text: str) -> str | None:
-    """Returns what the last sentence with a number comes to.
-
-    That is the mathematics that ends with it, the number behind the last "=", a number in bold, a
-    price before a phrase with another number, or else the last number.
-    """
-    sentence = _last_sentence(text)
-    if sentence is None:
-        return None
-    spans = [m for m in _MATH_SPAN.finditer(sentence) if not _PLAIN_WORD.search(m[1])]
-    if spans and not any(numbers.numbers(plain(sentence[spans[-1].end() :]))):
-        span = spans[-1][1]
-        if not equality.is_plain_number(span) and not any(map(str.isspace, (span[0], span[-1]))):
-            return _statement(span)
-    stressed = _STRESSED.findall(sentence)
-    if len(stressed) == 1:
-        return stressed[0]
-    return _last_number(sentence)
-
-
-def _last_sentence(text: str) -> str | None:
-    """Returns the last sentence that has a number, but for phrases that close a letter."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    while lines and _CLOSING.match(lines[-1].strip()):
-        lines.pop()
-    for line in reversed(lines):
-        sentences = _SENTENCE_END.split(line)
-        for sentence in reversed(sentences):
-            if re.search(r"\d|[½-¾]", sentence) and any(numbers.numbers(plain(sentence))):
-                return sentence
-    return None
-
-
-def _last_number(sentence: str) -> str | None:
-    text = plain(sentence)
-    results = {match.end() for match in _RESULT.finditer(text)}
-    behind = [n for n in numbers.numbers(text) if n.start() in results]
-    if behind:
-        return behind[-1][0]
-    short = plain(_ASIDE.sub("", sentence))
-    found = list(numbers.numbers(short))
-    if not found:
-        short, found = text, list(numbers.numbers(text))
-    if not found:
-        return None
-    before = short[: found[-1].start()][-40:]
-    if _NOT_THE.search(before):
-        return None
-    if len(found) > 1 and _PHRASE.search(before):
-        return _price(sentence) or _stated_before(found[-2], short) or found[-1][0]
-    return found[-1][0]
-
-
-def _price(sentence: str) -> str | None:
-    """Returns the one amount of money of a sentence, if that is what something costs or earns."""
-    prices = _PRICE.findall(sentence)
-    return prices[0] if len(prices) == 1 and len(re.findall("[$€£]", sentence)) == 1 else None
-
-
-def _stated_before(number: re.Match[str], text: str) -> str | None:
-    """Returns a number that is said to be something, before a phrase with another number."""
-    is_said = _COPULA.search(text[: number.start()][-40:])
-    return number[0] if is_said and not re.search("[,;:]", text[number.end() :][:-1]) else None
+    """Returns what a text comes to."""
+    value = conclusions.conclusion(text)
+    if value is None or value.endswith("!"):  # a factorial
+        return value
+    return _statement(value)
 
 
 def _is_answer(answer: str, truth: str) -> bool:
@@ -362,6 +289,23 @@ def _readings(answer: str) -> Iterator[str]:
     yield text
     if result := _result(text):
         yield result
+    if (restated := _RESTATED.fullmatch(text)) and _are_one(*restated.groups()):
+        yield restated[1]
+    exact = text.replace("≈", "\\approx").partition("\\approx")[0]
+    if exact != text and exact.strip():
+        yield exact
+    if len(text) < _MAX_SAID and (said := _PREDICATE.match(text)) and not _DENIAL.search(text):
+        predicate = text[said.end() :]
+        if not re.search("[A-Za-z]{3}", predicate) and not equality.is_plain_number(predicate):
+            yield predicate
     subject = re.match(r"(.{1,80}?) (?:is|was|are|were|because|since)\b(.*)", text)
     if subject and not _DENIAL.search(subject[2]) and not subject[1][-1].isdigit():
         yield subject[1]
+
+
+def _are_one(first: str, second: str) -> bool:
+    """Returns whether two numbers are the same one, the second perhaps in percent."""
+    one, other = (numbers.quantity(plain(clean(part))) for part in (first, second))
+    if one is None or other is None:
+        return False
+    return one.value == other.value or ("%" in second and 100 * one.value == other.value)

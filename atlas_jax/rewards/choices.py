@@ -28,10 +28,13 @@ _REASON = re.compile(
 _CHOSEN = re.compile(
     r"(?<!not )(?<!n't )\b(?i:(?:correct|right|best|final) (?:option|choice|answer)"
     r"|I(?:'d| would| will)? choose"
-    r"|select|pick|go with|must be|should be|option|choice)(?: (?i:is|be|option|choice))?[:* ]{1,4}"
+    r"|select|pick|go with|must be|should be|option|choice)"
+    r"(?: (?i:is|be|option|choice))?[:*\s]{1,4}"
     r"(?:\(([A-Ja-j])\)|([B-J])\b(?!['’(]|-\w)|(A)(?=\W*$|[.,;:]))"
     r"(?! is (?:not|wrong|incorrect|false|too)\b)"
     r"|(?:^|[\s*(])([A-J])[)*]{0,3} is (?:the )?(?:correct|right|best)\b"
+    r"|\b(?i:so|thus|hence|therefore)[,:]? (?:it is |it's |it must be )?"
+    r"[(*]{0,3}([B-J])[)*]{0,3}\W{0,3}\Z"
 )
 _VERDICT = re.compile(
     r"(?:so|thus|therefore|hence|then|ultimately|in conclusion)?[, ]*"

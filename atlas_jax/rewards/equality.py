@@ -47,6 +47,9 @@ _DATE = re.compile(
     r"(?:(\d{1,2})(?:st|nd|rd|th)?)?,? ?(\d{4})?"
 )
 _ISO_DATE = re.compile(r"(\d{4})-(\d{1,2})-(\d{1,2})")
+_CLOCK = re.compile(r"\b0(?=\d:\d\d)")
+_UNIT_BEHIND = re.compile(r" ([A-Za-z]{2,}(?: (?:per )?[A-Za-z]+){0,3})(?:\^\{?\d\}?)?$")
+_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _RATIO = re.compile(r"(?<=\d) to (?=\d)")
 _CLOSERS = {"(": ")", "[": "]", "{": "}"}
 
@@ -60,8 +63,8 @@ def same(answer: str, truth: str) -> bool:
         amounts = [numbers.quantity(_unassigned(a)) for a in (answer, truth)]
         return amounts[0] is not None and amounts[1] is not None and amounts[0].agrees(amounts[1])
     if given == target:
-        return _cased(answer) == _cased(truth)
-    return key(answer) == key(truth)
+        return _cased(_unassigned(answer)) == _cased(_unassigned(truth))
+    return key(answer) == key(truth) or key(_valued(answer)) == key(_valued(truth))
 
 
 def read(answer: str) -> Fraction | str:
@@ -73,7 +76,7 @@ def read(answer: str) -> Fraction | str:
 
 def canonical(plain_text: str) -> str:
     """Returns a plain text in lower case, without articles and spaces around marks."""
-    text = _ARTICLE.sub("", plain_text.lower())
+    text = _ARTICLE.sub("", _CLOCK.sub("", plain_text.lower()))
     return without_tail(_SPACED_MARK.sub(r"\1", text)).lstrip(EDGE)
 
 
@@ -94,6 +97,12 @@ def _unassigned(answer: str) -> str:
     return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
 
 
+def _valued(answer: str) -> str:
+    """Returns what a name is said to be: "2x + 1" of "y = 2x + 1"."""
+    text = latex(clean(answer))
+    return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
+
+
 def _cased(answer: str) -> tuple[str, ...]:
     """Returns what is told from others by its case: symbols, but not where words are."""
     text = plain(clean(answer))
@@ -110,10 +119,20 @@ def _key(text: str, depth: int) -> tuple[Any, ...]:
         return "number", said
     if depth < _MAX_DEPTH and (found := _date(text) or _collection(text, depth)):
         return found
-    form = expressions.form(text)
+    form = expressions.form(_without_unit(text))
     if form is None:
         return "text", *_text(text)
     return "number" if isinstance(form, Fraction) else "expression", form
+
+
+def _without_unit(text: str) -> str:
+    r"""Returns an expression of numbers alone without its unit: "36\pi" of "36\pi cubic inches"."""
+    match = _UNIT_BEHIND.search(text[-80:])
+    if match is None:
+        return text
+    head = text[: len(text) - len(match[0])]
+    is_unit = numbers.is_unit(match[1].split()[0]) and match[1].split()[0] != "times"
+    return head if is_unit and "\\" in head and not _VARIABLE.search(head) else text
 
 
 def _said(text: str) -> Fraction | None:

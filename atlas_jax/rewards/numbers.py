@@ -36,7 +36,8 @@ _UNIT_TAIL = re.compile(r"(?![.!^]| - )(?:[^\W\d_]|[ /.'()-])*")
 _SHORT_UNITS = {
     "mm", "cm", "dm", "km", "kg", "mg", "μm", "μg", "lb", "lbs", "oz", "ft", "in", "yd", "mi", "hr",
     "hrs", "min", "mins", "sec", "ms", "ml", "dl", "kw", "mw", "hz", "am", "pm", "mph", "of", "kj",
-    "pa", "rs", "sq", "cu",
+    "pa", "rs", "sq", "cu", "kpa", "mpa", "kwh", "kv", "mv", "ma", "kω", "mω", "nm", "gb", "mb",
+    "kb", "tb", "rpm", "psi", "kcal", "gal", "usd", "eur", "gbp", "mol", "rad", "deg",
 }  # fmt: skip
 _UNIT_LETTERS = set("mghlsvwjNJWVKALCFΩ")
 _OPERATORS = {
@@ -47,6 +48,10 @@ _OPERATORS = {
 }  # fmt: skip
 _SIGN_WORD = re.compile(r"(?:minus|negative) (?=[\d.])", re.IGNORECASE)
 _ONE = re.compile(r"^an? (?=(?:dozen|hundred|thousand|million|billion)\b)", re.IGNORECASE)
+_CENTS = re.compile(
+    r"(?: (?:dollars?|euros?|pounds?)(?: and|,)?| and) (\d{1,2}) (?:cents?|pence)", re.IGNORECASE
+)
+_DOTTED = re.compile(r"[-+]?\d{1,3}(?:(?:\.\d{3}){2,}(?:,\d+)?|(?:\.\d{3})+,\d\d?)(?![\d.,])")
 _AND_PART = re.compile(r" and (?:an? |one )?(half|quarter|third|\d+ ?/ ?\d+)\b(?!\s*of\b)")
 
 
@@ -73,6 +78,8 @@ def quantity(plain: str) -> Quantity | None:
     text = _ONE.sub("1 ", _SIGN_WORD.sub("-", text, count=1), count=1)
     if (groups := _GROUPS.match(text)) and text[groups.end() : groups.end() + 1] in ("", " ", "."):
         text = groups[1] + re.sub(r"\D", "", groups[2]) + text[groups.end() :]
+    if dotted := _DOTTED.match(text):
+        text = dotted[0].replace(".", "").replace(",", ".") + text[dotted.end() :]
     if text.lower() in ("half", "a half"):
         return Quantity(Fraction(1, 2), "")
     number = NUMBER.match(text)
@@ -80,6 +87,8 @@ def quantity(plain: str) -> Quantity | None:
         return None
     tail, part = text[number.end() :], Fraction(0)
     tail = re.sub(r"^(?:ths?|rds?|nds?)\b", "", tail) if number["bottom"] else tail
+    if cents := _CENTS.fullmatch(tail.rstrip()):
+        part, tail = Fraction(int(cents[1]), 100), " dollars"
     if behind := _AND_PART.match(tail):
         part = spoken.part(behind[1])
         tail = tail[behind.end() :]
@@ -130,7 +139,7 @@ def _is_unit_tail(tail: str) -> bool:
     """Returns whether what follows a number is nothing, or a unit and the words behind it."""
     if tail[:1] == "^" or tail.startswith(("²", "³")):
         return False
-    text = _POWER.sub("", tail)
+    text = _POWER.sub("", tail.replace("\\cdot ", "."))
     words = LETTERS.findall(text)
     if not _UNIT_TAIL.fullmatch(text) or not {"and", "or", "than"}.isdisjoint(words):
         return False

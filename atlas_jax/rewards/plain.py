@@ -31,7 +31,8 @@ _CHARACTERS = str.maketrans(
         "−": "-", "–": "-", "—": "-", "⁄": "/", "’": "'", "‘": "'", "“": '"', "”": '"',
         "π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "∪": "\\cup ", "·": "\\cdot ",
         "⋅": "\\cdot ",
-        "±": "\\pm ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∈": "\\in ", "℃": "°C", "℉": "°F",
+        "±": "\\pm ", "≤": "\\le ", "≥": "\\ge ", "≈": "\\approx ",
+        "≠": "\\ne ", "∈": "\\in ", "℃": "°C", "℉": "°F",
         "µ": "μ", "∅": "\\emptyset ",
     }
 )  # fmt: skip
@@ -39,6 +40,9 @@ _VULGAR = re.compile("(\\d?)([¼-¾⅐-⅞])")
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 _LOWERED = re.compile("[₀-₉]+")
 _MATRIX = re.compile(r"\\(begin|end)\{([pbvBV]?)(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?")
+_FENCED_ARRAY = re.compile(
+    r"[\[(] ?(\\begin\{array\}(?:(?!\\begin|\\end)[\s\S])*+\\end\{array\}) ?[\])]"
+)
 _FACTOR = re.compile(r"[\d)]$|(?<![A-Za-z])[A-Za-z]$")
 _ROW = re.compile(r"\\\\(?:\s*\[[^\]\n]{0,20}\])?")
 
@@ -88,6 +92,7 @@ def _rows(text: str) -> str:
 
     if not _MATRIX.search(text):
         return text
+    text = _FENCED_ARRAY.sub(r"\1", text)
     text = _MATRIX.sub(bracket, _ROW.sub(";", text).replace("&", ","))
     return re.sub(r";\s*\]", "]", text)
 
@@ -109,6 +114,7 @@ _SPACES: tuple[Rewrite, ...] = (
     (_MATH, ""),
     (_BOLD, ""),
     (re.compile(r"\\!"), ""),
+    (re.compile(r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}"), r"\\emptyset "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"(?<=\d)\\,(?=\d{3})"), ""),
     (re.compile(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])"), " "),
