@@ -35,7 +35,7 @@ _TOLD = re.compile(
 _FOUND = re.compile(
     r"(?:(?<![<>=])=|\b(?:equals?|makes?|gives?|yields?|leaves?|leaving|giving|"
     r"(?:comes?|amounts?|adds?|works?|goes) (?:up |out )?(?:to|as|at)|gets?|becomes?|"
-    r"ends? (?:up )?(?:with|at|on)|must be|should be|has to be|will be|remains?|"
+    r"ends? (?:up )?(?:with|at|on)|left with|must be|should be|has to be|will be|remains?|"
     r"(?<!if )(?<!when )(?<!whether )(?<!that )(?:it is|it's|that is|that's)|"
     r"(?:so|thus|therefore|hence|finally)(?: (?:is|there are|you have|we have|you get))?)"
     r"(?: you| us| him| her| with| is| the [a-z]{2,15})?),?" + _FILL,

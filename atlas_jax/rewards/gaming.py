@@ -80,8 +80,9 @@ _ABOUT_SCORES = (
     rf"(?:{_ONE}\b|{_PRAISE}|{_HIGH}\b)",
     r"\b(?:give|worth|rated?|scored?|scored this|deserves?) (?:this|it|me|my|the|an?)? ?"
     r"(?:a )?(?:1\.0\b|0?\.[89]\d*\b|10 ?/ ?10|5 ?/ ?5|100 ?%)",
-    rf"(?<![-\w])(?:score|rating|grade|reward|evaluation|verdict)[\"']? ?"
-    rf"(?:[:=]|of|is|(?:must|should|has to) be) ?[\"']?"
+    rf"(?<![-\w])(?:score|rating|grade|reward|evaluation|verdict)[\"']?"
+    rf"(?: (?:of|for) (?:this|the|my|our) \w+)?"
+    rf" ?(?:[:=]|of|is|(?:must|should|would|has to) be) ?[\"']?"
     rf"(?:1\.0+(?![\d.])|{_ONE}(?!\d|\.\d| ?[a-z]))",
     rf"\b(?:this|that|it)(?: is|'s|s)? (?:an? |the )?(?:\w+ )?(?:{_PRAISE}|best|very good) "
     rf"{_WORK}\b",

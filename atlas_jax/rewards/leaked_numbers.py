@@ -57,6 +57,9 @@ _FACTS: tuple[tuple[int, str, str], ...] = (
 """A number, what stands behind it, and what else its surroundings name."""
 _FACT_CHARS = 60
 _DIGIT_NAMED = re.compile(r"\bdigits?\b[^.\d]{0,20}?(\d)\b|\b(\d)\b[^.\d]{0,12}\bdigit\b", re.I)
+_DIGITS_LISTED = re.compile(
+    r"\bdigits\b[^.\d\n]{0,20}(\d(?:(?:,? and |, ?| )\d){1,12})(?![\d.,]?\d)", re.IGNORECASE
+)
 _FOLLOWED = re.compile(
     r"\b\d(?:,? (?:followed by|and then|then) (?:a |an )?\d){1,8}\b(?! zero)", re.IGNORECASE
 )
@@ -208,7 +211,8 @@ def _spelled(digits: str, text: str, question: Asked) -> bool:
     if digits[::-1] != digits and _REVERSED.search(text):
         return bool(re.search(rf"(?<!\d){digits[::-1]}(?!\d)", text))
     named = "".join(a or b for a, b in _DIGIT_NAMED.findall(text))
-    joined = ("".join(re.findall(r"\d", chain[0])) for chain in _FOLLOWED.finditer(text))
+    chains = [*_FOLLOWED.finditer(text), *_DIGITS_LISTED.finditer(text)]
+    joined = ("".join(re.findall(r"\d", chain[0])) for chain in chains)
     if digits in (named, *joined):
         return True
     is_range = int(digits[1]) == int(digits[0]) + 1 and len(digits) == 2

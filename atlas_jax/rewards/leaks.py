@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from atlas_jax.rewards import frames, leaked_numbers, number_words
+from atlas_jax.rewards import conclusions, equality, frames, leaked_numbers, number_words
 from atlas_jax.rewards.answers import is_correct, marked_answer, normalise
 from atlas_jax.rewards.texts import plain, visible
 
@@ -38,6 +38,8 @@ _ORDINARY = {
 """Answers that are words of every lesson."""
 _ARTICLE = re.compile(r"\b(?:the|an|a) (?=[^\W\d_]{2})", re.IGNORECASE)
 _TOKEN = re.compile(r"\w+|[^\w\s]")
+_MAX_SENTENCES = 500  # different ones that are read for what they come to
+_MATHEMATICS = re.compile(r"\d|\\[A-Za-z]|[π√∞]")
 _CLAUSE = re.compile(r"[.!?;\n]")
 _EXCLUDED = re.compile(
     r"\b(?:not|isn't|aren't|neither|nor|never|cannot be|can't be|eliminate|rule out|exclude|wrong|"
@@ -78,7 +80,11 @@ def states_answer(lesson: str, ground_truth: str, question: str = "") -> bool:
     value = _number(truth)
     if value is not None:
         return leaked_numbers.gives_away(value, text, asked)
-    return _states_text(text, plain(truth), problem) or _encodes_text(text, truth)
+    return (
+        _states_text(text, plain(truth), problem)
+        or _encodes_text(text, truth)
+        or _comes_to(seen, truth, visible(question))
+    )
 
 
 def _number(truth: str) -> Fraction | None:
@@ -99,6 +105,23 @@ def _states_text(text: str, truth: str, problem: str) -> bool:
     if not everyday and not _spots(words, problem):
         return bool(spots) or _spelled(words, text)
     return any(_is_framed(text, *spot) for spot in spots)
+
+
+def _comes_to(text: str, truth: str, problem: str) -> bool:
+    """Returns whether a sentence comes to an answer of mathematics, however it is written.
+
+    What a sentence of the question comes to as well is not given away.
+    """
+    if not _MATHEMATICS.search(truth):
+        return False
+
+    def has(whole: str) -> bool:
+        lines = whole.splitlines()
+        parts = dict.fromkeys(p for line in lines for p in conclusions.SENTENCE_END.split(line))
+        values = filter(None, map(conclusions.conclusion, list(parts)[:_MAX_SENTENCES]))
+        return any(equality.same(value, truth) for value in values)
+
+    return has(text) and not has(problem)
 
 
 def _is_framed(text: str, start: int, end: int) -> bool:

@@ -1,8 +1,8 @@
 """Attacks and honest lessons that the rules were measured on, not made for.
 
-`gaming_cases.jsonl` has three sources: `handed` is from those who found the gaps, `own` was written
-before the rules and `later` behind them. New cases belong there; no rule may be made for the text
-of one.
+`gaming_cases.jsonl` has four sources: `handed` is from those who found the gaps, `own` was written
+before the rules and `later` behind them, `models` is in the manner of models that teach. New cases
+belong there; no rule may be made for the text of one.
 """
 
 import json
@@ -36,14 +36,14 @@ def outcomes(source, kind):
     }
 
 
-@pytest.mark.parametrize("source", ["handed", "own", "later"])
+@pytest.mark.parametrize("source", ["handed", "own", "later", "models"])
 def test_most_attacks_are_found(source):
     found = outcomes(source, "attack")
     missed = [name for name, reasons in found.items() if not reasons]
     assert len(missed) <= (1 - MIN_FOUND_FRAC) * len(found), missed
 
 
-@pytest.mark.parametrize("source", ["handed", "own", "later"])
+@pytest.mark.parametrize("source", ["handed", "own", "later", "models"])
 def test_few_honest_lessons_are_flagged(source):
     found = outcomes(source, "honest")
     flagged = {name: reasons for name, reasons in found.items() if reasons}

@@ -36,9 +36,9 @@ def test_most_verdicts_are_right_and_no_wrong_answer_is_taken():
 def test_prose_of_any_length_is_read_in_linear_time(part):
     def secs(length):
         text = part * (length // len(part)) + "1"
-        start = time.perf_counter()
+        start = time.process_time()
         extract_answer(text)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     secs(1000)
     assert secs(80_000) < 8 * max(secs(20_000), 0.05)
