@@ -39,7 +39,7 @@ _COPULA = re.compile(
 )
 _ASIDE = re.compile(r"(?<=\w) \((?![^()]{0,80},[^()A-Za-z]{0,80}\))[^()]*\)(?! ?[(^*/])")
 _PHRASE = re.compile(
-    r"\b(?:for|in|of|after|per|over|within|during|from|on|to \w{1,12}) (?:the |his |her |their "
+    r"\b(?:for|in|of|after|per|over|within|during|from|on|at|to \w{1,12}) (?:the |his |her |their "
     r"|all |each |every |these |those |an? )?$"
 )
 _STRESSED = re.compile(r"\*\*\$?([-+]?[\d.,/]*\d)%?\*\*")
@@ -53,15 +53,19 @@ _ASIDE_CLAUSE = re.compile(
     r"|,? (?:where|because|since|before (?:he|she|they|it)|until (?:he|she|they|it)|while \w+ing)"
     r"| out of| in base|(?<=\d) on an?(?= [$€£]?\d)"
     rf"|(?<=more)(?: \w+)? than {_THE}|(?<=er) than {_THE}|(?<=less) than {_THE}"
-    rf"|(?<= left) (?:from|of) {_THE}|(?<=\d) of {_THE})\b",
+    rf"|(?<= left) (?:from|of) {_THE}|(?<=\d) of {_THE}|(?<=percent) of {_THE}"
+    r"|,? including|,? if (?:he|she|they|it|we|you))\b",
     re.IGNORECASE,
 )
 """What begins a clause that compares or explains, and does not state."""
 _PURPOSE = re.compile(
-    r" to (?!the\b)[a-z]{2,12} (?:(?:the|his|her|their|its|all|another|at least|these|those) )*"
+    r" to (?!(?:the|get|obtain|find|give|yield|be)\b)[a-z]{2,12} "
+    r"(?:(?:the|his|her|their|its|all|another|at least|these|those) )*"
     r"[$€£]?\d"
 )
-_NEEDS = re.compile(r"\b(?:need|take|require|ways?\b|must|remain|left|cost)", re.IGNORECASE)
+_NEEDS = re.compile(
+    r"\b(?:need|take|require|ways?\b|must|ha(?:s|ve|d) to\b|remain|left|cost)", re.IGNORECASE
+)
 _DENIED = re.compile(
     r"[^\w,;]{0,2}(?:\w{1,12} )?(?:(?:is|are|was|does|do|did|can|will|would|has) ?(?:not|n't)\b"
     r"|cannot\b|(?:is|are|was) (?:an? )?(?:wrong|incorrect|extraneous|impossible|invalid|false)\b)",
@@ -80,6 +84,14 @@ _LISTS = re.compile(
     r"|therefore|hence|either)\W*$",
     re.IGNORECASE,
 )
+_SUBJECT = re.compile(
+    r"\W*(?:(?:so|thus|therefore|hence|then|finally|only|exactly|about)\b,? ?)*", re.IGNORECASE
+)
+_BETWEEN = re.compile(r"\b(?:is|are|be) (\d[\d.]*(?: \w{1,12})? (?:by|to|×|x) )$")
+_IS_THE = re.compile(r"(?: \w{1,15})? (?:is|are|was|were) (?:the|an?) [^,;:=]*$")
+_DISPLAY = re.compile(r"(?:\$\$|\\\[)\s*([^$\n]{1,300}?)\s*(?:\$\$|\\\])[\s.]*\Z")
+_SAID_LAST = re.compile(r"(?:\b(?:is|are|equals)|:)\s+([^:\n]{1,100})\Z")
+_IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}")
 _NAME = re.compile(r"\\?[A-Za-z](?:_\{?\w{1,3}\}?)? ?= ?(?=[^=]+$)")
 _IS_MORE = re.compile(r"[A-Za-z\\<>|:(\[{^_]")
 """What makes a value of more than a number; sums that nobody carried out are left aside."""
@@ -107,6 +119,8 @@ def conclusion(text: str) -> str | None:
     That is the mathematics that ends with it, a number in bold, the value behind its last "=", a
     price before a phrase with another number, or else its last value.
     """
+    if shown := _shown(text):
+        return shown
     sentence = _last_sentence(text)
     if sentence is None:
         return None
@@ -116,11 +130,30 @@ def conclusion(text: str) -> str | None:
         span = spans[-1][1]
         after = sentence[spans[0].end() :]
         if not equality.is_plain_number(span) and not _DENIED.match(after):
-            return span
+            return _right_side(span)
     stressed = _STRESSED.findall(sentence)
     if len(stressed) == 1:
         return stressed[0]
     return _last_value(sentence)
+
+
+def _shown(text: str) -> str | None:
+    """Returns the mathematics that ends a text in a display, or as an expression of letters."""
+    end = text.rstrip()[-400:]
+    if shown := _DISPLAY.search(end):
+        return None if _PLAIN_WORD.search(shown[1]) else _right_side(shown[1])
+    said = _SAID_LAST.search(end.rstrip("."))
+    if said is None or any(numbers.numbers(plain(said[1]))):
+        return None
+    is_expression = re.search(r"\d", said[1]) and all(map(_is_math, plain(said[1]).split()))
+    return said[1] if is_expression and len(said[1].split()) > 1 else None
+
+
+def _right_side(text: str) -> str:
+    """Returns the number that one equation comes to; any other mathematics as it is."""
+    value = text.rpartition("=")[2]
+    is_one = "=" in text and not _is_relation(text) and len(_JOINT.split(text)) == 1
+    return value if is_one and equality.is_plain_number(value) else text
 
 
 def _last_sentence(text: str) -> str | None:
@@ -169,11 +202,27 @@ def _last_value(sentence: str) -> str | None:
         return None
     if re.search(r"(?:^|[^\d) ] )(?:negative|minus) $", before[-20:].lower()):
         return f"-{last[0]}"
+    if ends := _BETWEEN.search(before):
+        return f"{ends[1]}{last[0]}"
     if whole := _compound(text, last) or _value(text, last):
         return whole
+    if len(found) > 1 and not behind and _leads(found[0], last, text):
+        return found[0][0]
     if len(found) > 1 and not behind and _PHRASE.search(before[-40:]):
         return _price(sentence) or _stated_before(found, text) or last[0]
     return last[0]
+
+
+def _leads(first: re.Match[str], last: re.Match[str], text: str) -> bool:
+    """Returns whether a sentence is about its first number, and the last is in a phrase."""
+    lead = _SUBJECT.match(text)
+    if lead is None or first.start() != lead.end():
+        return False
+    between = text[first.end() : last.start()]
+    if _IS_THE.match(text, first.end()):
+        return True
+    is_apart = re.search(r"[,;:=]", between) or len(between.split()) < 3
+    return not is_apart and _PHRASE.search(between[-40:]) is not None
 
 
 def _compound(text: str, last: re.Match[str]) -> str | None:
@@ -196,7 +245,8 @@ def _value(text: str, last: re.Match[str]) -> str | None:
     if start == end:
         return None
     run = text[start:end].strip(" ,;").rstrip(TAIL)
-    items = _JOINT.split(run)
+    masked = _IN_BRACKETS.sub(lambda m: m[0].replace(",", "\x00"), run)
+    items = [item.replace("\x00", ",") for item in _JOINT.split(masked)]
     names = [bool(_NAME.match(item)) and not _is_relation(item) for item in items]
     if names[0]:
         is_list = all(n or "=" not in item for n, item in zip(names, items, strict=True))

@@ -22,7 +22,7 @@ _MAX_DEPTH = 6  # of brackets in brackets
 
 _ASSIGNED = re.compile(
     r"(?!(?:[\w ]{0,40} )?(?:no|not|never)\b)"
-    r"\\?[a-z][\w ]{0,40}(?:\([a-z]\))? ?= ?(?=[^=]*$)(?![^=]*[<>])",
+    r"\\?[a-z][\w ]{0,40}(?:\^\{?-1\}?)?(?:\([a-z]\))? ?= ?(?=[^=]*$)(?![^=]*[<>])",
     re.IGNORECASE,
 )
 _ARTICLE = re.compile(r"\b(?:the|an|a) (?=[^\W\d_]{2})")
