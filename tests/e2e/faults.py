@@ -480,8 +480,11 @@ def _is_scored(sample: dict[str, Any]) -> bool:
     """Returns whether the reward of a sample is what its parts say."""
     if sample["reward"] is None:
         return False
-    gain, rim = (sample["reward_details"][name]["score"] for name in ("teaching_gain", "rim"))
-    return None not in (gain, rim) and sample["reward"] == pytest.approx(gain + 0.5 * rim)
+    details = sample["reward_details"]
+    gain, rim = (details[name]["score"] for name in ("teaching_gain", "rim"))
+    # A lesson that gives the answer away has its own score beside what that is worth.
+    own = details.get("own_score", sample["reward"])
+    return None not in (gain, rim) and sample["reward"] <= own == pytest.approx(gain + 0.5 * rim)
 
 
 def _answers(url: str) -> bool:
