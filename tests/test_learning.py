@@ -17,7 +17,7 @@ from atlas_jax.sharding import Sharding, make_mesh, to_global
 from atlas_jax.types import Example, Question
 from tests import words
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2)))
 QUESTIONS = tuple(f"q{i}" for i in range(8))
 TRUTHS = "39420571"
 ANSWERS = tuple(f"<answer>{digit}</answer>" for digit in words.DIGITS)

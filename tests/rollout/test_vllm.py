@@ -290,6 +290,7 @@ def test_an_address_where_nothing_listens_is_an_error(old, tmp_path):
         pass
 
 
+@pytest.mark.long
 def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, new, tmp_path):
     """One story, since each chapter leaves a server less.
 
@@ -361,6 +362,7 @@ def frozen_completions_delay_no_probe(link, old, new):
     assert spans > len(answers), "none was frozen half-way"
 
 
+@pytest.mark.long
 def test_frozen_completions_delay_no_probe_and_each_worker_is_checked(
     old, new, tmp_path, monkeypatch
 ):
