@@ -95,11 +95,11 @@ def test_sft_on_two_processes_equals_one(whole):
     assert len(list(whole(2).glob("events.out.tfevents*"))) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.long),
-     pytest.param(signal.SIGSTOP, id="hanging")],
-)  # fmt: skip
+    [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="hanging")],
+)
 def test_a_lost_process_ends_the_other_by_name_and_the_run_continues(sft, whole, tmp_path, number):
     output = tmp_path / "run"
     with processes.started(sft(output, save_steps=1), tmp_path / "logs") as run:
@@ -249,6 +249,7 @@ def test_grpo_with_fewer_questions_than_processes_equals_one(grpo_inputs, tmp_pa
     assert sum("eval/student_accuracy" in line for line in test_grpo.metrics(outputs[1])) == 2
 
 
+@pytest.mark.long
 def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server, tmp_path):
     options = GRPO | {
         "model_name_or_path": vllm_server.root, "rollout.backend": "vllm",
