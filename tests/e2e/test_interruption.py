@@ -15,8 +15,11 @@ inputs = test_sft.inputs
 
 
 def started(inputs, output, *extra, **how):
-    """Starts a run; what it says goes to a pipe unless told otherwise."""
-    command = test_sft.command(inputs, output, *extra)
+    """Starts a run; what it says goes to a pipe unless told otherwise.
+
+    On one device it may use programs that another run has compiled.
+    """
+    command = test_sft.command(inputs, output, *extra, devices=1)
     command["env"].pop("ATLAS_TRACEBACK")
     where = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(**command, **(where | how))
