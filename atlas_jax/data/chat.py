@@ -34,7 +34,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from atlas_jax.data.chat_template import EMPTY_THOUGHT, ChatTemplate, errors
-from atlas_jax.data.examples import Conversation, PlainText, Sample, trained_turns
+from atlas_jax.data.examples import (
+    Conversation,
+    PlainText,
+    Sample,
+    check_encodable,
+    trained_turns,
+)
 from atlas_jax.types import Example, Message
 
 if TYPE_CHECKING:
@@ -161,7 +167,7 @@ def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list
         covered = _covered(template, sample)
         parts = _render_conversation(template, covered, options)
         for part in parts:
-            _check_encodable(part.text)
+            check_encodable(part.text, "its text")
         more = () if _shows_context(covered, parts[-1].text) else ("unseen",)
         return [
             part._replace(covered=covered != sample, notes=(*part.notes, *more)) for part in parts
@@ -172,14 +178,6 @@ def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list
         reason = _QUOTED.sub(lambda match: chr(int(match[1], 16)), reason)
         reason = template.control_tokens.uncover(reason)
         return [Rendered(sample.name, "", (), templated, notes=("rejected",), reason=reason)]
-
-
-def _check_encodable(text: str) -> None:
-    """Raises a ValueError for half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"has half a surrogate pair in its text ({error}); repair it") from None
 
 
 def _named(error: Exception) -> str:

@@ -317,8 +317,13 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"has a {type(value).__name__} as {place}; it must be a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"has half a surrogate pair in {place} ({error}); repair it") from error
+    check_encodable(value, place)
     return value
+
+
+def check_encodable(text: str, place: str) -> None:
+    """Raises a ValueError for half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half a surrogate pair in {place} ({error}); repair it") from None

@@ -23,7 +23,7 @@ from absl import logging
 
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import shapes
-from atlas_jax.data.examples import PLACEHOLDER
+from atlas_jax.data.examples import PLACEHOLDER, check_encodable
 from atlas_jax.data.sessions import QUESTIONS
 from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Question
@@ -103,11 +103,8 @@ def to_question(
             f"{', '.join(_GROUND_TRUTH)}, a text or a number, or choose another reward; it has "
             f"{', '.join(fields)}"
         )
-    for text in (question, truth):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"has half a surrogate pair ({error}); repair it") from None
+    check_encodable(question, "its question")
+    check_encodable(truth, "its ground truth")
     shown = {
         k: str(v)
         for k, v in fields.items()
