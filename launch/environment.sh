@@ -128,3 +128,13 @@ wait_for() {
   while interrupted=; code=0; wait "$1" || code=$?; [ -n "$interrupted" ]; do :; done
   return "$code"
 }
+
+# end_jobs: ends what the script has started in the background, and waits until it is gone. A further
+# signal, which may come from whoever waits for the script, does not shorten that.
+end_jobs() {
+  trap - EXIT
+  trap '' INT TERM HUP USR1
+  # shellcheck disable=SC2046  # ids
+  kill -TERM $(jobs -p) 2>/dev/null || true
+  wait
+}

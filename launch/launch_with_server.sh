@@ -57,12 +57,6 @@ mkdir -p "$logs"
 trap '' PIPE
 say() { echo "$@" 2>/dev/null || true; }
 started=() training="" interrupted="" urls=()
-finish() {
-  trap - EXIT
-  # shellcheck disable=SC2046  # ids
-  kill -TERM $(jobs -p) 2>/dev/null || true
-  wait
-}
 # stop NAME NUMBER: on that signal.
 stop() {
   interrupted=yes
@@ -76,7 +70,7 @@ stop() {
   [ "$1" != INT ] || [ -t 1 ] || { echo "$words" >/dev/tty; } 2>/dev/null || true
   kill -TERM "$training" 2>/dev/null || true
 }
-trap finish EXIT
+trap end_jobs EXIT
 trap 'stop INT 2' INT
 trap 'stop TERM 15' TERM
 trap 'stop HUP 1' HUP

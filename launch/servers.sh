@@ -21,13 +21,7 @@ find_gpus
 [ -z "$has_driver" ] || need_gpus "$devices" servers
 read -ra more <<<"${VLLM_FLAGS:-}"
 
-finish() {
-  trap - EXIT
-  # shellcheck disable=SC2046  # ids
-  kill -TERM $(jobs -p) 2>/dev/null || true
-  wait
-}
-trap finish EXIT
+trap end_jobs EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP

@@ -456,8 +456,7 @@ class Together:
 
     def left(self):
         """Returns the processes of vLLM that run."""
-        pids = [int(path.name.split("_")[1]) for path in (self.folder / "stub").glob("*_*")]
-        return [pid for pid in pids if alive(pid)]
+        return [pid for pid in stub_processes(self.folder) if alive(pid)]
 
 
 @pytest.fixture
@@ -474,6 +473,11 @@ def together(gpu_host, tmp_path):
         run.process.terminate()
         run.process.wait(WAIT_SECS)
         assert not run.left()
+
+
+def stub_processes(folder):
+    """Returns the ids of all processes that stood for vLLM, whether they still run or not."""
+    return [int(path.name.split("_")[1]) for path in (folder / "stub").glob("*_*")]
 
 
 def free_ports():
@@ -562,9 +566,28 @@ def test_a_signal_while_servers_start_ends_them(together, grpo_inputs, tmp_path,
     run = together("2", "1", GRPO, *words, STUB_WAITS="1")
     run.wait_until(lambda: len(list((tmp_path / "stub").glob("worker_*"))) == 2)
     run.process.send_signal(number)
+    message = f"{number.name}: ending the servers; training has not started"
+    run.wait_until(lambda: message in run.log.read_text())
+    run.process.send_signal(number)  # who waits for the end gets no earlier one by it
     assert run.process.wait(WAIT_SECS) == code
-    assert f"{number.name}: ending the servers; training has not started" in run.log.read_text()
     assert not run.left()
+
+
+def test_servers_of_a_node_are_gone_when_their_script_is(gpu_host, grpo_inputs, tmp_path):
+    """SIGTERM comes twice, as where each of two servers is ended by a signal to their one step."""
+    python, _ = vllm_stub.write(tmp_path / "stub")
+    env = gpu_host | {
+        "ATLAS_VLLM_PYTHON": python, "STUB_FOLDER": str(tmp_path / "stub"), "STUB_WHEEL": "gpu",
+        "DEVICES_PER_SERVER": "4", "PORT": str(free_ports()),
+    }  # fmt: skip
+    words = ["launch/servers.sh", "8", "--model", grpo_inputs / "model"]
+    with processes.started([{"args": words, "env": env}], tmp_path / "logs") as run:
+        run.wait_until(lambda: len(list((tmp_path / "stub").glob("worker_*"))) == 2)
+        run.processes[0].send_signal(signal.SIGTERM)
+        time.sleep(1)
+        run.processes[0].send_signal(signal.SIGTERM)
+        assert run.wait(WAIT_SECS) == [143]
+        assert not any(map(alive, stub_processes(tmp_path)))
 
 
 def test_what_is_wrong_is_said_before_a_server_starts(together, gpu_host, grpo_inputs, tmp_path):
@@ -624,8 +647,7 @@ def test_slurm_starts_servers_and_hands_their_addresses_to_training(
         assert flags[-2:] == ["--middleware", "guard.Guard"]
         devices = front["environment"]["CUDA_VISIBLE_DEVICES"]
         assert devices == ("0,1,2,3" if (port - ports[0]) % 2 == 0 else "4,5,6,7")
-    pids = [int(path.name.split("_")[1]) for path in (tmp_path / "stub").glob("*_*")]
-    assert not any(map(alive, pids))
+    assert not any(map(alive, stub_processes(tmp_path)))
 
 
 def test_quickstart_stops_where_a_part_is_stopped(inputs, tmp_path):
