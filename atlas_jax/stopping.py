@@ -181,12 +181,15 @@ class _Listener:
 
     def start(self) -> None:
         """Takes the signals over; those that the caller ignores (nohup) stay ignored."""
-        for number in _SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                # The handler itself does nothing, but the pipe gets signals that have one only.
-                self._handlers[number] = signal.signal(number, lambda *_: None)
+        # The thread comes first: a signal that had a handler and no pipe yet would be lost.
         self._last_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread.start()
+        for number in _SIGNALS:
+            before = signal.getsignal(number)
+            if number != signal.SIGHUP or before != signal.SIG_IGN:
+                self._handlers[number] = before
+                # The handler itself does nothing, but the pipe gets signals that have one only.
+                signal.signal(number, lambda *_: None)
 
     def stop(self) -> None:
         """Gives the signals back."""

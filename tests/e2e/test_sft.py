@@ -221,16 +221,17 @@ def tokens(output):
 
 
 def test_tokens_of_other_rows_go_when_a_run_with_new_ones_begins(inputs, tmp_path):
-    train(inputs, tmp_path, "--config.max_steps=1")
+    train(inputs, tmp_path, "--config.max_steps=1", devices=1)
     before = tokens(tmp_path)
+    other = ("--config.max_seq_length=64", "--config.max_steps=2")
     refused = subprocess.run(
-        **command(inputs, tmp_path, "--config.max_seq_length=64", "--config.max_steps=2"),
+        **command(inputs, tmp_path, *other, devices=1),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "holds a run on other data" in refused.stderr
     assert before.items() <= tokens(tmp_path).items()
     shutil.rmtree(tmp_path / "checkpoints")
-    train(inputs, tmp_path, "--config.max_seq_length=64", "--config.max_steps=1")
+    train(inputs, tmp_path, "--config.max_seq_length=64", "--config.max_steps=1", devices=1)
     assert len(tokens(tmp_path)) == 2
     assert not before.keys() & tokens(tmp_path).keys()
 

@@ -123,6 +123,7 @@ def test_a_text_of_many_chunks_equals_transformers(engine_of):
         assert completion.token_ids == continued(tiny.hf_model("gemma3"), prompt, count)
 
 
+@pytest.mark.long
 def test_smollm2_greedy_text_equals_transformers():
     path = smollm2_gguf()
     source, tokenizer = gguf.GGUFSource(str(path)), gguf.load_tokenizer(str(path))

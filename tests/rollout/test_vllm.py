@@ -382,6 +382,7 @@ def test_frozen_completions_delay_no_probe_and_each_worker_is_checked(
     pathlib.Path(temporary).rmdir()  # it is empty
 
 
+@pytest.mark.long
 def test_a_server_that_follows_is_started_again_with_each_version(old, new, tmp_path):
     """As servers do that cannot reload in place."""
     latest = tmp_path / "weights" / "latest"
