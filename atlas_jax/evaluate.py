@@ -77,15 +77,15 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax import devices
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
-    from atlas_jax.recipes import grpo, setup, speakers
+    from atlas_jax.recipes import chat_models, grpo, local_backend, setup
     from atlas_jax.rewards.truths import check_truths
     from atlas_jax.rollout import evaluation, record
     from atlas_jax.rollout.sampling import Sampling
-    from atlas_jax.types import RewardResult, Rollout
+    from atlas_jax.types import Sample
 
     devices.check()
     config = configs[0]
-    protocol = speakers.protocol(config, 1)
+    protocol = chat_models.make_protocol(config, 1)
     rows = sources.read_rows(config.data, config.data.dataset_path)
     fields = config.rollout.question_fields
     questions = parse_questions(
@@ -96,30 +96,27 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     sharding = setup.make_sharding(config)
     models = [setup.open_frozen(one, one.model_name_or_path, sharding) for one in configs]
     student = grpo.open_student(config, sharding)
-    answers: list[list[Rollout]] = []
+    answers: list[list[Sample]] = []
     for one, model in zip(configs, models, strict=True):
         logging.info("teacher %d: %s", len(answers) + 1, one.model_name_or_path)
         answers.append(
             evaluation.ask(
                 questions,
-                grpo.load_speaker(one, model, one.data.system_prompt),
+                local_backend.load_chat_model(one, model, one.data.system_prompt),
                 student,
                 protocol,
                 Sampling(0.0),
                 earlier=answers[0] if answers else None,
             )
         )
-    results = [evaluation.report(rollouts, seed) for rollouts in answers]
-    unscored = RewardResult(None, {})
+    results = [evaluation.report(samples, seed) for samples in answers]
     teachers = [
         {
             "teacher": one.model_name_or_path,
             **result,
-            "samples": [
-                record.as_record(0, 0, record.Sample(r, unscored, 0.0, False)) for r in rollouts
-            ],
+            "samples": [record.as_record(0, sample) for sample in samples],
         }
-        for one, result, rollouts in zip(configs, results, answers, strict=True)
+        for one, result, samples in zip(configs, results, answers, strict=True)
     ]
     found = {"student": config.student_model if student else None, "teachers": teachers}
     write_whole(output, json.dumps(found, ensure_ascii=False, indent=1) + "\n")

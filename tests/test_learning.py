@@ -11,7 +11,7 @@ from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import collate
-from atlas_jax.recipes import grpo, setup, sft, speakers
+from atlas_jax.recipes import chat_models, grpo, local_backend, setup, sft
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.sharding import Sharding, make_mesh, to_global
 from atlas_jax.types import Example, Question
@@ -71,11 +71,13 @@ def train(options, num_steps):
         config=options,
         layout=layout,
         order=asked.Order(questions, options.seed, True),
-        policy=speakers.local(model, "", options.rollout.max_rows),
-        student=grpo.open_student(options, sharding),
-        protocol=speakers.protocol(options, options.num_generations),
+        backend=local_backend.LocalBackend(
+            chat_models.local(model, "", options.rollout.max_rows),
+            grpo.open_student(options, sharding),
+        ),
+        protocol=chat_models.make_protocol(options, options.num_generations),
         reward=grpo.make_reward(options),
-        score=grpo.make_score(model.decoder, options, layout.per_row),
+        logprobs_fn=grpo.make_logprobs_fn(model.decoder, options, layout.per_row),
         sharding=sharding,
         writer=writer,
     )

@@ -16,9 +16,9 @@ from atlas_jax import metrics, optim, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, GRPOConfig, ModelOptions, RolloutConfig, batch_plan
 from atlas_jax.data.questions import Order
-from atlas_jax.recipes import feed, grpo, setup, speakers
+from atlas_jax.recipes import chat_models, feed, grpo, local_backend, setup
 from atlas_jax.sharding import Sharding
-from atlas_jax.types import Question, RewardResult, Rollout
+from atlas_jax.types import Question, Reward, Sample
 
 _PHASES = ("generate", "score", "logprobs")
 _LONGEST_PROMPT = 64
@@ -111,22 +111,22 @@ def _parts(
         Question(str(i), f"Write the number {i} in words and explain how you know.", "", {})
         for i in range(args.prompts * args.steps)
     ]
+    bind = chat_models.local(model, "", config.rollout.max_rows, ())  # no stop: full length
     return feed.Parts(
         config=config,
         layout=layout,
         order=Order(questions, 0, False),
-        policy=speakers.local(model, "", config.rollout.max_rows, ()),  # no stop: full length
-        student=None,
-        protocol=speakers.protocol(config, args.generations),
+        backend=local_backend.LocalBackend(bind, None),
+        protocol=chat_models.make_protocol(config, args.generations),
         reward=_distinct_characters,
-        score=grpo.make_score(model.decoder, config, layout.per_row),
+        logprobs_fn=grpo.make_logprobs_fn(model.decoder, config, layout.per_row),
         sharding=sharding,
         writer=metrics.MetricWriter("", 0, enabled=False),
     )
 
 
-def _distinct_characters(rollouts: Sequence[Rollout]) -> list[RewardResult]:
-    return [RewardResult(float(len(set(r.policy.text))), {}) for r in rollouts]
+def _distinct_characters(samples: Sequence[Sample]) -> list[Reward]:
+    return [Reward(float(len(set(s.completion.text))), {}) for s in samples]
 
 
 if __name__ == "__main__":

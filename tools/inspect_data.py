@@ -110,7 +110,7 @@ def print_questions(config: GRPOConfig, rows: Rows) -> None:
     )
     print(f"{len(found)} questions")
     for question in found[:_NUM_SHOWN]:
-        print(f"--- {question.id}\n{question.question}\n--- ground truth\n{question.ground_truth}")
+        print(f"--- {question.id}\n{question.text}\n--- ground truth\n{question.ground_truth}")
         for name in config.rollout.question_fields:
             print(f"--- {name}\n{question.fields[name]}")
 

@@ -42,16 +42,16 @@ def main() -> None:
     reward = RIMReward(config_path=options.rim)
     found, rejected = read(options.traces, options.limit)
     print(f"{len(found)} sessions, {len(rejected)} rejected", *rejected[:5], sep="\n  ")
-    results = reward.score([case_of(session) for session in found])
+    results = reward.judge([case_of(session) for session in found])
     rows = [
-        {"session_id": s.session_metadata["session_id"], "score": r.score, **r.details}
+        {"session_id": s.session_metadata["session_id"], "score": r.value, **r.details}
         for s, r in zip(found, results, strict=True)
     ]
     unscored = [row for row in rows if row["score"] is None]
     print(
         f"{len(unscored)} without a score", *(row["unscored"] for row in unscored[:5]), sep="\n  "
     )
-    scores = {"score": [r.score for r in results]} | {
+    scores = {"score": [r.value for r in results]} | {
         name: [row["judges"][name]["score"] if "judges" in row else None for row in rows]
         for name in reward.names
     }

@@ -113,7 +113,13 @@ def to_question(
     for name in needed_fields:
         if name not in shown:
             raise ValueError(f"lacks the field {name!r} of rollout.question_fields; add it")
-    return Question(_text(fields.get("id", "")) or row.name, question, truth, shown)
+    return Question(
+        id=_text(fields.get("id", "")) or row.name,
+        text=question,
+        ground_truth=truth,
+        fields=shown,
+        row=row.fields,
+    )
 
 
 def check_template(option: str, template: str, known: Sequence[str], needed: Sequence[str]) -> None:

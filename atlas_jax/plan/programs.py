@@ -118,7 +118,7 @@ def _grpo(
     )
     programs = [Program("update", train, (run.state, batch), flops * config.num_iterations)]
     resident: dict[str, Any] = {}
-    score = grpo.make_score(decoder, config, layout.per_row)
+    score = grpo.make_logprobs_fn(decoder, config, layout.per_row)
     plain = batch._replace(ref_logprobs=None, old_logprobs=None)
     if config.beta:
         frozen = grpo.reference_decoder(config, decoder)

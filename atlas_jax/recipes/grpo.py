@@ -1,6 +1,6 @@
 """GRPO (arXiv:2402.03300): groups of completions, each rewarded against the mean of its group.
 
-A step asks new questions, lets the current policy write a group for each, scores the rollouts,
+A step asks new questions, lets the current policy write a group for each, scores the samples,
 and makes `num_iterations` updates on them. The policy is a teacher whose lessons help a frozen
 student, or, with `protocol=direct`, a model that answers by itself.
 """
@@ -20,20 +20,19 @@ from absl import logging
 from jax.sharding import NamedSharding
 
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
-from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import GRPOConfig, batch_plan
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import run_dir, serving, setup, speakers
+from atlas_jax.recipes import chat_models, local_backend, run_dir, setup
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import make_reward
 from atlas_jax.rewards.truths import check_truths
 from atlas_jax.rollout import evaluation, record, teaching
-from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.engine import Backend, ChatModel
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, platform
 from atlas_jax.types import Metrics, Params, PolicyBatch, Question
@@ -51,13 +50,13 @@ def run(config: GRPOConfig) -> bool:
     sharding = setup.make_sharding(config)
     plan = batch_plan(config, sharding.num_replicas)
     layout = make_layout(config, plan, sharding.num_replicas)
-    protocol = speakers.protocol(config, config.num_generations)
+    protocol = chat_models.make_protocol(config, config.num_generations)
     with run_dir.opened(config):
         return _train(config, layout, protocol, sharding)
 
 
 def _train(
-    config: GRPOConfig, layout: Layout, protocol: teaching.Protocol, sharding: Sharding
+    config: GRPOConfig, layout: Layout, protocol: teaching.TeachingProtocol, sharding: Sharding
 ) -> bool:
     # What the user's files say is read and compared with the run in output_dir first: an error
     # must come before anything is written or generated.
@@ -82,24 +81,20 @@ def _train(
     if distributed.is_main():
         record.drop_after(config.output_dir, first)
     with contextlib.ExitStack() as stack:
-        engines = {"local": _local_engines, "vllm": _served_engines}[config.rollout.backend](
-            config, model, student
-        )
-        stack.callback(engines.close)
+        backend = _make_backend(config, model, student)
+        stack.callback(backend.close)
         writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
         stack.callback(writer.close)
         parts = Parts(
             config=config,
             layout=layout,
             order=order,
-            policy=engines.policy,
-            student=engines.student,
+            backend=backend,
             protocol=protocol,
             reward=make_reward(config),
-            score=make_score(model.decoder, config, layout.per_row),
+            logprobs_fn=make_logprobs_fn(model.decoder, config, layout.per_row),
             sharding=sharding,
             writer=writer,
-            pushed=engines.pushed,
         )
         feed = Feed(parts, reference)
         stack.callback(feed.close)
@@ -166,18 +161,18 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
     return loss
 
 
-def make_score(
+def make_logprobs_fn(
     decoder: Decoder, config: GRPOConfig, per_row: int
 ) -> Callable[[Params, PolicyBatch], jax.Array]:
     """Returns the compiled `(params, batch [microbatches, B, T]) -> log-probabilities`."""
 
-    def score(params: Params, batch: PolicyBatch) -> jax.Array:
+    def compute(params: Params, batch: PolicyBatch) -> jax.Array:
         def one(batch: PolicyBatch) -> jax.Array:
             return _logprobs(decoder, config, per_row, params, batch)[0]
 
         return jax.lax.map(one, batch)
 
-    return jax.jit(score)
+    return jax.jit(compute)
 
 
 def _logprobs(
@@ -235,20 +230,16 @@ def _reference(
         ) from None
 
 
-def _local_engines(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None
-) -> speakers.Engines:
-    policy = speakers.local(model, config.data.system_prompt, config.rollout.max_rows)
-    return speakers.Engines(policy, None if student is None else load_student(config, student))
+def _make_backend(config: GRPOConfig, model: setup.Model, student: setup.Model | None) -> Backend:
+    if config.rollout.backend == "vllm":
+        from atlas_jax.recipes import vllm_backend  # local generation needs no HTTP client
+
+        logprobs_fn = make_logprobs_fn(model.decoder, config, per_row=1)
+        return vllm_backend.make_vllm_backend(config, model, student, logprobs_fn)
+    return local_backend.make_local_backend(config, model, student)
 
 
-def _served_engines(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None
-) -> speakers.Engines:
-    return serving.engines(config, model, student, make_score(model.decoder, config, 1))
-
-
-def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
+def open_student(config: GRPOConfig, sharding: Sharding) -> ChatModel | None:
     """Returns the frozen student; None under `protocol=direct`.
 
     Raises:
@@ -256,23 +247,8 @@ def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
     """
     if config.rollout.protocol == "direct":
         return None
-    return load_student(config, setup.open_frozen(config, config.student_model, sharding))
-
-
-def load_student(config: GRPOConfig, model: setup.Model) -> Speaker:
-    """Loads the parameters of the frozen student.
-
-    Raises:
-        ValueError: if it has too few positions for a lesson and an answer.
-    """
-    student = load_speaker(config, model, config.rollout.student_system_prompt)
-    return speakers.check_student(config, student)
-
-
-def load_speaker(config: GRPOConfig, model: setup.Model, system_prompt: str) -> Speaker:
-    """Loads the parameters of a model that only generates."""
-    bind = speakers.local(model, system_prompt, config.rollout.max_rows)
-    return bind(hf.load(model.source, model.decoder), 0)
+    student = setup.open_frozen(config, config.student_model, sharding)
+    return local_backend.load_student(config, student)
 
 
 def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | None]:
@@ -282,7 +258,7 @@ def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | Non
     most, needs_truth = config.data.max_rejected_frac, config.reward.kind != "rim"
     fields, columns = config.rollout.question_fields, vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)
-    logging.info("%d questions; the first: %s", len(train), train[0].question)
+    logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:
         check_truths(train)
     if held_out is None:
@@ -297,11 +273,12 @@ def make_evaluate(
     """Returns the metrics of greedy answers to held-out questions as a function of the state."""
 
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
-        policy = parts.policy(state.params, int(state.step))
+        policy = parts.backend.publish(state.params, int(state.step))
         protocol = parts.protocol._replace(num_generations=1)
         own = questions[jax.process_index() :: jax.process_count()]
-        rollouts = evaluation.ask(own, policy, parts.student, protocol, Sampling(0.0))
-        values = evaluation.summary(rollouts, taught=parts.student is not None)
+        student = parts.backend.student
+        samples = evaluation.ask(own, policy, student, protocol, Sampling(0.0))
+        values = evaluation.summary(samples, taught=student is not None)
         return {f"eval/{k}": v for k, v in values.items()}
 
     return run_evaluation

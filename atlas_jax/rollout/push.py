@@ -76,7 +76,7 @@ class Probe(NamedTuple):
 
     request: Request
     sampling: Sampling
-    score: Callable[[Params, Sequence[int], np.ndarray], np.ndarray]
+    logprobs: Callable[[Params, Sequence[int], np.ndarray], np.ndarray]
     """The trainer's log-probabilities of continuations `[N, tokens]` of one prompt; every process
     calls it together."""
 

@@ -169,21 +169,21 @@ def test_every_sample_is_on_record(whole, protocol):
         found = samples(output, step)
         assert len(found) == PER_STEP
         for i, sample in enumerate(found):
-            policy = sample["policy"]
+            policy = sample["completion"]
             assert (sample["step"], sample["member"]) == (step, i % GENERATIONS)
             assert policy["weights_version"] == step - 1
             assert 1 <= len(policy["token_ids"]) == len(policy["logprobs"]) <= 4
             assert max(policy["logprobs"]) <= 0
             assert policy["num_tokens"] == len(policy["token_ids"])
-            assert policy["prompt_ids"] == found[i - i % GENERATIONS]["policy"]["prompt_ids"]
+            assert policy["prompt_ids"] == found[i - i % GENERATIONS]["completion"]["prompt_ids"]
             assert sample["question"] in QUESTIONS
             assert sample["ground_truth"] == str(int(sample["question"][1]) % 3)
             named = {"teaching_gain"} if protocol == "teaching" else {"exact_match"}
             # What a lesson that gives the answer away costs, its details say too.
-            priced = {"own_score", "gaming"} & set(sample["reward_details"])
+            priced = {"own_value", "gaming"} & set(sample["reward_details"])
             assert set(sample["reward_details"]) == named | priced
             if protocol == "teaching":
-                assert priced in (set(), {"own_score", "gaming"})
+                assert priced in (set(), {"own_value", "gaming"})
                 assert sample["teaching"] == policy["text"].strip()
                 assert sample["probe"]["token_ids"]
                 assert sample["baseline"]["token_ids"]
@@ -443,6 +443,6 @@ def test_an_evaluation_of_two_teachers_says_of_each_what_its_own_would(inputs, w
     assert [s["question"] for s in first] == list(QUESTIONS[:6])
     for key in ("baseline", "probe"):
         assert [s[key] for s in first] == [s[key] for s in second]
-    assert [s["policy"]["text"] for s in first] != [s["policy"]["text"] for s in second]
+    assert [s["completion"]["text"] for s in first] != [s["completion"]["text"] for s in second]
     assert "teacher 2: wrong to right" in log
     assert log.count("question: ") == 3

@@ -13,7 +13,7 @@ import numpy as np
 
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig, MeshConfig
-from atlas_jax.recipes import grpo, serving, setup, speakers
+from atlas_jax.recipes import chat_models, grpo, setup, vllm_backend
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
@@ -42,15 +42,15 @@ class Trainer(NamedTuple):
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
-        return speakers.stop_tokens(self.model)
+        return chat_models.stop_tokens(self.model)
 
-    def score(self, prompt, ids):
+    def logprobs(self, prompt, ids):
         """Returns the trainer's log-probabilities of a continuation."""
-        score = grpo.make_score(self.model.decoder, CONFIG, 1)
+        logprobs_fn = grpo.make_logprobs_fn(self.model.decoder, CONFIG, 1)
         exact = dataclasses.replace(
             CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype="float32")
         )
-        (found,) = serving.probe_score(exact, self.model, score)(
+        (found,) = vllm_backend.probe_logprobs(exact, self.model, logprobs_fn)(
             self.params, prompt, np.asarray(ids)[None]
         )
         return found
@@ -97,14 +97,15 @@ def connected(
         config = dataclasses.replace(
             CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype=dtype)
         )
-        score = serving.probe_score(config, model, grpo.make_score(model.decoder, config, 1))
+        logprobs_fn = grpo.make_logprobs_fn(model.decoder, config, 1)
+        compute = vllm_backend.probe_logprobs(config, model, logprobs_fn)
         sync = DiskSync(
             engine,
             model.decoder,
             model.files,
             Versions(directory / "weights", str(directory)),
             PushOptions(dtype, mode, 1e-3, restart),
-            Probe(Request(prompt, 8, seed=0), SAMPLING, score),
+            Probe(Request(prompt, 8, seed=0), SAMPLING, compute),
         )
         yield Served(pool, engine, sync)
     finally:

@@ -94,7 +94,8 @@ def test_a_bfloat16_server_agrees_with_a_bfloat16_trainer(trainer, server):
     with concurrent.futures.ThreadPoolExecutor(len(bodies)) as threads:
         answers = list(threads.map(lambda body: ask(server, body), bodies))
     found = np.concatenate([
-        trainer.score(request.prompt_ids, ids) - np.asarray([entry["logprob"] for entry in content])
+        trainer.logprobs(request.prompt_ids, ids)
+        - np.asarray([entry["logprob"] for entry in content])
         for (request, _), (ids, content) in zip(asked, answers, strict=True)
     ])  # fmt: skip
     assert len(found) >= 2000
