@@ -147,6 +147,7 @@ def _told(error: BaseException, reference: str) -> str:
     if isinstance(error, ValueError) and frames[-1].filename.startswith(_PACKAGE):
         return str(error)  # a sentence of ours about what the file or its argument says
     own = [f for f in frames if not f.filename.startswith((_PACKAGE, "<", *_FOREIGN))]
+    own = own or [f for f in frames if f.filename.startswith(os.path.join(_PACKAGE, "configs"))]
     place = f"{own[-1].filename}:{own[-1].lineno}" if own else reference
     if isinstance(error, AttributeError | KeyError) and "ml_collections" in frames[-1].filename:
         return f"{place}: {_unknown_option(str(error))}"
