@@ -279,6 +279,9 @@ def test_paths_are_those_of_the_callers_directory(inputs, tmp_path):
     for cwd, config in ((tmp_path, SFT), (tmp_path / "out", ROOT / SFT)):
         with trainer("1", f"{SFT}:model=qwen3_8b", env=os.environ, cwd=cwd) as (flags, _):
             assert flags[1] == f"{config}:model=qwen3_8b"
+    for name in ("quickstart_sft:model=qwen3_8b", "mine.recipe"):  # shipped, and a module
+        with trainer("1", name, env=os.environ, cwd=tmp_path) as (flags, _):
+            assert flags[1] == name
 
 
 @pytest.mark.parametrize("pipe", ["", "|& tee log"], ids=["alone", "tee"])
