@@ -27,7 +27,7 @@ from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import run_dir, serving, setup, speakers
+from atlas_jax.recipes import run_dir, setup, speakers
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import make_reward
@@ -245,6 +245,8 @@ def _local_engines(
 def _served_engines(
     config: GRPOConfig, model: setup.Model, student: setup.Model | None
 ) -> speakers.Engines:
+    from atlas_jax.recipes import serving  # needs an HTTP client, which local generation does not
+
     return serving.engines(config, model, student, make_score(model.decoder, config, 1))
 
 
