@@ -13,9 +13,10 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from atlas_jax import extras
 from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
-from atlas_jax.data import examples, questions, snapshot, sources
+from atlas_jax.data import examples, questions, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
 from atlas_jax.recipes.layout import make_layout
@@ -41,6 +42,8 @@ def check(config: TrainConfig, num_devices: int = 0) -> None:
     validate(config)
     check_environment(config)
     check_output(config.output_dir)
+    if isinstance(config, GRPOConfig) and config.rollout.backend == "vllm":
+        extras.need("vllm", "rollout.backend=vllm")
     if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
         _check_judges_files(config)
     check_models(config)
@@ -49,7 +52,7 @@ def check(config: TrainConfig, num_devices: int = 0) -> None:
     check_data(config)
     if num_devices:
         _check_division(config, num_devices)
-    snapshot.check(config.data, config.output_dir)
+    sources.check_sessions(config.data, config.output_dir)
 
 
 def check_output(directory: str) -> None:
@@ -181,6 +184,7 @@ def _is_fetched(name: str) -> bool:
 
 
 def _check_gguf(name: str, path: pathlib.Path) -> None:
+    extras.need("gguf", name)
     layout.check_fetched(path)
     with path.open("rb") as file:
         magic = file.read(4)

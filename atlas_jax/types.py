@@ -40,6 +40,13 @@ class Message(TypedDict):
     content: str
 
 
+class SessionRows(NamedTuple):
+    """Rows that one session of the Atlas runtime holds, for SFT and for GRPO."""
+
+    lessons: list[dict[str, str]]
+    questions: list[dict[str, str]]
+
+
 class Example(NamedTuple):
     """One tokenized training sequence, ready to be packed or padded.
 

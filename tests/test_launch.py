@@ -664,7 +664,7 @@ def test_quickstart_stops_where_a_part_is_stopped(inputs, tmp_path):
     python = repository / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (repository / ".venv/.installed-hf").touch()
+    (repository / ".venv/.installed-gguf,hf").touch()
     model = repository / "outputs/quickstart/smollm2"
     shutil.copytree(inputs / "model", model)
     sizes = json.loads((model / "config.json").read_text())

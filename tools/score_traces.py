@@ -17,12 +17,12 @@ from typing import Any
 import _checkout  # noqa: F401  (comes first: see there)
 
 from atlas_jax import cli
-from atlas_jax.data import sessions, trace_files
-from atlas_jax.data.trace_query import score_of
-from atlas_jax.data.traces import AtlasSessionTrace
 from atlas_jax.files import write_whole
 from atlas_jax.rewards import RIMReward, agreement
 from atlas_jax.rewards.judges import Case
+from atlas_jax.traces import files, sessions
+from atlas_jax.traces.query import score_of
+from atlas_jax.traces.schema import AtlasSessionTrace
 
 _STATUS = {"succeeded": 1.0, "failed": 0.0}
 _REVIEW = {"approved": 1.0, "quarantined": 0.0}
@@ -71,7 +71,7 @@ def main() -> None:
 def read(path: str, limit: int) -> tuple[list[AtlasSessionTrace], list[str]]:
     """Returns the sessions of an export, and why others are none."""
     found, rejected = [], []
-    for name, session in itertools.islice(trace_files.read(path), limit or None):
+    for name, session in itertools.islice(files.read(path), limit or None):
         if isinstance(session, str):
             rejected.append(f"{name} {session}")
         else:

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from atlas_jax import extras
 from atlas_jax.config import DataConfig
-from atlas_jax.data import row_files, sessions, snapshot, trace_files
+from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
+from atlas_jax.types import SessionRows
 
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 _SAVED = "state.json"  # is in what `datasets` wrote with `save_to_disk`
@@ -28,6 +30,8 @@ _NO_ROWS = (_SAVED, "dataset_info.json", "dataset_infos.json", "dataset_dict.jso
 _NUM_SHOWN = 5
 _NUM_LOOKED_AT = 1000
 """Rows of a file that `check` looks at; a few unusable ones may stand first."""
+LESSONS, QUESTIONS = "lessons", "questions"
+"""The fields of `SessionRows`."""
 # Tags that keep the random streams of one seed apart.
 _DRAW_STREAM, _SPLIT_STREAM, _ORDER_STREAM = 1, 2, 3
 
@@ -38,7 +42,7 @@ class Row(NamedTuple):
     name: str
     """Such as `data/train.jsonl:17`; lines and rows count from 1."""
     fields: dict[str, Any]
-    session: sessions.Parts | None = None
+    session: SessionRows | None = None
     """What a session of the Atlas runtime holds, which has no fields of its own."""
 
 
@@ -116,7 +120,7 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
     for part in parts_of(path):
         records: Iterator[tuple[str, Any]]
         if config.format == "session":
-            records = trace_files.read(part)
+            records = _exported(part)
         elif _is_local(part):
             records = _records(part, config)
         else:
@@ -147,7 +151,7 @@ def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
 
     Args:
         rows: of a dataset.
-        part: `sessions.LESSONS` or `sessions.QUESTIONS`.
+        part: `LESSONS` or `QUESTIONS`.
         needed: a field that must not be empty in them.
 
     Raises:
@@ -234,7 +238,7 @@ def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
     for name, value in _all_records(config, path, output_dir):
         if isinstance(value, str):
             rejected.append(f"{name}: {value}")
-        elif isinstance(value, sessions.Parts):
+        elif isinstance(value, SessionRows):
             rows.append(Row(name, {}, value))
         else:
             rows.append(Row(name, value))
@@ -245,13 +249,66 @@ def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
 
 def _all_records(
     config: DataConfig, path: str, output_dir: str
-) -> Iterable[tuple[str, dict[str, Any] | sessions.Parts | str]]:
-    if not path:
-        return sessions.to_records(snapshot.read(output_dir), config)
+) -> Iterable[tuple[str, dict[str, Any] | SessionRows | str]]:
     parts = parts_of(path)
-    if config.format == "session":
-        return sessions.to_records(_chain(trace_files.read(part) for part in parts), config)
+    if not path or config.format == "session":
+        return _session_records(config, parts, output_dir)
     return _chain(_records(part, config) for part in parts)
+
+
+# The functions that follow are all that imports the wing of the Atlas runtime: a run on files of
+# rows needs neither its parser nor the client of its database.
+
+
+def check_sessions(config: DataConfig, output_dir: str) -> None:
+    """Checks the filters of sessions, and that their database or its snapshot has some that pass.
+
+    Raises:
+        ValueError: as `traces.snapshot.check`, and if the client is not installed.
+        ConnectionError: if the database cannot be reached.
+    """
+    if config.db_url:
+        extras.need("postgres", "data.db_url")
+        from atlas_jax.traces import snapshot
+
+        snapshot.check(config, output_dir)
+    elif config.format == "session":
+        from atlas_jax.traces.query import Query
+
+        Query.from_config(config)
+
+
+def take_snapshot(config: DataConfig, output_dir: str) -> None:
+    """Reads the database of sessions into the run's snapshot, where the config names a database.
+
+    Raises:
+        ValueError: as `check_sessions`.
+        OSError: if the database is lost on the way.
+    """
+    if config.db_url:
+        extras.need("postgres", "data.db_url")
+        from atlas_jax.traces import snapshot
+
+        snapshot.take(config, output_dir)
+
+
+def _session_records(
+    config: DataConfig, parts: list[str], output_dir: str
+) -> Iterator[tuple[str, SessionRows | str]]:
+    """Yields the sessions of exports, or of the run's snapshot where there are none."""
+    from atlas_jax.traces import sessions
+
+    if parts:
+        return sessions.to_records(_chain(_exported(part) for part in parts), config)
+    from atlas_jax.traces import snapshot
+
+    return sessions.to_records(snapshot.read(output_dir), config)
+
+
+def _exported(path: str) -> Iterator[tuple[str, Any]]:
+    from atlas_jax.traces import files
+
+    return files.read(path)
 
 
 _chain = itertools.chain.from_iterable
@@ -301,7 +358,8 @@ def _looks_like_file(path: str) -> bool:
 
 
 def _hub_records(path: str, config: DataConfig) -> row_files.Records:
-    import datasets
+    with extras.importing("datasets", f"the dataset {path}"):
+        import datasets
 
     match = _HUB_FILE.fullmatch(path)
     repo, files = (match["repo"], match["file"]) if match else (path, None)

@@ -33,7 +33,7 @@ from absl import logging
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf, manager
 from atlas_jax.config import TrainConfig, masked
-from atlas_jax.data import snapshot
+from atlas_jax.data import sources
 from atlas_jax.files import write_whole
 
 _LOCK = ".lock"
@@ -85,8 +85,8 @@ def opened(config: TrainConfig) -> Iterator[None]:
             stack.enter_context(_locked(directory))
         _check_shared(directory)
         stack.enter_context(_log(directory))
-        if config.data.db_url and distributed.is_main():
-            snapshot.take(config.data, config.output_dir)
+        if distributed.is_main():
+            sources.take_snapshot(config.data, config.output_dir)
         distributed.barrier("the data's snapshot")
         try:
             yield

@@ -11,7 +11,7 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.config import GRPOConfig, RewardConfig
-from atlas_jax.rewards import RIMReward, verifiable
+from atlas_jax.rewards import verifiable
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardFn, Sample
 
@@ -35,6 +35,8 @@ def make_reward(config: GRPOConfig) -> RewardFn:
 
 
 def _judges(config: GRPOConfig) -> RewardFn:
+    from atlas_jax.rewards import RIMReward  # needs an HTTP client, and no other reward does
+
     account = f"{config.output_dir}/judges_spent_process_{jax.process_index()}.json"
     return RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from atlas_jax.checkpoint import gguf, hf, layout
+from atlas_jax.checkpoint import hf, layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             the file describes.
     """
     if path.endswith(".gguf"):
+        from atlas_jax.checkpoint import gguf  # needs an extra, and no other model does
+
         return gguf.load_tokenizer(path)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -7,8 +7,10 @@ import pytest
 from absl import logging
 
 from atlas_jax.config import DataConfig
-from atlas_jax.data import examples, questions, sessions, sources, trace_parser
+from atlas_jax.data import examples, questions, sources
 from atlas_jax.data.sources import Row, Rows
+from atlas_jax.traces import parser, sessions
+from atlas_jax.types import SessionRows
 
 CONFIG = DataConfig(
     format="session", teacher_template="{question}|{approach}", lesson_template="<{teaching}>"
@@ -35,7 +37,7 @@ def record(i=0, **changes):
 
 
 def parse(*args, **changes):
-    return trace_parser.parse_session(record(*args, **changes))
+    return parser.parse_session(record(*args, **changes))
 
 
 def write(path, records):
@@ -81,8 +83,8 @@ def test_what_a_teacher_said_is_a_lesson_where_the_steps_have_none():
 
 
 def test_the_teacher_is_the_assistant_and_alone_is_trained():
-    rows = Rows([Row("s", {}, sessions.to_parts(parse(), True))], [])
-    first, _ = examples.parse_rows(sources.unfold(rows, sessions.LESSONS), CONFIG).samples
+    rows = Rows([Row("s", {}, sessions.to_rows(parse(), True))], [])
+    first, _ = examples.parse_rows(sources.unfold(rows, sources.LESSONS), CONFIG).samples
     assert first.name == "s lessons[0]"
     assert first.messages == [
         {"role": "user", "content": "0 and 0?\n\nStep 1: Add.|21"},
@@ -105,7 +107,7 @@ def test_a_question_has_all_that_templates_may_use():
         "tool": "sum", "tool_params": '{"a": 1}',
     }  # fmt: skip
     names = ("step_context", "guidance_history", "validation", "tool", "tool_params")
-    rows = Rows([Row("s", {}, sessions.Parts([], [found]))], [])
+    rows = Rows([Row("s", {}, SessionRows(lessons=[], questions=[found]))], [])
     (question,) = questions.parse_questions(rows, 0.0, True, names)
     assert (question.ground_truth, question.fields["tool"]) == ("42", "sum")
 
@@ -136,14 +138,14 @@ def test_steps_without_ground_truth_are_asked_only_where_no_reward_needs_it(tmp_
 def test_sessions_without_anything_to_train_on_are_an_error(tmp_path):
     rows, _ = load(tmp_path, [record(steps=[], status="failed")])
     with pytest.raises(ValueError, match="1 sessions hold no lessons; take others"):
-        sources.unfold(rows, sessions.LESSONS)
+        sources.unfold(rows, sources.LESSONS)
     with pytest.raises(ValueError, match="hold no questions with a ground_truth"):
         questions.parse_questions(rows, 0.0, True)
 
 
 def test_a_session_is_held_out_with_all_its_lessons(tmp_path):
     train, held_out = load(tmp_path, [record(i) for i in range(10)], eval_split_ratio=0.3)
-    parts = [sources.unfold(rows, sessions.LESSONS).rows for rows in (train, held_out)]
+    parts = [sources.unfold(rows, sources.LESSONS).rows for rows in (train, held_out)]
     tasks = [{row.fields["problem_text"].split("?")[0] for row in part} for part in parts]
     assert [len(part) for part in parts] == [14, 6]
     assert tasks[0].isdisjoint(tasks[1])

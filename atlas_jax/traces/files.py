@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator
-from typing import IO
 
-import pyarrow
+from atlas_jax import extras
+from atlas_jax.traces import parser
+from atlas_jax.traces.schema import AtlasSessionTrace
 
-from atlas_jax.data import trace_parser
-from atlas_jax.data.traces import AtlasSessionTrace
-
-_COMPRESSION = {".jsonl": None, ".json": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
+_KINDS = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst")
 
 
 def read(path: str) -> Iterator[tuple[str, AtlasSessionTrace | str]]:
@@ -28,14 +28,14 @@ def read(path: str) -> Iterator[tuple[str, AtlasSessionTrace | str]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}:{number}", _session(line)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"export {path} cannot be read behind line {number} ({error}); write it again"
         ) from error
 
 
 @contextlib.contextmanager
-def open_lines(path: str) -> Iterator[IO[bytes]]:
+def open_lines(path: str) -> Iterator[io.BufferedReader]:
     """Opens an export to read its lines, which are those of the file before compression.
 
     Raises:
@@ -44,18 +44,27 @@ def open_lines(path: str) -> Iterator[IO[bytes]]:
     file = os.path.expanduser(path)
     if not os.path.isfile(file):
         raise ValueError(f"export {path} does not exist; relative paths start at {os.getcwd()}")
-    kind = next((suffix for suffix in _COMPRESSION if file.endswith(suffix)), None)
-    if kind is None:
+    if not file.endswith(_KINDS):
         raise ValueError(
-            f"export {path} is of an unknown kind; its name must end in one of "
-            f"{', '.join(_COMPRESSION)}"
+            f"export {path} is of an unknown kind; its name must end in one of {', '.join(_KINDS)}"
         )
-    with pyarrow.input_stream(file, compression=_COMPRESSION[kind]) as stream:
-        yield io.BufferedReader(stream)
+    with _decompressed(file) as stream:
+        yield stream
+
+
+def _decompressed(file: str) -> io.BufferedReader:
+    if file.endswith(".gz"):
+        return io.BufferedReader(gzip.open(file))
+    if not file.endswith(".zst"):
+        return open(file, "rb")
+    with extras.importing("datasets", f"the compressed export {file}"):
+        import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
 def _session(line: bytes) -> AtlasSessionTrace | str:
     try:
-        return trace_parser.parse_line(line)
+        return parser.parse_line(line)
     except ValueError as error:
         return str(error)

@@ -19,17 +19,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
-import psycopg
 from absl import logging
-from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import dict_row, tuple_row
-from psycopg.types.string import ByteaBinaryLoader, TextBinaryLoader
 
-from atlas_jax import masking
-from atlas_jax.data import postgres_sql
-from atlas_jax.data.postgres_sql import Page, Schema
-from atlas_jax.data.trace_query import Query
-from atlas_jax.data.trace_records import Event, session_record
+from atlas_jax import extras, masking
+from atlas_jax.traces import postgres_sql
+from atlas_jax.traces.postgres_sql import Page, Schema
+from atlas_jax.traces.query import Query
+from atlas_jax.traces.records import Event, session_record
+
+with extras.importing("postgres", "a database of sessions"):
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+    from psycopg.rows import dict_row, tuple_row
+    from psycopg.types.string import ByteaBinaryLoader, TextBinaryLoader
 
 _LOST = ("08", "57P", "53300", "25P03", "40001")  # sqlstates after which a new connection may help
 _RETRY_PAUSE_SECS = 0.5
@@ -246,7 +248,7 @@ def _snapshot(url: str, access: Access) -> Iterator[psycopg.Connection[dict[str,
         url, row_factory=dict_row, prepare_threshold=None, client_encoding="utf8", **options
     ) as connection:
         # Of the binary format. JSON is decoded later, so that a page that waits is small; `jsonb`
-        # stays bytes, by which `trace_values` tells it from a text.
+        # stays bytes, by which `values` tells it from a text.
         connection.adapters.register_loader("jsonb", ByteaBinaryLoader)
         connection.adapters.register_loader("json", TextBinaryLoader)
         connection.adapters.register_loader(_OTHER_TYPES, TextBinaryLoader)

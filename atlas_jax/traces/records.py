@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from atlas_jax.data.trace_parser import UNREVIEWED
-from atlas_jax.data.trace_values import as_object, as_text, decoded, decoded_once
+from atlas_jax.traces.parser import UNREVIEWED
+from atlas_jax.traces.values import as_object, as_text, decoded, decoded_once
 
 Row = Mapping[str, Any]
 """Columns of a table by name; JSON columns as texts, as the bytes of `jsonb`, or as values."""

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.data import trace_parser
-from atlas_jax.data.traces import AtlasRewardBreakdown, AtlasSessionTrace
+from atlas_jax.traces import parser
+from atlas_jax.traces.schema import AtlasRewardBreakdown, AtlasSessionTrace
 
 REWARD = {"score": 0.5, "judges": [], "rationale": None, "raw": {"score": 0.5}}
 PLACEHOLDER = {"score": 0.0, "judges": [], "rationale": "deferred", "raw": {"skipped": True}}
 
 
 def parse(**fields):
-    return trace_parser.parse_session({"task": "t", **fields})
+    return parser.parse_session({"task": "t", **fields})
 
 
 def step(**fields):
@@ -31,7 +31,7 @@ def test_a_record_with_a_task_alone_is_a_session_that_waits_for_review():
 
 def test_the_bundled_sample_of_the_sdk_is_read():
     line = b'{"session_id": 1, "task": "a", "steps": [{"description": "b", "reward": {"p": 1.0}}]}'
-    session = trace_parser.parse_line(line)
+    session = parser.parse_line(line)
     assert session.session_metadata["session_id"] == 1
     assert session.steps[0].step_id == 1
     assert session.steps[0].reward == AtlasRewardBreakdown(0.0, raw={"p": 1.0})
@@ -129,7 +129,7 @@ def test_times_are_written_in_utc():
 
 def test_without_learning_data_rewards_of_steps_still_fall_back():
     record = {"task": "t", "session_reward": 0.8, "student_learning": "s", "steps": [{}]}
-    session = trace_parser.parse_session(record, with_learning=False)
+    session = parser.parse_session(record, with_learning=False)
     assert (session.session_reward, session.student_learning) == (None, None)
     assert session.steps[0].reward.score == 0.8
 
@@ -154,17 +154,17 @@ def test_without_learning_data_rewards_of_steps_still_fall_back():
 )
 def test_what_cannot_be_read_is_rejected_with_its_field(record, reason):
     with pytest.raises(ValueError, match=reason):
-        trace_parser.parse_session(record)
+        parser.parse_session(record)
 
 
 @pytest.mark.parametrize("line", [b"", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 5_000])
 def test_a_line_that_is_no_json_is_rejected(line):
     with pytest.raises(ValueError, match=r"is not JSON|nested too deeply"):
-        trace_parser.parse_line(line)
+        parser.parse_line(line)
 
 
 KEYS = [
-    *sorted(trace_parser._SESSION_KEYS | trace_parser._STEP_KEYS),
+    *sorted(parser._SESSION_KEYS | parser._STEP_KEYS),
     "score", "judges", "samples", "raw", "skipped", "event", "payload", "review_status",
     "created_at", "session_id", "reward_stats", "artifacts", "depends_on", "attempt_history",
 ]  # fmt: skip
@@ -188,7 +188,7 @@ def test_any_record_is_accepted_or_rejected_with_a_reason(record, has_task):
     if has_task and isinstance(record, dict):
         record = {"task": "t", **record}
     try:
-        session = trace_parser.parse_session(record)
+        session = parser.parse_session(record)
     except ValueError as error:
         assert str(error)
     else:
@@ -210,4 +210,4 @@ def test_a_note_that_is_nested_too_deeply_is_rejected():
 @given(st.binary(max_size=40) | st.text(max_size=40))
 def test_any_line_is_accepted_or_rejected_with_a_reason(line):
     with pytest.raises(ValueError, match="must be"):
-        trace_parser.parse_line(line)
+        parser.parse_line(line)

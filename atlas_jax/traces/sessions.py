@@ -12,17 +12,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
 from atlas_jax.config import DataConfig
-from atlas_jax.data import trace_query
-from atlas_jax.data.trace_values import as_text
-from atlas_jax.data.traces import AtlasSessionTrace, AtlasStepTrace
-
-LESSONS, QUESTIONS = "lessons", "questions"
-"""The names of the two lists of `Parts`."""
+from atlas_jax.traces.query import Query
+from atlas_jax.traces.schema import AtlasSessionTrace, AtlasStepTrace
+from atlas_jax.traces.values import as_text
+from atlas_jax.types import SessionRows
 
 _APPROVED = "approved"
 _TEACHERS = ("teacher", "coach", "atlas_teacher", "assistant")
@@ -31,17 +29,10 @@ _SPOKEN = ("message", "text", "content", "guidance", "output", "data", "event", 
 _UNKNOWN = "not recorded"
 
 
-class Parts(NamedTuple):
-    """What of one session trains, as fields of rows."""
-
-    lessons: list[dict[str, str]]
-    questions: list[dict[str, str]]
-
-
 def to_records(
     sessions: Iterable[tuple[str, AtlasSessionTrace | str]], config: DataConfig
-) -> Iterator[tuple[str, Parts | str]]:
-    """Yields the parts of each session that the options ask for, or why it is rejected.
+) -> Iterator[tuple[str, SessionRows | str]]:
+    """Yields the rows of each session that the options ask for, or why it is rejected.
 
     Sessions of the same content are one; what is left out is counted in the log.
 
@@ -52,7 +43,7 @@ def to_records(
     Raises:
         ValueError: if no session passes the filters.
     """
-    query = trace_query.from_config(config)
+    query = Query.from_config(config)
     seen: set[bytes] = set()
     counts: Counter[str] = Counter()
     reviews: Counter[str] = Counter()
@@ -69,13 +60,13 @@ def to_records(
         if fate == "kept":
             seen.add(key)
             reviews[status] += 1
-            yield name, to_parts(session, config.answer_as_truth)
+            yield name, to_rows(session, config.answer_as_truth)
     _conclude(counts, reviews, query)
 
 
-def to_parts(session: AtlasSessionTrace, answer_as_truth: bool) -> Parts:
+def to_rows(session: AtlasSessionTrace, answer_as_truth: bool) -> SessionRows:
     """Returns the lessons and the questions of a session."""
-    return Parts(lessons(session), questions(session, answer_as_truth))
+    return SessionRows(lessons=lessons(session), questions=questions(session, answer_as_truth))
 
 
 def content_hash(session: AtlasSessionTrace) -> bytes:
@@ -216,7 +207,7 @@ def _context(step: AtlasStepTrace) -> str:
     return "\n".join(f"{number}: {as_text(text)}" for number, text in texts.items())
 
 
-def _conclude(counts: Counter[str], reviews: Counter[str], query: trace_query.Query) -> None:
+def _conclude(counts: Counter[str], reviews: Counter[str], query: Query) -> None:
     """Logs what became of the sessions, and checks that some are left."""
     left_out = {k: v for k, v in counts.items() if k.startswith("review_status")}
     if counts["other"] and not counts["kept"]:

@@ -1,7 +1,7 @@
 """Sessions of the Atlas runtime: what a trace holds, under the names of the Atlas SDK.
 
 The dataclasses are those of the SDK, so that code written for it runs with the import changed.
-`trace_parser` makes them of records, whether these come from a database or from an export.
+`parser` makes them of records, whether these come from a database or from an export.
 """
 
 from __future__ import annotations

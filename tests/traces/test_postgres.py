@@ -12,9 +12,9 @@ import psycopg
 import pytest
 
 from atlas_jax import training_data
-from atlas_jax.data import postgres, trace_files
-from atlas_jax.data.postgres import Access
-from atlas_jax.data.trace_query import Query
+from atlas_jax.traces import files, postgres
+from atlas_jax.traces.postgres import Access
+from atlas_jax.traces.query import Query
 from tests import runtime_database
 from tests.runtime_database import START, execute, mixed_sessions, new_database, server, session
 
@@ -65,7 +65,7 @@ def test_database_and_export_give_equal_sessions(url, everything, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"{COUNT} sessions written" in result.stdout
-    exported = [s for _, s in trace_files.read(str(export))]
+    exported = [s for _, s in files.read(str(export))]
     assert numbers(everything) == list(range(COUNT, 0, -1))
     for a, b in zip(everything, exported, strict=True):
         assert a == b

@@ -8,7 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from atlas_jax.config import DataConfig
-from atlas_jax.data import snapshot, sources
+from atlas_jax.data import sources
+from atlas_jax.traces import snapshot
 from tests import runtime_database
 from tests.runtime_database import execute, new_database, session
 

@@ -13,14 +13,18 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from absl import logging
 
+from atlas_jax import extras
 from atlas_jax.config import DataConfig
-from atlas_jax.data import postgres, trace_parser, trace_query
-from atlas_jax.data.traces import AtlasSessionTrace
 from atlas_jax.files import write_whole
+from atlas_jax.traces import parser, postgres
+from atlas_jax.traces.query import Query
+from atlas_jax.traces.schema import AtlasSessionTrace
+
+with extras.importing("postgres", "a snapshot of a database"):
+    import pyarrow
+    import pyarrow.parquet
 
 _SCHEMA = pyarrow.schema(
     [("session_id", pyarrow.int64()), ("created_at", pyarrow.string()),
@@ -38,13 +42,13 @@ def check(config: DataConfig, output_dir: str) -> None:
             snapshot that was made with others.
         ConnectionError: if the database cannot be reached.
     """
-    query = trace_query.from_config(config)
+    query = Query.from_config(config)
     if not config.db_url or _current(config, output_dir):
         return
     database = postgres.open_database(config.db_url, query, _access(config))
     if postgres.count(database, query):
         return
-    everything = postgres.count(database, trace_query.Query())
+    everything = postgres.count(database, Query())
     raise ValueError(
         f"none of {everything} sessions in {postgres.shown(config.db_url)} passes the filters "
         f"({query.described()}); change data.min_reward, data.status_filters or "
@@ -61,7 +65,7 @@ def take(config: DataConfig, output_dir: str) -> None:
     """
     if _current(config, output_dir):
         return
-    query = trace_query.from_config(config)
+    query = Query.from_config(config)
     folder = pathlib.Path(output_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("sessions-*.json")))
@@ -125,7 +129,7 @@ def _description(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _asked(config: DataConfig) -> dict[str, Any]:
-    return trace_query.from_config(config).described() | {"max_sessions": config.max_sessions}
+    return Query.from_config(config).described() | {"max_sessions": config.max_sessions}
 
 
 def _access(config: DataConfig) -> postgres.Access:
@@ -155,7 +159,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 def _parsed(record: str) -> AtlasSessionTrace | str:
     try:
-        return trace_parser.parse_line(record)
+        return parser.parse_line(record)
     except ValueError as error:
         return str(error)
 

@@ -17,7 +17,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from atlas_jax.data.trace_values import (
+from atlas_jax.traces.schema import (
+    AtlasJudgeBreakdown,
+    AtlasJudgeSample,
+    AtlasRewardBreakdown,
+    AtlasSessionTrace,
+    AtlasStepTrace,
+)
+from atlas_jax.traces.values import (
     as_list,
     as_number,
     as_object,
@@ -25,13 +32,6 @@ from atlas_jax.data.trace_values import (
     as_time,
     decoded,
     shown,
-)
-from atlas_jax.data.traces import (
-    AtlasJudgeBreakdown,
-    AtlasJudgeSample,
-    AtlasRewardBreakdown,
-    AtlasSessionTrace,
-    AtlasStepTrace,
 )
 
 _SESSION_KEYS = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from atlas_jax.data.trace_query import LARGEST_SCORE, NUMBER, Query
+from atlas_jax.traces.query import LARGEST_SCORE, NUMBER, Query
 
 TABLES = ("sessions", "plans", "step_results", "step_attempts", "guidance_notes",
           "trajectory_events")  # fmt: skip

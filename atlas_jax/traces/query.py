@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atlas_jax.config import DataConfig
-from atlas_jax.data.trace_values import as_time
-from atlas_jax.data.traces import AtlasSessionTrace
+from atlas_jax.traces.schema import AtlasSessionTrace
+from atlas_jax.traces.values import as_time
 
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?", re.ASCII)
 LARGEST_SCORE = 1e300
@@ -55,6 +55,23 @@ class Query:
                 raise ValueError(f"{name}={given!r} must be a list of texts, such as [{given!r}]")
             object.__setattr__(self, name, tuple(_text(name, item) for item in given))
 
+    @classmethod
+    def from_config(cls, config: DataConfig) -> Query:
+        """Returns the filters of a run.
+
+        Raises:
+            ValueError: for a time that cannot be read.
+        """
+        return cls(
+            min_reward=config.min_reward,
+            created_after=as_time(config.created_after, "data.created_after"),
+            created_before=as_time(config.created_before, "data.created_before"),
+            learning_key=config.learning_key or None,
+            status_filters=config.status_filters,
+            review_status_filters=config.review_status_filters,
+            include_trajectory_events=config.include_trajectory_events,
+        )
+
     def matches(self, session: AtlasSessionTrace) -> bool:
         """Whether the session passes the filters; `postgres_sql.where` says the same in SQL."""
         metadata = session.session_metadata
@@ -81,23 +98,6 @@ class Query:
             if isinstance(v, tuple) else v
             for k, v in values.items()
         }  # fmt: skip
-
-
-def from_config(config: DataConfig) -> Query:
-    """Returns the filters of a run.
-
-    Raises:
-        ValueError: for a time that cannot be read.
-    """
-    return Query(
-        min_reward=config.min_reward,
-        created_after=as_time(config.created_after, "data.created_after"),
-        created_before=as_time(config.created_before, "data.created_before"),
-        learning_key=config.learning_key or None,
-        status_filters=config.status_filters,
-        review_status_filters=config.review_status_filters,
-        include_trajectory_events=config.include_trajectory_events,
-    )
 
 
 def score_of(stats: Any) -> float | None:

@@ -5,7 +5,7 @@ import datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas_jax.data.trace_records import session_record
+from atlas_jax.traces.records import session_record
 
 ROW = dict.fromkeys(
     ("metadata", "plan", "reward", "reward_stats", "reward_audit", "final_answer", "review_notes",
