@@ -17,7 +17,9 @@ from atlas_jax import cli
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
 from atlas_jax.metrics import means
-from atlas_jax.recipes import grpo, serving, setup
+from atlas_jax.recipes import grpo, serving
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         config = dataclasses.replace(base, output_dir=directory, rollout=rollout)
-        model = setup.open_frozen(config, options.model, setup.make_sharding(config))
+        model = open_frozen(Compute.of(config), options.model)
         params = hf.load(model.source, model.decoder)
         engines = serving.engines(config, model, None, grpo.make_score(model.decoder, config, 1))
         found = []

@@ -20,7 +20,7 @@ from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.packing import Scored, collate_policy
-from atlas_jax.recipes import setup, speakers
+from atlas_jax.recipes import speakers
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.capabilities import Start
 from atlas_jax.rollout.engine import Request, Speaker
@@ -31,6 +31,7 @@ from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync, WeightSync
 from atlas_jax.sharding import from_global, to_global
+from atlas_jax.startup.model import Model
 from atlas_jax.types import Completion, Metrics, Params, PolicyBatch
 
 Score = Callable[[Params, PolicyBatch], jax.Array]
@@ -69,7 +70,7 @@ class Served:
 
 
 def engines(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None, score: Score
+    config: GRPOConfig, model: Model, student: Model | None, score: Score
 ) -> speakers.Engines:
     """Returns the trained model and the student on their servers.
 
@@ -106,9 +107,7 @@ def check_loopback(config: GRPOConfig) -> None:
                 )
 
 
-def _policy(
-    config: GRPOConfig, model: setup.Model, score: Score, stack: contextlib.ExitStack
-) -> Served:
+def _policy(config: GRPOConfig, model: Model, score: Score, stack: contextlib.ExitStack) -> Served:
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
@@ -132,7 +131,7 @@ def _policy(
     return Served(speaker, sync)
 
 
-def _student(config: GRPOConfig, model: setup.Model, stack: contextlib.ExitStack) -> Speaker:
+def _student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> Speaker:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
     speaker, _ = _speaker(pool, model, config.rollout.student_system_prompt)
@@ -171,7 +170,7 @@ def server_key(output_dir: str) -> str:
     return server_token.read(path) if path.exists() else ""
 
 
-def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speaker, VllmEngine]:
+def _speaker(pool: Pool, model: Model, system_prompt: str) -> tuple[Speaker, VllmEngine]:
     tokenizer = model.files.tokenizer
     engine = VllmEngine(
         pool,
@@ -186,7 +185,7 @@ def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speake
     return Speaker(encode, engine.generate, context, vocab_size), engine
 
 
-def choose_versions(config: GRPOConfig, model: setup.Model) -> Versions:
+def choose_versions(config: GRPOConfig, model: Model) -> Versions:
     """Returns the directory of this run's weights, the same one in every process."""
     run = os.path.abspath(config.output_dir)
     if config.rollout.sync_dir:
@@ -219,7 +218,7 @@ def probe_prompt(tokenizer: Any, block_size: int, room: int) -> tuple[int, ...]:
 
 
 def probe_score(
-    config: GRPOConfig, model: setup.Model, score: Score
+    config: GRPOConfig, model: Model, score: Score
 ) -> Callable[[Params, Sequence[int], np.ndarray], np.ndarray]:
     """Returns the trainer's log-probabilities of several continuations of one prompt.
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
-from atlas_jax.recipes.setup import Model
 from atlas_jax.rollout.engine import Speaker
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.teaching import Limits, Protocol, Templates
+from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Metrics, Params
 
 
