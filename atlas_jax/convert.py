@@ -31,8 +31,8 @@ from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes.vocabulary import load_tokenizer
 from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.vocabulary import load_tokenizer
 from atlas_jax.step import abstract as abstract_tree
 from atlas_jax.types import Params
 

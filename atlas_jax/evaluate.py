@@ -77,10 +77,12 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax import devices
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
-    from atlas_jax.recipes import chat_models, grpo, local_backend, setup
+    from atlas_jax.recipes import chat_models, grpo, local_backend
     from atlas_jax.rewards.truths import check_truths
     from atlas_jax.rollout import evaluation, record
     from atlas_jax.rollout.sampling import Sampling
+    from atlas_jax.startup.compute import Compute
+    from atlas_jax.startup.model import open_frozen
     from atlas_jax.types import Sample
 
     devices.check()
@@ -93,9 +95,11 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     )
     questions = questions[: limit or None]
     check_truths(questions)
-    sharding = setup.make_sharding(config)
-    models = [setup.open_frozen(one, one.model_name_or_path, sharding) for one in configs]
-    student = grpo.open_student(config, sharding)
+    computes = [Compute.of(one) for one in configs]
+    models = [open_frozen(each, each.config.model_name_or_path) for each in computes]
+    student = None
+    if config.rollout.protocol != "direct":
+        student = local_backend.load_student(config, grpo.open_student(config, computes[0]))
     answers: list[list[Sample]] = []
     for one, model in zip(configs, models, strict=True):
         logging.info("teacher %d: %s", len(answers) + 1, one.model_name_or_path)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
-from atlas_jax.recipes.setup import Model
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
+from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Params
 
 

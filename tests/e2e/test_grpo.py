@@ -16,7 +16,8 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, RolloutConfig
 from atlas_jax.configs.run import teacher_rcl
-from atlas_jax.recipes import grpo, setup
+from atlas_jax.recipes import grpo, local_backend
+from atlas_jax.startup.compute import Compute
 from tests import processes, words
 
 STEPS = 8
@@ -416,7 +417,7 @@ def test_six_devices_get_the_sizes_that_also_hold_whole_groups():
 def test_a_student_without_enough_positions_is_refused(inputs):
     draft = dataclasses.replace(BASE, student_model=str(inputs / "model"), max_new_tokens=40)
     with pytest.raises(ValueError, match=r"has 64 positions.*\(80 together\); lower"):
-        grpo.open_student(draft, setup.make_sharding(draft))
+        local_backend.load_student(draft, grpo.open_student(draft, Compute.of(draft)))
 
 
 def test_an_evaluation_of_two_teachers_says_of_each_what_its_own_would(inputs, whole, tmp_path):
