@@ -22,7 +22,8 @@ def check() -> None:
         ValueError: if the host has GPUs or TPUs and JAX runs on the CPU although nobody asked for
             that, or if JAX has another number of devices than the launcher was asked for.
     """
-    platform, count = jax.default_backend(), jax.local_device_count()
+    platform = jax.default_backend()
+    count = jax.local_device_count()
     chosen = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     if platform == "cpu" and "cpu" not in chosen:
         for extra, found in (("cuda", _count_gpus()), ("tpu", _count_tpus())):

@@ -97,7 +97,8 @@ def _has_all_devices(address: Address) -> bool:
     """
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return False
-    nodes, tasks = os.environ.get("SLURM_STEP_NUM_NODES"), os.environ.get("SLURM_NTASKS")
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES")
+    tasks = os.environ.get("SLURM_NTASKS")
     alone = (nodes and nodes == tasks) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     return all(_known(address)) or bool(alone)
 

@@ -150,7 +150,8 @@ def _try_lock(descriptor: int) -> bool:
 
 def _clear(work: pathlib.Path, target: pathlib.Path) -> None:
     """Restores or removes the content of an ended replacement; its lock file goes last."""
-    old, new = work / "old", work / "new"
+    old = work / "old"
+    new = work / "new"
     if old.exists() and new.exists():  # ended between the two renames
         if target.exists():
             logging.warning("%s is the former %s, whose name is taken; left there", old, target)

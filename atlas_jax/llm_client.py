@@ -93,7 +93,9 @@ class ServerError(Exception):
         # Secrets are hidden before the text is cut, which could leave a part of one.
         shown = " ".join(masking.hide(body[: 4 * _SHOWN])[:_SHOWN].split())  # errors have one line
         super().__init__(f"{masking.hide(url)}: {status or 'no reply'}: {shown}")
-        self.url, self.status, self.body = url, status, body
+        self.url = url
+        self.status = status
+        self.body = body
 
 
 class RefusedError(ServerError):
@@ -205,7 +207,8 @@ class Client:
         params: Mapping[str, str] | None,
         tries: Tries | None,
     ) -> Any:
-        url, wait = f"{self.base_url}{path}", 0.0
+        url = f"{self.base_url}{path}"
+        wait = 0.0
         failure = UnavailableError(url, 0, "not tried")
         tries = tries or Tries(self._options.max_tries)
         attempt = 0
@@ -220,7 +223,8 @@ class Client:
                 return reply
             except _TransientError as later:
                 self._failures_in_row += 1
-                failure, wait = later.failure, min(later.wait, self._options.max_backoff_secs)
+                failure = later.failure
+                wait = min(later.wait, self._options.max_backoff_secs)
                 if later.final:
                     break
         raise failure
@@ -431,7 +435,8 @@ def _until(date: str, now: str) -> float:
     end = _timestamp(date)
     if end is None:
         return 0.0
-    here, there = time.time(), _timestamp(now)
+    here = time.time()
+    there = _timestamp(now)
     is_wrong = there is not None and abs(there - here) > _CLOCK_SECS
     return max(end - (there if is_wrong and there is not None else here), 0.0)
 

@@ -149,7 +149,9 @@ def _sum_forward(
 
         def chunk(at: jax.Array, sums: _Sums) -> _Sums:
             total, d_hidden, d_table = sums
-            h, ids, g = _take(hidden, at), _take(targets, at), _take(mask, at).astype(jnp.float32)
+            h = _take(hidden, at)
+            ids = _take(targets, at)
+            g = _take(mask, at).astype(jnp.float32)
             logits = _logits(h, whole, head)
             log_partition = _logsumexp(logits)
             found = g * (_pick(logits, ids) - log_partition)
@@ -240,7 +242,8 @@ def _backward(
     head: Head, residuals: tuple[Any, ...], g: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, Ahead]:
     sharding = head.sharding
-    rest, split = sharding.params(DIMS).spec, sharding.optimizer(DIMS, memory=False).spec
+    rest = sharding.params(DIMS).spec
+    split = sharding.optimizer(DIMS, memory=False).spec
     hidden, table, ahead, log_partition = residuals
 
     @functools.partial(

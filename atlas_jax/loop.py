@@ -156,7 +156,8 @@ class _Training:
         Raises:
             StopRequestedError: if the run was asked to stop; the step may be done and saved.
         """
-        config, feed = self._job.config, self._feed
+        config = self._job.config
+        feed = self._feed
         if feed.samples_policy:
             self.log.start_clock()
         given = feed.next(self.state, _pause)
@@ -165,7 +166,9 @@ class _Training:
         distributed.arrive(f"step {step}")
         self._fetch()
         length = given.batch.tokens.shape[-1]
-        self._pending = _Pending(step, values, given.metrics, given.num_tokens, length)
+        self._pending = _Pending(
+            step=step, metrics=values, known=given.metrics, tokens=given.num_tokens, length=length
+        )
         stop = stop_anywhere()
         last = stop or step == self._job.num_steps
         save = last or _due(step, config.save_steps)
@@ -299,7 +302,8 @@ class _Log:
 
     def _flush(self, step: int) -> None:
         values = metrics.means(self._total)
-        secs, devices = sum(self._secs), jax.device_count()
+        secs = sum(self._secs)
+        devices = jax.device_count()
         values["perf/step_secs"] = secs / len(self._secs)
         values["perf/tokens_per_sec_per_device"] = self._tokens / secs / devices
         peak = metrics.peak_flops(jax.devices()[0])
@@ -311,7 +315,10 @@ class _Log:
             lr=f"{values['optim/learning_rate']:.1e}",
             tok_s=f"{self._tokens / secs:.0f}",
         )
-        self._total, self._secs, self._tokens, self._flops = {}, [], 0.0, 0.0
+        self._total = {}
+        self._secs = []
+        self._tokens = 0.0
+        self._flops = 0.0
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes metrics to all files, and as a line to `training.log`."""

@@ -122,7 +122,8 @@ def _drop_after(path: pathlib.Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    kept, evaluated = [], 0
+    kept = []
+    evaluated = 0
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         values = json.loads(line) if line.endswith("\n") else {"step": step + 1}
         if values["step"] <= step:

@@ -25,7 +25,8 @@ def schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
     first step has 0, and `linear` and `cosine` reach 0 at `num_steps`.
     """
     warmup = round(config.warmup_ratio * num_steps)
-    peak, rest = config.learning_rate, max(num_steps - warmup, 1)
+    peak = config.learning_rate
+    rest = max(num_steps - warmup, 1)
     decay = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),

@@ -458,7 +458,8 @@ class Server:
             ValueError: if vLLM does not start, or lacks what GRPO needs.
             TimeoutError: if it does not become healthy.
         """
-        host, port = self._options.host, self._options.port
+        host = self._options.host
+        port = self._options.port
         line = command(self._python, model, host, port, self._more, bool(self._token))
         temporary = tempfile.mkdtemp(prefix="atlas_")  # a short name: paths of sockets are limited
         process = subprocess.Popen(
@@ -496,7 +497,8 @@ class Server:
 
     def _announce(self, process: subprocess.Popen[bytes], model: str) -> bool:
         """Waits until vLLM is healthy and says so; false if it ends before."""
-        host, port = self._options.host, self._options.port
+        host = self._options.host
+        port = self._options.port
         name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
             host, f"[{host}]" if ":" in host else host
         )

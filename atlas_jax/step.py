@@ -52,7 +52,12 @@ def place_optimizer(
         places,
         transform_non_params=lambda _: sharding.replicated,
     )
-    return Optimizer(optax.with_extra_args_support(transform), learning_rate, state, placement)
+    return Optimizer(
+        transform=optax.with_extra_args_support(transform),
+        learning_rate=learning_rate,
+        shapes=state,
+        placement=placement,
+    )
 
 
 def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> TrainState:

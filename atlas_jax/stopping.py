@@ -54,7 +54,8 @@ class _Process:
 
     def request(self, reason: str) -> None:
         if not self.requested.is_set():
-            self.reason, self.requested_at = reason, time.monotonic()
+            self.reason = reason
+            self.requested_at = time.monotonic()
             self.requested.set()
 
 

@@ -76,7 +76,8 @@ class _Rate:
 
     def refused(self, now: float, held_until: float) -> None:
         """Asks slower, once for all requests that were refused together."""
-        asked, secs = self._asked, max(now - self._refused_at, 1e-3)
+        asked = self._asked
+        secs = max(now - self._refused_at, 1e-3)
         accepted = max(self._num_accepted, 1) / secs
         if asked < math.inf:
             self._refused = _PLATEAU * asked

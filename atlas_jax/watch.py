@@ -186,7 +186,8 @@ class Watch:
                     self._seen[0].note.host,
                 )
             time.sleep(self._limits.heartbeat_secs + 6 * self._limits.interval_secs)
-        host, first_line = self._note.host, str(error).partition("\n")[0]
+        host = self._note.host
+        first_line = str(error).partition("\n")[0]
         self._tell(
             verdict=f"process {self._process} on {host} failed: {type(error).__name__}: "
             f"{first_line}"

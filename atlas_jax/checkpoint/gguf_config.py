@@ -212,7 +212,8 @@ def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> 
 
     Reference: transformers, modeling_rope_utils.py, `_compute_llama3_parameters`.
     """
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -23,7 +23,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_NORMAL = 1
+_CONTROL = 3
+_USER_DEFINED = 4
+_UNUSED = 5  # tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -91,7 +94,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         known = option == key or option in _UNDERSTOOD or option.endswith("_token_id")
         if value and not known:
             raise ValueError(f"option {key} is not supported; use another file")
-    tokens, types = _required(metadata, "tokens"), _required(metadata, "token_type")
+    tokens = _required(metadata, "tokens")
+    types = _required(metadata, "token_type")
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
             f"{len(tokens)} tokens, {len(set(tokens))} of them different, have {len(types)} types; "
@@ -231,7 +235,8 @@ def _template(
 ) -> processors.TemplateProcessing:
     bos = _added_token(metadata, "bos", tokens, default=add_bos)
     eos = _added_token(metadata, "eos", tokens, default=False)
-    first, second = [*bos, "$A", *eos], [*bos, "$B", *eos]
+    first = [*bos, "$A", *eos]
+    second = [*bos, "$B", *eos]
     return processors.TemplateProcessing(
         single=first,
         pair=[*first, *(f"{part}:1" for part in second)],

@@ -237,7 +237,8 @@ def _check(source: Source, decoder: Decoder) -> None:
     expected = names.hf_shapes(decoder.config, decoder.shapes)
     tied = decoder.config.tie_embeddings
     found = stored_shapes(source, tied)
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
     if missing or extra:
         raise ValueError(
             f"the weights do not fit config.json: missing {layout.some(missing)}; "
@@ -375,7 +376,8 @@ def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFil
     """Returns what `write_run_files` wrote."""
     path = pathlib.Path(directory)
     config = layout.read_json(path / "config.json")
-    generation, dtypes = path / "generation_config.json", path / _DTYPES_FILE
+    generation = path / "generation_config.json"
+    dtypes = path / _DTYPES_FILE
     said = config.get("dtype") or config.get("torch_dtype") or "float32"
     return ModelFiles(
         config=config,

@@ -22,7 +22,8 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 """Ends of the names of tensors that are no weights."""
 
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _POINTER = b"version https://git-lfs"
@@ -145,7 +146,8 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     Raises:
         ValueError: if there are none, or it cannot be told which count.
     """
-    index, whole = path / INDEX, path / WHOLE
+    index = path / INDEX
+    whole = path / WHOLE
     found = sorted(path.glob("*.safetensors"))
     if whole.exists():
         used = [whole]

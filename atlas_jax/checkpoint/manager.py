@@ -157,7 +157,8 @@ class Checkpoints:
             ValueError: names both, and what to change.
         """
         path = self.directory / str(step) / item
-        stored, wanted = _stored(path), _wanted(abstract)
+        stored = _stored(path)
+        wanted = _wanted(abstract)
         if cast:
             stored = {name: array._replace(dtype="") for name, array in stored.items()}
             wanted = {name: array._replace(dtype="") for name, array in wanted.items()}

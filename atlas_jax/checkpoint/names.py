@@ -44,7 +44,8 @@ def entries(config: ModelConfig) -> list[Entry]:
     ]
     if not config.tie_embeddings:
         found.append(Entry("lm_head.weight", (("head",),)))
-    bias, mlp_bias = config.qkv_bias, config.mlp_bias
+    bias = config.qkv_bias
+    mlp_bias = config.mlp_bias
     if config.fused:
         found += _linear("self_attn.qkv_proj", "attention", ("q", "k", "v"), bias)
         found += _linear("mlp.gate_up_proj", "mlp", ("gate", "up"), mlp_bias)
@@ -87,7 +88,7 @@ def _linear(
     kernels, biases = (
         tuple(("layers", part, each, leaf) for each in ours) for leaf in ("kernel", "bias")
     )
-    found = [Entry(f"{name}.weight", kernels, "linear", inputs)]
+    found = [Entry(name=f"{name}.weight", paths=kernels, kind="linear", inputs=inputs)]
     return [*found, Entry(f"{name}.bias", biases)] if bias else found
 
 

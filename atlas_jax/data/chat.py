@@ -111,7 +111,12 @@ def mask_options(
 ) -> MaskOptions:
     """Returns options whose stop tokens are the tokenizer's end of text and `stop_ids`."""
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return MaskOptions(completion_only, max_length, frozenset((*own, *stop_ids)), turns)
+    return MaskOptions(
+        completion_only=completion_only,
+        max_length=max_length,
+        stop_ids=frozenset((*own, *stop_ids)),
+        turns=turns,
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample]) -> None:
@@ -157,11 +162,15 @@ def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list
     """
     templated = isinstance(sample, Conversation)
     if not _written(sample, options.completion_only).strip():
-        return [Rendered(sample.name, "", (), templated, notes=("empty",))]
+        return [
+            Rendered(name=sample.name, text="", spans=(), templated=templated, notes=("empty",))
+        ]
     if isinstance(sample, PlainText):
         text = sample.prompt + sample.completion + str(template.tokenizer.eos_token)
         start = len(sample.prompt) if options.completion_only else 0
-        return [Rendered(sample.name, text, ((start, len(text)),), templated)]
+        return [
+            Rendered(name=sample.name, text=text, spans=((start, len(text)),), templated=templated)
+        ]
     try:
         sample = _fitted(template, sample)
         covered = _covered(template, sample)
@@ -177,7 +186,16 @@ def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list
         # Errors quote texts, and private characters in them as their numbers.
         reason = _QUOTED.sub(lambda match: chr(int(match[1], 16)), reason)
         reason = template.control_tokens.uncover(reason)
-        return [Rendered(sample.name, "", (), templated, notes=("rejected",), reason=reason)]
+        return [
+            Rendered(
+                name=sample.name,
+                text="",
+                spans=(),
+                templated=templated,
+                notes=("rejected",),
+                reason=reason,
+            )
+        ]
 
 
 def _named(error: Exception) -> str:
@@ -238,7 +256,7 @@ def _render_conversation(
     render = functools.partial(template, tools=sample.tools)
     full = render(sample.messages)
     if not options.completion_only:
-        return [Rendered(sample.name, full, ((0, len(full)),), True)]
+        return [Rendered(name=sample.name, text=full, spans=((0, len(full)),), templated=True)]
     turns: dict[int, Rendered] = {}
     for i in trained_turns(sample):
         turns[i] = _render_turn(render, sample, i, full)
@@ -247,7 +265,7 @@ def _render_conversation(
     if all(full.startswith(turn.text) for turn in turns.values()):
         spans = tuple(span for turn in turns.values() for span in turn.spans)
         notes = tuple(sorted({note for turn in turns.values() for note in turn.notes}))
-        return [Rendered(sample.name, full, spans, True, notes=notes)]
+        return [Rendered(name=sample.name, text=full, spans=spans, templated=True, notes=notes)]
     return [
         turn._replace(name=f"{sample.name} (message {i + 1})", notes=(*turn.notes, "split"))
         for i, turn in turns.items()
@@ -267,7 +285,9 @@ def _render_turn(render: _Render, sample: Conversation, turn: int, full: str) ->
     text = full if is_last else render(sample.messages[: turn + 1])
     start, notes = _turn_start(render, sample.messages, turn, text)
     _check_shown(sample.messages[turn], text[start:], turn)
-    return Rendered(sample.name, text, ((start, len(text)),), True, notes=notes)
+    return Rendered(
+        name=sample.name, text=text, spans=((start, len(text)),), templated=True, notes=notes
+    )
 
 
 def _turn_start(
@@ -289,7 +309,8 @@ def _turn_start(
     Raises:
         ValueError: if the text does not continue that of the messages before.
     """
-    history, message = messages[:turn], messages[turn]
+    history = messages[:turn]
+    message = messages[turn]
     prompt = render(history, add_generation_prompt=True)
     notes: tuple[str, ...] = ()
     start = len(prompt)
@@ -311,7 +332,8 @@ def _turn_start(
         notes = ("other_prompt",)
     added = EMPTY_THOUGHT.match(text, start)
     if added and not EMPTY_THOUGHT.match(message["content"]):
-        start, notes = added.end(), ("other_prompt",)
+        start = added.end()
+        notes = ("other_prompt",)
     return start, notes
 
 
@@ -419,7 +441,7 @@ def _encode_chunk(
         if part.text:
             yield _encode_one(part, encoding, options)
         else:
-            yield Encoded(part.name, None, part.notes, part.reason)
+            yield Encoded(name=part.name, example=None, notes=part.notes, reason=part.reason)
 
 
 def _encode_texts(template: ChatTemplate, texts: list[str], templated: bool) -> list[Encoding]:
@@ -468,7 +490,8 @@ def token_spans(offsets: np.ndarray) -> np.ndarray:
     Args:
         offsets: [T, 2] int64, as the tokenizer reports them.
     """
-    starts, ends = offsets[:, 0], offsets[:, 1]
+    starts = offsets[:, 0]
+    ends = offsets[:, 1]
     before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])[: len(ends)]
     starts = np.where(starts == ends, np.minimum(starts, before), starts)
     return np.stack([starts, np.maximum(ends, starts + 1)], axis=1)

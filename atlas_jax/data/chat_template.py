@@ -25,7 +25,9 @@ _TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
 _TAKEN = {"messages", "conversation", "tools", "add_generation_prompt", "tokenize"}
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _OURS = ("weight", "train")  # fields of a message that say what is trained
-_SYSTEM, _USER, _ANSWER = "System probe.", "User probe.", "Answer probe."
+_SYSTEM = "System probe."
+_USER = "User probe."
+_ANSWER = "Answer probe."
 
 
 def errors() -> tuple[type[Exception], ...]:
@@ -117,9 +119,11 @@ class ChatTemplate:
         messages = self.fitted(messages) if self.tokenizer.chat_template else messages
         covered = self.control_tokens.cover_messages(messages)
         if self.tokenizer.chat_template:
-            text, adds = self(covered, add_generation_prompt=True), False
+            text = self(covered, add_generation_prompt=True)
+            adds = False
         else:
-            text, adds = "\n\n".join(m["content"] for m in covered), True
+            text = "\n\n".join(m["content"] for m in covered)
+            adds = True
         if covered != messages:
             return tuple(self.control_tokens.encode(text, adds).ids)
         return tuple(self.tokenizer(text, add_special_tokens=adds).input_ids)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_COVERS, _STAND_INS = 0x100000, 0x108000  # of a private plane of Unicode
+_COVERS = 0x100000
+_STAND_INS = 0x108000  # of a private plane of Unicode
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]+")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # what sentencepiece falls back to
 
@@ -114,7 +115,8 @@ class ControlTokens:
 
     def _replaced(self, text: str, names: Collection[str], base: int) -> str:
         """Returns the text with each of the names as one private character, repeated."""
-        parts, at = [], 0
+        parts = []
+        at = 0
         for start, name in self._find(text):
             if name in names:
                 parts += [text[at:start], chr(base + self._numbers[name]) * len(name)]

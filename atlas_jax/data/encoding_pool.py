@@ -163,7 +163,8 @@ def _serve(worker: _Worker, queue: _Queue, done: dict[int, list[chat.Encoded]], 
 
 
 def _ask(worker: _Worker, content: Any) -> Any:
-    requests, answers = worker.process.stdin, worker.process.stdout
+    requests = worker.process.stdin
+    answers = worker.process.stdout
     assert requests and answers  # pipes, see `_start`
     pickle.dump(content, requests, pickle.HIGHEST_PROTOCOL)
     requests.flush()

@@ -127,11 +127,11 @@ def build(
     _log(report)
     _check_not_empty(report)
     order = Order(
-        layout.global_rows,
-        config.max_seq_length,
-        config.packing,
-        training and config.data.shuffle,
-        config.seed,
+        global_rows=layout.global_rows,
+        max_seq_length=config.max_seq_length,
+        packing=config.packing,
+        shuffle=training and config.data.shuffle,
+        seed=config.seed,
     )
     buckets = capped_buckets(config.data.length_buckets, config.max_seq_length)
     return TokenDataset(tokenized, report, order, layout, buckets, config.data.num_workers)
@@ -180,7 +180,8 @@ class TokenDataset:
         whole = int(epochs)
         with self._lock:
             self._know_epochs(math.ceil(epochs))
-            first, after = self._first_steps[whole], self._first_steps[math.ceil(epochs)]
+            first = self._first_steps[whole]
+            after = self._first_steps[math.ceil(epochs)]
         return first + math.ceil((epochs - whole) * (after - first))
 
     def batch(self, step: int) -> Batch:

@@ -50,7 +50,8 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
             )
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
-            row, room = len(rows), row_length
+            row = len(rows)
+            room = row_length
             rows.append([])
         else:
             room = rooms[place]

@@ -61,7 +61,8 @@ def parse_questions(
                 "and answers are never shown to a model; leave it out, or rename the field"
             )
     rows = unfold(rows, QUESTIONS, "ground_truth" if needs_truth else "")
-    questions, rejected = [], []
+    questions = []
+    rejected = []
     for row in rows.rows:
         try:
             questions.append(to_question(row, needs_truth, needed_fields, columns))
@@ -113,7 +114,12 @@ def to_question(
     for name in needed_fields:
         if name not in shown:
             raise ValueError(f"lacks the field {name!r} of rollout.question_fields; add it")
-    return Question(_text(fields.get("id", "")) or row.name, question, truth, shown)
+    return Question(
+        id=_text(fields.get("id", "")) or row.name,
+        question=question,
+        ground_truth=truth,
+        fields=shown,
+    )
 
 
 def check_template(option: str, template: str, known: Sequence[str], needed: Sequence[str]) -> None:
@@ -140,7 +146,8 @@ def check_templates(config: GRPOConfig) -> None:
     Raises:
         ValueError: for a template with an unknown field or without a needed one.
     """
-    rollout, known = config.rollout, ("question", *config.rollout.question_fields)
+    rollout = config.rollout
+    known = ("question", *config.rollout.question_fields)
     checks: dict[str, tuple[str, ...]]
     if rollout.protocol == "direct":
         checks = {"direct_template": ()}

@@ -180,7 +180,8 @@ def _check_depth(value: Any) -> None:
 def _message(item: dict[str, Any], place: str) -> dict[str, Any]:
     found = present(item)
     if "from" in found and "value" in found and "role" not in found:
-        found["role"], found["content"] = found.pop("from"), found.pop("value")
+        found["role"] = found.pop("from")
+        found["content"] = found.pop("value")
     if isinstance(found.get("role"), str):
         role = found["role"].lower()
         found["role"] = _ROLES.get(role, role)
@@ -220,7 +221,8 @@ def _prompt_and_completion(fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for what texts as they stand have no place for.
     """
-    prompt, completion = fields["prompt"], fields["completion"]
+    prompt = fields["prompt"]
+    completion = fields["completion"]
     if isinstance(fields.get("label"), bool):
         raise ValueError(
             "is a preference row (prompt, completion and a label of true or false), which neither "

@@ -143,7 +143,8 @@ def _content(sample: Sample) -> bytes:
 def _encode(
     template: ChatTemplate, samples: Sequence[Sample], options: chat.MaskOptions
 ) -> Tokenized:
-    kept, remarks = [], []
+    kept = []
+    remarks = []
     for encoded in encoding_pool.encode(template, samples, options):
         if encoded.example:
             kept.append(encoded.example)

@@ -109,8 +109,10 @@ def _attend(
         jnp.einsum("pgkrh,pgkh->pgkr", query, key, **wide)[..., None],
     ]
     scores = [x * decoder.config.score_scale for x in scores]
-    length, held = prompt.keys.shape[2], own.keys.shape[3]
-    place, number = jnp.arange(length), jnp.arange(held)
+    length = prompt.keys.shape[2]
+    held = own.keys.shape[3]
+    place = jnp.arange(length)
+    number = jnp.arange(held)
     in_prompt = place < lengths[:, None]  # [P, S]
     in_own = number < time
     if window:

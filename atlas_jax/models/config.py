@@ -77,7 +77,10 @@ class ModelConfig:
         `length` T (PaLM, arXiv:2204.02311, appendix B, with the causal half). Recomputation is not
         counted, so that the quotient is MFU; the head is, for tokens that are not trained too.
         """
-        d, n, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        d = self.hidden_size
+        n = self.num_heads
+        k = self.num_kv_heads
+        h = self.head_dim
         layer = 2 * d * n * h + 2 * d * k * h + 3 * d * self.intermediate_size
         weights = self.num_layers * layer + self.vocab_size * d
         return 6.0 * weights + 6.0 * self.num_layers * n * h * length
@@ -211,7 +214,8 @@ def _refuse_uncomputed(options: dict[str, Any], family: str) -> None:
 
 
 def _read(hf: dict[str, Any], family: str) -> ModelConfig:
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    heads = hf["num_attention_heads"]
+    width = hf["hidden_size"]
     own = {name: hf[name] for name in _defaults(family)}
     activation = own.get("hidden_activation", own.get("hidden_act"))
     if activation not in _ACTIVATIONS:
@@ -265,7 +269,8 @@ def _scales(own: dict[str, Any]) -> dict[str, Any]:
 
 def _local(own: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
     """Returns the window, and which layers have it."""
-    layers, window = own["num_hidden_layers"], own.get("sliding_window") or 0
+    layers = own["num_hidden_layers"]
+    window = own.get("sliding_window") or 0
     if family in _ALL_LOCAL:  # transformers reads no layer_types here
         return (window, (True,) * layers) if window else (0, ())
     kinds = {"sliding_attention": True, "full_attention": False}
@@ -285,7 +290,8 @@ def _max_positions(hf: dict[str, Any]) -> int:
     Beyond the original ones, longrope has other frequencies for all positions, and transformers and
     vLLM choose between the two by different rules.
     """
-    most, options = hf["max_position_embeddings"], hf["rope_parameters"]
+    most = hf["max_position_embeddings"]
+    options = hf["rope_parameters"]
     original = options.get("original_max_position_embeddings")
     return min(most, original) if options.get("rope_type") == "longrope" else most
 
@@ -294,7 +300,8 @@ def _rope(hf: dict[str, Any], family: str, layer_type: str) -> Rope:
     """Reads the `rope_parameters` of transformers 5, of one kind of layers if they differ."""
     options = hf["rope_parameters"]
     options = options.get(layer_type, options)
-    kind, theta = options["rope_type"], float(options["rope_theta"])
+    kind = options["rope_type"]
+    theta = float(options["rope_theta"])
     if kind not in _ROPES:
         raise ValueError(
             f"config.json option rope type {kind!r} is not supported; "
@@ -333,7 +340,8 @@ def _yarn(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
 
     attention = options.get("attention_factor")
     if attention is None:
-        weight, weight_all = options.get("mscale"), options.get("mscale_all_dim")
+        weight = options.get("mscale")
+        weight_all = options.get("mscale_all_dim")
         if weight and weight_all:
             attention = length_factor(weight) / length_factor(weight_all)
         else:

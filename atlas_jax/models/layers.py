@@ -135,7 +135,8 @@ def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N 
     half = angles.cos.shape[-1]
     low, high, rest = jnp.split(x, (half, 2 * half), axis=-1)
     low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-    cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
+    cos = angles.cos[:, :, None]
+    sin = angles.sin[:, :, None]
     rotated = [low * cos - high * sin, high * cos + low * sin]
     return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), rest], axis=-1)
 
@@ -155,7 +156,8 @@ class Projection(nnx.Module):
         kernel = INIT_SCALE * jax.random.normal(rngs.params(), (*inner, *outer))
         self.kernel = nnx.Param(kernel, dims=dims)
         self.bias = nnx.Param(jnp.zeros(outer), dims=dims[len(inner) :]) if bias else None
-        self.inner, self.outer = inner, outer
+        self.inner = inner
+        self.outer = outer
 
     def __call__(self, x: Float[Array, "B T *inner"]) -> Float[Array, "B T *outer"]:
         """Returns the product of `x` and the kernel over the inner dims, plus the bias.
@@ -173,8 +175,12 @@ class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv:2305.13245) with rotary positions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        kv, bias = ("embed", "kv_heads", None), config.qkv_bias
+        d = config.hidden_size
+        n = config.num_heads
+        k = config.num_kv_heads
+        h = config.head_dim
+        kv = ("embed", "kv_heads", None)
+        bias = config.qkv_bias
         self.q = Projection((d,), (n, h), ("embed", "heads", None), bias, rngs=rngs)
         self.k = Projection((d,), (k, h), kv, bias, rngs=rngs)
         self.v = Projection((d,), (k, h), kv, bias, rngs=rngs)
@@ -205,7 +211,9 @@ class MLP(nnx.Module):
     """Gated feed-forward layer (GLU variants, arXiv:2002.05202): `down(act(gate x) * up x)`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        d = config.hidden_size
+        f = config.intermediate_size
+        bias = config.mlp_bias
         self.gate = Projection((d,), (f,), ("embed", "mlp"), bias, rngs=rngs)
         self.up = Projection((d,), (f,), ("embed", "mlp"), bias, rngs=rngs)
         self.down = Projection((f,), (d,), ("mlp", "embed"), bias, rngs=rngs)

@@ -90,7 +90,8 @@ def logits(
     hidden: Float[Array, "P G D"], table: Float[Array, "V D"], sharding: Sharding
 ) -> Float[Array, "P G V"]:
     """Returns `hidden @ table.T` in float32, the whole vocabulary on every device of `tensor`."""
-    rest, rows = sharding.params(DIMS).spec, PartitionSpec(BATCH_AXES)
+    rest = sharding.params(DIMS).spec
+    rows = PartitionSpec(BATCH_AXES)
 
     @functools.partial(
         jax.shard_map, mesh=sharding.mesh, in_specs=(rows, rest), out_specs=rows, check_vma=False

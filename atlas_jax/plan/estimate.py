@@ -96,13 +96,21 @@ def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemor
     total = flops.count(traced.jaxpr.jaxpr) / target.num_devices
     cost = _cost(hlo.parse(compiled.as_text()), total, run, target)
     memory = _memory(run, program, compiled.memory_analysis(), target)
-    return Measured(program.name, program.times, memory, cost, program.model_flops, secs)
+    return Measured(
+        name=program.name,
+        times=program.times,
+        memory=memory,
+        cost=cost,
+        model_flops=program.model_flops,
+        compile_secs=secs,
+    )
 
 
 def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
     own = program.arguments[0]
     trains = isinstance(own, type(run.state))
-    params, opt_state = device_bytes(run.state.params), device_bytes(run.state.opt_state)
+    params = device_bytes(run.state.params)
+    opt_state = device_bytes(run.state.opt_state)
     held = sum((device_bytes(tree) for tree in run.resident.values()), 0.0)
     used = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     used += found.temp_size_in_bytes
@@ -126,7 +134,14 @@ def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
     host = sum(held_in_host, 0.0)
     host += found.host_temp_size_in_bytes
     rest = max(used - inputs - grads, 0.0)
-    return Memory(params, opt_state, grads, held, rest, host)
+    return Memory(
+        params=params,
+        optimizer=opt_state,
+        gradients=grads,
+        resident=held,
+        temporaries=rest,
+        host=host,
+    )
 
 
 def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cost:
@@ -140,12 +155,12 @@ def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cos
         network += collective.wire_bytes / speed
     traffic = hlo.memory_traffic(module)
     return Cost(
-        num_flops,
-        traffic,
-        dict(sent),
-        num_flops / device.peak_flops,
-        traffic / device.memory_bandwidth,
-        network,
+        flops=num_flops,
+        traffic_bytes=traffic,
+        wire_bytes=dict(sent),
+        compute_secs=num_flops / device.peak_flops,
+        memory_secs=traffic / device.memory_bandwidth,
+        network_secs=network,
     )
 
 

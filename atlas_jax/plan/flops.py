@@ -23,7 +23,8 @@ def count(jaxpr: Any) -> float:
 
 
 def _equation(equation: Any) -> float:
-    name, params = equation.primitive.name, equation.params
+    name = equation.primitive.name
+    params = equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape

@@ -77,7 +77,8 @@ class Collective(NamedTuple):
 def parse(text: str) -> Module:
     """Returns the computations of `compiled.as_text()`."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", {}
+    entry = ""
+    current = {}
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
         if head:
@@ -97,7 +98,14 @@ def _instruction(name: str, text: str) -> Instruction:
     closing = _closing(text, opening)
     inside = text[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name, text[:opening], shape, operands, inside, text[closing + 1 :])
+    return Instruction(
+        name=name,
+        opcode=text[:opening],
+        shape=shape,
+        operands=operands,
+        inside=inside,
+        rest=text[closing + 1 :],
+    )
 
 
 def _closing(text: str, start: int) -> int:

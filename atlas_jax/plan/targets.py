@@ -130,7 +130,8 @@ def devices(target: Target) -> list[jax.Device]:
 
 
 def _gpus(target: Target) -> list[jax.Device]:
-    device, hosts = target.device, target.num_devices // target.devices_a_host
+    device = target.device
+    hosts = target.num_devices // target.devices_a_host
     description = f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

@@ -48,7 +48,8 @@ def auc(scores: Column, labels: Column) -> float | None:
     """
     x, y = _pairs(scores, labels)
     positive = y > 0.5
-    num, rest = int(positive.sum()), int((~positive).sum())
+    num = int(positive.sum())
+    rest = int((~positive).sum())
     if not num or not rest:
         return None
     above = _ranks(x)[positive].sum() - num * (num + 1) / 2

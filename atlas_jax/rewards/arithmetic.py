@@ -112,7 +112,8 @@ def _calculations(text: str) -> Iterator[tuple[list[Fraction], Fraction]]:
 
 def _evaluated(terms: list[Fraction], signs: list[str]) -> Fraction | None:
     """Returns the value of a chain, products before sums; None where it divides by 0."""
-    total, product = Fraction(0), terms[0]
+    total = Fraction(0)
+    product = terms[0]
     for sign, term in zip(signs, terms[1:], strict=True):
         if sign == "*":
             product *= term

@@ -115,5 +115,6 @@ def _named(body: str) -> tuple[str, str]:
         parameter = error.get("param") or ""
         text = str(error.get("message") or body)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        parameter, text = "", body
+        parameter = ""
+        text = body
     return str(parameter).lower(), text[:_SHOWN].lower()

@@ -75,7 +75,8 @@ def consistent(
     A rule is left out where one of its judges has no score. The order is fixed: process to
     accuracy, helpfulness to process, helpfulness to diagnostic.
     """
-    found, applied = dict(scores), []
+    found = dict(scores)
+    applied = []
 
     def cap(name: str, limit: float, why: str) -> None:
         if found[name] > limit + _ROUNDING:

@@ -214,7 +214,8 @@ def _set(items: list[str], depth: int) -> tuple[Any, ...] | None:
 
 def _item(item: str, depth: int, with_unit: bool) -> tuple[Any, ...]:
     """Returns the key of one item of a set."""
-    named, number = _NAMED.match(item), numbers.quantity(plain(item))
+    named = _NAMED.match(item)
+    number = numbers.quantity(plain(item))
     if named:
         return "named", named[1], _key(item[named.end() :], depth + 1)
     if number is not None and with_unit:
@@ -247,7 +248,8 @@ def _relation(text: str, depth: int) -> tuple[Any, ...] | None:
     if any(sign[0] == ">" for sign in signs):
         return None
     is_variable = [re.fullmatch(r"\\?[A-Za-z]+", side) is not None for side in sides]
-    least, most = _key("-\\infty", depth + 1), _key("\\infty", depth + 1)
+    least = _key("-\\infty", depth + 1)
+    most = _key("\\infty", depth + 1)
     if len(keys) == 3 and is_variable == [False, True, False]:
         brackets = "[" if signs[0] == "<=" else "(", "]" if signs[1] == "<=" else ")"
         return "list", *brackets, (keys[0], keys[2])
@@ -283,11 +285,13 @@ def _items(text: str, is_bare: bool = False) -> list[str]:
 def _split(text: str, separator: str | re.Pattern[str]) -> list[str]:
     """Returns the parts of a text between separators that are in no brackets."""
     pattern = re.compile(re.escape(separator)) if isinstance(separator, str) else separator
-    depths, depth = [], 0
+    depths = []
+    depth = 0
     for mark in text:
         depth += (mark in "([{") - (mark in ")]}")
         depths.append(depth)
-    parts, start = [], 0
+    parts = []
+    start = 0
     for match in pattern.finditer(text):
         if depths[match.end() - 1] == 0 and depths[match.start()] == 0:
             parts.append(text[start : match.start()])

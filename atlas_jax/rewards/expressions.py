@@ -65,7 +65,8 @@ def form(latex: str) -> Fraction | tuple[Any, ...] | None:
 
 def _tokens(text: str) -> list[str]:
     """Returns numbers, names and signs; letters side by side are factors, so each is a name."""
-    tokens, at = [], 0
+    tokens = []
+    at = 0
     while not _SPACE.match(text, at):
         match = _TOKEN.match(text, at)
         if match is None:

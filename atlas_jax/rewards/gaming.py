@@ -206,7 +206,8 @@ def _is_filler(lesson: str, question: str, most: float) -> bool:
 
     Questions that it asks are teaching, though they use the question's words.
     """
-    words, said = _words(lesson), _words(question)
+    words = _words(lesson)
+    said = _words(question)
     if not words:
         return False
     if _repeated_frac(lesson) > most:
@@ -222,7 +223,8 @@ def _repeated_frac(lesson: str) -> float:
     Human sub-questions begin alike, and the last is often the first again.
     """
     times = collections.Counter[str]()
-    total, kept = 0, list[str]()
+    total = 0
+    kept = list[str]()
     for words, mark in _sentences(lesson):
         times[" ".join(words)] += 1
         total += len(words)

@@ -162,7 +162,8 @@ def case_of(rollout: Rollout) -> Case:
 
 def messages(name: str, case: Case, config: RIMConfig) -> list[Message]:
     """Returns what a judge is asked about a case."""
-    judge, prompt = JUDGES[name], config.prompt
+    judge = JUDGES[name]
+    prompt = config.prompt
     asks = config.anti_gaming.ask_judges and "lesson" in judge.sees
     system = _FRAME.format(
         role=judge.role,

@@ -138,7 +138,9 @@ def _mentions(text: str) -> Iterator[_Mention]:
             continue
         value = (value + int(match["whole"] or 0)) * _SCALES.get((match["scale"] or "").lower(), 1)
         sign = -1 if match["sign"] else 1
-        yield _Mention(sign * value, match.start(), match.end() - len(suffix), suffix)
+        yield _Mention(
+            value=sign * value, start=match.start(), end=match.end() - len(suffix), suffix=suffix
+        )
 
 
 def _counts(mention: _Mention, text: str, question: Asked, numbered: set[int]) -> bool:

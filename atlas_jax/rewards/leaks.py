@@ -71,7 +71,8 @@ def states_answer(lesson: str, ground_truth: str, question: str = "") -> bool:
     seen = visible(lesson)
     if marked_answer(seen) and is_correct(seen, ground_truth):
         return True
-    text, problem = plain(lesson), plain(question)
+    text = plain(lesson)
+    problem = plain(question)
     asked = leaked_numbers.asked(problem)
     listed = _listed(problem)
     option = _option_of(truth, listed)

@@ -85,10 +85,12 @@ def quantity(plain: str) -> Quantity | None:
     number = NUMBER.match(text)
     if len(plain) > _MAX_NUMBER or number is None or number["power"]:
         return None
-    tail, part = text[number.end() :], Fraction(0)
+    tail = text[number.end() :]
+    part = Fraction(0)
     tail = re.sub(r"^(?:ths?|rds?|nds?)\b", "", tail) if number["bottom"] else tail
     if cents := _CENTS.fullmatch(tail.rstrip()):
-        part, tail = Fraction(int(cents[1]), 100), " dollars"
+        part = Fraction(int(cents[1]), 100)
+        tail = " dollars"
     if behind := _AND_PART.match(tail):
         part = spoken.part(behind[1])
         tail = tail[behind.end() :]

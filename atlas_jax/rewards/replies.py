@@ -97,7 +97,9 @@ class Cache:
             ).fetchone()
             if row:
                 text = row[0].decode("utf-8", "surrogatepass")
-                return Reply(text, row[1], row[2], bool(row[3]))
+                return Reply(
+                    text=text, input_tokens=row[1], output_tokens=row[2], is_cut=bool(row[3])
+                )
         return None
 
     def write(self, key: str, reply: Reply) -> None:

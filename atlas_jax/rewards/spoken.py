@@ -88,14 +88,17 @@ def _digits(match: re.Match[str]) -> str:
 def _counts(words: list[str]) -> list[int]:
     """Returns the numbers that words say: each of groups below 1000 with falling powers of 1000."""
     found = []
-    total, group, least = 0, "", 10**12
+    total = 0
+    group = ""
+    least = 10**12
     for word in words:
         longer = f"{group} {word}".strip()
         if longer in _words():
             group = longer
         elif word in _POWERS and _POWERS[word] < least and (group or not total):
             total += (_words()[group] or 1) * _POWERS[word]
-            group, least = "", _POWERS[word]
+            group = ""
+            least = _POWERS[word]
         else:
             found.append(total + _words()[group])
             is_power = word in _POWERS

@@ -99,7 +99,8 @@ def _main(text: str) -> Quantity | None:
 
 def _counted(number: re.Match[str], tail: str) -> Quantity | None:
     """Returns a number with its unit; None if what is behind it makes it part of something else."""
-    size, words = value(number), LETTERS.findall(tail[:80])
+    size = value(number)
+    words = LETTERS.findall(tail[:80])
     if size is None or number["power"] or (words and spoken.denominator(words[0])):
         return None
     if re.match(r"[.,;:?)](?:\s|$)| ?\(|['\"]?$", tail):  # "72, not 96"
@@ -113,7 +114,8 @@ def _counted(number: re.Match[str], tail: str) -> Quantity | None:
 
 def _is_noun(words: list[str], tail: str) -> bool:
     """Returns whether the words behind a number say what is counted, or end the statement."""
-    first, lower = words[0].lower(), re.split(r"[,;(]", tail.lower(), maxsplit=1)[0]
+    first = words[0].lower()
+    lower = re.split(r"[,;(]", tail.lower(), maxsplit=1)[0]
     if not re.match(rf"[ -]{re.escape(first)}", lower) or re.search(rf"\b{_MORE_THAN}\b", lower):
         return False
     if first in ("is", "was", "are"):

@@ -201,21 +201,24 @@ class Transport:
 
     async def call(self, client: Client, model: _Model, key: str, request: Request) -> Answer:
         """Returns one answer, from the cache or from the server."""
-        name, temperature = request.model, request.temperature
+        name = request.model
+        temperature = request.temperature
         kept = self._cache.read(key)
         found = _read(kept, request) if kept else None
         if isinstance(found, Opinion):
-            return Answer(found, "", False, True)
+            return Answer(opinion=found, failure="", later=False, cached=True)
         if found and self._replay:
-            return Answer(None, found.reason, False, True)
+            return Answer(opinion=None, failure=found.reason, later=False, cached=True)
         if self._replay:
             raise ReplayError(
                 f"the cache has no reply of {name} at temperature {temperature:g} "
                 f"to {request.messages[-1]['content'][:200]!r}; replay only what was scored with "
                 "the same options, or set reward.rim.replay=False"
             )
-        tokens, cost = 0, 0.0
-        failure, later = "", True
+        tokens = 0
+        cost = 0.0
+        failure = ""
+        later = True
         most = _MOST_ROOM * request.max_tokens
         tries = Tries(self._limits.max_tries)
         while tries.left:
@@ -230,15 +233,32 @@ class Transport:
             self._cache.write(key, reply)
             read = _read(reply, request)
             if not isinstance(read, Unreadable):
-                return Answer(read, "", False, False, tokens, cost, tries.made)
+                return Answer(
+                    opinion=read,
+                    failure="",
+                    later=False,
+                    cached=False,
+                    tokens=tokens,
+                    cost=cost,
+                    calls=tries.made,
+                )
             failure = read.reason
             if reply.is_cut:
                 request = request._replace(max_tokens=min(2 * request.max_tokens, most))
-        return Answer(None, failure, later, False, tokens, cost, tries.made)
+        return Answer(
+            opinion=None,
+            failure=failure,
+            later=later,
+            cached=False,
+            tokens=tokens,
+            cost=cost,
+            calls=tries.made,
+        )
 
     def _admit(self) -> str:
         """Counts a call, or returns which budget has none left."""
-        limits, spent = self._budget, self._ledger.spent
+        limits = self._budget
+        spent = self._ledger.spent
         if limits.calls is not None and spent.calls >= limits.calls:
             return f"this process's {limits.calls} of reward.rim.limits.max_calls are used up"
         if limits.cost is not None and spent.cost is not None and spent.cost >= limits.cost:
@@ -255,7 +275,8 @@ class Transport:
         estimate = chars // _CHARS_PER_TOKEN
         tokens = self._throttles[_address(model.endpoint.base_url)].tokens
         await tokens.wait(float(estimate))
-        known, sent = self._dialects[model.endpoint], Dialect()
+        known = self._dialects[model.endpoint]
+        sent = Dialect()
 
         def body() -> dict[str, Any]:
             nonlocal sent  # what other calls have learned while this one waited counts
@@ -291,7 +312,8 @@ class _Budget(NamedTuple):
 
 def _budget(limits: JudgeLimits, share: int, ledger: Ledger) -> _Budget:
     """Returns what a process may spend: of what the run has left an equal part, and what it has."""
-    total, own = ledger.total, ledger.spent
+    total = ledger.total
+    own = ledger.spent
     calls = own.calls + max(limits.max_calls - total.calls, 0) // share
     cost = (own.cost or 0.0) + max(limits.max_cost - (total.cost or 0.0), 0.0) / share
     return _Budget(calls if limits.max_calls else None, cost if limits.max_cost else None)
@@ -320,16 +342,17 @@ def _reply(raw: Any, estimate: int) -> Reply:
     """Returns what a chat completion holds; its text is "" where it is none."""
     try:
         choice = raw["choices"][0]
-        text, is_cut = _text(choice["message"]["content"]), choice.get("finish_reason") == "length"
+        text = _text(choice["message"]["content"])
+        is_cut = choice.get("finish_reason") == "length"
     except (KeyError, IndexError, TypeError, AttributeError):
         return Reply("", estimate, 0)
     usage = raw.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
-        text,
-        _count(usage.get("prompt_tokens"), estimate),
-        _count(usage.get("completion_tokens"), len(text) // _CHARS_PER_TOKEN),
-        is_cut,
+        text=text,
+        input_tokens=_count(usage.get("prompt_tokens"), estimate),
+        output_tokens=_count(usage.get("completion_tokens"), len(text) // _CHARS_PER_TOKEN),
+        is_cut=is_cut,
     )
 
 

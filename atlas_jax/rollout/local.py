@@ -195,13 +195,13 @@ class LocalEngine:
             row.tokens[: len(row.tokens) - stopped], skip_special_tokens=True
         )
         return Completion(
-            request.prompt_ids,
-            tuple(row.tokens),
-            tuple(row.logprobs),
-            tuple(row.untruncated),
-            "stop" if stopped else "length",
-            text,
-            version,
+            prompt_ids=request.prompt_ids,
+            token_ids=tuple(row.tokens),
+            logprobs=tuple(row.logprobs),
+            untruncated_logprobs=tuple(row.untruncated),
+            finish_reason="stop" if stopped else "length",
+            text=text,
+            weights_version=version,
         )
 
 
@@ -398,7 +398,8 @@ def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _P
 def _take(sharding: Sharding, grid: _Grid, taken: jax.Array) -> _Grid:
     """Returns the chosen prompts of each part of the grid, and the chosen rows of each prompt."""
     parts = sharding.num_replicas
-    prompts, rows = taken[:, 0].reshape(parts, -1), taken[:, 1:]
+    prompts = taken[:, 0].reshape(parts, -1)
+    rows = taken[:, 1:]
 
     def of_prompts(x: jax.Array) -> jax.Array:  # [P, ...]
         split = x.reshape(parts, -1, *x.shape[1:])

@@ -418,7 +418,8 @@ class Pool:
 
         An engine answers between two steps of generation. Those of a CPU may take minutes.
         """
-        look, misses = self.options.look, 0
+        look = self.options.look
+        misses = 0
         while True:
             await asyncio.sleep(look.every_secs)
             label = self.label

@@ -145,7 +145,8 @@ def in_memory(run: str, num_bytes: int) -> Versions | None:
     """
     _sweep()
     root = _MEMORY / f"{_prefix()}{_name(run)}"
-    free, needed = _free_bytes(), int(_ROOM * num_bytes)
+    free = _free_bytes()
+    needed = int(_ROOM * num_bytes)
     if free < needed:
         why = f"it has {free >> 20} MiB of {needed >> 20} MiB that a version needs"
     elif why := _not_private(root):
@@ -179,7 +180,8 @@ def _free_bytes() -> int:
 
 def _free_in_container() -> int:
     """Returns what the control group of this process leaves of its memory."""
-    most, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    most = _CGROUP / "memory.max"
+    used = _CGROUP / "memory.current"
     try:
         return int(most.read_text()) - int(used.read_text())
     except (OSError, ValueError):  # no such group, or "max"

@@ -94,7 +94,8 @@ class DiskSync:
             StopRequestedError: in every process, as soon as one of them is to stop.
         """
         jax.block_until_ready(params)
-        start, servers = time.perf_counter(), self._pool.servers
+        start = time.perf_counter()
+        servers = self._pool.servers
         for attempt in range(_ATTEMPTS):
             label = f"{version}.{attempt}"
             done = self._attempt(params, label, final=attempt == _ATTEMPTS - 1)
@@ -121,7 +122,8 @@ class DiskSync:
         return done.values
 
     def _attempt(self, params: Params, label: str, final: bool) -> _Attempt:
-        start, servers = time.perf_counter(), self._pool.servers
+        start = time.perf_counter()
+        servers = self._pool.servers
         problem, written = self._export(params, label)
         push = Push(self._engine, self._options, self._probe, self._must_change(written))
         values: Metrics = {
@@ -129,7 +131,14 @@ class DiskSync:
             "sync/bytes": (sum(writer.num_bytes(t, self._options.dtype) for t in self._tensors), 1),
         }
         if written is None:
-            return _Attempt(push, [False] * len(servers), False, problem, written, values)
+            return _Attempt(
+                push=push,
+                well=[False] * len(servers),
+                whole=False,
+                reasons=problem,
+                written=written,
+                values=values,
+            )
         if distributed.is_main():
             self._latest = label
         problem = self._on_main(lambda: push.run(self._versions.path(label), label, final))
@@ -173,7 +182,8 @@ class DiskSync:
 
     def _differences(self, params: Params, push: Push) -> dict[Server, float]:
         """Returns the mean absolute difference of each server's probe from the trainer's."""
-        request, servers = self._probe.request, self._pool.servers
+        request = self._probe.request
+        servers = self._pool.servers
         shape = len(servers), PROBES, request.max_tokens
         tokens = np.zeros(shape, np.int32)
         logprobs = np.full(shape, np.nan, np.float32)
@@ -193,7 +203,8 @@ class DiskSync:
     def _settle(self, done: _Attempt, label: str, version: int) -> None:
         """Lets completions be asked for and judged again, in the pool's thread."""
         pool = self._pool
-        pool.label, pool.version = label, version
+        pool.label = label
+        pool.version = version
         for server, ok in zip(pool.servers, done.well, strict=True):
             if ok:
                 pool.take_back(server)
