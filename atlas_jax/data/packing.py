@@ -1,6 +1,6 @@
-"""Examples to rectangles of tokens: which share a row, how long rows are, and what fills them.
+"""Packing of examples into rows, and of rows into batches of fixed shapes.
 
-Best fit puts each example, in order of arrival, into the row that it leaves the least room in.
+Best fit puts each example, in order of arrival, into the row in which it leaves the least room.
 Five examples of 5, 3, 4, 3 and 5 tokens, in rows of 10:
 
     arrives   fits into                     rows after it (room left)
@@ -33,13 +33,15 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
     Among rows with the same room, the one that was filled last is taken.
 
     Args:
-        lengths: tokens of each example, at least 1.
-        row_length: tokens of a row.
+        lengths: the number of tokens of each example, at least 1.
+        row_length: the number of tokens of a row.
 
     Raises:
-        ValueError: for an example that is longer than a row.
+        ValueError: if an example is longer than a row.
     """
     rows: list[list[int]] = []
+    # Rows are indexed by their room, so that each example costs a bisection instead of a search
+    # over all rows.
     rooms: list[int] = []  # the different numbers of tokens that rows have left, ascending
     with_room: dict[int, list[int]] = {}  # room -> rows that have it
     for example, length in enumerate(lengths):
@@ -87,11 +89,11 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
 def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
     """Returns rows of examples as one batch, each example a segment of its row.
 
-    A row without examples is blank: padding only, which no loss counts.
+    A row without examples is all padding, which no loss counts.
 
     Args:
         rows: the examples of each row.
-        length: tokens of a row, at least the sum of its examples.
+        length: the number of tokens of a row, at least the sum of its examples.
 
     Raises:
         ValueError: if a row's examples do not fit.
@@ -119,21 +121,21 @@ def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
 
 
 class Scored(NamedTuple):
-    """A completion with what the losses need of it."""
+    """A completion with its advantage and the fields that losses need."""
 
     completion: Completion
     advantage: float
     trains: bool
-    """Whether the loss counts it."""
+    """False for a completion that the loss leaves out."""
 
 
 def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int) -> PolicyBatch:
-    """Returns groups of completions as rows, `per_row` completions behind each copy of a prompt.
+    """Returns groups of completions as rows, each a copy of a prompt and `per_row` completions.
 
     Args:
-        groups: completions of one prompt each; all groups have the same size.
-        per_row: completions of a row; it divides the size of a group.
-        length: tokens of a row.
+        groups: the groups, each of completions of one prompt; all have the same size.
+        per_row: the number of completions of a row, a divisor of the size of a group.
+        length: the number of tokens of a row.
 
     Raises:
         ValueError: if a row does not fit.
@@ -167,7 +169,7 @@ def split_rows(groups: Sequence[Sequence[Scored]], per_row: int) -> list[Sequenc
 
 
 def row_tokens(completions: Sequence[Scored]) -> int:
-    """Returns the tokens of a row of one prompt and these completions."""
+    """Returns the number of tokens of a row of one prompt and these completions."""
     prompt = len(completions[0].completion.prompt_ids)
     return prompt + sum(c.completion.num_tokens for c in completions)
 

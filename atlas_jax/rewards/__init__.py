@@ -1,4 +1,4 @@
-"""What completions are worth: rules that compare answers, and judges."""
+"""Rewards of completions: rules that compare answers, and judges."""
 
 from atlas_jax.rewards.answers import is_correct
 from atlas_jax.rewards.gaming import find as find_gaming
