@@ -14,9 +14,13 @@ after an error or a kill it is as it was.
 
 from __future__ import annotations
 
+import os
+
+if __name__ == "__main__":  # before transformers is imported, which would say that it has no torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 import argparse
 import logging as python_logging
-import os
 import pathlib
 import re
 import sys
