@@ -1,7 +1,7 @@
-"""Metrics as `(sum, weight)` until they are written, and the files that they are written to.
+"""Metrics, kept as `(sum, weight)` until they are written, and the files of their values.
 
-A metric whose name ends in `_max` is `(value, 1)`, or `(0, 0)` where there is none: the most over
-microbatches, processes and steps, where others are means.
+A metric whose name ends in `_max` is `(value, 1)`, or `(0, 0)` without a value. It is the maximum
+over microbatches, processes and steps; other metrics are means.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from atlas_jax import distributed
 from atlas_jax.files import write_whole
 from atlas_jax.types import Metrics
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak of one device in FLOP/s, from the manufacturers' data sheets.
 _PEAK_FLOPS = {
     "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
     "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
@@ -32,12 +32,12 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the bfloat16 peak of a device in FLOP/s; None where it is not known."""
+    """Returns the bfloat16 peak of a device in FLOP/s; None if it is unknown."""
     return next((v for k, v in _PEAK_FLOPS.items() if k in device.device_kind), None)
 
 
 def add(total: Metrics, metrics: Metrics) -> Metrics:
-    """Returns two sets of metrics as one, name by name."""
+    """Returns the union of two sets of metrics, with equal names combined."""
     result = dict(total)
     for name, (value, weight) in metrics.items():
         before = result.get(name, (0.0, 0.0))
@@ -46,32 +46,32 @@ def add(total: Metrics, metrics: Metrics) -> Metrics:
 
 
 def sum_over_processes(metrics: Metrics) -> Metrics:
-    """Returns the metrics of all processes as one set; every process has the same names."""
+    """Returns the metrics of all processes combined; every process has the same names."""
     names = sorted(metrics)
     found = distributed.gather(np.asarray([metrics[name] for name in names], np.float64))
     return {name: _combined(name, found[:, i].tolist()) for i, name in enumerate(names)}
 
 
 def _combined(name: str, parts: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Returns the `(sum, weight)` of several, or the largest that has a weight."""
+    """Returns the sum of several `(sum, weight)`, or for `_max` the largest with a weight."""
     if name.endswith("_max"):
         return max(((value, weight) for value, weight in parts if weight), default=(0.0, 0.0))
     return sum(value for value, _ in parts), sum(weight for _, weight in parts)
 
 
 def means(total: Metrics) -> dict[str, float]:
-    """Returns `sum / weight` of each metric; NaN where nothing was weighed."""
+    """Returns `sum / weight` of each metric; NaN if the weight is 0."""
     return {k: value / weight if weight else math.nan for k, (value, weight) in total.items()}
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard event files of one run."""
+    """Writer of a run's `metrics.jsonl` and TensorBoard event files."""
 
     def __init__(self, directory: str, start_step: int, enabled: bool = True) -> None:
-        """Opens the files; what a run wrote behind `start_step` before it was killed is dropped."""
+        """Opens the files, and drops lines of steps after `start_step` that a killed run wrote."""
         self._enabled = enabled
         self.last_evaluation = 0
-        """The newest step that was evaluated before; 0 if there is none, or if not enabled."""
+        """The newest step with an evaluation in the file; 0 if there is none, or if not enabled."""
         if not enabled:
             return
         self._path = pathlib.Path(directory) / "metrics.jsonl"
@@ -115,19 +115,20 @@ class MetricWriter:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> int:
-    """Keeps the lines of steps up to `step`; a line cut off by a kill goes too.
+    """Removes the lines of steps after `step`, and a line that a kill cut off.
 
     Returns:
-        The newest step with the metrics of an evaluation, 0 if there is none.
+        The newest step with the metrics of an evaluation; 0 if there is none.
     """
     if not path.exists():
         return 0
-    kept, evaluated = [], 0
+    lines = []
+    evaluated = 0
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         values = json.loads(line) if line.endswith("\n") else {"step": step + 1}
         if values["step"] <= step:
-            kept.append(line)
+            lines.append(line)
             if any(name.startswith("eval/") for name in values):
                 evaluated = values["step"]
-    write_whole(path, "".join(kept))
+    write_whole(path, "".join(lines))
     return evaluated

@@ -224,6 +224,11 @@ class TrainConfig:
     hosts: HostsConfig = HostsConfig()
     model: ModelOptions = ModelOptions()
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the model reads or writes."""
+        return self.max_seq_length
+
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig(TrainConfig):

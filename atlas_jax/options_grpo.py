@@ -151,3 +151,8 @@ class GRPOConfig(TrainConfig):
     """Steps between two such updates."""
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and completion."""
+        return self.max_prompt_length + self.max_new_tokens

@@ -120,6 +120,7 @@ def refusal(script, *arguments, env=None, cwd=None):
         ((), "N and a config file are needed"),
         (("0", SFT), "'0' is not a number of devices"),
         (("1", "no.py"), "the config no.py does not exist"),
+        (("1", "teacher_stf"), "the config teacher_stf does not exist"),
         (
             ("1", "configs/run/teacher_sft.yaml"),
             "configs/run/teacher_sft.yaml is YAML; configs are Python here: "
@@ -278,6 +279,9 @@ def test_paths_are_those_of_the_callers_directory(inputs, tmp_path):
     for cwd, config in ((tmp_path, SFT), (tmp_path / "out", ROOT / SFT)):
         with trainer("1", f"{SFT}:model=qwen3_8b", env=os.environ, cwd=cwd) as (flags, _):
             assert flags[1] == f"{config}:model=qwen3_8b"
+    for name in ("quickstart_sft:model=qwen3_8b", "mine.recipe"):  # shipped, and a module
+        with trainer("1", name, env=os.environ, cwd=tmp_path) as (flags, _):
+            assert flags[1] == name
 
 
 @pytest.mark.parametrize("pipe", ["", "|& tee log"], ids=["alone", "tee"])

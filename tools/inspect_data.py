@@ -89,7 +89,7 @@ def print_examples(config: TrainConfig, rows: Rows) -> None:
     """Prints conversations as the tokenizer renders them."""
     # What imports JAX comes late: questions and counts need none.
     from atlas_jax.checkpoint import hf
-    from atlas_jax.recipes import vocabulary
+    from atlas_jax.startup import vocabulary
 
     path = hf.resolve(config.model_name_or_path)
     tokenizer = vocabulary.load_tokenizer(config.tokenizer_name_or_path or path)
@@ -113,7 +113,7 @@ def print_questions(config: GRPOConfig, rows: Rows) -> None:
     )
     print(f"{len(found)} questions")
     for question in found[:_NUM_SHOWN]:
-        print(f"--- {question.id}\n{question.question}\n--- ground truth\n{question.ground_truth}")
+        print(f"--- {question.id}\n{question.text}\n--- ground truth\n{question.ground_truth}")
         for name in config.rollout.question_fields:
             print(f"--- {name}\n{question.fields[name]}")
 

@@ -1,6 +1,6 @@
-"""Examples to rectangles of tokens: which share a row, how long rows are, and what fills them.
+"""Packing of examples into rows, and of rows into batches of fixed shapes.
 
-Best fit puts each example, in order of arrival, into the row that it leaves the least room in.
+Best fit puts each example, in order of arrival, into the row in which it leaves the least room.
 Five examples of 5, 3, 4, 3 and 5 tokens, in rows of 10:
 
     arrives   fits into                     rows after it (room left)
@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from atlas_jax.types import Batch, Completion, Example, PolicyBatch
+from atlas_jax.types import Batch, Example, PolicyBatch, Sample
 
 
 def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
@@ -33,13 +32,15 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
     Among rows with the same room, the one that was filled last is taken.
 
     Args:
-        lengths: tokens of each example, at least 1.
-        row_length: tokens of a row.
+        lengths: the number of tokens of each example, at least 1.
+        row_length: the number of tokens of a row.
 
     Raises:
-        ValueError: for an example that is longer than a row.
+        ValueError: if an example is longer than a row.
     """
     rows: list[list[int]] = []
+    # Rows are indexed by their room, so that each example costs a bisection instead of a search
+    # over all rows.
     rooms: list[int] = []  # the different numbers of tokens that rows have left, ascending
     with_room: dict[int, list[int]] = {}  # room -> rows that have it
     for example, length in enumerate(lengths):
@@ -50,7 +51,8 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
             )
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
-            row, room = len(rows), row_length
+            row = len(rows)
+            room = row_length
             rows.append([])
         else:
             room = rooms[place]
@@ -86,11 +88,11 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
 def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
     """Returns rows of examples as one batch, each example a segment of its row.
 
-    A row without examples is blank: padding only, which no loss counts.
+    A row without examples is all padding, which no loss counts.
 
     Args:
         rows: the examples of each row.
-        length: tokens of a row, at least the sum of its examples.
+        length: the number of tokens of a row, at least the sum of its examples.
 
     Raises:
         ValueError: if a row's examples do not fit.
@@ -117,27 +119,18 @@ def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
     return batch
 
 
-class Scored(NamedTuple):
-    """A completion with what the losses need of it."""
-
-    completion: Completion
-    advantage: float
-    trains: bool
-    """Whether the loss counts it."""
-
-
-def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int) -> PolicyBatch:
-    """Returns groups of completions as rows, `per_row` completions behind each copy of a prompt.
+def collate_policy(samples: Sequence[Sample], per_row: int, length: int) -> PolicyBatch:
+    """Returns completions as rows, `per_row` of them after one copy of their prompt.
 
     Args:
-        groups: completions of one prompt each; all groups have the same size.
-        per_row: completions of a row; it divides the size of a group.
+        samples: the members of each question together; all questions have equally many.
+        per_row: completions of a row; it divides the members of a question.
         length: tokens of a row.
 
     Raises:
         ValueError: if a row does not fit.
     """
-    rows = split_rows(groups, per_row)
+    rows = split_rows(samples, per_row)
     shape = (len(rows), length)
     batch = PolicyBatch(
         tokens=np.zeros(shape, np.int32),
@@ -148,42 +141,40 @@ def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int
         advantages=np.zeros(shape, np.float32),
         rollout_logprobs=np.zeros(shape, np.float32),
     )
-    for row, completions in enumerate(rows):
-        needed = row_tokens(completions)
+    for row, members in enumerate(rows):
+        needed = row_tokens(members)
         if needed > length:
             raise ValueError(f"row {row} holds {needed} tokens, but has room for {length}")
-        _fill_policy_row(PolicyBatch(*(x[row] for x in batch[:7])), completions)
+        _fill_policy_row(batch, row, members)
     return batch
 
 
-def split_rows(groups: Sequence[Sequence[Scored]], per_row: int) -> list[Sequence[Scored]]:
-    """Returns the completions of each row, `per_row` of one group."""
-    return [
-        group[first : first + per_row]
-        for group in groups
-        for first in range(0, len(group), per_row)
-    ]
+def split_rows(samples: Sequence[Sample], per_row: int) -> list[Sequence[Sample]]:
+    """Returns the samples of each row, `per_row` of one question."""
+    return [samples[first : first + per_row] for first in range(0, len(samples), per_row)]
 
 
-def row_tokens(completions: Sequence[Scored]) -> int:
+def row_tokens(members: Sequence[Sample]) -> int:
     """Returns the tokens of a row of one prompt and these completions."""
-    prompt = len(completions[0].completion.prompt_ids)
-    return prompt + sum(c.completion.num_tokens for c in completions)
+    prompt = len(members[0].completion.prompt_ids)
+    return prompt + sum(s.completion.num_tokens for s in members)
 
 
-def _fill_policy_row(row: PolicyBatch, completions: Sequence[Scored]) -> None:
-    """Writes the prompt and the completions into the arrays `[T]` of one row."""
-    prompt = completions[0].completion.prompt_ids
+def _fill_policy_row(batch: PolicyBatch, row: int, members: Sequence[Sample]) -> None:
+    """Writes the prompt and the completions of `members` into one row of the batch."""
+    prompt = members[0].completion.prompt_ids
     end = len(prompt)
-    row.tokens[:end] = prompt
-    row.positions[:end] = np.arange(end)
-    row.segment_ids[: row_tokens(completions)] = 1
-    for number, (completion, advantage, trains) in enumerate(completions, start=1):
-        start, end = end, end + completion.num_tokens
-        row.tokens[start:end] = completion.token_ids
-        row.positions[start:end] = len(prompt) + np.arange(end - start)
-        row.sequence_ids[start:end] = number
-        row.loss_mask[start:end] = trains
-        if trains:
-            row.advantages[start:end] = advantage
-            row.rollout_logprobs[start:end] = completion.untruncated_logprobs
+    batch.tokens[row, :end] = prompt
+    batch.positions[row, :end] = np.arange(end)
+    batch.segment_ids[row, : row_tokens(members)] = 1
+    for number, sample in enumerate(members, start=1):
+        completion = sample.completion
+        start = end
+        end += completion.num_tokens
+        batch.tokens[row, start:end] = completion.token_ids
+        batch.positions[row, start:end] = len(prompt) + np.arange(end - start)
+        batch.sequence_ids[row, start:end] = number
+        batch.loss_mask[row, start:end] = sample.trains
+        if sample.trains:
+            batch.advantages[row, start:end] = sample.advantage
+            batch.rollout_logprobs[row, start:end] = completion.untruncated_logprobs

@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from atlas_jax import extras
 from atlas_jax.config import DataConfig
 from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
-from atlas_jax.types import SessionRows
+from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
 
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 _SAVED = "state.json"  # is in what `datasets` wrote with `save_to_disk`
@@ -55,7 +55,11 @@ class Rows(NamedTuple):
 
 
 def load_rows(
-    config: DataConfig, seed: int, output_dir: str = "", is_main: bool = True
+    config: DataConfig,
+    seed: int,
+    output_dir: str = "",
+    is_main: bool = True,
+    given: Given = NOTHING_GIVEN,
 ) -> tuple[Rows, Rows | None]:
     """Returns the rows to train on and those to evaluate on.
 
@@ -68,13 +72,20 @@ def load_rows(
         seed: of draws and of the split.
         output_dir: of the run; holds the snapshot of `db_url`, and gets `rejected.jsonl`.
         is_main: whether this process writes that.
+        given: rows of the caller, in place of those of `dataset_path` and `eval_path`.
 
     Raises:
         ValueError: for a file that is missing or unreadable, and for too many rejected rows.
     """
-    rows = _read(config, config.dataset_path, output_dir)
     other = dataclasses.replace(config, dataset_split=config.eval_split)
-    held_out = _read(other, config.eval_path, "") if config.eval_path else None
+    if given.rows is None:
+        rows = _read(config, config.dataset_path, output_dir)
+    else:
+        rows = _gathered("rows", given_records("rows", given.rows))
+    if given.eval_rows is not None:
+        held_out: Rows | None = _gathered("eval_rows", given_records("eval_rows", given.eval_rows))
+    else:
+        held_out = _read(other, config.eval_path, "") if config.eval_path else None
     if output_dir and is_main:
         _list_rejected(f"{output_dir}/rejected.jsonl", rows, held_out)
     for part in filter(None, (rows, held_out)):
@@ -118,22 +129,37 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
             with rows of which none can be used.
     """
     for part in parts_of(path):
-        records: Iterator[tuple[str, Any]]
+        records: Iterable[tuple[str, Any]]
         if config.format == "session":
             records = _exported(part)
         elif _is_local(part):
             records = _records(part, config)
         else:
             continue
-        first = ""
-        for name, value in itertools.islice(records, _NUM_LOOKED_AT):
-            problem = _problem(name, value, use)
-            if not problem:
-                break
-            first = first or f"{name}: {problem}"
-        else:
-            if first:
-                raise ValueError(first)
+        check_records(records, use)
+
+
+def check_records(records: Iterable[tuple[str, Any]], use: Callable[[Row], object]) -> None:
+    """Checks that one of the first records, each with its name, can be used; see `check`."""
+    first = ""
+    for name, value in itertools.islice(records, _NUM_LOOKED_AT):
+        problem = _problem(name, value, use)
+        if not problem:
+            return
+        first = first or f"{name}: {problem}"
+    if first:
+        raise ValueError(first)
+
+
+def given_records(name: str, rows: Sequence[Any]) -> list[tuple[str, dict[str, Any] | str]]:
+    """Returns the rows of a caller, each with its name; a reason in place of what is no row."""
+    return [
+        (
+            f"{name}[{i}]",
+            dict(row) if isinstance(row, Mapping) else f"a {type(row).__name__} and no dict",
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
 def _problem(name: str, value: Any, use: Callable[[Row], object]) -> str:
@@ -234,8 +260,14 @@ def split(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows]:
 
 def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
     """Returns the rows of `path`, or of the snapshot in `output_dir` where there is no path."""
+    return _gathered(repr(path), _all_records(config, path, output_dir))
+
+
+def _gathered(
+    name_of_all: str, records: Iterable[tuple[str, dict[str, Any] | SessionRows | str]]
+) -> Rows:
     rows, rejected = [], []
-    for name, value in _all_records(config, path, output_dir):
+    for name, value in records:
         if isinstance(value, str):
             rejected.append(f"{name}: {value}")
         elif isinstance(value, SessionRows):
@@ -243,7 +275,9 @@ def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
         else:
             rows.append(Row(name, value))
     if not rows and not rejected:
-        raise ValueError(f"dataset {path!r} has no rows; give a file with one JSON object a line")
+        raise ValueError(
+            f"dataset {name_of_all} has no rows; give a file with one JSON object a line"
+        )
     return Rows(rows, rejected)
 
 

@@ -1,4 +1,4 @@
-"""What completions are worth: rules that compare answers, and judges."""
+"""Rewards of completions: rules that compare answers, and judges."""
 
 from typing import TYPE_CHECKING, Any
 

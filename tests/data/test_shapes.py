@@ -94,7 +94,7 @@ def test_messages_may_be_json_text_wherever_they_stand():
     assert turns({"prompt": asked, "completion": answered}) == [ASKED, ANSWERED]
     assert turns({"prompt": asked, "completion": ANSWERED[1]}) == [ASKED, ANSWERED]
     row = Row("d:1", {"prompt": asked, "solution": "4"})
-    assert to_question(row, True).question == ASKED[1]
+    assert to_question(row, True).text == ASKED[1]
     plain = {"prompt": '[{"a": 1}]', "completion": "[{"}
     assert sample(plain) == PlainText("d:1", *plain.values())
 
@@ -227,7 +227,7 @@ def test_every_row_that_the_readme_shows_is_taken():
         fields = json.loads(row)
         if shape.startswith("GRPO"):
             question = to_question(Row("d:1", fields), True)
-            assert (question.question, question.ground_truth) == ("2+2?", "4")
+            assert (question.text, question.ground_truth) == ("2+2?", "4")
         else:
             to_sample(Row("d:1", fields), options)
 

@@ -1,37 +1,24 @@
-"""Models as the teaching protocol uses them: prompts under their own chat template, generation."""
+"""Models that answer messages: prompts under their own chat template, and generation."""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
 
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
-from atlas_jax.recipes.setup import Model
-from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.local import LocalEngine
-from atlas_jax.rollout.teaching import Limits, Protocol, Templates
-from atlas_jax.types import Message, Metrics, Params
-
-
-class Engines(NamedTuple):
-    """What generates in a run."""
-
-    policy: Callable[[Params, int], Speaker]
-    """Parameters and their version -> the trained model; every process calls it together."""
-    student: Speaker | None
-    pushed: Callable[[], Metrics] = dict
-    """Metrics of the last time that the policy was brought to where it generates, once."""
-    close: Callable[[], None] = lambda: None
-    """Gives up what is in flight."""
+from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
+from atlas_jax.startup.model import Model
+from atlas_jax.types import Message, Params
 
 
 def local(
     model: Model, system_prompt: str, max_rows: int, stop_ids: tuple[int, ...] | None = None
-) -> Callable[[Params, int], Speaker]:
+) -> Callable[[Params, int], ChatModel]:
     """Returns a function of parameters and their version: the model that generates with them.
 
     Args:
@@ -46,9 +33,14 @@ def local(
     encode = encoder(model.template, system_prompt)
     context = model.decoder.config.max_positions
 
-    def bind(params: Params, version: int) -> Speaker:
+    def bind(params: Params, version: int) -> ChatModel:
         generate = functools.partial(engine.generate, params, version)
-        return Speaker(encode, generate, context, model.decoder.config.vocab_size)
+        return ChatModel(
+            encode=encode,
+            generate=generate,
+            context=context,
+            vocab_size=model.decoder.config.vocab_size,
+        )
 
     return bind
 
@@ -72,7 +64,7 @@ def encoder(template: ChatTemplate, system_prompt: str) -> Callable[[str], tuple
 
     It may be called from several threads.
     """
-    lock = threading.Lock()  # a tokenizer is no thread's but one's at a time
+    lock = threading.Lock()  # tokenizers are not thread-safe
 
     def encode(text: str) -> tuple[int, ...]:
         messages = [Message(role="user", content=text)]
@@ -84,11 +76,11 @@ def encoder(template: ChatTemplate, system_prompt: str) -> Callable[[str], tuple
     return encode
 
 
-def check_student(config: GRPOConfig, student: Speaker) -> Speaker:
-    """Returns the student.
+def check_student(config: GRPOConfig, student: ChatModel) -> ChatModel:
+    """Returns the student, checked.
 
     Raises:
-        ValueError: if it lacks positions for a lesson and an answer.
+        ValueError: if it has too few positions for a lesson and an answer.
     """
     longest = config.max_new_tokens + (config.rollout.max_answer_tokens or config.max_new_tokens)
     if longest > student.context:
@@ -100,8 +92,8 @@ def check_student(config: GRPOConfig, student: Speaker) -> Speaker:
     return student
 
 
-def protocol(config: GRPOConfig, num_generations: int) -> Protocol:
-    """Returns how groups come about.
+def make_protocol(config: GRPOConfig, num_generations: int) -> TeachingProtocol:
+    """Returns the teaching protocol of a run.
 
     Raises:
         ValueError: for a template with an unknown field or without a needed one.
@@ -109,15 +101,22 @@ def protocol(config: GRPOConfig, num_generations: int) -> Protocol:
     check_templates(config)
     rollout = config.rollout
     templates = Templates(
-        rollout.student_baseline_template,
-        rollout.student_diagnostic_template,
-        config.data.teacher_template,
-        rollout.student_with_teaching_template,
-        rollout.direct_template,
+        baseline=rollout.student_baseline_template,
+        diagnostic=rollout.student_diagnostic_template,
+        teacher=config.data.teacher_template,
+        with_teaching=rollout.student_with_teaching_template,
+        direct=rollout.direct_template,
     )
-    answer = rollout.max_answer_tokens or config.max_new_tokens
     limits = Limits(
-        config.max_new_tokens, config.max_probe_tokens, answer, config.max_prompt_length
+        policy=config.max_new_tokens,
+        probe=config.max_probe_tokens,
+        answer=rollout.max_answer_tokens or config.max_new_tokens,
+        prompt=config.max_prompt_length,
     )
-    kind, missing = rollout.protocol, rollout.missing_teaching
-    return Protocol(kind, templates, limits, num_generations, missing)
+    return TeachingProtocol(
+        kind=rollout.protocol,
+        templates=templates,
+        limits=limits,
+        num_generations=num_generations,
+        missing_teaching=rollout.missing_teaching,
+    )

@@ -9,40 +9,40 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from atlas_jax import stopping
-from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.engine import ChatModel
 
 
-class Made(NamedTuple):
-    """What was made, and how."""
+class Prefetched(NamedTuple):
+    """One batch, with the place and the time of its making."""
 
-    content: Any
+    batch: Any
     position: int
-    """Behind the last question that was asked."""
+    """Number of the first question that has not been asked yet."""
     secs: float
-    """That it took."""
+    """Seconds that its making took."""
 
 
-class Ahead:
+class Prefetcher:
     """Makes batches one after another, up to `depth` of them before they are asked for.
 
     With depth 0 a batch is made when it is asked for. Otherwise a thread makes the next ones while
     the step trains; a batch is begun with the policy of at most `depth` steps before its own.
     """
 
-    def __init__(self, make: Callable[[Speaker, int], tuple[Any, int]], depth: int) -> None:
+    def __init__(self, make: Callable[[ChatModel, int], tuple[Any, int]], depth: int) -> None:
         """Starts nothing yet.
 
         Args:
-            make: a policy and the first question -> a batch and the position behind it.
-            depth: batches ahead.
+            make: a policy and the first question -> a batch and the position after it.
+            depth: number of batches that are made ahead.
         """
         self._make = make
         self._depth = depth
         self._end = 0
         self._worker: ThreadPoolExecutor | None = None
-        self._waiting: collections.deque[Future[Made]] = collections.deque()
+        self._waiting: collections.deque[Future[Prefetched]] = collections.deque()
 
-    def take(self, policy: Speaker, position: int) -> Made:
+    def take(self, policy: ChatModel, position: int) -> Prefetched:
         """Returns the batch that begins at `position`, and has the next ones made with `policy`."""
         if not self._depth:
             return self._one(policy, position)
@@ -56,21 +56,21 @@ class Ahead:
             self._submit(policy)
         return made
 
-    def _submit(self, policy: Speaker) -> None:
+    def _submit(self, policy: ChatModel) -> None:
         assert self._worker is not None
         self._waiting.append(self._worker.submit(self._next, policy))
 
-    def _next(self, policy: Speaker) -> Made:
+    def _next(self, policy: ChatModel) -> Prefetched:
         made = self._one(policy, self._end)
         self._end = made.position
         return made
 
-    def _one(self, policy: Speaker, position: int) -> Made:
+    def _one(self, policy: ChatModel, position: int) -> Prefetched:
         start = time.perf_counter()
-        content, end = self._make(policy, position)
-        return Made(content, end, time.perf_counter() - start)
+        batch, end = self._make(policy, position)
+        return Prefetched(batch=batch, position=end, secs=time.perf_counter() - start)
 
     def close(self) -> None:
-        """Leaves what has not begun."""
+        """Cancels the batches that have not begun."""
         if self._worker is not None:
             self._worker.shutdown(wait=False, cancel_futures=True)

@@ -13,11 +13,12 @@ import pytest
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig, MeshConfig
+from atlas_jax.config import GRPOConfig
 from atlas_jax.options import HostsConfig
-from atlas_jax.recipes import grpo, serving, setup
+from atlas_jax.recipes import grpo, vllm_backend
 from atlas_jax.rollout import versions
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
 from tests import processes, words
 from tests.rollout import served
 
@@ -31,17 +32,17 @@ def path(tmp_path_factory):
 
 def test_the_key_is_that_of_the_environment_or_what_serve_left(tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    assert serving.server_key(str(tmp_path)) == ""
+    assert vllm_backend.server_key(str(tmp_path)) == ""
     (tmp_path / "server_token").write_text("of-the-run\n")
     (tmp_path / "server_token").chmod(0o600)
-    assert serving.server_key(str(tmp_path)) == "of-the-run"
+    assert vllm_backend.server_key(str(tmp_path)) == "of-the-run"
     monkeypatch.setenv("VLLM_API_KEY", "of the environment")
-    assert serving.server_key(str(tmp_path)) == "of the environment"
+    assert vllm_backend.server_key(str(tmp_path)) == "of the environment"
 
 
 @pytest.mark.parametrize(("block", "room", "size"), [(16, 500, 36), (128, 500, 288), (128, 60, 60)])
 def test_the_probe_spans_blocks_of_the_cache_as_far_as_there_is_room(block, room, size):
-    prompt = serving.probe_prompt(words.tokenizer(WORDS), block, room)
+    prompt = vllm_backend.probe_prompt(words.tokenizer(WORDS), block, room)
     assert len(prompt) == size
     assert len(set(prompt)) > 5
 
@@ -50,11 +51,12 @@ def test_probes_of_several_servers_are_one_batch_on_any_devices(path):
     ids = np.asarray([[4, 5, 6], [7, 8, 9], [4, 5, 6], [10, 11, 12], [5, 5, 5]], np.int32)
     found = []
     for devices in (jax.devices()[:1], jax.devices()):
-        sharding = Sharding(make_mesh(MeshConfig(), devices), "fsdp")
-        model = setup.open_frozen(served.CONFIG, path, sharding)
+        model = open_frozen(Compute.of(served.CONFIG, devices), path)
         params = hf.load(model.source, model.decoder)
-        score = grpo.make_score(model.decoder, served.CONFIG, 1)
-        found.append(serving.probe_score(served.CONFIG, model, score)(params, (5, 6), ids))
+        logprobs_fn = grpo.make_logprobs_fn(model.decoder, served.CONFIG, 1)
+        found.append(
+            vllm_backend.probe_logprobs(served.CONFIG, model, logprobs_fn)(params, (5, 6), ids)
+        )
     assert found[0].shape == ids.shape
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
     np.testing.assert_array_equal(found[0][0], found[0][2])
@@ -83,7 +85,7 @@ def test_weights_go_through_memory_if_all_servers_are_here(
     options = {k: str(tmp_path / "sync") if v == "SYNC" else v for k, v in options.items()}
     config = dataclasses.replace(GRPOConfig(), output_dir=str(tmp_path / "run"))
     model = served.trainer(path).model
-    found = serving.choose_versions(with_servers(config, urls, **options), model)
+    found = vllm_backend.choose_versions(with_servers(config, urls, **options), model)
     assert str(found.root.relative_to(tmp_path)).startswith(where)
     found.close()
 
@@ -94,9 +96,11 @@ def main():
     address = distributed.Address(f"127.0.0.1:{port}", 2, int(process))
     with distributed.joined(HostsConfig(), address):
         socket.sethostname(f"host-{process}")  # not before: the processes meet by their names
-        serving.check_loopback(with_servers(GRPOConfig(), "http://host-0:1"))
+        vllm_backend.check_loopback(with_servers(GRPOConfig(), "http://host-0:1"))
         try:
-            serving.check_loopback(with_servers(GRPOConfig(), "http://host-0:1,http://localhost:2"))
+            vllm_backend.check_loopback(
+                with_servers(GRPOConfig(), "http://host-0:1,http://localhost:2")
+            )
         except ValueError as error:
             sys.stdout.write(f"refused: {error}\n")
             sys.stdout.flush()
@@ -108,7 +112,7 @@ def test_an_address_that_is_another_server_on_each_host_is_refused(tmp_path):
     allowed = os.geteuid() == 0 and shutil.which("unshare")
     if not allowed or subprocess.run([*enter, "true"], check=False).returncode:
         pytest.skip("this machine does not let tests name hosts")
-    code = "import tests.rollout.test_serving as t; t.main()"
+    code = "import tests.rollout.test_vllm_backend as t; t.main()"
     port = str(processes.free_port())
     environment = os.environ | {"XLA_FLAGS": processes.xla_flags(1)}
     commands = [

@@ -250,6 +250,8 @@ def _log(directory: pathlib.Path) -> Iterator[None]:
         logging.set_verbosity(logging.WARNING)
         yield
         return
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(max(verbosity, logging.INFO))  # WARNING where no command has raised it
     handler = python_logging.FileHandler(directory / "training.log")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(_own_or_serious)
@@ -261,6 +263,7 @@ def _log(directory: pathlib.Path) -> Iterator[None]:
         yield
         lasts = False
     finally:
+        logging.set_verbosity(verbosity)
         if not lasts:
             logging.get_absl_logger().removeHandler(handler)
             handler.close()

@@ -1,4 +1,4 @@
-"""Models that vLLM servers run, as the teaching protocol uses them."""
+"""The backend of vLLM servers: the models that they run, and the weights that reach them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from absl import logging
 from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
 from atlas_jax.config import GRPOConfig
-from atlas_jax.data.packing import Scored, collate_policy
-from atlas_jax.recipes import setup, speakers
+from atlas_jax.data.packing import collate_policy
+from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.capabilities import Start
-from atlas_jax.rollout.engine import Request, Speaker
+from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import Pool, PoolOptions
@@ -31,9 +31,10 @@ from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync, WeightSync
 from atlas_jax.sharding import from_global, to_global
-from atlas_jax.types import Completion, Metrics, Params, PolicyBatch
+from atlas_jax.startup.model import Model
+from atlas_jax.types import Completion, Metrics, Params, PolicyBatch, Question, Sample
 
-Score = Callable[[Params, PolicyBatch], jax.Array]
+LogprobsFn = Callable[[Params, PolicyBatch], jax.Array]
 """`(params, batch) -> log-probabilities`, as in `feed.Parts`."""
 
 _PROBE_TOKENS = 8  # sampled tokens of each probe
@@ -41,18 +42,38 @@ _PROBE_BLOCKS = 2  # whole blocks of the prefix cache that its prompt fills
 _UNIT = 32  # tokens; the probe's row is a multiple of it, which saves compilations
 
 
-class Served:
-    """The policy as its servers run it; calling it brings them to the weights it is called with."""
+class VllmBackend:
+    """Generation by vLLM servers, which are brought to the weights that are published."""
 
-    def __init__(self, speaker: Speaker, sync: WeightSync) -> None:
-        """Pushes nothing yet: what the servers hold is not known."""
-        self._speaker = speaker
+    def __init__(
+        self,
+        policy: ChatModel,
+        student: ChatModel | None,
+        sync: WeightSync,
+        close: Callable[[], None],
+    ) -> None:
+        """Publishes nothing yet: the weights that the servers hold are not known.
+
+        Args:
+            policy: the trained model on its servers.
+            student: the frozen student on its servers.
+            sync: the way of the weights to the servers.
+            close: gives up requests and weights in flight.
+        """
+        self._policy = policy
+        self._student = student
         self._sync = sync
+        self._close = close
         self._version: int | None = None
         self._metrics: Metrics = {}
 
-    def __call__(self, params: Params, version: int) -> Speaker:
-        """Returns the model; every process calls it together.
+    @property
+    def student(self) -> ChatModel | None:
+        """The frozen student; None under `protocol=direct`."""
+        return self._student
+
+    def publish(self, params: Params, version: int) -> ChatModel:
+        """Returns the policy; every process calls it together.
 
         Raises:
             DependencyError: if the weights reach no server.
@@ -60,34 +81,38 @@ class Served:
         if version != self._version:
             self._metrics = self._sync.push(params, version)
             self._version = version
-        return self._speaker
+        return self._policy
 
-    def take_metrics(self) -> Metrics:
+    def metrics(self) -> Metrics:
         """Returns the metrics of the last push, once."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
+    def close(self) -> None:
+        """Gives up requests and weights in flight."""
+        self._close()
 
-def engines(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None, score: Score
-) -> speakers.Engines:
+
+def make_vllm_backend(
+    config: GRPOConfig, model: Model, student: Model | None, logprobs_fn: LogprobsFn
+) -> VllmBackend:
     """Returns the trained model and the student on their servers.
 
     Args:
         config: options of the run.
         model: the model that is trained.
         student: the student; None under `protocol=direct`.
-        score: log-probabilities of rows that hold one completion each.
+        logprobs_fn: log-probabilities of rows that hold one completion each.
 
     Raises:
-        ValueError: if no server of a role can be reached, or one lacks what GRPO needs or has
+        ValueError: if no server of a role can be reached, or one cannot do what GRPO needs, or has
             another model.
     """
     check_loopback(config)
     with contextlib.ExitStack() as stack:
-        policy = _policy(config, model, score, stack)
-        speaker = None if student is None else _student(config, student, stack)
-        return speakers.Engines(policy, speaker, policy.take_metrics, stack.pop_all().close)
+        policy, sync = _open_policy(config, model, logprobs_fn, stack)
+        frozen = None if student is None else _open_student(config, student, stack)
+        return VllmBackend(policy, frozen, sync, stack.pop_all().close)
 
 
 def check_loopback(config: GRPOConfig) -> None:
@@ -106,19 +131,22 @@ def check_loopback(config: GRPOConfig) -> None:
                 )
 
 
-def _policy(
-    config: GRPOConfig, model: setup.Model, score: Score, stack: contextlib.ExitStack
-) -> Served:
+def _open_policy(
+    config: GRPOConfig,
+    model: Model,
+    logprobs_fn: LogprobsFn,
+    stack: contextlib.ExitStack,
+) -> tuple[ChatModel, WeightSync]:
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
-    speaker, engine = _speaker(pool, model, config.data.system_prompt)
+    policy, engine = _chat_model(pool, model, config.data.system_prompt)
     block_size = max(start.block_size for start in pool.starts)
-    prompt = probe_prompt(model.files.tokenizer, block_size, speaker.context - _PROBE_TOKENS)
+    prompt = probe_prompt(model.files.tokenizer, block_size, policy.context - _PROBE_TOKENS)
     probe = Probe(
         Request(prompt, _PROBE_TOKENS, seed=config.seed),
         Sampling(config.temperature, config.top_p, config.top_k),
-        probe_score(config, model, score),
+        probe_logprobs(config, model, logprobs_fn),
     )
     options = PushOptions(
         dtype=rollout.sync_dtype,
@@ -129,14 +157,14 @@ def _policy(
     versions = choose_versions(config, model)
     sync = DiskSync(engine, model.decoder, model.files, versions, options, probe)
     stack.callback(sync.close)
-    return Served(speaker, sync)
+    return policy, sync
 
 
-def _student(config: GRPOConfig, model: setup.Model, stack: contextlib.ExitStack) -> Speaker:
+def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
-    speaker, _ = _speaker(pool, model, config.rollout.student_system_prompt)
-    return speakers.check_student(config, speaker)
+    student, _ = _chat_model(pool, model, config.rollout.student_system_prompt)
+    return chat_models.check_student(config, student)
 
 
 def _pool(
@@ -171,22 +199,27 @@ def server_key(output_dir: str) -> str:
     return server_token.read(path) if path.exists() else ""
 
 
-def _speaker(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Speaker, VllmEngine]:
+def _chat_model(pool: Pool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
     tokenizer = model.files.tokenizer
     engine = VllmEngine(
         pool,
         copy.deepcopy(tokenizer),
-        speakers.stop_tokens(model),
+        chat_models.stop_tokens(model),
         model.decoder.config.vocab_size,
     )
     lengths = [start.max_model_len for start in pool.starts]
     context = min(model.decoder.config.max_positions, *lengths)
-    encode = speakers.encoder(model.template, system_prompt)
-    vocab_size = model.decoder.config.vocab_size
-    return Speaker(encode, engine.generate, context, vocab_size), engine
+    encode = chat_models.encoder(model.template, system_prompt)
+    bound = ChatModel(
+        encode=encode,
+        generate=engine.generate,
+        context=context,
+        vocab_size=model.decoder.config.vocab_size,
+    )
+    return bound, engine
 
 
-def choose_versions(config: GRPOConfig, model: setup.Model) -> Versions:
+def choose_versions(config: GRPOConfig, model: Model) -> Versions:
     """Returns the directory of this run's weights, the same one in every process."""
     run = os.path.abspath(config.output_dir)
     if config.rollout.sync_dir:
@@ -218,8 +251,8 @@ def probe_prompt(tokenizer: Any, block_size: int, room: int) -> tuple[int, ...]:
     return tuple(tokenizer(text).input_ids[:size])
 
 
-def probe_score(
-    config: GRPOConfig, model: setup.Model, score: Score
+def probe_logprobs(
+    config: GRPOConfig, model: Model, logprobs_fn: LogprobsFn
 ) -> Callable[[Params, Sequence[int], np.ndarray], np.ndarray]:
     """Returns the trainer's log-probabilities of several continuations of one prompt.
 
@@ -234,20 +267,32 @@ def probe_score(
     def run(params: Params, batch: PolicyBatch) -> jax.Array:
         if rounds:
             params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), params)
-        return score(params, batch)[0]
+        return logprobs_fn(params, batch)[0]
 
-    def score_all(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
+    def compute(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
         length = -(-(len(prompt) + ids.shape[1]) // _UNIT) * _UNIT
-        zeros = (0.0,) * ids.shape[1]
         # Each process gives its share of the rows; they divide over the devices.
         missing = -len(ids) % sharding.num_replicas
         rows = np.concatenate([ids, np.repeat(ids[:1], missing, axis=0)])
-        groups = [
-            [Scored(Completion(tuple(prompt), tuple(row), (), zeros, "length", "", 0), 0.0, True)]
-            for row in np.split(rows, jax.process_count())[jax.process_index()].tolist()
-        ]
-        batch = to_global(collate_policy(groups, 1, length), sharding, 1)
-        found = distributed.gather(from_global(run(params, batch))).reshape(-1, length)
-        return found[: len(ids), len(prompt) : len(prompt) + ids.shape[1]]
+        own = np.split(rows, jax.process_count())[jax.process_index()]
+        samples = [_continuation(prompt, row) for row in own.tolist()]
+        batch = to_global(collate_policy(samples, 1, length), sharding, 1)
+        values = distributed.gather(from_global(run(params, batch))).reshape(-1, length)
+        return values[: len(ids), len(prompt) : len(prompt) + ids.shape[1]]
 
-    return score_all
+    return compute
+
+
+def _continuation(prompt: Sequence[int], token_ids: Sequence[int]) -> Sample:
+    """Returns a continuation of the probe as a sample, in which rows are collated."""
+    completion = Completion(
+        prompt_ids=tuple(prompt),
+        token_ids=tuple(token_ids),
+        logprobs=(),
+        untruncated_logprobs=(0.0,) * len(token_ids),
+        finish_reason="length",
+        text="",
+        weights_version=0,
+    )
+    question = Question(id="probe", text="", ground_truth="", fields={})
+    return Sample(question=question, completion=completion, trains=True)
