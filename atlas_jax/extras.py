@@ -12,11 +12,12 @@ from collections.abc import Iterator
 MODULES = {
     "datasets": ("datasets", "pyarrow"),
     "gguf": ("gguf",),
+    "hf": ("torch",),
     "judges": ("aiohttp", "yarl"),
     "postgres": ("psycopg", "pyarrow"),
     "vllm": ("aiohttp", "yarl"),
 }
-"""Extra -> the modules that it installs and that the package imports."""
+"""Extra -> the modules that it installs and that the package or its tools import."""
 
 
 class MissingExtraError(ImportError, ValueError):

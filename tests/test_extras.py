@@ -12,7 +12,7 @@ from atlas_jax import extras
 from tests import tiny
 from tests.tokenizers import chatml_tokenizer
 
-HIDDEN = {name for names in extras.MODULES.values() for name in names} | {"torch", "math_verify"}
+HIDDEN = {name for names in extras.MODULES.values() for name in names} | {"math_verify", "pebble"}
 """Modules of all extras, as the test environment installs them."""
 
 
