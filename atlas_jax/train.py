@@ -109,13 +109,16 @@ def _without_files(config: config_lib.TrainConfig, given: Given) -> config_lib.T
     """Returns the config without the files in whose place rows are given.
 
     Raises:
-        ValueError: for rewards that nothing asks, or rows in a format that only files have.
+        ValueError: for rewards that nothing asks, no rows, or a format that only files have.
     """
     if given.rewards and config.algorithm != "grpo":
         raise ValueError(
             f"rewards are given and algorithm={config.algorithm!r} has none; use a GRPO config, or "
             "leave them out"
         )
+    for name in ("rows", "eval_rows"):
+        if getattr(given, name) == ():
+            raise ValueError(f"{name} are empty; give at least one dict, or leave them out")
     changes: dict[str, Any] = {}
     if given.rows is not None:
         changes |= {"dataset_path": _FROM_CALLER, "db_url": ""}
