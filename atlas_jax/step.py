@@ -109,24 +109,13 @@ def make_train_step(
             depend on the seed and the update's index only, so a resumed run draws the same.
     """
 
-    # Gradients are reduce-scattered in every microbatch: the accumulator is split like the
-    # optimizer state, and no device holds it whole.
-    def split(grads: Params) -> Params:
-        return jax.tree.map(
-            lambda g, d: jax.lax.with_sharding_constraint(
-                fetch(g).astype(jnp.float32), sharding.optimizer(d, memory=False)
-            ),
-            grads,
-            dims,
-        )
-
     def microbatch(params: Params, batch: Any) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
             (total, weight), metrics = loss_fn(params, batch)
             return total, metrics | {"loss/total": (total, weight)}
 
         grads, metrics = jax.grad(loss, has_aux=True)(params)
-        return split(grads), metrics
+        return _scatter(grads, dims, sharding), metrics
 
     def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = _accumulate(microbatch, state.params, batch)
@@ -169,6 +158,19 @@ def make_train_step(
     return jax.jit(
         step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
     )
+
+
+def _scatter(grads: Params, dims: Params, sharding: Sharding) -> Params:
+    """Returns the gradients in float32, reduce-scattered as the optimizer state is split.
+
+    This is done in every microbatch, so that no device holds the whole accumulator.
+    """
+
+    def scatter(gradient: jax.Array, names: Any) -> jax.Array:
+        placement = sharding.optimizer(names, memory=False)
+        return jax.lax.with_sharding_constraint(fetch(gradient).astype(jnp.float32), placement)
+
+    return jax.tree.map(scatter, grads, dims)
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
