@@ -1,4 +1,4 @@
-"""What the commands share: flags, `--config FILE`, and one line for an error of the user.
+"""What the commands share: flags, `--config NAME`, and one line for an error of the user.
 
 Exit codes: 1 for an error, 2 for words that the command does not take, 130 for Ctrl-C.
 """
@@ -24,6 +24,10 @@ _ERROR, _USAGE, _INTERRUPTED = 1, 2, 130
 _HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<name>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 _BAD_VALUE = re.compile(r"flag --(?P<flag>[\w.]+)=.*", re.DOTALL)
+_CONFIG_HELP = (
+    "Config: a shipped recipe such as teacher_sft, a FILE.py or a PACKAGE.MODULE; "
+    ":model=NAME,data=NAME after it swaps parts."
+)
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -63,7 +67,7 @@ class _ConfigReader(flags.ArgumentParser[ConfigDict]):
             group = group[part]
         if isinstance(group, ConfigDict) and not value.startswith("{"):
             some = ", ".join(f"{name}.{option}" for option in list(group)[:3])
-            swap = f"; to take configs/{name}/{value}.py, write --config FILE.py:{name}={value}"
+            swap = f"; to take configs/{name}/{value}.py, write --config NAME:{name}={value}"
             raise UsageError(
                 f"{name}={value}: {name} is a group of options ({some}, …); set one of these"
                 f"{swap if name in ('model', 'data') else ''}"
@@ -71,12 +75,12 @@ class _ConfigReader(flags.ArgumentParser[ConfigDict]):
 
 
 def define_config(default: str = "") -> flags.FlagHolder[ConfigDict]:
-    """Defines `--config FILE.py[:ARGUMENT]` and `--config.OPTION=VALUE`; call it at most once.
+    """Defines `--config NAME[:ARGUMENT]` and `--config.OPTION=VALUE`; call it at most once.
 
     Args:
-        default: the file that is read where the command line names none.
+        default: the config that is read where the command line names none.
     """
-    holder = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
+    holder = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
     flags.FLAGS["config"].parser = _ConfigReader(default)
     return holder
 
@@ -88,7 +92,10 @@ def needed(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
         UsageError: if it names nothing.
     """
     if holder.value is None:
-        raise UsageError("--config FILE.py is needed, such as configs/run/teacher_sft.py")
+        raise UsageError(
+            "--config is needed: the name of a shipped recipe "
+            f"({', '.join(config_files.shipped('run'))}), a FILE.py or a PACKAGE.MODULE"
+        )
     return holder.value
 
 
@@ -132,7 +139,7 @@ def no_more_words(words: Sequence[str]) -> None:
     if words:
         raise UsageError(
             f"{words[0]!r} is not expected here; options are written --config.NAME=VALUE, and "
-            "CONFIG.py:model=NAME,data=NAME has no blanks"
+            "--config CONFIG:model=NAME,data=NAME has no blanks"
         )
 
 
@@ -201,9 +208,7 @@ def _with_config(words: list[str], reader: _ConfigReader) -> list[str]:
     if reader.default:
         return [f"--config={reader.default}", *words]
     if reader.overrides:
-        raise UsageError(
-            f"{reader.overrides[0][0]} changes a config; name it with --config FILE.py"
-        )
+        raise UsageError(f"{reader.overrides[0][0]} changes a config; name it with --config NAME")
     return words
 
 

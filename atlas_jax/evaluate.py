@@ -1,6 +1,6 @@
 """A student alone against the same student taught.
 
-    python -m atlas_jax.evaluate --teacher DIR [--teacher DIR] --student DIR --data FILE [--limit N]
+    atlas-evaluate --teacher DIR [--teacher DIR] --student DIR --data FILE [--limit N]
 
 Both answer the same questions greedily; the student answers alone once, and then with the lessons
 of each teacher. Prints a table with 95 % intervals and three examples, and writes all of it as
@@ -22,7 +22,7 @@ from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
 
-_CONFIG = cli.define_config("configs/run/teacher_rcl.py")
+_CONFIG = cli.define_config("teacher_rcl")
 _TEACHERS = flags.DEFINE_multi_string(
     "teacher", [], "Directory, .gguf file or hub id of a teacher; give it again for each teacher."
 )

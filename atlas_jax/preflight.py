@@ -243,7 +243,7 @@ def _check_templates(config: TrainConfig) -> None:
         if data.format in ("teaching", "session") and not getattr(data, option):
             raise ValueError(
                 f"data.{option} is empty, and data.format={data.format} needs it; take "
-                "configs/data/arc_atlas_sft.py with --config FILE.py:data=arc_atlas_sft, or set it"
+                "configs/data/arc_atlas_sft.py with --config NAME:data=arc_atlas_sft, or set it"
             )
 
 

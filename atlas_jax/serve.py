@@ -1,6 +1,6 @@
 """A vLLM server as GRPO needs it.
 
-    python -m atlas_jax.serve --model DIR --port 8765 [any flag of vLLM]
+    atlas-serve --model DIR --port 8765 [any flag of vLLM]
 
 Runs vLLM in an interpreter of its own (`launch/install_vllm.sh` makes one) and waits until it is
 healthy. A signal ends vLLM, and nothing of vLLM outlives this program, however it ends. The exit
@@ -395,7 +395,7 @@ def _usage_error(message: str) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _Parser(
-        prog="python -m atlas_jax.serve",
+        prog="atlas-serve",
         description="Starts a vLLM server for GRPO; other flags go to vLLM, such as "
         "--tensor-parallel-size, --gpu-memory-utilization, --max-model-len.",
         allow_abbrev=False,

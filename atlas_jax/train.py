@@ -1,7 +1,8 @@
-"""Every run: `python -m atlas_jax.train --config configs/run/NAME.py [--config.key=value …]`.
+"""Every run: `atlas-train --config NAME [--config.key=value …]`, or `python -m atlas_jax.train`.
 
-Flags to a frozen config, the config checked, JAX started, the recipe run. A config file takes an
-argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
+Flags to a frozen config, the config checked, JAX started, the recipe run. NAME is a shipped recipe
+(`teacher_sft`), a `FILE.py` or a `PACKAGE.MODULE`; an argument after it swaps parts:
+`--config teacher_sft:model=qwen3_8b`.
 
 The exit code is 0 for a finished run, 75 for one that a signal stopped and that the same command
 continues, 1 for an error, 2 for words that it does not take.

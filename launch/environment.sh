@@ -33,8 +33,8 @@ find_python() {
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# find_config FILE[:ARGUMENT]: sets `config`. A file in the caller's directory wins over the one of
-# the same name in the repository.
+# find_config CONFIG[:ARGUMENT]: sets `config`. A file in the caller's directory wins over the one of
+# the same name in the repository; names of shipped recipes and of modules are left as they are.
 find_config() {
   local file=${1%%:*} argument=""
   [[ $1 != *:* ]] || argument=:${1#*:}
@@ -47,7 +47,11 @@ find_config() {
       fi
       ;;
   esac
-  [ -f "$file" ] || usage "the config $file does not exist"
+  if [ ! -f "$file" ]; then
+    local name='[A-Za-z_][A-Za-z0-9_]*'
+    [ -f "$root/atlas_jax/configs/run/$file.py" ] ||
+      [[ $file =~ ^$name(\.$name)+$ && $file != *.py ]] || usage "the config $file does not exist"
+  fi
   config=$file$argument
 }
 

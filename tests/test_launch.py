@@ -120,6 +120,7 @@ def refusal(script, *arguments, env=None, cwd=None):
         ((), "N and a config file are needed"),
         (("0", SFT), "'0' is not a number of devices"),
         (("1", "no.py"), "the config no.py does not exist"),
+        (("1", "teacher_stf"), "the config teacher_stf does not exist"),
         (
             ("1", "configs/run/teacher_sft.yaml"),
             "configs/run/teacher_sft.yaml is YAML; configs are Python here: "

@@ -1,6 +1,6 @@
 """Scores recorded sessions with judges, without training, and compares with what they carry.
 
-    python tools/score_traces.py --traces traces.jsonl --rim configs/rim_config.py
+    python tools/score_traces.py --traces traces.jsonl --rim rim_config
 
 What a session carries is its reward, the scores of its judges, whether it succeeded, and whether a
 person approved it. Prints, for the mean and for each judge, correlation, AUC and calibration, so
@@ -32,7 +32,7 @@ def main() -> None:
     """Reads, scores, prints."""
     parser = cli.ToolParser(__doc__)
     parser.add_argument("--traces", required=True, help="export of sessions (.jsonl, .gz, .zst)")
-    parser.add_argument("--rim", default="configs/rim_config.py", help="options of the judges")
+    parser.add_argument("--rim", default="rim_config", help="options of the judges")
     parser.add_argument(
         "--limit", type=int, default=0, help="sessions, the first ones; 0 takes all"
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import _checkout  # noqa: F401  (comes first: see there)
 
 from atlas_jax import cli, config, preflight
+from atlas_jax.configs.data import quickstart_sft
 from atlas_jax.data import examples, sources
-from configs.data import quickstart_sft
 
 
 def main() -> None:

@@ -200,7 +200,7 @@ def begin(
         return Start(step.init_state(params, optimizer, decoder.sharding), {}, now)
     before = run_dir.started(config.output_dir) or now._replace(origin=find_origin(config))
     _check_same_start(config, before, now)
-    if not checkpoints.has_training_state(latest):  # made by tools/convert_checkpoint.py
+    if not checkpoints.has_training_state(latest):  # made by atlas-convert
         params = checkpoints.restore_params(latest, _abstract(decoder))
         return Start(step.init_state(params, optimizer, decoder.sharding), {}, before)
     abstract = step.abstract_state(

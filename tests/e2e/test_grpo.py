@@ -15,8 +15,8 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, RolloutConfig
+from atlas_jax.configs.run import teacher_rcl
 from atlas_jax.recipes import grpo, setup
-from configs.run import teacher_rcl
 from tests import processes, words
 
 STEPS = 8

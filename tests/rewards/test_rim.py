@@ -14,12 +14,12 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax import endpoints
+from atlas_jax.configs import rim_config
 from atlas_jax.options_rim import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import RIMReward, transport
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
 from atlas_jax.types import RewardResult
-from configs import rim_config
 from tests import judge_server
 from tests.rewards.test_verifiable import completion, rollout
 
@@ -599,12 +599,12 @@ def test_threads_may_share_a_reward(server, tmp_path):
     ],
 )
 def test_the_shipped_files_can_be_used(monkeypatch, name, judges):
-    path = f"configs/{name}.py"
     monkeypatch.setenv("GEMINI_API_KEY", "k")
-    assert RIMReward(config_path=path).names == judges
+    for reference in (name, f"configs/{name}.py", f"atlas_jax.configs.{name}"):
+        assert RIMReward(config_path=reference).names == judges
     monkeypatch.delenv("GEMINI_API_KEY")
     with pytest.raises(ValueError, match="GEMINI_API_KEY, which is not set; set it, or name an"):
-        RIMReward(config_path=path)
+        RIMReward(config_path=name)
 
 
 def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
@@ -612,7 +612,7 @@ def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
     path.write_text("def apply(config):\n    config.reward.rim.variance = 1.0\n")
     with pytest.raises(ValueError, match="variance"):
         RIMReward(config_path=str(path))
-    with pytest.raises(ValueError, match=r"absent.py does not exist; name a file like"):
+    with pytest.raises(ValueError, match=r"absent.py does not exist; give FILE.py, PACKAGE"):
         RIMReward(config_path="absent.py")
 
 

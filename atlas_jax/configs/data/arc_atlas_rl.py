@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.data import arc_atlas_sft
+from atlas_jax.configs.data import arc_atlas_sft
 
 BASELINE = """\
 {question}

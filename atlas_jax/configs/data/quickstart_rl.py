@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.data import quickstart_sft
+from atlas_jax.configs.data import quickstart_sft
 
 TASK = 'Solve the problem in one short sentence, then write "Answer:" and the final answer.'
 

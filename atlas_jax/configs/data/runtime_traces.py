@@ -8,7 +8,7 @@ Guidance of the runtime comes without a diagnosis, so that lessons are `<teachin
 
 from ml_collections import ConfigDict
 
-from configs.data import arc_atlas_rl, arc_atlas_sft
+from atlas_jax.configs.data import arc_atlas_rl, arc_atlas_sft
 
 TEACHER_TEMPLATE = """\
 Question: {question}

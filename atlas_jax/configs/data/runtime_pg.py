@@ -10,7 +10,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from configs.data import runtime_traces
+from atlas_jax.configs.data import runtime_traces
 
 
 def apply(config: ConfigDict) -> None:

@@ -5,7 +5,7 @@ launch/launch.sh 8 configs/run/teacher_rcl.py:rim=rim_offline_config
 
 from ml_collections import ConfigDict
 
-from configs import rim_config
+from atlas_jax.configs import rim_config
 
 
 def apply(config: ConfigDict) -> None:
