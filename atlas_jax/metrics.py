@@ -9,18 +9,15 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from atlas_jax import distributed
+from atlas_jax import distributed, reporting
+from atlas_jax.config import TrainConfig
 from atlas_jax.files import write_whole
+from atlas_jax.reporting import Service
 from atlas_jax.types import Metrics
 
 # Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
@@ -65,11 +62,18 @@ def means(total: Metrics) -> dict[str, float]:
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard event files of one run."""
+    """Appends to `metrics.jsonl` of one run, and reports to services."""
 
-    def __init__(self, directory: str, start_step: int, enabled: bool = True) -> None:
-        """Opens the files; what a run wrote behind `start_step` before it was killed is dropped."""
+    def __init__(
+        self,
+        directory: str,
+        start_step: int,
+        enabled: bool = True,
+        services: Sequence[Service] = (),
+    ) -> None:
+        """Opens the file; what a run wrote after `start_step` before it was killed is dropped."""
         self._enabled = enabled
+        self._services = services
         self.last_evaluation = 0
         """The newest step that was evaluated before; 0 if there is none, or if not enabled."""
         if not enabled:
@@ -77,9 +81,6 @@ class MetricWriter:
         self._path = pathlib.Path(directory) / "metrics.jsonl"
         self.last_evaluation = _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(directory))
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._event(start_step + 1, session_log=log)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars of one step."""
@@ -88,30 +89,31 @@ class MetricWriter:
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
-        scalars = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        self._event(step, summary=summary_pb2.Summary(value=scalars))
+        for service in self._services:
+            service.write(step, values)
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Shows Markdown in TensorBoard's text tab."""
-        if not self._enabled:
-            return
-        value = summary_pb2.Summary.Value(
-            tag=name, metadata=text_metadata.create_summary_metadata(name, "")
-        )
-        value.tensor.dtype = 7  # DT_STRING
-        value.tensor.tensor_shape.dim.add(size=1)
-        value.tensor.string_val.append(text.encode())
-        self._event(step, summary=summary_pb2.Summary(value=[value]))
-
-    def _event(self, step: int, **content: Any) -> None:
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
-        self._events.flush()
+        """Reports Markdown to the services that show it."""
+        for service in self._services:
+            service.write_text(step, name, text)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Closes the file, and ends the reports."""
         if self._enabled:
             self._file.close()
-            self._events.close()
+        for service in self._services:
+            service.close()
+
+
+def open_writer(config: TrainConfig, start_step: int) -> MetricWriter:
+    """Returns the writer of a run, which writes in the first process only.
+
+    Raises:
+        ValueError: for a service of `report_to` that cannot be used.
+    """
+    main = distributed.is_main()
+    services = reporting.open_services(config, start_step) if main else []
+    return MetricWriter(config.output_dir, start_step, main, services)
 
 
 def _drop_after(path: pathlib.Path, step: int) -> int:

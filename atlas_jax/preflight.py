@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from atlas_jax import reporting, sockets
 from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
 from atlas_jax.data import examples, questions, snapshot, sources
@@ -41,6 +42,9 @@ def check(config: TrainConfig, num_devices: int = 0) -> None:
     validate(config)
     check_environment(config)
     check_output(config.output_dir)
+    reporting.check(config.report_to)
+    if isinstance(config, GRPOConfig) and sockets.is_reference(config.loss_type):
+        sockets.resolve(config.loss_type, "loss_type")
     if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
         _check_judges_files(config)
     check_models(config)

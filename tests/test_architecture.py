@@ -55,7 +55,10 @@ def test_what_the_documented_commands_leave_is_not_offered_for_a_commit():
     assert hidden == ""
 
 
-EXTRAS = {"symbolic_server.py": "math"}  # modules that run only where an extra is installed
+EXTRAS = {
+    "symbolic_server.py": "math",
+    "reporting.py": "report",
+}  # modules that run only where an extra is installed
 
 
 def test_every_package_that_is_imported_is_declared():
@@ -68,7 +71,7 @@ def test_every_package_that_is_imported_is_declared():
         needs = [*project["dependencies"], *extra]
         declared = {re.match(r"[\w-]+", need)[0].lower().replace("_", "-") for need in needs}
         for name in imported(ast.parse(path.read_text())) - sys.stdlib_module_names - {"atlas_jax"}:
-            origins = {d.lower().replace("_", "-") for d in distributions[name]}
+            origins = {d.lower().replace("_", "-") for d in distributions.get(name, [name])}
             assert origins & declared, f"{path} imports {name}, of {origins}"
 
 

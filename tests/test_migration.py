@@ -27,9 +27,33 @@ def test_each_foreign_name_has_one_answer_and_is_no_option_here():
     assert not [name for name in OURS if any(entry.matches(name) for entry in ENTRIES)]
 
 
-ELSEWHERE = {"hf upload NAME OUTPUT_DIR/final", "rollouts/", "checkpoints/", "final/", "atlas-plan",
-             "atlas-convert", "atlas-serve", "launch_with_server.sh", "none", "dots", "full",
-             "token", "sequence", "constant", "linear", "cosine", "local", "auto", "float32", "sft", "grpo", "db_url", "FILE.py", "training.log"}  # fmt: skip
+ELSEWHERE = set(
+    [
+        "rollouts/",
+        "checkpoints/",
+        "final/",
+        "atlas-plan",
+        "atlas-convert",
+        "atlas-serve",
+        "launch_with_server.sh",
+        "none",
+        "dots",
+        "full",
+        "token",
+        "sequence",
+        "constant",
+        "linear",
+        "cosine",
+        "local",
+        "auto",
+        "float32",
+        "sft",
+        "grpo",
+        "db_url",
+        "FILE.py",
+        "training.log",
+    ]
+) | {"hf upload NAME OUTPUT_DIR/final"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.names.split()[0])
@@ -134,7 +158,8 @@ def test_values_are_read_as_a_person_would(option, value):
 def test_words_are_options_in_every_notation():
     draft = config.defaults(config.GRPOConfig)
     words = ["--config.seed", "3", "--config.packing", "-config.beta=0.1",
-             "--noconfig.sync_ref_model", "--seed=1", "rest", "--config.reward.names=a", "--config.reward.names", "b"]  # fmt: skip
+             "--noconfig.sync_ref_model", "--seed=1", "rest",
+             "--config.reward.names=a", "--config.reward.names", "b"]  # fmt: skip
     options, others = overrides.separate(words, draft)
     assert others == ["--seed=1", "rest"]
     overrides.apply(draft, options)

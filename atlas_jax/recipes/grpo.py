@@ -86,7 +86,7 @@ def _train(
             config, model, student
         )
         stack.callback(engines.close)
-        writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
+        writer = metrics.open_writer(config, first)
         stack.callback(writer.close)
         parts = Parts(
             config=config,
@@ -157,9 +157,11 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
         num_sequences=per_row,
     )
 
+    policy_loss = losses.resolve(config.loss_type)
+
     def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
-        total, values = losses.policy_loss(found, batch, options)
+        total, values = policy_loss(found, batch, options)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
         return total, values | {"policy/entropy": (jnp.sum(entropy), weight)}
 

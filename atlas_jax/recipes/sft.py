@@ -61,7 +61,7 @@ def _train(config: SFTConfig, plan: BatchPlan, sharding: Sharding) -> bool:
             loss_fn, optimizer, model.decoder.dims, sharding, seed=config.seed
         ),
         evaluate=make_evaluate(loss_fn, held_out, model.decoder) if held_out else None,
-        writer=metrics.MetricWriter(config.output_dir, first, distributed.is_main()),
+        writer=metrics.open_writer(config, first),
         checkpoints=checkpoints,
         restored=start.data,
     )
