@@ -27,6 +27,13 @@ _PEAK_FLOPS = {
     "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 2307e12,
 }  # fmt: skip
 
+_THEIR_NAMES = {
+    "loss/total": "loss", "optim/grad_norm": "grad_norm", "optim/learning_rate": "learning_rate",
+    "eval/loss": "eval_loss", "reward/mean": "reward", "reward/std": "reward_std",
+    "policy/kl": "kl", "policy/entropy": "entropy",
+}  # fmt: skip
+"""Names of transformers and TRL for the same."""
+
 
 def peak_flops(device: jax.Device) -> float | None:
     """Returns the bfloat16 peak of a device in FLOP/s; None where it is not known."""
@@ -114,6 +121,43 @@ def open_writer(config: TrainConfig, start_step: int) -> MetricWriter:
     main = distributed.is_main()
     services = reporting.open_services(config, start_step) if main else []
     return MetricWriter(config.output_dir, start_step, main, services)
+
+
+def write_trainer_state(
+    config: TrainConfig, directory: str, step: int, max_steps: int, steps_per_epoch: float
+) -> None:
+    """Writes `trainer_state.json` beside a model, in the first process.
+
+    It has the form of transformers' `TrainerState`. `log_history` is `metrics.jsonl`, with
+    transformers' names beside ours.
+
+    Args:
+        config: options of the run.
+        directory: directory of the model.
+        step: number of steps that were done.
+        max_steps: number of steps of the whole run.
+        steps_per_epoch: number of steps that a pass over the data takes.
+    """
+    if not distributed.is_main():
+        return
+    history = []
+    for line in (pathlib.Path(config.output_dir) / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        names = {theirs: values[ours] for ours, theirs in _THEIR_NAMES.items() if ours in values}
+        history.append(values | names | {"epoch": values["step"] / steps_per_epoch})
+    state = {
+        "global_step": step,
+        "max_steps": max_steps,
+        "epoch": step / steps_per_epoch,
+        "num_train_epochs": math.ceil(max_steps / steps_per_epoch),
+        "train_batch_size": config.per_device_train_batch_size,
+        "logging_steps": config.logging_steps,
+        "save_steps": config.save_steps,
+        "eval_steps": config.eval_steps,
+        "log_history": history,
+    }
+    path = pathlib.Path(directory) / "trainer_state.json"
+    write_whole(path, json.dumps(state, indent=2) + "\n")
 
 
 def _drop_after(path: pathlib.Path, step: int) -> int:

@@ -25,7 +25,6 @@ from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import GRPOConfig, batch_plan
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
-from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import run_dir, serving, setup, speakers
 from atlas_jax.recipes.feed import Feed, Parts
@@ -125,7 +124,10 @@ def _train(
         )
         outcome = loop.run(job, start.state, feed)
     if not outcome.stopped:
-        _finish(config, outcome, setup.export(config, model, outcome.state.params))
+        directory = setup.export(config, model, outcome.state.params)
+        done, epoch = int(outcome.state.step), len(train) / layout.questions
+        metrics.write_trainer_state(config, directory, done, num_steps, epoch)
+        _finish(config, directory)
     return not outcome.stopped
 
 
@@ -309,8 +311,8 @@ def make_evaluate(
     return run_evaluation
 
 
-def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
-    """Writes `trainer_state.json`, and logs what was reached beside what the guide promises."""
+def _finish(config: GRPOConfig, directory: str) -> None:
+    """Logs what was reached beside what the guide promises."""
     if not distributed.is_main():
         return
     last = _last_metrics(config.output_dir)
@@ -327,8 +329,6 @@ def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
     for name, goal in wanted.items():
         if name in last:
             lines.append(f"{name:<36}{_finite(last[name]):>10.3f}   {goal}")
-    state = {"global_step": int(outcome.state.step), "metrics": last}
-    write_whole(f"{directory}/trainer_state.json", json.dumps(state, indent=2) + "\n")
     logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
 
 

@@ -69,7 +69,10 @@ def _train(config: SFTConfig, plan: BatchPlan, sharding: Sharding) -> bool:
     batches.close()
     job.writer.close()
     if not outcome.stopped:
-        _report(outcome, setup.export(config, model, outcome.state.params))
+        directory = setup.export(config, model, outcome.state.params)
+        done, epoch = int(outcome.state.step), train.num_steps(1)
+        metrics.write_trainer_state(config, directory, done, num_steps, epoch)
+        _report(outcome, directory)
     return not outcome.stopped
 
 
