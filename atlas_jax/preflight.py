@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from atlas_jax import extras
+from atlas_jax import extras, reporting, sockets
 from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
 from atlas_jax.data import examples, questions, sources
@@ -46,6 +46,9 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     check_output(config.output_dir)
     if isinstance(config, GRPOConfig) and config.rollout.backend == "vllm":
         extras.need("vllm", "rollout.backend=vllm")
+    reporting.check(config.report_to)
+    if isinstance(config, GRPOConfig) and sockets.is_reference(config.loss_type):
+        sockets.resolve(config.loss_type, "loss_type")
     if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
         _check_judges_files(config)
     check_models(config)

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from atlas_jax import distributed, loop, metrics, step
+from atlas_jax import loop, metrics, step
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import TrainConfig
 from atlas_jax.models.transformer import Decoder
@@ -132,7 +132,7 @@ class Training:
         """
         config, first = self.run.config, self.first_step
         directory.commit(config, self.run.model.files, self.start.started)
-        return metrics.MetricWriter(config.output_dir, first, distributed.is_main())
+        return metrics.open_writer(config, first)
 
     def train(
         self,

@@ -67,15 +67,19 @@ read_words() {
     esac
     word=${word#--config.}
     case $word in
-      deepspeed=*) usage "there is no DeepSpeed here; use sharding=zero1 (stages 1, 2), sharding=fsdp (stage 3) or +offload" ;;
-      torch_compile=*) usage "every step is compiled; leave torch_compile out" ;;
-      dataloader_num_workers=*) settings+=("--config.data.num_workers=${word#*=}") ;;
       --*) arguments+=("$word") ;;
       *=*) settings+=("--config.$word") ;;
-      *) usage "'$word' is not key=value" ;;
+      *) find_python && usage "'$word' is not key=value$(foreign "$word")" ;;
     esac
   done
   arguments+=("${settings[@]}")
+}
+
+# foreign WORD: what to write for a word of another program, as the end of a sentence.
+foreign() {
+  local answer
+  answer=$("$python" -m atlas_jax.migration "$1")
+  echo "${answer:+; $answer}"
 }
 
 # no_flags: an error where `read_words` has met a flag that is no option of the config.

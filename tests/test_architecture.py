@@ -60,6 +60,7 @@ EXTRAS = {
     "data/row_files.py": "datasets",
     "data/sources.py": "datasets",
     "endpoints.py": "judges",
+    "reporting.py": "report",
     "llm_client.py": "judges",
     "rewards/symbolic_server.py": "math",
     "rewards/transport.py": "judges",
@@ -81,7 +82,7 @@ def test_every_package_that_is_imported_is_declared():
         needs = [*project["dependencies"], *extra]
         declared = {re.match(r"[\w-]+", need)[0].lower().replace("_", "-") for need in needs}
         for name in imported(ast.parse(path.read_text())) - sys.stdlib_module_names - {"atlas_jax"}:
-            origins = {d.lower().replace("_", "-") for d in distributions[name]}
+            origins = {d.lower().replace("_", "-") for d in distributions.get(name, [name])}
             assert origins & declared, f"{path} imports {name}, of {origins}"
 
 

@@ -215,3 +215,10 @@ def test_the_command_answers_a_mistake_in_one_line(flag, message, tmp_path):
     error = result.stderr.strip().splitlines()
     assert message in result.stderr
     assert "Traceback" not in result.stderr, error[-5:]
+
+
+def test_every_recipe_says_on_what_how_long_and_with_what_result_it_ran():
+    for path in sorted(pathlib.Path("atlas_jax/configs/run").glob("*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        said = all(word in doc for word in ("Hardware:", "Time:", "Result:"))
+        assert said or "Hardware, time and result: not run yet" in doc, path

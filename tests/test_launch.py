@@ -128,14 +128,11 @@ def refusal(script, *arguments, env=None, cwd=None):
         ),
         (("1", SFT, "max_steps"), "'max_steps' is not key=value"),
         (("1", SFT, "--config.max_steps"), "'max_steps' is not key=value"),
+        (("1", SFT, "+zero1"), "'+zero1' is not key=value; write sharding=zero1"),
         (
-            ("1", SFT, "--config.torch_compile=true"),
-            "every step is compiled; leave torch_compile out",
-        ),
-        (
-            ("1", SFT, "deepspeed=zero2.json"),
-            "there is no DeepSpeed here; use sharding=zero1 (stages 1, 2), sharding=fsdp (stage 3) "
-            "or +offload",
+            ("1", SFT, "+override", "/data@_global_:", "runtime_pg"),
+            "'+override' is not key=value; parts are swapped with --config RECIPE:data=NAME,"
+            "model=NAME, such as teacher_rcl:data=runtime_pg; options follow as data.db_url=…",
         ),
     ],
 )
@@ -255,7 +252,8 @@ def test_both_ways_to_write_an_option_mean_the_same():
     assert both[0] == both[1]
     assert both[0] == [
         "--config", SFT, "--process_id=0", "--config.max_steps=3",
-        "--config.offload=optimizer", "--config.data.num_workers=2", "--config.sharding=zero1",
+        "--config.offload=optimizer",
+        "--config.dataloader_num_workers=2", "--config.sharding=zero1",
     ]  # fmt: skip
 
 

@@ -106,6 +106,17 @@ def test_a_policy_learns_what_only_its_reward_says(fresh, tmp_path, seed):
     assert found[-1]["eval/accuracy"] > 0.8
 
 
+def test_a_policy_learns_with_a_loss_of_the_users_own(fresh, tmp_path):
+    """The loss of examples/custom_loss.py, as its docstring names it."""
+    loss = "examples.custom_loss:reinforce"
+    found = train(options(fresh, tmp_path, loss_type=loss, beta=0.04), 40)
+    rewards = column(found, "reward/mean")
+    assert rewards[:5].mean() < 0.3
+    assert rewards[-5:].mean() > 0.8
+    assert (column(found, "policy/mean_logprob") < 0).all()
+    assert np.isfinite(column(found, "policy/kl")).all()
+
+
 @pytest.fixture(scope="module")
 def student(fresh, tmp_path_factory):
     """A student that answers with the digit that its hint means, and without one at random."""

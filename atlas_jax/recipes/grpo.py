@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from atlas_jax import distributed, logprobs, loop, losses, step
+from atlas_jax import distributed, logprobs, losses, metrics, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
-from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import chat_models, local_backend
 from atlas_jax.recipes.feed import Feed, Parts
@@ -103,7 +102,11 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         )
         stack.close()
         if not outcome.stopped:
-            _finish(config, outcome, run.export(outcome.state.params))
+            directory = run.export(outcome.state.params)
+            done = int(outcome.state.step)
+            epoch = len(train) / layout.questions
+            metrics.write_trainer_state(config, directory, done, num_steps, epoch)
+            _finish(config, directory)
     return not outcome.stopped
 
 
@@ -135,9 +138,11 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
         num_sequences=per_row,
     )
 
+    policy_loss = losses.resolve(config.loss_type)
+
     def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
-        total, values = losses.policy_loss(found, batch, options)
+        total, values = policy_loss(found, batch, options)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
         return total, values | {"policy/entropy": (jnp.sum(entropy), weight)}
 
@@ -259,8 +264,8 @@ def make_evaluate(
     return run_evaluation
 
 
-def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
-    """Writes `trainer_state.json`, and logs what was reached beside what the guide promises."""
+def _finish(config: GRPOConfig, directory: str) -> None:
+    """Logs what was reached beside what the guide promises."""
     if not distributed.is_main():
         return
     last = _last_metrics(config.output_dir)
@@ -277,8 +282,6 @@ def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
     for name, goal in wanted.items():
         if name in last:
             lines.append(f"{name:<36}{_finite(last[name]):>10.3f}   {goal}")
-    state = {"global_step": int(outcome.state.step), "metrics": last}
-    write_whole(f"{directory}/trainer_state.json", json.dumps(state, indent=2) + "\n")
     logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
 
 

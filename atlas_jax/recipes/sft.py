@@ -59,7 +59,10 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         )
         stack.close()
         if not outcome.stopped:
-            _report(outcome, run.export(outcome.state.params))
+            final = run.export(outcome.state.params)
+            done = int(outcome.state.step)
+            metrics.write_trainer_state(config, final, done, num_steps, train.num_steps(1))
+            _report(outcome, final)
     return not outcome.stopped
 
 

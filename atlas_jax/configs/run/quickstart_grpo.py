@@ -1,6 +1,11 @@
 """GRPO of SmolLM2-135M on the shipped problems, in minutes on two CPU cores.
 
 bash launch/quickstart.sh
+
+Hardware: two CPU cores. Time: 10 minutes for the whole quickstart (SFT, GRPO, evaluation), without
+the installation. Result: of 24 held-out questions the student answers 0.125 right alone and 0.375
+with the lessons of this teacher, as with those of the SFT teacher: four steps change nothing that
+shows.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,10 @@
 """SFT of SmolLM2-135M on the shipped demonstrations, in minutes on two CPU cores.
 
 bash launch/quickstart.sh
+
+Hardware: two CPU cores. Time: 10 minutes for the whole quickstart (SFT, GRPO, evaluation), without
+the installation; a step took 11 s on one host and 30 s on a busy one. Result: of 24 held-out
+questions the student answers 0.125 right alone and 0.375 with the lessons of this teacher.
 """
 
 from ml_collections import ConfigDict

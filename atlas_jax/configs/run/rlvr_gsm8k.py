@@ -3,6 +3,8 @@
 python -m atlas_jax.train --config configs/run/rlvr_gsm8k.py --config.output_dir=checkpoints/gsm8k
 
 8 answers a question, 32 questions a step, on any number of devices that divides 256.
+
+Hardware, time and result: not run yet.
 """
 
 from ml_collections import ConfigDict
