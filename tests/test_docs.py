@@ -187,7 +187,10 @@ def test_the_three_commands_of_the_readme_run(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ATLAS_TRACEBACK": "1"}
     # The commands as they stand, with less work: one step of short texts of a tiny model.
     less = {
-        "quickstart_sft": ("max_steps=1", "max_seq_length=2048", "data.length_buckets=(2048,)"),
+        "quickstart_sft": (
+            "max_steps=1", "max_seq_length=2048", "data.length_buckets=(2048,)",
+            "per_device_train_batch_size=1", "data.eval_path=",
+        ),
         "quickstart_grpo": (
             "max_steps=1", "gradient_accumulation_steps=1", "max_prompt_length=1500",
             "max_seq_length=2048", "data.length_buckets=(2048,)", "max_new_tokens=4",
