@@ -197,7 +197,7 @@ def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
         lack = f" with a {needed}" if needed else ""
         raise ValueError(
             f"{num_sessions} sessions hold no {part}{lack}; take others (data.min_reward, "
-            "data.status_filters, data.review_status_filters), or see the README's part on sessions"
+            "data.status_filters, data.review_status_filters), or see docs/data.md on sessions"
         )
     return rows._replace(rows=unfolded)
 
