@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from atlas_jax import config as config_lib
 from atlas_jax import config_files, masking
-from atlas_jax.config import GRPOConfig, flat, nearest
+from atlas_jax.config import nearest
 from atlas_jax.types import DependencyError
 
 _ERROR, _USAGE, _INTERRUPTED = 1, 2, 130
@@ -49,11 +50,19 @@ class _ConfigReader(flags.ArgumentParser[ConfigDict]):
             raise UsageError(str(error)) from error
         for match in self.overrides:
             self._check(match["name"], match["value"] or "")
+        self._check_given_once([match["name"] for match in self.overrides])
         return self.config
 
     def flag_type(self) -> str:
         """Returns what absl's help calls the value."""
         return "config file"
+
+    def _check_given_once(self, names: Sequence[str]) -> None:
+        """Checks that no option is given under its former name and its present one."""
+        former = config_lib.former_names(self.config)
+        for name in names:
+            if former.get(name) in names:
+                raise UsageError(f"{name} and {former[name]} are two names of one option; give one")
 
     def _check(self, name: str, value: str) -> None:
         group: Any = self.config
@@ -106,7 +115,7 @@ def parse(argv: list[str]) -> list[str]:
     except UsageError as error:
         _fail(error, _USAGE)
     except flags.UnrecognizedFlagError as error:
-        options = list(flat(GRPOConfig())) if isinstance(reader, _ConfigReader) else []
+        options = list(config_lib.all_options()) if isinstance(reader, _ConfigReader) else []
         _fail(UsageError(_unknown_flag(error.flagname, options)), _USAGE)
     except flags.IllegalFlagValueError as error:
         _fail(UsageError(_bad_value(str(error), words)), _USAGE)

@@ -71,12 +71,11 @@ def build(
     optimizer = setup.make_optimizer(config, decoder, 1000)
     state = step.abstract_state(decoder.shapes, decoder.placements(), optimizer, sharding)
     run = Run(config, decoder, mesh, state, [], {}, 0)
-    if isinstance(config, GRPOConfig):
-        return _grpo(run, config, optimizer, student, target)
-    return _sft(run, config, optimizer)
+    recipes: dict[str, Callable[..., Run]] = {"sft": _sft, "grpo": _grpo}
+    return recipes[config.algorithm](run, config, optimizer, student, target)
 
 
-def _sft(run: Run, config: TrainConfig, optimizer: step.Optimizer) -> Run:
+def _sft(run: Run, config: TrainConfig, optimizer: step.Optimizer, *_: Any) -> Run:
     sharding, length = run.decoder.sharding, config.max_seq_length
     plan = batch_plan(config, sharding.num_replicas)
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length

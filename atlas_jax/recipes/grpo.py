@@ -238,7 +238,7 @@ def _reference(
 def _local_engines(
     config: GRPOConfig, model: setup.Model, student: setup.Model | None
 ) -> speakers.Engines:
-    policy = speakers.local(model, config.data.system_prompt, config.rollout.max_rows)
+    policy = speakers.local(model, config.teaching.system_prompt, config.rollout.max_rows)
     return speakers.Engines(policy, None if student is None else load_student(config, student))
 
 
@@ -265,7 +265,7 @@ def load_student(config: GRPOConfig, model: setup.Model) -> Speaker:
     Raises:
         ValueError: if it has too few positions for a lesson and an answer.
     """
-    student = load_speaker(config, model, config.rollout.student_system_prompt)
+    student = load_speaker(config, model, config.teaching.student_system_prompt)
     return speakers.check_student(config, student)
 
 

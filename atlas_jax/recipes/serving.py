@@ -112,7 +112,7 @@ def _policy(
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
-    speaker, engine = _speaker(pool, model, config.data.system_prompt)
+    speaker, engine = _speaker(pool, model, config.teaching.system_prompt)
     block_size = max(start.block_size for start in pool.starts)
     prompt = probe_prompt(model.files.tokenizer, block_size, speaker.context - _PROBE_TOKENS)
     probe = Probe(
@@ -135,7 +135,7 @@ def _policy(
 def _student(config: GRPOConfig, model: setup.Model, stack: contextlib.ExitStack) -> Speaker:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
-    speaker, _ = _speaker(pool, model, config.rollout.student_system_prompt)
+    speaker, _ = _speaker(pool, model, config.teaching.student_system_prompt)
     return speakers.check_student(config, speaker)
 
 

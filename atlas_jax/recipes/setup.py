@@ -92,7 +92,7 @@ def open_frozen(config: TrainConfig, path: str, sharding: Sharding) -> Model:
     sharding = dataclasses.replace(sharding, offload="none")
     text = config.chat_template_kwargs
     if isinstance(config, GRPOConfig) and path == config.student_model:
-        text = config.rollout.student_chat_template_kwargs or text
+        text = config.teaching.student_chat_template_kwargs or text
     return _open(config, path, sharding, compute_dtype(config, sharding), read_options(text))
 
 

@@ -90,12 +90,12 @@ def check_student(config: GRPOConfig, student: Speaker) -> Speaker:
     Raises:
         ValueError: if it lacks positions for a lesson and an answer.
     """
-    longest = config.max_new_tokens + (config.rollout.max_answer_tokens or config.max_new_tokens)
+    longest = config.max_new_tokens + config.answer_tokens
     if longest > student.context:
         raise ValueError(
             f"student {config.student_model} has {student.context} positions, fewer than a lesson "
             f"of max_new_tokens={config.max_new_tokens} and an answer ({longest} together); lower "
-            "max_new_tokens or rollout.max_answer_tokens"
+            "max_new_tokens or teaching.max_answer_tokens"
         )
     return student
 
@@ -107,17 +107,19 @@ def protocol(config: GRPOConfig, num_generations: int) -> Protocol:
         ValueError: for a template with an unknown field or without a needed one.
     """
     check_templates(config)
-    rollout = config.rollout
+    teaching = config.teaching
     templates = Templates(
-        rollout.student_baseline_template,
-        rollout.student_diagnostic_template,
-        config.data.teacher_template,
-        rollout.student_with_teaching_template,
-        rollout.direct_template,
+        teaching.student_baseline_template,
+        teaching.student_diagnostic_template,
+        teaching.teacher_template,
+        teaching.student_with_teaching_template,
+        config.rollout.direct_template,
     )
-    answer = rollout.max_answer_tokens or config.max_new_tokens
     limits = Limits(
-        config.max_new_tokens, config.max_probe_tokens, answer, config.max_prompt_length
+        config.max_new_tokens,
+        teaching.max_probe_tokens,
+        config.answer_tokens,
+        config.max_prompt_length,
     )
-    kind, missing = rollout.protocol, rollout.missing_teaching
-    return Protocol(kind, templates, limits, num_generations, missing)
+    kind = config.rollout.protocol
+    return Protocol(kind, templates, limits, num_generations, teaching.missing_teaching)

@@ -6,13 +6,12 @@ import json
 import pytest
 from absl import logging
 
-from atlas_jax.config import DataConfig
+from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import examples, questions, sessions, sources, trace_parser
 from atlas_jax.data.sources import Row, Rows
 
-CONFIG = DataConfig(
-    format="session", teacher_template="{question}|{approach}", lesson_template="<{teaching}>"
-)
+CONFIG = DataConfig(format="session")
+LESSONS = LessonsConfig(teacher_template="{question}|{approach}", lesson_template="<{teaching}>")
 
 
 def attempt(guidance, text=None, **more):
@@ -82,7 +81,7 @@ def test_what_a_teacher_said_is_a_lesson_where_the_steps_have_none():
 
 def test_the_teacher_is_the_assistant_and_alone_is_trained():
     rows = Rows([Row("s", {}, sessions.to_parts(parse(), True))], [])
-    first, _ = examples.parse_rows(sources.unfold(rows, sessions.LESSONS), CONFIG).samples
+    first, _ = examples.parse_rows(sources.unfold(rows, sessions.LESSONS), CONFIG, LESSONS).samples
     assert first.name == "s lessons[0]"
     assert first.messages == [
         {"role": "user", "content": "0 and 0?\n\nStep 1: Add.|21"},

@@ -14,7 +14,7 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax import endpoints
-from atlas_jax.options_rim import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.options.judges import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import RIMReward, transport
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
