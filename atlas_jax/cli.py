@@ -23,6 +23,7 @@ from atlas_jax.types import DependencyError
 
 _ERROR, _USAGE, _INTERRUPTED = 1, 2, 130
 _HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull")
+_OPTIONS = ("--options", "-options")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<name>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 _BAD_VALUE = re.compile(r"flag --(?P<flag>[\w.]+)=.*", re.DOTALL)
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -108,6 +109,8 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     reader = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
     words = argv[1:]
+    if reader and words and words[0].partition("=")[0] in _OPTIONS:
+        _show_options(" ".join((*words[0].split("=", 1)[1:], *words[1:])))
     try:
         if isinstance(reader, _ConfigReader):
             words = _with_config(words, reader)
@@ -121,6 +124,17 @@ def parse(argv: list[str]) -> list[str]:
         _fail(UsageError(_bad_value(str(error), words)), _USAGE)
     except (flags.Error, ValueError, OSError) as error:
         _fail(error, _USAGE)
+
+
+def _show_options(pattern: str) -> NoReturn:
+    """Prints the options whose name contains the pattern, and ends the process."""
+    from atlas_jax import option_docs  # needed for nothing else
+
+    try:
+        sys.stdout.write(option_docs.plain(pattern))
+    except ValueError as error:
+        _fail(error, _USAGE)
+    sys.exit(0)
 
 
 def guarded(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -260,5 +274,7 @@ def _own_flags() -> list[str]:
 def _usage() -> str:
     """Returns the docstring of the command and its own flags."""
     lines = [f"  --{name:<16} {flags.FLAGS[name].help}" for name in _own_flags()]
+    if "config" in flags.FLAGS:
+        lines.append("  --options PATTERN  Print the options whose name contains PATTERN, or all.")
     doc = (sys.modules["__main__"].__doc__ or "").strip()
     return "\n".join((doc, "", "flags:", *lines, ""))

@@ -281,7 +281,7 @@ def rule_text(meta: Meta | None) -> str:
 
 
 def _joined(rule: str) -> str:
-    return f"of {rule}" if rule[:1].isdigit() or rule[:1] == "-" else rule
+    return rule if rule.startswith("above") else f"of {rule}"
 
 
 def _why(meta: Meta | None) -> str:
