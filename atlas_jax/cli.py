@@ -17,12 +17,14 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from atlas_jax import config as config_lib
 from atlas_jax import config_files, masking, migration, overrides, saved_config
-from atlas_jax.config import GRPOConfig, flat, nearest
+from atlas_jax.config import nearest
 from atlas_jax.types import DependencyError
 
 _ERROR, _USAGE, _INTERRUPTED = 1, 2, 130
 _HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull")
+_OPTIONS = ("--options", "-options")
 _BAD_VALUE = re.compile(r"flag --(?P<flag>[\w.]+)=.*", re.DOTALL)
 _CONFIG_HELP = (
     "Config: a shipped recipe such as teacher_sft, a FILE.py or a PACKAGE.MODULE; "
@@ -115,6 +117,8 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     reader = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
     words = argv[1:]
+    if reader and words and words[0].partition("=")[0] in _OPTIONS:
+        _show_options(" ".join((*words[0].split("=", 1)[1:], *words[1:])))
     try:
         if isinstance(reader, _ConfigReader):
             words = reader.read(words)
@@ -122,12 +126,23 @@ def parse(argv: list[str]) -> list[str]:
     except UsageError as error:
         _fail(error, _USAGE)
     except flags.UnrecognizedFlagError as error:
-        options = list(flat(GRPOConfig())) if isinstance(reader, _ConfigReader) else []
+        options = list(config_lib.all_options()) if isinstance(reader, _ConfigReader) else []
         _fail(UsageError(_unknown_flag(error.flagname, options)), _USAGE)
     except flags.IllegalFlagValueError as error:
         _fail(UsageError(_bad_value(str(error), words)), _USAGE)
     except (flags.Error, ValueError, OSError) as error:
         _fail(error, _USAGE)
+
+
+def _show_options(pattern: str) -> NoReturn:
+    """Prints the options whose name contains the pattern, and ends the process."""
+    from atlas_jax import option_docs  # needed for nothing else
+
+    try:
+        sys.stdout.write(option_docs.plain(pattern))
+    except ValueError as error:
+        _fail(error, _USAGE)
+    sys.exit(0)
 
 
 def guarded(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -250,6 +265,8 @@ def _own_flags() -> list[str]:
 def _usage() -> str:
     """Returns the docstring of the command and its own flags."""
     lines = [f"  --{name:<16} {flags.FLAGS[name].help}" for name in _own_flags()]
+    if "config" in flags.FLAGS:
+        lines.append("  --options PATTERN  Print the options whose name contains PATTERN, or all.")
     doc = (sys.modules["__main__"].__doc__ or "").strip()
     return "\n".join(
         (doc, "", "flags:", *lines, *(_recipes() if "config" in flags.FLAGS else ()), "")

@@ -16,7 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.options import HostsConfig
+from atlas_jax.options.model import HostsConfig
 from atlas_jax.types import Address
 from atlas_jax.watch import Limits, Watch
 

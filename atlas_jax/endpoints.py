@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from absl import logging
 
 from atlas_jax import extras, masking
-from atlas_jax.options_rim import UNKNOWN_PRICE, JudgeModel, RIMConfig
+from atlas_jax.options.judges import UNKNOWN_PRICE, JudgeModel, RIMConfig
 
 if TYPE_CHECKING:
     import yarl
@@ -153,6 +153,25 @@ def resolve_all(config: RIMConfig) -> dict[str, Endpoint]:
     """Returns the endpoints of `small_model` and `large_model`; raises as `resolve` does."""
     models = {"small_model": config.small_model, "large_model": config.large_model}
     return {name: resolve(f"reward.rim.{name}", model) for name, model in models.items()}
+
+
+def check(config: RIMConfig) -> None:
+    """Checks that both models have an endpoint, and prices where a budget needs them.
+
+    Raises:
+        ValueError: names the option, its value and what to write instead.
+    """
+    resolve_all(config)
+    models = {"small_model": config.small_model, "large_model": config.large_model}
+    for name, model in models.items() if config.limits.max_cost else ():
+        if prices(model) is None:
+            where = f" at {model.base_url}" if model.base_url else ""
+            name = f"reward.rim.{name}"
+            raise ValueError(
+                f"reward.rim.limits.max_cost={config.limits.max_cost:g}, and the price of {name} "
+                f"({model.model}{where}) is not known; set {name}.input_price and "
+                f"{name}.output_price, or max_cost=0"
+            )
 
 
 def api_key(endpoint: Endpoint) -> str:

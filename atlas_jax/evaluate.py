@@ -39,9 +39,7 @@ def main(argv: list[str]) -> None:
     for flag in (_TEACHERS, _STUDENT, _DATA):
         if not flag.value:
             raise cli.UsageError(f"--{flag.name} is needed; --help tells the flags")
-    config = config_lib.freeze(cli.needed(_CONFIG))
-    if not isinstance(config, GRPOConfig):
-        raise ValueError(f"--config has algorithm={config.algorithm!r}; use a GRPO run file")
+    config = config_lib.freeze(cli.needed(_CONFIG), GRPOConfig)
     data = dataclasses.replace(config.data, dataset_path=_DATA.value, db_url="", eval_path="")
     config = dataclasses.replace(
         config,
@@ -106,7 +104,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
         answers.append(
             evaluation.ask(
                 questions,
-                local_backend.load_chat_model(one, model, one.data.system_prompt),
+                local_backend.load_chat_model(one, model, one.teaching.system_prompt),
                 student,
                 protocol,
                 Sampling(0.0),

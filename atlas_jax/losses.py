@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from atlas_jax import sockets
-from atlas_jax.option_rules import CHOICES
+from atlas_jax.options import fields
+from atlas_jax.options.policy_loss import PolicyLossConfig
 from atlas_jax.types import PolicyBatch
 
 LossSum = tuple[Float[Array, ""], Float[Array, ""]]
@@ -228,8 +229,7 @@ def _check(batch: PolicyBatch, options: PolicyOptions) -> None:
 
 def _one_of(name: str, value: str) -> None:
     """Raises `ValueError` unless `value` is a choice of that option."""
-    if value not in CHOICES[name]:
-        raise ValueError(f"unknown {name}: {value!r}; use one of {', '.join(CHOICES[name])}")
+    fields.check(name, value, fields.hints(PolicyLossConfig)[name])
 
 
 def _members(batch: PolicyBatch, options: PolicyOptions) -> Bool[Array, "B T G"]:

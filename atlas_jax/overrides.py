@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from ml_collections import ConfigDict
 
 from atlas_jax import migration
-from atlas_jax.config import ALGORITHMS, flat, nearest
+from atlas_jax.config import ALGORITHMS, flat, former_names, nearest, schema
 
 PATTERN = re.compile(r"--?(?P<no>no)?config\.(?P<name>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 
@@ -70,6 +70,7 @@ def apply(config: ConfigDict, options: Sequence[Option]) -> list[str]:
     Raises:
         ValueError: for an unknown option, or a value of another type.
     """
+    _check_given_once(config, [option.name for option in options])
     notes: list[str] = []
     several: dict[str, tuple[Any, ...]] = {}
     for option in options:
@@ -87,6 +88,14 @@ def apply(config: ConfigDict, options: Sequence[Option]) -> list[str]:
         *groups, last = option.name.split(".")
         _get(config, ".".join(groups))[last] = value
     return notes
+
+
+def _check_given_once(config: ConfigDict, names: Sequence[str]) -> None:
+    """Checks that no option is given under its former name and its present one."""
+    former = former_names(config)
+    for name in names:
+        if former.get(name) in names:
+            raise ValueError(f"{name} and {former[name]} are two names of one option; give one")
 
 
 def read(option: Option, config: ConfigDict) -> Any:
@@ -111,8 +120,8 @@ def unknown(name: str, config: ConfigDict) -> str:
     found = migration.find(name)
     if found:
         return f"unknown option {name}: {found.answer}"
-    for algorithm, schema in ALGORITHMS.items():
-        if name in flat(schema()):
+    for algorithm in ALGORITHMS:
+        if name in flat(schema(algorithm)()):
             return (
                 f"unknown option {name}: it is one of algorithm={algorithm}, and this config has "
                 f"algorithm={config.algorithm}"
@@ -166,7 +175,7 @@ def _whole(text: str) -> int:
 
 def _item_type(name: str, config: ConfigDict) -> type[Any]:
     """Returns the type of the items of an option that holds several."""
-    group: Any = ALGORITHMS[config.algorithm]()
+    group: Any = schema(config.algorithm)()
     *groups, last = name.split(".")
     for part in groups:
         group = getattr(group, part)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from atlas_jax import masking
-from atlas_jax.config import ALGORITHMS, defaults
+from atlas_jax.config import ALGORITHMS, defaults, schema
 from atlas_jax.overrides import unknown
 
 _VARIABLES = {"data.db_url": "ATLAS_DATABASE_URL"}
@@ -67,7 +67,7 @@ def load(path: str) -> SavedConfig:
         raise ValueError(
             f"{path} is no run's config.json: its algorithm is none of {', '.join(ALGORITHMS)}"
         )
-    config = defaults(ALGORITHMS[values["algorithm"]])
+    config = defaults(schema(values["algorithm"]))
     hidden: list[str] = []
     _fill(path, config, config, values, "", hidden)
     return SavedConfig(path, config, tuple(hidden))

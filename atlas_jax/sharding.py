@@ -20,7 +20,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.config import MeshConfig
-from atlas_jax.validation import mesh_shape
 
 T = TypeVar("T")
 
@@ -43,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             fit in one process.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
+    shape = config.shape(len(devices))
     return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -214,11 +214,37 @@ def test_an_error_of_a_config_is_told_with_its_place(text, message, tmp_path):
     ("change", "message"),
     [
         ("output_dir=null", "output_dir is empty; set --config.output_dir=…"),
+        (
+            "data.length_buckets=(1,'x')",
+            "data.length_buckets=(1, 'x') holds 'x'; each item must be a whole number above 0",
+        ),
     ],
 )
 def test_values_that_do_not_fit_are_refused(change, message):
     result = run(*TRAIN, f"--config={SFT}", f"--config.{change}")
     assert error_of(result, 1).startswith(message)
+
+
+def test_an_option_is_set_by_its_former_name_and_by_its_present_one():
+    names = "teaching.max_probe_tokens,teaching.student_baseline_template,teaching.lesson_template"
+    for changes in (
+        ("max_probe_tokens=7", "rollout.student_baseline_template={question}?",
+         "data.lesson_template=L"),
+        ("teaching.max_probe_tokens=7", "teaching.student_baseline_template={question}?",
+         "teaching.lesson_template=L"),
+    ):  # fmt: skip
+        result = run(
+            "tools/read_config.py", names, f"--config={GRPO}", *(f"--config.{c}" for c in changes)
+        )
+        assert result.stdout == "7\n{question}?\nL\n", result.stderr
+
+
+def test_an_option_is_given_under_one_of_its_names():
+    changes = ("--config.max_probe_tokens=7", "--config.teaching.max_probe_tokens=8")
+    result = run(*TRAIN, f"--config={GRPO}", *changes)
+    assert error_of(result) == (
+        "max_probe_tokens and teaching.max_probe_tokens are two names of one option; give one"
+    )
 
 
 def test_none_and_null_empty_an_option():

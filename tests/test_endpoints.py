@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from atlas_jax.endpoints import resolve
-from atlas_jax.options_rim import JudgeModel
+from atlas_jax.options.judges import JudgeModel
 from tests import judge_server
 from tests.rewards.test_agreement import session
 

@@ -11,7 +11,8 @@ import dataclasses
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import _checkout  # noqa: F401  (comes first: see there)
 from absl import app
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
     for reason in rows.rejected[:20]:
         print(f"  {reason}")
     config = dataclasses.replace(config, data=loose)
-    (print_questions if isinstance(config, GRPOConfig) else print_examples)(config, rows)
+    show: dict[str, Callable[[Any, Rows], None]] = {"sft": print_examples, "grpo": print_questions}
+    show[config.algorithm](config, rows)
 
 
 def print_counts(config: DataConfig) -> None:

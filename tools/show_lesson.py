@@ -30,11 +30,12 @@ def prompt(row: int) -> list[dict[str, str]]:
     """Returns the conversation of a held-out demonstration up to the teacher's turn."""
     options = config.defaults(config.SFTConfig)
     quickstart_sft.apply(options)
-    data = config.freeze(options).data
+    frozen = config.freeze(options)
+    data = frozen.data
     rows = sources.read_rows(data, data.eval_path).rows
     if not 0 <= row < len(rows):
         raise ValueError(f"--row {row} must be 0 to {len(rows) - 1}")
-    return list(examples.to_sample(rows[row], data).messages[:-1])
+    return list(examples.to_sample(rows[row], data, frozen.teaching).messages[:-1])
 
 
 def generate(model_path: str, messages: list[dict[str, str]], max_new_tokens: int) -> str:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from atlas_jax.config import DataConfig
+from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import shapes
 from atlas_jax.data.sources import Row, Rows, check_rejected
 from atlas_jax.types import Message
@@ -38,6 +38,7 @@ _TEMPLATE_FIELDS = {
     "teacher_template": ("question", "approach"),
     "lesson_template": ("approach", "diagnosis", "teaching"),
 }
+NO_LESSONS = LessonsConfig()
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -82,20 +83,20 @@ class Samples(NamedTuple):
     rejected: list[str]
 
 
-def parse_rows(rows: Rows, config: DataConfig) -> Samples:
+def parse_rows(rows: Rows, config: DataConfig, lessons: LessonsConfig = NO_LESSONS) -> Samples:
     """Returns every row as a conversation or plain text.
 
     Raises:
         ValueError: if a template has an unknown field, or more than `config.max_rejected_frac` of
             the rows have none of the accepted formats.
     """
-    check_templates(config)
+    check_templates(lessons)
     samples: list[Sample] = []
     rejected = []
     others: list[str] = []
     for row in rows.rows:
         try:
-            samples.append(to_sample(row, config))
+            samples.append(to_sample(row, config, lessons))
         except ValueError as error:
             rejected.append(f"{row.name}: {error}")
             if isinstance(error, OtherFormatError):
@@ -109,7 +110,7 @@ def parse_rows(rows: Rows, config: DataConfig) -> Samples:
     return Samples(samples, rejected)
 
 
-def to_sample(row: Row, config: DataConfig) -> Sample:
+def to_sample(row: Row, config: DataConfig, lessons: LessonsConfig = NO_LESSONS) -> Sample:
     """Returns one row as a conversation or plain text.
 
     Raises:
@@ -122,7 +123,7 @@ def to_sample(row: Row, config: DataConfig) -> Sample:
     if kind == "messages":
         sample: Sample = Conversation(row.name, _messages(fields["messages"], "messages"))
     elif kind in ("teaching", "session"):
-        sample = Conversation(row.name, _teaching(fields, config))
+        sample = Conversation(row.name, _teaching(fields, lessons))
     else:
         sample = _prompt_completion(row.name, fields["prompt"], fields["completion"])
     if isinstance(sample, PlainText):
@@ -134,7 +135,7 @@ def to_sample(row: Row, config: DataConfig) -> Sample:
         )
     if kind not in ("teaching", "session"):
         sample = sample._replace(tools=_tools(fields.get("tools")))
-    return _with_system_prompt(sample, config.system_prompt)
+    return _with_system_prompt(sample, lessons.system_prompt)
 
 
 def trained_turns(sample: Conversation) -> list[int]:
@@ -182,17 +183,17 @@ def row_format(fields: Mapping[str, Any], wanted: str) -> str:
     raise ValueError(reason)
 
 
-def check_templates(config: DataConfig) -> None:
+def check_templates(lessons: LessonsConfig) -> None:
     """Checks the placeholders of the teaching templates.
 
     Raises:
         ValueError: if no field fills a placeholder.
     """
     for option, known in _TEMPLATE_FIELDS.items():
-        for name in PLACEHOLDER.findall(getattr(config, option)):
+        for name in PLACEHOLDER.findall(getattr(lessons, option)):
             if name not in known:
                 raise ValueError(
-                    f"data.{option} has the unknown field {{{name}}}; it may use "
+                    f"teaching.{option} has the unknown field {{{name}}}; it may use "
                     f"{', '.join(f'{{{field}}}' for field in known)}"
                 )
 
@@ -214,15 +215,17 @@ def _prompt_completion(name: str, prompt: Any, completion: Any) -> Sample:
     )
 
 
-def _teaching(fields: Mapping[str, Any], config: DataConfig) -> list[Message]:
+def _teaching(fields: Mapping[str, Any], lessons: LessonsConfig) -> list[Message]:
     for option in _TEMPLATE_FIELDS:
-        if not getattr(config, option):
-            raise ValueError(f"is a teaching row but data.{option} is empty; set it in the config")
+        if not getattr(lessons, option):
+            raise ValueError(
+                f"is a teaching row but teaching.{option} is empty; set it in the config"
+            )
     values = [_text(fields[field], field) for field in FIELDS["teaching"]]
     known = dict(zip(("question", "approach", "diagnosis", "teaching"), values, strict=True))
     return [
-        Message(role="user", content=fill(config.teacher_template, known)),
-        Message(role="assistant", content=fill(config.lesson_template, known)),
+        Message(role="user", content=fill(lessons.teacher_template, known)),
+        Message(role="assistant", content=fill(lessons.lesson_template, known)),
     ]
 
 

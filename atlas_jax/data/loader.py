@@ -109,7 +109,7 @@ def build(
     _check_layout(layout)
     rows = unfold(rows, LESSONS)
     tokenizer = template.tokenizer
-    samples, rejected = examples.parse_rows(rows, config.data)
+    samples, rejected = examples.parse_rows(rows, config.data, config.teaching)
     chat.check_tokenizer(tokenizer, samples)
     options = chat.mask_options(
         tokenizer,

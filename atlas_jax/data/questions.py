@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from atlas_jax.config import GRPOConfig
+from atlas_jax.config import GRPOConfig, flat
 from atlas_jax.data import shapes
 from atlas_jax.data.examples import PLACEHOLDER, check_encodable
 from atlas_jax.data.sources import QUESTIONS, Row, Rows, check_rejected, epoch_order, unfold
@@ -149,18 +149,18 @@ def check_templates(config: GRPOConfig) -> None:
     known = ("question", *config.rollout.question_fields)
     checks: dict[str, tuple[str, ...]]
     if rollout.protocol == "direct":
-        checks = {"direct_template": ()}
+        checks = {"rollout.direct_template": ()}
     else:
         checks = {
-            "student_baseline_template": (),
-            "student_diagnostic_template": (),
-            "student_with_teaching_template": ("teaching",),
+            "teaching.student_baseline_template": (),
+            "teaching.student_diagnostic_template": (),
+            "teaching.student_with_teaching_template": ("teaching",),
         }
-        template = config.data.teacher_template
-        check_template("data.teacher_template", template, (*known, "approach"), ("question",))
+        template = config.teaching.teacher_template
+        check_template("teaching.teacher_template", template, (*known, "approach"), ("question",))
     for option, more in checks.items():
-        template = getattr(rollout, option)
-        check_template(f"rollout.{option}", template, (*known, *more), ("question", *more))
+        template = flat(config)[option]
+        check_template(option, template, (*known, *more), ("question", *more))
 
 
 class Order:

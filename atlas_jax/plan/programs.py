@@ -79,13 +79,14 @@ def build(
         resident={},
         num_tokens=0,
     )
-    if isinstance(config, GRPOConfig):
-        return _grpo(run, compute, config, optimizer, student, target)
-    return _sft(run, compute, optimizer)
+    recipes: dict[str, Callable[..., Run]] = {"sft": _sft, "grpo": _grpo}
+    return recipes[config.algorithm](run, compute, config, optimizer, student, target)
 
 
-def _sft(run: Run, compute: Compute, optimizer: step.Optimizer) -> Run:
-    config, plan = compute.config, compute.plan
+def _sft(
+    run: Run, compute: Compute, config: TrainConfig, optimizer: step.Optimizer, *_: Any
+) -> Run:
+    plan = compute.plan
     length = config.longest_sequence
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length
     loss = sft.make_loss(run.decoder, config.loss_chunk_size)

@@ -224,7 +224,7 @@ def open_student(config: GRPOConfig, compute: Compute) -> Model:
     Raises:
         ValueError: if it cannot be opened.
     """
-    options = config.rollout.student_chat_template_kwargs
+    options = config.teaching.student_chat_template_kwargs
     return open_frozen(compute, config.student_model, options)
 
 

@@ -48,7 +48,7 @@ def make_local_backend(config: GRPOConfig, model: Model, student: Model | None) 
     Raises:
         ValueError: if the student has too few positions for a lesson and an answer.
     """
-    bind = chat_models.local(model, config.data.system_prompt, config.rollout.max_rows)
+    bind = chat_models.local(model, config.teaching.system_prompt, config.rollout.max_rows)
     return LocalBackend(bind, None if student is None else load_student(config, student))
 
 
@@ -58,7 +58,7 @@ def load_student(config: GRPOConfig, model: Model) -> ChatModel:
     Raises:
         ValueError: if it has too few positions for a lesson and an answer.
     """
-    student = load_chat_model(config, model, config.rollout.student_system_prompt)
+    student = load_chat_model(config, model, config.teaching.student_system_prompt)
     return chat_models.check_student(config, student)
 
 

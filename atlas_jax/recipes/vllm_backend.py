@@ -140,7 +140,7 @@ def _open_policy(
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
-    policy, engine = _chat_model(pool, model, config.data.system_prompt)
+    policy, engine = _chat_model(pool, model, config.teaching.system_prompt)
     block_size = max(start.block_size for start in pool.starts)
     prompt = probe_prompt(model.files.tokenizer, block_size, policy.context - _PROBE_TOKENS)
     probe = Probe(
@@ -163,7 +163,7 @@ def _open_policy(
 def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
-    student, _ = _chat_model(pool, model, config.rollout.student_system_prompt)
+    student, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
     return chat_models.check_student(config, student)
 
 

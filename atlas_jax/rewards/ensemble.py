@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.options_rim import ConsistencyRules, RIMConfig
+from atlas_jax.options.judges import ConsistencyRules, RIMConfig
 
 _ROUNDING = 1e-9
 

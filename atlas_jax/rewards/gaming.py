@@ -10,7 +10,7 @@ import collections
 import re
 from collections.abc import Iterator
 
-from atlas_jax.options_rim import AntiGaming
+from atlas_jax.options.judges import AntiGaming
 from atlas_jax.rewards import number_words
 from atlas_jax.rewards.leaks import states_answer
 from atlas_jax.rewards.texts import plain, visible

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.options_rim import JudgePrompt, RIMConfig
+from atlas_jax.options.judges import JudgePrompt, RIMConfig
 from atlas_jax.rewards.ensemble import Opinion
 from atlas_jax.rewards.texts import visible
 from atlas_jax.types import Message, Sample

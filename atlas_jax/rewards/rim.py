@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from atlas_jax import config as config_lib
 from atlas_jax import progress, stopping
-from atlas_jax.options_rim import RIMConfig
+from atlas_jax.options.judges import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.ensemble import Opinion, Verdict
 from atlas_jax.rewards.transport import MAX_HOLD_SECS, Answer, Pool, Transport

@@ -21,7 +21,7 @@ from atlas_jax.llm_client import (
     Tries,
     UnavailableError,
 )
-from atlas_jax.options_rim import JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.options.judges import JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import dialect as dialects
 from atlas_jax.rewards.dialect import Dialect, Known, Request
 from atlas_jax.rewards.ensemble import Opinion

@@ -15,7 +15,7 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax import endpoints
 from atlas_jax.configs import rim_config
-from atlas_jax.options_rim import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.options.judges import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import RIMReward, transport
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
@@ -626,7 +626,7 @@ def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"temperatures": ()}, "one at least"),
-        ({"temperatures": (0.2, 0.2)}, "each of them once"),
+        ({"temperatures": (0.2, 0.2)}, "must name each temperature once"),
         ({"variance_threshold": -1.0}, "reward.rim.variance_threshold=-1.0 must be 0 or more"),
         ({"replay": True, "cache_dir": ""}, "set reward.rim.cache_dir"),
         ({"active_judges": ActiveJudges(False, False, False, False)}, "set one at least to True"),

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from atlas_jax import config as config_lib
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig, RolloutConfig
+from atlas_jax.config import GRPOConfig, RolloutConfig, TeachingConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.rewards import verifiable
 from atlas_jax.rollout import measures, teaching
@@ -328,16 +327,14 @@ def test_the_generation_metrics_by_hand():
     ],
 )
 def test_templates_are_checked(option, template, message):
-    fine = dataclasses.replace(
-        RolloutConfig(),
+    fine = TeachingConfig(
         student_baseline_template="{question}",
         student_diagnostic_template="{question} {topic}",
         student_with_teaching_template="{question} {teaching}",
-        question_fields=("topic",),
+        teacher_template="{question} {approach} {topic}",
     )
-    data = config_lib.DataConfig(teacher_template="{question} {approach} {topic}")
-    config = dataclasses.replace(GRPOConfig(), rollout=fine, data=data)
+    config = GRPOConfig(teaching=fine, rollout=RolloutConfig(question_fields=("topic",)))
     assert chat_models.make_protocol(config, 5).num_generations == 5
-    wrong = dataclasses.replace(config, rollout=dataclasses.replace(fine, **{option: template}))
-    with pytest.raises(ValueError, match=f"rollout.{option}.*{message}"):
+    wrong = dataclasses.replace(config, teaching=dataclasses.replace(fine, **{option: template}))
+    with pytest.raises(ValueError, match=f"teaching.{option}.*{message}"):
         chat_models.make_protocol(wrong, 5)

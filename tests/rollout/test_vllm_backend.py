@@ -14,7 +14,7 @@ import pytest
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
-from atlas_jax.options import HostsConfig
+from atlas_jax.options.model import HostsConfig
 from atlas_jax.recipes import grpo, vllm_backend
 from atlas_jax.rollout import versions
 from atlas_jax.startup.compute import Compute

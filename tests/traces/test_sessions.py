@@ -6,15 +6,14 @@ import json
 import pytest
 from absl import logging
 
-from atlas_jax.config import DataConfig
+from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import examples, questions, sources
 from atlas_jax.data.sources import Row, Rows
 from atlas_jax.traces import parser, sessions
 from atlas_jax.types import SessionRows
 
-CONFIG = DataConfig(
-    format="session", teacher_template="{question}|{approach}", lesson_template="<{teaching}>"
-)
+CONFIG = DataConfig(format="session")
+LESSONS = LessonsConfig(teacher_template="{question}|{approach}", lesson_template="<{teaching}>")
 
 
 def attempt(guidance, text=None, **more):
@@ -84,7 +83,7 @@ def test_what_a_teacher_said_is_a_lesson_where_the_steps_have_none():
 
 def test_the_teacher_is_the_assistant_and_alone_is_trained():
     rows = Rows([Row("s", {}, sessions.to_rows(parse(), True))], [])
-    first, _ = examples.parse_rows(sources.unfold(rows, sources.LESSONS), CONFIG).samples
+    first, _ = examples.parse_rows(sources.unfold(rows, sources.LESSONS), CONFIG, LESSONS).samples
     assert first.name == "s lessons[0]"
     assert first.messages == [
         {"role": "user", "content": "0 and 0?\n\nStep 1: Add.|21"},

@@ -33,6 +33,6 @@ def apply(config: ConfigDict) -> None:
 
 
 def apply_student_templates(config: ConfigDict) -> None:
-    config.rollout.student_baseline_template = BASELINE
-    config.rollout.student_diagnostic_template = DIAGNOSTIC
-    config.rollout.student_with_teaching_template = WITH_TEACHING
+    config.teaching.student_baseline_template = BASELINE
+    config.teaching.student_diagnostic_template = DIAGNOSTIC
+    config.teaching.student_with_teaching_template = WITH_TEACHING

@@ -33,6 +33,6 @@ def apply(config: ConfigDict) -> None:
 
 
 def apply_templates(config: ConfigDict) -> None:
-    config.data.system_prompt = SYSTEM_PROMPT
-    config.data.teacher_template = TEACHER_TEMPLATE
-    config.data.lesson_template = LESSON_TEMPLATE
+    config.teaching.system_prompt = SYSTEM_PROMPT
+    config.teaching.teacher_template = TEACHER_TEMPLATE
+    config.teaching.lesson_template = LESSON_TEMPLATE

@@ -9,9 +9,9 @@ TASK = 'Solve the problem in one short sentence, then write "Answer:" and the fi
 
 def apply(config: ConfigDict) -> None:
     quickstart_sft.apply(config)
-    config.rollout.student_baseline_template = "{question}\n\n" + TASK
-    config.rollout.student_with_teaching_template = "{question}\n\nHint: {teaching}\n\n" + TASK
-    config.rollout.student_diagnostic_template = (
+    config.teaching.student_baseline_template = "{question}\n\n" + TASK
+    config.teaching.student_with_teaching_template = "{question}\n\nHint: {teaching}\n\n" + TASK
+    config.teaching.student_diagnostic_template = (
         "{question}\n\nDo not solve the problem. Describe in one or two short sentences how you "
         "would approach it."
     )

@@ -31,8 +31,8 @@ def apply(config: ConfigDict) -> None:
 def apply_sessions(config: ConfigDict) -> None:
     config.data.format = "session"
     config.data.eval_split_ratio = 0.1
-    config.data.system_prompt = arc_atlas_sft.SYSTEM_PROMPT
-    config.data.teacher_template = TEACHER_TEMPLATE
-    config.data.lesson_template = LESSON_TEMPLATE
+    config.teaching.system_prompt = arc_atlas_sft.SYSTEM_PROMPT
+    config.teaching.teacher_template = TEACHER_TEMPLATE
+    config.teaching.lesson_template = LESSON_TEMPLATE
     if config.algorithm == "grpo":
         arc_atlas_rl.apply_student_templates(config)
