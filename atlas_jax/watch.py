@@ -39,7 +39,7 @@ _SYMPTOMS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 """Texts in the errors that a process gets when another process has ended."""
 
 
-class Limits(NamedTuple):
+class WatchLimits(NamedTuple):
     """Limits for a process, in seconds: of its silence, and of the time that others wait for it."""
 
     heartbeat_secs: float
@@ -109,7 +109,7 @@ def _moves(note: Note) -> tuple[int, int]:
     return note.arrivals, note.marks
 
 
-def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
+def judge(seen: Mapping[int, Seen], limits: WatchLimits) -> str:
     """Returns the reason for which the run must end; "" if it continues."""
     for one in seen.values():
         if one.note.verdict:
@@ -144,7 +144,9 @@ def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
 class Watch:
     """The note of this process, and the threads that publish it and judge the others."""
 
-    def __init__(self, service: Service, process: int, num_processes: int, limits: Limits) -> None:
+    def __init__(
+        self, service: Service, process: int, num_processes: int, limits: WatchLimits
+    ) -> None:
         """Creates the watch; `start` starts it."""
         self._service = service
         self._process = process

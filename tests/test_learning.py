@@ -70,7 +70,7 @@ def train(options, num_steps):
     parts = Parts(
         config=options,
         layout=layout,
-        order=asked.Order(questions, options.seed, True),
+        order=asked.QuestionOrder(questions, options.seed, True),
         policy=speakers.local(model, "", options.rollout.max_rows),
         student=grpo.open_student(options, sharding),
         protocol=speakers.protocol(options, options.num_generations),

@@ -15,7 +15,7 @@ import numpy as np
 from atlas_jax import metrics, optim, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, GRPOConfig, ModelOptions, RolloutConfig, batch_plan
-from atlas_jax.data.questions import Order
+from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.recipes import feed, grpo, setup, speakers
 from atlas_jax.sharding import Sharding
 from atlas_jax.types import Question, RewardResult, Rollout
@@ -114,7 +114,7 @@ def _parts(
     return feed.Parts(
         config=config,
         layout=layout,
-        order=Order(questions, 0, False),
+        order=QuestionOrder(questions, 0, False),
         policy=speakers.local(model, "", config.rollout.max_rows, ()),  # no stop: full length
         student=None,
         protocol=speakers.protocol(config, args.generations),

@@ -19,7 +19,7 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of every layer; scans run over the leading dim L of each array."""
 
     prompt: KeysValues  # [L, P, K, S, H], right-padded
@@ -57,10 +57,10 @@ def prefill(
 def decode(
     decoder: Decoder,
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     tokens: Int[Array, "P G"],
     time: Int[Array, ""],
-) -> tuple[Float[Array, "P G D"], Cache]:
+) -> tuple[Float[Array, "P G D"], KVCache]:
     """Runs one token of each row: the one that was sampled at step `time`.
 
     Returns:

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
     config: GRPOConfig
     layout: Layout
-    order: asked.Order
+    order: asked.QuestionOrder
     policy: Callable[[Params, int], Speaker]
     student: Speaker | None
     protocol: teaching.Protocol

@@ -67,7 +67,7 @@ def _train(
     if config.rollout.protocol != "direct":
         student = setup.open_frozen(config, config.student_model, sharding)
     layout = fit_attention(layout, model.decoder, config.attn_implementation)
-    order = asked.Order(train, config.seed, config.data.shuffle)
+    order = asked.QuestionOrder(train, config.seed, config.data.shuffle)
     distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
     num_steps = config.max_steps
     if num_steps == -1:

@@ -135,7 +135,7 @@ def _datasets(
         config.data, config.seed, config.output_dir, distributed.is_main()
     )
     tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
-    layout = loader.Layout(global_rows, *process)
+    layout = loader.HostRows(global_rows, *process)
     build = functools.partial(
         loader.build,
         config=config,
@@ -151,7 +151,7 @@ def _datasets(
     logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
     if held_out is None:
         return train, None
-    layout = loader.Layout(eval_rows, *process)
+    layout = loader.HostRows(eval_rows, *process)
     other = build(held_out, layout=layout, training=False)
     vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
     return train, other

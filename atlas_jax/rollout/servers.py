@@ -91,7 +91,7 @@ class Server:
     url: str
     client: Client
     control: Client
-    start: capabilities.Start | None = None
+    start: capabilities.ServerStart | None = None
     up: bool = True
     why: str = ""
     hangs: bool = False
@@ -101,7 +101,7 @@ class Server:
     pushing: asyncio.Task[None] | None = None
 
 
-class Answer(NamedTuple):
+class CompletionReply(NamedTuple):
     """A reply to a completion request."""
 
     server: Server
@@ -112,7 +112,7 @@ class Answer(NamedTuple):
     If the prompt's keys and values were cached, weights of this version may have computed them."""
 
 
-class Pool:
+class ServerPool:
     """The servers of one role. Methods may be called from any thread, coroutines from its own."""
 
     def __init__(
@@ -134,7 +134,7 @@ class Pool:
         """Version of these weights."""
         self.restarts = False
         """True if each push restarts the servers, which then fail health checks meanwhile."""
-        self._check: Callable[[str, capabilities.Start], None] = _accept
+        self._check: Callable[[str, capabilities.ServerStart], None] = _accept
         self._closed = False
         self._lock = threading.Lock()
         self._waiting: set[concurrent.futures.Future[Any]] = set()
@@ -201,7 +201,7 @@ class Pool:
             await server.control.__aenter__()
         return servers
 
-    def open(self, check: Callable[[str, capabilities.Start], None] | None = None) -> None:
+    def open(self, check: Callable[[str, capabilities.ServerStart], None] | None = None) -> None:
         """Checks the model and the routes of every server, and starts the health checks.
 
         A server that cannot be reached is taken out if another one is left.
@@ -271,7 +271,7 @@ class Pool:
         logging.info("%s server %s: vLLM %s, %s", self.role, server.url, version, start.root)
 
     @property
-    def starts(self) -> list[capabilities.Start]:
+    def starts(self) -> list[capabilities.ServerStart]:
         """The start options of the servers that have answered."""
         return [server.start for server in self.servers if server.start]
 
@@ -313,7 +313,7 @@ class Pool:
                 self.up()
             await asyncio.sleep(0.2)
 
-    async def ask(self, payload: Mapping[str, Any], server: Server) -> Answer:
+    async def ask(self, payload: Mapping[str, Any], server: Server) -> CompletionReply:
         """Returns the answer to a completion request.
 
         Requests share cached keys and values only if they were sent under the same weights;
@@ -341,7 +341,7 @@ class Pool:
             task = asyncio.create_task(server.client.post(capabilities.GENERATE, body))
             server.tasks.add(task)
             try:
-                answer = Answer(server, await task, version)
+                answer = CompletionReply(server, await task, version)
                 progress.mark()
                 return answer
             except RefusedError as error:
@@ -513,5 +513,5 @@ def is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _accept(_: str, __: capabilities.Start) -> None:
+def _accept(_: str, __: capabilities.ServerStart) -> None:
     """Accepts any server."""
