@@ -232,12 +232,12 @@ def _with_float32_head(more: Sequence[str]) -> list[str]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--hf-overrides", "--hf_overrides", default="{}")
-    known, others = parser.parse_known_args(more)
+    flags, others = parser.parse_known_args(more)
     try:
-        asked = dict(json.loads(known.hf_overrides))
+        asked = dict(json.loads(flags.hf_overrides))
     except (ValueError, TypeError):
         raise ValueError(
-            f"--hf-overrides {known.hf_overrides} is no JSON object; write it as "
+            f"--hf-overrides {flags.hf_overrides} is no JSON object; write it as "
             """'{"key": value}'"""
         ) from None
     words = [w.replace("_", "-") for w in others if re.match("--hf[-_]overrides.head_dtype", w)]

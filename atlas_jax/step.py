@@ -109,24 +109,13 @@ def make_train_step(
             depend on the seed and the update's index only, so a resumed run draws the same.
     """
 
-    # Gradients are reduce-scattered in every microbatch: the accumulator is split like the
-    # optimizer state, and no device holds it whole.
-    def split(grads: Params) -> Params:
-        return jax.tree.map(
-            lambda g, d: jax.lax.with_sharding_constraint(
-                fetch(g).astype(jnp.float32), sharding.optimizer(d, memory=False)
-            ),
-            grads,
-            dims,
-        )
-
     def microbatch(params: Params, batch: Any) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
             (total, weight), metrics = loss_fn(params, batch)
             return total, metrics | {"loss/total": (total, weight)}
 
         grads, metrics = jax.grad(loss, has_aux=True)(params)
-        return split(grads), metrics
+        return _split(grads, dims, sharding), metrics
 
     def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = _accumulate(microbatch, state.params, batch)
@@ -168,6 +157,20 @@ def make_train_step(
     # shardings of input and output XLA could not reuse them.
     return jax.jit(
         step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
+    )
+
+
+def _split(grads: Params, dims: Params, sharding: Sharding) -> Params:
+    """Returns the gradients of a microbatch in float32, sharded as the optimizer state is.
+
+    They are reduce-scattered in every microbatch, so no device holds the accumulator whole.
+    """
+    return jax.tree.map(
+        lambda g, d: jax.lax.with_sharding_constraint(
+            fetch(g).astype(jnp.float32), sharding.optimizer(d, memory=False)
+        ),
+        grads,
+        dims,
     )
 
 

@@ -111,25 +111,25 @@ def _moves(note: Note) -> tuple[int, int]:
 
 def judge(seen: Mapping[int, Seen], limits: WatchLimits) -> str:
     """Returns the reason for which the run must end; "" if it continues."""
-    for one in seen.values():
-        if one.note.verdict:
-            return one.note.verdict
-    present = {process: one for process, one in seen.items() if not one.note.left}
-    for process, one in present.items():
-        silent = one.silent * limits.interval_secs
+    for record in seen.values():
+        if record.note.verdict:
+            return record.note.verdict
+    present = {process: record for process, record in seen.items() if not record.note.left}
+    for process, record in present.items():
+        silent = record.silent * limits.interval_secs
         if silent > limits.heartbeat_secs:
             return (
-                f"process {process} on {one.note.host} has given no sign of life for "
+                f"process {process} on {record.note.host} has given no sign of life for "
                 f"{silent:.0f} s (hosts.heartbeat_timeout_secs={limits.heartbeat_secs:g}); it "
-                f"was killed, stopped or cut off after {one.note.place}"
+                f"was killed, stopped or cut off after {record.note.place}"
             )
     if not present:
         return ""
     first = min(s.note.arrivals for s in present.values())
     behind = {process: s for process, s in present.items() if s.note.arrivals == first}
-    patience = max(one.note.patience for one in behind.values())
+    patience = max(record.note.patience for record in behind.values())
     limit = limits.stall_secs + patience
-    if min(one.still for one in present.values()) * limits.interval_secs <= limit:
+    if min(record.still for record in present.values()) * limits.interval_secs <= limit:
         return ""
     names = ", ".join(f"process {p} on {s.note.host}" for p, s in behind.items())
     places = " and ".join(sorted({s.note.place for s in behind.values()}))

@@ -122,7 +122,7 @@ class Checkpoints:
         others = {"step": abstract.step, "opt_state": abstract.opt_state}
         self.check(step, "params", abstract.params)
         self.check(step, "train", others)
-        found = self._manager.restore(
+        stored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
@@ -130,7 +130,7 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return Restored(TrainState(params=found.params, **found.train), found.data)
+        return Restored(TrainState(params=stored.params, **stored.train), stored.data)
 
     def restore_params(
         self, step: int, abstract: Params, item: str = "params", cast: bool = False

@@ -191,12 +191,12 @@ def check_templates(config: DataConfig) -> None:
     Raises:
         ValueError: if no field fills a placeholder.
     """
-    for option, known in _TEMPLATE_FIELDS.items():
+    for option, fields in _TEMPLATE_FIELDS.items():
         for name in PLACEHOLDER.findall(getattr(config, option)):
-            if name not in known:
+            if name not in fields:
                 raise ValueError(
                     f"data.{option} has the unknown field {{{name}}}; it may use "
-                    f"{', '.join(f'{{{field}}}' for field in known)}"
+                    f"{', '.join(f'{{{field}}}' for field in fields)}"
                 )
 
 

@@ -70,10 +70,10 @@ def decode(
     angles = decoder.angles(positions)
 
     def step(x: jax.Array, scanned: tuple) -> tuple[jax.Array, KeysValues]:
-        layer, prompt, own = scanned
+        layer, prompt, completion_cache = scanned
 
         def attend(window: int, *qkv: jax.Array) -> jax.Array:
-            return _attend(decoder, cache.lengths, time, prompt, own, window, qkv)
+            return _attend(decoder, cache.lengths, time, prompt, completion_cache, window, qkv)
 
         return decoder.layer(layer, x, angles, attend)
 
@@ -81,8 +81,8 @@ def decode(
     # layers at once. A cache carried through the scan would be copied in every layer.
     scanned = (decoder.stacked(params), cache.prompt, cache.own)
     x, new = jax.lax.scan(step, decoder.embed(params, tokens), scanned)
-    own = jax.tree.map(lambda c, n: _put(c, n, time), cache.own, new)
-    return decoder.norm(params, x), cache._replace(own=own)
+    completion_cache = jax.tree.map(lambda c, n: _put(c, n, time), cache.own, new)
+    return decoder.norm(params, x), cache._replace(own=completion_cache)
 
 
 def _put(cache: jax.Array, new: jax.Array, time: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ def _may_pass(asked: asyncio.Task[CallResult]) -> bool:
     return asked.done() and not asked.cancelled() and not asked.exception() and asked.result().later
 
 
-class _JudgeModel(NamedTuple):
+class _PricedModel(NamedTuple):
     endpoint: Endpoint
     options: JudgeModel
     api_key: str
@@ -138,7 +138,7 @@ class Transport:
         self._ledger = Ledger(ledger_path)
         options = {"small_model": config.small_model, "large_model": config.large_model}
         self.models = {
-            name: _JudgeModel(
+            name: _PricedModel(
                 endpoint=endpoint,
                 options=options[name],
                 api_key="" if config.replay else api_key(endpoint),
@@ -202,7 +202,7 @@ class Transport:
             )
 
     async def call(
-        self, client: Client, model: _JudgeModel, key: str, request: ChatRequest
+        self, client: Client, model: _PricedModel, key: str, request: ChatRequest
     ) -> CallResult:
         """Returns the answer to a call, from the cache or from the server."""
         name = request.model
@@ -271,7 +271,7 @@ class Transport:
         return ""
 
     async def _post(
-        self, client: Client, model: _JudgeModel, request: ChatRequest, tries: Tries
+        self, client: Client, model: _PricedModel, request: ChatRequest, tries: Tries
     ) -> Reply:
         """Makes one call, with the parameters that the model accepts.
 
