@@ -8,10 +8,7 @@ dataclass of `options`, and `validate` on that.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import os
-import pkgutil
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -85,11 +82,12 @@ def defaults(schema: type[TrainConfig]) -> ConfigDict:
 
 
 def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> ConfigDict:
-    """Applies `configs/<kind>/<name>.py` to `config` for each `kind=name`, and returns it.
+    """Applies the preset of each `kind=name` to `config`, and returns it.
 
     Args:
-        config: what the parts change; each part module has `apply(config) -> None`.
-        argument: what stands behind the colon of `--config file.py:model=x,data=y`.
+        config: the config that the presets change; each preset has `apply(config) -> None`.
+        argument: what follows after the colon of `--config NAME:model=x,data=y`. A name is that of
+            a file in `configs/<kind>/`, or the dotted name of a user's module.
         **parts: the names that hold where the argument says nothing, in order of application;
             "" applies nothing. The files of `rim` lie in `configs/` itself.
 
@@ -105,40 +103,34 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
             )
         parts[kind] = name
     for kind, name in parts.items():
-        folder = "configs" if kind == "rim" else f"configs.{kind}"
         if name:
-            _apply(folder, name, config)
+            _apply("" if kind == "rim" else kind, name, config)
     return config
 
 
 def _apply(folder: str, name: str, config: ConfigDict) -> None:
-    module, path = f"{folder}.{name}", folder.replace(".", "/")
-    try:
-        importlib.import_module(module).apply(config)
-    except ModuleNotFoundError as error:
-        if error.name == module:
-            known = pkgutil.iter_modules(importlib.import_module(folder).__path__)
-            others = [entry.name for entry in known if not entry.ispkg]
-            raise ValueError(
-                f"{path}/{name}.py does not exist; give the name of a file in {path}/"
-                f"{nearest(name, others)}"
-            ) from None
-        if error.name not in (folder, "configs"):
-            raise
-        raise ValueError(
-            f"{path}/{name}.py does not exist in {os.getcwd()}; run from the repository root, or "
-            "have it in PYTHONPATH"
-        ) from None
+    names = config_files.shipped(folder)
+    if name in names or "." in name:
+        config_files.run(name, "apply", config, folder=folder)
+        return
+    path = "/".join(filter(None, ("configs", folder)))
+    raise ValueError(
+        f"{path}/{name}.py does not exist; give the name of a file in {path}/, or PACKAGE.MODULE"
+        f"{nearest(name, names)}"
+    )
 
 
-def read_rim(path: str) -> RIMConfig:
+def read_rim(reference: str) -> RIMConfig:
     """Returns the options of the judges that a file like `configs/rim_config.py` sets.
 
+    Args:
+        reference: path, shipped name or dotted name of the file.
+
     Raises:
-        ValueError: if the file is missing, or sets what there is not.
+        ValueError: if the file is missing, or sets an option that does not exist.
     """
     draft = defaults(GRPOConfig)
-    config_files.run(path, "apply", draft, example="configs/rim_config.py")
+    config_files.run(reference, "apply", draft, folder="")
     config = freeze(draft)
     assert isinstance(config, GRPOConfig)
     return config.reward.rim

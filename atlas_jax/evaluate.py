@@ -1,6 +1,6 @@
 """A student alone against the same student taught.
 
-    python -m atlas_jax.evaluate --teacher DIR [--teacher DIR] --student DIR --data FILE [--limit N]
+    atlas-evaluate --teacher DIR [--teacher DIR] --student DIR --data FILE [--limit N]
 
 Both answer the same questions greedily; the student answers alone once, and then with the lessons
 of each teacher. Prints a table with 95 % intervals and three examples, and writes all of it as
@@ -22,7 +22,7 @@ from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
 
-_CONFIG = cli.define_config("configs/run/teacher_rcl.py")
+_CONFIG = cli.define_config("teacher_rcl")
 _TEACHERS = flags.DEFINE_multi_string(
     "teacher", [], "Directory, .gguf file or hub id of a teacher; give it again for each teacher."
 )
@@ -77,15 +77,17 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax import devices
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
-    from atlas_jax.recipes import grpo, setup, speakers
+    from atlas_jax.recipes import chat_models, grpo, local_backend
     from atlas_jax.rewards.truths import check_truths
     from atlas_jax.rollout import evaluation, record
     from atlas_jax.rollout.sampling import Sampling
-    from atlas_jax.types import RewardResult, Rollout
+    from atlas_jax.startup.compute import Compute
+    from atlas_jax.startup.model import open_frozen
+    from atlas_jax.types import Sample
 
     devices.check()
     config = configs[0]
-    protocol = speakers.protocol(config, 1)
+    protocol = chat_models.make_protocol(config, 1)
     rows = sources.read_rows(config.data, config.data.dataset_path)
     fields = config.rollout.question_fields
     questions = parse_questions(
@@ -93,33 +95,32 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     )
     questions = questions[: limit or None]
     check_truths(questions)
-    sharding = setup.make_sharding(config)
-    models = [setup.open_frozen(one, one.model_name_or_path, sharding) for one in configs]
-    student = grpo.open_student(config, sharding)
-    answers: list[list[Rollout]] = []
+    computes = [Compute.of(one) for one in configs]
+    models = [open_frozen(each, each.config.model_name_or_path) for each in computes]
+    student = None
+    if config.rollout.protocol != "direct":
+        student = local_backend.load_student(config, grpo.open_student(config, computes[0]))
+    answers: list[list[Sample]] = []
     for one, model in zip(configs, models, strict=True):
         logging.info("teacher %d: %s", len(answers) + 1, one.model_name_or_path)
         answers.append(
             evaluation.ask(
                 questions,
-                grpo.load_speaker(one, model, one.data.system_prompt),
+                local_backend.load_chat_model(one, model, one.data.system_prompt),
                 student,
                 protocol,
                 Sampling(0.0),
                 earlier=answers[0] if answers else None,
             )
         )
-    results = [evaluation.report(rollouts, seed) for rollouts in answers]
-    unscored = RewardResult(None, {})
+    results = [evaluation.report(samples, seed) for samples in answers]
     teachers = [
         {
             "teacher": one.model_name_or_path,
             **result,
-            "samples": [
-                record.as_record(0, 0, record.Sample(r, unscored, 0.0, False)) for r in rollouts
-            ],
+            "samples": [record.as_record(0, sample) for sample in samples],
         }
-        for one, result, rollouts in zip(configs, results, answers, strict=True)
+        for one, result, samples in zip(configs, results, answers, strict=True)
     ]
     found = {"student": config.student_model if student else None, "teachers": teachers}
     write_whole(output, json.dumps(found, ensure_ascii=False, indent=1) + "\n")

@@ -22,11 +22,12 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
-import aiohttp
-import yarl
-
-from atlas_jax import masking
+from atlas_jax import extras, masking
 from atlas_jax.throttle import Pace, Throttle
+
+with extras.importing("judges", "the client of HTTP servers"):
+    import aiohttp
+    import yarl
 
 __all__ = [
     "Client",

@@ -16,6 +16,7 @@ from atlas_jax import distributed, metrics, stopping
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
+from atlas_jax.profiling import Profile
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Metrics, Params
@@ -142,6 +143,7 @@ class _Training:
         self._job = job
         self._feed = feed
         self._pending: _Pending | None = None
+        self._profile = Profile(job.config)
 
     @property
     def number(self) -> int:
@@ -164,9 +166,11 @@ class _Training:
         feed = self._feed
         if feed.samples_policy:
             self.log.start_clock()
+        self._profile.before(step)
         given = feed.next(self.state, _pause)
         stop_anywhere = distributed.vote(stopping.requested())
         self.state, values = self._job.train_step(self.state, given.batch)
+        self._profile.after(step, self.state)
         distributed.arrive(f"step {step}")
         self._fetch()
         length = given.batch.tokens.shape[-1]
@@ -189,6 +193,7 @@ class _Training:
 
     def end(self) -> None:
         """Saves the state, and waits until it is written, however long that takes."""
+        self._profile.close()
         self._fetch()
         self._save()
         distributed.arrive(f"the checkpoint of step {self.number}")

@@ -6,13 +6,15 @@ packing and data parallelism therefore do not change a loss.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from atlas_jax import sockets
 from atlas_jax.option_rules import CHOICES
 from atlas_jax.types import PolicyBatch
 
@@ -24,16 +26,73 @@ _STD_FLOOR = 1e-4
 class PolicyOptions(NamedTuple):
     """Options of `policy_loss`, static under `jax.jit`."""
 
-    loss_type: str  # grpo | bnpo | dr_grpo | dapo | gspo | cispo
+    loss_type: str  # grpo | bnpo | dr_grpo | dapo | gspo | cispo | package.module:function
     epsilon_low: float  # ratios are clipped to [1 - epsilon_low, 1 + epsilon_high]
     epsilon_high: float
     beta: float  # weight of the KL to the reference; 0 needs no reference
-    importance_sampling: (
-        str  # none | token | sequence: level of the correction for engine against trainer
-    )
+    importance_sampling: str  # none | token | sequence: the correction of engine against trainer
     importance_sampling_cap: float  # upper bound of importance weights
     max_new_tokens: int  # the constant length by which dr_grpo divides
     num_sequences: int  # largest number of completions in a row
+
+
+PolicyLoss = Callable[
+    [Float[Array, "B T"], PolicyBatch, PolicyOptions], tuple[LossSum, dict[str, LossSum]]
+]
+"""Log-probabilities, batch and options to the loss sum with its weight, and metrics."""
+
+
+def resolve(loss_type: str) -> PolicyLoss:
+    """Returns the loss that `loss_type` names: `policy_loss`, or a function of the user's own.
+
+    A user's function gets log-probabilities that are 0 wherever nothing is trained. Its metrics
+    are joined by `policy/kl` and `rollout/mismatch_kl`.
+
+    Raises:
+        ValueError: says why the function cannot be imported.
+    """
+    if not sockets.is_reference(loss_type):
+        return policy_loss
+    function = sockets.resolve(loss_type, "loss_type")
+
+    def loss(
+        logprobs: Float[Array, "B T"], batch: PolicyBatch, options: PolicyOptions
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        members = _members(batch, options)
+        logprobs = jnp.where(members.any(axis=-1), logprobs, 0.0)
+        total, values = _checked(loss_type, function(logprobs, batch, options))
+        return total, _distances(logprobs, batch, members) | values
+
+    return loss
+
+
+def _checked(loss_type: str, result: Any) -> tuple[LossSum, dict[str, LossSum]]:
+    """Returns what a user's function returned, as float32 scalars.
+
+    Raises:
+        ValueError: if it is no sum with its weight, and metrics.
+    """
+    try:
+        (total, weight), values = result
+        pairs = {name: (value, count) for name, (value, count) in values.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"loss_type={loss_type} returns a {type(result).__name__} that is not ((sum, weight), "
+            "{name: (sum, weight)})"
+        ) from error
+    arrays = {"the loss": (total, weight)} | pairs
+    for name, pair in arrays.items():
+        shapes = [jnp.shape(value) for value in pair]
+        if any(shapes):
+            raise ValueError(
+                f"loss_type={loss_type}: sum and weight of {name} have the shapes {shapes[0]} and "
+                f"{shapes[1]}; add them up, such as with jnp.sum"
+            )
+    total, weight = (jnp.asarray(value, jnp.float32) for value in (total, weight))
+    return (total, weight), {
+        name: (jnp.asarray(value, jnp.float32), jnp.asarray(count, jnp.float32))
+        for name, (value, count) in pairs.items()
+    }
 
 
 def policy_loss(
@@ -101,10 +160,9 @@ def policy_loss(
         metrics |= found
     total, weight = _add_up(terms, members, options)
     metrics["loss/policy"] = total, weight
-    metrics["rollout/mismatch_kl"] = _token_sum(_k3(old - batch.rollout_logprobs), members)
+    metrics |= _distances(logprobs, batch, members)
     if batch.ref_logprobs is not None:
         kl = _k3(batch.ref_logprobs - logprobs)
-        metrics["policy/kl"] = _token_sum(kl, members)
         metrics["loss/kl"] = _add_up(kl, members, options)
         if options.beta != 0:
             total += options.beta * metrics["loss/kl"][0]
@@ -219,6 +277,17 @@ def _add_up(
     if options.loss_type == "dr_grpo":
         return total, _num_sequences(members) * options.max_new_tokens
     return total, num_tokens
+
+
+def _distances(
+    logprobs: Float[Array, "B T"], batch: PolicyBatch, members: Bool[Array, "B T G"]
+) -> dict[str, LossSum]:
+    """Returns the policy's distances to what sampled and to the reference; see `policy_loss`."""
+    old = jax.lax.stop_gradient(logprobs if batch.old_logprobs is None else batch.old_logprobs)
+    found = {"rollout/mismatch_kl": _token_sum(_k3(old - batch.rollout_logprobs), members)}
+    if batch.ref_logprobs is not None:
+        found["policy/kl"] = _token_sum(_k3(batch.ref_logprobs - logprobs), members)
+    return found
 
 
 def _policy_terms(

@@ -34,6 +34,9 @@ CHOICES = {
     "model.export_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 
+SOCKETS = ("loss_type",)
+"""Options that take `package.module:function` besides their choices."""
+
 OFFLOADS = ("none", "optimizer", "params", "activations", "reference")
 """What `offload` may name, with commas."""
 

@@ -202,6 +202,14 @@ class TrainConfig:
     loss_chunk_size: int = 1024
     """Trained positions of a device whose logits exist at one time."""
     logging_steps: int = 1
+    """Steps between lines of the log and of the reports."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside `metrics.jsonl`: some of `tensorboard`, `wandb`, `trackio`, and
+    functions `package.module:function`, which are called with the step and a dict of its metrics;
+    `none` reports nowhere."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step that `jax.profiler` traces into `output_dir/profile`; empty traces
+    none."""
     save_steps: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
     save_total_limit: int = 3
@@ -223,6 +231,11 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     hosts: HostsConfig = HostsConfig()
     model: ModelOptions = ModelOptions()
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the model reads or writes."""
+        return self.max_seq_length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,8 @@ class GRPOConfig(TrainConfig):
     beta: float = 0.04
     """Weight of the KL divergence to the reference; 0 keeps no reference."""
     loss_type: str = "grpo"
-    """`grpo`, `bnpo`, `dr_grpo`, `dapo`, `gspo` or `cispo`."""
+    """`grpo`, `bnpo`, `dr_grpo`, `dapo`, `gspo`, `cispo`, or a function of your own,
+    `package.module:function`, as examples/custom_loss.py has one."""
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     num_iterations: int = 1
@@ -151,3 +152,8 @@ class GRPOConfig(TrainConfig):
     """Steps between two such updates."""
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and completion."""
+        return self.max_prompt_length + self.max_new_tokens

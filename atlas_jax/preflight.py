@@ -13,12 +13,14 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from atlas_jax import extras, reporting, sockets
 from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
-from atlas_jax.data import examples, questions, snapshot, sources
+from atlas_jax.data import examples, questions, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
 from atlas_jax.recipes.layout import make_layout
+from atlas_jax.types import NOTHING_GIVEN, Given
 from atlas_jax.validation import mesh_shape
 
 _ROOM_BYTES = 1 << 20
@@ -27,12 +29,13 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
-def check(config: TrainConfig, num_devices: int = 0) -> None:
+def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVEN) -> None:
     """Checks a run: options, keys, directories, models, templates, data, and the database.
 
     Args:
         config: the run.
         num_devices: devices that will train, over all hosts; 0 leaves out what depends on it.
+        given: rows of the caller, in place of files.
 
     Raises:
         ValueError: says what is wrong, its value, and what to write instead.
@@ -41,15 +44,20 @@ def check(config: TrainConfig, num_devices: int = 0) -> None:
     validate(config)
     check_environment(config)
     check_output(config.output_dir)
+    if isinstance(config, GRPOConfig) and config.rollout.backend == "vllm":
+        extras.need("vllm", "rollout.backend=vllm")
+    reporting.check(config.report_to)
+    if isinstance(config, GRPOConfig) and sockets.is_reference(config.loss_type):
+        sockets.resolve(config.loss_type, "loss_type")
     if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
         _check_judges_files(config)
     check_models(config)
     _check_origin(config)
     _check_templates(config)
-    check_data(config)
+    check_data(config, given)
     if num_devices:
         _check_division(config, num_devices)
-    snapshot.check(config.data, config.output_dir)
+    sources.check_sessions(config.data, config.output_dir)
 
 
 def check_output(directory: str) -> None:
@@ -181,6 +189,7 @@ def _is_fetched(name: str) -> bool:
 
 
 def _check_gguf(name: str, path: pathlib.Path) -> None:
+    extras.need("gguf", name)
     layout.check_fetched(path)
     with path.open("rb") as file:
         magic = file.read(4)
@@ -243,7 +252,7 @@ def _check_templates(config: TrainConfig) -> None:
         if data.format in ("teaching", "session") and not getattr(data, option):
             raise ValueError(
                 f"data.{option} is empty, and data.format={data.format} needs it; take "
-                "configs/data/arc_atlas_sft.py with --config FILE.py:data=arc_atlas_sft, or set it"
+                "configs/data/arc_atlas_sft.py with --config NAME:data=arc_atlas_sft, or set it"
             )
 
 
@@ -255,8 +264,12 @@ def _check_division(config: TrainConfig, num_devices: int) -> None:
         make_layout(config, plan, data * fsdp)
 
 
-def check_data(config: TrainConfig) -> None:
+def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     """Checks that the files of rows exist and that one of their first rows can be used.
+
+    Args:
+        config: the run.
+        given: rows of the caller, in place of files.
 
     Raises:
         ValueError: names the option.
@@ -264,15 +277,20 @@ def check_data(config: TrainConfig) -> None:
 
     def use(row: sources.Row) -> None:
         if isinstance(config, GRPOConfig):
-            needs_truth = config.reward.kind != "rim"
+            needs_truth = config.reward.kind != "rim" and not given.rewards
             questions.to_question(
                 row, needs_truth, config.rollout.question_fields, vars(config.data.columns)
             )
         else:
             examples.to_sample(row, config.data)
 
-    for option in ("dataset_path", "eval_path"):
-        if path := getattr(config.data, option):
+    for name in ("rows", "eval_rows"):
+        rows = getattr(given, name)
+        if rows is not None:
+            sources.check_records(sources.given_records(name, rows), use)
+    for option, rows in (("dataset_path", given.rows), ("eval_path", given.eval_rows)):
+        path = getattr(config.data, option)
+        if path and rows is None:
             try:
                 sources.check(config.data, path, use)
             except ValueError as error:

@@ -1,6 +1,6 @@
 """Start and supervision of a vLLM server for GRPO.
 
-    python -m atlas_jax.serve --model DIR --port 8765 [any flag of vLLM]
+    atlas-serve --model DIR --port 8765 [any flag of vLLM]
 
 vLLM runs in an interpreter of its own (`launch/install_vllm.sh` makes one), and the program waits
 until it is healthy. A signal ends vLLM, and no process of vLLM outlives this program, however it
@@ -399,7 +399,7 @@ def _usage_error(message: str) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _ArgumentParser(
-        prog="python -m atlas_jax.serve",
+        prog="atlas-serve",
         description="Starts a vLLM server for GRPO; other flags go to vLLM, such as "
         "--tensor-parallel-size, --gpu-memory-utilization, --max-model-len.",
         allow_abbrev=False,

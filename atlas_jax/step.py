@@ -115,7 +115,7 @@ def make_train_step(
             return total, metrics | {"loss/total": (total, weight)}
 
         grads, metrics = jax.grad(loss, has_aux=True)(params)
-        return _split(grads, dims, sharding), metrics
+        return _scatter(grads, dims, sharding), metrics
 
     def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = _accumulate(microbatch, state.params, batch)
@@ -160,18 +160,17 @@ def make_train_step(
     )
 
 
-def _split(grads: Params, dims: Params, sharding: Sharding) -> Params:
-    """Returns the gradients of a microbatch in float32, sharded as the optimizer state is.
+def _scatter(grads: Params, dims: Params, sharding: Sharding) -> Params:
+    """Returns the gradients in float32, reduce-scattered as the optimizer state is split.
 
-    They are reduce-scattered in every microbatch, so no device holds the accumulator whole.
+    This is done in every microbatch, so that no device holds the whole accumulator.
     """
-    return jax.tree.map(
-        lambda g, d: jax.lax.with_sharding_constraint(
-            fetch(g).astype(jnp.float32), sharding.optimizer(d, memory=False)
-        ),
-        grads,
-        dims,
-    )
+
+    def scatter(gradient: jax.Array, names: Any) -> jax.Array:
+        placement = sharding.optimizer(names, memory=False)
+        return jax.lax.with_sharding_constraint(fetch(gradient).astype(jnp.float32), placement)
+
+    return jax.tree.map(scatter, grads, dims)
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:

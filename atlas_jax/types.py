@@ -10,7 +10,8 @@ Dimension legend, used in every shape annotation and einsum of the package:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import numpy as np
@@ -20,11 +21,11 @@ Array: TypeAlias = Any
 
 
 class DependencyError(RuntimeError):
-    """What a run needs from outside has failed; its training state is sound and worth saving."""
+    """A failure outside the run that leaves its training state sound and worth saving."""
 
 
 class Address(NamedTuple):
-    """Where the processes of a run meet, and which of them this is; JAX finds what is missing."""
+    """The meeting point of a run's processes, and the number of this one; JAX finds the rest."""
 
     coordinator: str = ""
     """`HOST:PORT` of process 0."""
@@ -32,11 +33,33 @@ class Address(NamedTuple):
     process_id: int = -1
 
 
+class Given(NamedTuple):
+    """What a caller from Python gives a run, because no config file can hold it."""
+
+    rewards: tuple[Any, ...] = ()
+    """Functions that score, beside those of `reward.names`."""
+    rows: tuple[Any, ...] | None = None
+    """Dicts to train on in place of files; None reads `data`."""
+    eval_rows: tuple[Any, ...] | None = None
+    """Dicts to evaluate on in place of files; None reads `data`."""
+
+
+NOTHING_GIVEN = Given()
+"""What a command gives: all that its run needs stands in the config."""
+
+
 class Message(TypedDict):
     """One turn of a chat, as chat templates take it."""
 
     role: str
     content: str
+
+
+class SessionRows(NamedTuple):
+    """Rows that one session of the Atlas runtime holds, for SFT and for GRPO."""
+
+    lessons: list[dict[str, str]]
+    questions: list[dict[str, str]]
 
 
 class Example(NamedTuple):
@@ -71,9 +94,9 @@ class Batch(NamedTuple):
 
 
 class PolicyBatch(NamedTuple):
-    """A rectangle of prompts and the completions that were sampled behind them.
+    """A rectangle of prompts and the completions that were sampled from them.
 
-    A row is one prompt and, behind it, several of its completions: each sees the prompt and itself.
+    A row is one prompt followed by several of its completions. Each sees the prompt and itself.
     Example of a prompt of 2 tokens with completions of 2 and 1 tokens, padded to 6:
         tokens       = [p0, p1, a0, a1, b0, 0]
         positions    = [ 0,  1,  2,  3,  2, 0]
@@ -96,7 +119,7 @@ class PolicyBatch(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What a model wrote behind one prompt."""
+    """The continuation of one prompt by a model."""
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]  # up to and including the stop token
@@ -113,20 +136,20 @@ class Completion(NamedTuple):
 
     @property
     def is_skipped(self) -> bool:
-        """Whether it was never asked for, because of what its sample is, such as too long."""
+        """True if no engine was asked, because of the sample itself, such as one too long."""
         return self.finish_reason.startswith("skipped")
 
     @property
     def is_failed(self) -> bool:
-        """Whether there is no text: it was skipped, or the engine that was asked had an error."""
+        """True if it has no text: it was skipped, or the engine that was asked had an error."""
         return self.is_skipped or self.finish_reason.startswith("error")
 
     @classmethod
-    def missing(cls, finish_reason: str, prompt_ids: tuple[int, ...] = ()) -> Completion:
-        """Returns what stands for a text that does not exist.
+    def failed(cls, reason: str, prompt_ids: tuple[int, ...] = ()) -> Completion:
+        """Returns the completion that stands for a text that does not exist.
 
         Args:
-            finish_reason: "skipped: why" or "error: why".
+            reason: "skipped: why" or "error: why".
             prompt_ids: the prompt, if an engine was asked.
         """
         return cls(
@@ -134,56 +157,76 @@ class Completion(NamedTuple):
             token_ids=(),
             logprobs=(),
             untruncated_logprobs=(),
-            finish_reason=finish_reason,
+            finish_reason=reason,
             text="",
             weights_version=-1,
         )
 
 
 class Question(NamedTuple):
-    """One problem to teach, and what else its row says about it."""
+    """One problem to teach, and everything else that its row says about it."""
 
     id: str
-    question: str
+    text: str
     ground_truth: str  # "" if there is none
     fields: dict[str, str]  # further template fields
+    row: Mapping[str, Any] = {}
+    """The row as it was read, with lists, objects and columns of any name. No model sees it."""
 
 
-class Rollout(NamedTuple):
-    """One member of a group, as rewards see it and `rollouts/*.jsonl` records it.
+class Reward(NamedTuple):
+    """The verdict of a reward on one sample."""
 
-    Under `protocol=direct` the policy answers the question itself, and there is no student.
+    value: float | None  # None: no score
+    details: dict[str, Any]  # for the record
+    is_retryable: bool = False  # no score for a reason that may pass: scoring again may help
+    is_skipped: bool = False  # no score because of the sample itself, such as a missing lesson
+    applies: bool = True  # False: this reward has nothing to say of the sample, others may
+
+    @property
+    def is_outage(self) -> bool:
+        """True if the score is missing because something that the run needs has failed."""
+        return self.value is None and not self.is_skipped
+
+
+_NOT_SCORED = Reward(value=None, details={"unscored": "no reward has seen it"})
+
+
+class Sample(NamedTuple):
+    """One member of a question's group, from the question to the row that trains.
+
+    Each stage of a GRPO step takes samples and gives them back with more of their fields set:
+    `rollout.teaching` the texts, the rewards `reward`, `recipes.feed` `advantage` and `trains`. The
+    members of one question stand together and in order. Under `protocol=direct` the policy answers
+    the question itself, and no student takes part.
     """
 
     question: Question
-    policy: Completion  # what the trained model wrote
-    teaching: str  # the lesson as the student reads it; "" is no teaching
-    baseline: Completion | None  # the student's answer alone
-    probe: Completion | None  # how the student would approach it
-    guided: Completion | None  # the student's answer with the lesson
+    completion: Completion  # of the policy, which is the model that is trained
+    teaching: str = ""  # the lesson as the student reads it; "" is no teaching
+    baseline: Completion | None = None  # the student's answer alone
+    probe: Completion | None = None  # the student's description of its approach
+    guided: Completion | None = None  # the student's answer with the lesson
+    place: int = 0  # number of the question in the run
+    member: int = 0  # number in the group of its question
+    reward: Reward = _NOT_SCORED
+    advantage: float = 0.0
+    trains: bool = False
+    """True if the loss counts the completion."""
 
     @property
     def answer(self) -> Completion:
         """The answer that counts: the student's with the lesson, else the policy's own."""
-        return self.guided or self.policy
+        return self.guided or self.completion
 
 
-class RewardResult(NamedTuple):
-    """What one reward says of one rollout."""
-
-    score: float | None  # None: could not be scored
-    details: dict[str, Any]  # for the record
-    later: bool = False  # without a score, and the reason may pass: asking again is worth it
-    is_skipped: bool = False  # without a score because of the sample itself, such as no lesson
-
-    @property
-    def is_outage(self) -> bool:
-        """Whether there is no score because something that the run needs has failed."""
-        return self.score is None and not self.is_skipped
+def by_question(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Returns the group of each question, in order."""
+    return [list(group) for _, group in itertools.groupby(samples, lambda s: s.place)]
 
 
-Reward = Callable[[Sequence[Rollout]], list[RewardResult]]
-"""Scores the rollouts of a step, in their order. It sees texts and metadata, and knows no JAX."""
+RewardFn = Callable[[Sequence[Sample]], list[Reward]]
+"""Scores samples, in their order. It sees texts and metadata, and knows no JAX."""
 
 Params = dict[str, Any]
 """A pure nested dict of arrays: the whole model, or anything of the same structure."""

@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any
 
-from atlas_jax import addresses, endpoints
+from atlas_jax import addresses, endpoints, sockets
 from atlas_jax.option_rules import (
     CHOICES,
     FRACTIONS,
@@ -17,6 +17,7 @@ from atlas_jax.option_rules import (
     POSITIVE,
     REWARDS,
     SHARES,
+    SOCKETS,
 )
 from atlas_jax.options import MeshConfig, TrainConfig
 from atlas_jax.options_grpo import GRPOConfig, RolloutConfig
@@ -63,6 +64,11 @@ def validate(config: TrainConfig) -> None:
         )
     if config.max_steps == 0 or config.max_steps < -1:
         raise ValueError(f"max_steps={config.max_steps} must be above 0, or -1 to count epochs")
+    steps = config.profile_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ValueError(
+            f"profile_steps={steps} must be the first and the last step to trace, such as (10, 12)"
+        )
     _check_offload(config)
     if isinstance(config, GRPOConfig):
         _check_grpo(config)
@@ -280,9 +286,13 @@ def mesh_shape(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 def _check_values(values: dict[str, Any]) -> None:
     """Checks each option by itself."""
     for name, choices in CHOICES.items():
-        if name in values and values[name] not in choices:
+        if name not in values or values[name] in choices:
+            continue
+        own = name in SOCKETS
+        if not (own and sockets.is_reference(values[name])):
+            known = [*choices, "or package.module:function"] if own else choices
             hint = nearest(str(values[name]), choices)
-            raise ValueError(f"{name}={values[name]!r} is not one of {', '.join(choices)}{hint}")
+            raise ValueError(f"{name}={values[name]!r} is not one of {', '.join(known)}{hint}")
     for names, holds, rule in (
         (POSITIVE, lambda v: v > 0, "above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),

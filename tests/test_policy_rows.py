@@ -10,13 +10,13 @@ import torch
 
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
-from atlas_jax.data.packing import Scored, collate_policy
+from atlas_jax.data.packing import collate_policy
 from atlas_jax.losses import policy_loss
 from atlas_jax.models import attention
 from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.sharding import make_mesh
-from atlas_jax.types import Completion, PolicyBatch
+from atlas_jax.types import Completion, PolicyBatch, Question, Sample
 from tests import tiny
 from tests.policy_reference import OPTIONS
 
@@ -27,13 +27,19 @@ SIZES = [[7, 1, 4], [3, 0, 12], [9, 9, 2], [5, 6, 1]]  # tokens of each completi
 PROMPTS = [6, 1, 4, 9]
 UNTRAINED = (2, 1)  # a completion that has tokens and is not trained on
 TEMPERATURE = 0.7
+QUESTION = Question("q", "?", "", {})
 
 
 def scored(prompt, tokens, advantage=0.0, trains=True, rollout=None):
     rollout = (0.0,) * len(tokens) if rollout is None else rollout
     reason = "stop" if tokens else "error: the engine is away"
     completion = Completion(tuple(prompt), tuple(tokens), rollout, rollout, reason, "", 0)
-    return Scored(completion, advantage, trains and bool(tokens))
+    trains = trains and bool(tokens)
+    return Sample(QUESTION, completion, advantage=advantage, trains=trains)
+
+
+def flat(groups):
+    return [sample for group in groups for sample in group]
 
 
 def make_groups(seed=0):
@@ -123,7 +129,7 @@ def same_completions(found, found_batch, per_row, expected, expected_batch, expe
 @pytest.fixture(scope="module")
 def apart(one):
     """Rows of one completion each."""
-    batch = collate_policy(make_groups(), 1, 24)
+    batch = collate_policy(flat(make_groups()), 1, 24)
     return batch, evaluate(one, batch, 1, share=False)
 
 
@@ -135,7 +141,7 @@ def test_collate_policy_by_hand():
         ],
         [scored([4], [], 0.25), scored([4], [3, 2], -0.25, False, (-4.0, -5.0))],
     ]
-    found = collate_policy(groups, 2, 6)
+    found = collate_policy(flat(groups), 2, 6)
     np.testing.assert_array_equal(found.tokens, [[5, 6, 7, 8, 9, 0], [4, 3, 2, 0, 0, 0]])
     np.testing.assert_array_equal(found.positions, [[0, 1, 2, 3, 2, 0], [0, 1, 2, 0, 0, 0]])
     np.testing.assert_array_equal(found.segment_ids, [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
@@ -151,16 +157,16 @@ def test_collate_policy_by_hand():
 
 def test_collate_policy_repeats_the_prompt_in_each_row():
     group = [scored([5, 6], tokens) for tokens in ([7, 8], [9], [], [3])]
-    found = collate_policy([group], 2, 5)
+    found = collate_policy(group, 2, 5)
     np.testing.assert_array_equal(found.tokens, [[5, 6, 7, 8, 9], [5, 6, 3, 0, 0]])
     np.testing.assert_array_equal(found.sequence_ids, [[0, 0, 1, 1, 2], [0, 0, 2, 0, 0]])
-    assert collate_policy([group], 1, 5).tokens.shape == (4, 5)
+    assert collate_policy(group, 1, 5).tokens.shape == (4, 5)
 
 
 def test_a_row_without_room_is_refused():
     group = [scored([5, 6], [7, 8]), scored([5, 6], [9])]
     with pytest.raises(ValueError, match="row 0 holds 5 tokens, but has room for 4"):
-        collate_policy([group], 2, 4)
+        collate_policy(group, 2, 4)
 
 
 def test_rows_of_one_equal_transformers(apart):
@@ -176,7 +182,7 @@ def test_rows_of_one_equal_transformers(apart):
 
 
 def test_shared_prompts_equal_rows_of_one(one, apart):
-    batch = collate_policy(make_groups(), 3, 32)
+    batch = collate_policy(flat(make_groups()), 3, 32)
     found = evaluate(one, batch, 3)
     same_completions(found, batch, 3, apart[1], apart[0], 1)
     close(found[2:], apart[1][2:])
@@ -185,7 +191,7 @@ def test_shared_prompts_equal_rows_of_one(one, apart):
 
 @pytest.mark.parametrize("per_row", [1, 3])
 def test_meshes_agree(saved, apart, per_row):
-    batch = collate_policy(make_groups(), per_row, 32)
+    batch = collate_policy(flat(make_groups()), per_row, 32)
     found = evaluate(tiny.load(saved, CUBE), batch, per_row)
     same_completions(found, batch, per_row, apart[1], apart[0], 1)
     close(found[2:], apart[1][2:])
@@ -193,13 +199,13 @@ def test_meshes_agree(saved, apart, per_row):
 
 def test_the_untrained_and_the_padding_never_matter(one):
     groups = make_groups()
-    batch = collate_policy(groups, 3, 32)
+    batch = collate_policy(flat(groups), 3, 32)
     expected = evaluate(one, batch, 3)
     rng = np.random.default_rng(1)
     g, i = UNTRAINED
     changed = rng.integers(1, 400, SIZES[g][i]).tolist()
     groups[g][i] = scored(groups[g][i].completion.prompt_ids, changed, 7.0, trains=False)
-    other = collate_policy(groups, 3, 32)
+    other = collate_policy(flat(groups), 3, 32)
     blank = other.segment_ids == 0
     other.tokens[blank] = rng.integers(1, 400, blank.sum())
     other.positions[blank] = rng.integers(0, 99, blank.sum())
@@ -214,12 +220,12 @@ def test_the_untrained_and_the_padding_never_matter(one):
 
 def test_a_failed_completion_contributes_nothing(one):
     groups = make_groups()
-    whole = collate_policy(groups, 3, 32)
+    whole = collate_policy(flat(groups), 3, 32)
     g, i = 1, 1
     assert not groups[g][i].completion.token_ids
     rest = [list(group) for group in groups]
     rest[g].append(rest[g].pop(i))  # behind the others it takes no number between theirs
-    found, expected = evaluate(one, whole, 3), evaluate(one, collate_policy(rest, 3, 32), 3)
+    found, expected = evaluate(one, whole, 3), evaluate(one, collate_policy(flat(rest), 3, 32), 3)
     for x, y in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_allclose(x[whole.loss_mask], y[whole.loss_mask], atol=1e-6)
     close(found[2:], expected[2:], 1e-6)
@@ -227,7 +233,7 @@ def test_a_failed_completion_contributes_nothing(one):
 
 def test_a_row_of_failed_completions_has_no_loss_and_no_gradient(one):
     failed = [[scored([5, 6, 7], [], 0.5)] * 3] * 4
-    found, entropy, (loss, weight), grads = evaluate(one, collate_policy(failed, 3, 32), 3)
+    found, entropy, (loss, weight), grads = evaluate(one, collate_policy(flat(failed), 3, 32), 3)
     assert np.isfinite(found).all()
     assert np.isfinite(entropy).all()
     assert loss == weight == 0
@@ -236,7 +242,7 @@ def test_a_row_of_failed_completions_has_no_loss_and_no_gradient(one):
 
 def test_a_completion_sees_no_other(one):
     decoder, params = one
-    batch = collate_policy(make_groups(), 3, 32)
+    batch = collate_policy(flat(make_groups()), 3, 32)
     run = jax.jit(decoder.hidden)
     before = np.asarray(run(params, *batch[:4]))
     row, number = 2, 1
@@ -248,7 +254,7 @@ def test_a_completion_sees_no_other(one):
 
 
 def test_log_probabilities_and_entropy_equal_plain_computation_at_any_temperature(saved):
-    batch = collate_policy(make_groups(), 3, 32)
+    batch = collate_policy(flat(make_groups()), 3, 32)
     for mesh, devices in ((MeshConfig(), ONE), (CUBE, None)):
         decoder, params = tiny.load(saved, mesh, devices)
         table = decoder.output_table(params)
@@ -271,7 +277,7 @@ def test_log_probabilities_and_entropy_equal_plain_computation_at_any_temperatur
 
 def test_gradients_equal_plain_computation_at_a_temperature(one):
     decoder, params = one
-    batch = collate_policy(make_groups(), 1, 24)
+    batch = collate_policy(flat(make_groups()), 1, 24)
     batch = PolicyBatch(*(None if x is None else jnp.asarray(x) for x in batch))
     table = decoder.output_table(params)
     hidden = jax.jit(decoder.hidden)(params, *batch[:3])

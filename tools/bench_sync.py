@@ -17,7 +17,9 @@ from atlas_jax import cli
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
 from atlas_jax.metrics import means
-from atlas_jax.recipes import grpo, serving, setup
+from atlas_jax.recipes import grpo, vllm_backend
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
 
 
 def main() -> None:
@@ -33,14 +35,15 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         config = dataclasses.replace(base, output_dir=directory, rollout=rollout)
-        model = setup.open_frozen(config, options.model, setup.make_sharding(config))
+        model = open_frozen(Compute.of(config), options.model)
         params = hf.load(model.source, model.decoder)
-        engines = serving.engines(config, model, None, grpo.make_score(model.decoder, config, 1))
+        logprobs_fn = grpo.make_logprobs_fn(model.decoder, config, 1)
+        backend = vllm_backend.make_vllm_backend(config, model, None, logprobs_fn)
         found = []
         for version in range(options.times):
-            engines.policy(params, version)
-            found.append(means(engines.pushed()))
-        engines.close()
+            backend.publish(params, version)
+            found.append(means(backend.metrics()))
+        backend.close()
     later = found[1:] or found
     result = {name: float(np.median([f[name] for f in later])) for name in found[0]}
     print(json.dumps({"devices": jax.device_count(), "first": found[0], "median": result}))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import _checkout  # noqa: F401  (comes first: see there)
 
-from atlas_jax import cli, config, preflight
+from atlas_jax import cli, config, extras, preflight
+from atlas_jax.configs.data import quickstart_sft
 from atlas_jax.data import examples, sources
-from configs.data import quickstart_sft
 
 
 def main() -> None:
@@ -39,7 +39,8 @@ def prompt(row: int) -> list[dict[str, str]]:
 
 def generate(model_path: str, messages: list[dict[str, str]], max_new_tokens: int) -> str:
     """Returns the greedy continuation by transformers."""
-    import torch
+    with extras.importing("hf", "an answer by transformers"):
+        import torch
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)

@@ -16,14 +16,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import gguf
 import ml_dtypes
 import numpy as np
-from gguf.gguf_reader import ReaderTensor
 from transformers import PreTrainedTokenizerFast
 
+from atlas_jax import extras
 from atlas_jax.checkpoint.gguf_config import generation_config, model_config
 from atlas_jax.checkpoint.gguf_tokenizer import build_tokenizer
+
+with extras.importing("gguf", "a .gguf file"):
+    import gguf
+    from gguf.gguf_reader import ReaderTensor
 
 _QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 

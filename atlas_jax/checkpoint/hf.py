@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.checkpoint import exports, gguf, layout, names, writer
+from atlas_jax.checkpoint import exports, layout, names, writer
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
@@ -120,7 +120,11 @@ def open_source(path: str) -> Source:
     Raises:
         ValueError: if it is incomplete or not supported.
     """
-    return gguf.GGUFSource(path) if path.endswith(".gguf") else SafetensorsSource(path)
+    if not path.endswith(".gguf"):
+        return SafetensorsSource(path)
+    from atlas_jax.checkpoint import gguf  # needs an extra, and no other model does
+
+    return gguf.GGUFSource(path)
 
 
 def _stored_dtype(source: Source) -> writer.Dtype:

@@ -25,7 +25,7 @@ from atlas_jax.step import TrainState
 from atlas_jax.types import Params
 
 MODEL_FILES = "model"
-"""Directory of a run with `config.json` and the tokenizer, for `tools/convert_checkpoint.py`."""
+"""Directory of a run with `config.json` and the tokenizer, for `atlas-convert`."""
 
 _ITEMS = ("params", "train", "data", "config", "reference")
 _MOMENT = re.compile(r"\.(mu|nu)\..*")  # an optimizer moment of one parameter

@@ -171,10 +171,7 @@ def row_format(fields: Mapping[str, Any], wanted: str) -> str:
     closest = max(choices, key=lambda choice: sum(field in fields for field in FIELDS[choice]))
     missing = [field for field in FIELDS[closest] if field not in fields]
     accepted = " or ".join(dict.fromkeys(f"({', '.join(FIELDS[name])})" for name in choices))
-    more = (
-        ", and the shapes of other tools that the README's part on data lists; data.columns tells "
-        "other names"
-    )
+    more = ", and the shapes of other tools that docs/data.md lists; data.columns tells other names"
     reason = (
         f"lacks {', '.join(missing)}; it has {', '.join(fields) or 'no fields'}; "
         f"data.format={wanted} accepts rows with {accepted}{more if wanted == 'auto' else ''}"

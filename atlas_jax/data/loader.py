@@ -27,10 +27,10 @@ import numpy as np
 from absl import logging
 
 from atlas_jax.config import TrainConfig
-from atlas_jax.data import chat, examples, sessions
+from atlas_jax.data import chat, examples
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
-from atlas_jax.data.sources import Rows, check_rejected, epoch_order, unfold
+from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
 from atlas_jax.types import Batch, Example
 
@@ -107,7 +107,7 @@ def build(
             the rows need, too many rows are rejected, or no example is left.
     """
     _check_layout(layout)
-    rows = unfold(rows, sessions.LESSONS)
+    rows = unfold(rows, LESSONS)
     tokenizer = template.tokenizer
     samples, rejected = examples.parse_rows(rows, config.data)
     chat.check_tokenizer(tokenizer, samples)

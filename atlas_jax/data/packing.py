@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from atlas_jax.types import Batch, Completion, Example, PolicyBatch
+from atlas_jax.types import Batch, Example, PolicyBatch, Sample
 
 
 def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
@@ -120,27 +119,18 @@ def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
     return batch
 
 
-class Scored(NamedTuple):
-    """A completion with its advantage and the fields that losses need."""
-
-    completion: Completion
-    advantage: float
-    trains: bool
-    """False for a completion that the loss leaves out."""
-
-
-def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int) -> PolicyBatch:
-    """Returns groups of completions as rows, each a copy of a prompt and `per_row` completions.
+def collate_policy(samples: Sequence[Sample], per_row: int, length: int) -> PolicyBatch:
+    """Returns completions as rows, `per_row` of them after one copy of their prompt.
 
     Args:
-        groups: the groups, each of completions of one prompt; all have the same size.
-        per_row: the number of completions of a row, a divisor of the size of a group.
-        length: the number of tokens of a row.
+        samples: the members of each question together; all questions have equally many.
+        per_row: completions of a row; it divides the members of a question.
+        length: tokens of a row.
 
     Raises:
         ValueError: if a row does not fit.
     """
-    rows = split_rows(groups, per_row)
+    rows = split_rows(samples, per_row)
     shape = (len(rows), length)
     batch = PolicyBatch(
         tokens=np.zeros(shape, np.int32),
@@ -151,42 +141,40 @@ def collate_policy(groups: Sequence[Sequence[Scored]], per_row: int, length: int
         advantages=np.zeros(shape, np.float32),
         rollout_logprobs=np.zeros(shape, np.float32),
     )
-    for row, completions in enumerate(rows):
-        needed = row_tokens(completions)
+    for row, members in enumerate(rows):
+        needed = row_tokens(members)
         if needed > length:
             raise ValueError(f"row {row} holds {needed} tokens, but has room for {length}")
-        _fill_policy_row(PolicyBatch(*(x[row] for x in batch[:7])), completions)
+        _fill_policy_row(batch, row, members)
     return batch
 
 
-def split_rows(groups: Sequence[Sequence[Scored]], per_row: int) -> list[Sequence[Scored]]:
-    """Returns the completions of each row, `per_row` of one group."""
-    return [
-        group[first : first + per_row]
-        for group in groups
-        for first in range(0, len(group), per_row)
-    ]
+def split_rows(samples: Sequence[Sample], per_row: int) -> list[Sequence[Sample]]:
+    """Returns the samples of each row, `per_row` of one question."""
+    return [samples[first : first + per_row] for first in range(0, len(samples), per_row)]
 
 
-def row_tokens(completions: Sequence[Scored]) -> int:
-    """Returns the number of tokens of a row of one prompt and these completions."""
-    prompt = len(completions[0].completion.prompt_ids)
-    return prompt + sum(c.completion.num_tokens for c in completions)
+def row_tokens(members: Sequence[Sample]) -> int:
+    """Returns the tokens of a row of one prompt and these completions."""
+    prompt = len(members[0].completion.prompt_ids)
+    return prompt + sum(s.completion.num_tokens for s in members)
 
 
-def _fill_policy_row(row: PolicyBatch, completions: Sequence[Scored]) -> None:
-    """Writes the prompt and the completions into the arrays `[T]` of one row."""
-    prompt = completions[0].completion.prompt_ids
+def _fill_policy_row(batch: PolicyBatch, row: int, members: Sequence[Sample]) -> None:
+    """Writes the prompt and the completions of `members` into one row of the batch."""
+    prompt = members[0].completion.prompt_ids
     end = len(prompt)
-    row.tokens[:end] = prompt
-    row.positions[:end] = np.arange(end)
-    row.segment_ids[: row_tokens(completions)] = 1
-    for number, (completion, advantage, trains) in enumerate(completions, start=1):
-        start, end = end, end + completion.num_tokens
-        row.tokens[start:end] = completion.token_ids
-        row.positions[start:end] = len(prompt) + np.arange(end - start)
-        row.sequence_ids[start:end] = number
-        row.loss_mask[start:end] = trains
-        if trains:
-            row.advantages[start:end] = advantage
-            row.rollout_logprobs[start:end] = completion.untruncated_logprobs
+    batch.tokens[row, :end] = prompt
+    batch.positions[row, :end] = np.arange(end)
+    batch.segment_ids[row, : row_tokens(members)] = 1
+    for number, sample in enumerate(members, start=1):
+        completion = sample.completion
+        start = end
+        end += completion.num_tokens
+        batch.tokens[row, start:end] = completion.token_ids
+        batch.positions[row, start:end] = len(prompt) + np.arange(end - start)
+        batch.sequence_ids[row, start:end] = number
+        batch.loss_mask[row, start:end] = sample.trains
+        if sample.trains:
+            batch.advantages[row, start:end] = sample.advantage
+            batch.rollout_logprobs[row, start:end] = completion.untruncated_logprobs

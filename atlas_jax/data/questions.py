@@ -23,8 +23,7 @@ from absl import logging
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import shapes
 from atlas_jax.data.examples import PLACEHOLDER, check_encodable
-from atlas_jax.data.sessions import QUESTIONS
-from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
+from atlas_jax.data.sources import QUESTIONS, Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Question
 
 _QUESTION = ("prompt", "problem_text", "question", "problem", "instruction", "query", "input")
@@ -115,9 +114,10 @@ def to_question(
             raise ValueError(f"lacks the field {name!r} of rollout.question_fields; add it")
     return Question(
         id=_text(fields.get("id", "")) or row.name,
-        question=question,
+        text=question,
         ground_truth=truth,
         fields=shown,
+        row=row.fields,
     )
 
 

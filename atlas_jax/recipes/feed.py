@@ -1,4 +1,4 @@
-"""Where GRPO's batches come from: questions asked, rollouts scored, rows laid out."""
+"""The batches of GRPO: questions asked, samples scored, rows laid out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from absl import logging
 from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
-from atlas_jax.data.packing import Scored, bucket_length, collate_policy, row_tokens, split_rows
-from atlas_jax.recipes.ahead import Ahead
+from atlas_jax.data.packing import bucket_length, collate_policy, row_tokens, split_rows
 from atlas_jax.recipes.layout import Layout
-from atlas_jax.recipes.scoring import ask_again, why
-from atlas_jax.rewards.pricing import priced
+from atlas_jax.recipes.prefetch import Prefetcher
+from atlas_jax.recipes.scoring import reason, retry_outages, score
+from atlas_jax.rewards.pricing import price_leaks
 from atlas_jax.rollout import measures, record, teaching
-from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.engine import Backend, ChatModel
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.stopping import StopRequestedError
@@ -31,41 +31,39 @@ from atlas_jax.types import (
     Metrics,
     Params,
     PolicyBatch,
-    Reward,
-    RewardResult,
-    Rollout,
+    RewardFn,
+    Sample,
+    by_question,
 )
 
 _LEAVE = StopRequestedError, DependencyError
-"""Why processes give up a batch, all of them together; a stop counts before an outage."""
+"""Reasons to give up a batch, in all processes together; a stop counts before an outage."""
 
 
 class Parts(NamedTuple):
-    """What a step needs, fixed while the run trains."""
+    """The parts of a step that stay the same while the run trains."""
 
     config: GRPOConfig
     layout: Layout
     order: asked.QuestionOrder
-    policy: Callable[[Params, int], Speaker]
-    student: Speaker | None
-    protocol: teaching.Protocol
-    reward: Reward
-    score: Callable[[Params, PolicyBatch], jax.Array]
+    backend: Backend
+    protocol: teaching.TeachingProtocol
+    reward: RewardFn
+    logprobs_fn: Callable[[Params, PolicyBatch], jax.Array]
     sharding: Sharding
     writer: metrics.MetricWriter
-    pushed: Callable[[], Metrics] = dict
-    """Metrics of the last time that the policy was brought to its servers."""
 
 
-class Groups(NamedTuple):
-    """What a step has collected; one entry a question."""
+class Collected(NamedTuple):
+    """The scored samples of a step in this process."""
 
-    rollouts: list[list[Rollout]]
-    results: list[list[RewardResult]]
+    samples: list[Sample]
+    reward_secs: float
+    """Seconds that the rewards took."""
 
 
 class Feed:
-    """Makes each step's batch; its state is the next question.
+    """Source of each step's batch; its state is the number of the next question.
 
     The questions of a step are dealt to the processes in order, as evenly as possible: each asks
     and scores whole groups, and some may have none. The rows are then exchanged, so that each
@@ -77,7 +75,7 @@ class Feed:
         self._parts = parts
         self._reference = reference
         self._position = 0
-        self._ahead = Ahead(self._collect, parts.config.rollout.max_staleness)
+        self._prefetcher = Prefetcher(self._collect, parts.config.rollout.max_staleness)
 
     @property
     def samples_policy(self) -> bool:
@@ -88,31 +86,36 @@ class Feed:
         """Returns a batch of new completions, scored."""
         parts, config = self._parts, self._parts.config
         version = int(state.step)
-        policy = parts.policy(state.params, version)
-        synced = time.perf_counter()
+        policy = parts.backend.publish(state.params, version)
+        published = time.perf_counter()
         with distributed.together(*_LEAVE):
-            made = self._ahead.take(policy, self._position)
-        groups, score_secs = made.content
-        wait_secs = time.perf_counter() - synced
-        groups = self._priced(self._with_patience(groups, pause))
-        samples = self._samples(groups)
+            made = self._prefetcher.take(policy, self._position)
+        collected: Collected = made.batch
+        wait_secs = time.perf_counter() - published
+        samples = retry_outages(parts.reward, collected.samples, config.reward, pause)
+        samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
+        # The record is written before the samples are counted, so that a run that ends for too
+        # many failures leaves them to be looked at.
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
-        values = self._measure(groups, samples, version) | parts.pushed()
-        self._position = made.position  # where nothing was raised: a step repeated asks the same
+        values = self._measure(samples, version) | parts.backend.metrics()
+        # The position advances only now: if anything above raises, the step that is repeated asks
+        # the same questions.
+        self._position = made.position
         self._sync_reference(version, state.params)
         start = time.perf_counter()
         rows = self._rows(samples)
         num_tokens = int(distributed.gather(np.asarray((rows.segment_ids > 0).sum())).sum())
         batch = to_global(rows, parts.sharding, parts.layout.microbatches)
         if self._reference is not None:
-            batch = batch._replace(ref_logprobs=parts.score(self._reference, batch))
+            batch = batch._replace(ref_logprobs=parts.logprobs_fn(self._reference, batch))
+        # With one update a step, the update itself computes the log-probabilities before it.
         if config.num_iterations > 1:
-            batch = batch._replace(old_logprobs=parts.score(state.params, batch))
+            batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
         jax.block_until_ready(batch)
-        values["perf/generate_secs"] = made.secs - score_secs, 1
+        values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
         values["perf/wait_secs"] = wait_secs, 1
-        values["perf/score_secs"] = score_secs, 1
+        values["perf/score_secs"] = collected.reward_secs, 1
         values["perf/logprobs_secs"] = time.perf_counter() - start, 1
         return loop.StepInput(batch, num_tokens * config.num_iterations, values)
 
@@ -121,7 +124,7 @@ class Feed:
         return {"position": self._position, "fingerprint": self._parts.order.fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues behind the questions that were asked when `state` was taken.
+        """Continues after the questions that were asked when `state` was taken.
 
         Raises:
             ValueError: if the state is from other questions.
@@ -140,8 +143,8 @@ class Feed:
         return self._reference if self._parts.config.sync_ref_model else None
 
     def close(self) -> None:
-        """Leaves batches that are being made."""
-        self._ahead.close()
+        """Gives up batches that are being made."""
+        self._prefetcher.close()
 
     def _sync_reference(self, version: int, params: Params) -> None:
         config = self._parts.config
@@ -149,133 +152,116 @@ class Feed:
         if due and self._reference is not None:
             self._reference = _mix(config.ref_model_mixup_alpha, self._reference, params)
 
-    def _collect(self, policy: Speaker, position: int) -> tuple[tuple[Groups, float], int]:
-        """Returns the groups of a step, the seconds that scoring took, and the next position.
+    def _collect(self, policy: ChatModel, position: int) -> tuple[Collected, int]:
+        """Returns the samples of a step and the number of the next question.
 
         Groups that teach nothing are replaced by later ones while `refill_rounds` last.
         """
         wanted, process = self._parts.layout.questions, jax.process_index()
         shares = _shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
+        # Without refills this may run in the prefetching thread, where no collective may stand;
+        # validation forbids refills beside `max_staleness`.
         agree = distributed.together(*_LEAVE) if refills else contextlib.nullcontext()
-        with agree:  # not in a thread, where there are no refills
-            groups, secs = self._ask(policy, position + sum(shares[:process]), shares[process])
+        with agree:
+            collected = self._ask(policy, position + sum(shares[:process]), shares[process])
         position += wanted
         for _ in range(refills):
-            idle = [
-                i for i, group in enumerate(zip(*groups, strict=True)) if not self._teaches(*group)
-            ]
+            groups = by_question(collected.samples)
+            idle = [i for i, group in enumerate(groups) if not self._teaches(group)]
             counts = distributed.gather(np.asarray(len(idle)))
             if not counts.any():
                 break
             first = position + int(counts[:process].sum())
             with distributed.together(*_LEAVE):
-                found, spent = self._ask(policy, first, len(idle))
+                more = self._ask(policy, first, len(idle))
             position += int(counts.sum())
-            secs += spent
-            for i, group, scores in zip(idle, *found, strict=True):
-                groups.rollouts[i], groups.results[i] = group, scores
-        return (groups, secs), position
+            for i, group in zip(idle, by_question(more.samples), strict=True):
+                groups[i] = group
+            samples = [sample for group in groups for sample in group]
+            collected = Collected(samples, collected.reward_secs + more.reward_secs)
+        return collected, position
 
-    def _ask(self, policy: Speaker, first: int, count: int) -> tuple[Groups, float]:
-        """Returns the groups of `count` questions from place `first` on, scored."""
+    def _ask(self, policy: ChatModel, first: int, count: int) -> Collected:
+        """Returns the scored samples of `count` questions from number `first` on."""
         parts = self._parts
         places = range(first, first + count)
         config = parts.config
         sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
-        rollouts = teaching.run(
+        samples = teaching.run(
             [parts.order.at(i) for i in places],
             places,
             policy,
-            parts.student,
+            parts.backend.student,
             parts.protocol,
             teaching.Draws(sampling, config.seed),
         )
         start = time.perf_counter()
-        results = parts.reward([r for group in rollouts for r in group])
-        return _grouped(rollouts, results), time.perf_counter() - start
+        samples = score(parts.reward, samples)
+        return Collected(samples, time.perf_counter() - start)
 
-    def _with_patience(self, groups: Groups, pause: Callable[[float], None]) -> Groups:
-        """Returns the groups, samples without a score asked for again where they are too many."""
-        rollouts = [r for group in groups.rollouts for r in group]
-        results = [r for group in groups.results for r in group]
-        options = self._parts.config.reward
-        return _grouped(
-            groups.rollouts, ask_again(self._parts.reward, rollouts, results, options, pause)
-        )
-
-    def _priced(self, groups: Groups) -> Groups:
-        """Returns the groups with what leaks are worth beside the honest lessons of their group."""
-        penalty = self._parts.config.reward.answer_leak_penalty
-        members = zip(groups.rollouts, groups.results, strict=True)
-        return groups._replace(results=[priced(*group, penalty) for group in members])
-
-    def _samples(self, groups: Groups) -> list[list[record.Sample]]:
-        """Returns the rollouts with their advantages, and whether they train."""
+    def _weigh(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Returns the samples with their advantages, and with whether they train."""
         config = self._parts.config
-        scores = [[math.nan if r.score is None else r.score for r in g] for g in groups.results]
-        own = np.asarray(scores, np.float64).reshape(-1, config.num_generations)
+        rewards = [math.nan if s.reward.value is None else s.reward.value for s in samples]
+        own = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
         shares = _shares(self._parts.layout.questions)
-        rewards = distributed.gather_rows(own, shares)  # [N, G], of all processes
+        # Scales may be taken over the batch, so the advantages are those of all processes.
+        everyone = distributed.gather_rows(own, shares)  # [questions of the step, G]
         first = sum(shares[: jax.process_index()])
-        advantages = losses.group_advantages(rewards, config.scale_rewards)
-        advantages = advantages[first : first + len(own)]
+        advantages = losses.group_advantages(everyone, config.scale_rewards)
+        advantages = advantages[first : first + len(own)].ravel()
         return [
-            [
-                record.Sample(rollout, result, float(advantage), self._trains(rollout, result))
-                for rollout, result, advantage in zip(*members, strict=True)
-            ]
-            for members in zip(groups.rollouts, groups.results, advantages, strict=True)
+            sample._replace(advantage=float(advantage), trains=self._trains(sample))
+            for sample, advantage in zip(samples, advantages, strict=True)
         ]
 
-    def _rows(self, samples: Sequence[Sequence[record.Sample]]) -> PolicyBatch:
+    def _rows(self, samples: Sequence[Sample]) -> PolicyBatch:
         """Returns the rows that this process trains."""
         layout = self._parts.layout
         group = self._parts.config.num_generations // layout.per_row
         counts = [share * group for share in _shares(layout.questions)]
-        return _exchanged(_rows(samples, layout), counts)
+        return _exchanged(_collate(samples, layout), counts)
 
-    def _trains(self, rollout: Rollout, result: RewardResult) -> bool:
-        truncated = rollout.policy.finish_reason == "length"
+    def _trains(self, sample: Sample) -> bool:
+        truncated = sample.completion.finish_reason == "length"
         left_out = truncated and self._parts.config.mask_truncated_completions
-        return result.score is not None and bool(rollout.policy.token_ids) and not left_out
+        scored = sample.reward.value is not None
+        return scored and bool(sample.completion.token_ids) and not left_out
 
-    def _teaches(self, rollouts: Sequence[Rollout], results: Sequence[RewardResult]) -> bool:
-        """Returns whether a group's rewards differ, and one of its members at least trains."""
-        results = priced(rollouts, results, self._parts.config.reward.answer_leak_penalty)
-        differs = len({r.score for r in results if r.score is not None}) > 1
-        return differs and any(map(self._trains, rollouts, results))
+    def _teaches(self, group: Sequence[Sample]) -> bool:
+        """Returns True if a group's rewards differ and at least one of its members trains."""
+        priced = price_leaks(group, self._parts.config.reward.answer_leak_penalty)
+        values = {s.reward.value for s in priced if s.reward.value is not None}
+        return len(values) > 1 and any(map(self._trains, priced))
 
-    def _measure(
-        self, groups: Groups, samples: Sequence[Sequence[record.Sample]], version: int
-    ) -> Metrics:
+    def _measure(self, samples: Sequence[Sample], version: int) -> Metrics:
         """Returns the metrics of a step over all processes.
 
         Raises:
             DependencyError: if an outage left too many samples without a score.
         """
         reward = self._parts.config.reward
-        values = measures.of_rewards(groups.results, reward.parts)
+        values = measures.of_rewards(samples, reward.parts)
         if "rim" in reward.parts:
-            values |= measures.of_judges(groups.results, reward.rim.judge_names)
-        values |= measures.of_generation(groups.rollouts, version)
-        if self._parts.student:
-            values |= measures.of_teaching(groups.rollouts)
-            values |= measures.of_efficiency(groups.rollouts, groups.results)
-        trains = [sample.trains for group in samples for sample in group]
-        values["rollout/trained_frac"] = sum(trains), len(trains)
+            values |= measures.of_judges(samples, reward.rim.judge_names)
+        values |= measures.of_generation(samples, version)
+        if self._parts.backend.student:
+            values |= measures.of_teaching(samples)
+            values |= measures.of_efficiency(samples)
+        values["rollout/trained_frac"] = sum(s.trains for s in samples), len(samples)
         values = metrics.sum_over_processes(values)
         (without, total), (skipped, _) = values["reward/failed_frac"], values["reward/skipped_frac"]
         failed, possible = without - skipped, total - skipped
         if failed > reward.max_failed_frac * possible:
-            reasons = [why(r) for group in groups.results for r in group if r.is_outage]
+            reasons = [reason(s.reward) for s in samples if s.reward.is_outage]
             raise DependencyError(
                 f"{failed:.0f} of {possible:.0f} samples could not be scored, more than "
                 f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}; look "
                 f"at {self._parts.config.output_dir}/rollouts"
             )
         if not values["rollout/trained_frac"][0] and distributed.is_main():
-            reasons = [why(r) for group in groups.results for r in group if r.score is None]
+            reasons = [reason(s.reward) for s in samples if s.reward.value is None]
             logging.warning(
                 "step %d trains nothing: of %d samples %d have no score and the others are cut; "
                 "the first: %s; look at %s/rollouts",
@@ -285,14 +271,8 @@ class Feed:
         return values
 
 
-def _grouped(rollouts: list[list[Rollout]], results: Sequence[RewardResult]) -> Groups:
-    """Returns the results as they belong to the rollouts of each group."""
-    flat = iter(results)
-    return Groups(rollouts, [[next(flat) for _ in group] for group in rollouts])
-
-
 def _shares(total: int) -> list[int]:
-    """Returns how many of so many things each process has: as many as the others, or one more."""
+    """Returns the number of things of each process: as many as the others, or one more."""
     each, more = divmod(total, jax.process_count())
     return [each + (process < more) for process in range(jax.process_count())]
 
@@ -311,16 +291,11 @@ def _exchanged(rows: PolicyBatch, counts: Sequence[int]) -> PolicyBatch:
     return jax.tree.map(lambda x: distributed.gather_rows(x, counts)[part], rows)
 
 
-def _rows(samples: Sequence[Sequence[record.Sample]], layout: Layout) -> PolicyBatch:
-    """Returns the rows of the groups that this process asked, of a length that all have."""
-    groups = [[_scored(sample) for sample in group] for group in samples]
-    longest = max(map(row_tokens, split_rows(groups, layout.per_row)), default=0)
+def _collate(samples: Sequence[Sample], layout: Layout) -> PolicyBatch:
+    """Returns the rows of this process's samples, of a length that all processes have."""
+    longest = max(map(row_tokens, split_rows(samples, layout.per_row)), default=0)
     length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
-    return collate_policy(groups, layout.per_row, length)
-
-
-def _scored(sample: record.Sample) -> Scored:
-    return Scored(sample.rollout.policy, sample.advantage, sample.trains)
+    return collate_policy(samples, layout.per_row, length)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

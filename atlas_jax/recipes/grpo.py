@@ -1,6 +1,6 @@
 """GRPO (arXiv:2402.03300): groups of completions, each rewarded against the mean of its group.
 
-A step asks new questions, lets the current policy write a group for each, scores the rollouts,
+A step asks new questions, lets the current policy write a group for each, scores the samples,
 and makes `num_iterations` updates on them. The policy is a teacher whose lessons help a frozen
 student, or, with `protocol=direct`, a model that answers by itself.
 """
@@ -17,115 +17,96 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import NamedSharding
 
-from atlas_jax import distributed, logprobs, loop, losses, metrics, step
-from atlas_jax.checkpoint import hf
-from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import GRPOConfig, batch_plan
+from atlas_jax import distributed, logprobs, losses, metrics, step
+from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
-from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import run_dir, serving, setup, speakers
+from atlas_jax.recipes import chat_models, local_backend
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import make_reward
+from atlas_jax.rewards import verifiable
 from atlas_jax.rewards.truths import check_truths
-from atlas_jax.rollout import evaluation, record, teaching
-from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout import evaluation, record
+from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.sharding import Sharding, fetch, platform
-from atlas_jax.types import Metrics, Params, PolicyBatch, Question
+from atlas_jax.run import Run, Training
+from atlas_jax.sharding import platform
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import Model, open_frozen
+from atlas_jax.types import NOTHING_GIVEN, Given, Metrics, Params, PolicyBatch, Question, RewardFn
 
 _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
 """Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
 
 
-def run(config: GRPOConfig) -> bool:
+def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
     """Trains a policy and writes `final/`; see configs/run/teacher_rcl.py for an example.
 
     Returns:
         Whether the run came to its end; false if a signal stopped it before.
     """
-    sharding = setup.make_sharding(config)
-    plan = batch_plan(config, sharding.num_replicas)
-    layout = make_layout(config, plan, sharding.num_replicas)
-    protocol = speakers.protocol(config, config.num_generations)
-    with run_dir.opened(config):
-        return _train(config, layout, protocol, sharding)
-
-
-def _train(
-    config: GRPOConfig, layout: Layout, protocol: teaching.Protocol, sharding: Sharding
-) -> bool:
-    # What the user's files say is read and compared with the run in output_dir first: an error
-    # must come before anything is written or generated.
-    train, held_out = _questions(config)
-    model = setup.open_model(config, sharding, config.max_prompt_length + config.max_new_tokens)
-    student = None
-    if config.rollout.protocol != "direct":
-        student = setup.open_frozen(config, config.student_model, sharding)
-    layout = fit_attention(layout, model.decoder, config.attn_implementation)
-    order = asked.QuestionOrder(train, config.seed, config.data.shuffle)
-    distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
-    num_steps = config.max_steps
-    if num_steps == -1:
-        num_steps = math.ceil(config.num_train_epochs * len(train) / layout.questions)
-    optimizer = setup.make_optimizer(config, model.decoder, num_steps * config.num_iterations)
-    checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
-    start = setup.begin(config, model, optimizer, checkpoints, student)
-    position = setup.data_state(config, start, order.fingerprint)
-    reference = _reference(config, model, checkpoints, start)
-    run_dir.commit(config, model.files, start.started)
-    first = int(start.state.step)
-    if distributed.is_main():
-        record.drop_after(config.output_dir, first)
-    with contextlib.ExitStack() as stack:
-        engines = {"local": _local_engines, "vllm": _served_engines}[config.rollout.backend](
-            config, model, student
-        )
-        stack.callback(engines.close)
-        writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
+    # 1. Options that contradict each other: an error must come before the directory is touched.
+    compute = Compute.of(config)
+    layout = make_layout(config, compute.plan, compute.sharding.num_replicas)
+    protocol = chat_models.make_protocol(config, config.num_generations)
+    with Run.open(config) as run, contextlib.ExitStack() as stack:
+        # 2. The questions and the student. What a row can hold depends on the model's attention,
+        #    so the layout is settled before the loss and the log-probabilities are built for it.
+        train, held_out = _questions(config, given)
+        student = None
+        if config.rollout.protocol != "direct":
+            student = open_student(config, run.compute)
+        layout = fit_attention(layout, run.decoder, config.attn_implementation)
+        order = asked.QuestionOrder(train, config.seed, config.data.shuffle)
+        distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
+        num_steps = config.max_steps
+        if num_steps == -1:
+            num_steps = math.ceil(config.num_train_epochs * len(train) / layout.questions)
+        # 3. The weights, the reference, and the position where an earlier command stopped.
+        training = run.begin(num_steps, order.fingerprint, config.num_iterations, student)
+        reference = _reference(config, training)
+        # 4. Nothing can refuse the run any more: samples of steps that are done again go.
+        writer = training.committed()
         stack.callback(writer.close)
+        if distributed.is_main():
+            record.drop_after(config.output_dir, training.first_step)
+        # 5. The backend. Closed in reverse: the feed, which asks it, then the backend, then the
+        #    writer, which both write to.
+        backend = _make_backend(config, run.model, student)
+        stack.callback(backend.close)
         parts = Parts(
             config=config,
             layout=layout,
             order=order,
-            policy=engines.policy,
-            student=engines.student,
+            backend=backend,
             protocol=protocol,
-            reward=make_reward(config),
-            score=make_score(model.decoder, config, layout.per_row),
-            sharding=sharding,
+            reward=_reward(config, given),
+            logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
+            sharding=run.compute.sharding,
             writer=writer,
-            pushed=engines.pushed,
         )
         feed = Feed(parts, reference)
         stack.callback(feed.close)
-        if position:
-            feed.set_state(position)
-        job = loop.Job(
-            config=config,
-            num_steps=num_steps,
-            flops_per_token=model.decoder.config.flops_per_token,
-            train_step=step.make_train_step(
-                make_loss(model.decoder, config, layout.per_row),
-                optimizer,
-                model.decoder.dims,
-                sharding,
-                config.num_iterations,
-                config.seed,
-            ),
-            evaluate=make_evaluate(parts, held_out) if held_out else None,
-            writer=writer,
-            checkpoints=checkpoints,
-            healthy=_HEALTHY,
-            restored=start.data,
+        if training.position:
+            feed.set_state(training.position)
+        # 6. Training, and its end: everything that generates is closed before the export.
+        outcome = training.train(
+            make_loss(run.decoder, config, layout.per_row),
+            feed,
+            writer,
+            make_evaluate(parts, held_out) if held_out else None,
+            _HEALTHY,
         )
-        outcome = loop.run(job, start.state, feed)
-    if not outcome.stopped:
-        _finish(config, outcome, setup.export(config, model, outcome.state.params))
+        stack.close()
+        if not outcome.stopped:
+            directory = run.export(outcome.state.params)
+            done = int(outcome.state.step)
+            epoch = len(train) / layout.questions
+            metrics.write_trainer_state(config, directory, done, num_steps, epoch)
+            _finish(config, directory)
     return not outcome.stopped
 
 
@@ -157,27 +138,29 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
         num_sequences=per_row,
     )
 
+    policy_loss = losses.resolve(config.loss_type)
+
     def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
-        total, values = losses.policy_loss(found, batch, options)
+        total, values = policy_loss(found, batch, options)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
         return total, values | {"policy/entropy": (jnp.sum(entropy), weight)}
 
     return loss
 
 
-def make_score(
+def make_logprobs_fn(
     decoder: Decoder, config: GRPOConfig, per_row: int
 ) -> Callable[[Params, PolicyBatch], jax.Array]:
     """Returns the compiled `(params, batch [microbatches, B, T]) -> log-probabilities`."""
 
-    def score(params: Params, batch: PolicyBatch) -> jax.Array:
+    def compute(params: Params, batch: PolicyBatch) -> jax.Array:
         def one(batch: PolicyBatch) -> jax.Array:
             return _logprobs(decoder, config, per_row, params, batch)[0]
 
         return jax.lax.map(one, batch)
 
-    return jax.jit(score)
+    return jax.jit(compute)
 
 
 def _logprobs(
@@ -202,87 +185,60 @@ def reference_decoder(config: GRPOConfig, decoder: Decoder) -> Decoder:
     return dataclasses.replace(decoder, param_dtype=dtype, sharding=sharding)
 
 
-def _reference(
-    config: GRPOConfig, model: setup.Model, checkpoints: Checkpoints, start: setup.Start
-) -> Params | None:
+def _reference(config: GRPOConfig, training: Training) -> Params | None:
     """Returns the policy that the run began with, or what has become of it by syncing.
 
     Raises:
-        ValueError: if it is not in the checkpoint and the weights that the run began with are gone.
+        ValueError: if its weights cannot be loaded.
     """
     if not config.beta:
         return None
-    decoder = model.decoder
-    frozen = reference_decoder(config, decoder)
-    dtype, latest = frozen.param_dtype, checkpoints.latest()
-    if latest is None:
-
-        def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
-            return jax.device_put(jnp.copy(fetch(x).astype(dtype)), place)
-
-        places = frozen.placements()
-        make = jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)
-        return make(start.state.params)
-    if checkpoints.has_reference(latest):
-        abstract = step.abstract(frozen.shapes, frozen.placements())
-        return checkpoints.restore_params(latest, abstract, "reference")
     try:
-        return setup.load_origin(start.started.origin, config, model, frozen)
+        return training.reference(reference_decoder(config, training.run.decoder))
     except ValueError as error:
         raise ValueError(
-            f"beta={config.beta} needs the reference model, which is not in the checkpoint: "
+            f"beta={config.beta} needs the reference model, whose weights are not at hand: "
             f"{error}; restore them, or set beta=0"
         ) from None
 
 
-def _local_engines(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None
-) -> speakers.Engines:
-    policy = speakers.local(model, config.data.system_prompt, config.rollout.max_rows)
-    return speakers.Engines(policy, None if student is None else load_student(config, student))
+def _reward(config: GRPOConfig, given: Given) -> RewardFn:
+    """Returns the reward of the config, or the sum of those that the caller gives in its place."""
+    if not given.rewards:
+        return make_reward(config)
+    return verifiable.combine({f"given_{i}": (r, 1.0) for i, r in enumerate(given.rewards)})
 
 
-def _served_engines(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None
-) -> speakers.Engines:
-    return serving.engines(config, model, student, make_score(model.decoder, config, 1))
+def _make_backend(config: GRPOConfig, model: Model, student: Model | None) -> Backend:
+    if config.rollout.backend == "vllm":
+        from atlas_jax.recipes import vllm_backend  # local generation needs no HTTP client
+
+        logprobs_fn = make_logprobs_fn(model.decoder, config, per_row=1)
+        return vllm_backend.make_vllm_backend(config, model, student, logprobs_fn)
+    return local_backend.make_local_backend(config, model, student)
 
 
-def open_student(config: GRPOConfig, sharding: Sharding) -> Speaker | None:
-    """Returns the frozen student; None under `protocol=direct`.
-
-    Raises:
-        ValueError: if it cannot be loaded, or has too few positions for a lesson and an answer.
-    """
-    if config.rollout.protocol == "direct":
-        return None
-    return load_student(config, setup.open_frozen(config, config.student_model, sharding))
-
-
-def load_student(config: GRPOConfig, model: setup.Model) -> Speaker:
-    """Loads the parameters of the frozen student.
+def open_student(config: GRPOConfig, compute: Compute) -> Model:
+    """Opens the frozen student.
 
     Raises:
-        ValueError: if it has too few positions for a lesson and an answer.
+        ValueError: if it cannot be opened.
     """
-    student = load_speaker(config, model, config.rollout.student_system_prompt)
-    return speakers.check_student(config, student)
+    options = config.rollout.student_chat_template_kwargs
+    return open_frozen(compute, config.student_model, options)
 
 
-def load_speaker(config: GRPOConfig, model: setup.Model, system_prompt: str) -> Speaker:
-    """Loads the parameters of a model that only generates."""
-    bind = speakers.local(model, system_prompt, config.rollout.max_rows)
-    return bind(hf.load(model.source, model.decoder), 0)
-
-
-def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | None]:
+def _questions(
+    config: GRPOConfig, given: Given = NOTHING_GIVEN
+) -> tuple[list[Question], list[Question] | None]:
     rows, held_out = sources.load_rows(
-        config.data, config.seed, config.output_dir, distributed.is_main()
+        config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    most, needs_truth = config.data.max_rejected_frac, config.reward.kind != "rim"
+    most = config.data.max_rejected_frac
+    needs_truth = config.reward.kind != "rim" and not given.rewards
     fields, columns = config.rollout.question_fields, vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)
-    logging.info("%d questions; the first: %s", len(train), train[0].question)
+    logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:
         check_truths(train)
     if held_out is None:
@@ -297,18 +253,19 @@ def make_evaluate(
     """Returns the metrics of greedy answers to held-out questions as a function of the state."""
 
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
-        policy = parts.policy(state.params, int(state.step))
+        policy = parts.backend.publish(state.params, int(state.step))
         protocol = parts.protocol._replace(num_generations=1)
         own = questions[jax.process_index() :: jax.process_count()]
-        rollouts = evaluation.ask(own, policy, parts.student, protocol, Sampling(0.0))
-        values = evaluation.summary(rollouts, taught=parts.student is not None)
+        student = parts.backend.student
+        samples = evaluation.ask(own, policy, student, protocol, Sampling(0.0))
+        values = evaluation.summary(samples, taught=student is not None)
         return {f"eval/{k}": v for k, v in values.items()}
 
     return run_evaluation
 
 
-def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
-    """Writes `trainer_state.json`, and logs what was reached beside what the guide promises."""
+def _finish(config: GRPOConfig, directory: str) -> None:
+    """Logs what was reached beside what the guide promises."""
     if not distributed.is_main():
         return
     last = _last_metrics(config.output_dir)
@@ -325,8 +282,6 @@ def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
     for name, goal in wanted.items():
         if name in last:
             lines.append(f"{name:<36}{_finite(last[name]):>10.3f}   {goal}")
-    state = {"global_step": int(outcome.state.step), "metrics": last}
-    write_whole(f"{directory}/trainer_state.json", json.dumps(state, indent=2) + "\n")
     logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
 
 

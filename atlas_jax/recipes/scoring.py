@@ -1,4 +1,4 @@
-"""What a completion is worth, and patience with judges that cannot be reached."""
+"""Rewards of samples, and patience with judges that cannot be reached."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.config import GRPOConfig, RewardConfig
-from atlas_jax.rewards import RIMReward, verifiable
+from atlas_jax.rewards import verifiable
 from atlas_jax.stopping import StopRequestedError
-from atlas_jax.types import Reward, RewardResult, Rollout
+from atlas_jax.types import Reward, RewardFn, Sample
 
 
-def make_reward(config: GRPOConfig) -> Reward:
+def make_reward(config: GRPOConfig) -> RewardFn:
     """Returns the weighted sum of the rewards that the config names."""
     reward = config.reward
-    known: dict[str, Callable[[], Reward]] = {
+    known: dict[str, Callable[[], RewardFn]] = {
         "exact_match": verifiable.exact_match,
         "teaching_gain": functools.partial(
             verifiable.teaching_gain,
@@ -34,61 +34,73 @@ def make_reward(config: GRPOConfig) -> Reward:
     )
 
 
-def _judges(config: GRPOConfig) -> Reward:
+def _judges(config: GRPOConfig) -> RewardFn:
+    from atlas_jax.rewards import RIMReward  # needs an HTTP client, and no other reward does
+
     account = f"{config.output_dir}/judges_spent_process_{jax.process_index()}.json"
     return RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
 
 
-def ask_again(
-    reward: Reward,
-    rollouts: Sequence[Rollout],
-    results: Sequence[RewardResult],
+def score(reward: RewardFn, samples: Sequence[Sample]) -> list[Sample]:
+    """Returns the samples with their rewards."""
+    return [
+        sample._replace(reward=given)
+        for sample, given in zip(samples, reward(samples), strict=True)
+    ]
+
+
+def retry_outages(
+    reward: RewardFn,
+    samples: Sequence[Sample],
     options: RewardConfig,
     pause: Callable[[float], None],
-) -> list[RewardResult]:
-    """Returns the results; where too many have no score, after further attempts at these alone.
+) -> list[Sample]:
+    """Returns the samples, those in an outage scored again if they are too many.
 
-    Skipped samples do not count: nothing that could be waited for would give them a score. Every
+    Skipped samples do not count: nothing that could be waited for would give them a reward. Every
     process must call this together.
 
     Args:
-        reward: scores the samples.
-        rollouts: the samples of this process.
-        results: what `reward` said of them.
-        options: the share that may be without a score, and how long to wait before each attempt.
+        reward: the reward function.
+        samples: the scored samples of this process.
+        options: the share that may stay without a reward, and the wait before each attempt.
         pause: waits for so many seconds, in every process.
 
     Raises:
         StopRequestedError: if the run is to stop, while this waits or scores.
     """
-    results = list(results)
+    samples = list(samples)
     for secs in options.retry_waits_secs:
-        again = [i for i, r in enumerate(results) if r.score is None and r.later]
-        failed, total, hopeful = _over_processes(results, again)
-        if not hopeful or failed <= options.max_failed_frac * total:
+        places = [i for i, s in enumerate(samples) if _is_retryable(s.reward)]
+        failed, total, retryable = _count_over_processes(samples, len(places))
+        if not retryable or failed <= options.max_failed_frac * total:
             break
-        first = next((why(results[i]) for i in again), "another process knows")
+        first = next((reason(samples[i].reward) for i in places), "another process knows")
         logging.warning(
             "%d of %d samples have no score; asking again for %d of them in %g s; the first: %s",
-            failed, total, hopeful, secs, first,
+            failed, total, retryable, secs, first,
         )  # fmt: skip
         pause(secs)
         with distributed.together(StopRequestedError):
-            scored = reward([rollouts[i] for i in again])
-        for i, result in zip(again, scored, strict=True):
-            results[i] = result
-    return results
+            again = score(reward, [samples[i] for i in places])
+        for i, sample in zip(places, again, strict=True):
+            samples[i] = sample
+    return samples
 
 
-def why(result: RewardResult) -> str:
-    """Returns the reasons of the parts of a result that have no score."""
-    parts = [result.details, *(p for p in result.details.values() if isinstance(p, dict))]
+def reason(reward: Reward) -> str:
+    """Returns the reasons for which a reward and its parts have no value."""
+    parts = [reward.details, *(p for p in reward.details.values() if isinstance(p, dict))]
     return "; ".join(part["unscored"] for part in parts if "unscored" in part)
 
 
-def _over_processes(results: Sequence[RewardResult], again: Sequence[int]) -> tuple[int, int, int]:
-    """Returns of all processes the samples in an outage, those not skipped, those to ask again."""
-    failed = sum(r.is_outage for r in results)
-    total = sum(not r.is_skipped for r in results)
-    counts = distributed.gather(np.asarray([failed, total, len(again)])).sum(0)
+def _is_retryable(reward: Reward) -> bool:
+    return reward.value is None and reward.is_retryable
+
+
+def _count_over_processes(samples: Sequence[Sample], retryable: int) -> tuple[int, int, int]:
+    """Returns the numbers of samples in an outage, not skipped, and retryable, of all processes."""
+    failed = sum(s.reward.is_outage for s in samples)
+    total = sum(not s.reward.is_skipped for s in samples)
+    counts = distributed.gather(np.asarray([failed, total, retryable])).sum(0)
     return int(counts[0]), int(counts[1]), int(counts[2])

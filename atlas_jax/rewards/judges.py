@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from atlas_jax.options_rim import JudgePrompt, RIMConfig
 from atlas_jax.rewards.ensemble import Opinion
 from atlas_jax.rewards.texts import visible
-from atlas_jax.types import Message, Rollout
+from atlas_jax.types import Message, Sample
 
 
 class Case(NamedTuple):
@@ -146,17 +146,18 @@ _SPECIAL = re.compile(
 )
 
 
-def case_of(rollout: Rollout) -> Case:
-    """Returns the case of a rollout."""
-    question = rollout.question
-    baseline, probe = rollout.baseline, rollout.probe
+def case_of(sample: Sample) -> Case:
+    """Returns the texts of a sample, as judges see them."""
+    question = sample.question
+    baseline = sample.baseline
+    probe = sample.probe
     return Case(
-        question=question.question,
+        question=question.text,
         ground_truth=question.ground_truth,
         baseline=baseline.text if baseline else "",
         plan=probe.text if probe else "",
-        lesson=rollout.teaching,
-        answer=rollout.answer.text,
+        lesson=sample.teaching,
+        answer=sample.answer.text,
     )
 
 

@@ -1,7 +1,7 @@
-"""What a lesson that gives the answer away, or aims at the judge, is worth in its group.
+"""The price of a lesson that gives the answer away, or that aims at the judge.
 
 A reward cannot tell by itself: a student with the answer in hand is right, and a judge may be
-pleased. Against the honest lessons of the same question such a lesson must never be the better one.
+pleased. Such a lesson must never be worth more than the honest lessons of the same question.
 """
 
 from __future__ import annotations
@@ -10,56 +10,56 @@ from collections.abc import Sequence
 
 from atlas_jax.rewards import gaming
 from atlas_jax.rewards.leaks import states_answer
-from atlas_jax.types import RewardResult, Rollout
+from atlas_jax.types import Reward, Sample, by_question
 
 NO_HONEST = "no lesson of its group is honest"
-"""Why a sample of such a group has no score."""
+"""The reason for which no sample of such a group has a reward."""
 
 
-def priced(
-    rollouts: Sequence[Rollout], results: Sequence[RewardResult], penalty: float
-) -> list[RewardResult]:
-    """Returns the results of one group in which no leak pays.
+def price_leaks(samples: Sequence[Sample], penalty: float) -> list[Sample]:
+    """Returns the samples with rewards under which no leak pays.
 
-    The score of a lesson that gives the answer away, or of which the judges' reward says that it
-    aims at them, is the lower of its own and the lowest honest one, less the penalty. Where no
-    honest lesson has a score, none has, so that the group trains nothing.
+    The reward of a lesson that gives the answer away, or that the judges found to aim at them, is
+    the lower of its own and the lowest honest one of its group, minus the penalty. A group in which
+    no honest lesson has a reward has none at all, so it trains nothing.
 
     Args:
-        rollouts: those of one question, with the same policy.
-        results: what the reward says of each.
-        penalty: not negative.
+        samples: scored samples, the members of each question together.
+        penalty: subtracted from the lowest honest reward; not negative.
     """
-    found = [_found(*member) for member in zip(rollouts, results, strict=True)]
+    return [sample for group in by_question(samples) for sample in _price_group(group, penalty)]
+
+
+def _price_group(group: Sequence[Sample], penalty: float) -> list[Sample]:
+    reasons = [_gaming(sample) for sample in group]
     honest = [
-        result.score
-        for result, reasons in zip(results, found, strict=True)
-        if result.score is not None and not reasons
+        sample.reward.value
+        for sample, found in zip(group, reasons, strict=True)
+        if sample.reward.value is not None and not found
     ]
     floor = min(honest, default=None)
     return [
-        _lowered(result, reasons, floor, penalty) if reasons else result
-        for result, reasons in zip(results, found, strict=True)
+        sample._replace(reward=_lowered(sample.reward, found, floor, penalty)) if found else sample
+        for sample, found in zip(group, reasons, strict=True)
     ]
 
 
-def _found(rollout: Rollout, result: RewardResult) -> list[str]:
-    """Returns what is wrong with a lesson: what the judges' reward found, and any leak."""
-    judged = result.details.get("rim", {}).get("gaming", [])
-    if gaming.LEAK in judged or not rollout.teaching:
+def _gaming(sample: Sample) -> list[str]:
+    """Returns the faults of a lesson: those that the judges' reward found, and any leak."""
+    judged = sample.reward.details.get("rim", {}).get("gaming", [])
+    if gaming.LEAK in judged or not sample.teaching:
         return list(judged)
-    question = rollout.question
-    leaks = states_answer(rollout.teaching, question.ground_truth, question.question)
+    question = sample.question
+    leaks = states_answer(sample.teaching, question.ground_truth, question.text)
     return [gaming.LEAK] * leaks + list(judged)
 
 
-def _lowered(
-    result: RewardResult, reasons: list[str], floor: float | None, penalty: float
-) -> RewardResult:
-    details = {**result.details, "gaming": reasons}
-    if result.score is None:
-        return result._replace(details=details)
-    details["own_score"] = result.score
+def _lowered(reward: Reward, reasons: list[str], floor: float | None, penalty: float) -> Reward:
+    details = {**reward.details, "gaming": reasons}
+    if reward.value is None:
+        return reward._replace(details=details)
+    details["own_value"] = reward.value
     if floor is None:
-        return RewardResult(None, {"unscored": NO_HONEST, **details}, is_skipped=True)
-    return result._replace(score=min(result.score, floor) - penalty, details=details)
+        details = {"unscored": NO_HONEST, **details}
+        return Reward(value=None, details=details, is_skipped=True)
+    return reward._replace(value=min(reward.value, floor) - penalty, details=details)

@@ -8,7 +8,7 @@ no score, so that scores of a group are always those of the same judges.
 
     from atlas_jax.rewards import RIMReward
 
-    reward = RIMReward(config_path="configs/rim_offline_config.py")
+    reward = RIMReward(config_path="rim_offline_config")
     reward.evaluate("3 + 4?", "7", ground_truth="7", teacher_trace="Count on from 3.").score
 """
 
@@ -27,7 +27,7 @@ from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.ensemble import Opinion, Verdict
 from atlas_jax.rewards.transport import MAX_HOLD_SECS, CallBatch, CallResult, Transport
 from atlas_jax.rewards.verifiable import failure
-from atlas_jax.types import Message, RewardResult, Rollout
+from atlas_jax.types import Message, Reward, Sample
 
 T = TypeVar("T")
 
@@ -84,11 +84,11 @@ class _Hearing(NamedTuple):
 
     verdict: Verdict
     usage: _Usage
-    later: bool  # it did not speak, for a reason that may pass
+    is_retryable: bool  # it did not speak, for a reason that may pass
 
 
 class RIMReward:
-    """The ensemble as a reward: rollouts in, results with their whole breakdown out."""
+    """The ensemble as a reward: samples in, rewards with their whole breakdown out."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class RIMReward:
 
         Args:
             config: the options; None takes those of `config_path`, or the defaults.
-            config_path: a file like `configs/rim_config.py`.
+            config_path: path, shipped name or dotted name of a file like `configs/rim_config.py`.
             share: how many processes keep the limits together.
             ledger_path: file with what this process has spent; "" keeps no account on disk.
 
@@ -115,25 +115,25 @@ class RIMReward:
         self.names = self.config.judge_names
         self._transport = Transport(self.config, share, ledger_path)
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        """Returns the result of each rollout; one whose texts failed is not scored."""
-        unscored = [_failure(rollout) for rollout in rollouts]
+    def __call__(self, samples: Sequence[Sample]) -> list[Reward]:
+        """Returns the reward of each sample; one whose texts failed is not scored."""
+        unscored = [_failure(sample) for sample in samples]
         cases = [
-            judges.case_of(rollout)
-            for rollout, failed in zip(rollouts, unscored, strict=True)
+            judges.case_of(sample)
+            for sample, failed in zip(samples, unscored, strict=True)
             if failed is None
         ]
-        results = iter(self.score(cases))
-        return [next(results) if failed is None else failed for failed in unscored]
+        rewards = iter(self.judge(cases))
+        return [next(rewards) if failed is None else failed for failed in unscored]
 
-    def score(self, cases: Sequence[judges.Case]) -> list[RewardResult]:
-        """Returns the result of each case.
+    def judge(self, cases: Sequence[judges.Case]) -> list[Reward]:
+        """Returns the reward of each case.
 
         Raises:
             StopRequestedError: if the run is to stop; calls in flight are given up.
         """
         with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
-            return _in_thread(self._score(cases))
+            return _in_thread(self._judge(cases))
 
     def evaluate(
         self, prompt: str, response: str, **evidence: str | Sequence[str] | None
@@ -166,19 +166,19 @@ class RIMReward:
             answer=response,
             trace=fields.get("trace", ""),
         )
-        (result,) = self.score([case])
-        verdicts = result.details.get("judges", {})
+        (reward,) = self.judge([case])
+        verdicts = reward.details.get("judges", {})
         heard = {name: v for name, v in verdicts.items() if v["score"] is not None}
         explanations = {name: v["rationale"] for name, v in heard.items()}
         return RIMEvaluation(
-            score=result.score,
+            score=reward.value,
             rationale="\n".join(f"{name}: {text}" for name, text in explanations.items()),
             judge_scores={name: v["score"] for name, v in heard.items()},
             judge_explanations=explanations,
-            extra=result.details,
+            extra=reward.details,
         )
 
-    async def _score(self, cases: Sequence[judges.Case]) -> list[RewardResult]:
+    async def _judge(self, cases: Sequence[judges.Case]) -> list[Reward]:
         problems = [judges.problem(case) for case in cases]
         shown = [case for case, why in zip(cases, problems, strict=True) if not why]
         async with self._transport.open() as pool:
@@ -191,7 +191,7 @@ class RIMReward:
             for i, case in enumerate(shown)
         )
         return [
-            RewardResult(None, {"unscored": why}, is_skipped=True) if why else next(results)
+            Reward(value=None, details={"unscored": why}, is_skipped=True) if why else next(results)
             for why in problems
         ]
 
@@ -222,10 +222,10 @@ class RIMReward:
         failures = tuple(a.failure for a in answers if not a.opinion)
         spread = ensemble.spread(samples)
         verdict = Verdict(opinion, samples, spread, reason, failures, len(answers))
-        later = opinion is None and any(a.later for a in answers)
-        return _Hearing(verdict, _total(calls, priced), later)
+        retryable = opinion is None and any(a.later for a in answers)
+        return _Hearing(verdict, _total(calls, priced), retryable)
 
-    def _result(self, case: judges.Case, hearings: dict[str, _Hearing]) -> RewardResult:
+    def _result(self, case: judges.Case, hearings: dict[str, _Hearing]) -> Reward:
         """Returns the score with the breakdown that it is made of."""
         verdicts = {name: hearing.verdict for name, hearing in hearings.items()}
         stated = {name: v.opinion.score for name, v in verdicts.items() if v.opinion}
@@ -245,9 +245,10 @@ class RIMReward:
         if score is None:
             name, hearing = next(iter(unheard.items()))
             why = f"the judge {name} did not speak: {hearing.verdict.failures[0]}"
-            later = all(hearing.later for hearing in unheard.values())
-            return RewardResult(None, {"unscored": why, **details}, later)
-        return RewardResult(score, details)
+            retryable = all(hearing.is_retryable for hearing in unheard.values())
+            details = {"unscored": why, **details}
+            return Reward(value=None, details=details, is_retryable=retryable)
+        return Reward(value=score, details=details)
 
 
 async def _asked(
@@ -312,11 +313,11 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
-def _failure(rollout: Rollout) -> RewardResult | None:
-    """Returns the result of a rollout that has nothing to judge; None if it has."""
-    completions = {"completion": rollout.policy}
-    if rollout.baseline is not None:
-        completions |= {"baseline": rollout.baseline, "guided answer": rollout.answer}
+def _failure(sample: Sample) -> Reward | None:
+    """Returns the reward of a sample that has nothing to judge; None if it has."""
+    completions = {"completion": sample.completion}
+    if sample.baseline is not None:
+        completions |= {"baseline": sample.baseline, "guided answer": sample.answer}
     return failure(completions)
 
 

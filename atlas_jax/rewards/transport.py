@@ -11,9 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-import yarl
-
-from atlas_jax import progress
+from atlas_jax import extras, progress
 from atlas_jax.endpoints import Endpoint, api_key, prices, resolve_all, warn_if_readable
 from atlas_jax.llm_client import (
     Client,
@@ -31,6 +29,9 @@ from atlas_jax.rewards.judges import Unreadable, parse
 from atlas_jax.rewards.replies import Ledger, Reply, ReplyCache, key_of
 from atlas_jax.throttle import Throttle
 from atlas_jax.types import Message
+
+with extras.importing("judges", "a reward of judges"):
+    import yarl
 
 MAX_HOLD_SECS = 120.0
 """Longest pause in seconds that an endpoint may ask for; rate limits are by the minute."""

@@ -34,8 +34,8 @@ def check_truths(questions: Sequence[Question]) -> list[Question]:
         return []
     named = "; ".join(f"{q.id}: {_short(q.ground_truth)!r}" for q in lost[:_SHOWN])
     warning = (
-        f"{len(lost)} of {len(with_truth)} ground truths can be matched by no answer, so that all "
-        f"score 0: {named}; give the answer alone, or mark it by \\boxed{{}} or ####"
+        f"{len(lost)} of {len(with_truth)} ground truths can be matched by no answer, so all score "
+        f"0: {named}; give the answer alone, or mark it by \\boxed{{}} or ####"
     )
     if len(lost) == len(with_truth):
         raise ValueError(warning)

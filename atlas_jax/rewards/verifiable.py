@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atlas_jax.rewards.answers import extract_answer, is_correct, normalise
-from atlas_jax.types import Completion, Reward, RewardResult, Rollout
+from atlas_jax.types import Completion, Reward, RewardFn, Sample
 
 __all__ = [
     "combine",
@@ -26,23 +26,25 @@ def is_right(completion: Completion, ground_truth: str) -> bool:
     return is_correct(completion.text, ground_truth, is_cut)
 
 
-def exact_match() -> Reward:
+def exact_match() -> RewardFn:
     """Returns the reward that is 1 for a correct answer and 0 for any other.
 
     None where there is no ground truth or the completion failed.
     """
 
-    def score(rollout: Rollout) -> RewardResult:
-        text, truth = rollout.answer.text, rollout.question.ground_truth
-        if unscored := _unscored(truth, {"answer": rollout.answer}):
+    def score(sample: Sample) -> Reward:
+        answer = sample.answer
+        truth = sample.question.ground_truth
+        if unscored := _unscored(truth, {"answer": answer}):
             return unscored
-        correct = is_right(rollout.answer, truth)
-        return RewardResult(float(correct), {"correct": correct, "extracted": extract_answer(text)})
+        correct = is_right(answer, truth)
+        details = {"correct": correct, "extracted": extract_answer(answer.text)}
+        return Reward(value=float(correct), details=details)
 
-    return lambda rollouts: [score(rollout) for rollout in rollouts]
+    return lambda samples: [score(sample) for sample in samples]
 
 
-def teaching_gain(efficiency_weight: float = 1.0, degradation_penalty: float = 1.0) -> Reward:
+def teaching_gain(efficiency_weight: float = 1.0, degradation_penalty: float = 1.0) -> RewardFn:
     """Returns the reward of what a lesson changed between the student's two answers.
 
     Wrong to right is 1 + w e, right to right is w e, right to wrong is minus the degradation
@@ -59,32 +61,36 @@ def teaching_gain(efficiency_weight: float = 1.0, degradation_penalty: float = 1
     _check_option("efficiency_weight", efficiency_weight)
     _check_option("degradation_penalty", degradation_penalty)
 
-    def score(rollout: Rollout) -> RewardResult:
-        truth, baseline, guided = rollout.question.ground_truth, rollout.baseline, rollout.guided
-        completions = {"lesson": rollout.policy, "baseline": baseline, "guided answer": guided}
+    def score(sample: Sample) -> Reward:
+        truth = sample.question.ground_truth
+        baseline = sample.baseline
+        guided = sample.guided
+        completions = {"lesson": sample.completion, "baseline": baseline, "guided answer": guided}
         if unscored := _unscored(truth, completions):
             return unscored
         assert baseline is not None and guided is not None
-        before, after = is_right(baseline, truth), is_right(guided, truth)
+        before = is_right(baseline, truth)
+        after = is_right(guided, truth)
         efficiency = _efficiency(baseline.num_tokens, guided.num_tokens)
         gain = 0.0 if before == after else 1.0 if after else -degradation_penalty
         gain += efficiency_weight * efficiency if after else 0.0
         details = {"baseline_correct": before, "correct": after, "efficiency": efficiency}
-        return RewardResult(gain, details)
+        return Reward(value=gain, details=details)
 
-    return lambda rollouts: [score(rollout) for rollout in rollouts]
+    return lambda samples: [score(sample) for sample in samples]
 
 
-def combine(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
+def combine(rewards: Mapping[str, tuple[RewardFn, float]]) -> RewardFn:
     """Returns the weighted sum of named rewards.
 
-    A sample is None where a reward that has weight says None. It may be scored later where each of
-    these may, and is skipped where one of these is. A reward of weight 0 is recorded only. The
-    details are those of each reward, under its name and with its score.
+    A reward that does not apply to a sample adds nothing to it, and a sample to which none applies
+    is skipped. A sample has no value where a reward that applies and has weight gives none. It is
+    retryable where each of these is, and skipped where one of these is. A reward of weight 0 is
+    recorded only. The details are those of each reward, under its name and with its value.
 
     Raises:
         ValueError: if a weight is not finite or none differs from 0. The reward itself raises it
-            for a score that is not finite, and for a list that is not as long as the rollouts.
+            for a value that is not finite, and for a list that is not as long as the samples.
     """
     weights = {name: weight for name, (_, weight) in rewards.items()}
     if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
@@ -92,27 +98,25 @@ def combine(rewards: Mapping[str, tuple[Reward, float]]) -> Reward:
             f"the weights of the rewards are {weights}; give finite ones that are not all 0"
         )
 
-    def score(rollouts: Sequence[Rollout]) -> list[RewardResult]:
-        columns = {name: _checked(name, reward, rollouts) for name, (reward, _) in rewards.items()}
+    def score(samples: Sequence[Sample]) -> list[Reward]:
+        columns = {name: _checked(name, reward, samples) for name, (reward, _) in rewards.items()}
         rows = (
-            {name: results[i] for name, results in columns.items()} for i in range(len(rollouts))
+            {name: results[i] for name, results in columns.items()} for i in range(len(samples))
         )
         return [_weighted(row, weights) for row in rows]
 
     return score
 
 
-def _unscored(
-    ground_truth: str, completions: Mapping[str, Completion | None]
-) -> RewardResult | None:
-    """Returns the result of a rollout that cannot be scored; None if it can be."""
+def _unscored(ground_truth: str, completions: Mapping[str, Completion | None]) -> Reward | None:
+    """Returns the reward of a sample that cannot be scored; None if it can be."""
     if ground_truth.strip():
         return failure(completions)
-    return RewardResult(None, {"unscored": "no ground truth"}, is_skipped=True)
+    return Reward(value=None, details={"unscored": "no ground truth"}, is_skipped=True)
 
 
-def failure(completions: Mapping[str, Completion | None]) -> RewardResult | None:
-    """Returns the result of a rollout whose texts did not all come about; None if they did.
+def failure(completions: Mapping[str, Completion | None]) -> Reward | None:
+    """Returns the reward of a sample of which a text is missing or failed; None if all exist.
 
     It names the first of the skipped texts, if there is one: an engine that works again would not
     help such a sample.
@@ -120,7 +124,8 @@ def failure(completions: Mapping[str, Completion | None]) -> RewardResult | None
     Args:
         completions: the texts that a reward needs, by name.
     """
-    reasons, skipped = {}, []
+    reasons: dict[str, str] = {}
+    skipped: list[str] = []
     for name, completion in completions.items():
         if completion is None:
             reasons[name] = f"no {name}"
@@ -130,7 +135,7 @@ def failure(completions: Mapping[str, Completion | None]) -> RewardResult | None
     if not reasons:
         return None
     first = (skipped or list(reasons))[0]
-    return RewardResult(None, {"unscored": reasons[first]}, is_skipped=bool(skipped))
+    return Reward(value=None, details={"unscored": reasons[first]}, is_skipped=bool(skipped))
 
 
 def _efficiency(baseline_tokens: int, guided_tokens: int) -> float:
@@ -144,32 +149,36 @@ def _check_option(name: str, value: float) -> None:
         raise ValueError(f"{name} of the reward is {value}; set a finite number of 0 or more")
 
 
-def _checked(name: str, reward: Reward, rollouts: Sequence[Rollout]) -> list[RewardResult]:
-    results = reward(rollouts)
-    if len(results) != len(rollouts):
-        ids = [rollout.question.id for rollout in rollouts[:3]]
+def _checked(name: str, reward: RewardFn, samples: Sequence[Sample]) -> list[Reward]:
+    rewards = reward(samples)
+    if len(rewards) != len(samples):
+        ids = [sample.question.id for sample in samples[:3]]
         raise ValueError(
-            f"reward {name!r} returned {len(results)} results for {len(rollouts)} samples "
-            f"(first: {ids}); return one RewardResult for each, with score None where there is none"
+            f"reward {name!r} returned {len(rewards)} rewards for {len(samples)} samples "
+            f"(first: {ids}); return one Reward for each, with value None where there is none"
         )
-    for rollout, result in zip(rollouts, results, strict=True):
-        if result.score is not None and not math.isfinite(result.score):
+    for sample, given in zip(samples, rewards, strict=True):
+        if given.value is not None and not math.isfinite(given.value):
             raise ValueError(
-                f"reward {name!r} of sample {rollout.question.id!r} is {result.score}; return a "
-                "finite score, or None for a sample that cannot be scored"
+                f"reward {name!r} of sample {sample.question.id!r} is {given.value}; return a "
+                "finite number, or None for a sample that cannot be scored"
             )
-    return results
+    return rewards
 
 
-def _weighted(row: Mapping[str, RewardResult], weights: Mapping[str, float]) -> RewardResult:
-    details: dict[str, Any] = {n: {**r.details, "score": r.score} for n, r in row.items()}
-    weighed = [(weights[n], r) for n, r in row.items() if weights[n]]
-    missing = [r for _, r in weighed if r.score is None]
+def _weighted(row: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
+    details: dict[str, Any] = {n: {**r.details, "value": r.value} for n, r in row.items()}
+    weighed = [(weights[n], r) for n, r in row.items() if weights[n] and r.applies]
+    if not weighed:
+        details["unscored"] = "no reward applies to it"
+        return Reward(value=None, details=details, is_skipped=True)
+    missing = [r for _, r in weighed if r.value is None]
     if missing:
-        return RewardResult(
-            score=None,
+        return Reward(
+            value=None,
             details=details,
-            later=all(r.later for r in missing),
+            is_retryable=all(r.is_retryable for r in missing),
             is_skipped=any(r.is_skipped for r in missing),
         )
-    return RewardResult(sum(w * r.score for w, r in weighed if r.score is not None), details)
+    value = sum(weight * r.value for weight, r in weighed if r.value is not None)
+    return Reward(value=value, details=details)

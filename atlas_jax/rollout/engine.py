@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Completion
+from atlas_jax.types import Completion, Metrics, Params
 
 
 class Request(NamedTuple):
@@ -24,8 +24,8 @@ Generate = Callable[[Sequence[Request], Sampling], list[list[Completion]]]
 """Returns the completions of each request, in order."""
 
 
-class Speaker(NamedTuple):
-    """A model as the protocol sees it: its own tokenizer, chat template and generation."""
+class ChatModel(NamedTuple):
+    """A model that answers messages: its tokenizer, chat template and generation."""
 
     encode: Callable[[str], tuple[int, ...]]
     """A user's message -> the prompt under the model's chat template."""
@@ -34,3 +34,29 @@ class Speaker(NamedTuple):
     """Tokens that a prompt and its completion may have together."""
     vocab_size: int
     """Tokens that the model knows; a tokenizer may have more."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The place where a run generates: this process, or vLLM servers."""
+
+    @property
+    def student(self) -> ChatModel | None:
+        """The frozen student; None under `protocol=direct`."""
+
+    def publish(self, params: Params, version: int) -> ChatModel:
+        """Returns the policy with these parameters; every process calls it together.
+
+        Args:
+            params: the trained parameters.
+            version: the step after which they are those of the policy.
+
+        Raises:
+            DependencyError: if the weights reach no server.
+        """
+
+    def metrics(self) -> Metrics:
+        """Returns the metrics of the last publication, once."""
+
+    def close(self) -> None:
+        """Gives up generation that is in flight."""

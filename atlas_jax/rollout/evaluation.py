@@ -11,9 +11,9 @@ import numpy as np
 from atlas_jax import metrics
 from atlas_jax.rewards.verifiable import is_right
 from atlas_jax.rollout import measures, teaching
-from atlas_jax.rollout.engine import Speaker
+from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Completion, Metrics, Question, Rollout
+from atlas_jax.types import Completion, Metrics, Question, Sample
 
 _RESAMPLES = 2000
 
@@ -28,46 +28,45 @@ class Interval(NamedTuple):
 
 def ask(
     questions: Sequence[Question],
-    policy: Speaker,
-    student: Speaker | None,
-    protocol: teaching.Protocol,
+    policy: ChatModel,
+    student: ChatModel | None,
+    protocol: teaching.TeachingProtocol,
     sampling: Sampling,
-    earlier: Sequence[Rollout] | None = None,
-) -> list[Rollout]:
-    """Returns one rollout of each question.
+    earlier: Sequence[Sample] | None = None,
+) -> list[Sample]:
+    """Returns one sample of each question.
 
     Args:
         questions: to ask.
         policy: the teacher, or what answers itself.
         student: None under `protocol=direct`.
-        protocol: how a rollout comes about.
+        protocol: how a sample comes about.
         sampling: how tokens are drawn.
-        earlier: rollouts of these questions with another policy; the student is asked alone once.
+        earlier: samples of these questions with another policy; the student is asked alone once.
     """
     alone = None
     if earlier is not None:
         alone = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
     draws, places = teaching.Draws(sampling, 0), range(len(questions))
-    groups = teaching.run(questions, places, policy, student, protocol, draws, alone)
-    return [group[0] for group in groups]
+    return teaching.run(questions, places, policy, student, protocol, draws, alone)
 
 
-def summary(rollouts: Sequence[Rollout], taught: bool) -> dict[str, float]:
+def summary(samples: Sequence[Sample], taught: bool) -> dict[str, float]:
     """Returns the metrics of `measures.of_teaching`, or the accuracy of direct answers.
 
-    They are over the rollouts of all processes, each of which calls this with its own.
+    They are over the samples of all processes, each of which calls this with its own.
     """
-    values = metrics.means(metrics.sum_over_processes(_measure(rollouts, taught)))
+    values = metrics.means(metrics.sum_over_processes(_measure(samples, taught)))
     return {name.removeprefix("teaching/"): value for name, value in values.items()}
 
 
-def intervals(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Interval]:
+def intervals(samples: Sequence[Sample], seed: int = 0) -> dict[str, Interval]:
     """Returns each metric of `summary` with its percentile bootstrap interval.
 
     Reference: Efron, Bootstrap methods (1979); questions are drawn with replacement.
     """
-    taught = _taught(rollouts)
-    each = [_measure([rollout], taught) for rollout in rollouts]
+    taught = _taught(samples)
+    each = [_measure([sample], taught) for sample in samples]
     names = list(each[0])
     table = np.asarray([[one[name] for name in names] for one in each], float)  # [N, metrics, 2]
     rng = np.random.default_rng(seed)
@@ -95,20 +94,20 @@ def mcnemar(improved: int, degraded: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def report(rollouts: Sequence[Rollout], seed: int = 0) -> dict[str, Any]:
+def report(samples: Sequence[Sample], seed: int = 0) -> dict[str, Any]:
     """Returns the evaluation as JSON values; what nothing is known of is None.
 
     `compared` are the questions that the student answered alone and taught.
     """
-    found = intervals(rollouts, seed)
+    found = intervals(samples, seed)
     result: dict[str, Any] = {
-        "questions": len(rollouts),
+        "questions": len(samples),
         "metrics": {
             name: {k: v if math.isfinite(v) else None for k, v in interval._asdict().items()}
             for name, interval in found.items()
         },
     }
-    counted = _measure(rollouts, _taught(rollouts))
+    counted = _measure(samples, _taught(samples))
     if "teaching/improvement_rate" in counted:
         improved = counted["teaching/improvement_rate"][0]
         degraded = counted["teaching/degradation_rate"][0]
@@ -142,8 +141,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def examples(answers: Sequence[Sequence[Rollout]], count: int = 3) -> str:
-    """Returns a few questions with what each teacher's rollouts made of them.
+def examples(answers: Sequence[Sequence[Sample]], count: int = 3) -> str:
+    """Returns a few questions with what each teacher's samples made of them.
 
     First come those where the last teacher helped, then those where it harmed. A text without a
     lesson is shown behind `(none)`.
@@ -157,16 +156,16 @@ def examples(answers: Sequence[Sequence[Rollout]], count: int = 3) -> str:
     blocks = []
     for place in sorted(range(len(answers[0])), key=rank)[:count]:
         first = answers[0][place]
-        parts = [("question", first.question.question), ("truth", first.question.ground_truth)]
+        parts = [("question", first.question.text), ("truth", first.question.ground_truth)]
         if first.baseline:
             parts.append(("alone", _said(first.baseline)))
-        for label, rollouts in zip(_labels(len(answers)), answers, strict=True):
-            rollout = rollouts[place]
+        for label, samples in zip(_labels(len(answers)), answers, strict=True):
+            sample = samples[place]
             if label:
                 parts.append((label, ""))
-            if rollout.baseline:
-                parts.append(("lesson", rollout.teaching or f"(none) {_said(rollout.policy)}"))
-            parts.append(("answer", _said(rollout.answer)))
+            if sample.baseline:
+                parts.append(("lesson", sample.teaching or f"(none) {_said(sample.completion)}"))
+            parts.append(("answer", _said(sample.answer)))
         lines = (f"{name:>9}: {_line(text)}".rstrip() for name, text in parts)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -191,17 +190,17 @@ def _labels(count: int) -> list[str]:
     return [f"teacher {i + 1}" for i in range(count)] if count > 1 else [""]
 
 
-def _taught(rollouts: Sequence[Rollout]) -> bool:
-    return any(r.guided for r in rollouts)
+def _taught(samples: Sequence[Sample]) -> bool:
+    return any(r.guided for r in samples)
 
 
-def _measure(rollouts: Sequence[Rollout], taught: bool) -> Metrics:
+def _measure(samples: Sequence[Sample], taught: bool) -> Metrics:
     if taught:
-        return measures.of_teaching([rollouts])
-    right = sum(is_right(r.policy, r.question.ground_truth) for r in rollouts)
-    return {"accuracy": (right, len(rollouts))}
+        return measures.of_teaching(samples)
+    right = sum(is_right(r.completion, r.question.ground_truth) for r in samples)
+    return {"accuracy": (right, len(samples))}
 
 
-def _right(rollout: Rollout, which: str) -> bool:
-    completion = getattr(rollout, which) or rollout.policy
-    return is_right(completion, rollout.question.ground_truth)
+def _right(sample: Sample, which: str) -> bool:
+    completion = getattr(sample, which) or sample.completion
+    return is_right(completion, sample.question.ground_truth)

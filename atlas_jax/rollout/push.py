@@ -73,10 +73,9 @@ class Probe(NamedTuple):
 
     request: Request
     sampling: Sampling
-    score: Callable[[Params, Sequence[int], np.ndarray], np.ndarray]
-    """The trainer's log-probabilities of continuations `[N, tokens]` of one prompt.
-
-    All processes must call it together."""
+    logprobs: Callable[[Params, Sequence[int], np.ndarray], np.ndarray]
+    """The trainer's log-probabilities of continuations `[N, tokens]` of one prompt; every process
+    calls it together."""
 
 
 Checksums = Mapping[str, str]

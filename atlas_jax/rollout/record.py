@@ -5,31 +5,22 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from atlas_jax.files import write_whole
-from atlas_jax.types import Completion, RewardResult, Rollout
+from atlas_jax.types import Completion, Reward, Sample, by_question
 
 
-class Sample(NamedTuple):
-    """A rollout with what became of it."""
-
-    rollout: Rollout
-    result: RewardResult
-    advantage: float
-    trains: bool
-
-
-def write(directory: str, step: int, process: int, groups: Sequence[Sequence[Sample]]) -> None:
-    """Writes one JSON line a sample to `rollouts/`; a process without groups writes nothing.
+def write(directory: str, step: int, process: int, samples: Sequence[Sample]) -> None:
+    """Writes one JSON line a sample to `rollouts/`; a process without samples writes nothing.
 
     The file is written whole or not at all; a step that is repeated after a kill replaces it.
     """
-    if not groups:
+    if not samples:
         return
     path = pathlib.Path(directory) / "rollouts" / f"step_{step:06d}_process_{process}.jsonl"
-    records = (as_record(step, i, sample) for group in groups for i, sample in enumerate(group))
-    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    lines = (json.dumps(as_record(step, s), ensure_ascii=False) + "\n" for s in samples)
+    write_whole(path, "".join(lines))
 
 
 def drop_after(directory: str, step: int) -> None:
@@ -39,52 +30,51 @@ def drop_after(directory: str, step: int) -> None:
             path.unlink()
 
 
-def as_record(step: int, member: int, sample: Sample) -> dict[str, Any]:
+def as_record(step: int, sample: Sample) -> dict[str, Any]:
     """Returns a sample as JSON values, with all that it takes to reread or replay it."""
-    rollout, result = sample.rollout, sample.result
-    question = rollout.question
+    question = sample.question
+    reward = sample.reward
     return {
         "step": step,
         "question_id": question.id,
-        "member": member,
-        "question": question.question,
+        "member": sample.member,
+        "question": question.text,
         "ground_truth": question.ground_truth,
         "fields": question.fields,
-        "policy": _completion(rollout.policy),
-        "teaching": rollout.teaching,
-        "baseline": _completion(rollout.baseline),
-        "probe": _completion(rollout.probe),
-        "guided": _completion(rollout.guided),
-        "reward": result.score,
-        "skipped": result.is_skipped,
-        "reward_details": result.details,
+        "completion": _completion(sample.completion),
+        "teaching": sample.teaching,
+        "baseline": _completion(sample.baseline),
+        "probe": _completion(sample.probe),
+        "guided": _completion(sample.guided),
+        "reward": reward.value,
+        "skipped": reward.is_skipped,
+        "reward_details": reward.details,
         "advantage": sample.advantage,
         "trains": sample.trains,
     }
 
 
-def lessons_table(groups: Sequence[Sequence[Sample]], count: int = 4) -> str:
+def lessons_table(samples: Sequence[Sample], count: int = 4) -> str:
     """Returns the first member of a few groups as a Markdown table."""
     lines = ["| question | truth | alone | text | answer | reward |", "|---|---|---|---|---|---|"]
-    for group in groups[:count]:
-        rollout, result = group[0].rollout, group[0].result
+    for sample, *_ in by_question(samples)[:count]:
         cells = (
-            rollout.question.question,
-            rollout.question.ground_truth,
-            rollout.baseline.text if rollout.baseline else "",
-            rollout.teaching or rollout.policy.text,
-            rollout.answer.text,
-            _verdict(result),
+            sample.question.text,
+            sample.question.ground_truth,
+            sample.baseline.text if sample.baseline else "",
+            sample.teaching or sample.completion.text,
+            sample.answer.text,
+            _summary(sample.reward),
         )
         lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
     return "\n".join(lines)
 
 
-def _verdict(result: RewardResult) -> str:
-    """Returns a score, and what it was lowered for."""
-    if result.score is None:
+def _summary(reward: Reward) -> str:
+    """Returns the value of a reward, and the reasons for which it was lowered."""
+    if reward.value is None:
         return "not scored"
-    return "; ".join([f"{result.score:.2f}", *result.details.get("gaming", [])])
+    return "; ".join([f"{reward.value:.2f}", *reward.details.get("gaming", [])])
 
 
 def _cell(text: str) -> str:

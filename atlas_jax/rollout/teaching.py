@@ -1,4 +1,4 @@
-"""The teaching protocol: from questions to groups of rollouts.
+"""The teaching protocol: from questions to samples.
 
 For each question the student answers alone and says how it would approach it, both once and shared
 by the group; the teacher reads the approach and writes G lessons; the student answers again with
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from atlas_jax.data.examples import fill
-from atlas_jax.rollout.engine import Request, Speaker
+from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Completion, Question, Rollout
+from atlas_jax.types import Completion, Question, Sample
 
 _LESSON = re.compile(r"<teaching>(.*?)</teaching>", re.DOTALL)
 _BASELINE, _PROBE, _LESSONS, _GUIDED = range(4)  # streams of random numbers
@@ -42,8 +42,8 @@ class Limits(NamedTuple):
     prompt: int
 
 
-class Protocol(NamedTuple):
-    """How a group comes about."""
+class TeachingProtocol(NamedTuple):
+    """The texts and limits with which a group of samples is made."""
 
     kind: str  # teaching or direct
     templates: Templates
@@ -53,7 +53,7 @@ class Protocol(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What the random numbers follow from, beside the question's place in the run."""
+    """The sampling, and the seed from which random numbers follow with a question's place."""
 
     sampling: Sampling
     seed: int
@@ -67,67 +67,64 @@ class Draws(NamedTuple):
 def run(
     questions: Sequence[Question],
     places: Sequence[int],
-    policy: Speaker,
-    student: Speaker | None,
-    protocol: Protocol,
+    policy: ChatModel,
+    student: ChatModel | None,
+    protocol: TeachingProtocol,
     draws: Draws,
     alone: Sequence[tuple[Completion, Completion]] | None = None,
-) -> list[list[Rollout]]:
-    """Returns the group of each question.
+) -> list[Sample]:
+    """Returns the samples of the questions, the group of each together and in order.
 
     Args:
         questions: those of this process, which may have none while others have some.
-        places: the number of each in the run, which its random numbers follow from.
+        places: number of each question in the run, which its random numbers follow from.
         policy: the model that is trained.
         student: None under `protocol=direct`.
-        protocol: how a group comes about.
-        draws: how tokens are drawn.
+        protocol: templates and limits.
+        draws: sampling and seed.
         alone: baseline and probe of each question from an earlier run with the same student, which
             is then not asked again; every process gives them, or none does.
     """
     if student is None:
         prompts = [_fill(protocol.templates.direct, q, {}) for q in questions]
-        written = _policy(policy, prompts, places, protocol, draws)
-        return [
-            [Rollout(q, completion, "", None, None, None) for completion in group]
-            for q, group in zip(questions, written, strict=True)
-        ]
+        return _write(policy, questions, prompts, places, protocol, draws)
     if alone is None:
         alone = _alone(student, questions, places, protocol, draws)
     prompts = [
         _fill(protocol.templates.teacher, q, {"approach": probe.text})
         for q, (_, probe) in zip(questions, alone, strict=True)
     ]
-    lessons = _policy(policy, prompts, places, protocol, draws)
-    groups = [
-        [
-            Rollout(q, lesson, extract_lesson(lesson.text, protocol), baseline, probe, None)
-            for lesson in group
-        ]
-        for q, group, (baseline, probe) in zip(questions, lessons, alone, strict=True)
+    said = dict(zip(places, alone, strict=True))
+    lessons = [
+        sample._replace(
+            teaching=extract_lesson(sample.completion.text, protocol),
+            baseline=said[sample.place][0],
+            probe=said[sample.place][1],
+        )
+        for sample in _write(policy, questions, prompts, places, protocol, draws)
     ]
-    return _guide(student, groups, places, protocol, draws)
+    return _guide(student, lessons, protocol, draws)
 
 
-def extract_lesson(text: str, protocol: Protocol) -> str:
+def extract_lesson(text: str, protocol: TeachingProtocol) -> str:
     """Returns what the student gets to read of the teacher's text; "" if there is no lesson."""
-    found = _LESSON.search(text)
-    if found:
-        return found[1].strip()
+    lesson = _LESSON.search(text)
+    if lesson:
+        return lesson[1].strip()
     return text.strip() if protocol.missing_teaching == "whole" else ""
 
 
 def has_lesson(text: str) -> bool:
-    """Returns whether the teacher's text has a lesson between its tags."""
-    found = _LESSON.search(text)
-    return bool(found and found[1].strip())
+    """Returns True if the teacher's text has a lesson between its tags."""
+    lesson = _LESSON.search(text)
+    return bool(lesson and lesson[1].strip())
 
 
 def _alone(
-    student: Speaker,
+    student: ChatModel,
     questions: Sequence[Question],
     places: Sequence[int],
-    protocol: Protocol,
+    protocol: TeachingProtocol,
     draws: Draws,
 ) -> list[tuple[Completion, Completion]]:
     """Returns the student's answer and its approach to each question, from one call."""
@@ -144,77 +141,80 @@ def _alone(
     return list(zip(written[: len(questions)], written[len(questions) :], strict=True))
 
 
-def _policy(
-    policy: Speaker,
+def _write(
+    policy: ChatModel,
+    questions: Sequence[Question],
     prompts: Sequence[str],
     places: Sequence[int],
-    protocol: Protocol,
+    protocol: TeachingProtocol,
     draws: Draws,
-) -> list[list[Completion]]:
+) -> list[Sample]:
+    """Returns a sample for each completion that the policy writes of the prompts."""
     limits = protocol.limits
     requests = [
         Request(
-            policy.encode(prompt),
-            limits.policy,
-            draws.seed_of(place, _LESSONS),
-            protocol.num_generations,
+            prompt_ids=policy.encode(prompt),
+            max_tokens=limits.policy,
+            seed=draws.seed_of(place, _LESSONS),
+            num_samples=protocol.num_generations,
         )
         for prompt, place in zip(prompts, places, strict=True)
     ]
-    return _ask(policy, requests, draws.sampling, limits.prompt + limits.policy)
+    written = _ask(policy, requests, draws.sampling, limits.prompt + limits.policy)
+    return [
+        Sample(question=question, completion=completion, place=place, member=member)
+        for question, place, group in zip(questions, places, written, strict=True)
+        for member, completion in enumerate(group)
+    ]
 
 
 def _guide(
-    student: Speaker,
-    groups: list[list[Rollout]],
-    places: Sequence[int],
-    protocol: Protocol,
+    student: ChatModel,
+    samples: Sequence[Sample],
+    protocol: TeachingProtocol,
     draws: Draws,
-) -> list[list[Rollout]]:
-    """Adds the student's answers with the lessons, or what stands in their place."""
-    requests, targets = [], []
-    for i, (group, place) in enumerate(zip(groups, places, strict=True)):
-        for j, rollout in enumerate(group):
-            if not rollout.teaching:
-                group[j] = rollout._replace(guided=_untaught(rollout, protocol))
-                continue
-            prompt = _fill(
-                protocol.templates.with_teaching, rollout.question, {"teaching": rollout.teaching}
-            )
-            seed = draws.seed_of(place * len(group) + j, _GUIDED)
-            requests.append(Request(student.encode(prompt), protocol.limits.answer, seed))
-            targets.append((i, j))
-    answers = _ask(student, requests, draws.sampling, student.context)
-    for (i, j), (answer,) in zip(targets, answers, strict=True):
-        groups[i][j] = groups[i][j]._replace(guided=answer)
-    return groups
+) -> list[Sample]:
+    """Returns the samples with the student's answer to each lesson, or a stand-in without one."""
+    taught = [sample for sample in samples if sample.teaching]
+    requests = []
+    for sample in taught:
+        template = protocol.templates.with_teaching
+        prompt = _fill(template, sample.question, {"teaching": sample.teaching})
+        number = sample.place * protocol.num_generations + sample.member
+        seed = draws.seed_of(number, _GUIDED)
+        requests.append(Request(student.encode(prompt), protocol.limits.answer, seed))
+    answers = iter(_ask(student, requests, draws.sampling, student.context))
+    return [
+        sample._replace(guided=next(answers)[0] if sample.teaching else _untaught(sample, protocol))
+        for sample in samples
+    ]
 
 
-def _untaught(rollout: Rollout, protocol: Protocol) -> Completion | None:
+def _untaught(sample: Sample, protocol: TeachingProtocol) -> Completion | None:
     """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
-    if rollout.policy.is_failed:
-        return Completion.missing(rollout.policy.finish_reason)
+    if sample.completion.is_failed:
+        return Completion.failed(sample.completion.finish_reason)
     if protocol.missing_teaching == "unscored":
-        return Completion.missing("skipped: no lesson")
-    return rollout.baseline
+        return Completion.failed("skipped: no lesson")
+    return sample.baseline
 
 
 def _ask(
-    speaker: Speaker, requests: Sequence[Request], sampling: Sampling, room: int
+    model: ChatModel, requests: Sequence[Request], sampling: Sampling, room: int
 ) -> list[list[Completion]]:
     """Returns the completions; requests that the model or `room` does not hold are not sent."""
-    problems = [_problem(request, room, speaker.vocab_size) for request in requests]
+    problems = [_problem(request, room, model.vocab_size) for request in requests]
     written = iter(
-        speaker.generate([r for r, p in zip(requests, problems, strict=True) if not p], sampling)
+        model.generate([r for r, p in zip(requests, problems, strict=True) if not p], sampling)
     )
     return [
-        [Completion.missing(f"skipped: {problem}")] * r.num_samples if problem else next(written)
+        [Completion.failed(f"skipped: {problem}")] * r.num_samples if problem else next(written)
         for r, problem in zip(requests, problems, strict=True)
     ]
 
 
 def _problem(request: Request, room: int, vocab_size: int) -> str:
-    """Returns why a request is not sent; empty if it is."""
+    """Returns the reason for which a request is not sent; empty if it is."""
     if len(request.prompt_ids) + request.max_tokens > room:
         sizes = f"prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
         return f"{sizes} exceed {room}"
@@ -224,4 +224,4 @@ def _problem(request: Request, room: int, vocab_size: int) -> str:
 
 
 def _fill(template: str, question: Question, more: Mapping[str, str]) -> str:
-    return fill(template, {**question.fields, "question": question.question, **more})
+    return fill(template, {**question.fields, "question": question.text, **more})

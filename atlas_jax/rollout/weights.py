@@ -201,7 +201,7 @@ class DiskSync:
         if not any(answered):
             return {}
         rows = tokens.reshape(-1, request.max_tokens)
-        ours = self._probe.score(params, request.prompt_ids, rows).reshape(shape)
+        ours = self._probe.logprobs(params, request.prompt_ids, rows).reshape(shape)
         means = np.abs(ours - logprobs).mean(axis=(1, 2))
         return {s: float(means[i]) for i, s in enumerate(servers) if answered[i]}
 

@@ -10,7 +10,7 @@ from atlas_jax.data import chat
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.control_tokens import ControlTokens
 from atlas_jax.data.examples import Conversation, PlainText
-from atlas_jax.recipes.speakers import encoder
+from atlas_jax.recipes.chat_models import encoder
 from tests import words
 from tests.assets import smollm2_gguf
 from tests.tokenizers import CHATML, LLAMA2, QWEN3, SENTENCES, chatml_tokenizer, llama2_tokenizer

@@ -94,7 +94,7 @@ def test_messages_may_be_json_text_wherever_they_stand():
     assert turns({"prompt": asked, "completion": answered}) == [ASKED, ANSWERED]
     assert turns({"prompt": asked, "completion": ANSWERED[1]}) == [ASKED, ANSWERED]
     row = Row("d:1", {"prompt": asked, "solution": "4"})
-    assert to_question(row, True).question == ASKED[1]
+    assert to_question(row, True).text == ASKED[1]
     plain = {"prompt": '[{"a": 1}]', "completion": "[{"}
     assert sample(plain) == PlainText("d:1", *plain.values())
 
@@ -214,12 +214,12 @@ def test_questions_that_are_none_say_why(fields, message):
         to_question(Row("d:1", fields), True)
 
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs/data.md"
 
 
-def test_every_row_that_the_readme_shows_is_taken():
-    text = README.read_text()
-    table = text[text.index("Rows are told from their fields") :].split("Other names are told")[0]
+def test_every_row_that_the_page_on_data_shows_is_taken():
+    text = PAGE.read_text()
+    table = text[text.index("## Shapes of rows") :].split("## Conversations")[0]
     rows = re.findall(r"^\| ([^|]+) \| `(\{.*?\})`", table, re.MULTILINE)
     assert len(rows) == table.count("\n| ") - 1 > 14
     options = DataConfig(teacher_template="{question}", lesson_template="{teaching}")
@@ -227,12 +227,12 @@ def test_every_row_that_the_readme_shows_is_taken():
         fields = json.loads(row)
         if shape.startswith("GRPO"):
             question = to_question(Row("d:1", fields), True)
-            assert (question.question, question.ground_truth) == ("2+2?", "4")
+            assert (question.text, question.ground_truth) == ("2+2?", "4")
         else:
             to_sample(Row("d:1", fields), options)
 
 
-def test_every_kind_of_file_that_is_read_stands_in_the_readme():
-    text = README.read_text()
+def test_every_kind_of_file_that_is_read_stands_on_the_page_on_data():
+    text = PAGE.read_text()
     for kind in (*row_files._READERS, *row_files._COMPRESSED):
         assert re.search(rf"`[\w.]*{re.escape(kind)}`", text), kind

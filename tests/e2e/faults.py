@@ -425,7 +425,7 @@ class World:
                 broken["wrong label"].append(f"step {step}: {line['rollout/mismatch_kl']} nats")
             for sample in test_grpo.samples(self.output, step):
                 trained += sample["trains"]
-                version = sample["policy"]["weights_version"]
+                version = sample["completion"]["weights_version"]
                 if sample["trains"] and version != step - 1:
                     broken["wrong label"].append(f"step {step} trains tokens of {version}")
                 if sample["trains"] and not _is_scored(sample):
@@ -481,9 +481,9 @@ def _is_scored(sample: dict[str, Any]) -> bool:
     if sample["reward"] is None:
         return False
     details = sample["reward_details"]
-    gain, rim = (details[name]["score"] for name in ("teaching_gain", "rim"))
+    gain, rim = (details[name]["value"] for name in ("teaching_gain", "rim"))
     # A lesson that gives the answer away has its own score beside what that is worth.
-    own = details.get("own_score", sample["reward"])
+    own = details.get("own_value", sample["reward"])
     return None not in (gain, rim) and sample["reward"] <= own == pytest.approx(gain + 0.5 * rim)
 
 

@@ -40,6 +40,6 @@ def test_a_run_goes_on_when_a_server_hangs_and_uses_it_again_when_it_is_back(inp
         assert line["sync/probe_diff"] < 1e-4
         assert line["rollout/failed_frac"] == 0
     for step in range(1, test_grpo.STEPS + 1):
-        written = [s["policy"] for s in test_grpo.samples(output, step) if s["policy"]]
+        written = [s["completion"] for s in test_grpo.samples(output, step) if s["completion"]]
         lag = {step - 1 - completion["weights_version"] for completion in written}
         assert lag <= {0, 1}

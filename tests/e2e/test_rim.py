@@ -125,9 +125,9 @@ def check(output):
         for sample in samples:
             gain, rim = (sample["reward_details"][name] for name in ("teaching_gain", "rim"))
             # Before a lesson that gives the answer away is priced.
-            own = sample["reward_details"].get("own_score", sample["reward"])
-            assert own == pytest.approx(gain["score"] + 0.5 * rim["score"])
-            assert sample["policy"]["weights_version"] == line["step"] - 1
+            own = sample["reward_details"].get("own_value", sample["reward"])
+            assert own == pytest.approx(gain["value"] + 0.5 * rim["value"])
+            assert sample["completion"]["weights_version"] == line["step"] - 1
             for name, judge in rim["judges"].items():
                 is_heard = judge["rationale"].startswith("because of")
                 assert is_heard == bool(sample["teaching"])
@@ -136,7 +136,7 @@ def check(output):
         assert line["reward/failed_frac"] == 0
         assert line["reward/mean"] == pytest.approx(np.mean([s["reward"] for s in samples]))
         assert line["reward/rim"] == pytest.approx(
-            np.mean([s["reward_details"]["rim"]["score"] for s in samples])
+            np.mean([s["reward_details"]["rim"]["value"] for s in samples])
         )
         for name, given in scores.items():
             assert line[f"rim_rewards/{name}"] == pytest.approx(np.mean(given))

@@ -178,7 +178,7 @@ def test_the_same_command_continues_and_brings_the_servers_to_its_version(run):
     for step in range(1, STEPS + 1):
         (path,) = (output / "rollouts").glob(f"step_{step:06d}*")
         samples = [json.loads(line) for line in path.read_text().splitlines()]
-        written = [s["policy"] for s in samples if s["policy"]["token_ids"]]
+        written = [s["completion"] for s in samples if s["completion"]["token_ids"]]
         assert {c["weights_version"] for c in written} == {step - 1}
         assert {s["guided"]["weights_version"] for s in samples if s["guided"]["token_ids"]} == {0}
 

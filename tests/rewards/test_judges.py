@@ -16,7 +16,7 @@ from atlas_jax.rewards.judges import (
     messages,
     parse,
 )
-from atlas_jax.types import Question, Rollout
+from atlas_jax.types import Question, Sample
 from tests.rollout.scripts import completion
 
 CASE = Case("the question", "the truth", "the baseline", "the plan", "the lesson", "the answer")
@@ -37,7 +37,7 @@ def user(name, case=CASE, config=CONFIG):
 
 
 def test_a_case_is_what_happened():
-    rollout = Rollout(
+    rollout = Sample(
         Question("id", "the question", "the truth", {}), completion("<teaching>the lesson…"),
         "the lesson", completion("the baseline"), completion("the plan"), completion("the answer"),
     )  # fmt: skip

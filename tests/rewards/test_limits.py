@@ -30,11 +30,11 @@ def test_a_batch_above_a_provider_s_limit_ends_whole(limits, tmp_path):
     """All opinions come, with a single try each: to be refused as one too many is none."""
     with limited_judge.running(limits) as server:
         config = options(server, tmp_path, "small", "small", {"max_tries": 1, "timeout_secs": 30.0})
-        results = RIMReward(config).score(cases(12, limits.provider))
+        results = RIMReward(config).judge(cases(12, limits.provider))
         found = server.stats()
     assert found["refused"] + found["overloaded"] > 0
     judges = [j for r in results for j in r.details["judges"].values()]
-    assert all(r.score is not None for r in results)
+    assert all(r.value is not None for r in results)
     assert all(len(j["samples"]) == 3 and not j["failures"] for j in judges)
     assert sum(r.details["calls"] for r in results) == found["taken"] + found["misread"]
 
@@ -43,8 +43,8 @@ _BEHIND_A_PROXY = """
 import pathlib, sys
 from tests.rewards.test_rim import RIMReward, cases, options
 server = type("Server", (), {"url": sys.argv[1]})
-(result,) = RIMReward(options(server, pathlib.Path(sys.argv[2]))).score(cases(1))
-print(result.score is not None)
+(result,) = RIMReward(options(server, pathlib.Path(sys.argv[2]))).judge(cases(1))
+print(result.value is not None)
 """
 
 

@@ -2,19 +2,25 @@
 
 import pytest
 
-from atlas_jax.rewards.pricing import NO_HONEST, priced
+from atlas_jax.rewards.pricing import NO_HONEST, price_leaks
 from atlas_jax.rewards.verifiable import teaching_gain
-from atlas_jax.types import RewardResult
+from atlas_jax.types import Reward
 from tests.rewards.test_verifiable import RIGHT, WRONG_TEXT, rollout
 
 LEAK, HONEST = "It is 7.", "Count on from 3."
 
 
+def priced(samples, rewards, penalty):
+    """Returns the rewards of one question's samples as they are priced."""
+    scored = [s._replace(reward=r) for s, r in zip(samples, rewards, strict=True)]
+    return [sample.reward for sample in price_leaks(scored, penalty)]
+
+
 def scores(group, penalty=0.5):
     """Returns what members are worth, each given as its lesson and its own score."""
     samples = [rollout(teaching=lesson) for lesson, _ in group]
-    results = [RewardResult(score, {"judge": {"score": score}}) for _, score in group]
-    return [result.score for result in priced(samples, results, penalty)]
+    results = [Reward(score, {"judge": {"value": score}}) for _, score in group]
+    return [result.value for result in priced(samples, results, penalty)]
 
 
 @pytest.mark.parametrize(
@@ -40,23 +46,23 @@ def test_without_a_penalty_it_is_worth_as_much_as_the_lowest():
 
 def test_the_record_says_why_and_what_the_score_was():
     samples = [rollout(teaching=LEAK), rollout(teaching=HONEST)]
-    leak, honest = priced(samples, [RewardResult(2.0, {"a": 1}), RewardResult(1.0, {})], 0.5)
-    assert leak.details == {"a": 1, "gaming": ["the lesson states the answer"], "own_score": 2.0}
-    assert honest == RewardResult(1.0, {})
+    leak, honest = priced(samples, [Reward(2.0, {"a": 1}), Reward(1.0, {})], 0.5)
+    assert leak.details == {"a": 1, "gaming": ["the lesson states the answer"], "own_value": 2.0}
+    assert honest == Reward(1.0, {})
 
 
 def test_a_group_without_an_honest_lesson_is_skipped_and_no_outage():
-    (result,) = priced([rollout(teaching=LEAK)], [RewardResult(2.0, {})], 0.5)
-    assert (result.score, result.is_skipped, result.is_outage) == (None, True, False)
+    (result,) = priced([rollout(teaching=LEAK)], [Reward(2.0, {})], 0.5)
+    assert (result.value, result.is_skipped, result.is_outage) == (None, True, False)
     assert result.details["unscored"] == NO_HONEST
 
 
 def test_what_the_judges_found_counts_like_a_leak():
     samples = [rollout(teaching=HONEST), rollout(teaching=HONEST)]
-    found = {"rim": {"gaming": ["the lesson addresses the judge"], "score": 0.9}}
-    results = [RewardResult(0.9, found), RewardResult(0.5, {"rim": {"gaming": [], "score": 0.5}})]
+    found = {"rim": {"gaming": ["the lesson addresses the judge"], "value": 0.9}}
+    results = [Reward(0.9, found), Reward(0.5, {"rim": {"gaming": [], "value": 0.5}})]
     bad, good = priced(samples, results, 0.25)
-    assert (bad.score, good.score) == (0.25, 0.5)
+    assert (bad.value, good.value) == (0.25, 0.5)
     assert bad.details["gaming"] == ["the lesson addresses the judge"]
 
 
@@ -66,9 +72,9 @@ def test_no_outcome_makes_a_leak_the_better_lesson(baseline, guided):
     """The student is right with the leak, and with the honest lesson whatever it is."""
     samples = [rollout(baseline, RIGHT, teaching=LEAK), rollout(baseline, guided, teaching=HONEST)]
     leak, honest = priced(samples, teaching_gain()(samples), 0.5)
-    assert leak.score <= honest.score - 0.5
+    assert leak.value <= honest.value - 0.5
 
 
 def test_without_a_ground_truth_nothing_is_stated():
-    (result,) = priced([rollout(teaching=LEAK, truth="")], [RewardResult(0.9, {})], 0.5)
-    assert result.score == 0.9
+    (result,) = priced([rollout(teaching=LEAK, truth="")], [Reward(0.9, {})], 0.5)
+    assert result.value == 0.9

@@ -113,7 +113,7 @@ def test_a_cache_that_cannot_be_used_is_warned_of_once(server, tmp_path, caplog,
     with fault(kept(config)):
         reward = RIMReward(config)
         for name in ("one", "two"):
-            assert all(r.score is not None for r in reward.score(cases(5, f"{name} {fault}")))
+            assert all(r.value is not None for r in reward.judge(cases(5, f"{name} {fault}")))
     warnings = [r.getMessage() for r in caplog.records if "cache of judges' replies" in r.message]
     assert len(warnings) == 1
     assert str(kept(config)) in warnings[0]
@@ -126,7 +126,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 server = type("Server", (), {"url": sys.argv[1]})
 reward = RIMReward(options(server, pathlib.Path(sys.argv[2])))
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-print(sum(r.score is not None for i in range(2) for r in reward.score(cases(30, str(i)))))
+print(sum(r.value is not None for i in range(2) for r in reward.judge(cases(30, str(i)))))
 """
 
 
@@ -146,7 +146,7 @@ import pathlib, sys
 from tests.rewards.test_rim import RIMReward, cases, options
 server = type("Server", (), {"url": sys.argv[1]})
 config = options(server, pathlib.Path(sys.argv[2]), cache_dir="")
-RIMReward(config, ledger_path=sys.argv[3]).score(cases(300))
+RIMReward(config, ledger_path=sys.argv[3]).judge(cases(300))
 """
 
 
@@ -176,10 +176,10 @@ def test_another_number_of_processes_knows_what_was_spent(server, tmp_path):
     before = server.stats()["calls"]
     both = [RIMReward(config, "", 2, str(account(tmp_path, process))) for process in range(2)]
     for reward in both:
-        reward.score(cases(4, "several"))
+        reward.judge(cases(4, "several"))
     assert server.stats()["calls"] - before == 12
     assert json.loads(account(tmp_path, 0).read_text())["calls"] == 2 + 6
-    (result,) = RIMReward(config, ledger_path=str(account(tmp_path, 7))).score(cases(1, "more"))
+    (result,) = RIMReward(config, ledger_path=str(account(tmp_path, 7))).judge(cases(1, "more"))
     assert server.stats()["calls"] - before == 12
     assert "max_calls" in result.details["unscored"]
 

@@ -42,8 +42,8 @@ def test_every_reply_under_a_schema_is_an_opinion(server, tmp_path):
         limits=JudgeLimits(timeout_secs=800.0, max_tries=1),
         cache_dir=str(tmp_path),
     )
-    (result,) = RIMReward(config).score([CASE])
-    assert result.score is not None
+    (result,) = RIMReward(config).judge([CASE])
+    assert result.value is not None
     judges = result.details["judges"].values()
     assert result.details["calls"] == 2 + sum(bool(judge["escalation"]) for judge in judges)
     assert result.details["tokens"] > 2 * 500

@@ -18,6 +18,7 @@ from atlas_jax.config import GRPOConfig, HostsConfig, MeshConfig, RewardConfig, 
 from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
+from atlas_jax.recipes.local_backend import LocalBackend
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
@@ -64,11 +65,10 @@ def make(output: pathlib.Path, num_questions: int, text: Callable[[str, int], st
         config=config,
         layout=grpo.make_layout(config, plan, sharding.num_replicas),
         order=QuestionOrder(asked(), 0, False),
-        policy=lambda params, version: Script(text, version=version).speaker,
-        student=None,
+        backend=LocalBackend(lambda params, version: Script(text, version=version).model, None),
         protocol=protocol(kind="direct", size=GROUP, policy=48, prompt=16),
         reward=grpo.make_reward(config),
-        score=lambda params, batch: batch.rollout_logprobs,
+        logprobs_fn=lambda params, batch: batch.rollout_logprobs,
         sharding=sharding,
         writer=metrics.MetricWriter(str(output), 0, enabled=False),
     )

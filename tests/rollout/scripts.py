@@ -1,11 +1,11 @@
-"""Speakers that say what a test wrote down, in the place of an engine."""
+"""Chat models that say what a test wrote down, in the place of an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from atlas_jax.rollout.engine import Request, Speaker
-from atlas_jax.rollout.teaching import Limits, Protocol, Templates
+from atlas_jax.rollout.engine import ChatModel, Request
+from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
 from atlas_jax.types import Completion, Question
 
 STOP = 0
@@ -37,9 +37,11 @@ class Script:
         return ["".join(map(chr, request.prompt_ids)) for request in self.requests]
 
     @property
-    def speaker(self) -> Speaker:
+    def model(self) -> ChatModel:
         """The script as the protocol sees a model."""
-        return Speaker(lambda text: tuple(map(ord, text)), self._generate, self._context, 0x110000)
+        return ChatModel(
+            lambda text: tuple(map(ord, text)), self._generate, self._context, 0x110000
+        )
 
     def _generate(self, requests, sampling):
         self.calls.append(list(requests))
@@ -63,10 +65,12 @@ TEMPLATES = Templates(
 )
 
 
-def protocol(missing: str = "none", size: int = 3, kind: str = "teaching", **limits) -> Protocol:
+def protocol(
+    missing: str = "none", size: int = 3, kind: str = "teaching", **limits
+) -> TeachingProtocol:
     """Returns a protocol with room for short texts."""
     lengths = {"policy": 60, "probe": 20, "answer": 30, "prompt": 100} | limits
-    return Protocol(kind, TEMPLATES, Limits(**lengths), size, missing)
+    return TeachingProtocol(kind, TEMPLATES, Limits(**lengths), size, missing)
 
 
 def questions(count: int) -> list[Question]:

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig, MeshConfig
-from atlas_jax.recipes import grpo, serving, setup, speakers
+from atlas_jax.config import GRPOConfig
+from atlas_jax.recipes import chat_models, grpo, vllm_backend
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
@@ -23,7 +23,8 @@ from atlas_jax.rollout.servers import Look, PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import Model, open_frozen
 
 CONFIG = dataclasses.replace(GRPOConfig(), temperature=0.7, top_p=0.95)
 SAMPLING = Sampling(CONFIG.temperature, CONFIG.top_p)
@@ -36,21 +37,21 @@ PROMPT = tuple(3 + (i * i) % 17 for i in range(300))
 class Trainer(NamedTuple):
     """A model as the trainer has it."""
 
-    model: setup.Model
+    model: Model
     params: Any
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
-        return speakers.stop_tokens(self.model)
+        return chat_models.stop_tokens(self.model)
 
-    def score(self, prompt, ids):
+    def logprobs(self, prompt, ids):
         """Returns the trainer's log-probabilities of a continuation."""
-        score = grpo.make_score(self.model.decoder, CONFIG, 1)
+        logprobs_fn = grpo.make_logprobs_fn(self.model.decoder, CONFIG, 1)
         exact = dataclasses.replace(
             CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype="float32")
         )
-        (found,) = serving.probe_score(exact, self.model, score)(
+        (found,) = vllm_backend.probe_logprobs(exact, self.model, logprobs_fn)(
             self.params, prompt, np.asarray(ids)[None]
         )
         return found
@@ -71,8 +72,7 @@ class Served(NamedTuple):
 
 def trainer(path: str, devices=None) -> Trainer:
     """Returns a model in float32, on one device unless `devices` names others."""
-    sharding = Sharding(make_mesh(MeshConfig(), devices or jax.devices()[:1]), "fsdp")
-    model = setup.open_frozen(CONFIG, path, sharding)
+    model = open_frozen(Compute.of(CONFIG, devices or jax.devices()[:1]), path)
     return Trainer(model, hf.load(model.source, model.decoder))
 
 
@@ -97,14 +97,15 @@ def connected(
         config = dataclasses.replace(
             CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype=dtype)
         )
-        score = serving.probe_score(config, model, grpo.make_score(model.decoder, config, 1))
+        logprobs_fn = grpo.make_logprobs_fn(model.decoder, config, 1)
+        compute = vllm_backend.probe_logprobs(config, model, logprobs_fn)
         sync = DiskSync(
             engine,
             model.decoder,
             model.files,
             Versions(directory / "weights", str(directory)),
             PushOptions(dtype, mode, 1e-3, restart),
-            Probe(Request(prompt, 8, seed=0), SAMPLING, score),
+            Probe(Request(prompt, 8, seed=0), SAMPLING, compute),
         )
         yield Served(pool, engine, sync)
     finally:

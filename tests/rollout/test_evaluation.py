@@ -55,9 +55,7 @@ def ask(names, room=1000, missing="none", lesson="think", earlier=None, seen=Non
     asked = [Question(f"{i}", name, CASES[name][2], {}) for i, name in enumerate(names)]
     student = Script(pupil, context=room)
     how = protocol(missing, size=1)
-    found = evaluation.ask(
-        asked, Script(tutor).speaker, student.speaker, how, GREEDY, earlier=earlier
-    )
+    found = evaluation.ask(asked, Script(tutor).model, student.model, how, GREEDY, earlier=earlier)
     if seen is not None:
         seen.extend(student.prompts)
     return found
@@ -129,7 +127,7 @@ def test_a_certain_result_has_no_width():
 def test_direct_answers_have_an_accuracy():
     asked = [Question(str(i), f"q{i}", str(i % 2), {}) for i in range(8)]
     how = protocol(kind="direct", size=1)
-    rollouts = evaluation.ask(asked, Script(lambda *_: "1").speaker, None, how, GREEDY)
+    rollouts = evaluation.ask(asked, Script(lambda *_: "1").model, None, how, GREEDY)
     result = evaluation.report(rollouts)
     assert evaluation.summary(rollouts, taught=False) == {"accuracy": 0.5}
     assert result["metrics"]["accuracy"]["value"] == 0.5
@@ -205,10 +203,10 @@ def test_examples_follow_the_last_teacher_and_show_all():
 def test_examples_of_direct_answers_have_no_lesson():
     asked = [Question("0", "q0", "1", {})]
     how = protocol(kind="direct", size=1)
-    speakers = Script(lambda *_: "1").speaker, Script(lambda *_: "2").speaker
+    speakers = Script(lambda *_: "1").model, Script(lambda *_: "2").model
     answers = [evaluation.ask(asked, speaker, None, how, GREEDY) for speaker in speakers]
     failed = Completion((), (), (), (), "error: x", "", -1)
-    answers.append([answers[0][0]._replace(policy=failed)])
+    answers.append([answers[0][0]._replace(completion=failed)])
     assert [line.strip() for line in evaluation.examples(answers).splitlines()] == [
         "question: q0", "truth: 1", "teacher 1:", "answer: 1", "teacher 2:", "answer: 2",
         "teacher 3:", "answer: (error: x)",

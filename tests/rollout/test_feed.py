@@ -15,10 +15,11 @@ from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout
+from atlas_jax.recipes.local_backend import LocalBackend
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
-from atlas_jax.types import DependencyError, Question, RewardResult
+from atlas_jax.types import DependencyError, Question, Reward
 from tests.rollout.scripts import Script, protocol, questions
 
 CONFIG = dataclasses.replace(
@@ -39,11 +40,10 @@ def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
         config=config,
         layout=Layout(questions=2, per_row=2, microbatches=1, buckets=(64, 256)),
         order=QuestionOrder(questions(count), 0, False),
-        policy=lambda params, version: Script(say, version=version).speaker,
-        student=None,
+        backend=LocalBackend(lambda params, version: Script(say, version=version).model, None),
         protocol=how or protocol(kind="direct", size=2),
         reward=reward or grpo.make_reward(config),
-        score=lambda params, batch: batch.rollout_logprobs,
+        logprobs_fn=lambda params, batch: batch.rollout_logprobs,
         sharding=Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none"),
         writer=metrics.MetricWriter(str(tmp_path), 0, enabled=False),
     )
@@ -82,7 +82,7 @@ def test_groups_without_a_difference_are_replaced(tmp_path, rounds, asked, posit
     found = recorded(tmp_path, 7)
     assert [s["question_id"] for s in found][::2] == asked
     assert feed.get_state()["position"] == position
-    assert {s["policy"]["weights_version"] for s in found} == {6}
+    assert {s["completion"]["weights_version"] for s in found} == {6}
     zero = 2 - len({"id1", "id4"} & set(asked))
     assert given.metrics["reward/zero_std_group_frac"] == (zero, 2)
     rows = np.asarray(given.batch.advantages)[0]
@@ -108,9 +108,11 @@ def test_other_questions_are_refused_on_resume(tmp_path):
 
 @pytest.mark.parametrize("allowed", [0.25, 0.24])
 def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
-    def reward(rollouts):
-        scores = (None if (r.question.id, r.policy.text) == ("id1", "1") else 0.0 for r in rollouts)
-        return [RewardResult(score, {"unscored": "why"}) for score in scores]
+    def reward(samples):
+        scores = (
+            None if (r.question.id, r.completion.text) == ("id1", "1") else 0.0 for r in samples
+        )
+        return [Reward(score, {"unscored": "why"}) for score in scores]
 
     options = dataclasses.replace(CONFIG.reward, max_failed_frac=allowed)
     config = dataclasses.replace(CONFIG, reward=options)
@@ -131,11 +133,11 @@ def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
 def test_samples_without_a_score_are_asked_for_again(tmp_path, well_after):
     asked, waits = [], []
 
-    def reward(rollouts):
-        asked.append([(r.question.id, r.policy.text) for r in rollouts])
-        ill = RewardResult(None, {"unscored": "why"}, True)
-        rest = ill if len(asked) < well_after else RewardResult(0.5, {})
-        return [RewardResult(0.5, {}), *[rest] * (len(rollouts) - 1)]
+    def reward(samples):
+        asked.append([(r.question.id, r.completion.text) for r in samples])
+        ill = Reward(None, {"unscored": "why"}, True)
+        rest = ill if len(asked) < well_after else Reward(0.5, {})
+        return [Reward(0.5, {}), *[rest] * (len(samples) - 1)]
 
     options = dataclasses.replace(CONFIG.reward, max_failed_frac=0.2, retry_waits_secs=(1.0, 2.0))
     feed = make_feed(tmp_path, useful, reward, dataclasses.replace(CONFIG, reward=options))
@@ -153,8 +155,8 @@ def test_samples_without_a_score_are_asked_for_again(tmp_path, well_after):
 
 
 def test_what_waiting_does_not_help_is_not_waited_for(tmp_path):
-    def reward(rollouts):
-        return [RewardResult(None, {"unscored": "no key"}) for _ in rollouts]
+    def reward(samples):
+        return [Reward(None, {"unscored": "no key"}) for _ in samples]
 
     waits = []
     with pytest.raises(DependencyError, match="no key"):
@@ -163,8 +165,8 @@ def test_what_waiting_does_not_help_is_not_waited_for(tmp_path):
 
 
 def test_a_signal_while_waiting_leaves_the_position(tmp_path):
-    def reward(rollouts):
-        return [RewardResult(None, {"unscored": "later"}, True) for _ in rollouts]
+    def reward(samples):
+        return [Reward(None, {"unscored": "later"}, True) for _ in samples]
 
     def pause(secs):
         raise StopRequestedError
@@ -212,9 +214,9 @@ def test_only_outages_count_towards_the_end_of_a_run(tmp_path, outages):
     config = dataclasses.replace(CONFIG, reward=options)
     rule = grpo.make_reward(config)
 
-    def reward(rollouts):
-        away = RewardResult(None, {"unscored": "the judge is away"}, True)
-        found = rule(rollouts)
+    def reward(samples):
+        away = Reward(None, {"unscored": "the judge is away"}, True)
+        found = rule(samples)
         return [*found[: len(found) - outages], *[away] * outages]
 
     waits = []
@@ -245,9 +247,9 @@ def test_a_step_whose_teacher_writes_no_lesson_trains_nothing_and_ends_nothing(t
     options = dataclasses.replace(CONFIG.reward, max_failed_frac=0.0, retry_waits_secs=(1.0,))
     config = dataclasses.replace(CONFIG, reward=options)
     feed = make_feed(tmp_path, lambda prompt, member: "no tags", None, config)
-    student = Script(lambda prompt, member: "1").speaker
-    how = protocol("unscored", 2)
-    feed._parts = feed._parts._replace(student=student, protocol=how)
+    student = Script(lambda prompt, member: "1").model
+    backend = LocalBackend(feed._parts.backend.publish, student)
+    feed._parts = feed._parts._replace(backend=backend, protocol=protocol("unscored", 2))
     with caplog.at_level("WARNING"):
         given = feed.next(state_of(0), pytest.fail)
     assert given.metrics["reward/skipped_frac"] == (4, 4)
@@ -274,8 +276,11 @@ def test_a_group_of_which_nothing_trains_is_replaced_like_an_equal_one(tmp_path,
     how = protocol(kind="direct", size=2, policy=4)
     reward = grpo.make_reward(config)
 
-    def first_letter(rollouts):
-        cut = [r._replace(policy=r.policy._replace(text=r.policy.text[:1])) for r in rollouts]
+    def first_letter(samples):
+        cut = [
+            r._replace(completion=r.completion._replace(text=r.completion.text[:1]))
+            for r in samples
+        ]
         return reward(cut)
 
     feed = make_feed(tmp_path, say, first_letter, config, how)
@@ -291,13 +296,13 @@ def test_the_same_question_twice_in_a_batch_is_two_groups(tmp_path):
     """Groups are places in the batch, not prompts: rewards 1 0 and 0 0 share no mean."""
     calls = iter([1.0, 0.0, 0.0, 0.0])
 
-    def reward(rollouts):
-        return [RewardResult(next(calls), {}) for _ in rollouts]
+    def reward(samples):
+        return [Reward(next(calls), {}) for _ in samples]
 
     feed = make_feed(tmp_path, useful, reward, count=1)
     given = feed.next(state_of(0), time.sleep)
     found = recorded(tmp_path, 1)
-    assert len({tuple(s["policy"]["prompt_ids"]) for s in found}) == 1
+    assert len({tuple(s["completion"]["prompt_ids"]) for s in found}) == 1
     half = 0.5 / (np.sqrt(0.5) + 1e-4)  # by hand: mean 1/2, standard deviation sqrt(1/2)
     assert [s["advantage"] for s in found] == pytest.approx([half, -half, 0.0, 0.0])
     assert given.metrics["reward/zero_std_group_frac"] == (1, 2)
@@ -326,8 +331,9 @@ def taught(tmp_path, lessons, refills=0):
 
     feed._parts = feed._parts._replace(
         order=QuestionOrder(PLUS, 0, False),
-        policy=lambda params, version: Script(teacher, version=version).speaker,
-        student=Script(student).speaker,
+        backend=LocalBackend(
+            lambda params, version: Script(teacher, version=version).model, Script(student).model
+        ),
     )
     return feed
 
@@ -338,7 +344,7 @@ def test_a_leak_that_makes_the_student_right_is_the_worse_of_its_group(tmp_path)
     rows = recorded(tmp_path, 1)
     assert [row["reward"] for row in rows] == [1.0, 0.5, 1.0, 0.5]
     assert [row["advantage"] > 0 for row in rows] == [True, False, True, False]
-    assert rows[1]["reward_details"]["own_score"] == 1.0
+    assert rows[1]["reward_details"]["own_value"] == 1.0
     assert given.metrics["reward/no_honest_group_frac"] == (0, 2)
     assert given.metrics["teaching/answer_leak_frac"] == (2, 4)
 
@@ -389,7 +395,7 @@ def test_batches_made_ahead_ask_the_same_questions(tmp_path, depth):
         asked = {n: [s["question_id"] for s in samples] for n, samples in found.items()}
         assert asked["ahead"] == asked["in_turn"]
         assert feeds["ahead"].get_state() == feeds["in_turn"].get_state()
-        versions = {s["policy"]["weights_version"] for s in found["ahead"]}
+        versions = {s["completion"]["weights_version"] for s in found["ahead"]}
         assert versions == {max(step - depth, 0)}
         assert given["ahead"].metrics["rollout/version_lag_max"] == (step - min(versions), 1)
         assert given["in_turn"].metrics["rollout/version_lag_max"] == (0, 1)
@@ -408,8 +414,10 @@ def test_a_batch_in_flight_at_a_checkpoint_is_made_again(tmp_path):
     resumed.next(state_of(2), time.sleep)
     found, again = (recorded(tmp_path / name, 3) for name in ("whole", "resumed"))
     assert [s["question_id"] for s in found] == [s["question_id"] for s in again]
-    assert {s["policy"]["weights_version"] for s in found} == {1}
-    assert {s["policy"]["weights_version"] for s in again} == {2}, "with the weights of the resume"
+    assert {s["completion"]["weights_version"] for s in found} == {1}
+    assert {s["completion"]["weights_version"] for s in again} == {2}, (
+        "with the weights of the resume"
+    )
     for feed in (whole, resumed):
         feed.close()
 

@@ -17,13 +17,13 @@ import transformers
 from atlas_jax import logprobs, stopping
 from atlas_jax.checkpoint import gguf
 from atlas_jax.config import MeshConfig
-from atlas_jax.data.packing import Scored, collate_policy
+from atlas_jax.data.packing import collate_policy
 from atlas_jax.models.config import from_hf
 from atlas_jax.rollout import local
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import PolicyBatch
+from atlas_jax.types import PolicyBatch, Question, Sample
 from tests import processes, tiny
 from tests.assets import smollm2_gguf
 from tests.tokenizers import chatml_tokenizer
@@ -185,8 +185,9 @@ def test_a_stop_token_as_the_last_possible_one_is_a_stop(engine_of):
 
 def trainer_logprobs(engine, params, groups, per_row, temperature):
     """Returns what the trainer finds for the tokens of each completion, in order."""
-    scored = [[Scored(c, 0.0, True) for c in group] for group in groups]
-    batch = collate_policy(scored, per_row, 256)
+    question = Question("q", "?", "", {})
+    samples = [Sample(question, c, trains=True) for group in groups for c in group]
+    batch = collate_policy(samples, per_row, 256)
     decoder = engine.decoder
     head = logprobs.Head(decoder.sharding, 64, temperature)
 

@@ -95,7 +95,7 @@ def test_servers_serve_what_was_pushed_and_the_trainer_computes_one_batch(link, 
             calls.append(ids.shape)
             return score(params, prompt, ids)
 
-        served_by.sync._probe = served_by.sync._probe._replace(score=counted)
+        served_by.sync._probe = served_by.sync._probe._replace(logprobs=counted)
         for version, ours in ((1, new), (2, old), (3, old)):
             values = served_by.sync.push(ours.params, version)
             assert values["sync/servers"] == (3, 1)
@@ -115,7 +115,7 @@ def test_completions_share_cached_blocks_only_under_the_same_weights(link, old, 
                               "reply": {"success": False}}]  # fmt: skip
             request = Request(PROMPT, 8, seed=3)
             ((completion,),) = served_by.engine.generate([request], SAMPLING)
-            expected = ours.score(PROMPT, np.asarray(completion.token_ids))
+            expected = ours.logprobs(PROMPT, np.asarray(completion.token_ids))
             np.testing.assert_allclose(completion.untruncated_logprobs, expected, atol=0.01)
         assert {body["cache_salt"] for body in asked(server)} == {"1.0", "2.0"}
         assert served_by.sync.push(old.params, 3)["sync/uncleared_caches"] == (1, 1)

@@ -9,19 +9,21 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig
-from atlas_jax.recipes import setup, speakers
+from atlas_jax.config import GRPOConfig, RolloutConfig
+from atlas_jax.recipes import chat_models
 from atlas_jax.rewards import verifiable
 from atlas_jax.rollout import measures, teaching
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.teaching import Draws
-from atlas_jax.sharding import Sharding, make_mesh
-from atlas_jax.types import Question, RewardResult, Rollout
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
+from atlas_jax.types import Question, Reward, Sample, by_question
 from tests import words
 from tests.rollout.scripts import Script, completion, protocol, questions
 
 DRAWS = Draws(Sampling(), 7)
 LESSON = "<teaching> say {} </teaching>"
+QUESTION = Question("id", "2+2?", "4", {})
 
 
 def pupil(prompt, member):
@@ -39,8 +41,8 @@ def taught(asked, places=None, student=None, policy=None, how=None):
     student, policy = student or Script(pupil), policy or Script(tutor)
     places = range(len(asked)) if places is None else places
     how = how or protocol()
-    groups = teaching.run(asked, places, policy.speaker, student.speaker, how, DRAWS)
-    return groups, student, policy
+    samples = teaching.run(asked, places, policy.model, student.model, how, DRAWS)
+    return by_question(samples), student, policy
 
 
 def test_the_student_answers_alone_once_a_question_and_the_teacher_once_a_group():
@@ -52,7 +54,7 @@ def test_the_student_answers_alone_once_a_question_and_the_teacher_once_a_group(
     assert len(student.calls) == 2
     assert len(policy.calls) == 1
     for i, group in enumerate(groups):
-        assert len({r.policy.prompt_ids for r in group}) == 1
+        assert len({r.completion.prompt_ids for r in group}) == 1
         assert [r.teaching for r in group] == ["say 0", "say 1", "say 2"]
         assert [r.guided.text for r in group] == ["0", "1", "2"]
         assert {r.baseline.text for r in group} == {"9"}
@@ -69,7 +71,7 @@ def test_texts_have_the_limits_of_their_kind():
 def test_without_a_student_the_policy_answers():
     policy = Script(lambda prompt, member: f"{member}")
     how = protocol(kind="direct")
-    groups = teaching.run(questions(2), range(2), policy.speaker, None, how, DRAWS)
+    groups = by_question(teaching.run(questions(2), range(2), policy.model, None, how, DRAWS))
     assert policy.prompts == ["direct q0", "direct q1"]
     assert [[r.answer.text for r in group] for group in groups] == [["0", "1", "2"]] * 2
     assert {(r.baseline, r.probe, r.guided, r.teaching) for g in groups for r in g} == {
@@ -120,15 +122,15 @@ def test_what_a_teacher_answers_itself_earns_nothing(reward):
     """Without a lesson, neither the teacher's own text nor the answer alone is a taught answer."""
     policy = Script(lambda prompt, member: "The answer is 0")
     (group,), _, _ = taught(questions(1), policy=policy, how=protocol("unscored"))
-    assert [r.score for r in reward(group)] == [None] * 3
+    assert [r.value for r in reward(group)] == [None] * 3
     (group,), _, _ = taught(questions(1), policy=policy, how=protocol("none"))
-    assert [r.score for r in reward(group)] == [0.0] * 3
+    assert [r.value for r in reward(group)] == [0.0] * 3
 
 
 @pytest.mark.parametrize(
     ("limits", "contexts", "failed"),
     [
-        ({"prompt": 22}, (1000, 1000), "policy"),
+        ({"prompt": 22}, (1000, 1000), "completion"),
         ({}, (38, 1000), "guided"),
         ({}, (37, 1000), "baseline"),
     ],
@@ -142,12 +144,14 @@ def test_prompts_that_do_not_fit_are_not_sent_and_score_nothing(limits, contexts
         assert found.finish_reason.startswith("skipped: ")
         assert (found.token_ids, found.text, found.weights_version) == ((), "", -1)
     results = reward(groups[0])
-    assert [(r.score, r.is_skipped, r.is_outage) for r in results] == [(None, True, False)] * 3
-    if failed == "policy":
+    assert [(r.value, r.is_skipped, r.is_outage) for r in results] == [(None, True, False)] * 3
+    if failed == "completion":
         assert not policy.requests
-        assert "prompt of 23 tokens and 60 new ones exceed 82" in groups[0][0].policy.finish_reason
-        assert verifiable.exact_match()(groups[0])[0].score is None
-        assert groups[0][0].guided.finish_reason == groups[0][0].policy.finish_reason
+        assert (
+            "prompt of 23 tokens and 60 new ones exceed 82" in groups[0][0].completion.finish_reason
+        )
+        assert verifiable.exact_match()(groups[0])[0].value is None
+        assert groups[0][0].guided.finish_reason == groups[0][0].completion.finish_reason
 
 
 def test_a_prompt_of_just_the_limit_is_sent():
@@ -179,34 +183,33 @@ def tiny(tmp_path_factory):
     names = ("alone", "probe", "teach", "with", "direct", *(f"q{i}" for i in range(8)))
     path = words.save(tmp_path_factory.mktemp("tiny"), names)
     config = GRPOConfig(model_name_or_path=path, output_dir="unused")
-    sharding = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none")
-    model = setup.open_frozen(config, path, sharding)
-    return speakers.local(model, "", 64)(hf.load(model.source, model.decoder), 3)
+    model = open_frozen(Compute.of(config, jax.devices()[:1]), path)
+    return chat_models.local(model, "", 64)(hf.load(model.source, model.decoder), 3)
 
 
 def test_real_models_teach_and_answer(tiny):
     how = protocol("whole", policy=6, probe=4, answer=5, prompt=20)
 
     def ask(asked, places):
-        return teaching.run(asked, places, tiny, tiny, how, DRAWS)
+        return by_question(teaching.run(asked, places, tiny, tiny, how, DRAWS))
 
     groups = ask(questions(3), [0, 1, 2])
     for group in groups:
-        assert len({r.policy.prompt_ids for r in group}) == 1
+        assert len({r.completion.prompt_ids for r in group}) == 1
         assert len({id(r.baseline) for r in group}) == len({id(r.probe) for r in group}) == 1
         for rollout in group:
-            assert 1 <= rollout.policy.num_tokens <= 6
-            assert rollout.policy.weights_version == 3
-            assert rollout.teaching == rollout.policy.text.strip()
+            assert 1 <= rollout.completion.num_tokens <= 6
+            assert rollout.completion.weights_version == 3
+            assert rollout.teaching == rollout.completion.text.strip()
             assert rollout.guided.num_tokens <= 5
-    assert len({r.policy.token_ids for group in groups for r in group}) > 6
+    assert len({r.completion.token_ids for group in groups for r in group}) > 6
     backwards = ask(questions(3)[::-1], [2, 1, 0])
     for ours, theirs in zip(
         itertools.chain(*backwards[::-1]), itertools.chain(*groups), strict=True
     ):
-        assert ours.policy.token_ids == theirs.policy.token_ids
+        assert ours.completion.token_ids == theirs.completion.token_ids
         assert ours.guided.token_ids == theirs.guided.token_ids
-        np.testing.assert_allclose(ours.policy.logprobs, theirs.policy.logprobs, atol=1e-5)
+        np.testing.assert_allclose(ours.completion.logprobs, theirs.completion.logprobs, atol=1e-5)
 
 
 def rollout(before, after, lesson, tokens, finish="stop"):
@@ -216,21 +219,23 @@ def rollout(before, after, lesson, tokens, finish="stop"):
         completion(t, n) for t, n in zip((text, before, after), tokens, strict=True)
     )
     guided = guided._replace(finish_reason=finish)
-    question = Question("id", "2+2?", "4", {})
-    return Rollout(question, policy, lesson, baseline, completion("?", 3), guided)
+    return Sample(
+        question=QUESTION,
+        completion=policy,
+        teaching=lesson,
+        baseline=baseline,
+        probe=completion("?", 3),
+        guided=guided,
+    )
 
 
 FOUR = [
-    [
-        rollout("it is 5", "it is 4", "add", (6, 10, 4)),  # wrong to right
-        rollout("it is 4", "it is 4", "", (5, 8, 6)),  # right to right, no lesson
-    ],
-    [
-        rollout("it is 4", "it is 7", "guess", (5, 6, 8), "length"),  # right to wrong
-        rollout("it is 1", "it is 2", "say 4", (4, 4, 4)),  # wrong to wrong, leaks
-    ],
+    rollout("it is 5", "it is 4", "add", (6, 10, 4)),  # wrong to right
+    rollout("it is 4", "it is 4", "", (5, 8, 6)),  # right to right, no lesson
+    rollout("it is 4", "it is 7", "guess", (5, 6, 8), "length"),  # right to wrong
+    rollout("it is 1", "it is 2", "say 4", (4, 4, 4)),  # wrong to wrong, leaks
 ]
-SCORES = [[RewardResult(s, {}) for s in group] for group in ((1.0, 0.25), (-1.0, 0.0))]
+FOUR = [s._replace(reward=Reward(v, {})) for s, v in zip(FOUR, (1.0, 0.25, -1.0, 0.0), strict=True)]
 EXPECTED = {
     "student_accuracy": (2, 4), "baseline_accuracy": (2, 4), "accuracy_delta": (0, 4),
     "improvement_rate": (1, 4), "degradation_rate": (1, 4), "non_degradation_rate": (3, 4),
@@ -241,31 +246,41 @@ EXPECTED = {
 
 
 def test_the_teaching_metrics_of_four_rollouts_by_hand():
-    found = measures.of_teaching(FOUR) | measures.of_efficiency(FOUR, SCORES)
+    found = measures.of_teaching(FOUR) | measures.of_efficiency(FOUR)
     assert found == {f"teaching/{name}": value for name, value in EXPECTED.items()}
 
 
 def test_texts_that_did_not_come_about_count_in_no_rate():
-    failed = FOUR[0][0].policy._replace(token_ids=(), text="", finish_reason="error: x")
-    lost = FOUR[0][0]._replace(policy=failed, teaching="", guided=failed)
-    unknown = FOUR[0][0]._replace(question=Question("id", "?", "", {}))
-    more = [[lost, unknown]]
-    results = [*SCORES, [RewardResult(None, {})] * 2]
-    found = measures.of_teaching(FOUR + more) | measures.of_efficiency(FOUR + more, results)
+    failed = FOUR[0].completion._replace(token_ids=(), text="", finish_reason="error: x")
+    lost = FOUR[0]._replace(completion=failed, teaching="", guided=failed)
+    unknown = FOUR[0]._replace(question=Question("id", "?", "", {}))
+    more = [s._replace(reward=Reward(None, {})) for s in (lost, unknown)]
+    found = measures.of_teaching(FOUR + more) | measures.of_efficiency(FOUR + more)
     changed = {"token_efficiency": (25.0, 26), "missing_frac": (1, 5), "probe_tokens": (18, 6)}
     assert found == {f"teaching/{name}": value for name, value in (EXPECTED | changed).items()}
 
 
+def scored(groups):
+    """Returns samples with these rewards, a question for each group."""
+    answer = completion("?", 1)
+    return [
+        Sample(QUESTION, answer, place=place, member=member, reward=reward)
+        for place, group in enumerate(groups)
+        for member, reward in enumerate(group)
+    ]
+
+
 def test_the_reward_metrics_by_hand():
     def result(score, a=None, b=None):
-        return RewardResult(score, {"a": {"score": a}, "b": {"score": b}})
+        return Reward(score, {"a": {"value": a}, "b": {"value": b}})
 
     results = [
         [result(1.0, 1.0, 0.0), result(0.0, 0.5, 0.0)],
         [result(None, None, 2.0), result(0.5, 0.5, 0.0)],
         [result(0.5, 0.5, 0.0), result(0.5, 0.5, 0.0)],
     ]
-    found = measures.of_rewards(results, ("a", "b"))
+    samples = scored(results)
+    found = measures.of_rewards(samples, ("a", "b"))
     spread = found.pop("reward/std")
     assert spread == (pytest.approx(np.sqrt(0.5)), 2)  # groups with two scores or more
     assert found == {
@@ -274,35 +289,34 @@ def test_the_reward_metrics_by_hand():
         "reward/no_honest_group_frac": (0, 3),
         "reward/a": (3.0, 5), "reward/b": (2.0, 6),
     }  # fmt: skip
-    assert "reward/a" not in measures.of_rewards(results, ("a",))
+    assert "reward/a" not in measures.of_rewards(samples, ("a",))
 
 
 @pytest.mark.parametrize("size", range(2, 25))
 def test_groups_of_equal_rewards_are_counted_whatever_their_size(size):
     """A standard deviation would miss 44 of these rewards at a size of 7, and 66 at 12."""
-    groups = [[RewardResult(i / 100, {})] * size for i in range(1, 100)]
-    groups.append([RewardResult(0.3, {})] * size + [RewardResult(0.3 + 1e-12, {})])
-    groups.append([RewardResult(0.3, {}), RewardResult(None, {})])
-    found = measures.of_rewards(groups, ("a",))
+    groups = [[Reward(i / 100, {})] * size for i in range(1, 100)]
+    groups.append([Reward(0.3, {})] * size + [Reward(0.3 + 1e-12, {})])
+    groups.append([Reward(0.3, {}), Reward(None, {})])
+    found = measures.of_rewards(scored(groups), ("a",))
     assert found["reward/zero_std_group_frac"] == (99, 100)
 
 
 def test_the_generation_metrics_by_hand():
-    def written(*completions):
-        question = questions(1)[0]
-        return [Rollout(question, c, "", None, None, None) for c in completions]
+    def written(place, *completions):
+        return [Sample(QUESTION, c, place=place) for c in completions]
 
     failed = completion("", 0, "error: x", prompt="")
-    groups = [
-        written(completion("a", 2), completion("b", 2), completion("c", 4, "length", "long")),
-        written(failed, failed),
+    samples = [
+        *written(0, completion("a", 2), completion("b", 2), completion("c", 4, "length", "long")),
+        *written(1, failed, failed),
     ]
-    assert measures.of_generation(groups, version=3) == {
+    assert measures.of_generation(samples, version=3) == {
         "rollout/completion_tokens": (8, 3), "rollout/prompt_tokens": (6, 3),
         "rollout/truncated_frac": (1, 5), "rollout/failed_frac": (2, 5),
         "rollout/text_repeat_frac": (1, 5), "rollout/version_lag_max": (3, 1),
     }  # fmt: skip
-    assert measures.of_generation([written(failed)], 3)["rollout/version_lag_max"] == (0, 0)
+    assert measures.of_generation(written(0, failed), 3)["rollout/version_lag_max"] == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +337,7 @@ def test_templates_are_checked(option, template, message):
     )
     data = config_lib.DataConfig(teacher_template="{question} {approach} {topic}")
     config = dataclasses.replace(GRPOConfig(), rollout=fine, data=data)
-    assert speakers.protocol(config, 5).num_generations == 5
+    assert chat_models.make_protocol(config, 5).num_generations == 5
     wrong = dataclasses.replace(config, rollout=dataclasses.replace(fine, **{option: template}))
     with pytest.raises(ValueError, match=f"rollout.{option}.*{message}"):
-        speakers.protocol(wrong, 5)
+        chat_models.make_protocol(wrong, 5)

@@ -103,7 +103,7 @@ def test_log_probabilities_are_those_of_the_trainer_before_truncation(link, old)
     link.sync.push(old.params, 4)
     groups = link.engine.generate(REQUESTS, SAMPLING)
     rounded = [
-        np.abs(old.score(c.prompt_ids, np.asarray(c.token_ids)) - c.untruncated_logprobs).mean()
+        np.abs(old.logprobs(c.prompt_ids, np.asarray(c.token_ids)) - c.untruncated_logprobs).mean()
         for group in groups
         for c in group
     ]
@@ -190,9 +190,9 @@ def in_flight(link, max_tokens=240):
 
     def score(*args):
         counts.append(len(server.tasks))
-        return probe.score(*args)
+        return probe.logprobs(*args)
 
-    link.sync._probe = probe._replace(score=score)
+    link.sync._probe = probe._replace(logprobs=score)
     try:
         yield requests, answers, counts
     finally:
@@ -212,7 +212,7 @@ def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new)
         spans = [(server.versions[s["version"]], s) for s in choice["weight_versions"]]
         found = np.asarray([entry["logprob"] for entry in choice["logprobs"]["content"]])
         ids = np.asarray(choice["token_ids"])
-        difference = np.abs(old.score(request.prompt_ids, ids) - found)
+        difference = np.abs(old.logprobs(request.prompt_ids, ids) - found)
         for version, span in spans:
             by = difference[span["start"] : span["end"]]
             assert version in (9, 10)
@@ -238,7 +238,7 @@ def test_cached_keys_and_values_of_older_weights_are_not_read_under_a_newer_labe
         ((after,),) = engine.generate([request], SAMPLING)
     for completion, ours, version in ((before, old, 13), (after, new, 14)):
         assert completion.weights_version == version
-        expected = ours.score(completion.prompt_ids, np.asarray(completion.token_ids))
+        expected = ours.logprobs(completion.prompt_ids, np.asarray(completion.token_ids))
         assert np.abs(expected - completion.untruncated_logprobs).mean() < 0.01
     link.sync.push(old.params, 15)
 
@@ -354,7 +354,9 @@ def frozen_completions_delay_no_probe(link, old, new):
     for request, answer in zip(requests, answers, strict=True):
         (choice,) = answer.reply["choices"]
         found = np.asarray([entry["logprob"] for entry in choice["logprobs"]["content"]])
-        difference = np.abs(new.score(request.prompt_ids, np.asarray(choice["token_ids"])) - found)
+        difference = np.abs(
+            new.logprobs(request.prompt_ids, np.asarray(choice["token_ids"])) - found
+        )
         (*_, last) = choice["weight_versions"]
         assert server.versions[last["version"]] == 2
         assert difference[last["start"] :].mean() < 0.01, "keys and values were not recomputed"

@@ -1,0 +1,298 @@
+"""The backend of vLLM servers: the models that they run, and the weights that reach them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import pathlib
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from atlas_jax import addresses, distributed, server_token
+from atlas_jax.checkpoint import writer
+from atlas_jax.config import GRPOConfig
+from atlas_jax.data.packing import collate_policy
+from atlas_jax.recipes import chat_models
+from atlas_jax.rollout import identity
+from atlas_jax.rollout.capabilities import ServerStart
+from atlas_jax.rollout.engine import ChatModel, Request
+from atlas_jax.rollout.push import Probe, PushOptions
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.servers import PoolOptions, ServerPool
+from atlas_jax.rollout.versions import Versions, in_memory
+from atlas_jax.rollout.vllm import VllmEngine
+from atlas_jax.rollout.weights import DiskSync, WeightSync
+from atlas_jax.sharding import from_global, to_global
+from atlas_jax.startup.model import Model
+from atlas_jax.types import Completion, Metrics, Params, PolicyBatch, Question, Sample
+
+LogprobsFn = Callable[[Params, PolicyBatch], jax.Array]
+"""`(params, batch) -> log-probabilities`, as in `feed.Parts`."""
+
+_PROBE_TOKENS = 8  # sampled tokens of each probe
+_PROBE_BLOCKS = 2  # whole blocks of the prefix cache that its prompt fills
+_UNIT = 32  # tokens; the probe's row is a multiple of it, which saves compilations
+
+
+class VllmBackend:
+    """Generation by vLLM servers, which are brought to the weights that are published."""
+
+    def __init__(
+        self,
+        policy: ChatModel,
+        student: ChatModel | None,
+        sync: WeightSync,
+        close: Callable[[], None],
+    ) -> None:
+        """Publishes nothing yet: the weights that the servers hold are not known.
+
+        Args:
+            policy: the trained model on its servers.
+            student: the frozen student on its servers.
+            sync: the way of the weights to the servers.
+            close: gives up requests and weights in flight.
+        """
+        self._policy = policy
+        self._student = student
+        self._sync = sync
+        self._close = close
+        self._version: int | None = None
+        self._metrics: Metrics = {}
+
+    @property
+    def student(self) -> ChatModel | None:
+        """The frozen student; None under `protocol=direct`."""
+        return self._student
+
+    def publish(self, params: Params, version: int) -> ChatModel:
+        """Returns the policy; every process calls it together.
+
+        Raises:
+            DependencyError: if the weights reach no server.
+        """
+        if version != self._version:
+            self._metrics = self._sync.push(params, version)
+            self._version = version
+        return self._policy
+
+    def metrics(self) -> Metrics:
+        """Returns the metrics of the last push, once."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def close(self) -> None:
+        """Gives up requests and weights in flight."""
+        self._close()
+
+
+def make_vllm_backend(
+    config: GRPOConfig, model: Model, student: Model | None, logprobs_fn: LogprobsFn
+) -> VllmBackend:
+    """Returns the trained model and the student on their servers.
+
+    Args:
+        config: options of the run.
+        model: the model that is trained.
+        student: the student; None under `protocol=direct`.
+        logprobs_fn: log-probabilities of rows that hold one completion each.
+
+    Raises:
+        ValueError: if no server of a role can be reached, or one cannot do what GRPO needs, or has
+            another model.
+    """
+    check_loopback(config)
+    with contextlib.ExitStack() as stack:
+        policy, sync = _open_policy(config, model, logprobs_fn, stack)
+        frozen = None if student is None else _open_student(config, student, stack)
+        return VllmBackend(policy, frozen, sync, stack.pop_all().close)
+
+
+def check_loopback(config: GRPOConfig) -> None:
+    """Checks that an address means the same server in every process.
+
+    Raises:
+        ValueError: in every process, if processes on several hosts have a loopback address.
+    """
+    hosts = sorted(set(distributed.gather_texts(socket.gethostname())))
+    for role in ("teacher", "student"):
+        for url in addresses.split(getattr(config.rollout, f"{role}_servers")):
+            if len(hosts) > 1 and addresses.is_loopback(url):
+                raise ValueError(
+                    f"rollout.{role}_servers has {url}, which is another server on each of the "
+                    f"hosts {', '.join(hosts)}; name the host that it runs on"
+                )
+
+
+def _open_policy(
+    config: GRPOConfig,
+    model: Model,
+    logprobs_fn: LogprobsFn,
+    stack: contextlib.ExitStack,
+) -> tuple[ChatModel, WeightSync]:
+    rollout = config.rollout
+    check = functools.partial(identity.check_trained, decoder=model.decoder)
+    pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
+    policy, engine = _chat_model(pool, model, config.data.system_prompt)
+    block_size = max(start.block_size for start in pool.starts)
+    prompt = probe_prompt(model.files.tokenizer, block_size, policy.context - _PROBE_TOKENS)
+    probe = Probe(
+        Request(prompt, _PROBE_TOKENS, seed=config.seed),
+        Sampling(config.temperature, config.top_p, config.top_k),
+        probe_logprobs(config, model, logprobs_fn),
+    )
+    options = PushOptions(
+        dtype=rollout.sync_dtype,
+        pause_mode=rollout.pause_mode,
+        tolerance=rollout.probe_tolerance,
+        restart=rollout.weight_sync == "restart",
+    )
+    versions = choose_versions(config, model)
+    sync = DiskSync(engine, model.decoder, model.files, versions, options, probe)
+    stack.callback(sync.close)
+    return policy, sync
+
+
+def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
+    check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
+    pool = _pool("student", config.rollout.student_servers, config, check, stack)
+    student, _ = _chat_model(pool, model, config.rollout.student_system_prompt)
+    return chat_models.check_student(config, student)
+
+
+def _pool(
+    role: str,
+    urls: str,
+    config: GRPOConfig,
+    check: Callable[[str, ServerStart], None],
+    stack: contextlib.ExitStack,
+) -> ServerPool:
+    options = PoolOptions(
+        max_in_flight=config.rollout.max_in_flight,
+        request_timeout_secs=config.rollout.request_timeout_secs,
+        control_timeout_secs=config.rollout.sync_timeout_secs,
+    )
+    pool = ServerPool(role, addresses.split(urls), options, server_key(config.output_dir))
+    stack.callback(pool.close)
+    pool.open(check)
+    return pool
+
+
+def server_key(output_dir: str) -> str:
+    """Returns the key of the servers' routes, "" if there is none.
+
+    It is VLLM_API_KEY, else the token that `serve` left in the run's directory.
+
+    Raises:
+        ValueError: if others can read that file, or if it holds no token.
+    """
+    if found := os.environ.get("VLLM_API_KEY", ""):
+        return found
+    path = pathlib.Path(output_dir, server_token.NAME)
+    return server_token.read(path) if path.exists() else ""
+
+
+def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
+    tokenizer = model.files.tokenizer
+    engine = VllmEngine(
+        pool,
+        copy.deepcopy(tokenizer),
+        chat_models.stop_tokens(model),
+        model.decoder.config.vocab_size,
+    )
+    lengths = [start.max_model_len for start in pool.starts]
+    context = min(model.decoder.config.max_positions, *lengths)
+    encode = chat_models.encoder(model.template, system_prompt)
+    bound = ChatModel(
+        encode=encode,
+        generate=engine.generate,
+        context=context,
+        vocab_size=model.decoder.config.vocab_size,
+    )
+    return bound, engine
+
+
+def choose_versions(config: GRPOConfig, model: Model) -> Versions:
+    """Returns the directory of this run's weights, the same one in every process."""
+    run = os.path.abspath(config.output_dir)
+    if config.rollout.sync_dir:
+        return Versions(pathlib.Path(os.path.abspath(config.rollout.sync_dir)), run)
+    chosen: Versions | None = None
+    if distributed.is_main():
+        urls = addresses.split(config.rollout.teacher_servers)
+        # Whoever follows the versions of `weight_sync=restart` must know where they are.
+        if all(map(addresses.is_loopback, urls)) and config.rollout.weight_sync == "reload":
+            tensors = writer.tensors(model.decoder)
+            size = sum(writer.num_bytes(t, config.rollout.sync_dtype) for t in tensors)
+            chosen = in_memory(run, size)
+        chosen = chosen or Versions(pathlib.Path(run, "weights"), run)
+        logging.info("weights go through %s", chosen.root)
+    root = distributed.gather_texts(str(chosen.root) if chosen else "")[0]
+    return chosen or Versions(pathlib.Path(root), run)
+
+
+def probe_prompt(tokenizer: Any, block_size: int, room: int) -> tuple[int, ...]:
+    """Returns the tokens of the probe: several blocks of the servers' prefix cache, if they fit.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        block_size: tokens of a block.
+        room: most tokens that fit.
+    """
+    size = min(room, _PROBE_BLOCKS * block_size + block_size // 4)
+    text = " ".join(f"What is {number} + {3 * number}?" for number in range(1, size + 1))
+    return tuple(tokenizer(text).input_ids[:size])
+
+
+def probe_logprobs(
+    config: GRPOConfig, model: Model, logprobs_fn: LogprobsFn
+) -> Callable[[Params, Sequence[int], np.ndarray], np.ndarray]:
+    """Returns the trainer's log-probabilities of several continuations of one prompt.
+
+    They are those of the weights as they were pushed: rounded, where the trainer computes in more
+    digits.
+    """
+    decoder = model.decoder
+    sharding, dtype = decoder.sharding, jnp.dtype(config.rollout.sync_dtype)
+    rounds = decoder.compute_dtype.itemsize > dtype.itemsize
+
+    @jax.jit
+    def run(params: Params, batch: PolicyBatch) -> jax.Array:
+        if rounds:
+            params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), params)
+        return logprobs_fn(params, batch)[0]
+
+    def compute(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
+        length = -(-(len(prompt) + ids.shape[1]) // _UNIT) * _UNIT
+        # Each process gives its share of the rows; they divide over the devices.
+        missing = -len(ids) % sharding.num_replicas
+        rows = np.concatenate([ids, np.repeat(ids[:1], missing, axis=0)])
+        own = np.split(rows, jax.process_count())[jax.process_index()]
+        samples = [_continuation(prompt, row) for row in own.tolist()]
+        batch = to_global(collate_policy(samples, 1, length), sharding, 1)
+        values = distributed.gather(from_global(run(params, batch))).reshape(-1, length)
+        return values[: len(ids), len(prompt) : len(prompt) + ids.shape[1]]
+
+    return compute
+
+
+def _continuation(prompt: Sequence[int], token_ids: Sequence[int]) -> Sample:
+    """Returns a continuation of the probe as a sample, in which rows are collated."""
+    completion = Completion(
+        prompt_ids=tuple(prompt),
+        token_ids=tuple(token_ids),
+        logprobs=(),
+        untruncated_logprobs=(0.0,) * len(token_ids),
+        finish_reason="length",
+        text="",
+        weights_version=0,
+    )
+    question = Question(id="probe", text="", ground_truth="", fields={})
+    return Sample(question=question, completion=completion, trains=True)
