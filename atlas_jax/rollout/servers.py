@@ -331,10 +331,12 @@ class ServerPool:
         """
         lost = 0
         while True:
+            # A request that began during a push could be computed by two versions.
             await self.settled.wait()
             if not server.up or self._closed:
                 await self.wait_for_one()
                 server = min(self.up(), key=lambda s: len(s.tasks))
+            # Read before the request is sent: a push may change both while it waits in the server.
             version = self.version
             salt = {"cache_salt": self.label} if self.label else {}
             body = {**payload, **salt}
@@ -351,6 +353,7 @@ class ServerPool:
             except UnavailableError as error:
                 await self._drop_unless_well(server, error)
             except asyncio.CancelledError:
+                # `drop` cancels the requests of a server, which are then sent to another one.
                 if server.up or is_cancelled():
                     raise
             finally:
@@ -363,6 +366,7 @@ class ServerPool:
 
     async def _drop_unless_well(self, server: Server, error: UnavailableError) -> None:
         """Takes out a server that did not answer a request; raises the error if it is healthy."""
+        # The check tells a server that has failed from a request that it cannot answer.
         problem, hangs = await self._look(self._front(server), self.options.look.timeout_secs)
         if server.up and not problem:
             raise error
@@ -402,6 +406,7 @@ class ServerPool:
         look = self.options.look
         while True:
             await asyncio.sleep(look.every_secs)
+            # A server that was down may have been replaced, so it must pass all checks again.
             work = self._front(server) if server.up else self._whole(server)
             problem, hangs = await self._look(work, look.timeout_secs)
             if not problem:
