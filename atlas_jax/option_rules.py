@@ -57,6 +57,7 @@ POSITIVE = (
     "reward.rim.small_model.max_tokens", "reward.rim.large_model.max_tokens",
     "reward.rim.prompt.max_chars", "reward.rim.limits.max_in_flight",
     "reward.rim.limits.timeout_secs", "reward.rim.limits.max_tries",
+    "reward.timeout_secs", "reward.num_workers",
     "hosts.start_timeout_secs", "hosts.heartbeat_timeout_secs", "hosts.stall_timeout_secs",
 )  # fmt: skip
 NOT_NEGATIVE = (

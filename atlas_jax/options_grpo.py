@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from atlas_jax import sockets
 from atlas_jax.options import TrainConfig
 from atlas_jax.options_rim import RIMConfig
 
@@ -82,7 +83,8 @@ class RewardConfig:
     kind: str = "rule"
     """`rule` adds up the rewards of `names`, `rim` asks judges, `mixed` adds up both."""
     names: tuple[str, ...] = ("teaching_gain",)
-    """Rules that are added up: `teaching_gain`, `exact_match`; `kind=rim` has none."""
+    """Rules that are added up: `teaching_gain`, `exact_match`, or functions of your own as
+    `package.module:function`; `kind=rim` has none."""
     weights: tuple[float, ...] = ()
     """One weight for each of the rules, then one for the judges; empty weighs each 1."""
     efficiency_weight: float = 1.0
@@ -98,6 +100,10 @@ class RewardConfig:
     samples count neither way: prompts that are too long, missing lessons."""
     retry_waits_secs: tuple[float, ...] = (30.0, 60.0, 120.0, 300.0, 600.0)
     """Waits before each further attempt to score them."""
+    timeout_secs: float = 10.0
+    """Longest that a call of a function of your own may take; its samples then have no score."""
+    num_workers: int = 8
+    """Processes that run each sync function of your own."""
     rim: RIMConfig = dataclasses.field(default=RIMConfig())
 
     @property
@@ -105,6 +111,16 @@ class RewardConfig:
         """What is added up, in the order of `weights`."""
         rules = () if self.kind == "rim" else self.names
         return rules if self.kind == "rule" else (*rules, "rim")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Short names of `parts`, for metrics and records."""
+        return sockets.labels(self.parts)
+
+    @property
+    def needs_truth(self) -> bool:
+        """True if a question without a ground truth cannot be scored."""
+        return any(name != "rim" and not sockets.is_reference(name) for name in self.parts)
 
 
 @dataclasses.dataclass(frozen=True)

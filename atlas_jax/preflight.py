@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from atlas_jax import sockets
 from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
 from atlas_jax.data import examples, questions, snapshot, sources
@@ -43,6 +44,8 @@ def check(config: TrainConfig, num_devices: int = 0) -> None:
     check_output(config.output_dir)
     if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
         _check_judges_files(config)
+    if isinstance(config, GRPOConfig):
+        _check_reward_functions(config)
     check_models(config)
     _check_origin(config)
     _check_templates(config)
@@ -91,6 +94,16 @@ def _check_judges_files(config: GRPOConfig) -> None:
 
     for path in pathlib.Path(config.output_dir).glob("judges_spent_process_*.json"):
         replies.Ledger(str(path))
+
+
+def _check_reward_functions(config: GRPOConfig) -> None:
+    """Checks that functions of the user can be imported, and take what a reward is given."""
+    references = [name for name in config.reward.parts if sockets.is_reference(name)]
+    if references:
+        from atlas_jax.rewards import custom  # brings an HTTP client, which takes time
+
+        for reference in references:
+            custom.check(reference)
 
 
 def check_models(config: TrainConfig) -> None:
@@ -264,7 +277,7 @@ def check_data(config: TrainConfig) -> None:
 
     def use(row: sources.Row) -> None:
         if isinstance(config, GRPOConfig):
-            needs_truth = config.reward.kind != "rim"
+            needs_truth = config.reward.needs_truth
             questions.to_question(
                 row, needs_truth, config.rollout.question_fields, vars(config.data.columns)
             )

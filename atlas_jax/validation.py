@@ -8,7 +8,7 @@ import math
 import os
 from typing import Any
 
-from atlas_jax import addresses, endpoints
+from atlas_jax import addresses, endpoints, sockets
 from atlas_jax.option_rules import (
     CHOICES,
     FRACTIONS,
@@ -177,9 +177,12 @@ def _check_addresses(rollout: RolloutConfig) -> None:
 def _check_rewards(config: GRPOConfig) -> None:
     reward = config.reward
     for name in reward.names:
-        if name not in REWARDS:
+        if name not in REWARDS and not sockets.is_reference(name):
             hint = nearest(name, REWARDS)
-            raise ValueError(f"reward.names has {name!r}; known are {', '.join(REWARDS)}{hint}")
+            raise ValueError(
+                f"reward.names has {name!r}; known are {', '.join(REWARDS)}, and functions of your "
+                f"own as package.module:function{hint}"
+            )
     if reward.weights and len(reward.weights) != len(reward.parts):
         raise ValueError(
             f"reward.weights={reward.weights} for {reward.parts}; give one weight for each name, "

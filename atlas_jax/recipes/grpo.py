@@ -255,7 +255,7 @@ def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | Non
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main()
     )
-    most, needs_truth = config.data.max_rejected_frac, config.reward.kind != "rim"
+    most, needs_truth = config.data.max_rejected_frac, config.reward.needs_truth
     fields, columns = config.rollout.question_fields, vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
