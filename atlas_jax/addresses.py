@@ -9,7 +9,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def split(text: str) -> list[str]:
-    """Returns the addresses of a list that commas separate, without slashes at their ends."""
+    """Returns the addresses of a comma-separated list, without trailing slashes."""
     return [part.strip().rstrip("/") for part in text.split(",") if part.strip()]
 
 
@@ -17,7 +17,7 @@ def canonical(address: str) -> str:
     """Returns the one spelling that all spellings of an address share.
 
     Raises:
-        ValueError: if it is not an http address, with what to write instead.
+        ValueError: if it is not an http address.
     """
     parts = urllib.parse.urlsplit(address)
     try:
@@ -31,5 +31,5 @@ def canonical(address: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Returns whether an address leads to the host that asks."""
+    """Returns whether an address is one of this host itself."""
     return urllib.parse.urlsplit(address).hostname in _LOOPBACK

@@ -1,4 +1,4 @@
-"""What the commands share: flags, `--config FILE`, and one line for an error of the user.
+"""What the commands share: flags, `--config NAME`, and one line for an error of the user.
 
 Exit codes: 1 for an error, 2 for words that the command does not take, 130 for Ctrl-C.
 """
@@ -6,6 +6,7 @@ Exit codes: 1 for an error, 2 for words that the command does not take, 130 for 
 from __future__ import annotations
 
 import argparse
+import ast
 import errno
 import os
 import re
@@ -14,16 +15,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from atlas_jax import config_files, masking
-from atlas_jax.config import GRPOConfig, flat, nearest
+from atlas_jax import config as config_lib
+from atlas_jax import config_files, masking, migration, overrides, saved_config
+from atlas_jax.config import nearest
 from atlas_jax.types import DependencyError
 
 _ERROR, _USAGE, _INTERRUPTED = 1, 2, 130
 _HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull")
-_OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<name>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
+_OPTIONS = ("--options", "-options")
 _BAD_VALUE = re.compile(r"flag --(?P<flag>[\w.]+)=.*", re.DOTALL)
+_CONFIG_HELP = (
+    "Config: a shipped recipe such as teacher_sft, a FILE.py or a PACKAGE.MODULE; "
+    ":model=NAME,data=NAME after it swaps parts."
+)
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -32,53 +38,59 @@ class UsageError(Exception):
 
 
 class _ConfigReader(flags.ArgumentParser[ConfigDict]):
-    """Reads the file of `--config`, and checks the names of the options that change it."""
+    """Holds the config that the words of a command line describe."""
 
     def __init__(self, default: str) -> None:
         self.default = default
         self.config = ConfigDict()
-        self.overrides: list[re.Match[str]] = []
+        self.notes: list[str] = []
 
     def parse(self, argument: str | ConfigDict) -> ConfigDict:
-        """Returns the config; every option on the command line exists in it."""
-        if isinstance(argument, ConfigDict):
-            return argument
-        try:
-            self.config = config_files.load(argument).lock()
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        for match in self.overrides:
-            self._check(match["name"], match["value"] or "")
+        """Returns the config, which is read before the flags are."""
         return self.config
 
     def flag_type(self) -> str:
         """Returns what absl's help calls the value."""
         return "config file"
 
-    def _check(self, name: str, value: str) -> None:
-        group: Any = self.config
-        for part in name.split("."):
-            if not isinstance(group, ConfigDict) or part not in group:
-                raise UsageError(f"unknown option {name}{_nearest_option(name, self.config)}")
-            group = group[part]
-        if isinstance(group, ConfigDict) and not value.startswith("{"):
-            some = ", ".join(f"{name}.{option}" for option in list(group)[:3])
-            swap = f"; to take configs/{name}/{value}.py, write --config FILE.py:{name}={value}"
-            raise UsageError(
-                f"{name}={value}: {name} is a group of options ({some}, …); set one of these"
-                f"{swap if name in ('model', 'data') else ''}"
-            )
+    def read(self, words: list[str]) -> list[str]:
+        """Reads the config and what the words change in it; returns the words that are left.
+
+        Raises:
+            UsageError: for a config or an option that cannot be used.
+        """
+        words = flags.FLAGS.read_flags_from_files(words, force_gnu=False)
+        reference = _reference(words) or self.default
+        first = next(filter(overrides.PATTERN.fullmatch, words), None)
+        if not reference and first:
+            raise UsageError(f"{first} changes a config; name it with --config NAME")
+        if not reference:
+            return words
+        try:
+            saved = saved_config.load(reference) if reference.endswith(".json") else None
+            self.config = (saved.config if saved else config_files.load(reference)).lock()
+            options, words = overrides.separate(words, self.config)
+            self.notes = overrides.apply(self.config, options)
+            if saved:
+                saved.check(option.name for option in options)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return [f"--config={reference}", *words]
+
+
+def _reference(words: Sequence[str]) -> str:
+    """Returns the value of `--config`; "" if there is none."""
+    found = re.findall(r"^--?config[=\n](.*)$", "\n".join(words), re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def define_config(default: str = "") -> flags.FlagHolder[ConfigDict]:
-    """Defines `--config FILE.py[:ARGUMENT]` and `--config.OPTION=VALUE`; call it at most once.
+    """Defines `--config NAME[:ARGUMENT]` and `--config.OPTION=VALUE`; call it at most once.
 
     Args:
-        default: the file that is read where the command line names none.
+        default: the config that is read where the command line names none.
     """
-    holder = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
-    flags.FLAGS["config"].parser = _ConfigReader(default)
-    return holder
+    return flags.DEFINE(_ConfigReader(default), "config", None, _CONFIG_HELP)
 
 
 def needed(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
@@ -88,7 +100,13 @@ def needed(holder: flags.FlagHolder[ConfigDict]) -> ConfigDict:
         UsageError: if it names nothing.
     """
     if holder.value is None:
-        raise UsageError("--config FILE.py is needed, such as configs/run/teacher_sft.py")
+        raise UsageError(
+            "--config is needed: the name of a shipped recipe "
+            f"({', '.join(config_files.shipped('run'))}), a FILE.py or a PACKAGE.MODULE"
+        )
+    reader = flags.FLAGS["config"].parser
+    for note in reader.notes if isinstance(reader, _ConfigReader) else ():
+        logging.info("%s", note)
     return holder.value
 
 
@@ -99,19 +117,32 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     reader = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
     words = argv[1:]
+    if reader and words and words[0].partition("=")[0] in _OPTIONS:
+        _show_options(" ".join((*words[0].split("=", 1)[1:], *words[1:])))
     try:
         if isinstance(reader, _ConfigReader):
-            words = _with_config(words, reader)
+            words = reader.read(words)
         return flags.FLAGS([argv[0], *words])
     except UsageError as error:
         _fail(error, _USAGE)
     except flags.UnrecognizedFlagError as error:
-        options = list(flat(GRPOConfig())) if isinstance(reader, _ConfigReader) else []
+        options = list(config_lib.all_options()) if isinstance(reader, _ConfigReader) else []
         _fail(UsageError(_unknown_flag(error.flagname, options)), _USAGE)
     except flags.IllegalFlagValueError as error:
         _fail(UsageError(_bad_value(str(error), words)), _USAGE)
     except (flags.Error, ValueError, OSError) as error:
         _fail(error, _USAGE)
+
+
+def _show_options(pattern: str) -> NoReturn:
+    """Prints the options whose name contains the pattern, and ends the process."""
+    from atlas_jax import option_docs  # needed for nothing else
+
+    try:
+        sys.stdout.write(option_docs.plain(pattern))
+    except ValueError as error:
+        _fail(error, _USAGE)
+    sys.exit(0)
 
 
 def guarded(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -130,9 +161,12 @@ def no_more_words(words: Sequence[str]) -> None:
         UsageError: names the first one.
     """
     if words:
+        foreign = migration.find(words[0])
+        if foreign:
+            raise UsageError(f"{words[0]}: {foreign.answer}")
         raise UsageError(
             f"{words[0]!r} is not expected here; options are written --config.NAME=VALUE, and "
-            "CONFIG.py:model=NAME,data=NAME has no blanks"
+            "--config CONFIG:model=NAME,data=NAME has no blanks"
         )
 
 
@@ -150,6 +184,15 @@ class ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the tool with a line."""
+        unknown = re.fullmatch(r"unrecognized arguments: (-[^ =]+).*", message, re.DOTALL)
+        if unknown:
+            foreign = migration.find(unknown[1].lstrip("-"))
+            hint = (
+                f"; {foreign.answer}"
+                if foreign
+                else nearest(unknown[1], self._option_string_actions)
+            )
+            message = f"unknown option {unknown[1]}{hint}"
         self.exit(_USAGE, f"error: {message}; --help tells the arguments\n")
 
 
@@ -191,41 +234,12 @@ def _text(error: BaseException) -> str:
     return f"{where}{error.strerror}{'; make room there, or write elsewhere' if full else ''}"
 
 
-def _with_config(words: list[str], reader: _ConfigReader) -> list[str]:
-    """Returns the words with the default file where none is named; notes what changes it."""
-    expanded = flags.FLAGS.read_flags_from_files(words, force_gnu=False)
-    matches = map(_OVERRIDE.fullmatch, expanded)
-    reader.overrides = [match for match in matches if match]
-    if any(re.fullmatch(r"--?config(=.*)?", word, re.DOTALL) for word in expanded):
-        return words
-    if reader.default:
-        return [f"--config={reader.default}", *words]
-    if reader.overrides:
-        raise UsageError(
-            f"{reader.overrides[0][0]} changes a config; name it with --config FILE.py"
-        )
-    return words
-
-
-def _names(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Returns the options of a config, those of groups as `group.name`."""
-    names: list[str] = []
-    for name, value in config.items():
-        inner = isinstance(value, ConfigDict)
-        names += _names(value, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return names
-
-
-def _nearest_option(name: str, config: ConfigDict) -> str:
-    """Returns the option that is meant, also where its group is missing or another one."""
-    options = _names(config)
-    same = [option for option in options if option.split(".")[-1] == name.split(".")[-1]]
-    return f"; did you mean {same[0]!r}?" if same else nearest(name, options)
-
-
 def _unknown_flag(name: str, options: Sequence[str]) -> str:
     if name in options or name in {option.split(".")[0] for option in options}:
         return f"unknown flag --{name}; write --config.{name}=…"
+    foreign = migration.find(name)
+    if foreign:
+        return f"unknown flag --{name}: {foreign.answer}"
     known = [*_own_flags(), *(f"config.{option}" for option in options)]
     return f"unknown flag --{name}{nearest(name, known) or '; --help tells the flags'}"
 
@@ -251,5 +265,24 @@ def _own_flags() -> list[str]:
 def _usage() -> str:
     """Returns the docstring of the command and its own flags."""
     lines = [f"  --{name:<16} {flags.FLAGS[name].help}" for name in _own_flags()]
+    if "config" in flags.FLAGS:
+        lines.append("  --options PATTERN  Print the options whose name contains PATTERN, or all.")
     doc = (sys.modules["__main__"].__doc__ or "").strip()
-    return "\n".join((doc, "", "flags:", *lines, ""))
+    return "\n".join(
+        (doc, "", "flags:", *lines, *(_recipes() if "config" in flags.FLAGS else ()), "")
+    )
+
+
+def _recipes() -> list[str]:
+    """Returns lines about the shipped recipes, and about where options are listed."""
+    lines = ["", "recipes:"]
+    for name in config_files.shipped("run"):
+        path = os.path.join(os.path.dirname(__file__), "configs", "run", f"{name}.py")
+        with open(path, encoding="utf-8") as file:
+            doc = ast.get_docstring(ast.parse(file.read())) or ""
+        lines.append(f"  {name:<18} {doc.splitlines()[0]}")
+    return [
+        *lines, "",
+        "options: --config.NAME=VALUE. docs/options.md lists them, and --options [PATTERN] prints "
+        "them;", "docs/migration.md has the names of other trainers.",
+    ]  # fmt: skip

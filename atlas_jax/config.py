@@ -8,56 +8,90 @@ dataclass of `options`, and `validate` on that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
-import os
-import pkgutil
-import re
-from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ml_collections import ConfigDict
 
 from atlas_jax import config_files, masking
-from atlas_jax.option_rules import ALGORITHMS, CHOICES, EMPTIED, REWARDS, SYNONYMS
-from atlas_jax.options import (
-    ColumnsConfig,
-    DataConfig,
-    HostsConfig,
-    MeshConfig,
-    ModelOptions,
-    SFTConfig,
-    TrainConfig,
-)
-from atlas_jax.options_grpo import GRPOConfig, RewardConfig, RolloutConfig
-from atlas_jax.options_rim import RIMConfig
-from atlas_jax.validation import check_environment, check_rim, flat, nearest, validate
+from atlas_jax.options.data import ColumnsConfig, DataConfig
+from atlas_jax.options.fields import flat, hints, moved, moved_to, nearest, option, read
+from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
+from atlas_jax.options.teaching import LessonsConfig, TeachingConfig
+from atlas_jax.options.train import SFTConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from atlas_jax.options.grpo import GRPOConfig
+    from atlas_jax.options.judges import RIMConfig
+    from atlas_jax.options.reward import RewardConfig
+    from atlas_jax.options.rollout import RolloutConfig
 
 __all__ = [
-    "ALGORITHMS",
-    "CHOICES",
-    "REWARDS",
     "ColumnsConfig",
     "DataConfig",
     "GRPOConfig",
     "HostsConfig",
+    "LessonsConfig",
     "MeshConfig",
     "ModelOptions",
     "RIMConfig",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",
+    "TeachingConfig",
     "TrainConfig",
-    "check_environment",
-    "check_rim",
     "flat",
     "nearest",
-    "validate",
 ]
 
 T = TypeVar("T")
+Config = TypeVar("Config", bound=TrainConfig)
 
-_BRACKETS = re.compile(r"[\[(](.*)[\])]", re.DOTALL)
+_LATE = {
+    "GRPOConfig": "atlas_jax.options.grpo",
+    "RIMConfig": "atlas_jax.options.judges",
+    "RewardConfig": "atlas_jax.options.reward",
+    "RolloutConfig": "atlas_jax.options.rollout",
+}
+"""Name -> its module, imported at the first use, since SFT needs no options of rewards."""
+
+ALGORITHMS = {"sft": "SFTConfig", "grpo": "GRPOConfig"}
+"""Algorithm -> the name of its schema in this module."""
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a schema that is imported at its first use."""
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(_LATE[name]), name)
+
+
+def schema(algorithm: str) -> type[TrainConfig]:
+    """Returns the options of an algorithm.
+
+    Raises:
+        ValueError: for an unknown algorithm.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm {algorithm!r} is not one of {', '.join(ALGORITHMS)}")
+    name = ALGORITHMS[algorithm]
+    return globals()[name] if name in globals() else __getattr__(name)
+
+
+def former_names(config: ConfigDict) -> dict[str, str]:
+    """Returns `{former name: present name}` of the options that a config has."""
+    algorithm = config.get("algorithm")
+    return moved(schema(algorithm)) if algorithm in ALGORITHMS else {}
+
+
+def all_options() -> dict[str, Any]:
+    """Returns the defaults of all options of all algorithms by name."""
+    options: dict[str, Any] = {}
+    for algorithm in ALGORITHMS:
+        options |= flat(schema(algorithm)())
+    return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +107,39 @@ class BatchPlan:
 
 
 def defaults(schema: type[TrainConfig]) -> ConfigDict:
-    """Returns a locked `ConfigDict` with every field of `schema`, for a config file to change."""
+    """Returns a locked `ConfigDict` with every field of `schema`, for a config file to change.
 
-    def as_dict(cls: type[Any]) -> ConfigDict:
-        values = {f.name: f.default for f in dataclasses.fields(cls)}
-        return ConfigDict(
-            {k: as_dict(type(v)) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
-        )
+    A former name of an option refers to the same value as its present name.
+    """
 
-    return as_dict(schema).lock()
+    def as_dict(group: Any) -> ConfigDict:
+        values = {name: getattr(group, name) for name in hints(type(group))}
+        return ConfigDict({
+            name: as_dict(value) if dataclasses.is_dataclass(value) else value
+            for name, value in values.items()
+            if not moved_to(hints(type(group))[name])
+        })  # fmt: skip
+
+    config = as_dict(schema())
+    for former, present in moved(schema).items():
+        group, _, name = former.rpartition(".")
+        present_group, _, present_name = present.rpartition(".")
+        _at(config, group)[name] = _at(config, present_group).get_ref(present_name)
+    return config.lock()
+
+
+def _at(config: ConfigDict, name: str) -> Any:
+    """Returns the option or group of that name; the whole config for ""."""
+    return functools.reduce(getattr, name.split("."), config) if name else config
 
 
 def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> ConfigDict:
-    """Applies `configs/<kind>/<name>.py` to `config` for each `kind=name`, and returns it.
+    """Applies the preset of each `kind=name` to `config`, and returns it.
 
     Args:
-        config: what the parts change; each part module has `apply(config) -> None`.
-        argument: what stands behind the colon of `--config file.py:model=x,data=y`.
+        config: the config that the presets change; each preset has `apply(config) -> None`.
+        argument: what follows after the colon of `--config NAME:model=x,data=y`. A name is that of
+            a file in `configs/<kind>/`, or the dotted name of a user's module.
         **parts: the names that hold where the argument says nothing, in order of application;
             "" applies nothing. The files of `rim` lie in `configs/` itself.
 
@@ -105,99 +155,126 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
             )
         parts[kind] = name
     for kind, name in parts.items():
-        folder = "configs" if kind == "rim" else f"configs.{kind}"
         if name:
-            _apply(folder, name, config)
+            _apply("" if kind == "rim" else kind, name, config)
     return config
 
 
 def _apply(folder: str, name: str, config: ConfigDict) -> None:
-    module, path = f"{folder}.{name}", folder.replace(".", "/")
-    try:
-        importlib.import_module(module).apply(config)
-    except ModuleNotFoundError as error:
-        if error.name == module:
-            known = pkgutil.iter_modules(importlib.import_module(folder).__path__)
-            others = [entry.name for entry in known if not entry.ispkg]
-            raise ValueError(
-                f"{path}/{name}.py does not exist; give the name of a file in {path}/"
-                f"{nearest(name, others)}"
-            ) from None
-        if error.name not in (folder, "configs"):
-            raise
-        raise ValueError(
-            f"{path}/{name}.py does not exist in {os.getcwd()}; run from the repository root, or "
-            "have it in PYTHONPATH"
-        ) from None
+    names = config_files.shipped(folder)
+    if name in names or "." in name:
+        config_files.run(name, "apply", config, folder=folder)
+        return
+    path = "/".join(filter(None, ("configs", folder)))
+    raise ValueError(
+        f"{path}/{name}.py does not exist; give the name of a file in {path}/, or PACKAGE.MODULE"
+        f"{nearest(name, names)}"
+    )
 
 
-def read_rim(path: str) -> RIMConfig:
+def read_rim(reference: str) -> RIMConfig:
     """Returns the options of the judges that a file like `configs/rim_config.py` sets.
 
+    Args:
+        reference: path, shipped name or dotted name of the file.
+
     Raises:
-        ValueError: if the file is missing, or sets what there is not.
+        ValueError: if the file is missing, or sets unknown options.
     """
-    draft = defaults(GRPOConfig)
-    config_files.run(path, "apply", draft, example="configs/rim_config.py")
-    config = freeze(draft)
-    assert isinstance(config, GRPOConfig)
-    return config.reward.rim
+    grpo = __getattr__("GRPOConfig")
+    draft = defaults(grpo)
+    config_files.run(reference, "apply", draft, folder="")
+    return freeze(draft, grpo).reward.rim
 
 
-def freeze(config: ConfigDict) -> TrainConfig:
+@overload
+def freeze(config: ConfigDict) -> TrainConfig: ...
+@overload
+def freeze(config: ConfigDict, expected: type[Config]) -> Config: ...
+
+
+def freeze(config: ConfigDict, expected: type[TrainConfig] = TrainConfig) -> TrainConfig:
     """Returns `config` as the frozen dataclass of its algorithm, synonyms resolved.
 
+    Args:
+        config: the options as a config file and flags give them.
+        expected: the schema that the caller works with.
+
     Raises:
-        ValueError: for an unknown algorithm or a value of the wrong type.
+        ValueError: for an unknown algorithm or option, another schema than the expected one, or a
+            value that its option does not allow.
     """
-    if config.algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm {config.algorithm!r} is not one of {', '.join(ALGORITHMS)}")
-    return _frozen(ALGORITHMS[config.algorithm], config, "")
+    found = schema(config.algorithm)
+    if not issubclass(found, expected):
+        raise ValueError(
+            f"--config has algorithm={config.algorithm!r}; use a run file with algorithm="
+            f"{expected().algorithm!r}"
+        )
+    return _frozen(found, config, "", _former_values(found, config))
 
 
-def _frozen(cls: type[T], values: ConfigDict, prefix: str) -> T:
+def _former_values(cls: type[TrainConfig], config: ConfigDict) -> dict[str, Any]:
+    """Returns the values that stand under former names only, where references were resolved."""
+    values: dict[str, Any] = {}
+    for former, present in moved(cls).items():
+        group, _, name = former.rpartition(".")
+        value = _at(config, group).get(name)
+        hint, default = option(cls, present)
+        if value not in (None, default, _at(config, present)):
+            values[former] = read(former, value, hint, default)
+    return values
+
+
+def _frozen(cls: type[T], values: Any, prefix: str, former: dict[str, Any]) -> T:
     known = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, ConfigDict):
+        some = ", ".join(list(known)[:3])
+        raise ValueError(f"{prefix[:-1]}={values!r} must be a group of options ({some}, …)")
     for name in values:
         if name not in known:
             raise ValueError(f"unknown option {prefix}{name}{nearest(name, known)}")
-    hints = get_type_hints(cls)
     fields: dict[str, Any] = {}
     for name, default in known.items():
-        value = values[name]
+        hint = hints(cls)[name]
         if dataclasses.is_dataclass(default):
-            fields[name] = _frozen(type(default), value, f"{prefix}{name}.")
-        elif isinstance(default, tuple) and isinstance(value, tuple | list):
-            fields[name] = _items(prefix + name, value, get_args(hints[name])[0])
-        else:
-            fields[name] = _typed(prefix + name, value, default)
+            fields[name] = _frozen(type(default), values[name], f"{prefix}{name}.", former)
+        elif not moved_to(hint):
+            fields[name] = read(prefix + name, values[name], hint, default)
+        elif prefix + name in former:
+            fields[name] = former[prefix + name]
     return cls(**fields)
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    value = SYNONYMS.get((name, str(value).lower()), value)
-    if (default == "" or name in EMPTIED) and str(value).lower() in ("none", "null"):
-        return ""
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default):
-        raise ValueError(
-            f"{name}={value!r} is a {type(value).__name__}; it must be a {type(default).__name__}"
-        )
-    return value
+def validate(config: TrainConfig) -> None:
+    """Checks options that can be checked before JAX starts.
+
+    Raises:
+        ValueError: names the option, its value and what to write instead.
+    """
+    config.check()
+    if config.judges:
+        check_rim(config.judges)
 
 
-def _items(name: str, values: Sequence[Any], kind: type[Any]) -> tuple[Any, ...]:
-    """Returns the values of an option that holds several."""
-    if kind is str and len(values) == 1 and (match := _BRACKETS.fullmatch(str(values[0]))):
-        values = [item.strip(" \"'") for item in match[1].split(",") if item.strip()]
-    items = [float(v) if kind is float and type(v) is int else v for v in values]
-    for item in items:
-        if type(item) is not kind:
-            raise ValueError(
-                f"{name} holds {item!r}, a {type(item).__name__}; each of its items must be "
-                f"{'an' if kind is int else 'a'} {kind.__name__}"
-            )
-    return tuple(items)
+def check_rim(rim: RIMConfig) -> None:
+    """Checks the options of the judges, their addresses and prices; raises as `validate` does."""
+    from atlas_jax import endpoints  # the judges' own, which most runs do not need
+
+    rim.check()
+    endpoints.check(rim)
+
+
+def check_environment(config: TrainConfig) -> None:
+    """Checks the keys that a run reads from the environment.
+
+    Raises:
+        ValueError: names the variable that is not set.
+    """
+    if config.judges and not config.judges.replay:
+        from atlas_jax import endpoints
+
+        for endpoint in endpoints.resolve_all(config.judges).values():
+            endpoints.api_key(endpoint)
 
 
 def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
@@ -223,11 +300,10 @@ def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
             )
         return BatchPlan(rows, steps, limit)
     if total % num_replicas:
-        group = config.num_generations if isinstance(config, GRPOConfig) else 1
         raise ValueError(
             f"train_batch_size={total} does not divide over the {num_replicas} devices of "
             f"mesh.data x mesh.fsdp; set train_batch_size="
-            f"{multiples_near(total, num_replicas, group)}"
+            f"{multiples_near(total, num_replicas, config.group_size)}"
         )
     share = total // num_replicas
     device_rows = max(k for k in range(1, limit + 1) if share % k == 0)
@@ -253,4 +329,13 @@ def masked(config: TrainConfig) -> dict[str, Any]:
             return masking.HIDDEN
         return masking.hide(value) if isinstance(value, str) else value
 
-    return mask("", dataclasses.asdict(config))
+    return mask("", _present(dataclasses.asdict(config), moved(type(config))))
+
+
+def _present(values: dict[str, Any], former: dict[str, str], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values without the former names of options."""
+    return {
+        name: _present(value, former, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if prefix + name not in former
+    }

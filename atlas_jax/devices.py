@@ -1,4 +1,4 @@
-"""Whether JAX has the devices that the host has, so that no run on a CPU passes for one on GPUs."""
+"""Check of JAX's devices against the host's, so that no run uses the CPU of a host with GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import jax
 
 WANTED = "ATLAS_DEVICES"
-"""Environment variable with the number of devices that a launcher was asked for on this host."""
+"""Environment variable with the number of devices on this host that the launcher was asked for."""
 
 _SECS = 60.0
 
@@ -19,10 +19,11 @@ def check() -> None:
     """Checks the devices of this process, which starts JAX.
 
     Raises:
-        ValueError: if the host has GPUs or TPUs and JAX runs on the CPU although nobody asked for
-            that, or if JAX has another number of devices than the launcher was asked for.
+        ValueError: if the host has GPUs or TPUs and JAX runs on the CPU without JAX_PLATFORMS=cpu,
+            or if JAX has another number of devices than the launcher was asked for.
     """
-    platform, count = jax.default_backend(), jax.local_device_count()
+    platform = jax.default_backend()
+    count = jax.local_device_count()
     chosen = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     if platform == "cpu" and "cpu" not in chosen:
         for extra, found in (("cuda", _count_gpus()), ("tpu", _count_tpus())):
@@ -43,7 +44,7 @@ def check() -> None:
 
 
 def _count_gpus() -> int:
-    """Returns how many GPUs `nvidia-smi` lists, 0 where CUDA_VISIBLE_DEVICES hides all of them."""
+    """Returns the number of GPUs that `nvidia-smi` lists; 0 if CUDA_VISIBLE_DEVICES hides all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     program = shutil.which("nvidia-smi")
     if program is None or (visible is not None and visible.strip() in ("", "-1")):
@@ -55,15 +56,15 @@ def _count_gpus() -> int:
     except (OSError, subprocess.TimeoutExpired):
         return 0
     lines = result.stdout.splitlines() if result.returncode == 0 else []
-    # Indented lines are parts of a GPU.
+    # Indented lines are parts of a GPU (MIG).
     return sum(bool(line) and not line[0].isspace() for line in lines)
 
 
 def _count_tpus(root: str = "/") -> int:
-    """Returns how many TPU chips the host has, as JAX counts them.
+    """Returns the number of TPU chips of the host, as JAX counts them.
 
     Args:
-        root: where `dev` and `sys` are.
+        root: the directory of `dev` and `sys`.
     """
     from jax._src import hardware_utils  # JAX has no public name for it
 

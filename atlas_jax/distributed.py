@@ -1,4 +1,4 @@
-"""Start-up of a multi-process JAX run and what processes say to each other."""
+"""Start-up of a multi-process JAX run, and communication between its processes."""
 
 from __future__ import annotations
 
@@ -16,33 +16,37 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.options import HostsConfig
+from atlas_jax.options.model import HostsConfig
 from atlas_jax.types import Address
 from atlas_jax.watch import Limits, Watch
 
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
 _CLUSTERS = ("OMPI_MCA_orte_hnp_uri", "JOBSET_NAME")
 _MARGIN_SECS = 30
-"""What JAX's own limits have more, at least, than those of `HostsConfig`, whose errors name a
-process."""
+"""Seconds by which JAX's own timeouts exceed those of `HostsConfig`.
+
+Ours must expire first, because only our error names the process that failed."""
 
 _TEXT_BYTES = 2048
-"""Longest text that processes exchange."""
+"""Largest number of bytes of a text that processes exchange."""
 
 _watches: list[Watch] = []
-"""That of this process, in a run of several; JAX's runtime too is one for each process."""
+"""The watch of this process; empty in a single-process run.
+
+It is a module global because JAX's distributed runtime is one per process too."""
 
 
 @contextlib.contextmanager
 def joined(hosts: HostsConfig, address: Address) -> Iterator[None]:
-    """Joins the processes of a run, for as long as it lasts; one process alone joins nothing.
+    """Joins this process to the others of its run; a single process joins nothing.
 
-    What `address` lacks comes from the environment variables ATLAS_COORDINATOR,
-    ATLAS_NUM_PROCESSES and ATLAS_PROCESS_ID; under SLURM, Open MPI, Kubernetes JobSet and Cloud TPU
-    JAX finds it by itself. An error inside ends the other processes too.
+    Parts of `address` that are not given are read from the environment variables
+    ATLAS_COORDINATOR, ATLAS_NUM_PROCESSES and ATLAS_PROCESS_ID. Under SLURM, Open MPI, Kubernetes
+    JobSet and Cloud TPU, JAX finds them by itself. An error in the block ends the other processes
+    too.
 
     Raises:
-        ValueError: if only some of the three are known.
+        ValueError: if only some of the three parts are given.
     """
     address = _with_environment(address)
     if not all(_known(address)) and not _in_cluster_of_several():
@@ -91,20 +95,21 @@ def _in_cluster_of_several() -> bool:
 
 
 def _has_all_devices(address: Address) -> bool:
-    """Returns whether this process has all devices that it sees.
+    """Returns whether this process uses all devices that it sees.
 
-    Under SLURM and Open MPI JAX takes it for one of several of its host, each with one GPU.
+    Under SLURM and Open MPI, JAX assumes several processes per host with one GPU each.
     """
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return False
-    nodes, tasks = os.environ.get("SLURM_STEP_NUM_NODES"), os.environ.get("SLURM_NTASKS")
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES")
+    tasks = os.environ.get("SLURM_NTASKS")
     alone = (nodes and nodes == tasks) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     return all(_known(address)) or bool(alone)
 
 
 def _initialize(hosts: HostsConfig, address: Address) -> None:
-    """Starts JAX's runtime; ends the process if the others do not come."""
-    # The service would take SIGTERM, which the loop handles and which ends a start at once.
+    """Starts JAX's runtime; ends the process if the others do not join in time."""
+    # JAX would install its own SIGTERM handler. `stopping` handles SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     explicit = address._asdict() if all(_known(address)) else {}
     names = {"coordinator": "coordinator_address"}
@@ -115,11 +120,11 @@ def _initialize(hosts: HostsConfig, address: Address) -> None:
         **{names.get(name, name): value for name, value in explicit.items()},
         local_device_ids=[] if _has_all_devices(address) else None,
         initialization_timeout=hosts.start_timeout_secs + _MARGIN_SECS,
-        # JAX sends one each half of it, so it may find a process dead after the other half.
+        # JAX sends a heartbeat every half timeout, so it may notice a death half a timeout early.
         heartbeat_timeout_seconds=3 * hosts.heartbeat_timeout_secs + 2 * _MARGIN_SECS,
         shutdown_timeout_seconds=hosts.heartbeat_timeout_secs + _MARGIN_SECS,
     )
-    jax.device_count()  # waits until every process has told its devices
+    jax.device_count()  # waits until every process has announced its devices
     limit.cancel()
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
 
@@ -146,27 +151,27 @@ def _start_watch(hosts: HostsConfig) -> Watch:
 
 
 def arrive(place: str = "") -> None:
-    """Notes that this process has come to a place that all come to; see `watch`."""
+    """Records that this process has reached a point that all processes reach; see `watch`."""
     for watch in _watches:
         watch.arrive(place)
 
 
 def is_main() -> bool:
-    """Returns whether this process writes the files that are written once."""
+    """Returns whether this process writes the files that only one process writes."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of that name."""
+    """Waits until every process has reached the barrier of that name."""
     arrive(name)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def vote(flag: bool) -> Callable[[], bool]:
-    """Starts to ask all processes, and returns what waits for whether `flag` is true in any.
+    """Starts a vote, and returns a function that waits for whether `flag` is true in any process.
 
-    Devices do not pause for it: the answer is computed behind what they have been given before.
+    Devices do not pause for it: the vote is computed after the work that is already queued.
     """
     arrive()
     if jax.process_count() == 1:
@@ -186,11 +191,13 @@ def any_process(flag: bool) -> bool:
 
 
 def gather(numbers: np.ndarray) -> np.ndarray:
-    """Returns `[processes, ...]`: what each process gave, all of one shape and dtype."""
+    """Returns the arrays of all processes, `[processes, ...]`; they share one shape and dtype."""
     arrive()
     if jax.process_count() == 1:
         return numbers[None]
-    content = np.frombuffer(np.ascontiguousarray(numbers).tobytes(), np.uint8)  # JAX cuts float64
+    content = np.frombuffer(
+        np.ascontiguousarray(numbers).tobytes(), np.uint8
+    )  # as bytes, because JAX would cast float64
     found = multihost_utils.process_allgather(content)
     return found.view(numbers.dtype).reshape(-1, *numbers.shape)
 
@@ -199,8 +206,8 @@ def gather_rows(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Returns the rows of all processes, in order of the processes; every process must call it.
 
     Args:
-        rows: those of this process, `[counts[process index], ...]`.
-        counts: the number of rows of each process, of which some may have none.
+        rows: the rows of this process, `[counts[process index], ...]`.
+        counts: the number of rows of each process, which may be 0.
     """
     padded = np.zeros((max(counts), *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
@@ -214,12 +221,12 @@ def max_over_processes(number: int) -> int:
 
 
 def from_main(values: np.ndarray) -> np.ndarray:
-    """Returns the first process's array; every process calls it with one of the same shape."""
+    """Returns process 0's array; every process must call it, with an array of the same shape."""
     return gather(values)[0]
 
 
 def gather_texts(text: str) -> list[str]:
-    """Returns the text of each process, cut to a length that suffices for an error.
+    """Returns the text of each process, cut to `_TEXT_BYTES`.
 
     Every process must call it.
     """
@@ -231,10 +238,10 @@ def gather_texts(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together(*kinds: type[Exception]) -> Iterator[None]:
-    """Makes an error inside one process an error of the same kind in all.
+    """Raises an error of the block in one process as an error of the same kind in all.
 
-    Every process enters it, since the others would wait for one that has left. Where processes have
-    errors of different kinds, the first of `kinds` that occurs counts for all.
+    Every process must enter it, since the others would wait for one that has left. If processes
+    have errors of different kinds, all raise the first of `kinds` that occurs.
     """
     problem: Exception | None = None
     try:
@@ -255,7 +262,7 @@ def check_all(good: bool, problem: str) -> None:
     """Checks that `good` is true in every process.
 
     Raises:
-        ValueError: in every process, with the numbers of those where it is false.
+        ValueError: in every process, with the numbers of the processes in which it is false.
     """
     bad = np.flatnonzero(~gather(np.asarray(good)))
     if bad.size:
@@ -266,7 +273,7 @@ def check_same(text: str, problem: str) -> None:
     """Checks that every process has the same `text` as process 0.
 
     Raises:
-        ValueError: in every process, with the numbers of those that differ.
+        ValueError: in every process, with the numbers of the processes that differ.
     """
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     check_all(bool((gather(digest)[0] == digest).all()), problem)

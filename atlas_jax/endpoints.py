@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import yarl
 from absl import logging
 
-from atlas_jax import masking
-from atlas_jax.options_rim import UNKNOWN_PRICE, JudgeModel, RIMConfig
+from atlas_jax import extras, masking
+from atlas_jax.options.judges import UNKNOWN_PRICE, JudgeModel, RIMConfig
+
+if TYPE_CHECKING:
+    import yarl
 
 
 class Endpoint(NamedTuple):
@@ -76,8 +78,10 @@ def resolve(name: str, options: JudgeModel) -> Endpoint:
 
     Raises:
         ValueError: for a name whose endpoint is not known, and for a key that would be sent where
-            it does not belong; says what to write instead.
+            it does not belong; says what to write instead. Also if the HTTP client is not
+            installed.
     """
+    extras.need("judges", name)
     if options.api_key_env and not _VARIABLE.fullmatch(options.api_key_env):
         raise ValueError(
             f"{name}.api_key_env must be the name of an environment variable, such as JUDGE_KEY, "
@@ -109,9 +113,16 @@ def _found(name: str, options: JudgeModel) -> Endpoint:
     return Endpoint(provider.base_url, model, options.api_key_env or provider.variable)
 
 
+def _url(text: str) -> yarl.URL:
+    """Returns a URL as the HTTP client reads it; raises a ValueError for a text that is none."""
+    import yarl  # runs without judges check no URL and may have no HTTP client
+
+    return yarl.URL(text)
+
+
 def _is_address(base_url: str) -> bool:
     try:
-        url = yarl.URL(base_url)
+        url = _url(base_url)
     except ValueError:
         return False
     return url.scheme in ("http", "https") and bool(url.host)
@@ -119,7 +130,7 @@ def _is_address(base_url: str) -> bool:
 
 def _check_key(name: str, endpoint: Endpoint) -> None:
     """Checks that a key goes to nobody but the one it belongs to."""
-    url = yarl.URL(endpoint.base_url)  # as the client reads it
+    url = _url(endpoint.base_url)  # as the client reads it
     variable = endpoint.api_key_env
     if variable and url.user is not None:
         raise ValueError(
@@ -129,7 +140,7 @@ def _check_key(name: str, endpoint: Endpoint) -> None:
     owner = next((p for p in _PROVIDERS.values() if p.variable == variable), None)
     if owner is None:
         return
-    host, own = (url.host or "").rstrip("."), yarl.URL(owner.base_url).host or ""
+    host, own = (url.host or "").rstrip("."), _url(owner.base_url).host or ""
     if url.scheme != "https" or (host != own and not host.endswith(f".{own}")):
         raise ValueError(
             f"{name} would send {variable} to {masking.hide(endpoint.base_url)}, but that key "
@@ -142,6 +153,25 @@ def resolve_all(config: RIMConfig) -> dict[str, Endpoint]:
     """Returns the endpoints of `small_model` and `large_model`; raises as `resolve` does."""
     models = {"small_model": config.small_model, "large_model": config.large_model}
     return {name: resolve(f"reward.rim.{name}", model) for name, model in models.items()}
+
+
+def check(config: RIMConfig) -> None:
+    """Checks that both models have an endpoint, and prices where a budget needs them.
+
+    Raises:
+        ValueError: names the option, its value and what to write instead.
+    """
+    resolve_all(config)
+    models = {"small_model": config.small_model, "large_model": config.large_model}
+    for name, model in models.items() if config.limits.max_cost else ():
+        if prices(model) is None:
+            where = f" at {model.base_url}" if model.base_url else ""
+            name = f"reward.rim.{name}"
+            raise ValueError(
+                f"reward.rim.limits.max_cost={config.limits.max_cost:g}, and the price of {name} "
+                f"({model.model}{where}) is not known; set {name}.input_price and "
+                f"{name}.output_price, or max_cost=0"
+            )
 
 
 def api_key(endpoint: Endpoint) -> str:
@@ -164,7 +194,7 @@ def api_key(endpoint: Endpoint) -> str:
 
 def warn_if_readable(endpoint: Endpoint) -> None:
     """Warns of a key that others on the network can read."""
-    url = yarl.URL(endpoint.base_url)
+    url = _url(endpoint.base_url)
     if not endpoint.api_key_env or url.scheme == "https" or url.host in _LOOPBACK:
         return
     logging.warning(

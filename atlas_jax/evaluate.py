@@ -1,6 +1,6 @@
 """A student alone against the same student taught.
 
-    python -m atlas_jax.evaluate --teacher DIR [--teacher DIR] --student DIR --data FILE [--limit N]
+    atlas-evaluate --teacher DIR [--teacher DIR] --student DIR --data FILE [--limit N]
 
 Both answer the same questions greedily; the student answers alone once, and then with the lessons
 of each teacher. Prints a table with 95 % intervals and three examples, and writes all of it as
@@ -22,7 +22,7 @@ from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
 
-_CONFIG = cli.define_config("configs/run/teacher_rcl.py")
+_CONFIG = cli.define_config("teacher_rcl")
 _TEACHERS = flags.DEFINE_multi_string(
     "teacher", [], "Directory, .gguf file or hub id of a teacher; give it again for each teacher."
 )
@@ -39,9 +39,7 @@ def main(argv: list[str]) -> None:
     for flag in (_TEACHERS, _STUDENT, _DATA):
         if not flag.value:
             raise cli.UsageError(f"--{flag.name} is needed; --help tells the flags")
-    config = config_lib.freeze(cli.needed(_CONFIG))
-    if not isinstance(config, GRPOConfig):
-        raise ValueError(f"--config has algorithm={config.algorithm!r}; use a GRPO run file")
+    config = config_lib.freeze(cli.needed(_CONFIG), GRPOConfig)
     data = dataclasses.replace(config.data, dataset_path=_DATA.value, db_url="", eval_path="")
     config = dataclasses.replace(
         config,
@@ -77,10 +75,12 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax import devices
     from atlas_jax.data import sources
     from atlas_jax.data.questions import parse_questions
-    from atlas_jax.recipes import chat_models, grpo, local_backend, setup
+    from atlas_jax.recipes import chat_models, grpo, local_backend
     from atlas_jax.rewards.truths import check_truths
     from atlas_jax.rollout import evaluation, record
     from atlas_jax.rollout.sampling import Sampling
+    from atlas_jax.startup.compute import Compute
+    from atlas_jax.startup.model import open_frozen
     from atlas_jax.types import Sample
 
     devices.check()
@@ -93,16 +93,18 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     )
     questions = questions[: limit or None]
     check_truths(questions)
-    sharding = setup.make_sharding(config)
-    models = [setup.open_frozen(one, one.model_name_or_path, sharding) for one in configs]
-    student = grpo.open_student(config, sharding)
+    computes = [Compute.of(one) for one in configs]
+    models = [open_frozen(each, each.config.model_name_or_path) for each in computes]
+    student = None
+    if config.rollout.protocol != "direct":
+        student = local_backend.load_student(config, grpo.open_student(config, computes[0]))
     answers: list[list[Sample]] = []
     for one, model in zip(configs, models, strict=True):
         logging.info("teacher %d: %s", len(answers) + 1, one.model_name_or_path)
         answers.append(
             evaluation.ask(
                 questions,
-                local_backend.load_chat_model(one, model, one.data.system_prompt),
+                local_backend.load_chat_model(one, model, one.teaching.system_prompt),
                 student,
                 protocol,
                 Sampling(0.0),

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or absent, whatever interrupts their writing.
+"""Atomic writing of files and directories: an interruption leaves them whole or absent.
 
 Content is written under a unique name beside the target, flushed to the disk, and renamed. Several
 processes may therefore write the same target; the last one wins.
@@ -23,17 +23,17 @@ _LOCK = "lock"
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file, its folder too; a kill or power cut leaves the old content or the new."""
+    """Writes a text file and its folder; a kill or power cut leaves the old content or the new."""
     with replace_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replace_atomically(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yields the path of a file to write, which becomes `path` if nothing is raised.
+    """Yields the path of a file to write, which becomes `path` if no error is raised.
 
-    A link is followed: the file that it names is replaced. After an error the old file stays and
-    the new one is removed.
+    A link is followed, and its target replaced. After an error the old file is kept and the new one
+    removed.
     """
     target = resolved(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,13 +48,13 @@ def replace_atomically(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def replace_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yields an empty directory to fill, which becomes `path` if nothing is raised.
+    """Yields an empty directory to fill, which becomes `path` if no error is raised.
 
     A directory cannot be renamed onto another one, so the old one is moved aside first. A kill
     between the two renames leaves `path` absent; `recover` undoes that.
 
     Raises:
-        OSError: if something cannot be written or renamed. The old directory then stays.
+        OSError: if something cannot be written or renamed; the old directory is then kept.
     """
     target = resolved(path)
     recover(target)
@@ -69,10 +69,10 @@ def replace_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def _work_directory(target: pathlib.Path) -> tuple[pathlib.Path, IO[str]]:
-    """Returns a new directory beside `target`, and its lock file, locked while it is open.
+    """Returns a new directory beside `target`, and its lock file, which is locked while open.
 
-    Until the lock is held, `recover` of another process takes the directory for a left-over and
-    may remove it; then there is another one.
+    Before the lock is held, `recover` of another process takes the directory for a left-over and
+    may remove it. Another one is then made.
     """
     while True:
         work = target.with_name(f".{target.name}.{_unique()}.{_WORK}")
@@ -104,9 +104,9 @@ def _replace(target: pathlib.Path, work: pathlib.Path) -> Iterator[pathlib.Path]
 
 
 def recover(path: str | os.PathLike[str]) -> None:
-    """Ends what a killed `replace_directory(path)` left: the old directory gets its name back.
+    """Restores or removes the left-overs of a killed `replace_directory(path)`.
 
-    Work of a process that still runs is left alone.
+    The old directory gets its name back. Directories of running processes are not touched.
     """
     target = resolved(path)
     pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+-[0-9a-f]{{8}}\.{_WORK}")
@@ -121,7 +121,7 @@ def recover(path: str | os.PathLike[str]) -> None:
 
 
 def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Makes `target` the same file or link as `source`; a copy where there are no hard links."""
+    """Makes `target` a hard link to `source`, or a copy on a file system without hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -129,7 +129,7 @@ def link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str])
 
 
 def resolved(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the absolute path with all links followed; it need not exist."""
+    """Returns the absolute path with all links followed; the path need not exist."""
     return pathlib.Path(os.path.realpath(path))
 
 
@@ -138,7 +138,7 @@ def _unique() -> str:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Locks an open file while its process lives; returns false if another one holds the lock."""
+    """Locks an open file for this process; returns false if another process holds the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -149,8 +149,9 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _clear(work: pathlib.Path, target: pathlib.Path) -> None:
-    """Restores or removes the content of an ended replacement; its lock file goes last."""
-    old, new = work / "old", work / "new"
+    """Restores or removes the content of an ended replacement, and then its lock file."""
+    old = work / "old"
+    new = work / "new"
     if old.exists() and new.exists():  # ended between the two renames
         if target.exists():
             logging.warning("%s is the former %s, whose name is taken; left there", old, target)

@@ -1,15 +1,15 @@
-"""Runs a command so that no process of its tree outlives the command, or whoever started this.
+"""A keeper process: no process that its command starts outlives the command or the keeper's parent.
 
     python keeper.py DIRECTORY COMMAND [ARGUMENT …]
 
-vLLM starts an engine, which starts workers; when one of them is killed, the others go on holding
-their GPU. A keeper stands between `serve` and vLLM. It ends vLLM when its own standard input ends,
-which the kernel closes however `serve` dies, and kills what is left when vLLM is gone. Processes
-that lose their parent become children of the keeper (PR_SET_CHILD_SUBREAPER), so none escapes by
-a session of its own. `serve` is a subreaper too, and does the same if the keeper is killed.
-DIRECTORY takes the command's temporary files and is removed after it.
+vLLM starts an engine, which starts workers. When one of them is killed, the others keep their GPU.
+A keeper runs between `serve` and vLLM. It ends vLLM when its own standard input ends, which the
+kernel closes however `serve` dies, and kills the remaining processes when vLLM has ended. Processes
+that lose their parent become children of the keeper (PR_SET_CHILD_SUBREAPER), so a process cannot
+escape by starting a session. `serve` is a subreaper too, and does the same if the keeper is killed.
+DIRECTORY holds the command's temporary files and is removed afterwards.
 
-Runs as a plain file, so it imports only the standard library. Linux only.
+The keeper runs as a plain file, so it imports only the standard library. Linux only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import sys
 import time
 
 GRACE_SECS = 30.0
-"""Longest time for the command to end by itself after SIGTERM."""
+"""Seconds that the command has after SIGTERM to end by itself."""
 
-_REST_SECS = 5.0  # for processes that the command leaves, from SIGTERM to SIGKILL
-_KILL_SECS = 30.0  # for SIGKILL, which waits for a driver call to return
+_REST_SECS = 5.0  # from SIGTERM to SIGKILL, for processes that the command leaves
+_KILL_SECS = 30.0  # for SIGKILL to take effect, which a driver call may delay
 _LOOK_SECS = 0.1
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -39,17 +39,18 @@ def adopt_orphans() -> None:
     """Makes descendants that lose their parent children of this process.
 
     Raises:
-        OSError: if the kernel does not do that.
+        OSError: if the kernel does not support it.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants(ancestor: int) -> list[int]:
-    """Returns the ids of the processes below a process, at whatever depth."""
+    """Returns the ids of all descendants of a process."""
     children: dict[int, list[int]] = {}
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            # The name stands in parentheses and may hold anything; the parent is second after it.
+            # The name is in parentheses and may hold any character; the parent's id is the second
+            # field after it.
             parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
     found = [ancestor]
@@ -63,23 +64,23 @@ def listens(ancestor: int, port: int) -> bool:
     sockets = set()
     for table in ("tcp", "tcp6"):
         path = pathlib.Path("/proc/net", table)
-        lines = path.read_text().splitlines() if path.exists() else []  # there may be no IPv6
+        lines = path.read_text().splitlines() if path.exists() else []  # absent without IPv6
         for line in lines[1:]:
             _, local, _, state, *more = line.split()
             if state == "0A" and int(local.rpartition(":")[2], 16) == port:
                 sockets.add(f"socket:[{more[5]}]")
-    own = set()
+    inodes = set()
     for pid in descendants(ancestor):
         with contextlib.suppress(OSError):
-            own |= {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
-    return bool(sockets & own)
+            inodes |= {os.readlink(path) for path in pathlib.Path(f"/proc/{pid}/fd").iterdir()}
+    return bool(sockets & inodes)
 
 
 def end_descendants() -> None:
-    """Ends all that descends from this process: SIGTERM first, SIGKILL after some seconds.
+    """Ends all descendants of this process: SIGTERM first, SIGKILL after some seconds.
 
-    Python's resource trackers are killed last. They free the shared memory of processes that were
-    killed, and end by themselves when all of these are gone.
+    Python's resource trackers are killed last. They free the shared memory of killed processes,
+    and end by themselves after all of those have ended.
     """
     _signal(signal.SIGTERM, _REST_SECS)
     _signal(signal.SIGKILL, _KILL_SECS)
@@ -89,8 +90,8 @@ def end_descendants() -> None:
 def clear(directory: str) -> None:
     """Removes vLLM's temporary files, and the shared memory that is named after one of them.
 
-    vLLM leaves its sockets behind, the file by which its workers meet, and on CPUs the memory in
-    which they add up.
+    vLLM does not remove its sockets, the file with which its workers find each other, and on CPUs
+    the shared memory of their sums.
     """
     for path in pathlib.Path(directory).glob("vllm_dist_*"):
         for memory in pathlib.Path("/dev/shm").glob(f"{path.name}-*"):
@@ -99,7 +100,7 @@ def clear(directory: str) -> None:
 
 
 def _signal(number: int, secs: float, with_trackers: bool = False) -> None:
-    """Sends the descendants a signal, and waits until all of them are gone or the time is over."""
+    """Sends the descendants a signal, and waits until all have ended or the time is over."""
     limit = time.monotonic() + secs
     told: set[int] = set()
     while (left := _alive()) and time.monotonic() < limit:
@@ -120,7 +121,7 @@ def _is_tracker(pid: int) -> bool:
 
 
 def _alive() -> set[int]:
-    """Returns the descendants, after burying the dead among the children."""
+    """Returns the living descendants, after collecting the exit codes of dead children."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -133,7 +134,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _is_wanted() -> bool:
-    """Waits a moment, and returns false if whoever started this is gone or wants an end."""
+    """Waits a moment, and returns false if the keeper's parent has ended or asks for the end."""
     ready, _, _ = select.select([sys.stdin], [], [], _LOOK_SECS)
     return not ready or bool(os.read(sys.stdin.fileno(), 1))
 
@@ -142,15 +143,15 @@ def main(directory: str, command: list[str]) -> int:
     """Runs the command to its end and returns its exit code, negative for a signal.
 
     Args:
-        directory: exists and is empty; of temporary files.
-        command: what is run.
+        directory: an empty directory for temporary files.
+        command: the command line.
     """
     adopt_orphans()
     child = subprocess.Popen(
         command,
         env=os.environ | {"TMPDIR": directory},
         stdin=subprocess.DEVNULL,
-        # Where the keeper itself is killed, vLLM's front end at least is told to end.
+        # If the keeper itself is killed, the kernel sends at least vLLM's front end this signal.
         preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
     )
     while child.poll() is None and _is_wanted():

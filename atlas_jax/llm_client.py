@@ -1,10 +1,10 @@
 """An async client of OpenAI-compatible HTTP servers: vLLM for rollouts, any endpoint for judges.
 
-It posts JSON and returns JSON. Connection errors, time-outs and 5xx are tried again with
-exponential back-off and jitter, or after what `Retry-After` says; every other refusal is final. A
-server that is asked too often (429, and 529 of Anthropic) is asked nothing by anybody until the
-time that it names, and a vLLM server that refuses requests because it is paused is asked again
-until it has resumed; neither is a try. Imports no JAX.
+It posts JSON and returns JSON. Connection errors, time-outs and 5xx are retried with exponential
+back-off and jitter, or after the time in `Retry-After`; every other refusal is final. If a server
+reports too many requests (429, and 529 of Anthropic), nothing more is sent to it until the time
+that it names. A vLLM server that refuses requests because it is paused is asked again until it has
+resumed. Neither refusal counts as a try. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
-import aiohttp
-import yarl
-
-from atlas_jax import masking
+from atlas_jax import extras, masking
 from atlas_jax.throttle import Pace, Throttle
+
+with extras.importing("judges", "the client of HTTP servers"):
+    import aiohttp
+    import yarl
 
 __all__ = [
     "Client",
@@ -40,72 +41,78 @@ __all__ = [
 ]
 
 _TRANSIENT = frozenset({408, 425, 500, 502, 503, 504})
-_BUSY = frozenset({429, 529})  # the server is well, and is asked too often
+_BUSY = frozenset({429, 529})  # too many requests for a healthy server
 _RETRY_DELAY = re.compile(r'"retryDelay":\s*"([\d.]+)s"')  # in the body of Google's 429
 Payload = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
-"""What is posted, or what tells it at the time of each try."""
+"""The JSON to post, or a function that makes it for each try."""
 
-_CLOCK_SECS = 2.0  # by which a server's clock may differ from ours without being wrong
-_SHOWN = 300  # characters of a reply that an error message repeats
+_CLOCK_SECS = 2.0  # difference between a server's clock and ours that is tolerated
+_SHOWN = 300  # characters of a reply that an error message quotes
 _PAUSED = ("engine_paused", "Generation is paused")  # in the body of vLLM's 503
 _PAUSED_SECS = 0.5  # mean wait between two requests to a paused server
 
 
 class ClientOptions(NamedTuple):
-    """How one server is asked."""
+    """Limits and retries of the requests to one server."""
 
     max_in_flight: int = 64
-    """Requests that the server has at one time; the others wait here."""
+    """Number of requests in flight; further ones wait in the client."""
     timeout_secs: float = 600.0
-    """Longest that one try may take, its connection included; also the longest that a request
-    waits for a paused server to resume, and that a server may refuse all requests as too many
-    after it has been left alone for as long as it asked."""
+    """Seconds that one try may take, its connection included.
+
+    A request waits as long for a paused server to resume. A server may also refuse all requests as
+    too many for as long, counted from the end of the pause that it asked for."""
     connect_timeout_secs: float = 10.0
-    """Longest that opening a connection may take."""
+    """Seconds that opening a connection may take."""
     max_tries: int = 4
-    """Tries of one request; 1 repeats nothing."""
+    """Number of tries of one request; 1 means no retry."""
     retry_timeouts: bool = True
-    """Whether a request is tried again that got no reply within `timeout_secs`."""
+    """True to retry a request that got no reply within `timeout_secs`."""
     backoff_secs: float = 0.5
-    """Mean wait before the second try; doubled before each further one."""
+    """Mean seconds before the second try; doubled before each further one."""
     max_backoff_secs: float = 30.0
-    """Longest wait between two tries, `Retry-After` included; also the longest that a server which
-    is asked too often is left alone."""
+    """Largest number of seconds between two tries, `Retry-After` included.
+
+    It also limits the pause for a server that reports too many requests."""
     requests_per_minute: float = 0.0
-    """Tries that begin in a minute; 0 is no limit."""
+    """Number of tries that begin in a minute; 0 is no limit."""
     max_failures_in_row: int = 0
-    """Tries in a row that may fail, over all requests, before the server counts as down and every
-    request fails at once; 0 is no limit. Refusals of too many requests do not count."""
+    """Number of consecutive failed tries, over all requests, after which the server counts as down.
+
+    Every further request then fails at once. 0 is no limit. Refusals of too many requests do not
+    count."""
     trust_env: bool = False
-    """Whether the proxy that the environment names is used, unless the server is on this host."""
+    """True to use the proxy of the environment, unless the server is on this host."""
 
 
 class ServerError(Exception):
-    """A request that brought no usable reply.
+    """A request without a usable reply.
 
     Attributes:
-        url: of the request.
-        status: of the last reply, 0 where there was none.
-        body: the start of the last reply, or what went wrong instead of one.
+        url: the URL of the request.
+        status: the status of the last reply, 0 if there was none.
+        body: the start of the last reply, or the error if there was none.
     """
 
     def __init__(self, url: str, status: int, body: str) -> None:
-        # Secrets are hidden before the text is cut, which could leave a part of one.
+        # Secrets are masked before the text is cut, since cutting could leave a part of one.
         shown = " ".join(masking.hide(body[: 4 * _SHOWN])[:_SHOWN].split())  # errors have one line
         super().__init__(f"{masking.hide(url)}: {status or 'no reply'}: {shown}")
-        self.url, self.status, self.body = url, status, body
+        self.url = url
+        self.status = status
+        self.body = body
 
 
 class RefusedError(ServerError):
-    """The server is well and will not do what it was asked; asking again would not help."""
+    """A final refusal of a healthy server; a retry would not help."""
 
 
 class UnavailableError(ServerError):
-    """The server cannot be reached or is in trouble, after every try."""
+    """A server that, after every try, cannot be reached or reports an error."""
 
 
 class Tries:
-    """The requests that one call may make, over all that it asks for."""
+    """Budget of requests for one call that makes several posts."""
 
     def __init__(self, most: int) -> None:
         """Allows `most` requests."""
@@ -114,7 +121,7 @@ class Tries:
 
 
 class Client:
-    """Connections to one server; use it in `async with`, inside one event loop."""
+    """A client of one server, to be used in `async with` inside one event loop."""
 
     def __init__(
         self,
@@ -125,15 +132,16 @@ class Client:
         refund: Callable[[], None] = lambda: None,
         throttle: Throttle | None = None,
     ) -> None:
-        """Makes a client; nothing is connected yet.
+        """Makes a client, which is not connected yet.
 
         Args:
-            base_url: what paths are appended to, with or without a slash at its end.
-            api_key: sent as a bearer token unless empty; never part of an error or a log.
-            options: None takes the defaults.
-            admit: called before each try; what it returns unless empty is why there is none.
-            refund: called for each try that the server did not take up, being asked too often.
-            throttle: shared with the other clients of this address; None makes one.
+            base_url: the address, to which paths are appended, with or without a trailing slash.
+            api_key: a bearer token, or ""; it is never part of an error or a log.
+            options: limits and retries; None takes the defaults.
+            admit: a function called before each try; a text that it returns is the reason for
+                which the try is not made.
+            refund: a function called for each try that the server refused as one too many.
+            throttle: the throttle shared by the clients of this address; None makes one.
         """
         self.base_url = base_url.rstrip("/")
         self.num_retries = 0  # tries after the first, over all requests
@@ -145,7 +153,7 @@ class Client:
             self._options.max_in_flight, self._options.requests_per_minute
         )
         self._failures_in_row = 0
-        self._busy_since = math.inf  # when it should have taken a request again, and did not
+        self._busy_since = math.inf  # time at which the server should have accepted requests again
         self._given_up = ""
         self._proxy: str | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -178,23 +186,23 @@ class Client:
         params: Mapping[str, str] | None = None,
         tries: Tries | None = None,
     ) -> Any:
-        """Returns the JSON reply to a POST; None where the reply is empty.
+        """Returns the JSON reply to a POST; None if the reply is empty.
 
         Args:
-            path: appended to the address.
-            payload: sent as JSON; a function is called for each try.
-            params: of the query.
-            tries: requests that are left of a call with several posts; None allows `max_tries`.
+            path: the path after the address.
+            payload: the JSON to send; a function is called for each try.
+            params: the parameters of the query.
+            tries: the budget of a call with several posts; None allows `max_tries`.
 
         Raises:
-            RefusedError: for a status that another try would not change.
-            UnavailableError: after the last try, each of which brought a connection error, a
-                time-out, 429, 5xx, or a reply that is not JSON.
+            RefusedError: if a retry would not change the status.
+            UnavailableError: if every try brought a connection error, a time-out, 429, 5xx, or a
+                reply that is not JSON.
         """
         return await self._request("POST", path, payload, params, tries)
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> Any:
-        """Returns the JSON reply to a GET; raises as `post` does."""
+        """Returns the JSON reply to a GET, with the errors of `post`."""
         return await self._request("GET", path, None, params, None)
 
     async def _request(
@@ -205,7 +213,8 @@ class Client:
         params: Mapping[str, str] | None,
         tries: Tries | None,
     ) -> Any:
-        url, wait = f"{self.base_url}{path}", 0.0
+        url = f"{self.base_url}{path}"
+        wait = 0.0
         failure = UnavailableError(url, 0, "not tried")
         tries = tries or Tries(self._options.max_tries)
         attempt = 0
@@ -220,7 +229,8 @@ class Client:
                 return reply
             except _TransientError as later:
                 self._failures_in_row += 1
-                failure, wait = later.failure, min(later.wait, self._options.max_backoff_secs)
+                failure = later.failure
+                wait = min(later.wait, self._options.max_backoff_secs)
                 if later.final:
                     break
         raise failure
@@ -233,7 +243,7 @@ class Client:
         params: Mapping[str, str] | None,
         tries: Tries,
     ) -> Any:
-        """Returns the reply to one try; what a paused or a busy server refuses does not count."""
+        """Returns the reply to one try, repeated while the server refuses it as paused or busy."""
         end = time.monotonic() + self._options.timeout_secs
         while True:
             async with self._throttle.place() as sent:
@@ -267,7 +277,7 @@ class Client:
         self._busy_since = math.inf
 
     def _hold(self, busy: _BusyError, sent: float) -> None:
-        """Leaves the server alone for as long as it asks.
+        """Pauses all requests to the server for the time that it names.
 
         Raises:
             UnavailableError: if it has refused everything for too long.
@@ -282,7 +292,7 @@ class Client:
         self._throttle.refused(sent, secs)
 
     def _check(self, url: str) -> None:
-        """Raises what stands against a try."""
+        """Raises an error if the next try must not be made."""
         most = self._options.max_failures_in_row
         if most and self._failures_in_row >= most:
             why = f"given up after {self._failures_in_row} failures in a row"
@@ -332,17 +342,17 @@ class Client:
         """Returns the JSON of a reply.
 
         Args:
-            url: of the request.
-            status: of the reply.
-            body: of the reply.
-            wait: seconds after which the server wants to be asked again.
-            location: where it moves the request to.
+            url: the URL of the request.
+            status: the status of the reply.
+            body: the body of the reply.
+            wait: the seconds after which the server allows the next request.
+            location: the target of a redirect.
 
         Raises:
-            RefusedError: for a status that is final.
-            _TransientError: for one that may pass, and for what is not JSON.
-            _BusyError: from a server that is asked too often.
-            _PausedError: from a vLLM server that is paused.
+            RefusedError: if the status is final.
+            _TransientError: if a retry may help, or the body is not JSON.
+            _BusyError: if the server reports too many requests.
+            _PausedError: if the server is a paused vLLM server.
         """
         shown = body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
         if status == 503 and any(sign in body for sign in _PAUSED):
@@ -367,7 +377,7 @@ class Client:
 
 
 class _TransientError(Exception):
-    """A try that failed in a way that may pass."""
+    """A failed try after which a retry may help."""
 
     def __init__(
         self, failure: UnavailableError, wait: float = 0.0, *, final: bool = False
@@ -379,7 +389,7 @@ class _TransientError(Exception):
 
 
 class _PausedError(Exception):
-    """A refusal of a server that is paused and will resume."""
+    """A refusal of a paused server, which will resume."""
 
     def __init__(self, failure: UnavailableError) -> None:
         super().__init__(str(failure))
@@ -387,19 +397,19 @@ class _PausedError(Exception):
 
 
 class _BusyError(Exception):
-    """A refusal of a server that is asked too often."""
+    """A refusal of a server because of too many requests."""
 
     def __init__(self, failure: UnavailableError, wait: float) -> None:
         super().__init__(str(failure))
         self.failure = failure
-        self.wait = wait  # seconds; 0 where the server names none
+        self.wait = wait  # seconds; 0 if the server names none
 
 
 def _retry_after(headers: Mapping[str, str], body: str) -> float:
-    """Returns the seconds after which a server wants to be asked again; 0 where it does not say.
+    """Returns the seconds after which a server allows the next request; 0 if it names none.
 
-    It may say so in milliseconds (OpenAI, Azure), in seconds or as a date (RFC 9110, 10.2.3), or in
-    the body (Google).
+    It may name milliseconds (OpenAI, Azure), seconds or a date (RFC 9110, 10.2.3), or write them
+    into the body (Google).
     """
     told = headers.get("Retry-After", "")
     delay = _RETRY_DELAY.search(body)
@@ -413,7 +423,7 @@ def _retry_after(headers: Mapping[str, str], body: str) -> float:
 
 
 def _number(text: str) -> float:
-    """Returns a finite number of 0 or more; 0 for all else."""
+    """Returns the finite number of at least 0 that a text states; 0 for any other text."""
     try:
         value = float(text)
     except ValueError:
@@ -422,32 +432,33 @@ def _number(text: str) -> float:
 
 
 def _until(date: str, now: str) -> float:
-    """Returns the seconds until a date of HTTP, 0 for what is none or has passed.
+    """Returns the seconds until an HTTP date; 0 if it has passed or is not a date.
 
     Args:
         date: the date.
-        now: when the server wrote it, which counts where its clock is not ours.
+        now: the server's date of writing, which is used if its clock differs from ours.
     """
     end = _timestamp(date)
     if end is None:
         return 0.0
-    here, there = time.time(), _timestamp(now)
+    here = time.time()
+    there = _timestamp(now)
     is_wrong = there is not None and abs(there - here) > _CLOCK_SECS
     return max(end - (there if is_wrong and there is not None else here), 0.0)
 
 
 def _timestamp(date: str) -> float | None:
     try:
-        found = email.utils.parsedate_to_datetime(date)
+        parsed = email.utils.parsedate_to_datetime(date)
     except (ValueError, TypeError, OverflowError):
         return None
-    if found.tzinfo is None:
-        found = found.replace(tzinfo=datetime.UTC)
-    return found.timestamp()
+    if parsed.tzinfo is None:
+        parsed = parsed.replace(tzinfo=datetime.UTC)
+    return parsed.timestamp()
 
 
 def _proxy(base_url: str) -> str | None:
-    """Returns the proxy that the environment names for an address; none for one on this host."""
+    """Returns the proxy of the environment for an address; None for one on this host."""
     url = yarl.URL(base_url)
     host = url.host or ""
     if host in ("localhost", "::1") or host.startswith("127."):

@@ -1,11 +1,11 @@
 """Cross entropy and token log-probabilities from hidden states, a chunk of positions at a time.
 
-Logits of all positions, `[B, T, V]`, never exist, forward or backward, and those of positions that
-train nothing (prompts, padding) are not computed. `cross_entropy` knows the derivative of its sum
-up to a factor, and so finds the gradients in the same pass over the logits; `token_logprobs`
-computes each chunk's logits again in the backward pass. The vocabulary may be split over `tensor`,
-and rows are split over `data` and `fsdp`; the gradient of the table is summed over devices once,
-behind the last chunk.
+Logits of all positions, `[B, T, V]`, are never materialised, forward or backward. Logits of
+positions that are not trained (prompts, padding) are not computed. The derivative of
+`cross_entropy` is known up to a factor, so its gradients are computed in the forward pass;
+`token_logprobs` computes each chunk's logits again in the backward pass. The vocabulary may be
+split over `tensor`, and rows are split over `data` and `fsdp`. The gradient of the table is summed
+over devices once, after the last chunk.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ _Sums = tuple[jax.Array, ...]
 
 
 class Head(NamedTuple):
-    """How log-probabilities are computed; static in compiled programs."""
+    """Options of the output head, static in compiled programs."""
 
     sharding: Sharding
-    """Of the table and of the rows."""
+    """Placement of the table and of the rows."""
     chunk_size: int
-    """Trained positions of a device whose logits exist at one time."""
+    """Number of trained positions of a device whose logits are in memory at one time."""
     temperature: float = 1.0
-    """Logits are divided by it."""
+    """Divisor of the logits."""
     with_entropy: bool = False
-    """Whether the entropy is computed too; else it is 0."""
+    """True to compute the entropy too, which is 0 otherwise."""
 
 
-class Ahead(NamedTuple):
-    """What stands behind each position."""
+class Labels(NamedTuple):
+    """The target token of each position."""
 
     targets: Any  # [B, T] int32, token ids
     mask: Any  # [B, T] bool, true where the target is trained on
 
 
 def next_tokens(values: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
-    """Returns what stands one position later; behind the last one, 0 or false."""
+    """Returns the values shifted by one position: entry t is `values[:, t + 1]`, the last one 0."""
     return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
 
 
 def cross_entropy(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: Batch, head: Head
 ) -> LossSum:
-    """Returns the negative log-likelihood of the trained tokens in nats, and how many they are.
+    """Returns the negative log-likelihood of the trained tokens in nats, and their number.
 
     Args:
         hidden: normed last hidden states; products are computed in their dtype.
-        table: the output embedding as it rests between steps.
-        batch: of the hidden states.
-        head: how to compute; the temperature is 1.
+        table: the output embedding, placed as between steps.
+        batch: the batch of the hidden states.
+        head: the options, with a temperature of 1.
     """
-    ahead = Ahead(next_tokens(batch.tokens), next_tokens(batch.loss_mask))
-    return -masked_sum(hidden, table, ahead, head), jnp.sum(batch.loss_mask).astype(jnp.float32)
+    labels = Labels(next_tokens(batch.tokens), next_tokens(batch.loss_mask))
+    return -masked_sum(hidden, table, labels, head), jnp.sum(batch.loss_mask).astype(jnp.float32)
 
 
 def policy_logprobs(
@@ -74,24 +74,24 @@ def policy_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns the log-probability of every trained token given its prompt and completion so far.
 
-    Entry t belongs to `tokens[:, t]`; the entropy is of the distribution that it was drawn from,
-    and is not differentiated. Entries outside `loss_mask` are 0.
+    The second array is the entropy of the distribution from which each token was drawn, without
+    gradient. Entry t of both belongs to `tokens[:, t]`. Entries outside `loss_mask` are 0.
 
     Args:
         hidden: normed last hidden states.
-        table: the output embedding as it rests between steps.
-        batch: of the hidden states; a row's completions stand behind its prompt.
-        head: how to compute.
+        table: the output embedding, placed as between steps.
+        batch: the batch of the hidden states; a row's completions follow its prompt.
+        head: the options.
     """
     before = _predecessors(batch.sequence_ids, batch.segment_ids)
     hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    return token_logprobs(hidden, table, Ahead(batch.tokens, batch.loss_mask), head)
+    return token_logprobs(hidden, table, Labels(batch.tokens, batch.loss_mask), head)
 
 
 def _predecessors(
     sequence_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> Int[Array, "B T"]:
-    """Returns where the token before each token stands: a completion continues its prompt."""
+    """Returns the index of each token's predecessor; a completion begins after the prompt."""
     prompt = jnp.sum((sequence_ids == 0) & (segment_ids > 0), axis=1, keepdims=True)
     begins = sequence_ids != jnp.pad(sequence_ids[:, :-1], ((0, 0), (1, 0)))
     here = jnp.arange(sequence_ids.shape[1])
@@ -101,117 +101,131 @@ def _predecessors(
 def each_chunk(
     mask: Bool[Array, "B T"], head: Head, chunk: Callable[[jax.Array, _Sums], _Sums], sums: _Sums
 ) -> _Sums:
-    """Returns `sums` after `sums = chunk(places, sums)` for each chunk of trained positions.
+    """Returns `sums` after `sums = chunk(positions, sums)` for each chunk of trained positions.
 
-    `places` are in the flattened rows, `B * T` where a chunk is not full. All devices run as many
-    chunks, as collectives in a loop are safe only in step.
+    `positions` index the flattened rows; a chunk that is not full is padded with `B * T`. All
+    devices run the same number of chunks, because the loop contains collectives.
     """
     size = min(head.chunk_size, mask.size)
-    most = -(-mask.size // size)
-    places = jnp.flatnonzero(mask, size=most * size, fill_value=mask.size).reshape(most, size)
+    max_chunks = -(-mask.size // size)
+    # Trained positions come first, so the chunks after `count` are all padding and are skipped.
+    positions = jnp.flatnonzero(mask, size=max_chunks * size, fill_value=mask.size).reshape(
+        max_chunks, size
+    )
     count = jax.lax.pmax(-(-jnp.sum(mask) // size), BATCH_AXES)
 
     def more(carry: tuple[jax.Array, _Sums]) -> jax.Array:
-        return (carry[0] < most) & (carry[0] < count)  # `plan/` reads the bound `most` of the loop
+        return (carry[0] < max_chunks) & (carry[0] < count)  # `plan/` reads the constant bound
 
     def step(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
-        return carry[0] + 1, chunk(places[carry[0]], carry[1])
+        return carry[0] + 1, chunk(positions[carry[0]], carry[1])
 
     return jax.lax.while_loop(more, step, (jnp.int32(0), sums))[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def masked_sum(
-    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], ahead: Ahead, head: Head
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], labels: Labels, head: Head
 ) -> Float[Array, ""]:
-    """Returns the sum of `log softmax(hidden @ table.T / temperature)` at the masked targets."""
-    return jnp.sum(token_logprobs(hidden, table, ahead, head)[0])
+    """Returns the sum of `log softmax(hidden @ table.T / temperature)` at the masked targets.
+
+    Its gradients are those of a sum times a scalar, so the forward pass computes them without
+    knowing the scalar, and the backward pass multiplies. Each chunk's logits are computed once.
+    """
+    return jnp.sum(token_logprobs(hidden, table, labels, head)[0])
 
 
-def _sum_forward(
-    hidden: jax.Array, table: jax.Array, ahead: Ahead, head: Head
+def _masked_sum_fwd(
+    hidden: jax.Array, table: jax.Array, labels: Labels, head: Head
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns the sum, and its gradients by the hidden states and by the table."""
-    rest = head.sharding.params(DIMS).spec
+    """Returns the sum, and its gradients with respect to the hidden states and to the table."""
+    stored = head.sharding.params(DIMS).spec
     split = head.sharding.optimizer(DIMS, memory=False).spec
 
     @functools.partial(
         jax.shard_map,
         mesh=head.sharding.mesh,
-        in_specs=(_ROWS, rest, _ROWS, _ROWS),
+        in_specs=(_ROWS, stored, _ROWS, _ROWS),
         out_specs=(PartitionSpec(), _ROWS, split),
         check_vma=False,
     )
     def local(
         hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        whole = all_gather(table, rest, hidden.dtype)
+        whole = all_gather(table, stored, hidden.dtype)
 
         def chunk(at: jax.Array, sums: _Sums) -> _Sums:
             total, d_hidden, d_table = sums
-            h, ids, g = _take(hidden, at), _take(targets, at), _take(mask, at).astype(jnp.float32)
+            h = _take(hidden, at)
+            ids = _take(targets, at)
+            g = _take(mask, at).astype(jnp.float32)
             logits = _logits(h, whole, head)
             log_partition = _logsumexp(logits)
             found = g * (_pick(logits, ids) - log_partition)
             d_h, more = _chunk_gradients(logits, log_partition, (h, ids, g), whole, head)
             return total + jnp.sum(found), _put(d_hidden, at, d_h), d_table + more
 
+        # The table's gradient is a sum over all positions, so it is accumulated in float32; each
+        # hidden state gets its gradient from one chunk only.
         start = jnp.float32(0), jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
         total, d_hidden, d_table = each_chunk(mask, head, chunk, start)
         d_hidden = jax.lax.psum(d_hidden, "tensor")
         total = jax.lax.psum(total, BATCH_AXES)
         return total, d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
 
-    total, *gradients = local(hidden, table, ahead.targets, ahead.mask)
+    # The gradients are the residuals of the backward pass.
+    total, *gradients = local(hidden, table, labels.targets, labels.mask)
     return total, tuple(gradients)
 
 
-def _sum_backward(
+def _masked_sum_bwd(
     head: Head, gradients: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array, Ahead]:
+) -> tuple[jax.Array, jax.Array, Labels]:
+    """Returns the gradients for `g`, the derivative with respect to the sum."""
     d_hidden, d_table = (g.astype(x.dtype) * x for x in gradients)
     none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
-    return d_hidden, d_table, Ahead(none, none)
+    return d_hidden, d_table, Labels(none, none)
 
 
-masked_sum.defvjp(_sum_forward, _sum_backward)
+masked_sum.defvjp(_masked_sum_fwd, _masked_sum_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(
-    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], ahead: Ahead, head: Head
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], labels: Labels, head: Head
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns `log softmax(hidden @ table.T / temperature)` at the masked targets, and the entropy.
 
-    Both are float32, in nats, and 0 outside the mask; the entropy is not differentiated.
+    Both are float32, in nats, and 0 outside the mask. The entropy has no gradient. The upstream
+    gradient differs from token to token, so the backward pass computes the logits again.
 
     Args:
         hidden: normed last hidden states; the product is computed in their dtype and summed in
             float32.
-        table: the output embedding as it rests between steps.
-        ahead: token ids, and which of them count.
-        head: how to compute.
+        table: the output embedding, placed as between steps.
+        labels: the target tokens, and the mask of those that count.
+        head: the options.
     """
-    return _run_forward(hidden, table, ahead, head)[:2]
+    return _logprobs_and_entropy(hidden, table, labels, head)[:2]
 
 
-def _run_forward(
-    hidden: jax.Array, table: jax.Array, ahead: Ahead, head: Head
+def _logprobs_and_entropy(
+    hidden: jax.Array, table: jax.Array, labels: Labels, head: Head
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns log-probabilities, entropy and the log-partition function, each `[B, T]`."""
-    rest = head.sharding.params(DIMS).spec
+    stored = head.sharding.params(DIMS).spec
 
     @functools.partial(
         jax.shard_map,
         mesh=head.sharding.mesh,
-        in_specs=(_ROWS, rest, _ROWS, _ROWS),
+        in_specs=(_ROWS, stored, _ROWS, _ROWS),
         out_specs=(_ROWS,) * 3,
         check_vma=False,
     )
     def local(
         hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, ...]:
-        table = all_gather(table, rest, hidden.dtype)
+        table = all_gather(table, stored, hidden.dtype)
 
         def chunk(at: jax.Array, results: _Sums) -> _Sums:
             logits = _logits(_take(hidden, at), table, head)
@@ -226,54 +240,57 @@ def _run_forward(
         start = (jnp.zeros(targets.shape, jnp.float32),) * 3
         return each_chunk(mask, head, chunk, start)
 
-    return local(hidden, table, ahead.targets, ahead.mask)
+    return local(hidden, table, labels.targets, labels.mask)
 
 
-def _forward(
-    hidden: jax.Array, table: jax.Array, ahead: Ahead, head: Head
+def _token_logprobs_fwd(
+    hidden: jax.Array, table: jax.Array, labels: Labels, head: Head
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    logprobs, entropy, log_partition = _run_forward(hidden, table, ahead, head)
-    return (logprobs, entropy), (hidden, table, ahead, log_partition)
+    """Returns the outputs, and the inputs and the log-partition function as residuals."""
+    logprobs, entropy, log_partition = _logprobs_and_entropy(hidden, table, labels, head)
+    return (logprobs, entropy), (hidden, table, labels, log_partition)
 
 
-def _backward(
+def _token_logprobs_bwd(
     head: Head, residuals: tuple[Any, ...], g: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, Ahead]:
+) -> tuple[jax.Array, jax.Array, Labels]:
+    """Returns the gradients for `g`, the derivatives with respect to the two outputs."""
     sharding = head.sharding
-    rest, split = sharding.params(DIMS).spec, sharding.optimizer(DIMS, memory=False).spec
-    hidden, table, ahead, log_partition = residuals
+    stored = sharding.params(DIMS).spec
+    split = sharding.optimizer(DIMS, memory=False).spec
+    hidden, table, labels, log_partition = residuals
 
     @functools.partial(
         jax.shard_map,
         mesh=sharding.mesh,
-        in_specs=(_ROWS, rest, _ROWS, _ROWS, _ROWS),
+        in_specs=(_ROWS, stored, _ROWS, _ROWS, _ROWS),
         out_specs=(_ROWS, split),
         check_vma=False,
     )
     def local(
-        hidden: jax.Array, table: jax.Array, ahead: Ahead, log_partition: jax.Array, g: jax.Array
+        hidden: jax.Array, table: jax.Array, labels: Labels, log_partition: jax.Array, g: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        whole = all_gather(table, rest, hidden.dtype)
+        whole = all_gather(table, stored, hidden.dtype)
 
         def chunk(at: jax.Array, sums: _Sums) -> _Sums:
             d_hidden, d_table = sums
             h = _take(hidden, at)
-            inputs = h, _take(ahead.targets, at), _take(g, at)
+            inputs = h, _take(labels.targets, at), _take(g, at)
             logits = _logits(h, whole, head)
             d_h, more = _chunk_gradients(logits, _take(log_partition, at), inputs, whole, head)
             return _put(d_hidden, at, d_h), d_table + more
 
         start = jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
-        d_hidden, d_table = each_chunk(ahead.mask, head, chunk, start)
+        d_hidden, d_table = each_chunk(labels.mask, head, chunk, start)
         d_hidden = jax.lax.psum(d_hidden, "tensor")
         return d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
 
-    d_hidden, d_table = local(hidden, table, ahead, log_partition, g[0])
+    d_hidden, d_table = local(hidden, table, labels, log_partition, g[0])
     none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
-    return d_hidden, d_table, Ahead(none, none)
+    return d_hidden, d_table, Labels(none, none)
 
 
-token_logprobs.defvjp(_forward, _backward)
+token_logprobs.defvjp(_token_logprobs_fwd, _token_logprobs_bwd)
 
 
 def _chunk_gradients(
@@ -283,9 +300,9 @@ def _chunk_gradients(
     table: jax.Array,
     head: Head,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients by hidden states and table of `g log softmax` at the targets.
+    """Returns the gradients of `g log softmax` at the targets, for hidden states and table.
 
-    The derivative of `log softmax` at target y by the logits is one-hot(y) - softmax.
+    The derivative of `log softmax` at target y with respect to the logits is one-hot(y) - softmax.
     """
     hidden, targets, g = inputs
     ids, found = local_ids(targets, table.shape[0])
@@ -303,7 +320,7 @@ def _logits(hidden: jax.Array, table: jax.Array, head: Head) -> jax.Array:
 
 
 def _logsumexp(logits: jax.Array) -> jax.Array:
-    """Over a vocabulary that is split over `tensor`."""
+    """Returns the log-partition function over a vocabulary that is split over `tensor`."""
     top = jax.lax.pmax(jnp.max(logits, axis=-1), "tensor")
     total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), "tensor")
     return top + jnp.log(total)
@@ -317,12 +334,12 @@ def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _take(x: Shaped[Array, "B T ..."], at: Int[Array, " N"]) -> Shaped[Array, "N ..."]:
-    """Returns the entries at positions of the flattened rows; zeros behind the last one."""
+    """Returns the entries at positions of the flattened rows; 0 for positions past the end."""
     return x.reshape(-1, *x.shape[2:]).at[at].get(mode="fill", fill_value=0)
 
 
 def _put(
     x: Shaped[Array, "B T ..."], at: Int[Array, " N"], new: Shaped[Array, "N ..."]
 ) -> Shaped[Array, "B T ..."]:
-    """Writes what `_take` reads."""
+    """Returns `x` with `new` at positions of the flattened rows, without those past the end."""
     return x.reshape(-1, *x.shape[2:]).at[at].set(new, mode="drop").reshape(x.shape)

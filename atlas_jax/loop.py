@@ -1,4 +1,4 @@
-"""The training loop: batch, step, log, save, evaluate, stop. It knows no algorithm."""
+"""The training loop: batch, step, log, save, evaluate, stop. It is the same for every recipe."""
 
 from __future__ import annotations
 
@@ -16,80 +16,85 @@ from atlas_jax import distributed, metrics, stopping
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
+from atlas_jax.profiling import Profile
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Metrics, Params
 
 _UNLOGGED = "metrics"
-"""Key of a checkpoint's `data` with the metrics of the steps since the last line of the log."""
+"""Key in a checkpoint's `data` for the metrics of the steps since the last line of the log."""
 
 
 class StepInput(NamedTuple):
-    """What one step trains on."""
+    """The batch of one step."""
 
     batch: Any  # placed arrays, [microbatches, B, T]
-    num_tokens: int  # read by its updates over all processes, padding left out
-    metrics: Metrics  # of how it came about, over all processes
+    num_tokens: int  # tokens that its updates read, over all processes, without padding
+    metrics: Metrics  # metrics of making the batch, over all processes
 
 
 _PAUSE_SECS = 2.0
-"""A pause looks this often whether the run is to stop."""
+"""Seconds between two checks, in a pause, for a request to stop."""
 
 
 @runtime_checkable
 class Feed(Protocol):
-    """Where batches come from, and the position in them."""
+    """A source of batches, with the position in them."""
 
     @property
     def samples_policy(self) -> bool:
-        """Whether batches are made with the parameters of the state, as rollouts are.
+        """True if batches are made with the parameters of the state, as rollouts are.
 
-        Then each step's metrics are fetched before the next batch is made, so that parameters of a
-        step that went wrong are never sampled. Otherwise the devices go on meanwhile.
+        Each step's metrics are then fetched and checked before the next batch is made, so that the
+        parameters of a failed step are never sampled. Otherwise the next step starts meanwhile.
         """
 
     def next(self, state: TrainState, pause: Callable[[float], None]) -> StepInput:
         """Returns the next batch.
 
-        `pause` waits for so many seconds in every process. Where `next` raises, `get_state` is
-        still the position before the batch.
+        `pause` waits a number of seconds in every process. If `next` raises, `get_state` still
+        returns the position before the batch.
 
         Raises:
-            DependencyError: if the batch cannot be made, waiting included.
-            StopRequestedError: if the run is to stop.
+            DependencyError: if the batch cannot be made, even after waiting.
+            StopRequestedError: if the run was asked to stop.
         """
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position behind the last batch, ready for JSON."""
+        """Returns the position after the last batch, in a form that JSON can store."""
 
     def get_reference(self) -> Params | None:
-        """Returns reference parameters that change while training; None if there are none."""
+        """Returns the reference parameters if they change in training, else None."""
 
 
 class Job(NamedTuple):
-    """What stays the same while a run trains."""
+    """The constants of a training run: its step, its limits, and where it logs and saves."""
 
     config: TrainConfig
     num_steps: int
-    flops_per_token: Callable[[int], float]  # by row length
+    flops_per_token: Callable[[int], float]  # FLOPs per token, by row length
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
-    healthy: Mapping[str, tuple[float, float]] = MappingProxyType({})  # metric -> its range
-    restored: Mapping[str, Any] = MappingProxyType({})  # `data` of the checkpoint, if there is one
+    healthy: Mapping[str, tuple[float, float]] = MappingProxyType(
+        {}
+    )  # metric -> range without a warning
+    restored: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # `data` of the checkpoint that the run resumes from
 
 
 class Outcome(NamedTuple):
-    """How a run ended."""
+    """Result of a training run."""
 
     state: TrainState
     last: dict[str, float]  # metrics of the last logged step and the last evaluation
-    stopped: bool  # by a signal, before its last step
+    stopped: bool  # whether a request ended it before its last step
 
 
 class _Pending(NamedTuple):
-    """A step whose metrics the devices still compute."""
+    """A step whose metrics the devices are still computing."""
 
     step: int
     metrics: Metrics  # on the devices
@@ -99,13 +104,13 @@ class _Pending(NamedTuple):
 
 
 def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
-    """Trains until `job.num_steps`, or until the run is asked to stop, and saves where it ended.
+    """Trains until `job.num_steps`, or until the run is asked to stop, and saves its last state.
 
-    An evaluation that fails because of something outside is logged, and the run goes on.
+    An evaluation that fails because of an external service is logged, and training continues.
 
     Raises:
-        RuntimeError: when a loss or gradient is not finite; nothing of that step is saved.
-        DependencyError: when the feed cannot go on; the steps before it are saved.
+        RuntimeError: if a loss or gradient is not finite; nothing of that step is saved.
+        DependencyError: if the feed cannot continue; the steps before are saved.
         OSError: if a checkpoint cannot be written.
     """
     training = _Training(job, state, feed)
@@ -120,7 +125,7 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
                 "stopped at step %d (%s); the same command continues", training.number, error
             )
             stopped = isinstance(error, StopRequestedError)
-            stopping.request(str(error))  # whatever still works on later batches gives up
+            stopping.request(str(error))  # ends threads that still work on later batches
             stopping.end_soon(stopping.EXIT_CODE if stopped else 1)
             if not stopped:
                 raise
@@ -130,7 +135,7 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
 
 
 class _Training:
-    """A run while it trains: its state, and the step whose metrics are not fetched yet."""
+    """A run in training: its state, and the step whose metrics are not fetched yet."""
 
     def __init__(self, job: Job, state: TrainState, feed: Feed) -> None:
         self.state = state
@@ -138,41 +143,47 @@ class _Training:
         self._job = job
         self._feed = feed
         self._pending: _Pending | None = None
+        self._profile = Profile(job.config)
 
     @property
     def number(self) -> int:
-        """Steps that are done."""
+        """Number of completed steps."""
         return int(self.state.step)
 
     def catch_up(self) -> None:
-        """Evaluates the step that the run continues from, if a kill came before its evaluation."""
+        """Evaluates the step that the run resumes from, if the run was killed before it did."""
         due = _due(self.number, self._job.config.eval_steps)
         if self.number and due and not self.log.has_evaluation(self.number):
             self._evaluate()
 
     def step(self, step: int) -> None:
-        """Makes a batch and trains on it; logs, saves and evaluates what is due.
+        """Makes a batch and trains on it; logs, saves and evaluates if due.
 
         Raises:
-            StopRequestedError: if the run was asked to stop; the step may be done and saved.
+            StopRequestedError: if the run was asked to stop, before or after the step.
         """
-        config, feed = self._job.config, self._feed
+        config = self._job.config
+        feed = self._feed
         if feed.samples_policy:
             self.log.start_clock()
+        self._profile.before(step)
         given = feed.next(self.state, _pause)
         stop_anywhere = distributed.vote(stopping.requested())
         self.state, values = self._job.train_step(self.state, given.batch)
+        self._profile.after(step, self.state)
         distributed.arrive(f"step {step}")
         self._fetch()
         length = given.batch.tokens.shape[-1]
-        self._pending = _Pending(step, values, given.metrics, given.num_tokens, length)
+        self._pending = _Pending(
+            step=step, metrics=values, known=given.metrics, tokens=given.num_tokens, length=length
+        )
         stop = stop_anywhere()
         last = stop or step == self._job.num_steps
         save = last or _due(step, config.save_steps)
         evaluate = (last and not stop) or _due(step, config.eval_steps)
         if save or evaluate or feed.samples_policy:
             self._fetch()
-        # The checkpoint comes first: nothing of this step is lost if its evaluation fails.
+        # The checkpoint comes first, so that a failing evaluation does not lose the step.
         if save:
             self._save()
         if stop:
@@ -182,6 +193,7 @@ class _Training:
 
     def end(self) -> None:
         """Saves the state, and waits until it is written, however long that takes."""
+        self._profile.close()
         self._fetch()
         self._save()
         distributed.arrive(f"the checkpoint of step {self.number}")
@@ -203,7 +215,7 @@ class _Training:
         self.log.start_clock()
 
     def _evaluate(self) -> None:
-        """Evaluates, if the run does; an evaluation whose servers fail is left out."""
+        """Evaluates if the run does; an evaluation whose servers fail is skipped."""
         if not self._job.evaluate:
             return
         try:
@@ -221,7 +233,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _pause(secs: float) -> None:
-    """Waits for so many seconds; in every process, which all stop together."""
+    """Waits for `secs` seconds in every process; a request to stop ends the wait in all of them."""
     slices = max(1, math.ceil(secs / _PAUSE_SECS))
     for _ in range(slices):
         time.sleep(secs / slices)
@@ -230,7 +242,7 @@ def _pause(secs: float) -> None:
 
 
 class _Log:
-    """Adds up metrics between two lines of the log, and times the steps."""
+    """Sums of metrics between two lines of the log, with the time of the steps."""
 
     def __init__(self, job: Job, start: int) -> None:
         self._job = job
@@ -247,22 +259,22 @@ class _Log:
         )  # fmt: skip
 
     def unlogged(self) -> dict[str, Any]:
-        """Returns the sums since the last line, ready for JSON; a resumed run adds to them."""
+        """Returns the sums since the last line, for JSON; a resumed run continues them."""
         total = {k: [float(x) for x in v] for k, v in self._total.items()}
         return {
             "total": total, "secs": self._secs, "tokens": self._tokens, "flops": self._flops,
         }  # fmt: skip
 
     def has_evaluation(self, step: int) -> bool:
-        """Returns whether the step was evaluated, in every process."""
+        """Returns whether the step was evaluated; every process gets the same answer."""
         return distributed.any_process(self._job.writer.last_evaluation == step)
 
     def start_clock(self) -> None:
-        """Leaves the time until now out of the next step's."""
+        """Starts the next step's time now, without the time since the last step."""
         self._mark = time.perf_counter()
 
     def fetch(self, pending: _Pending) -> None:
-        """Waits for the metrics of one step, checks them, and writes them when it is time."""
+        """Waits for the metrics of one step, checks them, and writes them if a line is due."""
         values = jax.device_get(pending.metrics)
         now = time.perf_counter()
         self._secs.append(now - self._mark)
@@ -280,9 +292,11 @@ class _Log:
 
     def _check_finite(self, step: int, values: Metrics) -> None:
         sums = metrics.add({}, values)
-        found = metrics.means(sums)
+        means = metrics.means(sums)
         for name in ("loss/total", "optim/grad_norm"):
-            if sums[name][1] and not math.isfinite(found[name]):  # without weight nothing trained
+            if sums[name][1] and not math.isfinite(
+                means[name]
+            ):  # a weight of 0: nothing was trained
                 good = self._job.checkpoints.latest()
                 where = (
                     "there is no checkpoint yet"
@@ -293,13 +307,14 @@ class _Log:
                 )
                 self._job.checkpoints.close()
                 raise RuntimeError(
-                    f"{name} is {found[name]} at step {step}; {where}. Lower learning_rate (now "
+                    f"{name} is {means[name]} at step {step}; {where}. Lower learning_rate (now "
                     f"{self._job.config.learning_rate}) or look at the rows of that step"
                 )
 
     def _flush(self, step: int) -> None:
         values = metrics.means(self._total)
-        secs, devices = sum(self._secs), jax.device_count()
+        secs = sum(self._secs)
+        devices = jax.device_count()
         values["perf/step_secs"] = secs / len(self._secs)
         values["perf/tokens_per_sec_per_device"] = self._tokens / secs / devices
         peak = metrics.peak_flops(jax.devices()[0])
@@ -311,7 +326,10 @@ class _Log:
             lr=f"{values['optim/learning_rate']:.1e}",
             tok_s=f"{self._tokens / secs:.0f}",
         )
-        self._total, self._secs, self._tokens, self._flops = {}, [], 0.0, 0.0
+        self._total = {}
+        self._secs = []
+        self._tokens = 0.0
+        self._flops = 0.0
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes metrics to all files, and as a line to `training.log`."""

@@ -1,19 +1,22 @@
 """Losses: pure functions of arrays that return `(sum, weight)`.
 
-The sum over all microbatches and devices is divided once by the sum of the weights, so that
-microbatching, packing and data parallelism change nothing.
+The sum over all microbatches and devices is divided once by the sum of the weights. Microbatching,
+packing and data parallelism therefore do not change a loss.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from atlas_jax.option_rules import CHOICES
+from atlas_jax import sockets
+from atlas_jax.options import fields
+from atlas_jax.options.policy_loss import PolicyLossConfig
 from atlas_jax.types import PolicyBatch
 
 LossSum = tuple[Float[Array, ""], Float[Array, ""]]
@@ -22,59 +25,120 @@ _STD_FLOOR = 1e-4
 
 
 class PolicyOptions(NamedTuple):
-    """What `policy_loss` computes. All of it is static under `jax.jit`."""
+    """Options of `policy_loss`, static under `jax.jit`."""
 
-    loss_type: str  # grpo | bnpo | dr_grpo | dapo | gspo | cispo
+    loss_type: str  # grpo | bnpo | dr_grpo | dapo | gspo | cispo | package.module:function
     epsilon_low: float  # ratios are clipped to [1 - epsilon_low, 1 + epsilon_high]
     epsilon_high: float
-    beta: float  # weight of the KL to the reference; 0: no reference needed
-    importance_sampling: str  # none | token | sequence: between what sampled and what trains
-    importance_sampling_cap: float  # importance weights are cut here
+    beta: float  # weight of the KL to the reference; 0 needs no reference
+    importance_sampling: str  # none | token | sequence: the correction of engine against trainer
+    importance_sampling_cap: float  # upper bound of importance weights
     max_new_tokens: int  # the constant length by which dr_grpo divides
-    num_sequences: int  # completions that a row holds at most
+    num_sequences: int  # largest number of completions in a row
+
+
+PolicyLoss = Callable[
+    [Float[Array, "B T"], PolicyBatch, PolicyOptions], tuple[LossSum, dict[str, LossSum]]
+]
+"""Log-probabilities, batch and options to the loss sum with its weight, and metrics."""
+
+
+def resolve(loss_type: str) -> PolicyLoss:
+    """Returns the loss that `loss_type` names: `policy_loss`, or a function of the user's own.
+
+    A user's function gets log-probabilities that are 0 wherever nothing is trained. Its metrics
+    are joined by `policy/kl` and `rollout/mismatch_kl`.
+
+    Raises:
+        ValueError: says why the function cannot be imported.
+    """
+    if not sockets.is_reference(loss_type):
+        return policy_loss
+    function = sockets.resolve(loss_type, "loss_type")
+
+    def loss(
+        logprobs: Float[Array, "B T"], batch: PolicyBatch, options: PolicyOptions
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        members = _members(batch, options)
+        logprobs = jnp.where(members.any(axis=-1), logprobs, 0.0)
+        total, values = _checked(loss_type, function(logprobs, batch, options))
+        return total, _distances(logprobs, batch, members) | values
+
+    return loss
+
+
+def _checked(loss_type: str, result: Any) -> tuple[LossSum, dict[str, LossSum]]:
+    """Returns what a user's function returned, as float32 scalars.
+
+    Raises:
+        ValueError: if it is no sum with its weight, and metrics.
+    """
+    try:
+        (total, weight), values = result
+        pairs = {name: (value, count) for name, (value, count) in values.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"loss_type={loss_type} returns a {type(result).__name__} that is not ((sum, weight), "
+            "{name: (sum, weight)})"
+        ) from error
+    arrays = {"the loss": (total, weight)} | pairs
+    for name, pair in arrays.items():
+        shapes = [jnp.shape(value) for value in pair]
+        if any(shapes):
+            raise ValueError(
+                f"loss_type={loss_type}: sum and weight of {name} have the shapes {shapes[0]} and "
+                f"{shapes[1]}; add them up, such as with jnp.sum"
+            )
+    total, weight = (jnp.asarray(value, jnp.float32) for value in (total, weight))
+    return (total, weight), {
+        name: (jnp.asarray(value, jnp.float32), jnp.asarray(count, jnp.float32))
+        for name, (value, count) in pairs.items()
+    }
 
 
 def policy_loss(
     logprobs: Float[Array, "B T"], batch: PolicyBatch, options: PolicyOptions
 ) -> tuple[LossSum, dict[str, LossSum]]:
-    """Returns the loss sum of the GRPO family with its weight, and metrics.
+    """Returns the loss sum of the GRPO family with its weight, and its metrics.
 
     With the ratio `r = exp(logprobs - old)`, the advantage `A` and `clip` to the bounds of
     `options`, a token's policy term is
 
     - grpo, bnpo, dr_grpo, dapo: `-min(r A, clip(r) A)`
     - gspo: the same, with the ratio `exp(mean_t (logprobs - old))` of the whole completion for `r`
-    - cispo: `-stop_gradient(clip(r)) A logprobs`. The paper sets no lower bound: `epsilon_low` of
-      1 or more gives none.
+    - cispo: `-stop_gradient(clip(r)) A logprobs`. The paper has no lower bound, which an
+      `epsilon_low` of at least 1 gives.
 
-    The importance weight multiplies the policy term: `min(exp(old - rollout), cap)` of the token,
-    or the same of its completion's summed difference. `beta` times the KL to the reference (k3) is
-    added. The terms are added up as
+    The policy term is multiplied by the importance weight: `min(exp(old - rollout), cap)` of the
+    token, or of the summed difference of its completion. `beta` times the KL to the reference (k3)
+    is added. The terms are added up as
 
     - grpo, gspo: the means over each completion's trained tokens; the weight is the number of
       completions with a trained token
     - bnpo, dapo, cispo: all trained tokens; the weight is their number. bnpo divides by the tokens
-      of the batch and dapo by those of the group, which is one: all microbatches share a weight.
+      of the batch and dapo by those of the group. Both are the same here, because all microbatches
+      share one weight.
     - dr_grpo: all trained tokens; the weight is the number of completions with a trained token
       times `max_new_tokens`. The paper's advantages are not divided by a standard deviation.
 
-    Metrics, each `(sum, weight)`: `loss/policy` and `loss/kl` (without `beta`) as the loss;
-    `policy/kl` and `rollout/mismatch_kl`, the k3 estimate of KL(rollout || trainer), of tokens;
-    `policy/ratio_mean` and `policy/clip_frac` of tokens, or of completions for gspo. A clip counts
-    where it takes the gradient away, for cispo where the ratio is out of bounds.
-    `rollout/importance_weight` (after the cap) and `rollout/importance_capped_frac` are of tokens
-    or completions, as `importance_sampling` says, and missing if it is none. Both KL to the
-    reference are missing without `batch.ref_logprobs`.
+    Metrics are each `(sum, weight)`. `loss/policy` and `loss/kl` (without `beta`) are averaged as
+    the loss is. `policy/kl` and `rollout/mismatch_kl`, the k3 estimate of KL(rollout || trainer),
+    are means over tokens. `policy/ratio_mean` and `policy/clip_frac` are means over tokens, or over
+    completions for gspo. A clip is counted where it removes the gradient; for cispo, where the
+    ratio is out of bounds. `rollout/importance_weight` (after the cap) and
+    `rollout/importance_capped_frac` are means over tokens or completions, as `importance_sampling`
+    says, and are absent if it is none. Both KL to the reference are absent without
+    `batch.ref_logprobs`.
 
     Args:
-        logprobs: of the policy in training, in nats, at the sampling temperature, aligned with
-            `batch.tokens`. Where `batch.loss_mask` is false they may be anything, NaN included.
-        batch: trained tokens have a `sequence_ids` of 1 to `options.num_sequences`.
-        options: what to compute.
+        logprobs: log-probabilities of the policy in training, in nats, at the sampling temperature,
+            aligned with `batch.tokens`. Values outside `batch.loss_mask` are ignored, NaN included.
+        batch: the batch, whose trained tokens have `sequence_ids` of 1 to `options.num_sequences`.
+        options: the loss.
 
     Raises:
-        ValueError: an option has no such value, or `beta` needs reference log-probabilities that
-            the batch lacks.
+        ValueError: if an option has no such value, or `beta` needs reference log-probabilities and
+            the batch has none.
 
     Reference:
         grpo: Shao et al. 2024, arXiv:2402.03300, eq. 3-4. dr_grpo: Liu et al. 2025,
@@ -85,7 +149,8 @@ def policy_loss(
     """
     _check(batch, options)
     members = _members(batch, options)
-    # Also stops a NaN of the backward pass, 0 * inf, from leaving a token that is not trained.
+    # A selection, not a product with the mask: it keeps 0 * inf = NaN of untrained tokens out of
+    # the backward pass too.
     logprobs = jnp.where(members.any(axis=-1), logprobs, 0.0)
     old = jax.lax.stop_gradient(logprobs if batch.old_logprobs is None else batch.old_logprobs)
 
@@ -96,10 +161,9 @@ def policy_loss(
         metrics |= found
     total, weight = _add_up(terms, members, options)
     metrics["loss/policy"] = total, weight
-    metrics["rollout/mismatch_kl"] = _token_mean(_k3(old - batch.rollout_logprobs), members)
+    metrics |= _distances(logprobs, batch, members)
     if batch.ref_logprobs is not None:
         kl = _k3(batch.ref_logprobs - logprobs)
-        metrics["policy/kl"] = _token_mean(kl, members)
         metrics["loss/kl"] = _add_up(kl, members, options)
         if options.beta != 0:
             total += options.beta * metrics["loss/kl"][0]
@@ -112,16 +176,16 @@ def group_advantages(
     """Returns the advantage of each member of each group, in float32.
 
     It is the reward less the group's mean, over a standard deviation (ddof 1) plus a small floor.
-    A member that could not be scored has the advantage 0 and moves nobody else's. A group with
-    fewer than two scored members, or with equal rewards, has exactly 0 everywhere.
+    A member without a score has the advantage 0 and does not affect the others. A group with fewer
+    than two scored members, or with equal rewards, has exactly 0 everywhere.
 
     Args:
-        rewards: N groups of G members; NaN: could not be scored.
-        scale_rewards: whose standard deviation: `none` (do not divide), `group`, or `batch`: all
-            scored rewards at hand.
+        rewards: rewards of N groups of G members; NaN for a member without a score.
+        scale_rewards: source of the standard deviation: `none` (do not divide), `group`, or `batch`
+            (all scored rewards given).
 
     Raises:
-        ValueError: a reward is infinite, or `scale_rewards` has no such value.
+        ValueError: if a reward is infinite, or `scale_rewards` has no such value.
 
     Reference:
         Shao et al. 2024, arXiv:2402.03300, section 4.1.2. `none`: Liu et al. 2025,
@@ -138,7 +202,8 @@ def group_advantages(
         )
     scored = ~np.isnan(rewards)
     count = scored.sum(axis=1, keepdims=True)
-    # Taken from the lowest first, so that the mean of equal rewards has no rounding error.
+    # Relative to the lowest reward, so that the mean of equal rewards has no rounding error and
+    # their advantages are exactly 0.
     lowest = np.min(rewards, axis=1, keepdims=True, where=scored, initial=np.inf)
     above = np.where(scored, rewards - lowest, 0.0)
     mean = above.sum(axis=1, keepdims=True) / np.maximum(count, 1)
@@ -164,12 +229,11 @@ def _check(batch: PolicyBatch, options: PolicyOptions) -> None:
 
 def _one_of(name: str, value: str) -> None:
     """Raises `ValueError` unless `value` is a choice of that option."""
-    if value not in CHOICES[name]:
-        raise ValueError(f"unknown {name}: {value!r}; use one of {', '.join(CHOICES[name])}")
+    fields.check(name, value, fields.hints(PolicyLossConfig)[name])
 
 
 def _members(batch: PolicyBatch, options: PolicyOptions) -> Bool[Array, "B T G"]:
-    """Returns which trained token belongs to which completion of its row."""
+    """Returns a one-hot: entry `[b, t, g]` is true for a trained token of completion g + 1."""
     ids = jnp.arange(1, options.num_sequences + 1)
     return (batch.sequence_ids[..., None] == ids) & batch.loss_mask[..., None]
 
@@ -192,27 +256,38 @@ def _num_sequences(members: Bool[Array, "B T G"]) -> Float[Array, ""]:
     return jnp.sum(members.any(axis=1)).astype(jnp.float32)
 
 
-def _token_mean(values: Float[Array, "B T"], members: Bool[Array, "B T G"]) -> LossSum:
-    """Returns the sum over trained tokens, and how many they are."""
+def _token_sum(values: Float[Array, "B T"], members: Bool[Array, "B T G"]) -> LossSum:
+    """Returns the sum over trained tokens, and their number."""
     mask = members.any(axis=-1)
     return jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask).astype(jnp.float32)
 
 
-def _sequence_mean(values: Float[Array, "B T"], members: Bool[Array, "B T G"]) -> LossSum:
-    """Returns the sum of the completions' means over trained tokens, and how many they are."""
-    return _token_mean(_over_length(values, members), members)[0], _num_sequences(members)
+def _sequence_mean_sum(values: Float[Array, "B T"], members: Bool[Array, "B T G"]) -> LossSum:
+    """Returns the sum of the completions' means over trained tokens, and their number."""
+    return _token_sum(_over_length(values, members), members)[0], _num_sequences(members)
 
 
 def _add_up(
     terms: Float[Array, "B T"], members: Bool[Array, "B T G"], options: PolicyOptions
 ) -> LossSum:
-    """Returns the sum and the weight that the loss type asks for; see `policy_loss`."""
+    """Returns the loss sum and the weight of the loss type; see `policy_loss`."""
     if options.loss_type in ("grpo", "gspo"):
-        return _sequence_mean(terms, members)
-    total, num_tokens = _token_mean(terms, members)
+        return _sequence_mean_sum(terms, members)
+    total, num_tokens = _token_sum(terms, members)
     if options.loss_type == "dr_grpo":
         return total, _num_sequences(members) * options.max_new_tokens
     return total, num_tokens
+
+
+def _distances(
+    logprobs: Float[Array, "B T"], batch: PolicyBatch, members: Bool[Array, "B T G"]
+) -> dict[str, LossSum]:
+    """Returns the policy's distances to what sampled and to the reference; see `policy_loss`."""
+    old = jax.lax.stop_gradient(logprobs if batch.old_logprobs is None else batch.old_logprobs)
+    found = {"rollout/mismatch_kl": _token_sum(_k3(old - batch.rollout_logprobs), members)}
+    if batch.ref_logprobs is not None:
+        found["policy/kl"] = _token_sum(_k3(batch.ref_logprobs - logprobs), members)
+    return found
 
 
 def _policy_terms(
@@ -234,10 +309,11 @@ def _policy_terms(
         terms = -bound * advantages * logprobs
     else:
         clipped = bound * advantages < ratio * advantages
-        # Two selections: the exponential that is not used may overflow, and 0 * inf is NaN.
+        # Selections before and after the exponential: unused entries may overflow, and the gradient
+        # through an overflow is 0 * inf = NaN.
         free = jnp.exp(jnp.where(clipped, 0.0, log_ratio))
         terms = -jnp.where(clipped, bound, free) * advantages
-    mean = _sequence_mean if per_sequence else _token_mean
+    mean = _sequence_mean_sum if per_sequence else _token_sum
     return terms, {
         "policy/ratio_mean": mean(ratio, members),
         "policy/clip_frac": mean(clipped.astype(jnp.float32), members),
@@ -250,12 +326,12 @@ def _importance_weights(
     """Returns the tokens' importance weights, cut at the cap, and metrics of them.
 
     Args:
-        log_weights: the trainer's less the engine's log-probabilities, constant for the gradient.
-        members: which trained token belongs to which completion.
+        log_weights: the trainer's less the engine's log-probabilities, without gradient.
+        members: the completion of each trained token, from `_members`.
         options: the level and the cap.
     """
     per_sequence = options.importance_sampling == "sequence"
-    mean = _sequence_mean if per_sequence else _token_mean
+    mean = _sequence_mean_sum if per_sequence else _token_sum
     raw = jnp.exp(_sequence_sum(log_weights, members) if per_sequence else log_weights)
     weights = jnp.minimum(raw, options.importance_sampling_cap)
     capped = (raw > options.importance_sampling_cap).astype(jnp.float32)

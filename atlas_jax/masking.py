@@ -1,8 +1,8 @@
-"""Secrets in texts that people read: configs, logs, errors and records of failures.
+"""Masking of secrets in texts that people read: configs, logs, errors and records of failures.
 
-A secret is recognised by where it stands: the password of a URL, a parameter or a keyword whose
-name says that its value is secret, an authorization header, or a token of a known form. Too much
-may be hidden, never too little.
+A secret is recognised by its context: the password of a URL, a parameter or a keyword whose name
+indicates a secret, an authorization header, or a token of a known form. Masking too much is
+accepted, masking too little is not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from absl import logging
 
 HIDDEN = "***"
-"""What stands in the place of a secret."""
+"""Replacement for a secret."""
 
 _SECRET = (
     r"(?:passw(?:or)?d|passphrase|pwd|secret|token|credentials?"
@@ -24,14 +24,14 @@ _SECRET = (
 _NAME = re.compile(rf".*{_SECRET}", re.IGNORECASE | re.DOTALL)
 _PARAMETER_NAME = re.compile(rf"key|sig|signature|auth|authorization|.*{_SECRET}", re.IGNORECASE)
 _PARAMETER = re.compile(r"[?&;](?P<name>[^=&;?\s]+)=(?P<secret>[^&\s]*)")
-# What libpq takes as one value, and more: quotes, and backslashes that escape a character.
+# A superset of libpq's values: quotes, and backslashes that escape a character.
 _VALUE = r"""(?:'(?:\\.|[^'\\])*'?|"(?:\\.|[^"\\])*"?|\\.|[^\s'"\\])*"""
-_MOST = "{0,1000}"  # characters of a part of a URL, so that no text takes long
+_MOST = "{0,1000}"  # characters of a part of a URL; bounded, so that matching takes linear time
 _PATTERNS = tuple(
     re.compile(pattern, re.IGNORECASE | re.DOTALL)
     for pattern in (
-        # The password may hold what should have been encoded, so it ends at the last "@"; in a
-        # list of URLs it ends before the next one.
+        # The password may hold characters that should have been encoded, so it ends at the last
+        # "@"; in a list of URLs it ends before the next one.
         rf"\w://[^\s/:]{_MOST}:(?P<secret>(?:(?!,[\w+.-]{_MOST}://)\S){_MOST})(?=@)",
         rf"postgres(?:ql)?(?:\+\w+)?://[^:\n]{_MOST}:(?P<secret>[^\n]{_MOST})(?=@)",
         rf"https?://(?P<secret>[^\s/?#]{_MOST})(?=@)",  # a user without a password may be a token
@@ -50,7 +50,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def hide(text: str) -> str:
-    """Returns the text with `***` in the place of every secret."""
+    """Returns the text with every secret replaced by `***`."""
     parts: list[str] = []
     end = 0
     for first, last in _merged(sorted(_spans(text))):
@@ -60,13 +60,13 @@ def hide(text: str) -> str:
 
 
 def mask_logs() -> None:
-    """Hides secrets in everything that is logged from here on; a second call changes nothing."""
+    """Installs the masking of all log lines; a second call changes nothing."""
     logging.get_absl_logger().addFilter(_FILTER)
     logging.get_absl_handler().addFilter(_FILTER)
 
 
 def _spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yields where secrets stand; they may overlap."""
+    """Yields the spans of secrets, which may overlap."""
     for pattern in _PATTERNS:
         for match in pattern.finditer(text):
             if match["secret"]:
@@ -79,7 +79,7 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _merged(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yields the union of sorted spans, so that no end of a secret is left beside another one."""
+    """Yields the union of sorted spans; replacing overlapping ones singly would leave fragments."""
     current: tuple[int, int] | None = None
     for first, last in spans:
         if current is None or first > current[1]:

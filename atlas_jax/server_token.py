@@ -1,6 +1,6 @@
-"""The token of a run's vLLM servers, in a file that only its owner can read.
+"""Token of a run's vLLM servers, in a file that only its owner can read.
 
-Servers take VLLM_API_KEY where it is set, else this file; so does whoever asks them. All servers
+Servers and their clients take VLLM_API_KEY if it is set, else the token in this file. All servers
 of a run share one file, which the first of them makes.
 """
 
@@ -19,7 +19,7 @@ NAME = "server_token"
 _LOOKS = 20
 _LOOK_SECS = 0.1
 _BYTES = 32
-_MOST = 4096  # characters that are read of a file, which may be a wrong one
+_MOST = 4096  # characters that are read, since the path may name a wrong file
 
 
 def read(path: str | os.PathLike[str]) -> str:
@@ -27,7 +27,7 @@ def read(path: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if others can read it, or if it holds no token.
+        ValueError: if other users can read it, or it holds no token.
     """
     with open(path, encoding="utf-8", errors="replace") as file:
         status = os.fstat(file.fileno())
@@ -43,12 +43,12 @@ def read(path: str | os.PathLike[str]) -> str:
 
 
 def read_or_make(path: str | os.PathLike[str]) -> str:
-    """Returns the token in a file, which is made with a random one where it does not exist.
+    """Returns the token in a file; a missing file is made, with a random token.
 
-    Of several processes that make it at once, one does, and all return its token.
+    If several processes make it at once, all return the token of the one that succeeds.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: if other users can read the file, or it holds no token.
         OSError: if the file cannot be written.
     """
     target = pathlib.Path(path)
@@ -67,7 +67,7 @@ def read_or_make(path: str | os.PathLike[str]) -> str:
 
 
 def _read_whole(target: pathlib.Path) -> str:
-    """Returns the token in a file that another process may be about to write."""
+    """Returns the token in a file, after waiting for a process that may be writing it."""
     for _ in range(_LOOKS):
         if target.stat().st_size:
             break
@@ -76,9 +76,9 @@ def _read_whole(target: pathlib.Path) -> str:
 
 
 def _publish(partial: str, target: pathlib.Path, token: str) -> None:
-    """Makes `target`, unless another process has done so."""
+    """Makes `target` unless another process has made it."""
     try:
-        os.link(partial, target)  # appears whole, and replaces nothing
+        os.link(partial, target)  # atomic, and fails if `target` exists
     except FileExistsError:
         return
     except OSError:  # a file system without hard links

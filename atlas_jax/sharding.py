@@ -1,8 +1,8 @@
-"""The device mesh, and which array dim lies on which mesh axis.
+"""The device mesh, and the mesh axis of each array dim.
 
-Models name the dims of their parameters (`embed`, `heads`, `mlp`, `vocab` …); the one table below
-says where each goes. All arrays are global; computation follows by GSPMD, but for the few places
-that use `jax.shard_map` (`logprobs`, attention kernels).
+Models name the dims of their parameters (`embed`, `heads`, `mlp`, `vocab` …), and one table below
+maps the names to mesh axes. All arrays are global. GSPMD partitions the computation, except in the
+functions that use `jax.shard_map` (`logprobs`, attention kernels).
 """
 
 from __future__ import annotations
@@ -20,38 +20,37 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.config import MeshConfig
-from atlas_jax.validation import mesh_shape
 
 T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-"""Rows of a batch are split over both: fsdp is data parallelism with split parameters."""
+"""Mesh axes of a batch's rows; `fsdp` is data parallelism with split parameters."""
 
 _TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 _FSDP_DIM = "embed"
 
 Dims = tuple[str | None, ...]
-"""What each dim of one parameter is; None is never split."""
+"""Names of the dims of one parameter; a dim named None is never split."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the `data x fsdp x tensor` mesh over `devices`, by default all of them.
 
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices, or if `tensor` does not
+        ValueError: if the product of the sizes is not the number of devices, or `tensor` does not
             fit in one process.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
+    shape = config.shape(len(devices))
     return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Returns the devices as the network between them suggests, `tensor` inside one process.
+    """Returns the devices arranged by the network between them, with `tensor` in one process.
 
-    Over the slow network, between slices of TPUs or where `tensor` would else leave its process,
-    goes `data` first, then `fsdp`.
+    The slow network, between TPU slices or between processes, is given to `data` first and then to
+    `fsdp`.
     """
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
@@ -85,63 +84,63 @@ def _tensor_is_local(grid: np.ndarray) -> bool:
 
 
 def platform(mesh: Mesh | AbstractMesh) -> str:
-    """Returns `cpu`, `gpu` or `tpu`: what the devices of `mesh` are, present or compiled for."""
+    """Returns the kind of the devices of `mesh`: `cpu`, `gpu` or `tpu`; they may be abstract."""
     return mesh.abstract_mesh.abstract_device.platform
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """Where arrays live on `mesh`, for one of the modes of `TrainConfig.sharding`."""
+    """Placement of arrays on `mesh`, in one of the modes of `TrainConfig.sharding`."""
 
     mesh: Mesh | AbstractMesh
     mode: str = "fsdp"
     offload: str = "none"
-    """What rests in host memory, as `TrainConfig.offload` says."""
+    """State that stays in host memory between its uses, as in `TrainConfig.offload`."""
 
     @property
     def num_replicas(self) -> int:
-        """Parts that the rows of a batch are split in."""
+        """Number of parts into which the rows of a batch are split."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     @property
     def local_replicas(self) -> int:
-        """Parts of them that lie on this process's devices."""
+        """Number of those parts that are on this process's devices."""
         return self.num_replicas // jax.process_count()
 
     def params(self, dims: Dims) -> NamedSharding:
-        """Returns where a parameter rests between steps."""
+        """Returns the placement of a parameter between steps."""
         sharding = self._named(dims, split=self.mode == "fsdp")
         return self.in_host(sharding) if self.params_in_host(dims) else sharding
 
     def params_in_host(self, dims: Dims) -> bool:
-        """Whether a parameter rests in host memory: those of scanned layers under `params`."""
+        """Returns whether a parameter stays in host memory, as those of layers may (`offload`)."""
         return "params" in self.offload and len(dims) > 1 and dims[0] is None
 
     def optimizer(self, dims: Dims, memory: bool = True) -> NamedSharding:
-        """Returns where a moment of a parameter rests, and its gradient is accumulated.
+        """Returns the placement of a parameter's moments and of its accumulated gradient.
 
         Args:
-            dims: of the parameter.
-            memory: whether to apply `offload`; false gives the place on the device.
+            dims: the dims of the parameter.
+            memory: whether to apply `offload`; false gives the placement on the device.
         """
         sharding = self._named(dims, split=self.mode != "replicated")
         return self.in_host(sharding) if memory and "optimizer" in self.offload else sharding
 
     def in_host(self, sharding: NamedSharding) -> NamedSharding:
-        """Returns `sharding` in host memory that devices can reach."""
+        """Returns `sharding` in pinned host memory."""
         return sharding.with_memory_kind("pinned_host")
 
     def gathered(self, dims: Dims) -> NamedSharding:
-        """Returns where a parameter is while its layer computes: whole but for `tensor`."""
+        """Returns the placement of a parameter while its layer runs, split over `tensor` only."""
         return self._named(dims, split=False)
 
     def rows(self, *leading: None) -> NamedSharding:
-        """Returns the sharding of arrays whose dim behind `leading` counts batch rows."""
+        """Returns the sharding of arrays whose first dim after `leading` counts batch rows."""
         return NamedSharding(self.mesh, PartitionSpec(*leading, BATCH_AXES))
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of an array that every device holds whole."""
+        """The placement of an array that every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def _named(self, dims: Dims, split: bool) -> NamedSharding:
@@ -152,14 +151,14 @@ class Sharding:
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def local_shape(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
-        """Returns the shape that a gathered parameter has on one device."""
+        """Returns the shape of a gathered parameter on one device."""
         return self.gathered(dims).shard_shape(shape)
 
     def check(self, name: str, shape: tuple[int, ...], dims: Dims) -> None:
         """Checks that a parameter divides over the mesh.
 
         Raises:
-            ValueError: names the parameter, its shape and the axis.
+            ValueError: if it does not; the message names the parameter, its shape and the axis.
         """
         for size, axis in zip(shape, self._named(dims, split=True).spec, strict=True):
             if axis is not None and size % self.mesh.shape[axis]:
@@ -170,10 +169,10 @@ class Sharding:
 
 
 def gather(sharding: Sharding, tree: Any, dims: Any, dtype: jnp.dtype) -> Any:
-    """Returns parameters cast to `dtype`, then gathered over `fsdp`; gradients go back split.
+    """Returns parameters cast to `dtype`, then gathered over `fsdp`; their gradients are split.
 
-    The cast comes first, so that half-precision bytes travel. Without the explicit constraint in
-    both directions GSPMD is free to gather all layers at once, or to leave gradients whole.
+    The cast comes first, so the gather moves half-precision bytes. Without explicit constraints in
+    both directions, GSPMD could gather all layers at once, or keep gradients whole.
     """
 
     def one(param: jax.Array, axes: Dims) -> jax.Array:
@@ -183,17 +182,17 @@ def gather(sharding: Sharding, tree: Any, dims: Any, dtype: jnp.dtype) -> Any:
 
 
 def in_host(x: jax.Array) -> bool:
-    """Whether an array that is being traced is in host memory."""
+    """Returns whether an array that is being traced is in host memory."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def fetch(x: jax.Array) -> jax.Array:
-    """Returns an array that is being traced in device memory."""
+    """Returns an array, which is being traced, moved to device memory."""
     return jax.device_put(x, jax.memory.Space.Device) if in_host(x) else x
 
 
 def put_back(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns `new` in the memory of `old`; both are being traced."""
+    """Returns `new` moved to the memory kind of `old`; both are being traced."""
     return jax.device_put(new, jax.memory.Space.Host) if in_host(old) else new
 
 
@@ -223,7 +222,7 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def all_gather(param: jax.Array, spec: PartitionSpec, dtype: jnp.dtype) -> jax.Array:
-    """Inside `shard_map`: returns this device's part of a parameter, whole but for `tensor`."""
+    """Returns a parameter gathered over all axes but `tensor`, in `shard_map`."""
     param = param.astype(dtype)
     if "fsdp" not in spec or jax.lax.axis_size("fsdp") == 1:
         return param  # gathering from one device would copy
@@ -231,7 +230,7 @@ def all_gather(param: jax.Array, spec: PartitionSpec, dtype: jnp.dtype) -> jax.A
 
 
 def sum_over_rows(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """Inside `shard_map`: sums what each device found for its rows; the sum is split as `spec`."""
+    """Returns the sum of the devices' gradients for their rows, split as `spec`, in `shard_map`."""
     if "fsdp" in spec:
         dim = spec.index("fsdp")
         gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
@@ -241,9 +240,9 @@ def sum_over_rows(gradient: jax.Array, spec: PartitionSpec) -> jax.Array:
 
 
 def to_global(batch: T, sharding: Sharding, microbatches: int) -> T:
-    """Returns this process's rows `[B, T]` as part of the global `[microbatches, B, T]` arrays.
+    """Returns global `[microbatches, B, T]` arrays, of which this process has the rows `[B, T]`.
 
-    Neighbouring rows lie on one device, so that microbatches do not depend on the processes.
+    Neighbouring rows are on one device, so a microbatch does not depend on the number of processes.
     """
 
     def place(rows: np.ndarray) -> jax.Array:
@@ -255,7 +254,7 @@ def to_global(batch: T, sharding: Sharding, microbatches: int) -> T:
 
 
 def place_rows(rows: np.ndarray, sharding: Sharding) -> jax.Array:
-    """Returns this process's rows `[B, ...]` as part of the global array."""
+    """Returns the global array of which this process has the rows `[B, ...]`."""
     return jax.make_array_from_process_local_data(sharding.rows(), rows)
 
 

@@ -15,11 +15,11 @@ from atlas_jax.sharding import Sharding, fetch
 from atlas_jax.types import Array, Metrics, Params
 
 LossFn = Callable[[Params, Any], tuple[LossSum, Metrics]]
-"""`(params, one microbatch) -> ((sum, weight), metrics)`"""
+"""A loss: `(params, one microbatch) -> ((sum, weight), metrics)`."""
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and what a checkpoint holds of the devices."""
+    """The arrays that a step changes and a checkpoint stores."""
 
     step: Array  # [] int32, completed updates
     params: Params
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation, its schedule, and where its state rests."""
+    """An optax transformation, its schedule, and the placement of its state."""
 
     transform: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
@@ -42,7 +42,7 @@ def place_optimizer(
     dims: Params,
     sharding: Sharding,
 ) -> Optimizer:
-    """Returns the optimizer with a place on the mesh for each array of its state."""
+    """Returns the optimizer with a placement on the mesh for each array of its state."""
     state = jax.eval_shape(transform.init, shapes)
     places = jax.tree.map(lambda _, d: sharding.optimizer(d), shapes, dims)
     placement = optax.tree_map_params(
@@ -52,17 +52,22 @@ def place_optimizer(
         places,
         transform_non_params=lambda _: sharding.replicated,
     )
-    return Optimizer(optax.with_extra_args_support(transform), learning_rate, state, placement)
+    return Optimizer(
+        transform=optax.with_extra_args_support(transform),
+        learning_rate=learning_rate,
+        shapes=state,
+        placement=placement,
+    )
 
 
 def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> TrainState:
-    """Returns the state of step 0 around `params`, the optimizer's moments created in place."""
+    """Returns the state of step 0 with `params`; optimizer moments are created on the mesh."""
     opt_state = jax.jit(optimizer.transform.init, out_shardings=optimizer.placement)(params)
     return TrainState(jax.device_put(jnp.int32(0), sharding.replicated), params, opt_state)
 
 
 def abstract(shapes: Any, placements: Any) -> Any:
-    """Returns shapes with their places, a tree to restore a checkpoint into."""
+    """Returns abstract arrays of these shapes and placements, to restore a checkpoint into."""
     return jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placements
     )
@@ -71,7 +76,7 @@ def abstract(shapes: Any, placements: Any) -> Any:
 def abstract_state(
     shapes: Params, placements: Params, optimizer: Optimizer, sharding: Sharding
 ) -> TrainState:
-    """Returns the shapes, dtypes and places of a `TrainState`."""
+    """Returns the shapes, dtypes and placements of a `TrainState`."""
     everywhere = sharding.replicated
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
@@ -88,30 +93,21 @@ def make_train_step(
     num_updates: int = 1,
     seed: int = 0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Returns the compiled `(state, batch) -> (state, metrics)`; it consumes the state.
+    """Returns the compiled `(state, batch) -> (state, metrics)`, which consumes the state.
 
     The batch is `[microbatches, B, T]` (`sharding.to_global`). Gradients of the microbatches' loss
-    sums are added up in float32, split as the optimizer state is, and divided once by the sum of
-    the weights.
+    sums are accumulated in float32, sharded as the optimizer state is, and divided once by the sum
+    of the weights.
 
     Args:
         loss_fn: the loss sum of one microbatch, its weight, and metrics.
         optimizer: from `place_optimizer`.
-        dims: of the parameters.
-        sharding: where everything lives.
-        num_updates: updates on each batch; metrics are summed over them.
-        seed: root of the random numbers that round bfloat16 parameters; those of an update follow
-            from the seed and the update's number, so that a resumed run draws the same.
+        dims: names of the parameters' dims.
+        sharding: placement of all arrays.
+        num_updates: number of updates on each batch, over which metrics are summed.
+        seed: seed of the random numbers that round bfloat16 parameters. The numbers of an update
+            depend on the seed and the update's index only, so a resumed run draws the same.
     """
-
-    def split(grads: Params) -> Params:
-        return jax.tree.map(
-            lambda g, d: jax.lax.with_sharding_constraint(
-                fetch(g).astype(jnp.float32), sharding.optimizer(d, memory=False)
-            ),
-            grads,
-            dims,
-        )
 
     def microbatch(params: Params, batch: Any) -> tuple[Params, Metrics]:
         def loss(params: Params) -> tuple[jax.Array, Metrics]:
@@ -119,12 +115,16 @@ def make_train_step(
             return total, metrics | {"loss/total": (total, weight)}
 
         grads, metrics = jax.grad(loss, has_aux=True)(params)
-        return split(grads), metrics
+        return _scatter(grads, dims, sharding), metrics
 
     def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = _accumulate(microbatch, state.params, batch)
+        # The weight is global: it is summed over devices by GSPMD and over microbatches by
+        # `_accumulate`. A batch without trained tokens has gradients of 0, not 0 / 0.
         weight = jnp.maximum(metrics["loss/total"][1], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
+        # The norm is taken before any parameter changes, because `offload.by_leaf` sees one
+        # parameter at a time.
         norm = optax.tree.norm(grads)
         count = state.step * num_updates + number
         key = jax.random.fold_in(jax.random.key(seed), count)
@@ -138,6 +138,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = update(state, batch, 0)
+        # Scanned, so that compile time does not grow with the number of updates.
         if num_updates > 1:
             state, more = jax.lax.scan(
                 lambda state, number: update(state, batch, number),
@@ -147,14 +148,29 @@ def make_train_step(
             metrics = jax.tree.map(lambda first, rest: first + rest.sum(), metrics, more)
         return state._replace(step=state.step + 1), metrics
 
-    places = TrainState(
+    placements = TrainState(
         sharding.replicated,
         jax.tree.map(lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)),
         optimizer.placement,
     )
+    # The state is donated: parameters and moments are updated in their own buffers. Without equal
+    # shardings of input and output XLA could not reuse them.
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(places, None), out_shardings=(places, None)
+        step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
     )
+
+
+def _scatter(grads: Params, dims: Params, sharding: Sharding) -> Params:
+    """Returns the gradients in float32, reduce-scattered as the optimizer state is split.
+
+    This is done in every microbatch, so that no device holds the whole accumulator.
+    """
+
+    def scatter(gradient: jax.Array, names: Any) -> jax.Array:
+        placement = sharding.optimizer(names, memory=False)
+        return jax.lax.with_sharding_constraint(fetch(gradient).astype(jnp.float32), placement)
+
+    return jax.tree.map(scatter, grads, dims)
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
@@ -175,7 +191,7 @@ def _accumulate(
 ) -> tuple[Params, Metrics]:
     """Returns the sums of gradients and metrics over the leading dim of `batch`, in float32."""
     first = jax.tree.map(lambda x: x[0], batch)
-    if batch.tokens.shape[0] == 1:
+    if batch.tokens.shape[0] == 1:  # no accumulator, which would take memory
         return microbatch(params, first)
 
     def add(sums: Any, batch: Any) -> tuple[Any, None]:

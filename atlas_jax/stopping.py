@@ -1,13 +1,13 @@
-"""Requests to stop a run: the signals that make them, and the checks of everything that waits.
+"""Requests to stop a run: the signals that make them, and checks for them.
 
-SIGTERM, SIGINT, SIGHUP and SIGUSR1 (which schedulers send before the time is over) ask a run to
-stop; so does another process of the run. The batch that is being made is given up, a step that the
-devices compute is finished, and the state is saved. Whatever may take longer than a second looks
-for the request: `check` between two pieces of work, `sleep` in place of `time.sleep`, `result`
-while another thread works.
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 (which schedulers send before a time limit) ask a run to stop;
+so does another process of the run. A batch in preparation is given up, a step that the devices
+compute is finished, and the state is saved. Code that may take longer than a second checks for a
+request: with `check` between two pieces of work, with `sleep` instead of `time.sleep`, and with
+`result` while another thread works.
 
 Python runs signal handlers between two instructions of the main thread, which may compile or wait
-for minutes. So a thread of its own reads the signals from a pipe and answers them at once.
+for minutes. A separate thread therefore reads the signals from a pipe and answers them at once.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ from absl import logging
 T = TypeVar("T")
 
 EXIT_CODE = 75
-"""Of a run that was stopped before its end: EX_TEMPFAIL of sysexits.h, try the same again."""
+"""Exit code of a run that was stopped before its end: EX_TEMPFAIL of sysexits.h, try again."""
 
 GRACE_SECS = 30.0
-"""Time that everything but the save has to end, after the save."""
+"""Seconds that everything else has to end after the state was saved."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _LOOK_SECS = 0.5  # longest time from a request to stop until a wait ends
-_TWICE_SECS = 1.0  # a signal that comes sooner after another one is the same wish
+_TWICE_SECS = 1.0  # a second signal within this time belongs to the first
 
 
 class StopRequestedError(Exception):
-    """The run is to stop; what was being made is given up."""
+    """Raised in code that gives up its work because the run was asked to stop."""
 
 
 class _Process:
-    """What this process does about signals; signals belong to a process, so there is one."""
+    """Signal state of this process. There is one instance, because signals go to a process."""
 
     def __init__(self) -> None:
         self.requested = threading.Event()
         self.reason = ""
         self.requested_at = 0.0
-        self.trains = False  # there is a state to save
+        self.trains = False  # whether there is a state to save
         self.saving = False
-        self.owned = False  # the process is this program's own, to be ended by it
+        self.owned = False  # whether the process runs only this program, which may then end it
 
     def request(self, reason: str) -> None:
         if not self.requested.is_set():
-            self.reason, self.requested_at = reason, time.monotonic()
+            self.reason = reason
+            self.requested_at = time.monotonic()
             self.requested.set()
 
 
@@ -65,18 +66,18 @@ def request(reason: str) -> None:
     """Asks the run to stop.
 
     Args:
-        reason: who asked, such as "SIGTERM"; the first one is kept.
+        reason: the origin of the request, such as "SIGTERM"; the first one is kept.
     """
     _process.request(reason)
 
 
 def reason() -> str:
-    """Returns who asked the run to stop; empty if nobody did."""
+    """Returns the origin of the request to stop; empty without a request."""
     return _process.reason
 
 
 def requested() -> bool:
-    """Returns whether somebody asked the run to stop."""
+    """Returns whether the run was asked to stop."""
     return _process.requested.is_set()
 
 
@@ -87,22 +88,22 @@ def reset() -> None:
 
 
 def check() -> None:
-    """Raises `StopRequestedError` if the run is to stop."""
+    """Raises `StopRequestedError` if the run was asked to stop."""
     if _process.requested.is_set():
         raise StopRequestedError(_process.reason)
 
 
 def sleep(secs: float) -> None:
-    """Waits for so many seconds; raises `StopRequestedError` as soon as the run is to stop."""
+    """Waits `secs` seconds; raises `StopRequestedError` as soon as the run is asked to stop."""
     _process.requested.wait(secs)
     check()
 
 
 def result(future: concurrent.futures.Future[T]) -> T:
-    """Returns the result of a future, or cancels it as soon as the run is to stop.
+    """Returns the result of a future, or cancels it as soon as the run is asked to stop.
 
     Raises:
-        StopRequestedError: if the run is to stop before the result is there.
+        StopRequestedError: if the run is asked to stop before the future is done.
     """
     while True:
         done, _ = concurrent.futures.wait([future], timeout=_LOOK_SECS)
@@ -114,9 +115,9 @@ def result(future: concurrent.futures.Future[T]) -> T:
 
 
 def listen() -> None:
-    """Answers signals from now on, in a process that only runs this program.
+    """Starts to answer signals, in a process that only runs this program.
 
-    Until `training` there is nothing to save, and a signal ends the process.
+    Before `training` nothing has to be saved, and a signal ends the process.
     """
     _process.owned = True
     _Listener().start()
@@ -124,9 +125,10 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """Lets signals ask the run to stop, instead of ending the process.
+    """Makes signals ask the run to stop, instead of ending the process.
 
-    A request outlives it, so that what is still working gives up too; the next run forgets it.
+    A request outlives the block, so that threads which are still working give up too. The next run
+    resets it.
     """
     reset()
     listener = None
@@ -144,7 +146,7 @@ def training() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Lets no signal cut the save short; the run stops after it."""
+    """Keeps signals from interrupting the save; the run stops after it."""
     _process.saving = True
     try:
         yield
@@ -153,9 +155,9 @@ def saving() -> Iterator[None]:
 
 
 def end_soon(code: int) -> None:
-    """Ends the process with `code` after `GRACE_SECS`, whatever still hangs then.
+    """Ends the process with `code` after `GRACE_SECS`, even if threads still hang then.
 
-    A process that is not this program's own, such as a notebook, goes on.
+    A process that does not belong to this program, such as a notebook, is left running.
     """
     if not _process.owned:
         return
@@ -180,15 +182,15 @@ class _Listener:
         self._thread = threading.Thread(target=self._run, daemon=True, name="signals")
 
     def start(self) -> None:
-        """Takes the signals over; those that the caller ignores (nohup) stay ignored."""
-        # The thread comes first: a signal that had a handler and no pipe yet would be lost.
+        """Takes the signals over; a signal that the caller ignores (nohup) stays ignored."""
+        # The thread comes first: a signal with a handler but no pipe yet would be lost.
         self._last_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread.start()
         for number in _SIGNALS:
             before = signal.getsignal(number)
             if number != signal.SIGHUP or before != signal.SIG_IGN:
                 self._handlers[number] = before
-                # The handler itself does nothing, but the pipe gets signals that have one only.
+                # The handler does nothing, but Python writes only handled signals to the pipe.
                 signal.signal(number, lambda *_: None)
 
     def stop(self) -> None:
@@ -208,7 +210,7 @@ class _Listener:
 
 
 def _answer(number: signal.Signals) -> None:
-    """Does what a signal asks for, and says so."""
+    """Carries out a signal's request, and logs it."""
     if _process.saving:
         _process.request(number.name)
         _say(f"{number.name}: stops when the state is saved; SIGKILL would lose it")
@@ -231,7 +233,7 @@ def _answer(number: signal.Signals) -> None:
 
 
 def _say(line: str) -> None:
-    """Logs a line; standard error may be closed or its reader gone."""
+    """Logs a line, even if standard error is closed or has no reader any more."""
     with contextlib.suppress(OSError, ValueError):
         logging.warning("%s", line)
 

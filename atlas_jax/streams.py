@@ -1,8 +1,8 @@
-"""Standard output and error whose reader may go away.
+"""Standard output and error that survive the end of their reader.
 
-Ctrl-C in `launch.sh … | tee log` ends `tee` together with its signal to the run, and closing a
-terminal takes it from under the run. The next line that is written must not end the run, which is
-about to save its state.
+Ctrl-C in `launch.sh … | tee log` ends `tee` while it signals the run, and closing a terminal
+removes the run's output. The next line that is written must not end the run, which is about to
+save its state.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 
 def survive() -> None:
-    """Lets this process go on where nobody reads its standard output or error any more."""
+    """Makes this process survive the end of the readers of its standard output and error."""
     sys.stdout = _Surviving(sys.stdout)
     sys.stderr = _Surviving(sys.stderr)
 
 
 class _Surviving:
-    """A text stream that leads to the null device once its reader is gone."""
+    """A text stream that switches to the null device when its reader has ended."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -36,7 +36,7 @@ class _Surviving:
             return len(text)
 
     def flush(self) -> None:
-        """Writes what is buffered."""
+        """Flushes the buffer."""
         try:
             self._stream.flush()
         except OSError:

@@ -1,7 +1,7 @@
-"""How fast one endpoint is asked: requests at one time, requests in a minute, and pauses.
+"""Limits on the requests to one endpoint: requests in flight, requests a minute, and pauses.
 
-One `Throttle` stands for one address. Everything that asks there shares it, over batches, threads
-and event loops, so that what one request learns holds for all of them.
+One `Throttle` belongs to one address. All requests to it share the throttle, over batches, threads
+and event loops, so all of them learn from one refusal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 
 
 class Pace:
-    """Lets a number of units pass in a minute, a second's worth of them at once."""
+    """A limit on units a minute, with bursts of up to one second's worth."""
 
     def __init__(self, per_minute: float) -> None:
         """Makes a pace; 0 is no limit."""
@@ -24,59 +24,60 @@ class Pace:
         self._free_at = 0.0
 
     async def wait(self, units: float = 1.0) -> None:
-        """Returns when the units before these have passed."""
+        """Waits until the rate allows these units."""
         start = max(self._free_at, time.monotonic() - 1.0)
         self._free_at = start + units * self._secs_per_unit
         await asyncio.sleep(max(0.0, start - time.monotonic()))
 
     def correct(self, units: float) -> None:
-        """Counts units that were more, or with a minus fewer, than `wait` was told."""
+        """Adds units beyond those announced to `wait`; a negative number gives units back."""
         self._free_at += units * self._secs_per_unit
 
 
-_NEAR = 0.9  # share of what was refused up to which it is taken up again at once
-_PLATEAU = 0.97  # share of the rate that was refused, at which the rate stays for some time
-_START = 0.93  # and at which it begins, at most
-_PERIOD_SECS = 20.0  # until it is there, at least
-_PERIOD_HOLDS = 30.0  # and in pauses, so that these cost little
+_NEAR = 0.9  # fraction of the refused limit up to which places grow fast again
+_PLATEAU = 0.97  # fraction of the refused rate at which the rate stays for some time
+_START = 0.93  # largest fraction of the refused rate at which it begins
+_PERIOD_SECS = 20.0  # shortest time until the rate reaches the plateau
+_PERIOD_HOLDS = 30.0  # the same in lengths of a pause, so that pauses cost little
 
 
 class _Rate:
-    """Requests a second that an endpoint takes, unlimited until it has refused some twice.
+    """Estimated rate of requests that an endpoint accepts, unlimited until its second refusal.
 
-    An endpoint may ask for a longer pause than its limit needs, so that who only keeps the pauses
-    stays below the limit; who asks evenly is seldom refused. The limit lies between what was
-    accepted since the refusal before and what was asked when it refused.
+    An endpoint may ask for longer pauses than its limit needs, and a client that only keeps these
+    pauses stays below the limit. Evenly spaced requests are seldom refused. The limit lies between
+    the rate accepted since the previous refusal and the rate sent at this one.
 
-    Reference: the growth is that of CUBIC (RFC 9438), of a rate in the place of a window.
+    Reference: the growth is that of CUBIC (RFC 9438), applied to a rate instead of a window.
     """
 
     def __init__(self) -> None:
-        self._start = math.inf  # behind the last pause, requests a second
-        self._refused = math.inf  # the plateau; infinite where no such rate has been refused
+        self._start = math.inf  # requests a second after the last pause
+        self._refused = math.inf  # refused rate, the plateau; infinite before a refusal
         self._period = _PERIOD_SECS
         self._refused_at = -math.inf
         self._num_accepted = 0
-        self._num_paced = 0  # requests that waited for their turn, so that the rate held them up
+        self._num_paced = 0  # requests that the rate delayed
         self.free_at = 0.0
-        """When the next request may be sent."""
+        """Time at which the next request may be sent."""
 
     def sent(self, now: float, *, is_paced: bool) -> None:
-        """Counts a request that is sent, and whether it had to wait for `free_at`."""
+        """Counts a sent request; `is_paced` if it had to wait for `free_at`."""
         self._num_paced += is_paced
         self.free_at = now + 1 / self._asked
 
     def accepted(self) -> None:
-        """Counts a request."""
+        """Counts an accepted request."""
         self._num_accepted += 1
 
     def idle(self, secs: float) -> None:
-        """Leaves out a time in which nothing was asked."""
+        """Excludes a time without requests from the rate."""
         self._refused_at += secs
 
     def refused(self, now: float, held_until: float) -> None:
-        """Asks slower, once for all requests that were refused together."""
-        asked, secs = self._asked, max(now - self._refused_at, 1e-3)
+        """Lowers the rate, once for all requests that were refused together."""
+        asked = self._asked
+        secs = max(now - self._refused_at, 1e-3)
         accepted = max(self._num_accepted, 1) / secs
         if asked < math.inf:
             self._refused = _PLATEAU * asked
@@ -90,19 +91,18 @@ class _Rate:
 
     @property
     def _asked(self) -> float:
-        """Requests a second that are sent now."""
-        if self._refused == math.inf:  # it has not been too fast yet
-            return self._start + math.log(2) * self._num_paced  # twice as fast in a second
+        """Current rate, in requests a second."""
+        if self._refused == math.inf:  # no paced rate has been refused yet
+            return self._start + math.log(2) * self._num_paced  # doubles in a second
         x = self._num_paced / (self._period * self._start) - 1
         return self._refused + (self._refused - self._start) * x**3 + self._refused * max(x, 0.0)
 
 
 class Throttle:
-    """Places for the requests in flight, fewer and with time between them where some are refused.
+    """Limit on the requests in flight and on their rate, lowered by refusals.
 
-    Reference: additive increase and multiplicative decrease (Chiu and Jain, 1989), as TCP sets the
-    size of its congestion window; the fast return to just below what was refused is of CUBIC
-    (RFC 9438).
+    Reference: additive increase and multiplicative decrease (Chiu and Jain, 1989), as for TCP's
+    congestion window. The fast return to just below the refused limit is that of CUBIC (RFC 9438).
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Throttle:
         """Makes a throttle.
 
         Args:
-            max_in_flight: most places that there are.
-            requests_per_minute: requests that begin in a minute; 0 is no limit.
-            tokens_per_minute: of prompts and replies, for `tokens`; 0 is no limit.
+            max_in_flight: the largest number of requests in flight.
+            requests_per_minute: the number of requests that may begin in a minute; 0 is no limit.
+            tokens_per_minute: the limit for `tokens`, prompts and replies; 0 is no limit.
         """
         self.tokens = Pace(tokens_per_minute)
-        """The tokens of a minute, which only who writes prompts and reads replies can count."""
+        """Limit on tokens a minute; the caller counts them, since only it knows the texts."""
         self._most = max_in_flight
         self._requests = Pace(requests_per_minute)
         self._lock = threading.Lock()
@@ -127,17 +127,17 @@ class Throttle:
         self._idle_since = 0.0
         self._held_until = 0.0
         self._rate = _Rate()
-        self._is_paced = False  # whether the next request waits for its turn alone
+        self._is_paced = False  # whether only the rate, not a pause, delays the next request
         self._waiting: collections.OrderedDict[asyncio.Future[None], None] = (
             collections.OrderedDict()
         )
         self._timer: tuple[asyncio.AbstractEventLoop, float] | None = None
         self.num_refusals = 0
-        """Times in a row that the limit was lowered, nothing having been accepted in between."""
+        """Number of times that the limit was lowered since a request was last accepted."""
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[float]:
-        """Holds a place for one request; yields the time at which it is sent."""
+        """Waits for a place for one request, and yields the time at which it is sent."""
         await self._requests.wait()
         turn = asyncio.get_running_loop().create_future()
         with self._lock:
@@ -158,13 +158,13 @@ class Throttle:
                 self._deal()
 
     def refused(self, sent: float, secs: float) -> None:
-        """Holds all requests, and halves the places that there are.
+        """Pauses all requests, and halves the limit on requests in flight.
 
-        Requests that were in flight together and are refused together halve them once.
+        Requests that were in flight together halve it only once.
 
         Args:
-            sent: when the refused request was sent, as `place` says.
-            secs: how long nothing is to be sent.
+            sent: the time at which the refused request was sent, from `place`.
+            secs: the seconds of the pause.
         """
         with self._lock:
             now = time.monotonic()
@@ -178,7 +178,7 @@ class Throttle:
                 self.num_refusals += 1
 
     def accepted(self) -> None:
-        """Lets the places grow: by one for as many accepted requests as there are places."""
+        """Raises the limit by one for each `limit` accepted requests, or faster far below it."""
         with self._lock:
             self.num_refusals = 0
             is_below = self._limit < _NEAR * self._refused_limit
@@ -188,7 +188,7 @@ class Throttle:
             self._deal()
 
     def _deal(self) -> None:
-        """Gives the places that are free by now to those who wait, each in its own event loop."""
+        """Gives free places to waiting requests, each in its own event loop."""
         while self._waiting and self._in_flight < int(self._limit):
             first = next(iter(self._waiting))
             if first.get_loop().is_closed():
@@ -208,7 +208,7 @@ class Throttle:
                 self._is_paced = False
 
     def _deal_at(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
-        """Deals at a later time, in an event loop in which somebody waits."""
+        """Schedules `_deal` for a later time, in the event loop of a waiting request."""
         if self._timer != (loop, at):
             self._timer = loop, at
             with contextlib.suppress(RuntimeError):  # it is being closed

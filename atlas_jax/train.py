@@ -1,7 +1,10 @@
-"""Every run: `python -m atlas_jax.train --config configs/run/NAME.py [--config.key=value …]`.
+"""Every run: `atlas-train --config NAME [--config.key=value …]`, or `python -m atlas_jax.train`.
 
-Flags to a frozen config, the config checked, JAX started, the recipe run. A config file takes an
-argument that swaps parts: `--config configs/run/teacher_sft.py:model=qwen3_8b`.
+Flags to a frozen config, the config checked, JAX started, the recipe run. NAME is a shipped recipe
+(`teacher_sft`), a `FILE.py` or a `PACKAGE.MODULE`; an argument after it swaps parts:
+`--config teacher_sft:model=qwen3_8b`.
+
+From Python, `run` takes a config and what no config file can hold.
 
 The exit code is 0 for a finished run, 75 for one that a signal stopped and that the same command
 continues, 1 for an error, 2 for words that it does not take.
@@ -15,37 +18,64 @@ if __name__ == "__main__":  # before the imports that take seconds
     streams.survive()
     stopping.listen()
 
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from atlas_jax import cli, masking, preflight
 from atlas_jax import config as config_lib
-from atlas_jax.types import Address
+from atlas_jax.types import Address, Given
 
-_CONFIG = cli.define_config()
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
+_FROM_CALLER = "given to train.run"
+"""What the options of the data say in a run whose rows are no files."""
 
 
-def main(argv: list[str]) -> None:
-    """Runs the recipe of the config."""
-    cli.no_more_words(argv[1:])
-    config = config_lib.freeze(cli.needed(_CONFIG))
-    address = Address(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    code = 0 if run(config, address) else stopping.EXIT_CODE
-    stopping.end_soon(code)
-    sys.exit(code)
+def main() -> None:
+    """Runs the recipe that the command line names, and ends the process."""
+    # Defined here, so that a program that imports `run` has its own flags and none of these.
+    config_flag = cli.define_config()
+    coordinator = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
+    num_processes = flags.DEFINE_integer("num_processes", 0, "Processes of the run.")
+    process_id = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
+
+    def command(argv: list[str]) -> None:
+        cli.no_more_words(argv[1:])
+        config = config_lib.freeze(cli.needed(config_flag))
+        address = Address(coordinator.value, num_processes.value, process_id.value)
+        code = 0 if run(config, address=address) else stopping.EXIT_CODE
+        stopping.end_soon(code)
+        sys.exit(code)
+
+    app.run(cli.guarded(command), flags_parser=cli.parse)
 
 
-def run(config: config_lib.TrainConfig, address: Address | None = None) -> bool:
-    """Checks the config, starts JAX and trains.
+def run(
+    config: config_lib.TrainConfig | ConfigDict,
+    *,
+    rewards: Sequence[Any] = (),
+    rows: Iterable[Any] | None = None,
+    eval_rows: Iterable[Any] | None = None,
+    address: Address | None = None,
+) -> bool:
+    """Checks the config, starts JAX and trains; the same call again continues the run.
+
+    Example:
+        from atlas_jax import config, train
+
+        options = config.defaults(config.SFTConfig)
+        options.model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        options.output_dir = "outputs/greeter"
+        train.run(options, rows=[{"prompt": "Hello!", "completion": "Good morning."}])
 
     Args:
-        config: the run.
+        config: the run, as a config file makes it or frozen.
+        rewards: functions that score the samples of GRPO, in place of those that `reward` names.
+        rows: dicts to train on, in place of the files or the database of `data`.
+        eval_rows: dicts to evaluate on, in place of the files of `data.eval_path`.
         address: where the processes of the run meet; None takes it from the environment.
 
     Returns:
@@ -56,17 +86,52 @@ def run(config: config_lib.TrainConfig, address: Address | None = None) -> bool:
         OSError: for files that cannot be read or written.
     """
     masking.mask_logs()
-    preflight.check(config)
+    if isinstance(config, ConfigDict):
+        config = config_lib.freeze(config)
+    given = Given(
+        rewards=tuple(rewards),
+        rows=None if rows is None else tuple(rows),
+        eval_rows=None if eval_rows is None else tuple(eval_rows),
+    )
+    config = _without_files(config, given)
+    preflight.check(config, given=given)
     # What imports JAX comes after the checks, which need none and take little time.
     from atlas_jax import devices, distributed
     from atlas_jax.recipes import grpo, sft
 
-    recipes: dict[str, Callable[[Any], bool]] = {"sft": sft.run, "grpo": grpo.run}
+    recipes: dict[str, Callable[[Any, Given], bool]] = {"sft": sft.run, "grpo": grpo.run}
     with distributed.joined(config.hosts, address or Address()):
         devices.check()
-        return recipes[config.algorithm](config)
+        return recipes[config.algorithm](config, given)
+
+
+def _without_files(config: config_lib.TrainConfig, given: Given) -> config_lib.TrainConfig:
+    """Returns the config without the files in whose place rows are given.
+
+    Raises:
+        ValueError: for rewards that nothing asks, no rows, or a format that only files have.
+    """
+    if given.rewards and config.algorithm != "grpo":
+        raise ValueError(
+            f"rewards are given and algorithm={config.algorithm!r} has none; use a GRPO config, or "
+            "leave them out"
+        )
+    for name in ("rows", "eval_rows"):
+        if getattr(given, name) == ():
+            raise ValueError(f"{name} are empty; give at least one dict, or leave them out")
+    changes: dict[str, Any] = {}
+    if given.rows is not None:
+        changes |= {"dataset_path": _FROM_CALLER, "db_url": ""}
+    if given.eval_rows is not None:
+        changes["eval_path"] = _FROM_CALLER
+    if changes and config.data.format == "session":
+        raise ValueError(
+            "rows are given and data.format='session' is read from files; use data.format="
+            "'teaching' or 'messages', or leave the rows out"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    app.run(cli.guarded(main), flags_parser=cli.parse)
+    main()

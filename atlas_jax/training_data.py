@@ -25,9 +25,9 @@ from typing import Any, TypedDict, Unpack
 
 from absl import logging
 
-from atlas_jax.data import postgres, trace_parser
-from atlas_jax.data.trace_query import Query
-from atlas_jax.data.traces import (
+from atlas_jax.traces import parser, postgres
+from atlas_jax.traces.query import Query
+from atlas_jax.traces.schema import (
     AtlasJudgeBreakdown,
     AtlasJudgeSample,
     AtlasRewardBreakdown,
@@ -229,7 +229,7 @@ def _access(config: StorageConfig | None) -> postgres.Access:
 def _parsed(records: Iterator[dict[str, Any]], query: Query) -> Iterator[AtlasSessionTrace]:
     for record in records:
         try:
-            yield trace_parser.parse_session(record, query.include_learning_data)
+            yield parser.parse_session(record, query.include_learning_data)
         except ValueError as error:
             number = record["session_metadata"]["session_id"]
             logging.warning("session %s is left out: it %s", number, error)

@@ -33,11 +33,33 @@ class Address(NamedTuple):
     process_id: int = -1
 
 
+class Given(NamedTuple):
+    """What a caller from Python gives a run, because no config file can hold it."""
+
+    rewards: tuple[Any, ...] = ()
+    """Functions that score, beside those of `reward.names`."""
+    rows: tuple[Any, ...] | None = None
+    """Dicts to train on in place of files; None reads `data`."""
+    eval_rows: tuple[Any, ...] | None = None
+    """Dicts to evaluate on in place of files; None reads `data`."""
+
+
+NOTHING_GIVEN = Given()
+"""What a command gives: all that its run needs stands in the config."""
+
+
 class Message(TypedDict):
     """One turn of a chat, as chat templates take it."""
 
     role: str
     content: str
+
+
+class SessionRows(NamedTuple):
+    """Rows that one session of the Atlas runtime holds, for SFT and for GRPO."""
+
+    lessons: list[dict[str, str]]
+    questions: list[dict[str, str]]
 
 
 class Example(NamedTuple):

@@ -1,20 +1,20 @@
-"""Each process of a run watches the others, so that none waits for ever for one that is gone.
+"""Mutual watch of a run's processes, so that none waits for ever for one that has ended.
 
-Every process notes in JAX's coordination service that it lives and how far it has come, and reads
-the notes of the others. A run ends, in every process and with the same words, when one
+Every process publishes a note in JAX's coordination service, with a heartbeat and its progress, and
+reads the notes of the others. A run ends, in every process and with the same message, when one
 
-1. failed: its note says why,
-2. gives no sign of life: it was killed, stopped or cut off,
-3. has not come to where the others wait for it, and nothing that it waits for has come either
-   (`progress`) within the limit and the patience that it asked for.
+1. failed: its note has the reason,
+2. has no heartbeat: it was killed, stopped or cut off,
+3. has not reached the point at which the others wait for it, and has made no other progress
+   (`progress`), within the limit and the patience that it asked for.
 
 A signal to one process asks all of them to stop: its note passes the request on.
 
-Timeouts count polling rounds instead of seconds, so that a process which is merely short of CPU is
-not declared dead.
+Timeouts count polling rounds instead of seconds, so a process that is merely short of CPU is not
+declared dead.
 
-JAX's own heartbeats stand behind this with a longer limit. They end a process whose Python is
-stuck, and all others at once when process 0 dies, which holds the service.
+JAX's own heartbeats, with a longer limit, are the second line of defence. They end a process whose
+Python is stuck, and end all others at once when process 0 dies, which holds the service.
 """
 
 from __future__ import annotations
@@ -36,45 +36,45 @@ from atlas_jax import progress, stopping
 _FOLDER = "atlas_jax/notes"
 _LONGEST_INTERVAL_SECS = 5.0
 _SYMPTOMS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-"""In errors that a process gets when another one is gone."""
+"""Texts in the errors that a process gets when another process has ended."""
 
 
 class Limits(NamedTuple):
-    """How long a process may be silent, and how long it may keep others waiting, in seconds."""
+    """Limits for a process, in seconds: of its silence, and of the time that others wait for it."""
 
     heartbeat_secs: float
     stall_secs: float
 
     @property
     def interval_secs(self) -> float:
-        """Between two notes of a process."""
+        """Seconds between two notes of a process."""
         return min(_LONGEST_INTERVAL_SECS, self.heartbeat_secs / 4)
 
 
 class Note(NamedTuple):
-    """What a process tells the others."""
+    """The state of a process, as it publishes it to the others."""
 
     host: str
     beat: int = 0
-    """Grows while the process lives."""
+    """Heartbeat: a number that grows while the process lives."""
     arrivals: int = 0
-    """Places that it has come to where processes wait for each other; all come to the same."""
+    """Number of points reached at which processes wait for each other; all reach the same ones."""
     place: str = "the start"
-    """The last of them that has a name."""
+    """The last of those points that has a name."""
     left: bool = False
-    """Whether it has finished."""
+    """True after the process has finished."""
     verdict: str = ""
-    """Why the run ends; empty while it goes on."""
+    """Reason for the end of the run; empty while it continues."""
     marks: int = 0
-    """Answers that it waited for and got; see `progress`."""
+    """Number of answers that the process waited for and got; see `progress`."""
     patience: float = 0.0
-    """Seconds that its present wait may take by a limit of its own."""
+    """Seconds that its current wait may take by a limit of its own."""
     stop: str = ""
-    """Who asked it to stop; empty if nobody did."""
+    """Origin of a request to stop; empty without one."""
 
 
 class Seen(NamedTuple):
-    """A process's latest note, and the looks since it gave a sign of life, and since it moved."""
+    """A process's latest note, with the polling rounds since its last heartbeat and progress."""
 
     note: Note
     silent: int = 0
@@ -83,7 +83,7 @@ class Seen(NamedTuple):
 
 @runtime_checkable
 class Service(Protocol):
-    """The part of JAX's coordination service that is used here."""
+    """The methods of JAX's coordination service that are used here."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
         """Sets a value for all processes."""
@@ -93,7 +93,7 @@ class Service(Protocol):
 
 
 def updated(seen: Mapping[int, Seen], notes: Mapping[int, Note]) -> dict[int, Seen]:
-    """Returns what is known of each process after another look at the notes."""
+    """Returns the record of each process after another polling round."""
     result = {}
     for process, before in seen.items():
         note = notes.get(process, before.note)
@@ -110,7 +110,7 @@ def _moves(note: Note) -> tuple[int, int]:
 
 
 def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
-    """Returns why the run must end, "" if it goes on."""
+    """Returns the reason for which the run must end; "" if it continues."""
     for one in seen.values():
         if one.note.verdict:
             return one.note.verdict
@@ -142,40 +142,40 @@ def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
 
 
 class Watch:
-    """What this process tells, and the threads that tell and judge."""
+    """The note of this process, and the threads that publish it and judge the others."""
 
     def __init__(self, service: Service, process: int, num_processes: int, limits: Limits) -> None:
-        """Tells nothing yet; see `start`."""
+        """Creates the watch; `start` starts it."""
         self._service = service
         self._process = process
         self._limits = limits
         self._note = Note(socket.gethostname())
         unknown = Note("a host that has not told its name")
         self._seen = {p: Seen(unknown) for p in range(num_processes)}
-        self._unanswered = 0  # looks since the service answered
+        self._unanswered = 0  # polling rounds since the service answered
         self._lock = threading.Lock()
         self._over = threading.Event()
 
     def start(self) -> None:
-        """Starts to watch, until the process ends."""
+        """Starts the watch, which runs until the process ends."""
         for loop in (self._tell_and_judge, self._watch_service):
             threading.Thread(target=loop, daemon=True, name=f"watch{loop.__name__}").start()
 
     def arrive(self, place: str = "") -> None:
-        """Notes that this process has come to where the others come too."""
+        """Records that this process has reached a point that all processes reach."""
         with self._lock:
             arrivals, place = self._note.arrivals + 1, place or self._note.place
             self._note = self._note._replace(arrivals=arrivals, place=place)
 
     def leave(self) -> None:
-        """Notes that this process has finished, and watches no longer."""
+        """Records that this process has finished, and ends the watch."""
         self._over.set()
         self._tell(left=True)
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others that this process fails, which ends it too, soon.
+        """Tells the others that this process has failed, which soon ends this process too.
 
-        An error that comes from the end of another process waits until that one is named.
+        If the error is a symptom of another process's end, the method waits for that one's name.
         """
         logging.error("process %d: %s: %s", self._process, type(error).__name__, error)
         if any(symptom in str(error) for symptom in _SYMPTOMS):
@@ -186,7 +186,8 @@ class Watch:
                     self._seen[0].note.host,
                 )
             time.sleep(self._limits.heartbeat_secs + 6 * self._limits.interval_secs)
-        host, first_line = self._note.host, str(error).partition("\n")[0]
+        host = self._note.host
+        first_line = str(error).partition("\n")[0]
         self._tell(
             verdict=f"process {self._process} on {host} failed: {type(error).__name__}: "
             f"{first_line}"
@@ -232,7 +233,7 @@ class Watch:
             self._end(verdict)
 
     def _watch_service(self) -> None:
-        """Ends this process when it is cut off from process 0."""
+        """Ends this process if it is cut off from process 0."""
         while not self._over.wait(self._limits.interval_secs):
             self._unanswered += 1
             silent = self._unanswered * self._limits.interval_secs
@@ -253,7 +254,7 @@ class Watch:
         self._exit()
 
     def _exit(self) -> NoReturn:
-        """Ends without waiting for other threads; process 0 stays while others read its note."""
+        """Ends the process without waiting for threads; process 0 waits for readers of its note."""
         time.sleep(3 * self._limits.interval_secs if self._process == 0 else 1)
         logging.flush()
         sys.stderr.flush()

@@ -33,8 +33,8 @@ find_python() {
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# find_config FILE[:ARGUMENT]: sets `config`. A file in the caller's directory wins over the one of
-# the same name in the repository.
+# find_config CONFIG[:ARGUMENT]: sets `config`. A file in the caller's directory wins over the one of
+# the same name in the repository; names of shipped recipes and of modules are left as they are.
 find_config() {
   local file=${1%%:*} argument=""
   [[ $1 != *:* ]] || argument=:${1#*:}
@@ -47,7 +47,11 @@ find_config() {
       fi
       ;;
   esac
-  [ -f "$file" ] || usage "the config $file does not exist"
+  if [ ! -f "$file" ]; then
+    local name='[A-Za-z_][A-Za-z0-9_]*'
+    [ -f "$root/atlas_jax/configs/run/$file.py" ] ||
+      [[ $file =~ ^$name(\.$name)+$ && $file != *.py ]] || usage "the config $file does not exist"
+  fi
   config=$file$argument
 }
 
@@ -63,15 +67,19 @@ read_words() {
     esac
     word=${word#--config.}
     case $word in
-      deepspeed=*) usage "there is no DeepSpeed here; use sharding=zero1 (stages 1, 2), sharding=fsdp (stage 3) or +offload" ;;
-      torch_compile=*) usage "every step is compiled; leave torch_compile out" ;;
-      dataloader_num_workers=*) settings+=("--config.data.num_workers=${word#*=}") ;;
       --*) arguments+=("$word") ;;
       *=*) settings+=("--config.$word") ;;
-      *) usage "'$word' is not key=value" ;;
+      *) find_python && usage "'$word' is not key=value$(foreign "$word")" ;;
     esac
   done
   arguments+=("${settings[@]}")
+}
+
+# foreign WORD: what to write for a word of another program, as the end of a sentence.
+foreign() {
+  local answer
+  answer=$("$python" -m atlas_jax.migration "$1")
+  echo "${answer:+; $answer}"
 }
 
 # no_flags: an error where `read_words` has met a flag that is no option of the config.

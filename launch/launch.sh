@@ -2,8 +2,9 @@
 # Trains on N devices of this machine:
 #   launch/launch.sh N configs/run/NAME.py [key=value …] [+offload]
 # key=value and --config.key=value are the same; +offload keeps the optimizer state in host memory;
-# offload=… takes more. Relative paths are those of the caller's directory; a config that is not there
-# is looked for in the repository. Of CUDA_VISIBLE_DEVICES the first N are taken. Without a GPU or TPU
+# offload=… takes more. The config may also be the name of a shipped recipe (teacher_sft) or a
+# PACKAGE.MODULE. Relative paths are those of the caller's directory; a config that is not there is
+# looked for in the repository. Of CUDA_VISIBLE_DEVICES the first N are taken. Without a GPU or TPU
 # the N devices are virtual ones on the CPU. Ctrl-C and SIGTERM let training save; it then ends with
 # 75, and the same command continues.
 set -euo pipefail

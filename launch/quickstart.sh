@@ -36,7 +36,7 @@ part() {
 }
 
 say "1/5 install (.venv)"
-part need_environment hf
+part need_environment gguf,hf
 
 say "2/5 model"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

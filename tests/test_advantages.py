@@ -55,7 +55,7 @@ def test_large_float32_rewards_do_not_overflow(scale_rewards):
     [
         ([[0.0, 1.0], [0.0, np.inf]], "group", "member 1 of group 1 is inf; use a finite"),
         ([[-np.inf, np.nan]], "none", "member 0 of group 0 is -inf"),
-        ([[0.0, 1.0]], "std", "scale_rewards: 'std'; use one of none, group, batch"),
+        ([[0.0, 1.0]], "std", "scale_rewards='std' must be one of none, group, batch"),
     ],
 )
 def test_rewards_that_cannot_be_compared_are_refused(rewards, scale_rewards, message):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+SHIPPED = ", ".join(sorted(p.stem for p in pathlib.Path("configs/run").glob("*.py")))
 SFT, GRPO = "configs/run/teacher_sft.py", "configs/run/teacher_rcl.py"
 ROOT = os.getcwd()
 
@@ -27,6 +28,7 @@ def error_of(result, code=2):
     return line.removeprefix("error: ")
 
 
+GIVE = "; give FILE.py, PACKAGE.MODULE, or the name of a shipped file in configs/run/"
 TRAIN = ("-m", "atlas_jax.train")
 COMMANDS = {
     "train": TRAIN,
@@ -46,47 +48,55 @@ def test_a_mistyped_option_is_answered_with_the_nearest_in_a_sentence(command):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--config FILE.py is needed, such as configs/run/teacher_sft.py"),
+        ((), f"--config is needed: the name of a shipped recipe ({SHIPPED}), a FILE.py or a "
+             "PACKAGE.MODULE"),
         ((f"--config={SFT}", "--config.dataset_pth=x"),
          "unknown option dataset_pth; did you mean 'data.dataset_path'?"),
         ((f"--config={SFT}", "--config.data.learning_rate=1"),
          "unknown option data.learning_rate; did you mean 'learning_rate'?"),
-        ((f"--config={SFT}", "--config.zzzz=1"), "unknown option zzzz"),
+        ((f"--config={SFT}", "--config.zzzz=1"), "unknown option zzzz; --options lists all"),
         ((f"--config={SFT}", "--learning_rate=1"),
          "unknown flag --learning_rate; write --config.learning_rate=…"),
         (("--learning_rate=1",), "unknown flag --learning_rate; write --config.learning_rate=…"),
         (("--cofig=x",), "unknown flag --cofig; did you mean 'config'?"),
         (("--config.seed=1",),
-         "--config.seed=1 changes a config; name it with --config FILE.py"),
+         "--config.seed=1 changes a config; name it with --config NAME"),
         (("--config", SFT, "--config.max_steps", "1.5"),
          "--config.max_steps=1.5 must be a whole number"),
+        ((f"--config={SFT}", "--config.data.length_buckets=(1,'x')"),
+         "--config.data.length_buckets=(1,'x') must be a whole number, and 'x' is not"),
         ((f"--config={SFT}", "--config.packing=perhaps"),
          "--config.packing=perhaps must be true or false"),
         (("--num_processes=two",), "--num_processes=two must be a whole number"),
         ((f"--config={SFT}", "--config.model=qwen3_8b"),
          "model=qwen3_8b: model is a group of options (model.compute_dtype, model.export_dtype, "
          "model.max_shard_size, …); set one of these; to take configs/model/qwen3_8b.py, write "
-         "--config FILE.py:model=qwen3_8b"),
+         "--config NAME:model=qwen3_8b"),
         ((f"--config={SFT}:model=qwen3_7b",),
-         "configs/model/qwen3_7b.py does not exist; give the name of a file in configs/model/; "
-         "did you mean 'qwen3_8b'?"),
+         "configs/model/qwen3_7b.py does not exist; give the name of a file in configs/model/, or "
+         "PACKAGE.MODULE; did you mean 'qwen3_8b'?"),
         ((f"--config={SFT}:modl=qwen3_8b",),
          "config argument 'modl=qwen3_8b' is not one of model=NAME, data=NAME; did you mean "
          "'model'?"),
         ((f"--config={SFT}:model=qwen3_8b,", "data=quickstart_sft"),
          "'data=quickstart_sft' is not expected here; options are written --config.NAME=VALUE, "
-         "and CONFIG.py:model=NAME,data=NAME has no blanks"),
+         "and --config CONFIG:model=NAME,data=NAME has no blanks"),
         (("--config=configs/run/teacher_sft.yaml",),
-         "configs/run/teacher_sft.yaml: a config is a Python file such as "
-         "configs/run/teacher_sft.py; there is configs/run/teacher_sft.py"),
+         f"configs/run/teacher_sft.yaml does not exist{GIVE}; there is configs/run/teacher_sft.py"),
         (("--config=elsewhere/teacher_rcl.yaml",),
-         "elsewhere/teacher_rcl.yaml: a config is a Python file such as "
-         "configs/run/teacher_sft.py; there is configs/run/teacher_rcl.py"),
+         f"elsewhere/teacher_rcl.yaml does not exist{GIVE}; did you mean the shipped "
+         "'teacher_rcl'?"),
         (("--config=configs/run",),
-         "configs/run: a config is a Python file such as configs/run/teacher_sft.py"),
+         f"configs/run is no Python file{GIVE}; shipped are {SHIPPED}"),
+        (("--config=teacher_stf",),
+         f"teacher_stf does not exist{GIVE}; did you mean the shipped 'teacher_sft'?"),
+        (("--config=nobody.has.this",),
+         f"nobody.has.this does not exist{GIVE}; shipped are {SHIPPED}"),
+        (("--config=json.nothing",), f"json.nothing does not exist{GIVE}; shipped are {SHIPPED}"),
+        (("--config=json.decoder",),
+         "json.decoder has no function get_config; see configs/run/teacher_sft.py"),
         (("--config=mine.py",),
-         "mine.py does not exist; name a file like configs/run/teacher_sft.py; relative paths "
-         f"start at {ROOT}"),
+         f"mine.py does not exist{GIVE}; relative paths start at {ROOT}"),
     ],
 )  # fmt: skip
 def test_words_that_train_does_not_take(words, message):
@@ -98,7 +108,7 @@ def test_a_blank_after_the_comma_of_a_quoted_argument_is_nothing():
         "tools/read_config.py", "data.dataset_path",
         f"--config={SFT}: model=qwen3_8b, data = quickstart_sft",
     )  # fmt: skip
-    assert result.stdout == "configs/data/quickstart/train.jsonl\n"
+    assert result.stdout == "atlas_jax/configs/data/quickstart/train.jsonl\n"
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -111,20 +121,51 @@ def test_help_is_an_answer_and_no_error(command, flag):
     assert result.stderr == ""
 
 
-def test_a_wrong_directory_is_named(tmp_path):
-    (tmp_path / "mine.py").write_text(pathlib.Path(SFT).read_text())
+OWN = """from atlas_jax.configs.run import teacher_sft
+
+
+def get_config(argument=None):
+    c = teacher_sft.get_config(argument)
+    c.learning_rate = 3e-4
+    return c
+"""
+
+
+def test_a_config_of_the_user_changes_a_shipped_one(tmp_path):
+    """By path and by dotted name, with parts of their own, from any directory."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "run.py").write_text(OWN)
+    (package / "smaller.py").write_text("def apply(config):\n    config.model_name_or_path = 'x'\n")
+    read = [f"{ROOT}/tools/read_config.py", "learning_rate,model_name_or_path,warmup_ratio"]
+    for config in ("mine/run.py", "mine.run"):
+        for part, model in (("mine.smaller", "x"), ("qwen3_8b", "Qwen/Qwen3-8B")):
+            words = [*read, f"--config={config}:model={part}"]
+            result = run(*words, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+            assert result.stdout == f"0.0003\n{model}\n0.1\n", result.stderr
+
+
+def test_a_name_that_is_shipped_is_the_file_of_the_checkout():
+    options = "algorithm,output_dir,learning_rate,data.system_prompt,data.dataset_path"
+    by_name, by_path = (
+        run("tools/read_config.py", options, f"--config={config}:data=runtime_traces").stdout
+        for config in ("teacher_rcl", GRPO)
+    )
+    assert by_name == by_path
+    assert by_name.startswith("grpo\ncheckpoints/grpo\n5e-07\n")
+
+
+def test_what_lies_elsewhere_is_named(tmp_path):
     (tmp_path / "theirs.py").write_text("from configs.run import teacher_sft\n")
     alone = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path / "package")}
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "atlas_jax").symlink_to(f"{ROOT}/atlas_jax")
-    assert error_of(run(*TRAIN, f"--config={SFT}", **alone)).startswith(f"{SFT} does not exist; n")
-    assert error_of(run(*TRAIN, "--config=mine.py", **alone)) == (
-        f"configs/model/llama3_8b.py does not exist in {tmp_path}; run from the repository root, "
-        "or have it in PYTHONPATH"
+    assert error_of(run(*TRAIN, f"--config={SFT}", **alone)) == (
+        f"{SFT} does not exist{GIVE}; did you mean the shipped 'teacher_sft'?"
     )
     assert error_of(run(*TRAIN, "--config=theirs.py", **alone)) == (
-        f"{tmp_path}/theirs.py:1: ModuleNotFoundError: No module named 'configs'; run from the "
-        "repository root, or have it in PYTHONPATH"
+        f"{tmp_path}/theirs.py:1: ModuleNotFoundError: No module named 'configs'; the shipped "
+        "files are imported from atlas_jax.configs"
     )
 
 
@@ -173,12 +214,37 @@ def test_an_error_of_a_config_is_told_with_its_place(text, message, tmp_path):
     ("change", "message"),
     [
         ("output_dir=null", "output_dir is empty; set --config.output_dir=…"),
-        ("data.length_buckets=(1,'x')", "data.length_buckets holds 'x', a str; each of its items"),
+        (
+            "data.length_buckets=(1,'x')",
+            "data.length_buckets=(1, 'x') holds 'x'; each item must be a whole number above 0",
+        ),
     ],
 )
 def test_values_that_do_not_fit_are_refused(change, message):
     result = run(*TRAIN, f"--config={SFT}", f"--config.{change}")
     assert error_of(result, 1).startswith(message)
+
+
+def test_an_option_is_set_by_its_former_name_and_by_its_present_one():
+    names = "teaching.max_probe_tokens,teaching.student_baseline_template,teaching.lesson_template"
+    for changes in (
+        ("max_probe_tokens=7", "rollout.student_baseline_template={question}?",
+         "data.lesson_template=L"),
+        ("teaching.max_probe_tokens=7", "teaching.student_baseline_template={question}?",
+         "teaching.lesson_template=L"),
+    ):  # fmt: skip
+        result = run(
+            "tools/read_config.py", names, f"--config={GRPO}", *(f"--config.{c}" for c in changes)
+        )
+        assert result.stdout == "7\n{question}?\nL\n", result.stderr
+
+
+def test_an_option_is_given_under_one_of_its_names():
+    changes = ("--config.max_probe_tokens=7", "--config.teaching.max_probe_tokens=8")
+    result = run(*TRAIN, f"--config={GRPO}", *changes)
+    assert error_of(result) == (
+        "max_probe_tokens and teaching.max_probe_tokens are two names of one option; give one"
+    )
 
 
 def test_none_and_null_empty_an_option():

@@ -24,7 +24,8 @@ def frozen(**changes):
 
 
 def test_defaults_survive_freezing():
-    assert frozen() == SFTConfig()
+    for schema in (SFTConfig, config.GRPOConfig):
+        assert config.freeze(config.defaults(schema)) == schema()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,6 @@ def test_an_unknown_option_is_answered_with_the_nearest():
     ("change", "message"),
     [
         ({"output_dir": ""}, "output_dir is empty"),
-        ({"sharding": "fdsp"}, "sharding='fdsp'.*did you mean 'fsdp'"),
         ({"warmup_ratio": 1.5}, "warmup_ratio=1.5 must be at least 0 and below 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
         ({"learning_rate": float("inf")}, "learning_rate=inf must be finite"),
@@ -67,6 +67,151 @@ def test_an_unknown_option_is_answered_with_the_nearest():
 def test_impossible_values_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config.validate(dataclasses.replace(BASE, **change))
+
+
+REFUSALS = [
+    ({"packing": "yes"}, "packing='yes' must be true or false"),
+    ({"packing": 1}, "packing=1 must be true or false"),
+    ({"max_steps": 1.5}, "max_steps=1.5 must be a whole number above 0, or -1 to count epochs"),
+    ({"max_steps": -5}, "max_steps=-5 must be above 0, or -1 to count epochs"),
+    ({"seed": True}, "seed=True must be a whole number of 0 or more"),
+    ({"learning_rate": "1e-5"}, "learning_rate='1e-5' must be a number above 0"),
+    ({"adam_beta1": -3.0}, "adam_beta1=-3.0 must be at least 0 and below 1"),
+    ({"beta": -3.0}, "beta=-3.0 must be 0 or more"),
+    ({"beta": float("inf")}, "beta=inf must be finite"),
+    ({"num_generations": 1}, "num_generations=1 must be 2 or more: a group of one has no mean to "
+     "compare with"),
+    ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+    ({"output_dir": 3}, "output_dir=3 must be a text"),
+    ({"mesh.data": -2}, "mesh.data=-2 must be above 0, or -1 for all devices that are left"),
+    ({"sharding": "fdsp"}, "sharding='fdsp' must be one of fsdp, zero1, replicated; did you mean "
+     "'fsdp'?"),
+    ({"loss_type": "grop"}, "loss_type='grop' must be one of grpo, bnpo, dr_grpo, dapo, gspo, "
+     "cispo; did you mean 'grpo'?"),
+    ({"offload": "optimizer,parms"},
+     "offload='optimizer,parms' must be none, or some of optimizer, "
+     "params, activations, reference with commas; did you mean 'params'?"),
+    ({"offload": "none,params"},
+     "offload='none,params' must be none, or some of optimizer, params, "
+     "activations, reference with commas"),
+    ({"reward.names": ("exact_mach",)},
+     "reward.names=('exact_mach',) holds 'exact_mach'; each item "
+     "must be one of teaching_gain, exact_match; did you mean 'exact_match'?"),
+    ({"reward.retry_waits_secs": (1.0, -1.0)}, "reward.retry_waits_secs=(1.0, -1.0) holds -1.0; "
+     "each item must be 0 or more"),
+    ({"reward.rim.limits.max_tries": 0}, "reward.rim.limits.max_tries=0 must be above 0"),
+    ({"reward.rim.small_model.input_price": -2.0}, "reward.rim.small_model.input_price=-2.0 must "
+     "be 0 or more, or -1 where it is not known"),
+    ({"teaching.max_probe_tokens": 0}, "teaching.max_probe_tokens=0 must be above 0"),
+    ({"max_probe_tokens": "many"}, "teaching.max_probe_tokens='many' must be a whole number above "
+     "0"),
+    ({"data.columns": 3}, "data.columns=3 must be a group of options (messages, prompt, "
+     "completion, …)"),
+]  # fmt: skip
+"""Changes of a config, and the sentence that refuses each."""
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS)
+def test_a_value_that_its_option_does_not_allow_is_refused_in_one_line(change, message):
+    draft = config.defaults(config.GRPOConfig)
+    for name, value in change.items():
+        group, _, last = name.rpartition(".")
+        with draft.unlocked(), draft.ignore_type():
+            (draft[group] if group else draft)[last] = value
+    with pytest.raises(ValueError) as error:
+        config.freeze(draft)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", sorted(set(config.all_options()) - {"algorithm"}))
+def test_every_option_refuses_a_value_of_another_type(name):
+    draft = config.defaults(config.GRPOConfig)
+    group, _, last = name.rpartition(".")
+    with draft.unlocked(), draft.ignore_type():
+        (draft[group] if group else draft)[last] = 1j
+    with pytest.raises(ValueError, match=f"^{name}[= ].*1j"):
+        config.freeze(draft)
+
+
+FORMER = {
+    "data.system_prompt": "teaching.system_prompt",
+    "data.teacher_template": "teaching.teacher_template",
+    "data.lesson_template": "teaching.lesson_template",
+    "rollout.student_system_prompt": "teaching.student_system_prompt",
+    "rollout.student_chat_template_kwargs": "teaching.student_chat_template_kwargs",
+    "rollout.student_diagnostic_template": "teaching.student_diagnostic_template",
+    "rollout.student_baseline_template": "teaching.student_baseline_template",
+    "rollout.student_with_teaching_template": "teaching.student_with_teaching_template",
+    "rollout.missing_teaching": "teaching.missing_teaching",
+    "rollout.max_answer_tokens": "teaching.max_answer_tokens",
+    "max_probe_tokens": "teaching.max_probe_tokens",
+}
+
+
+def example(present):
+    """A value that is not the default of a moved option."""
+    return 7 if "tokens" in present else "whole" if "missing" in present else "text {question}"
+
+
+@pytest.mark.parametrize(("former", "present"), FORMER.items())
+def test_an_option_is_set_by_its_former_name_too(former, present):
+    value, (group, _, last) = example(present), former.rpartition(".")
+    draft = config.defaults(config.GRPOConfig)
+    draft.update_from_flattened_dict({former: value})
+    by_assignment = config.defaults(config.GRPOConfig)
+    setattr(getattr(by_assignment, group) if group else by_assignment, last, value)
+    part = {last: value}
+    if group:
+        part = {group: dataclasses.replace(getattr(config.GRPOConfig(), group), **part)}
+    for result in (
+        config.freeze(draft),
+        config.freeze(by_assignment),
+        config.freeze(by_assignment.copy_and_resolve_references()),
+        config.GRPOConfig(**part),
+        dataclasses.replace(config.GRPOConfig(), **part),
+    ):
+        assert config.flat(result)[present] == value
+        assert former not in config.flat(result)
+        assert result == config.GRPOConfig(teaching=result.teaching)
+
+
+def test_the_later_of_two_names_in_config_files_counts():
+    draft = config.defaults(config.GRPOConfig)
+    draft.teaching.max_probe_tokens = 5
+    draft.max_probe_tokens = 6
+    assert config.freeze(draft).teaching.max_probe_tokens == 6
+
+
+def test_two_names_with_two_values_are_refused():
+    message = (
+        "max_probe_tokens=4 and teaching.max_probe_tokens=5 are two names of one option; leave "
+        "max_probe_tokens out"
+    )
+    with pytest.raises(ValueError, match=message):
+        config.GRPOConfig(max_probe_tokens=4, teaching=config.TeachingConfig(max_probe_tokens=5))
+    torn = config.defaults(config.GRPOConfig).copy_and_resolve_references()
+    torn.max_probe_tokens, torn.teaching.max_probe_tokens = 4, 5
+    with pytest.raises(ValueError, match=message):
+        config.freeze(torn)
+
+
+def test_a_written_config_has_no_former_names():
+    written = config.masked(config.GRPOConfig(max_probe_tokens=4))
+    assert written["teaching"]["max_probe_tokens"] == 4
+    assert "max_probe_tokens" not in written and "system_prompt" not in written["data"]
+
+
+def test_options_of_rewards_are_not_imported_for_sft():
+    code = (
+        "import sys; from atlas_jax import config; config.validate(config.SFTConfig("
+        "model_name_or_path='m', output_dir='o', data=config.DataConfig(dataset_path='d')));"
+        "print([m for m in sys.modules if m.startswith('atlas_jax.options')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "options.train" in result.stdout
+    assert not {"judges", "grpo", "reward"} & set(result.stdout.replace("'", ".").split("."))
 
 
 def test_a_possible_config_is_accepted():
@@ -116,7 +261,7 @@ def test_batch_sizes_that_do_not_divide_name_the_nearest(total, accumulation, me
     ("run", "rows"), [("teacher_sft", 128), ("teacher_rcl", 128), ("rlvr_gsm8k", 256)]
 )
 def test_the_recipes_have_the_same_batch_on_any_number_of_devices(run, rows, devices):
-    module = __import__(f"configs.run.{run}", fromlist=["get_config"])
+    module = __import__(f"atlas_jax.configs.run.{run}", fromlist=["get_config"])
     recipe = config.freeze(module.get_config())
     plan = config.batch_plan(recipe, devices)
     assert plan.global_rows == rows
@@ -149,7 +294,7 @@ def test_secrets_are_masked(url, shown):
 @pytest.mark.parametrize("run", ["teacher_sft", "teacher_rcl", "quickstart_sft", "quickstart_grpo"])
 def test_a_run_takes_sessions_from_the_database_or_from_an_export(run, monkeypatch):
     monkeypatch.setenv("ATLAS_DATABASE_URL", "postgresql://db/atlas")
-    module = __import__(f"configs.run.{run}", fromlist=["get_config"])
+    module = __import__(f"atlas_jax.configs.run.{run}", fromlist=["get_config"])
     stored = config.freeze(module.get_config("data=runtime_pg"))
     exported = config.freeze(module.get_config("data=runtime_traces"))
     config.validate(stored)
@@ -165,6 +310,8 @@ def test_a_run_takes_sessions_from_the_database_or_from_an_export(run, monkeypat
 def test_every_option_is_read_somewhere():
     read = set()
     for path in pathlib.Path("atlas_jax").rglob("*.py"):
+        if "configs" in path.parts:  # they set options
+            continue
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     options = config.flat(SFTConfig()) | config.flat(config.GRPOConfig())
@@ -174,7 +321,7 @@ def test_every_option_is_read_somewhere():
 
 @pytest.mark.parametrize("run", sorted(p.stem for p in pathlib.Path("configs/run").glob("*.py")))
 def test_every_run_file_is_valid(run):
-    module = __import__(f"configs.run.{run}", fromlist=["get_config"])
+    module = __import__(f"atlas_jax.configs.run.{run}", fromlist=["get_config"])
     config.validate(config.freeze(module.get_config()))
     for model in pathlib.Path("configs/model").glob("*.py"):
         config.freeze(module.get_config(f"model={model.stem}"))
@@ -213,3 +360,10 @@ def test_the_command_answers_a_mistake_in_one_line(flag, message, tmp_path):
     error = result.stderr.strip().splitlines()
     assert message in result.stderr
     assert "Traceback" not in result.stderr, error[-5:]
+
+
+def test_every_recipe_says_on_what_how_long_and_with_what_result_it_ran():
+    for path in sorted(pathlib.Path("atlas_jax/configs/run").glob("*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        said = all(word in doc for word in ("Hardware:", "Time:", "Result:"))
+        assert said or "Hardware, time and result: not run yet" in doc, path

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from atlas_jax.endpoints import resolve
-from atlas_jax.options_rim import JudgeModel
+from atlas_jax.options.judges import JudgeModel
 from tests import judge_server
 from tests.rewards.test_agreement import session
 
@@ -19,7 +19,8 @@ def score(tmp_path, rim):
     """Runs the tool that asks judges, with Gemini's key in the environment."""
     (tmp_path / "traces.jsonl").write_text(json.dumps(session(1, 0.5)) + "\n")
     (tmp_path / "mine.py").write_text(
-        "from configs import rim_config\n\n\ndef apply(config):\n    rim_config.apply(config)\n"
+        "from atlas_jax.configs import rim_config\n\n\n"
+        "def apply(config):\n    rim_config.apply(config)\n"
         "    c = config.reward.rim\n    c.cache_dir = ''\n    c.limits.max_tries = 1\n"
         + "".join(f"    {line}\n" for line in rim)
     )

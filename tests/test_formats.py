@@ -12,8 +12,9 @@ from atlas_jax import optim, step
 from atlas_jax.config import MeshConfig, ModelOptions, SFTConfig
 from atlas_jax.models import attention, vocab
 from atlas_jax.models.config import from_hf
-from atlas_jax.recipes import setup, sft
+from atlas_jax.recipes import sft
 from atlas_jax.sharding import Sharding, make_mesh, to_global
+from atlas_jax.startup.compute import Compute
 from tests import tiny
 
 ONE = jax.devices()[:1]
@@ -22,31 +23,32 @@ STEPS = 30
 
 def make_decoder(config, mesh=None, devices=ONE, **formats):
     """A tiny Qwen3 of a width where initial weights are as small as in a real model."""
-    options = dataclasses.replace(config, model=ModelOptions(**formats))
+    options = dataclasses.replace(config, model=ModelOptions(**formats), mesh=mesh or MeshConfig())
     sizes = {
         "model_type": "qwen3", "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "max_position_embeddings": 256, "tie_word_embeddings": True, "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "rope_theta": 1e4, "attention_bias": False,
     }  # fmt: skip
-    sharding = Sharding(make_mesh(mesh or MeshConfig(), devices))
-    dtype = jnp.dtype(formats.get("param_dtype", "float32"))
-    return setup.make_decoder(options, from_hf(sizes), sharding, dtype), options
+    compute = Compute.of(options, devices)
+    return compute.decoder(from_hf(sizes)), compute
 
 
 def train(rate, mesh=None, devices=ONE, microbatches=1, steps=STEPS, seed=0, **formats):
     """Returns the losses, and the parameters before and after training on one batch."""
     config = SFTConfig(
-        learning_rate=rate, lr_scheduler_type="constant", warmup_ratio=0.0, weight_decay=0.0
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        seed=seed,
     )
-    decoder, config = make_decoder(config, mesh, devices, compute_dtype="bfloat16", **formats)
-    optimizer = setup.make_optimizer(config, decoder, steps)
+    decoder, compute = make_decoder(config, mesh, devices, compute_dtype="bfloat16", **formats)
+    optimizer = compute.optimizer(decoder, steps)
     params = decoder.init(0)
     before = jax.device_get(params)
-    state = step.init_state(params, optimizer, decoder.sharding)
-    train_step = step.make_train_step(
-        sft.make_loss(decoder, 64), optimizer, decoder.dims, decoder.sharding, seed=seed
-    )
+    state = compute.state(params, optimizer)
+    train_step = compute.train_step(sft.make_loss(decoder, 64), decoder, optimizer)
     rows = tiny.batch([[40], [33], [20, 17], [38], [12], [40], [25, 9], [31]], width=40)
     batch = to_global(rows, decoder.sharding, microbatches)
     losses = []
@@ -188,20 +190,16 @@ def test_scores_are_scaled_in_float32():
 def test_checkpoints_of_another_format_or_optimizer_are_refused_by_name(tmp_path):
     from atlas_jax.checkpoint.manager import Checkpoints
 
-    config = SFTConfig()
-    decoder, config = make_decoder(config)
-    optimizer = setup.make_optimizer(config, decoder, 10)
-    state = step.init_state(decoder.init(0), optimizer, decoder.sharding)
+    decoder, compute = make_decoder(SFTConfig())
+    state = compute.state(decoder.init(0), compute.optimizer(decoder, 10))
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(state, {"position": 1}, {})
     checkpoints.close()
     again = Checkpoints(str(tmp_path), create=False)
 
     def wanted(config, param_dtype="float32"):
-        decoder, config = make_decoder(config, param_dtype=param_dtype)
-        optimizer = setup.make_optimizer(config, decoder, 10)
-        placements = decoder.placements()
-        return step.abstract_state(decoder.shapes, placements, optimizer, decoder.sharding)
+        decoder, compute = make_decoder(config, param_dtype=param_dtype)
+        return compute.abstract_state(decoder, compute.optimizer(decoder, 10))
 
     with pytest.raises(ValueError, match=r"are float32; this run's are bfloat16; set model\.param"):
         again.restore(0, wanted(SFTConfig(), "bfloat16"))

@@ -120,6 +120,7 @@ def refusal(script, *arguments, env=None, cwd=None):
         ((), "N and a config file are needed"),
         (("0", SFT), "'0' is not a number of devices"),
         (("1", "no.py"), "the config no.py does not exist"),
+        (("1", "teacher_stf"), "the config teacher_stf does not exist"),
         (
             ("1", "configs/run/teacher_sft.yaml"),
             "configs/run/teacher_sft.yaml is YAML; configs are Python here: "
@@ -127,14 +128,11 @@ def refusal(script, *arguments, env=None, cwd=None):
         ),
         (("1", SFT, "max_steps"), "'max_steps' is not key=value"),
         (("1", SFT, "--config.max_steps"), "'max_steps' is not key=value"),
+        (("1", SFT, "+zero1"), "'+zero1' is not key=value; write sharding=zero1"),
         (
-            ("1", SFT, "--config.torch_compile=true"),
-            "every step is compiled; leave torch_compile out",
-        ),
-        (
-            ("1", SFT, "deepspeed=zero2.json"),
-            "there is no DeepSpeed here; use sharding=zero1 (stages 1, 2), sharding=fsdp (stage 3) "
-            "or +offload",
+            ("1", SFT, "+override", "/data@_global_:", "runtime_pg"),
+            "'+override' is not key=value; parts are swapped with --config RECIPE:data=NAME,"
+            "model=NAME, such as teacher_rcl:data=runtime_pg; options follow as data.db_url=…",
         ),
     ],
 )
@@ -254,7 +252,8 @@ def test_both_ways_to_write_an_option_mean_the_same():
     assert both[0] == both[1]
     assert both[0] == [
         "--config", SFT, "--process_id=0", "--config.max_steps=3",
-        "--config.offload=optimizer", "--config.data.num_workers=2", "--config.sharding=zero1",
+        "--config.offload=optimizer",
+        "--config.dataloader_num_workers=2", "--config.sharding=zero1",
     ]  # fmt: skip
 
 
@@ -278,6 +277,9 @@ def test_paths_are_those_of_the_callers_directory(inputs, tmp_path):
     for cwd, config in ((tmp_path, SFT), (tmp_path / "out", ROOT / SFT)):
         with trainer("1", f"{SFT}:model=qwen3_8b", env=os.environ, cwd=cwd) as (flags, _):
             assert flags[1] == f"{config}:model=qwen3_8b"
+    for name in ("quickstart_sft:model=qwen3_8b", "mine.recipe"):  # shipped, and a module
+        with trainer("1", name, env=os.environ, cwd=tmp_path) as (flags, _):
+            assert flags[1] == name
 
 
 @pytest.mark.parametrize("pipe", ["", "|& tee log"], ids=["alone", "tee"])
@@ -660,7 +662,7 @@ def test_quickstart_stops_where_a_part_is_stopped(inputs, tmp_path):
     python = repository / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (repository / ".venv/.installed-hf").touch()
+    (repository / ".venv/.installed-gguf,hf").touch()
     model = repository / "outputs/quickstart/smollm2"
     shutil.copytree(inputs / "model", model)
     sizes = json.loads((model / "config.json").read_text())

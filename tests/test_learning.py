@@ -6,14 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from atlas_jax import config, loop, metrics, step
+from atlas_jax import config
 from atlas_jax.checkpoint import hf
-from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import collate
-from atlas_jax.recipes import chat_models, grpo, local_backend, setup, sft
+from atlas_jax.recipes import chat_models, grpo, local_backend, sft
 from atlas_jax.recipes.feed import Feed, Parts
-from atlas_jax.sharding import Sharding, make_mesh, to_global
+from atlas_jax.run import Run
+from atlas_jax.sharding import to_global
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import export, open_model
 from atlas_jax.types import Example, Question
 from tests import words
 
@@ -25,6 +27,7 @@ ANSWERS = tuple(f"<answer>{digit}</answer>" for digit in words.DIGITS)
 HINTS = ("red", "blue", "green", "black", "white", "pink", "brown", "grey", "gold", "teal")
 """What a student takes for each digit. The answer itself would be a leak, which does not pay."""
 WORDS = (*QUESTIONS, *ANSWERS, *HINTS, "answer", "hint", "plan")
+ONE = jax.devices()[:1]
 LENGTH = 40
 """Of a row: a question and the words of a group."""
 
@@ -49,50 +52,37 @@ def options(model, output, **changes):
     return frozen
 
 
-def one_device():
-    return Sharding(make_mesh(config.MeshConfig(), jax.devices()[:1]), "fsdp", "none")
-
-
 def train(options, num_steps):
     """Runs the recipe's own pieces on one device; returns the lines of `metrics.jsonl`.
 
     Every step asks the same questions, as many as it has groups.
     """
-    sharding = one_device()
-    layout = grpo.make_layout(options, config.batch_plan(options, 1), 1)
-    pairs = zip(QUESTIONS, TRUTHS, strict=True)
-    questions = [Question(q, q, truth, {}) for q, truth in pairs][: layout.questions]
-    model = setup.open_model(options, sharding, LENGTH)
-    optimizer = setup.make_optimizer(options, model.decoder, num_steps)
-    checkpoints = Checkpoints(options.output_dir)
-    state = setup.begin(options, model, optimizer, checkpoints).state
-    writer = metrics.MetricWriter(options.output_dir, 0)
-    parts = Parts(
-        config=options,
-        layout=layout,
-        order=asked.Order(questions, options.seed, True),
-        backend=local_backend.LocalBackend(
-            chat_models.local(model, "", options.rollout.max_rows),
-            grpo.open_student(options, sharding),
-        ),
-        protocol=chat_models.make_protocol(options, options.num_generations),
-        reward=grpo.make_reward(options),
-        logprobs_fn=grpo.make_logprobs_fn(model.decoder, options, layout.per_row),
-        sharding=sharding,
-        writer=writer,
-    )
-    loss = grpo.make_loss(model.decoder, options, layout.per_row)
-    job = loop.Job(
-        config=options,
-        num_steps=num_steps,
-        flops_per_token=model.decoder.config.flops_per_token,
-        train_step=step.make_train_step(loss, optimizer, model.decoder.dims, sharding),
-        evaluate=grpo.make_evaluate(parts, questions),
-        writer=writer,
-        checkpoints=checkpoints,
-    )
-    loop.run(job, state, Feed(parts, hf.load(model.source, model.decoder)))
-    writer.close()
+    with Run.open(options, ONE) as run:
+        layout = grpo.make_layout(options, run.compute.plan, 1)
+        pairs = zip(QUESTIONS, TRUTHS, strict=True)
+        questions = [Question(q, q, truth, {}) for q, truth in pairs][: layout.questions]
+        training = run.begin(num_steps, "in memory")
+        student = None
+        if options.student_model:
+            student = local_backend.load_student(options, grpo.open_student(options, run.compute))
+        writer = training.committed()
+        parts = Parts(
+            config=options,
+            layout=layout,
+            order=asked.Order(questions, options.seed, True),
+            backend=local_backend.LocalBackend(
+                chat_models.local(run.model, "", options.rollout.max_rows), student
+            ),
+            protocol=chat_models.make_protocol(options, options.num_generations),
+            reward=grpo.make_reward(options),
+            logprobs_fn=grpo.make_logprobs_fn(run.decoder, options, layout.per_row),
+            sharding=run.compute.sharding,
+            writer=writer,
+        )
+        feed = Feed(parts, training.reference(run.decoder))
+        loss = grpo.make_loss(run.decoder, options, layout.per_row)
+        training.train(loss, feed, writer, grpo.make_evaluate(parts, questions))
+        writer.close()
     with open(f"{options.output_dir}/metrics.jsonl") as lines:
         return [json.loads(line) for line in lines]
 
@@ -116,13 +106,25 @@ def test_a_policy_learns_what_only_its_reward_says(fresh, tmp_path, seed):
     assert found[-1]["eval/accuracy"] > 0.8
 
 
+def test_a_policy_learns_with_a_loss_of_the_users_own(fresh, tmp_path):
+    """The loss of examples/custom_loss.py, as its docstring names it."""
+    loss = "examples.custom_loss:reinforce"
+    found = train(options(fresh, tmp_path, loss_type=loss, beta=0.04), 40)
+    rewards = column(found, "reward/mean")
+    assert rewards[:5].mean() < 0.3
+    assert rewards[-5:].mean() > 0.8
+    assert (column(found, "policy/mean_logprob") < 0).all()
+    assert np.isfinite(column(found, "policy/kl")).all()
+
+
 @pytest.fixture(scope="module")
 def student(fresh, tmp_path_factory):
     """A student that answers with the digit that its hint means, and without one at random."""
     output = tmp_path_factory.mktemp("student")
     frozen = options(fresh, output, learning_rate=5e-3)
-    model = setup.open_model(frozen, one_device(), LENGTH)
-    tokenizer, sharding = model.files.tokenizer, model.decoder.sharding
+    compute = Compute.of(frozen, ONE)
+    model = open_model(compute)
+    tokenizer = model.files.tokenizer
     rng = np.random.default_rng(0)
 
     def example():
@@ -132,15 +134,14 @@ def student(fresh, tmp_path_factory):
         tokens = np.asarray(tokenizer(text).input_ids, np.int32)
         return Example(tokens, np.arange(len(tokens)) == len(tokens) - 1)
 
-    optimizer = setup.make_optimizer(frozen, model.decoder, 100)
-    params = hf.load(model.source, model.decoder)
-    state = step.init_state(params, optimizer, sharding)
+    optimizer = compute.optimizer(model.decoder, 100)
+    state = compute.state(hf.load(model.source, model.decoder), optimizer)
     loss = sft.make_loss(model.decoder, LENGTH)
-    train_step = step.make_train_step(loss, optimizer, model.decoder.dims, sharding)
+    train_step = compute.train_step(loss, model.decoder, optimizer)
     for _ in range(100):
         rows = collate([[example()] for _ in range(128)], 8)
-        state, _ = train_step(state, to_global(rows, sharding, 1))
-    return setup.export(frozen, model, state.params)
+        state, _ = train_step(state, to_global(rows, compute.sharding, 1))
+    return export(frozen, model, state.params)
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])

@@ -50,7 +50,7 @@ def test_the_sum_equals_plain_computation(mesh, temperature, trained):
     table = jnp.asarray(rng.normal(size=(96, 16)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, 96, hidden.shape[:2]))
     mask = jnp.asarray(rng.random(targets.shape) < trained)
-    ahead = logprobs.Ahead(targets, mask)
+    ahead = logprobs.Labels(targets, mask)
     head = logprobs.Head(sharding, 8, temperature)
 
     def fused(hidden, table):

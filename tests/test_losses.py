@@ -252,8 +252,8 @@ def test_without_reference_there_is_no_kl(loss_type):
     ("change", "message"),
     [
         (dict(beta=0.1), "beta=0.1; compute ref_logprobs"),
-        (dict(loss_type="ppo"), "loss_type: 'ppo'; use one of grpo, bnpo"),
-        (dict(importance_sampling="tis"), "importance_sampling: 'tis'; use one of none"),
+        (dict(loss_type="ppo"), "loss_type='ppo' must be one of grpo, bnpo"),
+        (dict(importance_sampling="tis"), "importance_sampling='tis' must be one of none"),
     ],
 )
 def test_options_that_cannot_be_computed_are_refused(change, message):

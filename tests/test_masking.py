@@ -18,7 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 from atlas_jax.config import DataConfig, GRPOConfig, RewardConfig, RIMConfig, masked
 from atlas_jax.llm_client import ServerError
 from atlas_jax.masking import HIDDEN, hide
-from atlas_jax.options_rim import JudgeModel
+from atlas_jax.options.judges import JudgeModel
 
 # No letter of these stands anywhere else in the texts below.
 LETTERS = "QZXJKV"

@@ -19,8 +19,8 @@ from atlas_jax.config import (
     GRPOConfig,
     RewardConfig,
     RIMConfig,
-    RolloutConfig,
     SFTConfig,
+    TeachingConfig,
     freeze,
 )
 from tests import tiny
@@ -58,13 +58,13 @@ def grpo(config, tmp_path):
     templates = {
         f"student_{name}_template": "{question}" for name in ("baseline", "diagnostic")
     } | {"student_with_teaching_template": "{question} {teaching}"}
-    data = DataConfig(dataset_path=str(rows), teacher_template="{question} {approach}")
+    templates["teacher_template"] = "{question} {approach}"
     return GRPOConfig(
         model_name_or_path=config.model_name_or_path,
         student_model=config.model_name_or_path,
         output_dir=config.output_dir,
-        data=data,
-        rollout=RolloutConfig(**templates),
+        data=DataConfig(dataset_path=str(rows)),
+        teaching=TeachingConfig(**templates),
     )
 
 
@@ -358,8 +358,8 @@ def test_a_few_unusable_rows_may_stand_first(config, tmp_path):
 
 def test_rows_of_another_format_and_without_truth_are_told(config, grpo, tmp_path):
     refused(
-        changed(config, data__format="teaching", data__teacher_template="{question}",
-                data__lesson_template="{teaching}"),
+        changed(config, data__format="teaching", teaching__teacher_template="{question}",
+                teaching__lesson_template="{teaching}"),
         "lacks problem_text.*; use data.format=auto or messages",
     )  # fmt: skip
     (tmp_path / "questions.jsonl").write_text('{"question": "1+1?"}\n')
@@ -371,21 +371,23 @@ def test_an_export_of_sessions_is_looked_into(config, tmp_path):
     path.write_text('{"task": ""}\n')
     told = changed(
         config, data__format="session", data__dataset_path=str(path),
-        data__teacher_template="{question}", data__lesson_template="{teaching}",
+        teaching__teacher_template="{question}", teaching__lesson_template="{teaching}",
     )  # fmt: skip
     refused(told, r"data\.dataset_path: .*traces\.jsonl:1: has .* as task")
     refused(changed(told, data__dataset_path=str(tmp_path / "b.jsonl")), r"b\.jsonl does not exist")
+    path.write_text('{"task": "Add."}\n')
+    refused(changed(told, data__created_after="soon"), r"has 'soon' as data\.created_after")
 
 
 def test_templates_are_checked(config, grpo):
     refused(
         changed(config, data__format="teaching"),
-        r"data\.teacher_template is empty, and data\.format=teaching needs it; take configs/data/",
+        r"teaching\.teacher_template is empty, and data\.format=teaching needs it; take configs/",
     )
-    refused(changed(config, data__teacher_template="{what}"), r"has the unknown field \{what\}")
+    refused(changed(config, teaching__teacher_template="{what}"), r"has the unknown field \{what\}")
     refused(
-        changed(grpo, rollout__student_with_teaching_template="{question}"),
-        r"rollout\.student_with_teaching_template='\{question\}' lacks \{teaching\}",
+        changed(grpo, teaching__student_with_teaching_template="{question}"),
+        r"teaching\.student_with_teaching_template='\{question\}' lacks \{teaching\}",
     )
     direct = changed(grpo, rollout__protocol="direct", reward__names=("exact_match",))
     refused(changed(direct, rollout__direct_template="Solve it."), r"lacks \{question\}")
@@ -419,7 +421,7 @@ def test_fields_that_templates_use_are_in_the_rows(grpo):
     told = changed(
         grpo,
         rollout__question_fields=("level",),
-        rollout__student_baseline_template="{question} {level}",
+        teaching__student_baseline_template="{question} {level}",
     )
     refused(told, r"questions\.jsonl:1: lacks the field 'level' of rollout\.question_fields")
 

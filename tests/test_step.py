@@ -150,7 +150,7 @@ def test_logits_never_exist(fused):
 
     def chunked(hidden, table, targets):
         head = logprobs.Head(sharding, 32)
-        ahead = logprobs.Ahead(targets, targets > 0)
+        ahead = logprobs.Labels(targets, targets > 0)
         if fused:
             return logprobs.masked_sum(hidden, table, ahead, head)
         return logprobs.token_logprobs(hidden, table, ahead, head)[0].sum()

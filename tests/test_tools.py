@@ -18,7 +18,9 @@ NEEDED = {
     "bench.py": "the following arguments are required: recipe; --help tells the arguments",
     "bench_sync.py": "the following arguments are required: --model, --server; --help tells the a",
     "export_traces.py": "the following arguments are required: --output; --help tells the arg",
-    "inspect_data.py": "--config FILE.py is needed, such as configs/run/teacher_sft.py",
+    "inspect_data.py": "--config is needed: the name of a shipped recipe ("
+    "quickstart_grpo, quickstart_sft, rlvr_gsm8k, teacher_rcl, teacher_sft), a FILE.py or a "
+    "PACKAGE.MODULE",
     "make_demonstrations.py": "the following arguments are required: --model, --output; --help",
     "plan.py": "--target KIND:SIZE is needed, such as h100:8",
     "read_config.py": "names of options are needed, such as output_dir,rollout.protocol",

@@ -12,7 +12,7 @@ import sentencepiece
 import transformers
 
 from atlas_jax.checkpoint import hf
-from atlas_jax.recipes import vocabulary
+from atlas_jax.startup import vocabulary
 from tests.tokenizers import SENTENCES, chatml_tokenizer
 
 

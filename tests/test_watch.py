@@ -69,7 +69,7 @@ WORKER = """
 import os, signal, sys, time
 from absl import logging
 from atlas_jax import distributed
-from atlas_jax.options import HostsConfig
+from atlas_jax.options.model import HostsConfig
 logging.set_verbosity(logging.INFO)
 actor, act, *address = sys.argv[1:]
 host, number, index = (flag.partition("=")[2] for flag in address)

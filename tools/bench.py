@@ -19,19 +19,19 @@ import _checkout  # noqa: F401  (comes first: see there)
 import bench_grpo
 import bench_traces
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax import cli, metrics, optim, step
+from atlas_jax import cli, metrics
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import DataConfig, MeshConfig, SFTConfig
+from atlas_jax.config import DataConfig, ModelOptions, SFTConfig
 from atlas_jax.data import loader, sources
 from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import sft, vocabulary
-from atlas_jax.sharding import Sharding, make_mesh, to_global
+from atlas_jax.recipes import sft
+from atlas_jax.sharding import to_global
+from atlas_jax.startup import vocabulary
+from atlas_jax.startup.compute import Compute
 from atlas_jax.types import Batch, Params
 
 
@@ -67,21 +67,17 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, float | str | list[float] | None]:
     """Runs the steps and returns the figures; the first step, which compiles, counts apart."""
-    sharding = Sharding(make_mesh(MeshConfig()))
-    decoder, params = _model(args, sharding)
-    config = SFTConfig(learning_rate=1e-5, lr_scheduler_type="constant", warmup_ratio=0.0)
-    rate = optim.schedule(config, args.steps)
-    optimizer = step.place_optimizer(
-        optim.adamw(config, rate), rate, decoder.shapes, decoder.dims, sharding
-    )
-    state = step.init_state(params, optimizer, sharding)
+    compute = Compute.of(_config(args))
+    decoder, params = _model(args, compute)
+    optimizer = compute.optimizer(decoder, args.steps)
+    state = compute.state(params, optimizer)
     del params
-    loss_fn = sft.make_loss(decoder, args.chunk)
-    train_step = step.make_train_step(loss_fn, optimizer, decoder.dims, sharding)
+    loss = sft.make_loss(decoder, args.chunk)
+    train_step = compute.train_step(loss, decoder, optimizer)
     times, losses, tokens = [], [], 0
     used = []  # seconds of all cores, which other work on the machine disturbs less
     for batch in _batches(args, decoder.config.vocab_size):
-        placed = to_global(batch, sharding, 1)
+        placed = to_global(batch, compute.sharding, 1)
         tokens = int((batch.segment_ids > 0).sum())
         start, cpu = time.perf_counter(), time.process_time()
         state, found = train_step(state, placed)
@@ -117,25 +113,33 @@ def _figures(
     }
 
 
-def _model(args: argparse.Namespace, sharding: Sharding) -> tuple[Decoder, Params]:
+def _config(args: argparse.Namespace) -> SFTConfig:
+    return SFTConfig(
+        model_name_or_path=args.model,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        gradient_checkpointing=args.remat,
+        attn_implementation=args.attention,
+        max_seq_length=args.length,
+        packing=bool(args.packing),
+        data=DataConfig(dataset_path=args.packing),
+        model=ModelOptions(compute_dtype=args.dtype),
+    )
+
+
+def _model(args: argparse.Namespace, compute: Compute) -> tuple[Decoder, Params]:
     path = pathlib.Path(args.model)
     only_config = path.is_dir() and not list(path.glob("*.safetensors"))
     source = None if only_config else hf.open_source(args.model)
     shape = json.loads((path / "config.json").read_text()) if source is None else source.config
-    on_cpu = jax.devices()[0].platform == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
-    attend = attention.select(args.attention, sharding.mesh, bool(args.packing), jnp.dtype(dtype))
-    decoder = Decoder(
-        from_hf(shape), sharding, attend, compute_dtype=jnp.dtype(dtype), remat=args.remat
-    )
+    decoder = compute.decoder(from_hf(shape))
     return decoder, decoder.init(0) if source is None else hf.load(source, decoder)
 
 
 def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
     if args.packing:
-        config = SFTConfig(
-            packing=True, max_seq_length=args.length, data=DataConfig(dataset_path=args.packing)
-        )
+        config = _config(args)
         rows, _ = sources.load_rows(config.data, config.seed)
         tokenizer = vocabulary.load_tokenizer(args.model)
         packed = loader.build(rows, config, ChatTemplate(tokenizer), loader.Layout(args.batch))

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from atlas_jax import metrics, optim, step
+from atlas_jax import metrics
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import DataConfig, GRPOConfig, ModelOptions, RolloutConfig, batch_plan
+from atlas_jax.config import DataConfig, GRPOConfig, ModelOptions, RolloutConfig
 from atlas_jax.data.questions import Order
-from atlas_jax.recipes import chat_models, feed, grpo, local_backend, setup
+from atlas_jax.recipes import chat_models, feed, grpo, local_backend
 from atlas_jax.sharding import Sharding
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import Model, open_frozen
 from atlas_jax.types import Question, Reward, Sample
 
 _PHASES = ("generate", "score", "logprobs")
@@ -56,20 +58,16 @@ def _config(args: argparse.Namespace, directory: str) -> GRPOConfig:
 
 
 def _measure(args: argparse.Namespace, config: GRPOConfig) -> dict[str, Any]:
-    sharding = setup.make_sharding(config)
-    plan = batch_plan(config, sharding.num_replicas)
-    layout = grpo.make_layout(config, plan, sharding.num_replicas)
-    model = setup.open_frozen(config, args.model, sharding)
+    compute = Compute.of(config)
+    layout = grpo.make_layout(config, compute.plan, compute.sharding.num_replicas)
+    model = open_frozen(compute, args.model)
     decoder = model.decoder
-    rate = optim.schedule(config, args.steps)
-    optimizer = step.place_optimizer(
-        optim.adamw(config, rate), rate, decoder.shapes, decoder.dims, sharding
-    )
-    state = step.init_state(hf.load(model.source, decoder), optimizer, sharding)
+    optimizer = compute.optimizer(decoder, args.steps)
+    state = compute.state(hf.load(model.source, decoder), optimizer)
     reference = hf.load(model.source, decoder) if config.beta else None
-    source = feed.Feed(_parts(args, config, model, layout, sharding), reference)
+    source = feed.Feed(_parts(args, config, model, layout, compute.sharding), reference)
     loss_fn = grpo.make_loss(decoder, config, layout.per_row)
-    train_step = step.make_train_step(loss_fn, optimizer, decoder.dims, sharding)
+    train_step = compute.train_step(loss_fn, decoder, optimizer)
     rows: list[dict[str, float]] = []
     for _ in range(args.steps):
         start = time.perf_counter()
@@ -103,7 +101,7 @@ def _figures(args: argparse.Namespace, rows: Sequence[dict[str, float]]) -> dict
 def _parts(
     args: argparse.Namespace,
     config: GRPOConfig,
-    model: setup.Model,
+    model: Model,
     layout: feed.Layout,
     sharding: Sharding,
 ) -> feed.Parts:

@@ -17,7 +17,9 @@ from atlas_jax import cli
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
 from atlas_jax.metrics import means
-from atlas_jax.recipes import grpo, setup, vllm_backend
+from atlas_jax.recipes import grpo, vllm_backend
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         config = dataclasses.replace(base, output_dir=directory, rollout=rollout)
-        model = setup.open_frozen(config, options.model, setup.make_sharding(config))
+        model = open_frozen(Compute.of(config), options.model)
         params = hf.load(model.source, model.decoder)
         logprobs_fn = grpo.make_logprobs_fn(model.decoder, config, 1)
         backend = vllm_backend.make_vllm_backend(config, model, None, logprobs_fn)

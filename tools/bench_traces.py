@@ -6,16 +6,14 @@ import argparse
 import resource
 import time
 
-import psycopg
-
-from atlas_jax import training_data
-
 _EVENT_WORDS = "words of an event " * 20
 _BATCH = 1000
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Fills the database if asked to, reads all of it, and returns the figures."""
+    from atlas_jax import training_data  # needs the client of a database
+
     if args.fill:
         fill(args.database_url, args.fill, args.events)
     before, start, cpu = _peak_mib(), time.perf_counter(), time.process_time()
@@ -37,6 +35,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 def fill(url: str, count: int, num_events: int) -> None:
     """Makes the runtime's tables in an empty database, with `count` sessions."""
+    import psycopg
+
     from tests import runtime_database
 
     events = [runtime_database.event(k, f"{k} {_EVENT_WORDS}") for k in range(num_events)]

@@ -18,11 +18,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import _checkout  # noqa: F401  (comes first: see there)
-import pyarrow
 
-from atlas_jax import cli
-from atlas_jax.data import postgres
-from atlas_jax.data.trace_query import Query
+from atlas_jax import cli, extras
+from atlas_jax.traces.query import Query
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
@@ -60,6 +58,8 @@ def main() -> None:
 
 def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields the records that the arguments ask for."""
+    from atlas_jax.traces import postgres  # here, so that an error of the import is one line
+
     reviewed = () if args.include_all_statuses else ("approved", *args.include_status)
     access = postgres.Access(
         page_size=args.batch_size, events_per_session=args.trajectory_event_limit
@@ -80,6 +80,9 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def write(path: pathlib.Path, lines: Iterator[str]) -> int:
     """Writes the lines, compressed as the name says, and returns how many there are."""
+    with extras.importing("postgres", "an export of sessions"):
+        import pyarrow
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, total = path.with_name(f"{path.name}.partial"), 0
     with contextlib.ExitStack() as stack:

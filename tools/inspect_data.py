@@ -11,19 +11,21 @@ import dataclasses
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import _checkout  # noqa: F401  (comes first: see there)
 from absl import app
 
-from atlas_jax import cli, training_data
+from atlas_jax import cli
 from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig, GRPOConfig, TrainConfig
-from atlas_jax.data import chat, loader, questions, snapshot, sources, trace_files
+from atlas_jax.data import chat, loader, questions, sources
 from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.data.sources import Rows
-from atlas_jax.data.trace_query import score_of
-from atlas_jax.data.traces import AtlasSessionTrace
+from atlas_jax.traces import files
+from atlas_jax.traces.query import score_of
+from atlas_jax.traces.schema import AtlasSessionTrace
 
 _CONFIG = cli.define_config()
 _NUM_SHOWN = 5
@@ -38,8 +40,8 @@ def main(argv: list[str]) -> None:
         print_counts(data)
     with tempfile.TemporaryDirectory() as folder:
         if data.db_url:
-            snapshot.check(data, folder)
-            snapshot.take(data, folder)
+            sources.check_sessions(data, folder)
+            sources.take_snapshot(data, folder)
         loose = dataclasses.replace(data, max_rejected_frac=1.0)
         rows, held_out = sources.load_rows(loose, config.seed, folder)
     print(f"{len(rows.rows)} rows to train on, {len(held_out.rows) if held_out else 0} held out")
@@ -47,7 +49,8 @@ def main(argv: list[str]) -> None:
     for reason in rows.rejected[:20]:
         print(f"  {reason}")
     config = dataclasses.replace(config, data=loose)
-    (print_questions if isinstance(config, GRPOConfig) else print_examples)(config, rows)
+    show: dict[str, Callable[[Any, Rows], None]] = {"sft": print_examples, "grpo": print_questions}
+    show[config.algorithm](config, rows)
 
 
 def print_counts(config: DataConfig) -> None:
@@ -72,12 +75,14 @@ def print_counts(config: DataConfig) -> None:
 def all_sessions(config: DataConfig) -> Iterator[AtlasSessionTrace]:
     """Yields every session of the source that can be read."""
     if config.db_url:
+        from atlas_jax import training_data  # needs the client of a database
+
         yield from training_data.iter_training_sessions(
             config.db_url, include_trajectory_events=False
         )
         return
     for part in sources.parts_of(config.dataset_path):
-        for _, session in trace_files.read(part):
+        for _, session in files.read(part):
             if isinstance(session, AtlasSessionTrace):
                 yield session
 
@@ -86,7 +91,7 @@ def print_examples(config: TrainConfig, rows: Rows) -> None:
     """Prints conversations as the tokenizer renders them."""
     # What imports JAX comes late: questions and counts need none.
     from atlas_jax.checkpoint import hf
-    from atlas_jax.recipes import vocabulary
+    from atlas_jax.startup import vocabulary
 
     path = hf.resolve(config.model_name_or_path)
     tokenizer = vocabulary.load_tokenizer(config.tokenizer_name_or_path or path)
@@ -104,7 +109,7 @@ def print_questions(config: GRPOConfig, rows: Rows) -> None:
     found = questions.parse_questions(
         rows,
         1.0,
-        config.reward.needs_truth,
+        config.reward.needs_truth(),
         config.rollout.question_fields,
         vars(config.data.columns),
     )

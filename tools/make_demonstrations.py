@@ -19,7 +19,7 @@ from typing import Any
 import _checkout  # noqa: F401  (comes first: see there)
 from demonstration_kinds import KINDS, METHODS
 
-from atlas_jax import cli
+from atlas_jax import cli, extras
 from atlas_jax.rewards.answers import is_correct
 from atlas_jax.rewards.leaks import states_answer
 
@@ -200,7 +200,8 @@ class Student:
     """A model behind its chat template, decoded greedily with transformers."""
 
     def __init__(self, path: str, threads: int) -> None:
-        import torch
+        with extras.importing("hf", "a student by transformers"):
+            import torch
         import transformers
 
         if threads:

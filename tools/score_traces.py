@@ -1,6 +1,6 @@
 """Scores recorded sessions with judges, without training, and compares with what they carry.
 
-    python tools/score_traces.py --traces traces.jsonl --rim configs/rim_config.py
+    python tools/score_traces.py --traces traces.jsonl --rim rim_config
 
 What a session carries is its reward, the scores of its judges, whether it succeeded, and whether a
 person approved it. Prints, for the mean and for each judge, correlation, AUC and calibration, so
@@ -17,12 +17,12 @@ from typing import Any
 import _checkout  # noqa: F401  (comes first: see there)
 
 from atlas_jax import cli
-from atlas_jax.data import sessions, trace_files
-from atlas_jax.data.trace_query import score_of
-from atlas_jax.data.traces import AtlasSessionTrace
 from atlas_jax.files import write_whole
 from atlas_jax.rewards import RIMReward, agreement
 from atlas_jax.rewards.judges import Case
+from atlas_jax.traces import files, sessions
+from atlas_jax.traces.query import score_of
+from atlas_jax.traces.schema import AtlasSessionTrace
 
 _STATUS = {"succeeded": 1.0, "failed": 0.0}
 _REVIEW = {"approved": 1.0, "quarantined": 0.0}
@@ -32,7 +32,7 @@ def main() -> None:
     """Reads, scores, prints."""
     parser = cli.ToolParser(__doc__)
     parser.add_argument("--traces", required=True, help="export of sessions (.jsonl, .gz, .zst)")
-    parser.add_argument("--rim", default="configs/rim_config.py", help="options of the judges")
+    parser.add_argument("--rim", default="rim_config", help="options of the judges")
     parser.add_argument(
         "--limit", type=int, default=0, help="sessions, the first ones; 0 takes all"
     )
@@ -71,7 +71,7 @@ def main() -> None:
 def read(path: str, limit: int) -> tuple[list[AtlasSessionTrace], list[str]]:
     """Returns the sessions of an export, and why others are none."""
     found, rejected = [], []
-    for name, session in itertools.islice(trace_files.read(path), limit or None):
+    for name, session in itertools.islice(files.read(path), limit or None):
         if isinstance(session, str):
             rejected.append(f"{name} {session}")
         else:

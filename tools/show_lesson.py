@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import _checkout  # noqa: F401  (comes first: see there)
 
-from atlas_jax import cli, config, preflight
+from atlas_jax import cli, config, extras, preflight
+from atlas_jax.configs.data import quickstart_sft
 from atlas_jax.data import examples, sources
-from configs.data import quickstart_sft
 
 
 def main() -> None:
@@ -30,16 +30,18 @@ def prompt(row: int) -> list[dict[str, str]]:
     """Returns the conversation of a held-out demonstration up to the teacher's turn."""
     options = config.defaults(config.SFTConfig)
     quickstart_sft.apply(options)
-    data = config.freeze(options).data
+    frozen = config.freeze(options)
+    data = frozen.data
     rows = sources.read_rows(data, data.eval_path).rows
     if not 0 <= row < len(rows):
         raise ValueError(f"--row {row} must be 0 to {len(rows) - 1}")
-    return list(examples.to_sample(rows[row], data).messages[:-1])
+    return list(examples.to_sample(rows[row], data, frozen.teaching).messages[:-1])
 
 
 def generate(model_path: str, messages: list[dict[str, str]], max_new_tokens: int) -> str:
     """Returns the greedy continuation by transformers."""
-    import torch
+    with extras.importing("hf", "an answer by transformers"):
+        import torch
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path)

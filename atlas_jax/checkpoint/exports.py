@@ -1,8 +1,8 @@
-"""Directories that may be replaced: those that this program wrote, which a marker file says.
+"""Replacement of export directories, limited to those that this program wrote.
 
-A marker lists the files that were written, each with a fingerprint. A file that is not listed is
-the user's and is kept. A listed file with another fingerprint was changed by the user; since the
-new export needs its name, the directory is refused.
+A marker file lists the files that were written, each with a fingerprint. A file that is not listed
+is the user's and is kept. A listed file with another fingerprint was changed by the user; since
+the new export needs its name, the directory is refused.
 """
 
 from __future__ import annotations
@@ -43,24 +43,26 @@ _PART_BYTES = 1 << 16
 def replaced(
     directory: str | os.PathLike[str], kind: str, source: str, unmarked: Sequence[str] = ()
 ) -> Iterator[pathlib.Path]:
-    """Yields an empty directory to fill, which becomes `directory` if nothing is raised.
+    """Yields an empty directory to fill, which becomes `directory` if no error is raised.
 
     Args:
-        directory: the target; absent, empty, or an earlier one of the same kind.
-        kind: what is written, as the marker names it.
-        source: where it comes from, for the marker.
-        unmarked: the argument of `check`.
+        directory: the target; absent, empty, or an earlier export of the same kind.
+        kind: the kind of content, as the marker names it.
+        source: the origin of the content, for the marker.
+        unmarked: patterns of files, see `check`.
 
     Raises:
-        ValueError: if `directory` holds what is not ours to replace.
-        OSError: if something cannot be written; `directory` is then as it was.
+        ValueError: if `directory` holds anything that this program may not replace.
+        OSError: if something cannot be written; `directory` is then unchanged.
     """
     check(directory, kind, unmarked)
     target = files.resolved(directory)
     with files.replace_directory(target) as new:
         yield new
         written = {name: _fingerprint(new / name) for name in _names(new)}
-        theirs = check(directory, kind, unmarked)  # again: writing weights takes minutes
+        theirs = check(
+            directory, kind, unmarked
+        )  # again: the user may have written here meanwhile, for minutes
         taken = [name for name in theirs if name in written]
         if taken:
             raise ValueError(
@@ -80,16 +82,16 @@ def check(directory: str | os.PathLike[str], kind: str, unmarked: Sequence[str] 
     """Checks that `directory` may be replaced.
 
     Args:
-        directory: the target; need not exist.
-        kind: what is to be written there.
-        unmarked: patterns of the files of which a directory without a marker may consist, for
-            places that have belonged to a run since before there were markers.
+        directory: the target, which need not exist.
+        kind: the kind of content that is to be written there.
+        unmarked: patterns of the files that a directory without a marker may hold, for directories
+            of runs from before markers were written.
 
     Returns:
-        The user's files in it, which are to stay.
+        The user's files in it, which are kept.
 
     Raises:
-        ValueError: names what is not ours to replace.
+        ValueError: if it holds anything that this program may not replace; the message names it.
     """
     target = files.resolved(directory)
     files.recover(target)
@@ -114,14 +116,14 @@ def check(directory: str | os.PathLike[str], kind: str, unmarked: Sequence[str] 
 
 
 def check_apart(directory: str | os.PathLike[str], sources: Iterable[pathlib.Path]) -> None:
-    """Checks that a target neither is, holds, nor lies inside what is read to fill it.
+    """Checks that an export's target and its sources neither are nor contain each other.
 
     Args:
         directory: the target.
-        sources: files and directories; what a directory links to counts too.
+        sources: the files and directories that are read; targets of their links count too.
 
     Raises:
-        ValueError: names the two.
+        ValueError: if two overlap; the message names both.
     """
     target = files.resolved(directory)
     for source in sources:
@@ -147,7 +149,7 @@ def _check_unmarked(
 
 
 def _read_marker(target: pathlib.Path, kind: str) -> dict[str, str] | None:
-    """Returns the fingerprints that the marker lists, None without a marker of this kind."""
+    """Returns the fingerprints that the marker lists, or None without a marker of this kind."""
     try:
         marker = json.loads((target / MARKER).read_text())
     except (OSError, ValueError):
@@ -171,8 +173,8 @@ def _names(directory: pathlib.Path) -> list[str]:
 def _fingerprint(path: pathlib.Path) -> str:
     """Returns the size and a hash of parts of a file: its beginning, its end and some between.
 
-    The beginning of a safetensors file is its header, then weights that any training changes; to
-    read a large file whole would take as long as writing it.
+    A safetensors file begins with its header and with weights that any training changes. Reading a
+    large file whole would take as long as writing it.
     """
     digest = hashlib.sha256()
     try:
@@ -188,7 +190,7 @@ def _fingerprint(path: pathlib.Path) -> str:
 
 
 def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:
-    """Links a file of the user's to its place in the new directory."""
+    """Links a user's file into the new directory."""
     new.parent.mkdir(parents=True, exist_ok=True)
     files.link_or_copy(old, new)
 

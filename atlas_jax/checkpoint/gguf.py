@@ -1,8 +1,8 @@
-"""Reads GGUF files: a Hugging Face config, tensors in Hugging Face layout, and the tokenizer.
+"""GGUF files, read as a Hugging Face config, tensors in Hugging Face layout, and a tokenizer.
 
 A GGUF file is one memory-mapped file with metadata (`llama.block_count`, `tokenizer.ggml.tokens`)
-and with tensors that are plain or block-quantised. What the file says and this reader does not
-understand is refused by name, because a model that is read almost right trains and answers wrong.
+and with tensors that are plain or block-quantised. Content that this reader does not understand is
+refused by name, because a model that is read almost right trains and answers wrongly.
 
 References:
     File format: ggml, docs/gguf.md. Tensor names and the order of the rotary dims: llama.cpp,
@@ -16,14 +16,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import gguf
 import ml_dtypes
 import numpy as np
-from gguf.gguf_reader import ReaderTensor
 from transformers import PreTrainedTokenizerFast
 
+from atlas_jax import extras
 from atlas_jax.checkpoint.gguf_config import generation_config, model_config
 from atlas_jax.checkpoint.gguf_tokenizer import build_tokenizer
+
+with extras.importing("gguf", "a .gguf file"):
+    import gguf
+    from gguf.gguf_reader import ReaderTensor
 
 _QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
@@ -48,15 +51,15 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GGUFSource:
-    """An open GGUF file. Tensors stay in the file until `read` asks for them.
+    """An open GGUF file, whose tensors stay on disk until `read`.
 
     Attributes:
         path: the file.
-        config: what `config.json` of the Hugging Face model would hold. `dtype` is the one to
-            export in: that of the file, and bfloat16 for a quantised file.
-        generation_config: the ids that begin, end and pad a generation; `eos_token_id` is a list if
-            there are several.
-        shapes: Hugging Face tensor name -> shape; a matrix is `[out, in]`.
+        config: the content of the Hugging Face model's `config.json`. `dtype` is the dtype of an
+            export: that of the file, or bfloat16 for a quantised file.
+        generation_config: the ids that begin, end and pad a generation; `eos_token_id` is a list
+            if several end it.
+        shapes: shapes by Hugging Face tensor name; a matrix is `[out, in]`.
     """
 
     def __init__(self, path: str) -> None:
@@ -75,13 +78,13 @@ class GGUFSource:
         self.shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one tensor in Hugging Face layout, as a copy that does not refer to the file.
+        """Returns one tensor in Hugging Face layout, copied out of the file.
 
         Args:
             name: a key of `shapes`.
 
         Returns:
-            float16 and bfloat16 tensors in their own dtype, all others as float32.
+            The tensor: float16 and bfloat16 in their own dtype, every other one in float32.
         """
         values = _dequantised(self._tensors[name])
         projection = name.split(".")[-2]
@@ -92,7 +95,7 @@ class GGUFSource:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer of a GGUF file, chat template included. Needs no torch.
+    """Returns the tokenizer of a GGUF file, chat template included, without torch.
 
     Raises:
         ValueError: if the file is missing, damaged or no GGUF file, or if the tokenizer or one of
@@ -174,7 +177,7 @@ def _hf_name(name: str) -> str:
 
 
 def _told_by_tensors(arch: str, tensors: Mapping[str, ReaderTensor]) -> dict[str, Any]:
-    """Returns the rest of the config: vocabulary, tied embeddings, biases and dtype."""
+    """Returns the config options that only the tensors tell: vocabulary, ties, biases, dtype."""
     if "model.embed_tokens.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing; the file holds no language model")
     stored = {t.tensor_type.name for t in tensors.values() if len(t.shape) == 2}
@@ -200,7 +203,7 @@ def _dequantised(tensor: ReaderTensor) -> np.ndarray:
 
 
 def _halves_from_pairs(values: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of the rotary dims of a head.
+    """Returns a matrix with the rotary dims of each head in Hugging Face's order.
 
     llama.cpp rotates the rows `2i, 2i + 1` together, Hugging Face the rows `i, i + H / 2`.
     """

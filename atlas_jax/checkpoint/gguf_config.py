@@ -1,9 +1,9 @@
-"""What the metadata of a GGUF file says about its model, as a Hugging Face config.
+"""Translation of a GGUF file's metadata into a Hugging Face config.
 
 Every option of the architecture is either translated here or refused by name.
 
 References:
-    Metadata keys: ggml, docs/gguf.md. What they are made from: llama.cpp, convert_hf_to_gguf.py.
+    Metadata keys: ggml, docs/gguf.md. Their origin: llama.cpp, convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ _LLAMA3_ROPE = {
 
 
 def model_config(metadata: Metadata, rope_factors: np.ndarray | None) -> dict[str, Any]:
-    """Returns the Hugging Face config, except for what only the other tensors tell.
+    """Returns the Hugging Face config, except for the options that only tensors tell.
 
-    What the format lets a file leave out is filled in as the format says: as many key/value heads
-    as query heads, heads that share out the model dim, and a rotary base of 10000.
+    Keys that the format lets a file omit take the format's defaults: as many key/value heads as
+    query heads, a head dim of model dim over heads, and a rotary base of 10000.
 
     Args:
         metadata: all metadata of the file, by name.
         rope_factors: the tensor `rope_freqs.weight`, `[head_dim / 2]`, if the file has one.
 
     Raises:
-        ValueError: names the architecture or option that is unsupported, or the key that is missing
-            or of the wrong type.
+        ValueError: if the architecture or an option is unsupported, or a key is missing or of the
+            wrong type; the message names it.
     """
     arch = _architecture(metadata)
     config: dict[str, Any] = {"architectures": [_CLASSES[arch]], "model_type": arch}
@@ -80,9 +80,9 @@ def model_config(metadata: Metadata, rope_factors: np.ndarray | None) -> dict[st
 
 
 def generation_config(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
-    """Returns the ids that begin, end and pad a generation, as far as the file knows them.
+    """Returns the ids that begin, end and pad a generation, as far as the file states them.
 
-    `eos_token_id` is a list if there is an end of turn or of message besides the end of text.
+    `eos_token_id` is a list if the file has an end of turn or of message besides the end of text.
 
     Raises:
         ValueError: if an id is not below `vocab_size`.
@@ -111,7 +111,7 @@ def required(metadata: Metadata, key: str, kind: type) -> Any:
     """Returns one value of the metadata.
 
     Raises:
-        ValueError: if it is missing or not a single value of the type `kind`.
+        ValueError: if the key is missing or not a single value of the type `kind`.
     """
     if key not in metadata:
         raise ValueError(f"metadata {key} is missing; convert the model again with llama.cpp")
@@ -161,7 +161,7 @@ def _head_dim(metadata: Metadata, arch: str, default: int) -> int:
 
 
 def _shortest(value: float) -> float:
-    """Returns the shortest decimal that is the same float32: 1e-05 for 9.999999747378752e-06."""
+    """Returns the shortest decimal of the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value))) if np.float32(value) == value else value
 
 
@@ -189,10 +189,10 @@ def _rope_scaling(
 
 
 def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Recovers the parameters of Llama 3 scaling from the factors that they gave.
+    """Returns the parameters of Llama 3 scaling that give these factors.
 
-    The factors depend on the ratios of the parameters in `_LLAMA3_ROPE` only, and cannot tell the
-    three apart: the published ones are taken if they give exactly these factors.
+    The factors depend only on the ratios of the parameters in `_LLAMA3_ROPE`, so the parameters
+    cannot be computed from them. The published ones are taken if they give exactly these factors.
     """
     if np.all(factors == 1):
         return None
@@ -208,11 +208,12 @@ def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any]) -> dict[str,
 
 
 def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """Returns what Llama 3 divides the rotary frequencies by, `[head_dim / 2]`.
+    """Returns the divisors of Llama 3 for the rotary frequencies, `[head_dim / 2]`.
 
     Reference: transformers, modeling_rope_utils.py, `_compute_llama3_parameters`.
     """
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -1,8 +1,8 @@
-"""Builds a Hugging Face tokenizer from the metadata of a GGUF file, without torch.
+"""Hugging Face tokenizers built from the metadata of GGUF files, without torch.
 
 A GGUF file holds the vocabulary, the merges and the kind of each token, but only the *name* of the
-pre-tokenizer, so that the regular expressions stand here. They are those of the published
-`tokenizer.json` of the models, which llama.cpp follows too.
+pre-tokenizer, so the regular expressions are here. They come from the published `tokenizer.json` of
+the models, which llama.cpp follows too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_NORMAL = 1
+_CONTROL = 3
+_USER_DEFINED = 4
+_UNUSED = 5  # tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -38,12 +41,12 @@ _TEKKEN = (
 
 
 class _ByteLevel(NamedTuple):
-    """What a name in `tokenizer.ggml.pre` stands for."""
+    """A byte-level pre-tokenizer, which `tokenizer.ggml.pre` names."""
 
-    splits: tuple[str, ...]  # applied in turn, each to the pieces that the one before left
+    splits: tuple[str, ...]  # regular expressions; each splits the pieces of the one before
     nfc: bool = False
-    ignore_merges: bool = False  # a piece that is in the vocabulary is one token
-    add_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # whether a piece that is in the vocabulary is always one token
+    add_bos: bool = False  # default if the file does not say
 
 
 _LLAMA3_BPE = _ByteLevel((_LLAMA3,), ignore_merges=True, add_bos=True)
@@ -70,8 +73,8 @@ _UNDERSTOOD = {
 def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """Returns the tokenizer that the `tokenizer.*` metadata of a GGUF file describes.
 
-    Control tokens are special; user-defined tokens are matched whole but are not special. Rows that
-    llama.cpp only adds to fill the embedding (`[PAD32000]`) are left out.
+    Control tokens are special. User-defined tokens are matched whole but are not special. Entries
+    that llama.cpp adds only to pad the embedding (`[PAD32000]`) are left out.
 
     Args:
         metadata: all metadata of the file, by name.
@@ -91,7 +94,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         known = option == key or option in _UNDERSTOOD or option.endswith("_token_id")
         if value and not known:
             raise ValueError(f"option {key} is not supported; use another file")
-    tokens, types = _required(metadata, "tokens"), _required(metadata, "token_type")
+    tokens = _required(metadata, "tokens")
+    types = _required(metadata, "token_type")
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
             f"{len(tokens)} tokens, {len(set(tokens))} of them different, have {len(types)} types; "
@@ -158,8 +162,8 @@ def _sentencepiece(
 ) -> Tokenizer:
     """Returns the tokenizer of a SentencePiece BPE model, with the prefix space of llama.cpp.
 
-    The prefix space stands before the text and again behind every special token, as in the
-    published `tokenizer.json` of Llama 2.
+    The prefix space is added before the text and after every special token, as in the published
+    `tokenizer.json` of Llama 2.
     """
     vocab = _vocabulary(tokens, types)
     if "tokenizer.ggml.merges" in metadata:
@@ -193,19 +197,19 @@ def _sentencepiece(
 def _merges_from_scores(
     scores: Mapping[str, float], vocab: Mapping[str, int]
 ) -> list[tuple[str, str]]:
-    """Returns every way to put a piece together from two others, best score first.
+    """Returns every merge of two pieces into a third one, best score first.
 
     SentencePiece stores no merges: it joins the two neighbours whose union has the highest score.
-    Among equal scores the order is that of the Hugging Face conversion, so that ids agree with it.
+    Equal scores are ordered as in the Hugging Face conversion, so that ids agree with it.
     """
-    found = []
+    merges = []
     for piece, score in scores.items():
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         known = [(a, b) for a, b in cuts if a in scores and b in scores]
         known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(score, pair) for pair in known]
-    found.sort(key=lambda m: (m[0], len(m[1][0]), len(m[1][1])), reverse=True)
-    return [pair for _, pair in found]
+        merges += [(score, pair) for pair in known]
+    merges.sort(key=lambda m: (m[0], len(m[1][0]), len(m[1][1])), reverse=True)
+    return [pair for _, pair in merges]
 
 
 def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
@@ -231,7 +235,8 @@ def _template(
 ) -> processors.TemplateProcessing:
     bos = _added_token(metadata, "bos", tokens, default=add_bos)
     eos = _added_token(metadata, "eos", tokens, default=False)
-    first, second = [*bos, "$A", *eos], [*bos, "$B", *eos]
+    first = [*bos, "$A", *eos]
+    second = [*bos, "$B", *eos]
     return processors.TemplateProcessing(
         single=first,
         pair=[*first, *(f"{part}:1" for part in second)],
@@ -242,7 +247,7 @@ def _template(
 def _added_token(
     metadata: Mapping[str, Any], role: str, tokens: Sequence[str], *, default: bool
 ) -> list[str]:
-    """Returns the one token that goes to each text's begin or end, or none."""
+    """Returns the token that is added to each text's begin or end, as a list of at most one."""
     if not _flag(metadata, f"add_{role}_token", default=default):
         return []
     token = _token(metadata, role, tokens)
@@ -270,5 +275,5 @@ def _flag(metadata: Mapping[str, Any], name: str, *, default: bool) -> bool:
 def _required(metadata: Mapping[str, Any], name: str) -> Any:
     key = f"tokenizer.ggml.{name}"
     if key not in metadata:
-        raise ValueError(f"metadata {key} is missing, so that no tokenizer can be built from it")
+        raise ValueError(f"metadata {key} is missing, so no tokenizer can be built from it")
     return metadata[key]

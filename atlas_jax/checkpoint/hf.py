@@ -1,8 +1,8 @@
-"""Hugging Face directories: read into sharded arrays, and written as transformers and vLLM load.
+"""Hugging Face directories: read into sharded arrays, and written for transformers and vLLM.
 
-Reading goes tensor by tensor: the host holds one of them, the devices hold their shards. Writing
-goes file by file, into a directory beside the target that takes its name when it is whole. What may
-be replaced by it is decided in `exports`.
+Tensors are read one at a time: the host holds one of them, the devices hold their shards. Files are
+written into a directory beside the target, which takes the target's name when it is complete.
+`exports` decides whether a target may be replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.checkpoint import exports, gguf, layout, names, writer
+from atlas_jax.checkpoint import exports, layout, names, writer
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
@@ -42,7 +42,7 @@ class Source(Protocol):
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """Content of `generation_config.json`; empty where there is none."""
+        """Content of `generation_config.json`; empty if the model has none."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -85,15 +85,15 @@ class SafetensorsSource:
         return self._files[name].get_tensor(name)
 
     def dtype(self, name: str) -> str:
-        """Returns the dtype in which a tensor is stored; raises as `read` does."""
+        """Returns the dtype in which a tensor is stored, with the errors of `read`."""
         return layout.dtype_of(name, self._files[name])
 
 
 def resolve(name_or_path: str) -> str:
-    """Returns a local path: itself if it exists, else the hub repository of that name, fetched.
+    """Returns a local path: the argument if it exists, else its hub repository, downloaded.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the argument is neither a path nor a repository.
     """
     local = os.path.expanduser(name_or_path)
     if os.path.exists(local):
@@ -120,26 +120,31 @@ def open_source(path: str) -> Source:
     Raises:
         ValueError: if it is incomplete or not supported.
     """
-    return gguf.GGUFSource(path) if path.endswith(".gguf") else SafetensorsSource(path)
+    if not path.endswith(".gguf"):
+        return SafetensorsSource(path)
+    from atlas_jax.checkpoint import gguf  # needs an extra, and no other model does
+
+    return gguf.GGUFSource(path)
 
 
 def _stored_dtype(source: Source) -> writer.Dtype:
-    """Returns the dtype in which the weights are stored, of each tensor if they differ.
+    """Returns the dtype in which the weights are stored, by tensor name if they differ.
 
-    Files decide, because `config.json` may say another dtype; a GGUF file is what its config says.
+    It is read from the files, because `config.json` may state another one. For a GGUF file it is
+    the dtype of its config.
     """
     if not isinstance(source, SafetensorsSource):
         return source.config["dtype"]
     config = from_hf(source.config)
     exported = [name for entry in names.entries(config) for name in names.hf_names(entry, config)]
-    # `load` refuses a source where one is missing.
+    # Tensors that are missing here are reported by `load`.
     found = {name: source.dtype(name) for name in exported if name in source.shapes}
     different = set(found.values())
     return found if len(different) > 1 else different.pop() if different else "float32"
 
 
 def _main_dtype(dtype: writer.Dtype, config: Mapping[str, Any]) -> str:
-    """Returns what `config.json` is to say: what it says if it is true, else the usual dtype."""
+    """Returns the dtype for `config.json`: the stated one if some tensor has it, else the usual."""
     if isinstance(dtype, str):
         return dtype
     said = str(config.get("dtype") or config.get("torch_dtype"))
@@ -148,10 +153,10 @@ def _main_dtype(dtype: writer.Dtype, config: Mapping[str, Any]) -> str:
 
 
 def digest(source: Source) -> str:
-    """Returns a short hash that tells the weights of a model from those of others.
+    """Returns a short hash of a model's weights, which differs between models.
 
-    It covers all names and shapes, and the numbers of a few tensors; some fine-tunings change the
-    attention alone, others the rest alone.
+    It covers all names and shapes, and the numbers of a few tensors of every kind, since some
+    fine-tunings change only the attention and others only the other parts.
     """
     names = sorted(source.shapes)
     total = hashlib.sha256(json.dumps([(n, source.shapes[n]) for n in names]).encode())
@@ -165,7 +170,7 @@ def load(source: Source, decoder: Decoder) -> Params:
     """Returns the parameters of `source`, sharded as `decoder` says, in its parameter dtype.
 
     Raises:
-        ValueError: names the tensors that are missing, unknown or of another shape.
+        ValueError: if tensors are missing, unknown or of another shape; the message names them.
     """
     _check(source, decoder)
     placements = decoder.placements()
@@ -184,24 +189,24 @@ def _load_kind(
     entry: names.Entry,
     places: list[jax.sharding.NamedSharding],
 ) -> list[jax.Array]:
-    """Returns the parameters in the tensors of one kind, stacked where each layer has one."""
+    """Returns the parameters of one kind of tensor, stacked if each layer has one."""
     shapes = names.shapes_of(entry, decoder.shapes)
     dtype = decoder.param_dtype
     if not entry.per_layer:
-        found = names.from_hf(entry, source.read(entry.name), shapes)
-        return [_place(x, place).astype(dtype) for x, place in zip(found, places, strict=True)]
-    # Layers are stacked in device memory also where they are to rest in the host's: JAX writes no
-    # device array into a host one.
+        loaded = names.from_hf(entry, source.read(entry.name), shapes)
+        return [_place(x, place).astype(dtype) for x, place in zip(loaded, places, strict=True)]
+    # Layers are stacked in device memory even if they are to stay in host memory, because JAX
+    # cannot write a device array into a slice of a host array.
     stacks = [
         _zeros((decoder.config.num_layers, *shape), dtype, _with_spec(place, place.spec))
         for shape, place in zip(shapes, places, strict=True)
     ]
     for i, name in enumerate(names.hf_names(entry, decoder.config)):
-        found = names.from_hf(entry, source.read(name), shapes)
-        for k, (tensor, place) in enumerate(zip(found, places, strict=True)):
+        loaded = names.from_hf(entry, source.read(name), shapes)
+        for k, (tensor, place) in enumerate(zip(loaded, places, strict=True)):
             one = _with_spec(place, place.spec[1:])
             stacks[k] = _write_layer(stacks[k], _place(tensor, one), np.int32(i))
-        # Dispatch runs ahead of the writes; without waiting, many tensors would be held at once.
+        # Dispatch is asynchronous: without waiting, many tensors would be in memory at once.
         jax.block_until_ready(stacks)
     return [jax.device_put(x, place) for x, place in zip(stacks, places, strict=True)]
 
@@ -225,7 +230,7 @@ def _write_layer(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.
 
 
 def stored_shapes(source: Source, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Returns name and shape of the parameters in `source`, buffers and a tied head left out."""
+    """Returns the shapes of the parameters in `source` by name, without buffers and a tied head."""
     return {
         name: shape
         for name, shape in source.shapes.items()
@@ -236,8 +241,9 @@ def stored_shapes(source: Source, tied: bool) -> dict[str, tuple[int, ...]]:
 def _check(source: Source, decoder: Decoder) -> None:
     expected = names.hf_shapes(decoder.config, decoder.shapes)
     tied = decoder.config.tie_embeddings
-    found = stored_shapes(source, tied)
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    stored = stored_shapes(source, tied)
+    missing = sorted(expected.keys() - stored.keys())
+    extra = sorted(stored.keys() - expected.keys())
     if missing or extra:
         raise ValueError(
             f"the weights do not fit config.json: missing {layout.some(missing)}; "
@@ -255,9 +261,9 @@ def _check(source: Source, decoder: Decoder) -> None:
             "model.embed_tokens.weight; set tie_word_embeddings to false"
         )
     for name, shape in expected.items():
-        if found[name] != shape:
+        if stored[name] != shape:
             raise ValueError(
-                f"tensor {name} has shape {found[name]}, but config.json asks for {shape}"
+                f"tensor {name} has shape {stored[name]}, but config.json asks for {shape}"
             )
 
 
@@ -268,18 +274,18 @@ def _set(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
 
 
 class ModelFiles(NamedTuple):
-    """What an export holds beside the weights, and how it stores them."""
+    """The files of an export other than the weights, and the dtype of the weights."""
 
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    """Empty where there is no such file; transformers then goes by `config`."""
+    """Content of the file; empty if there is none, and transformers then reads `config`."""
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     dtype: writer.Dtype
-    """dtype in which the source stores its tensors: one, or one for each name."""
+    """dtype in which the source stores its tensors: one for all, or one by name."""
 
 
 def model_files(source: Source, tokenizer: Any) -> ModelFiles:
-    """Returns what an export of `source` holds; `dtype` in its config is what the files hold."""
+    """Returns the files for an export of `source`; `dtype` in its config is the stored dtype."""
     dtype = _stored_dtype(source)
     return ModelFiles(
         config=_with_dtype(source.config, _main_dtype(dtype, source.config)),
@@ -300,36 +306,36 @@ def export(
     source: str,
     unmarked: tuple[str, ...] = (),
 ) -> None:
-    """Writes a directory that `AutoModelForCausalLM.from_pretrained` and vLLM load as it is.
+    """Writes a directory that `AutoModelForCausalLM.from_pretrained` and vLLM load unchanged.
 
-    Every process calls it, since a parameter may be spread over all of them; the first one writes.
+    Every process must call it, since a parameter may be spread over all of them. Process 0 writes.
 
     Args:
         params: the parameters.
-        decoder: their architecture and places.
+        decoder: the parameters' architecture and placement.
         files: configuration and tokenizer.
-        directory: absent, empty, or an earlier export, which is replaced; the user's files in it
-            are kept.
-        dtype: of the tensors written; `auto` is the dtype in which the source stores each of them,
-            whatever its `config.json` says.
-        max_shard_size: bytes of tensors in one file.
-        source: where the weights come from, for the marker file.
+        directory: the target: absent, empty, or an earlier export, which is replaced. The user's
+            files in it are kept.
+        dtype: dtype of the written tensors; `auto` is the dtype in which the source stores each of
+            them, whatever its `config.json` states.
+        max_shard_size: the largest number of bytes of tensors in one file.
+        source: the origin of the weights, for the marker file.
         unmarked: patterns of the files of an export without a marker, see `exports.check`.
 
     Raises:
-        ValueError: if `directory` holds anything that is not ours to replace.
-        OSError: if the disk is full, or something cannot be written. `directory` is then as it was.
+        ValueError: if `directory` holds anything that this program may not replace.
+        OSError: if a file cannot be written; `directory` is then unchanged.
     """
     if dtype != "auto":
         files = files._replace(dtype=dtype, config=_with_dtype(files.config, dtype))
-    # Wide tensors first, so that each is aligned in a file of several dtypes.
+    # Wide dtypes first, so that every tensor is aligned in a file of several dtypes.
     tensors = sorted(
         writer.tensors(decoder),
         key=lambda t: -jnp.dtype(writer.dtype_of(t.name, files.dtype)).itemsize,
     )
     main = distributed.is_main()
     with contextlib.ExitStack() as stack:
-        partial = pathlib.Path(directory)  # where the other processes write nothing
+        partial = pathlib.Path(directory)  # never written to: only process 0 writes
         if main:
             partial = stack.enter_context(exports.replaced(directory, "model", source, unmarked))
             write_files(str(partial), files)
@@ -345,7 +351,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_files(directory: str, files: ModelFiles) -> None:
-    """Writes what a model directory holds beside the weights; there is no earlier one there."""
+    """Writes the files of a model other than the weights into a directory that has none yet."""
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(files.config, indent=2) + "\n")
@@ -353,17 +359,17 @@ def write_files(directory: str, files: ModelFiles) -> None:
         generation = json.dumps(files.generation_config, indent=2) + "\n"
         (path / "generation_config.json").write_text(generation)
     files.tokenizer.save_pretrained(directory)
-    # transformers 5 names a class that version 4, which vLLM may run, does not know.
+    # transformers 5 writes a class name that version 4, which vLLM may run, cannot load.
     options = path / "tokenizer_config.json"
     text = options.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
     options.write_text(text)
 
 
 def write_run_files(directory: str, files: ModelFiles) -> None:
-    """Writes what makes the checkpoints of a run convertible; replaces only what it wrote before.
+    """Writes the config and tokenizer that converting a run's checkpoints needs.
 
     Raises:
-        ValueError: if `directory` holds anything that is not ours to replace.
+        ValueError: if `directory` holds anything that this program may not replace.
     """
     with exports.replaced(directory, "run", "", exports.UNMARKED_FILES) as partial:
         write_files(str(partial), files)
@@ -372,10 +378,11 @@ def write_run_files(directory: str, files: ModelFiles) -> None:
 
 
 def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFiles:
-    """Returns what `write_run_files` wrote."""
+    """Returns the files that `write_run_files` wrote."""
     path = pathlib.Path(directory)
     config = layout.read_json(path / "config.json")
-    generation, dtypes = path / "generation_config.json", path / _DTYPES_FILE
+    generation = path / "generation_config.json"
+    dtypes = path / _DTYPES_FILE
     said = config.get("dtype") or config.get("torch_dtype") or "float32"
     return ModelFiles(
         config=config,
@@ -388,7 +395,7 @@ def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFil
 def _shards(
     tensors: list[writer.Tensor], dtype: writer.Dtype, limit: int
 ) -> list[list[writer.Tensor]]:
-    """Cuts the tensors, in order, into files of at most `limit` bytes, or of one tensor."""
+    """Splits the tensors, in order, into files of at most `limit` bytes or of a single tensor."""
     shards: list[list[writer.Tensor]] = [[]]
     used = 0
     for tensor in tensors:

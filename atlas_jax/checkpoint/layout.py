@@ -1,7 +1,7 @@
-"""Model directories: which files hold the weights, and what a directory is that holds none of ours.
+"""Model directories: their weight files, and diagnoses of directories that cannot be trained.
 
-The files that count are those that transformers would load. Whatever cannot be trained is named for
-what it is, from names and headers alone. Imports no JAX.
+The weight files are those that transformers would load. A directory that cannot be trained is
+diagnosed from file names and headers alone. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import safetensors
 from absl import logging
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""dtypes of weights: those of safetensors, and as NumPy calls them."""
+"""dtypes of weights: the name in safetensors, and the name in NumPy."""
 
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
-"""Ends of the names of tensors that are no weights."""
+"""Suffixes of the names of tensors that are buffers, not weights."""
 
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _POINTER = b"version https://git-lfs"
@@ -60,7 +61,7 @@ _FOREIGN = (
     ("*model*.bin", "pickled PyTorch weights", _SAVE),
     ("*model*.pt", "pickled PyTorch weights", _SAVE),
 )
-"""File -> what a directory is that has it and no weights of ours, and what to do."""
+"""Diagnosis and advice for a directory without safetensors weights, by a file that it has."""
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
              "pytorch_lora_weights.safetensors")  # fmt: skip
@@ -79,7 +80,8 @@ def check(path: pathlib.Path) -> list[pathlib.Path]:
         Its `weight_files`.
 
     Raises:
-        ValueError: says what it is, which file is damaged or missing, or why it cannot be trained.
+        ValueError: if the directory is something else, a file is damaged or missing, or the model
+            cannot be trained.
     """
     check_adapter(path)
     config = path / "config.json"
@@ -106,10 +108,10 @@ def check(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def check_adapter(path: pathlib.Path) -> None:
-    """Checks that a path is a directory, and not that of an adapter.
+    """Checks that a path is a directory, and not one with an adapter.
 
     Raises:
-        ValueError: names the adapter's base model.
+        ValueError: if it is not; the message names the adapter's base model.
     """
     if path.is_file():
         raise ValueError(f"{path} is a file; give the directory that holds it")
@@ -131,29 +133,30 @@ def check_adapter(path: pathlib.Path) -> None:
 
 
 def has_weights(path: pathlib.Path) -> bool:
-    """Returns whether a directory has weight files under the names of transformers."""
+    """Returns whether a directory has weight files with the names that transformers uses."""
     named = any((path / name).exists() for name in (WHOLE, INDEX))
     return named or any(_SHARD.fullmatch(file.name) for file in path.glob("*.safetensors"))
 
 
 def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files that count, in the order of transformers; others are named in the log.
+    """Returns the weight files of a directory by transformers' precedence; logs the others.
 
-    `model.safetensors` comes first, then what `model.safetensors.index.json` lists. A complete set
-    of numbered shards without an index is read too, which transformers refuses.
+    `model.safetensors` has precedence over the files that `model.safetensors.index.json` lists. A
+    complete set of numbered shards without an index, which transformers refuses, is accepted too.
 
     Raises:
-        ValueError: if there are none, or it cannot be told which count.
+        ValueError: if there are none, or several sets are possible.
     """
-    index, whole = path / INDEX, path / WHOLE
-    found = sorted(path.glob("*.safetensors"))
+    index = path / INDEX
+    whole = path / WHOLE
+    present = sorted(path.glob("*.safetensors"))
     if whole.exists():
         used = [whole]
     elif index.exists():
         used = indexed(index)
     else:
-        used = _numbered(path, found)
-    others = [file.name for file in found if file not in used]
+        used = _numbered(path, present)
+    others = [file.name for file in present if file not in used]
     if whole.exists() and index.exists():
         others.append(index.name)
     if others:
@@ -166,7 +169,7 @@ def indexed(index: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files that an index lists, whether they exist or not.
 
     Raises:
-        ValueError: if it is none, or leads out of its directory.
+        ValueError: if the file is not an index, or lists a file outside its directory.
     """
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
@@ -179,7 +182,7 @@ def indexed(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Returns the one whole set of numbered shards."""
+    """Returns the only complete set of numbered shards."""
     sets: dict[int, list[pathlib.Path]] = collections.defaultdict(list)
     for file in found:
         if match := _SHARD.fullmatch(file.name):
@@ -199,7 +202,7 @@ def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Pat
 
 
 def foreign(path: pathlib.Path) -> str:
-    """Returns what a directory without weights of ours is; empty where that cannot be told."""
+    """Returns the diagnosis of a directory without safetensors weights; "" if it is unknown."""
     for pattern, what, advice in _FOREIGN:
         if file := next(path.glob(pattern), None):
             name = file.relative_to(path)
@@ -211,7 +214,7 @@ def open_file(file: pathlib.Path) -> Any:
     """Returns an open safetensors file.
 
     Raises:
-        ValueError: if it is missing, empty, cut off, or no such file.
+        ValueError: if it is missing, empty, cut off, or not a safetensors file.
     """
     if not file.exists():
         raise ValueError(f"{file} is named in the index but does not exist; download it again")
@@ -226,10 +229,10 @@ def open_file(file: pathlib.Path) -> Any:
 
 
 def check_fetched(file: pathlib.Path) -> None:
-    """Checks that a file is not empty, nor what git-lfs leaves where it fetches none.
+    """Checks that a file is neither empty nor a pointer of Git LFS.
 
     Raises:
-        ValueError: if it is.
+        ValueError: if it is one of them.
     """
     with file.open("rb") as content:
         beginning = content.read(len(_POINTER))
@@ -263,7 +266,7 @@ def check_tensors(file: pathlib.Path, tensors: Any) -> None:
     """Checks the names and dtypes in the header of an open file.
 
     Raises:
-        ValueError: for quantised tensors, and dtypes that cannot be trained.
+        ValueError: if tensors are quantised, or have a dtype that cannot be trained.
     """
     names = list(tensors.keys())
     if not names:
@@ -274,15 +277,15 @@ def check_tensors(file: pathlib.Path, tensors: Any) -> None:
             f"{file} has quantised tensors ({some(quantised)}); give the model that it was made of"
         )
     for name in names:
-        if not name.endswith(BUFFERS):  # which may have any dtype
+        if not name.endswith(BUFFERS):  # buffers may have any dtype
             dtype_of(name, tensors)
 
 
 def dtype_of(name: str, tensors: Any) -> str:
-    """Returns the dtype of a tensor in an open file, as NumPy calls it.
+    """Returns the NumPy name of a tensor's dtype in an open file.
 
     Raises:
-        ValueError: for one that weights cannot have.
+        ValueError: if weights cannot have that dtype.
     """
     dtype = tensors.get_slice(name).get_dtype()
     if dtype not in DTYPES:
@@ -291,17 +294,17 @@ def dtype_of(name: str, tensors: Any) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the file is missing or holds anything else.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; a Hugging Face model directory has one")
     check_fetched(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # text that is not UTF-8, too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{path} is not JSON: {error}; download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
@@ -318,7 +321,7 @@ def is_model(directory: pathlib.Path) -> bool:
 
 
 def some(found: Sequence[str]) -> str:
-    """Returns the first names of a list, and how many more there are."""
+    """Returns the first names of a list, and the number of the others, as a text."""
     return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "") or "none"
 
 
@@ -327,7 +330,7 @@ def _hint(path: pathlib.Path) -> str:
 
 
 def _quantised(path: pathlib.Path, config: dict[str, Any]) -> str:
-    """Returns how a model is quantised; empty where nothing says that it is."""
+    """Returns the name of a model's quantisation method; "" if it is not quantised."""
     for key in ("quantization_config", "compression_config", "quantization"):
         options = config.get(key)
         if isinstance(options, dict) and options:

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: what it takes to continue exactly, written in the background by Orbax.
+"""Checkpoints of a run, written in the background by Orbax, from which a run continues exactly.
 
 `checkpoints/STEP/` holds `params`, `train` (step and optimizer), `data` (position, fingerprint and
-metrics not yet logged), `config`, and `reference` where a reference model follows the policy. A
+metrics not yet logged), `config`, and `reference` if a reference model follows the policy. A
 directory gets its name when everything in it is written.
 
-Orbax casts silently when it restores an array into another dtype, so what is stored is compared
-with what is wanted first.
+Orbax casts silently when it restores an array into another dtype, so the stored shapes and dtypes
+are compared with the expected ones first.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from atlas_jax.step import TrainState
 from atlas_jax.types import Params
 
 MODEL_FILES = "model"
-"""Directory of a run with `config.json` and the tokenizer, for `tools/convert_checkpoint.py`."""
+"""Directory of a run with `config.json` and the tokenizer, for `atlas-convert`."""
 
 _ITEMS = ("params", "train", "data", "config", "reference")
-_MOMENT = re.compile(r"\.(mu|nu)\..*")  # of one parameter
+_MOMENT = re.compile(r"\.(mu|nu)\..*")  # an optimizer moment of one parameter
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 _NUM_SHOWN = 4
 
@@ -41,7 +41,7 @@ class Restored(NamedTuple):
 
 
 class Array(NamedTuple):
-    """Shape and dtype of an array, stored or wanted."""
+    """Shape and dtype of an array, stored or expected."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -58,8 +58,8 @@ class Checkpoints:
 
         Args:
             output_dir: the run's directory.
-            keep: the number of newest checkpoints that stay; 0 keeps all.
-            create: whether to make the directory; false opens those of another run.
+            keep: the number of newest checkpoints that are kept; 0 keeps all.
+            create: whether to make the directory; false opens the checkpoints of another run.
         """
         self.directory = pathlib.Path(output_dir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
@@ -67,7 +67,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep or None,
                 create=create,
-                cleanup_tmp_directories=create,  # what a kill or a full disk left half written
+                cleanup_tmp_directories=create,  # left half written by a kill or a full disk
             ),
             item_names=_ITEMS,
         )
@@ -83,10 +83,10 @@ class Checkpoints:
         config: dict[str, Any],
         reference: Params | None = None,
     ) -> None:
-        """Starts to write the state; returns when the devices may change it.
+        """Starts to write the state, and returns as soon as the devices may change it.
 
         Raises:
-            OSError: if this checkpoint or the one before cannot be written.
+            OSError: if this checkpoint or the previous one cannot be written.
         """
         more = {} if reference is None else {"reference": ocp.args.StandardSave(reference)}
         rest = {"step": state.step, "opt_state": state.opt_state}
@@ -104,8 +104,8 @@ class Checkpoints:
         """Writes parameters only, as step 0.
 
         Raises:
-            ValueError: if there is a checkpoint already, which Orbax would keep in silence.
-            OSError: if it cannot be written.
+            ValueError: if the directory has a checkpoint, which Orbax would silently keep instead.
+            OSError: if the checkpoint cannot be written.
         """
         items = ocp.args.Composite(params=ocp.args.StandardSave(params))
         with self._named():
@@ -114,19 +114,19 @@ class Checkpoints:
             raise ValueError(f"{self.directory} holds a checkpoint already; nothing was written")
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
-        """Returns the state saved at `step`, each array in the place that `abstract` says.
+        """Returns the state saved at `step`, each array placed as in `abstract`.
 
         Raises:
-            ValueError: for parameters or an optimizer of another layout or dtype.
+            ValueError: if parameters or optimizer have another layout or dtype.
         """
-        rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+        others = {"step": abstract.step, "opt_state": abstract.opt_state}
         self.check(step, "params", abstract.params)
-        self.check(step, "train", rest)
+        self.check(step, "train", others)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
-                train=ocp.args.StandardRestore(rest),
+                train=ocp.args.StandardRestore(others),
                 data=ocp.args.JsonRestore(),
             ),
         )
@@ -139,25 +139,26 @@ class Checkpoints:
 
         Args:
             step: the checkpoint.
-            abstract: shapes, dtypes and places.
+            abstract: the expected shapes, dtypes and placements.
             item: `params` or `reference`.
             cast: whether another stored dtype is cast instead of refused.
 
         Raises:
-            ValueError: for parameters of another layout, or of another dtype without `cast`.
+            ValueError: if parameters have another layout, or without `cast` another dtype.
         """
         self.check(step, item, abstract, cast)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
         return self._manager.restore(step, args=args)[item]
 
     def check(self, step: int, item: str, abstract: Any, cast: bool = False) -> None:
-        """Compares the arrays that are stored with those that are wanted.
+        """Checks that the stored arrays have the expected names, shapes and dtypes.
 
         Raises:
-            ValueError: names both, and what to change.
+            ValueError: if they differ; the message names both, and what to change.
         """
         path = self.directory / str(step) / item
-        stored, wanted = _stored(path), _wanted(abstract)
+        stored = _stored(path)
+        wanted = _wanted(abstract)
         if cast:
             stored = {name: array._replace(dtype="") for name, array in stored.items()}
             wanted = {name: array._replace(dtype="") for name, array in wanted.items()}
@@ -173,16 +174,16 @@ class Checkpoints:
         return (self.directory / str(step) / "train").exists()
 
     def close(self) -> None:
-        """Waits until everything is written; raises as `save` does."""
+        """Waits until everything is written, with the errors of `save`."""
         with self._named():
             self._manager.wait_until_finished()
         self._manager.close()
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Makes one line of an error in the threads that write.
+        """Converts errors of the writing threads to an `OSError` of one line.
 
-        TensorStore raises ValueError for a full disk, with the system's words somewhere inside.
+        TensorStore raises ValueError for a full disk, with the system's message inside the text.
         """
         try:
             yield
@@ -239,13 +240,13 @@ def _difference(item: str, stored: Mapping[str, Array], wanted: Mapping[str, Arr
 
 
 def _shown(these: Mapping[str, Array], others: Mapping[str, Array]) -> str:
-    """Returns the arrays that the others do not have, or have in another shape."""
+    """Returns the arrays that `others` do not have, or have in another shape, as a text."""
     different = [f"{n} {a}" for n, a in sorted(these.items()) if others.get(n) != a]
     more = f" and {len(different) - _NUM_SHOWN} more" if len(different) > _NUM_SHOWN else ""
     return ", ".join(different[:_NUM_SHOWN]) + more or "nothing else"
 
 
 def _layout(arrays: Mapping[str, Array]) -> str:
-    """Returns the kinds of an optimizer's state, the moments of all parameters as one."""
+    """Returns the kinds of arrays in an optimizer's state; moments of all parameters are one."""
     kinds = {_MOMENT.sub(r".\1", name): array.dtype for name, array in sorted(arrays.items())}
     return "(" + ", ".join(f"{name} {dtype}" for name, dtype in kinds.items()) + ")"

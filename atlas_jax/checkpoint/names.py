@@ -1,4 +1,4 @@
-"""The one table between Hugging Face tensors and parameters, read in both directions."""
+"""Table of Hugging Face tensors and the parameters they hold, used in both directions."""
 
 from __future__ import annotations
 
@@ -18,48 +18,49 @@ class Entry(NamedTuple):
     """One kind of tensor.
 
     A `linear` tensor is `[out, in]` at Hugging Face and `[*in, *out]` here; others have the same
-    order of numbers in both. A tensor may hold several parameters, one below the other.
+    order of numbers in both. A tensor may hold several parameters, stacked on its first dim.
 
     Example:
         # o_proj.weight [D, N*H] <-> attention/o/kernel [N, H, D], whose first two dims are inputs
         Entry("self_attn.o_proj.weight", (("layers", "attention", "o", "kernel"),), "linear", 2)
     """
 
-    name: str  # behind `model.layers.{i}.` where the paths begin with "layers"
+    name: str  # after the prefix `model.layers.{i}.` if the paths begin with "layers"
     paths: tuple[tuple[str, ...], ...]
     kind: Literal["linear", "same"] = "same"
-    inputs: int = 1  # leading dims of a parameter that are inputs
+    inputs: int = 1  # number of leading dims of a parameter that are inputs
 
     @property
     def per_layer(self) -> bool:
-        """Whether there is one such tensor in each layer."""
+        """True for a tensor that each layer has; false for one of the whole model."""
         return self.paths[0][0] == "layers"
 
 
 def entries(config: ModelConfig) -> list[Entry]:
     """Returns the kinds of tensors that a model of this architecture consists of."""
-    found = [
+    table = [
         Entry("model.embed_tokens.weight", (("embed",),)),
         Entry("model.norm.weight", (("norm",),)),
     ]
     if not config.tie_embeddings:
-        found.append(Entry("lm_head.weight", (("head",),)))
-    bias, mlp_bias = config.qkv_bias, config.mlp_bias
+        table.append(Entry("lm_head.weight", (("head",),)))
+    bias = config.qkv_bias
+    mlp_bias = config.mlp_bias
     if config.fused:
-        found += _linear("self_attn.qkv_proj", "attention", ("q", "k", "v"), bias)
-        found += _linear("mlp.gate_up_proj", "mlp", ("gate", "up"), mlp_bias)
+        table += _linear("self_attn.qkv_proj", "attention", ("q", "k", "v"), bias)
+        table += _linear("mlp.gate_up_proj", "mlp", ("gate", "up"), mlp_bias)
     else:
         for ours in ("q", "k", "v"):
-            found += _linear(f"self_attn.{ours}_proj", "attention", (ours,), bias)
+            table += _linear(f"self_attn.{ours}_proj", "attention", (ours,), bias)
         for ours in ("gate", "up"):
-            found += _linear(f"mlp.{ours}_proj", "mlp", (ours,), mlp_bias)
-    found += _linear("self_attn.o_proj", "attention", ("o",), config.output_bias, inputs=2)
-    found += _linear("mlp.down_proj", "mlp", ("down",), mlp_bias)
+            table += _linear(f"mlp.{ours}_proj", "mlp", (ours,), mlp_bias)
+    table += _linear("self_attn.o_proj", "attention", ("o",), config.output_bias, inputs=2)
+    table += _linear("mlp.down_proj", "mlp", ("down",), mlp_bias)
     if config.qk_norm != "none":
         for ours in ("q_norm", "k_norm"):
             path = ("layers", "attention", ours, "scale")
-            found.append(Entry(f"self_attn.{ours}.weight", (path,)))
-    return found + [
+            table.append(Entry(f"self_attn.{ours}.weight", (path,)))
+    return table + [
         Entry(f"{name}.weight", (("layers", norm, "scale"),))
         for name, norm in _NORMS[config.norms].items()
     ]
@@ -78,7 +79,10 @@ _NORMS = {
         "post_feedforward_layernorm": "mlp_post_norm",
     },
 }
-"""Llama calls the norm before the MLP `post_attention`; others have one that really is."""
+"""Hugging Face names of a layer's norms and ours, by placement.
+
+Llama's `post_attention_layernorm` is the norm before the MLP. In the other placements a norm of
+that name does follow the attention."""
 
 
 def _linear(
@@ -87,12 +91,12 @@ def _linear(
     kernels, biases = (
         tuple(("layers", part, each, leaf) for each in ours) for leaf in ("kernel", "bias")
     )
-    found = [Entry(f"{name}.weight", kernels, "linear", inputs)]
-    return [*found, Entry(f"{name}.bias", biases)] if bias else found
+    weights = [Entry(name=f"{name}.weight", paths=kernels, kind="linear", inputs=inputs)]
+    return [*weights, Entry(f"{name}.bias", biases)] if bias else weights
 
 
 def leaf(tree: Params, path: tuple[str, ...]) -> Any:
-    """Returns what stands at `path`."""
+    """Returns the leaf of a tree at `path`."""
     for key in path:
         tree = tree[key]
     return tree
@@ -106,7 +110,7 @@ def hf_names(entry: Entry, config: ModelConfig) -> list[str]:
 
 
 def hf_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the Hugging Face shape of a parameter of `shape`, the layer dim left out."""
+    """Returns the Hugging Face shape of a parameter of `shape`, both without the layer dim."""
     if entry.kind == "same":
         return (int(np.prod(shape)),) if entry.per_layer else shape
     split = entry.inputs
@@ -114,12 +118,12 @@ def hf_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def shapes_of(entry: Entry, shapes: Params) -> list[tuple[int, ...]]:
-    """Returns the shapes of the parameters in a tensor, the layer dim left out."""
+    """Returns the shapes of the parameters in a tensor, without the layer dim."""
     return [leaf(shapes, path).shape[1 if entry.per_layer else 0 :] for path in entry.paths]
 
 
 def hf_shapes(config: ModelConfig, shapes: Params) -> dict[str, tuple[int, ...]]:
-    """Returns name and shape of every Hugging Face tensor of a model."""
+    """Returns the shape of every Hugging Face tensor of a model, by name."""
     result: dict[str, tuple[int, ...]] = {}
     for entry in entries(config):
         parts = [hf_shape(entry, shape) for shape in shapes_of(entry, shapes)]
@@ -131,7 +135,7 @@ def hf_shapes(config: ModelConfig, shapes: Params) -> dict[str, tuple[int, ...]]
 def from_hf(
     entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]
 ) -> list[np.ndarray]:
-    """Returns the parameters that a Hugging Face tensor holds, as views where it can be."""
+    """Returns the parameters that a Hugging Face tensor holds, as views if possible."""
     ends = np.cumsum([hf_shape(entry, shape)[0] for shape in shapes])[:-1]
     parts = np.split(tensor, ends) if len(shapes) > 1 else [tensor]
     return [

@@ -1,10 +1,10 @@
-"""Safetensors files written as a stream.
+"""Safetensors files, written tensor by tensor.
 
-A tensor is cast and laid out on the device, a few are on their way to the host while one is
-written, and no file is held in memory.
+Tensors are cast and laid out on the device. A few are copied to the host while one is written, so
+no file is held in memory.
 
-Every tensor is a collective operation of all processes. A process that cannot write therefore goes
-on without writing, and all of them learn of it in the end.
+Every tensor is a collective operation of all processes. A process that cannot write therefore
+continues without writing, and all of them raise the error at the end.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
 Dtype = str | Mapping[str, str]
-"""dtype of all tensors, or of each by name."""
+"""dtype of all tensors, or of each tensor by name."""
 
-_AHEAD = 8  # tensors on their way to the host
+_AHEAD = 8  # number of tensors that are being copied to the host
 
 
 class WriteError(OSError):
-    """Files that one process or several could not write; each is named with its host."""
+    """Failure to write files, in one process or several; the message names each host."""
 
 
 class Tensor(NamedTuple):
@@ -47,7 +47,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(decoder: Decoder) -> list[Tensor]:
-    """Returns name and shape of every Hugging Face tensor of a model."""
+    """Returns every Hugging Face tensor of a model, with its shape."""
     return [Tensor(*item) for item in names.hf_shapes(decoder.config, decoder.shapes).items()]
 
 
@@ -57,7 +57,7 @@ def dtype_of(name: str, dtype: Dtype) -> str:
 
 
 def num_bytes(tensor: Tensor, dtype: Dtype) -> int:
-    """Returns what the tensor takes in a file."""
+    """Returns the number of bytes that the tensor takes in a file."""
     return int(np.prod(tensor.shape)) * jnp.dtype(dtype_of(tensor.name, dtype)).itemsize
 
 
@@ -71,27 +71,27 @@ def write(
     *,
     stoppable: bool = False,
 ) -> np.ndarray:
-    """Writes the files, and their index where there are several.
+    """Writes the files, and an index if there are several.
 
-    Every process calls it, since a parameter may be spread over all of them.
+    Every process must call it, since a parameter may be spread over all of them.
 
     Args:
         params: the parameters.
-        decoder: their architecture and places.
+        decoder: the parameters' architecture and placement.
         directory: existing directory of the files.
         dtype: dtype of the tensors written.
         files: the tensors of each file.
         mine: whether this process writes the file of that number, and the index with file 0.
-        stoppable: whether writing ends when the run is to stop.
+        stoppable: whether a request to stop the run ends the writing.
 
     Returns:
-        A checksum of each tensor as it was written, in a fixed order.
+        A checksum of each written tensor, in a fixed order.
 
     Raises:
-        WriteError: in every process, if any of them could not write.
-        StopRequestedError: in every process, if any of them is to stop.
+        WriteError: in every process, if one of them could not write.
+        StopRequestedError: in every process, if one of them was asked to stop.
     """
-    # Tensors in turn of the files, so that the processes write at the same time.
+    # Each file's first tensor, then each one's second: the processes write at the same time.
     longest = max(map(len, files))
     order = [
         (file[i].name, number)
@@ -110,7 +110,7 @@ def write(
 
 
 class _Output:
-    """The files of this process; after the first error nothing more is written to them."""
+    """Files that this process writes, until the first error."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class _Output:
         if kind is None:
             self._try(self._finish)
             self._try(self._stack.close)
-        with contextlib.suppress(OSError):  # closing again what could not be written
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._stack.close()
 
     def write(self, number: int, value: jax.Array) -> None:
@@ -149,7 +149,7 @@ class _Output:
             self._try(lambda: self._streams[number].write(content))
 
     def check(self) -> None:
-        """Raises the same error in every process, if one has a problem."""
+        """Raises the same error in every process if one of them failed."""
         problems = distributed.gather_texts(self._problem)
         if any(problems):
             raise WriteError("; ".join(filter(None, problems)))
@@ -167,7 +167,7 @@ class _Output:
                 f"process {jax.process_index()} on {socket.gethostname()} cannot write "
                 f"{self._directory}: {type(error).__name__}: {error}"
             )
-            if jax.process_count() > 1:  # the others come to know only at the end
+            if jax.process_count() > 1:  # the others learn of it only at the end
                 logging.error("%s", self._problem)
             self._streams = {}
 
@@ -194,7 +194,7 @@ def _file_name(number: int, total: int) -> str:
 def _begin(
     stack: contextlib.ExitStack, path: pathlib.Path, content: Sequence[Tensor], dtype: Dtype
 ) -> IO[bytes]:
-    """Opens a file and writes the header, which says where each tensor will stand."""
+    """Opens a file and writes its header, which holds the offset of each tensor."""
     stored = {name: ours for ours, name in layout.DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -223,7 +223,7 @@ def _write_index(directory: pathlib.Path, files: Sequence[Sequence[Tensor]], dty
 def _values(
     params: Params, decoder: Decoder, dtype: Dtype, order: Sequence[str]
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields each tensor, cast and in Hugging Face layout, whole on every device; and a checksum.
+    """Yields each tensor with a checksum: cast, in Hugging Face layout, whole on every device.
 
     Two versions of a tensor with the same checksum are almost certainly equal.
     """

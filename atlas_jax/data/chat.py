@@ -1,25 +1,25 @@
-r"""Conversations and plain texts to tokens, and which of them the model is trained to write.
+r"""Tokenization of conversations and plain texts, with the mask of the trained tokens.
 
-What an assistant turn is, the chat template itself says: the turn's text is what the conversation
-up to and including it has beyond the same conversation before it, rendered with the generation
-prompt. The text is tokenized once, as a whole, and a token is trained if it holds a character of
-a trained turn:
+The chat template itself delimits an assistant turn. The conversation up to and including the turn
+is rendered, and so is the conversation before it with the generation prompt; the turn is the
+difference. The text is tokenized once, as a whole, and a token is trained if it holds a character
+of a trained turn:
 
     user "2+2?", assistant "4", user "3+3?", assistant "6", in ChatML; trained text is underlined
 
     …assistant\n4<|im_end|>\n<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n6<|im_end|>\n
                -----------                                                          -----------
 
-What follows the last stop token of a turn (here the newline) belongs to the next prompt: the model
-has stopped by then. Templates that show earlier turns differently from the last one (Qwen3 puts an
-empty thought before the last alone) give one example for each assistant turn, as the model would
-have seen it, or with `turns="history"` one example, in which earlier turns are trained as they are
-shown there.
+Text after the last stop token of a turn (here the newline) belongs to the next prompt: the model
+has stopped by then. Some templates render earlier turns differently from the last one (Qwen3 puts
+an empty thought before the last one only). They give one example for each assistant turn, as the
+model would have seen it. With `turns="history"` they give one example, in which earlier turns are
+trained as they are rendered there.
 
-A turn is trained as the template shows it. A row is rejected where that lacks what the assistant
-says, its reasoning, or the name of a tool that it calls. What messages say is text, also where it
-names special tokens, see `control_tokens`. Plain texts are their own template, and special tokens
-in them are special tokens.
+A turn is trained as the template renders it. A row is rejected if the rendered turn omits the
+assistant's words, its reasoning, or the name of a tool that it calls. A message is text, even if it
+names special tokens (`control_tokens`). Plain texts need no template, and special tokens in them
+are special tokens.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ NOTES = {
     "other_prompt": "the template starts the turn otherwise than its generation prompt does",
     "unseen": "the template shows no tools, or leaves out a message that is only read",
 }
-"""What can be remarkable about an example -> what it means."""
+"""Notes on examples, with their meanings."""
 
 _QUOTED = re.compile(r"\\U(0010[0-9a-f]{4})")
 _Render: TypeAlias = Callable[..., str]  # a chat template with a row's tools
@@ -65,35 +65,35 @@ _CHUNK = 256  # texts that one call of the tokenizer spreads over its threads
 
 
 class MaskOptions(NamedTuple):
-    """What is trained on."""
+    """Options of the loss mask."""
 
     completion_only: bool
-    """Train on assistant turns and completions; false trains on all tokens but the first."""
+    """True to train on assistant turns and completions only, false to train on all tokens."""
     max_length: int
-    """Tokens after which an example is cut."""
+    """Number of tokens to which an example is cut."""
     stop_ids: frozenset[int]
     """Tokens that end a turn."""
     turns: str = "each"
-    """Where a template changes earlier turns: an example of `each`, or one with their `history`."""
+    """For a template that changes earlier turns: an example of `each`, or one of the `history`."""
 
 
 class Rendered(NamedTuple):
-    """Text with the `[start, end)` character spans that are trained."""
+    """A rendered text with its trained character spans `[start, end)`."""
 
     name: str
     text: str
     spans: tuple[tuple[int, int], ...]
     templated: bool
-    """The text came from a chat template, which writes the special tokens itself."""
+    """True if the text came from a chat template, which writes the special tokens itself."""
     covered: bool = False
-    """Messages name special tokens, which are covered in the text, see `control_tokens`."""
+    """True if names of special tokens in messages are covered in the text (`control_tokens`)."""
     notes: tuple[str, ...] = ()
     reason: str = ""
-    """Why it was rejected."""
+    """Reason for its rejection."""
 
 
 class Encoded(NamedTuple):
-    """One row's example, or why there is none."""
+    """The example of a row, or the reason for its rejection."""
 
     name: str
     example: Example | None
@@ -109,17 +109,22 @@ def mask_options(
     stop_ids: Collection[int] = (),
     turns: str = "each",
 ) -> MaskOptions:
-    """Returns options whose stop tokens are the tokenizer's end of text and `stop_ids`."""
+    """Returns mask options whose stop tokens are the tokenizer's end of text and `stop_ids`."""
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return MaskOptions(completion_only, max_length, frozenset((*own, *stop_ids)), turns)
+    return MaskOptions(
+        completion_only=completion_only,
+        max_length=max_length,
+        stop_ids=frozenset((*own, *stop_ids)),
+        turns=turns,
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample]) -> None:
     """Checks that the tokenizer has what the samples need.
 
     Raises:
-        ValueError: for one without offsets, without a chat template that conversations need, or
-            without the end-of-text token that plain texts need.
+        ValueError: if the tokenizer has no offsets, no chat template although samples are
+            conversations, or no end-of-text token although samples are plain texts.
     """
     where = tokenizer.name_or_path
     if not tokenizer.is_fast:
@@ -143,7 +148,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, samples: Iterable[Sample
 def encode(
     template: ChatTemplate, samples: Iterable[Sample], options: MaskOptions
 ) -> Iterator[Encoded]:
-    """Yields the example or examples of each sample, in order, and the samples without one."""
+    """Yields the examples of each sample, in order, and a record for a sample without one."""
     rendered = (part for sample in samples for part in render(template, sample, options))
     for _, group in itertools.groupby(rendered, key=lambda part: (part.templated, part.covered)):
         while chunk := list(itertools.islice(group, _CHUNK)):
@@ -151,17 +156,21 @@ def encode(
 
 
 def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list[Rendered]:
-    """Returns the text of a sample with its trained spans, in as many parts as examples follow.
+    """Returns the rendered texts of a sample, one for each of its examples.
 
-    A sample that has nothing to train on, or that the template refuses, has the note for it.
+    A sample with nothing to train on, or one that the template refuses, has a note that says so.
     """
     templated = isinstance(sample, Conversation)
     if not _written(sample, options.completion_only).strip():
-        return [Rendered(sample.name, "", (), templated, notes=("empty",))]
+        return [
+            Rendered(name=sample.name, text="", spans=(), templated=templated, notes=("empty",))
+        ]
     if isinstance(sample, PlainText):
         text = sample.prompt + sample.completion + str(template.tokenizer.eos_token)
         start = len(sample.prompt) if options.completion_only else 0
-        return [Rendered(sample.name, text, ((start, len(text)),), templated)]
+        return [
+            Rendered(name=sample.name, text=text, spans=((start, len(text)),), templated=templated)
+        ]
     try:
         sample = _fitted(template, sample)
         covered = _covered(template, sample)
@@ -174,10 +183,19 @@ def render(template: ChatTemplate, sample: Sample, options: MaskOptions) -> list
         ]
     except errors() as error:
         reason = str(error) if isinstance(error, ValueError) else _named(error)
-        # Errors quote texts, and private characters in them as their numbers.
+        # An error may quote the text, with covers in it.
         reason = _QUOTED.sub(lambda match: chr(int(match[1], 16)), reason)
         reason = template.control_tokens.uncover(reason)
-        return [Rendered(sample.name, "", (), templated, notes=("rejected",), reason=reason)]
+        return [
+            Rendered(
+                name=sample.name,
+                text="",
+                spans=(),
+                templated=templated,
+                notes=("rejected",),
+                reason=reason,
+            )
+        ]
 
 
 def _named(error: Exception) -> str:
@@ -198,17 +216,17 @@ def _covered(template: ChatTemplate, sample: Conversation) -> Conversation:
 
 
 def render_sample(tokenizer: PreTrainedTokenizerBase, example: Example, color: bool = False) -> str:
-    """Returns the example's text with what is trained marked, for a person to check.
+    """Returns the example's text with the trained parts marked, for a person to check.
 
     Args:
-        tokenizer: decodes the tokens, special ones included.
-        example: what to show.
-        color: mark by green terminal colour instead of ⟦ and ⟧.
+        tokenizer: the tokenizer that decodes the tokens.
+        example: the example.
+        color: whether to mark by green terminal colour instead of ⟦ and ⟧.
     """
     opening, closing = ("\x1b[32m", "\x1b[0m") if color else ("⟦", "⟧")
     mask = example.loss_mask
     edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
-    # Decoded from the start each time: some decoders drop the space before a text's first word.
+    # Decoded from the start each time, because some decoders drop the space before a first word.
     texts = [_decode(tokenizer, example.tokens[:edge]) for edge in edges]
     parts = []
     for start, before, after in zip(edges[:-1], texts[:-1], texts[1:], strict=True):
@@ -238,7 +256,7 @@ def _render_conversation(
     render = functools.partial(template, tools=sample.tools)
     full = render(sample.messages)
     if not options.completion_only:
-        return [Rendered(sample.name, full, ((0, len(full)),), True)]
+        return [Rendered(name=sample.name, text=full, spans=((0, len(full)),), templated=True)]
     turns: dict[int, Rendered] = {}
     for i in trained_turns(sample):
         turns[i] = _render_turn(render, sample, i, full)
@@ -247,7 +265,7 @@ def _render_conversation(
     if all(full.startswith(turn.text) for turn in turns.values()):
         spans = tuple(span for turn in turns.values() for span in turn.spans)
         notes = tuple(sorted({note for turn in turns.values() for note in turn.notes}))
-        return [Rendered(sample.name, full, spans, True, notes=notes)]
+        return [Rendered(name=sample.name, text=full, spans=spans, templated=True, notes=notes)]
     return [
         turn._replace(name=f"{sample.name} (message {i + 1})", notes=(*turn.notes, "split"))
         for i, turn in turns.items()
@@ -260,14 +278,16 @@ def _render_turn(render: _Render, sample: Conversation, turn: int, full: str) ->
     Args:
         render: the chat template.
         sample: the conversation.
-        turn: which of its messages.
+        turn: the index of the turn's message.
         full: the whole conversation, rendered.
     """
     is_last = turn + 1 == len(sample.messages)
     text = full if is_last else render(sample.messages[: turn + 1])
     start, notes = _turn_start(render, sample.messages, turn, text)
     _check_shown(sample.messages[turn], text[start:], turn)
-    return Rendered(sample.name, text, ((start, len(text)),), True, notes=notes)
+    return Rendered(
+        name=sample.name, text=text, spans=((start, len(text)),), templated=True, notes=notes
+    )
 
 
 def _turn_start(
@@ -277,26 +297,27 @@ def _turn_start(
     text: str,
     after: Sequence[Message] = (),
 ) -> tuple[int, tuple[str, ...]]:
-    """Returns where an assistant turn begins in a text, and what is remarkable about it.
+    """Returns the start of an assistant turn in a text, and the notes on it.
 
     Args:
         render: the chat template.
         messages: the conversation.
-        turn: which of its messages it is.
-        text: the conversation up to this turn or a later one.
-        after: what comes after an answer that stands where the turn stands.
+        turn: the index of the turn's message.
+        text: the rendered conversation up to this turn or a later one.
+        after: the text that the template writes after an answer in the turn's position.
 
     Raises:
         ValueError: if the text does not continue that of the messages before.
     """
-    history, message = messages[:turn], messages[turn]
+    history = messages[:turn]
+    message = messages[turn]
     prompt = render(history, add_generation_prompt=True)
     notes: tuple[str, ...] = ()
     start = len(prompt)
     if not text.startswith(prompt):
-        # The turn has another beginning than the one that generation is given (some templates put
-        # "<think>" into the generation prompt only). What the prompt has in common with the turn of
-        # an answer that begins like none is what comes before every answer.
+        # The turn does not begin with the generation prompt (some templates put "<think>" into the
+        # generation prompt only). The text before every answer is found by rendering an answer
+        # that no real one resembles: it is the prefix shared with the generation prompt.
         neutral = render([*history, Message(role="assistant", content="0"), *after])
         bare = render(history)
         start = _common_length(prompt, neutral)
@@ -311,20 +332,21 @@ def _turn_start(
         notes = ("other_prompt",)
     added = EMPTY_THOUGHT.match(text, start)
     if added and not EMPTY_THOUGHT.match(message["content"]):
-        start, notes = added.end(), ("other_prompt",)
+        start = added.end()
+        notes = ("other_prompt",)
     return start, notes
 
 
 def _render_history(template: ChatTemplate, sample: Conversation, full: str) -> Rendered:
-    """Returns the conversation up to its last trained turn, with all turns trained as shown there.
+    """Returns the conversation up to its last trained turn, in which all turns are trained.
 
     Args:
-        template: renders.
+        template: the chat template.
         sample: the conversation.
         full: the whole conversation, rendered.
 
     Raises:
-        ValueError: if earlier turns are not shown as they are.
+        ValueError: if the text does not show earlier turns unchanged.
     """
     render = functools.partial(template, tools=sample.tools)
     *earlier, last = trained_turns(sample)
@@ -348,7 +370,7 @@ def _render_history(template: ChatTemplate, sample: Conversation, full: str) -> 
 
 
 def _turn_end(render: _Render, history: Sequence[Message], question: Sequence[Message]) -> str:
-    """Returns what the template writes after an answer, be it the last message or not."""
+    """Returns the text that the template writes after an answer, last message or not."""
     ends = []
     for after in ([], question):
         zero, one = (
@@ -360,10 +382,10 @@ def _turn_end(render: _Render, history: Sequence[Message], question: Sequence[Me
 
 
 def _check_shown(message: Message, text: str, turn: int) -> None:
-    """Checks that a turn shows all of its message; templates may set other blanks.
+    """Checks that the text of a turn shows its whole message; white space may differ.
 
     Raises:
-        ValueError: names what it leaves out.
+        ValueError: if a part is missing; the message names it.
     """
     fields: Mapping[str, Any] = message
     if not message["content"].strip() and not fields.get("tool_calls"):
@@ -387,17 +409,17 @@ def _check_shown(message: Message, text: str, turn: int) -> None:
 
 
 def _shows_context(sample: Conversation, text: str) -> bool:
-    """Returns whether a text shows all that is only read before its last trained turn."""
+    """Returns whether a text shows all context before its last trained turn."""
     last = max(trained_turns(sample))
     told = [m["content"] for m in sample.messages[:last] if m["role"] != "assistant"]
     functions = [tool.get("function", tool) for tool in sample.tools]
     named = [str(f.get("name", "")) for f in functions if isinstance(f, dict)]
-    # Some templates write what tools return as JSON.
+    # Some templates write the results of tools as JSON.
     return all(_is_shown(t, text) or _is_shown(json.dumps(t)[1:-1], text) for t in told + named)
 
 
 def _is_shown(part: str, text: str) -> bool:
-    """Returns whether a text has a part, whatever the blanks."""
+    """Returns whether a text contains a part, apart from white space."""
     return part in text or _squeezed(part) in _squeezed(text)
 
 
@@ -419,11 +441,11 @@ def _encode_chunk(
         if part.text:
             yield _encode_one(part, encoding, options)
         else:
-            yield Encoded(part.name, None, part.notes, part.reason)
+            yield Encoded(name=part.name, example=None, notes=part.notes, reason=part.reason)
 
 
 def _encode_texts(template: ChatTemplate, texts: list[str], templated: bool) -> list[Encoding]:
-    # Lists of all tokens of the chunk would be many objects; arrays are made text by text later.
+    # Token lists of a whole chunk would be many Python objects, so arrays are made text by text.
     batch = template.tokenizer(
         texts, add_special_tokens=not templated, return_attention_mask=False, verbose=False
     )
@@ -450,7 +472,7 @@ def _encode_one(part: Rendered, encoding: Encoding, options: MaskOptions) -> Enc
         mask = np.any([_until_stop(turn, is_stop) for turn in turns], axis=0)
     else:
         mask = np.ones(len(tokens), bool)
-    mask[:1] = False  # nothing comes before the first token that could predict it
+    mask[:1] = False  # no position predicts the first token
     tokens, mask, length = tokens[: options.max_length], mask[: options.max_length], len(tokens)
     if not mask.any():
         return Encoded(part.name, None, (*part.notes, "masked"))
@@ -460,30 +482,31 @@ def _encode_one(part: Rendered, encoding: Encoding, options: MaskOptions) -> Enc
 
 
 def token_spans(offsets: np.ndarray) -> np.ndarray:
-    """Returns `[start, end)` of the characters that each token holds, at least one each.
+    """Returns the character span `[start, end)` of each token, at least one character long.
 
-    Byte-level tokenizers report a token of nothing but a space with an empty span behind that
-    space; it gets its character back. Other empty spans get the character that they stand at.
+    Byte-level tokenizers report an empty span after the space for a token that is only a space; its
+    span becomes that space. Another empty span becomes the character at its position.
 
     Args:
-        offsets: [T, 2] int64, as the tokenizer reports them.
+        offsets: the tokenizer's offsets, [T, 2] int64.
     """
-    starts, ends = offsets[:, 0], offsets[:, 1]
+    starts = offsets[:, 0]
+    ends = offsets[:, 1]
     before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])[: len(ends)]
     starts = np.where(starts == ends, np.minimum(starts, before), starts)
     return np.stack([starts, np.maximum(ends, starts + 1)], axis=1)
 
 
 def _turn_mask(covered: np.ndarray, span: tuple[int, int], added: np.ndarray) -> np.ndarray:
-    """Returns the tokens that hold a character of the span, but those the tokenizer added.
+    """Returns the mask of the tokens with a character of the span, without tokens that were added.
 
-    A token over the edge of a prompt counts: the completion's first word would else be lost.
+    A token across the end of a prompt counts, because it may hold the completion's first word.
     """
     start, end = span
     return (covered[:, 0] < end) & (covered[:, 1] > start) & ~added
 
 
 def _until_stop(turn: np.ndarray, is_stop: np.ndarray) -> np.ndarray:
-    """Returns the turn without what follows its last stop token."""
+    """Returns the mask of a turn without the tokens after its last stop token."""
     stops = np.flatnonzero(turn & is_stop)
     return turn & (np.arange(len(turn)) <= stops[-1]) if stops.size else turn

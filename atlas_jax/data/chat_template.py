@@ -1,7 +1,7 @@
-"""A tokenizer's chat template with what a run gives it: its options, and one date.
+"""A tokenizer's chat template with the options and the date that a run fixes.
 
-Rows of training and prompts of generation are rendered by the same object, so that a model is asked
-as it was trained.
+Training rows and generation prompts are rendered by the same object, so a model is prompted in the
+form in which it was trained.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 _TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(?P<format>.*?)\1\s*\)""")
 _TAKEN = {"messages", "conversation", "tools", "add_generation_prompt", "tokenize"}
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
-_OURS = ("weight", "train")  # fields of a message that say what is trained
-_SYSTEM, _USER, _ANSWER = "System probe.", "User probe.", "Answer probe."
+_OURS = ("weight", "train")  # fields of a message that select trained turns
+_SYSTEM = "System probe."
+_USER = "User probe."
+_ANSWER = "Answer probe."
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """Returns what a template raises: a program of others, which may fail in any way."""
+    """Returns the types of errors that a template, a program of a third party, may raise."""
     from jinja2 import TemplateError
 
     return (
@@ -42,25 +44,25 @@ def read_options(text: str, name: str = "chat_template_kwargs") -> dict[str, Any
     """Returns the variables that a run gives to a template.
 
     Args:
-        text: a JSON object, such as `{"enable_thinking": false}`; empty is none.
-        name: the option that holds it, for the error.
+        text: a JSON object, such as `{"enable_thinking": false}`, or "".
+        name: the name of the option, for errors.
 
     Raises:
-        ValueError: if it is no JSON object, or names what is not its to give.
+        ValueError: if it is not a JSON object, or has a variable that rows decide.
     """
     try:
-        found = json.loads(text or "{}")
+        options = json.loads(text or "{}")
     except ValueError as error:
         raise ValueError(f"{name}={text!r} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(options, dict):
         raise ValueError(f'{name}={text!r} is no JSON object; write {{"enable_thinking": false}}')
-    if taken := _TAKEN & found.keys():
+    if taken := _TAKEN & options.keys():
         raise ValueError(f"{name} cannot give {', '.join(sorted(taken))}, which rows decide")
-    return found
+    return options
 
 
 class ChatTemplate:
-    """Renders conversations."""
+    """A renderer of conversations."""
 
     def __init__(
         self,
@@ -68,12 +70,12 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
     ) -> None:
-        """Keeps what every rendering gets.
+        """Keeps the variables of every rendering.
 
         Args:
-            tokenizer: has the template.
+            tokenizer: the tokenizer with the template.
             options: further variables of the template.
-            date: what templates take for today; None is today.
+            date: the date of templates that ask for today's; None is today.
         """
         self.tokenizer = tokenizer
         self.date = date or datetime.date.today()
@@ -88,11 +90,11 @@ class ChatTemplate:
     ) -> str:
         """Returns the text of a conversation.
 
-        Arguments of tool calls are given as objects, as most templates expect, and as JSON text
-        where the template fails with that, as DeepSeek's do.
+        Arguments of tool calls are passed as objects, as most templates expect. If the template
+        fails with objects, as DeepSeek's do, they are passed as JSON text.
 
         Raises:
-            Exception: one of `errors`.
+            Exception: one of `errors`, from the template.
         """
         more: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
         if tools:
@@ -106,27 +108,29 @@ class ChatTemplate:
             return self._render([_with_text(m) for m in plain], more)
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Returns the tokens of a conversation that an answer is to follow.
+        """Returns the tokens of a conversation with the generation prompt.
 
-        What messages say is text, also where it names special tokens. Without a chat template the
-        messages follow one another, with an empty line between them.
+        A message is text, even if it names special tokens. Without a chat template the messages are
+        joined, with an empty line between them.
 
         Raises:
-            Exception: one of `errors`.
+            Exception: one of `errors`, from the template.
         """
         messages = self.fitted(messages) if self.tokenizer.chat_template else messages
         covered = self.control_tokens.cover_messages(messages)
         if self.tokenizer.chat_template:
-            text, adds = self(covered, add_generation_prompt=True), False
+            text = self(covered, add_generation_prompt=True)
+            adds = False
         else:
-            text, adds = "\n\n".join(m["content"] for m in covered), True
+            text = "\n\n".join(m["content"] for m in covered)
+            adds = True
         if covered != messages:
             return tuple(self.control_tokens.encode(text, adds).ids)
         return tuple(self.tokenizer(text, add_special_tokens=adds).input_ids)
 
     @functools.cached_property
     def control_tokens(self) -> ControlTokens:
-        """The special tokens, and what the template sets around messages beside them."""
+        """The special tokens, and other tokens that the template writes around messages."""
         messages = [
             Message(role="user", content=_USER),
             Message(role="assistant", content=_ANSWER),
@@ -143,7 +147,7 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
         more = self._options | more
-        # A tokenizer may have one template for conversations with tools, and another without.
+        # A tokenizer may have separate templates for conversations with and without tools.
         text = self._dated(self.tokenizer.get_chat_template(tools=more.get("tools")))
         return str(
             self.tokenizer.apply_chat_template(messages, chat_template=text, tokenize=False, **more)
@@ -151,13 +155,13 @@ class ChatTemplate:
 
     @functools.cache  # noqa: B019  (lives as long as a run)
     def _dated(self, text: str) -> str:
-        """Returns a template that has the run's date in place of its calls for today's."""
+        """Returns a template with its calls for today's date replaced by the run's date."""
         return _TODAY.sub(lambda call: json.dumps(self.date.strftime(call["format"])), text)
 
     def identity(self) -> list[Any]:
         """Returns, as JSON values, everything that decides how a conversation is tokenized."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        calls = {"truncation", "padding"}  # set anew by each call of the tokenizer
+        calls = {"truncation", "padding"}  # each call of the tokenizer sets them
         return [
             {name: part for name, part in backend.items() if name not in calls},
             self.tokenizer.chat_template,
@@ -168,9 +172,9 @@ class ChatTemplate:
         ]
 
     def fitted(self, messages: Sequence[Message]) -> list[Message]:
-        """Returns the conversation with its system message where the template has a place for it.
+        """Returns the conversation with its system message in a form that the template renders.
 
-        Where it has none, the text comes before the first message of the user.
+        If the template has no place for one, its text precedes the user's first message.
         """
         messages = list(messages)
         roles = [m["role"] for m in messages[:2]]
@@ -182,23 +186,23 @@ class ChatTemplate:
 
     @functools.cached_property
     def _takes_system(self) -> bool:
-        """Whether a system message is shown, and in the same way before and after an answer."""
+        """True if a system message is rendered, and the same before and after an answer."""
         system = Message(role="system", content=_SYSTEM)
         user = Message(role="user", content=_USER)
         answer = Message(role="assistant", content=_ANSWER)
         try:
             asked = self([system, user], add_generation_prompt=True)
             answered = self([system, user, answer])
-            found = _SYSTEM in asked and _SYSTEM in answered
+            texts = _SYSTEM in asked and _SYSTEM in answered
         except errors():
-            found = False
-        if not found:
+            texts = False
+        if not texts:
             logging.warning(
                 "the chat template of %s has no place for a system message; it is put before the "
                 "first message of the user",
                 self.tokenizer.name_or_path,
             )
-        return found
+        return texts
 
 
 def _with_text(message: dict[str, Any]) -> dict[str, Any]:

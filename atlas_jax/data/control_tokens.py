@@ -1,17 +1,17 @@
-r"""Special tokens that a message names stay text.
+r"""Names of special tokens inside messages, which are tokenized as text.
 
 A chat template writes special tokens between messages. A message may hold the same characters, and
-in the rendered text a tokenizer cannot tell the ones from the others. Therefore such names in a
-message are covered by private characters before it is rendered, and a text with covers is encoded
-by a copy of the tokenizer that calls its special tokens otherwise:
+a tokenizer cannot distinguish the two in the rendered text. Such names in a message are therefore
+covered by private characters before it is rendered. A text with covers is encoded by a copy of the
+tokenizer in which the special tokens have other names:
 
     message             how is <|im_end|> used?
     covered             how is ########## used?
     rendered            <|im_start|>user\nhow is ########## used?<|im_end|>\n
     read by the copy    ============user\nhow is <|im_end|> used?==========\n
 
-A cover is as long as what it covers, so that places in the text stay the same. Texts without such a
-name are neither covered nor encoded otherwise.
+A cover is as long as the name that it covers, so positions in the text do not change. Texts without
+such a name are neither covered nor encoded by the copy.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_COVERS, _STAND_INS = 0x100000, 0x108000  # of a private plane of Unicode
+_COVERS = 0x100000
+_STAND_INS = 0x108000  # first of the characters used, in a private plane of Unicode
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]+")
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # what sentencepiece falls back to
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # byte tokens of SentencePiece
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, told from texts that name them."""
+    """The special tokens of a tokenizer, and covers for their names in texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, framing: Collection[str] = ()) -> None:
         """Collects the names.
 
         Args:
-            tokenizer: whose special tokens they are; a fast one.
-            framing: tokens that the chat template sets around messages. Some tokenizers do not
-                call them special.
+            tokenizer: the tokenizer, a fast one.
+            framing: tokens that the chat template writes around messages, which some tokenizers do
+                not mark as special.
         """
         self._tokenizer = tokenizer
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
@@ -54,45 +55,47 @@ class ControlTokens:
         self._numbers = {name: i for i, name in enumerate(sorted(names))}
         self._names = list(self._numbers)
         self._around = names & (named | set(framing))
-        """Those that begin and end texts and turns; the model writes the others itself."""
+        """Names of the tokens that begin and end texts and turns; the model writes the others."""
         self._lengths = sorted({len(name) for name in names}, reverse=True)
         first = "".join(sorted({re.escape(name[0]) for name in names}))
         self._first = re.compile(f"[{first}]" if first else "(?!)")
 
     def cover(self, text: str) -> str:
-        """Returns a text with its names of special tokens covered; itself if it has none.
+        """Returns a text with its names of special tokens covered.
 
         Raises:
-            ValueError: if it has private characters beside them.
+            ValueError: if it has both such names and private characters.
         """
         return self._checked(self._replaced(text, self._numbers, _COVERS), text)
 
     def cover_messages(self, messages: Sequence[Message]) -> list[Message]:
         """Returns messages with the names of special tokens in them covered.
 
-        In what the assistant says these are the tokens around texts and turns alone: a thought or a
-        call may begin with a special token that the model writes.
+        In the assistant's messages only tokens around texts and turns are covered, because the
+        model itself writes other special tokens, such as the begin of a thought or a call.
 
         Raises:
-            ValueError: if there are private characters beside them.
+            ValueError: if a message has both such names and private characters.
         """
-        found: list[Any] = []
+        covered: list[Any] = []
         for message in messages:
             which = self._around if message["role"] == "assistant" else self._numbers
             change = functools.partial(self._replaced, names=which, base=_COVERS)
-            found.append({k: v if k == "role" else _mapped(v, change) for k, v in message.items()})
-        return self._checked(found, list(messages))
+            covered.append(
+                {k: v if k == "role" else _mapped(v, change) for k, v in message.items()}
+            )
+        return self._checked(covered, list(messages))
 
     def cover_tools(self, tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Returns definitions of tools with the names of special tokens in them covered."""
+        """Returns tool definitions with the names of special tokens in them covered."""
         return tuple(_mapped(tool, self.cover) for tool in tools)
 
     def named_in(self, text: str) -> bool:
-        """Returns whether a text has the name of a special token."""
+        """Returns whether a text contains the name of a special token."""
         return next(self._find(text), None) is not None
 
     def uncover(self, text: str) -> str:
-        """Returns a text with what its covers stand for."""
+        """Returns a text with its covers replaced by the covered names."""
 
         def shown(match: re.Match[str]) -> str:
             name = self._names[ord(match[0][0]) - _COVERS]
@@ -103,18 +106,19 @@ class ControlTokens:
         return re.sub(f"([{chr(_COVERS)}-{last}])\\1*", shown, text)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
-        """Returns the tokens of a text with covers, which become text.
+        """Returns the tokens of a text, in which covered names are encoded as text.
 
         Args:
-            text: what was rendered.
-            add_special_tokens: whether the tokenizer adds its own, such as that of the beginning.
+            text: the rendered text.
+            add_special_tokens: whether the tokenizer adds tokens such as that of the beginning.
         """
         renamed = self._replaced(text, self._numbers, _STAND_INS)
         return self._copy.encode(self.uncover(renamed), add_special_tokens=add_special_tokens)
 
     def _replaced(self, text: str, names: Collection[str], base: int) -> str:
-        """Returns the text with each of the names as one private character, repeated."""
-        parts, at = [], 0
+        """Returns the text with each of the names replaced by a private character, repeated."""
+        parts = []
+        at = 0
         for start, name in self._find(text):
             if name in names:
                 parts += [text[at:start], chr(base + self._numbers[name]) * len(name)]
@@ -122,7 +126,7 @@ class ControlTokens:
         return "".join([*parts, text[at:]]) if parts else text
 
     def _find(self, text: str) -> Iterator[tuple[int, str]]:
-        """Yields the names in a text as a tokenizer finds them: the first, then the longest."""
+        """Yields the names in a text as a tokenizer finds them: the leftmost, then the longest."""
         end = 0
         for match in self._first.finditer(text):
             start = match.start()
@@ -143,7 +147,7 @@ class ControlTokens:
 
     @functools.cached_property
     def _copy(self) -> Tokenizer:
-        """The tokenizer with other names for its special tokens, under the same numbers."""
+        """The tokenizer with other names for its special tokens, and the same ids."""
         content = json.loads(self._tokenizer.backend_tokenizer.to_str())
         content["truncation"] = content["padding"] = None
         other = {name: chr(_STAND_INS + i) * len(name) for name, i in self._numbers.items()}
@@ -151,7 +155,7 @@ class ControlTokens:
             token["content"] = other.get(token["content"], token["content"])
         model = content["model"]
         vocab = model["vocab"]
-        # A name that stays in the vocabulary would be found there.
+        # A name that is left in the vocabulary would still match.
         model["vocab"] = (
             {other.get(piece, piece): i for piece, i in vocab.items()}
             if isinstance(vocab, dict)
@@ -166,12 +170,12 @@ class ControlTokens:
 
 
 def is_marker(name: str) -> bool:
-    """Returns whether an added token looks like no text: neither a word, nor blanks, nor a byte."""
+    """Returns whether an added token is a marker: neither a word, nor white space, nor a byte."""
     return len(name) > 2 and bool(name.strip()) and not name.isalnum() and not _BYTE.match(name)
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Returns JSON with all of its texts changed, keys included."""
+    """Returns a JSON value with `change` applied to all of its texts, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -1,12 +1,12 @@
-"""Samples to tokens by several processes: this one and workers that it starts.
+"""Tokenization of samples by several processes: this one and workers that it starts.
 
 A worker is a program of its own, neither forked from a process with JAX's threads nor a second run
 of the user's script. It reads pickled chunks from its standard input and answers on its standard
-output. It imports the tokenizer's library first, which takes seconds, so that a small dataset is
-done before a worker would be ready; none is started for one.
+output. It first imports the tokenizer's library, which takes seconds. A small dataset is done
+before a worker would be ready, so none is started for it.
 
-What a dead worker had taken is done again by this process, which then meets the same error, if
-there is one.
+This process repeats the chunks of a worker that died, and then raises the same error if a sample
+caused it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from atlas_jax.data import chat
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.examples import Sample
 
-_CHUNK = 256  # samples that a worker gets at one time
+_CHUNK = 256  # number of samples that a worker gets at one time
 _MAX_WORKERS = 15
 _WORTH_SECS = 10.0
-"""How long this process must have to go, by the pace of its first chunk, for workers to start."""
+"""Seconds of remaining work, estimated from the first chunk, above which workers start."""
 
 _MODULE = "atlas_jax.data.encoding_pool"
 _ENDED = (EOFError, OSError, pickle.UnpicklingError)
 
 Task: TypeAlias = tuple[ChatTemplate, chat.MaskOptions]
-"""What a worker keeps for all of its chunks."""
+"""The template and options that a worker uses for all of its chunks."""
 
 
 def encode(
@@ -48,13 +48,13 @@ def encode(
     options: chat.MaskOptions,
     worth_secs: float = _WORTH_SECS,
 ) -> Iterator[chat.Encoded]:
-    """Returns what `chat.encode` does, by as many processes as this one may use processors.
+    """Yields the results of `chat.encode`, computed by one process for each available processor.
 
     Args:
-        template: of the run.
-        samples: all of a dataset.
-        options: what is trained.
-        worth_secs: estimated seconds of this process alone above which it starts workers.
+        template: the chat template of the run.
+        samples: all samples of a dataset.
+        options: the options of the loss mask.
+        worth_secs: the estimated seconds of remaining work above which workers start.
     """
     queue = _Queue(samples)
     done: dict[int, list[chat.Encoded]] = {}
@@ -69,20 +69,20 @@ def encode(
             stack.enter_context(_helped(queue, done, (template, options), count))
         for place, chunk in queue:
             done[place] = list(chat.encode(template, chunk, options))
-    for place, chunk in queue:  # of workers that died
+    for place, chunk in queue:  # chunks of workers that died
         done[place] = list(chat.encode(template, chunk, options))
     return itertools.chain.from_iterable(done[place] for place in sorted(done))
 
 
 def _num_processors() -> int:
-    """Returns how many processors this process may use."""
+    """Returns the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class _Queue(Iterator[tuple[int, Sequence[Sample]]]):
-    """Chunks that nobody has taken yet, by the place of their first sample; threads share it."""
+    """Chunks that no thread has taken yet, with the index of their first sample."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples
@@ -105,7 +105,7 @@ class _Worker:
     is_dismissed: bool = False
 
     def dismiss(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process."""
         self.is_dismissed = True
         self.process.kill()
 
@@ -114,7 +114,7 @@ class _Worker:
 def _helped(
     queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task, count: int
 ) -> Iterator[None]:
-    """Lets workers take chunks of the queue too; waits at the end for those that they have."""
+    """Lets workers take chunks of the queue too, and waits at the end for their last chunks."""
     workers: list[_Worker] = []
     with futures.ThreadPoolExecutor(count) as threads:
         try:
@@ -122,7 +122,7 @@ def _helped(
             serving = [threads.submit(_serve, worker, queue, done, task) for worker in workers]
             yield
             for worker in workers:
-                if not worker.is_ready:  # the work was done before it could take a part
+                if not worker.is_ready:  # still importing: the work was done without it
                     worker.dismiss()
             futures.wait(serving)
         finally:
@@ -132,7 +132,8 @@ def _helped(
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # Errors of a worker are met again, and told, by this process. An interrupt is for this process.
+    # This process repeats and reports errors of a worker, so its standard error is dropped. A
+    # session of its own keeps Ctrl-C from it.
     return subprocess.Popen(
         [sys.executable, "-P", "-m", _MODULE],
         stdin=subprocess.PIPE,
@@ -147,7 +148,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _serve(worker: _Worker, queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task) -> None:
-    """Gives a worker chunks until none is left or it dies."""
+    """Sends chunks to a worker until none is left or it dies."""
     try:
         _ask(worker, task)
         worker.is_ready = True
@@ -163,7 +164,8 @@ def _serve(worker: _Worker, queue: _Queue, done: dict[int, list[chat.Encoded]], 
 
 
 def _ask(worker: _Worker, content: Any) -> Any:
-    requests, answers = worker.process.stdin, worker.process.stdout
+    requests = worker.process.stdin
+    answers = worker.process.stdout
     assert requests and answers  # pipes, see `_start`
     pickle.dump(content, requests, pickle.HIGHEST_PROTOCOL)
     requests.flush()
@@ -171,8 +173,8 @@ def _ask(worker: _Worker, content: Any) -> Any:
 
 
 def main() -> None:
-    """Is a worker: reads its task and chunks, and answers each, until its input ends."""
-    # What libraries print must not get among the answers.
+    """Runs a worker: reads its task and chunks, and answers each, until its input ends."""
+    # Libraries may print, which must not be mixed with the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     template, options = pickle.load(sys.stdin.buffer)

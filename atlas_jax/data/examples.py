@@ -1,6 +1,6 @@
-"""Rows of the accepted shapes, turned into conversations or plain texts.
+"""Conversations and plain texts from rows of the accepted formats.
 
-Rows of other tools are turned into these first, see `shapes`.
+Rows of other tools are converted to these formats first, see `shapes`.
 
 | format | fields of a row | becomes |
 |---|---|---|
@@ -10,8 +10,8 @@ Rows of other tools are turned into these first, see `shapes`.
 | `teaching` | `problem_text`, `student_approach`, | a question and a lesson, worded by |
 |            | `teacher_diagnosis`, `teacher_teaching` | the templates of the config |
 
-With `format="auto"` a row has the first of these formats of which it has all fields. Fields that
-are null count as absent, because columnar files write null for what a row does not have.
+With `format="auto"` a row has the first of these formats of which it has all fields. A field that
+is null counts as absent, because columnar files write null for missing fields.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from atlas_jax.config import DataConfig
+from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import shapes
 from atlas_jax.data.sources import Row, Rows, check_rejected
 from atlas_jax.types import Message
@@ -30,14 +30,15 @@ FIELDS = {
     "prompt_completion": ("prompt", "completion"),
     "teaching": ("problem_text", "student_approach", "teacher_diagnosis", "teacher_teaching"),
 }
-FIELDS["session"] = FIELDS["teaching"]  # of the lessons that a session's row is unfolded into
-"""Format -> the fields that a row of it must have."""
+FIELDS["session"] = FIELDS["teaching"]  # the fields of a session's lessons
+"""Fields that a row must have, by format."""
 
 _ROLES = ("system", "user", "assistant", "tool")
 _TEMPLATE_FIELDS = {
     "teacher_template": ("question", "approach"),
     "lesson_template": ("approach", "diagnosis", "teaching"),
 }
+NO_LESSONS = LessonsConfig()
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -47,13 +48,13 @@ class Conversation(NamedTuple):
     name: str
     messages: list[Message]
     num_context: int = 0
-    """Messages at the start that are only read: assistant turns among them are not trained."""
+    """Number of context messages at the start, whose assistant turns are not trained."""
     tools: tuple[Mapping[str, Any], ...] = ()
-    """Definitions of the tools that the assistant may call, as chat templates take them."""
+    """Definitions of the tools that the assistant may call, in the form of chat templates."""
 
 
 class PlainText(NamedTuple):
-    """A prompt and its completion as they stand, for models without a chat template."""
+    """A prompt and its completion, for models without a chat template."""
 
     name: str
     prompt: str
@@ -82,20 +83,20 @@ class Samples(NamedTuple):
     rejected: list[str]
 
 
-def parse_rows(rows: Rows, config: DataConfig) -> Samples:
+def parse_rows(rows: Rows, config: DataConfig, lessons: LessonsConfig = NO_LESSONS) -> Samples:
     """Returns every row as a conversation or plain text.
 
     Raises:
-        ValueError: for a template with an unknown field, and if more than
-            `config.max_rejected_frac` of the rows have none of the accepted shapes.
+        ValueError: if a template has an unknown field, or more than `config.max_rejected_frac` of
+            the rows have none of the accepted formats.
     """
-    check_templates(config)
+    check_templates(lessons)
     samples: list[Sample] = []
     rejected = []
     others: list[str] = []
     for row in rows.rows:
         try:
-            samples.append(to_sample(row, config))
+            samples.append(to_sample(row, config, lessons))
         except ValueError as error:
             rejected.append(f"{row.name}: {error}")
             if isinstance(error, OtherFormatError):
@@ -109,11 +110,11 @@ def parse_rows(rows: Rows, config: DataConfig) -> Samples:
     return Samples(samples, rejected)
 
 
-def to_sample(row: Row, config: DataConfig) -> Sample:
+def to_sample(row: Row, config: DataConfig, lessons: LessonsConfig = NO_LESSONS) -> Sample:
     """Returns one row as a conversation or plain text.
 
     Raises:
-        ValueError: says what is wrong with the row, without its name.
+        ValueError: if the row cannot be used; the message does not name the row.
     """
     fields = shapes.renamed(row.fields, vars(config.columns))
     if not all(name in fields for name in FIELDS["teaching"]):
@@ -122,26 +123,26 @@ def to_sample(row: Row, config: DataConfig) -> Sample:
     if kind == "messages":
         sample: Sample = Conversation(row.name, _messages(fields["messages"], "messages"))
     elif kind in ("teaching", "session"):
-        sample = Conversation(row.name, _teaching(fields, config))
+        sample = Conversation(row.name, _teaching(fields, lessons))
     else:
         sample = _prompt_completion(row.name, fields["prompt"], fields["completion"])
     if isinstance(sample, PlainText):
         return sample
     if not trained_turns(sample):
         raise ValueError(
-            "has no assistant message to train on, behind one of the user and not of weight 0; add "
+            "has no assistant message to train on, after one of the user and not of weight 0; add "
             "one, or remove the row"
         )
     if kind not in ("teaching", "session"):
         sample = sample._replace(tools=_tools(fields.get("tools")))
-    return _with_system_prompt(sample, config.system_prompt)
+    return _with_system_prompt(sample, lessons.system_prompt)
 
 
 def trained_turns(sample: Conversation) -> list[int]:
-    """Returns which messages are trained: the assistant's answers, but those a row leaves out.
+    """Returns the indices of the trained messages: the assistant's answers, without exclusions.
 
-    A row leaves one out with `"weight": 0` or `"train": false`. What the assistant says before
-    anybody has asked is context.
+    A row excludes one with `"weight": 0` or `"train": false`. Messages of the assistant before the
+    first of the user are context.
     """
     roles = [message["role"] for message in sample.messages]
     asked = roles.index("user") if "user" in roles else len(roles)
@@ -154,14 +155,15 @@ def _is_trained(message: Mapping[str, Any]) -> bool:
 
 
 def row_format(fields: Mapping[str, Any], wanted: str) -> str:
-    """Returns which format a row with these fields has.
+    """Returns the format of a row with these fields.
 
     Args:
         fields: the row's fields.
-        wanted: the format that it must have, or `auto`.
+        wanted: the required format, or `auto`.
 
     Raises:
-        ValueError: names the missing fields, those that are there and the accepted shapes.
+        ValueError: if it has none; the message names the missing fields, the row's fields and the
+            accepted formats.
     """
     choices = list(FIELDS) if wanted == "auto" else [wanted]
     for choice in choices:
@@ -170,10 +172,7 @@ def row_format(fields: Mapping[str, Any], wanted: str) -> str:
     closest = max(choices, key=lambda choice: sum(field in fields for field in FIELDS[choice]))
     missing = [field for field in FIELDS[closest] if field not in fields]
     accepted = " or ".join(dict.fromkeys(f"({', '.join(FIELDS[name])})" for name in choices))
-    more = (
-        ", and the shapes of other tools that the README's part on data lists; data.columns tells "
-        "other names"
-    )
+    more = ", and the shapes of other tools that docs/data.md lists; data.columns tells other names"
     reason = (
         f"lacks {', '.join(missing)}; it has {', '.join(fields) or 'no fields'}; "
         f"data.format={wanted} accepts rows with {accepted}{more if wanted == 'auto' else ''}"
@@ -184,23 +183,23 @@ def row_format(fields: Mapping[str, Any], wanted: str) -> str:
     raise ValueError(reason)
 
 
-def check_templates(config: DataConfig) -> None:
+def check_templates(lessons: LessonsConfig) -> None:
     """Checks the placeholders of the teaching templates.
 
     Raises:
-        ValueError: for a placeholder that no field fills.
+        ValueError: if no field fills a placeholder.
     """
     for option, known in _TEMPLATE_FIELDS.items():
-        for name in PLACEHOLDER.findall(getattr(config, option)):
+        for name in PLACEHOLDER.findall(getattr(lessons, option)):
             if name not in known:
                 raise ValueError(
-                    f"data.{option} has the unknown field {{{name}}}; it may use "
+                    f"teaching.{option} has the unknown field {{{name}}}; it may use "
                     f"{', '.join(f'{{{field}}}' for field in known)}"
                 )
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Returns `template` with `{name}` replaced by `values[name]`; braces in values stay as is."""
+    """Returns `template` with `{name}` replaced by `values[name]`; braces in values are kept."""
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
@@ -216,15 +215,17 @@ def _prompt_completion(name: str, prompt: Any, completion: Any) -> Sample:
     )
 
 
-def _teaching(fields: Mapping[str, Any], config: DataConfig) -> list[Message]:
+def _teaching(fields: Mapping[str, Any], lessons: LessonsConfig) -> list[Message]:
     for option in _TEMPLATE_FIELDS:
-        if not getattr(config, option):
-            raise ValueError(f"is a teaching row but data.{option} is empty; set it in the config")
+        if not getattr(lessons, option):
+            raise ValueError(
+                f"is a teaching row but teaching.{option} is empty; set it in the config"
+            )
     values = [_text(fields[field], field) for field in FIELDS["teaching"]]
     known = dict(zip(("question", "approach", "diagnosis", "teaching"), values, strict=True))
     return [
-        Message(role="user", content=fill(config.teacher_template, known)),
-        Message(role="assistant", content=fill(config.lesson_template, known)),
+        Message(role="user", content=fill(lessons.teacher_template, known)),
+        Message(role="assistant", content=fill(lessons.lesson_template, known)),
     ]
 
 
@@ -243,12 +244,12 @@ def _messages(value: Any, field: str) -> list[Message]:
 
 
 def _message(value: Any, place: str) -> Message:
-    """Checks one message; keys beside role and content are kept for the chat template."""
+    """Returns a checked message; the chat template may read keys besides role and content."""
     if not isinstance(value, dict):
         raise ValueError(f"has a {type(value).__name__} as {place}; write {{role, content}}")
     given = {key: item for key, item in value.items() if item is not None}
     if given.get("tool_calls"):
-        given.setdefault("content", "")  # calling a tool takes no words
+        given.setdefault("content", "")  # a message that only calls a tool has no content
     missing = [key for key in ("role", "content") if key not in given]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)} in {place}, which has {', '.join(given)}")
@@ -269,8 +270,8 @@ def _message(value: Any, place: str) -> Message:
 def _calls(value: Any, place: str) -> list[dict[str, Any]]:
     """Returns tool calls with their arguments as objects.
 
-    OpenAI's are JSON text. Columnar files fill the arguments that a call lacks, but others have,
-    with nulls.
+    OpenAI writes them as JSON text. Columnar files write null for an argument that only other calls
+    have.
     """
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise ValueError(f"has {place} that are no list of objects")
@@ -322,7 +323,7 @@ def _text(value: Any, place: str) -> str:
 
 
 def check_encodable(text: str, place: str) -> None:
-    """Raises a ValueError for half a surrogate pair, which no tokenizer takes."""
+    """Raises a ValueError if a text has half a surrogate pair, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,14 +1,14 @@
-"""Dataset rows to an endless, restorable stream of batches.
+"""An endless, restorable stream of batches from the rows of a dataset.
 
-All rows are tokenized once, up front, into flat arrays. What step `n` holds is a pure function of
-those arrays, the seed and `n`, computed when asked for: no state but the step has to be saved, any
-number of processes sees the same global batches, and Grain's threads assemble them ahead of time.
+All rows are tokenized once, up front, into flat arrays. The batch of step `n` is a pure function of
+those arrays, the seed and `n`, computed on demand. A checkpoint therefore stores only the step, and
+any number of processes sees the same global batches. Grain's threads assemble them ahead of time.
 
     epoch e:  permutation(seed, e)  ->  rows (packed, or one example each)  ->  global_rows a step
     process p of P takes rows [p * global_rows / P, (p + 1) * global_rows / P) of each step
 
-The last step of an epoch is filled up with blank rows, so that every example is seen exactly once
-an epoch and every step has the same shape.
+The last step of an epoch is filled up with blank rows: every example is seen exactly once an epoch,
+and every step has the same shape.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ import numpy as np
 from absl import logging
 
 from atlas_jax.config import TrainConfig
-from atlas_jax.data import chat, examples, sessions
+from atlas_jax.data import chat, examples
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
-from atlas_jax.data.sources import Rows, check_rejected, epoch_order, unfold
+from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
 from atlas_jax.types import Batch, Example
 
 Table: TypeAlias = list[list[int]] | np.ndarray
-"""The examples of each row, as indices: lists of several when packed, else one column."""
+"""Indices of the examples of each row: lists if rows are packed, else an array of one column."""
 
 _NUM_SHOWN = 5
 
 
 class Layout(NamedTuple):
-    """How the rows of a step are divided over processes."""
+    """The rows of a step, and this process's share of them."""
 
     global_rows: int
-    """Rows a step, over all processes."""
+    """Number of rows a step, over all processes."""
     process_index: int = 0
     num_processes: int = 1
 
 
 class Order(NamedTuple):
-    """What decides which examples a step holds, beside the examples themselves."""
+    """Settings that, with the examples, determine the examples of each step."""
 
     global_rows: int
     max_seq_length: int
@@ -60,14 +60,14 @@ class Order(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of the rows; the tuples hold the names of those that `chat.NOTES` describes."""
+    """Statistics of the rows; a tuple holds the names of the rows with a note of `chat.NOTES`."""
 
     rows: int
     examples: int
     tokens: int
     trained_tokens: int
     rejected: tuple[str, ...]
-    """`name: reason` of rows that could not be read, have no accepted shape or fit no template."""
+    """`name: reason` of rows that are unreadable, of no known format, or refused by a template."""
     empty: tuple[str, ...]
     masked: tuple[str, ...]
     truncated: tuple[str, ...]
@@ -78,7 +78,7 @@ class Report(NamedTuple):
 
 
 _LOST = ("empty", "masked", "truncated")
-"""Notes of rows that are not trained, or not wholly; too many of them stop the run."""
+"""Notes on rows that are not or not completely trained; too many of them stop the run."""
 
 
 def build(
@@ -93,23 +93,23 @@ def build(
     """Tokenizes rows and returns the dataset that serves them as batches.
 
     Args:
-        rows: what `sources.load_rows` returned.
-        config: lengths, packing, seed and the `data` options.
-        template: of a fast tokenizer; conversations need one.
-        layout: rows a step, and which of them are this process's.
-        stop_ids: tokens that end a turn beside the tokenizer's end of text, such as those of the
-            model's `generation_config.json`.
-        training: false keeps the order of the rows, for evaluation.
-        token_dir: where the tokens are kept for the next start; empty keeps none.
+        rows: the rows, from `sources.load_rows`.
+        config: the config, for lengths, packing, seed and the `data` options.
+        template: the chat template of a fast tokenizer; conversations need one.
+        layout: the number of rows a step, and this process's share.
+        stop_ids: tokens that end a turn in addition to the tokenizer's end of text, such as those
+            of the model's `generation_config.json`.
+        training: whether to shuffle and pack as configured; false keeps the order, for evaluation.
+        token_dir: the directory that keeps the tokens for the next start; "" keeps none.
 
     Raises:
-        ValueError: for a layout that does not divide, a tokenizer that lacks what the rows need,
-            too many rejected rows, and when no example is left.
+        ValueError: if the rows a step do not divide over the processes, the tokenizer has not what
+            the rows need, too many rows are rejected, or no example is left.
     """
     _check_layout(layout)
-    rows = unfold(rows, sessions.LESSONS)
+    rows = unfold(rows, LESSONS)
     tokenizer = template.tokenizer
-    samples, rejected = examples.parse_rows(rows, config.data)
+    samples, rejected = examples.parse_rows(rows, config.data, config.teaching)
     chat.check_tokenizer(tokenizer, samples)
     options = chat.mask_options(
         tokenizer,
@@ -127,18 +127,18 @@ def build(
     _log(report)
     _check_not_empty(report)
     order = Order(
-        layout.global_rows,
-        config.max_seq_length,
-        config.packing,
-        training and config.data.shuffle,
-        config.seed,
+        global_rows=layout.global_rows,
+        max_seq_length=config.max_seq_length,
+        packing=config.packing,
+        shuffle=training and config.data.shuffle,
+        seed=config.seed,
     )
     buckets = capped_buckets(config.data.length_buckets, config.max_seq_length)
     return TokenDataset(tokenized, report, order, layout, buckets, config.data.num_workers)
 
 
 class TokenDataset:
-    """Tokenized examples as batches of one process, by step."""
+    """The batches of one process by step, from tokenized examples."""
 
     def __init__(
         self,
@@ -151,23 +151,23 @@ class TokenDataset:
     ) -> None:
         self.report = report
         self.token_path = tokenized.path
-        """The file that keeps the tokens, if one does."""
+        """The file that holds the tokens, or None."""
         sequences = tokenized.sequences
         self.fingerprint = fingerprint(sequences, order)
-        """Changes with the examples and with anything that decides which step holds which."""
+        """Hash of the examples and of the settings of their order."""
         self._sequences = sequences
         self._lengths = np.diff(sequences.offsets)
         self._order = order
         self._layout = layout
         self._buckets = buckets
         self._num_threads = num_threads
-        self._first_steps = [0]  # of each epoch that was asked for, and of the one after
-        self._rows: dict[int, Table] = {}  # of the latest epochs
+        self._first_steps = [0]  # of each known epoch, and of the one after
+        self._rows: dict[int, Table] = {}  # by epoch, for the latest epochs
         self._lock = threading.RLock()  # Grain's threads share the two above
 
     @property
     def tokens(self) -> np.ndarray:
-        """Tokens of all examples, one behind the other: [sum of T] int32."""
+        """Concatenated tokens of all examples, [sum of T] int32."""
         return self._sequences.tokens
 
     def example(self, index: int) -> Example:
@@ -176,11 +176,12 @@ class TokenDataset:
         return Example(self._sequences.tokens[part], self._sequences.loss_mask[part])
 
     def num_steps(self, epochs: int | float) -> int:
-        """Returns the steps of the first `epochs` passes; a started step counts."""
+        """Returns the number of steps of the first `epochs` passes, rounded up."""
         whole = int(epochs)
         with self._lock:
             self._know_epochs(math.ceil(epochs))
-            first, after = self._first_steps[whole], self._first_steps[math.ceil(epochs)]
+            first = self._first_steps[whole]
+            after = self._first_steps[math.ceil(epochs)]
         return first + math.ceil((epochs - whole) * (after - first))
 
     def batch(self, step: int) -> Batch:
@@ -188,7 +189,7 @@ class TokenDataset:
         rows = self._step_rows(step)
         length = self._order.max_seq_length
         if not self._order.packing:
-            # The length comes from the whole step, so that all processes have the same.
+            # The length depends on the rows of all processes, so that all have the same shape.
             length = bucket_length(
                 max(int(self._lengths[row].sum()) for row in rows), self._buckets
             )
@@ -198,20 +199,20 @@ class TokenDataset:
         return collate(mine + [[]] * (share - len(mine)), length)
 
     def num_tokens(self, step: int) -> int:
-        """Returns the tokens that a step reads over all processes, padding left out."""
+        """Returns the number of tokens of a step over all processes, without padding."""
         return sum(int(self._lengths[row].sum()) for row in self._step_rows(step))
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Batches:
         """Returns an iterator over the batches of `[start_step, stop_step)`.
 
         Args:
-            start_step: the step whose batch comes first.
-            stop_step: None goes on epoch after epoch without an end.
+            start_step: the step of the first batch.
+            stop_step: the step after the last batch; None continues for ever.
         """
         return Batches(self, start_step, sys.maxsize if stop_step is None else stop_step)
 
     def read(self, start_step: int, stop_step: int) -> grain.DatasetIterator[Batch]:
-        """Returns Grain's iterator over a range of steps, which threads assemble ahead."""
+        """Returns Grain's iterator over a range of steps, which threads prefetch."""
         options = grain.ReadOptions(
             num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads
         )
@@ -235,14 +236,15 @@ class TokenDataset:
 
     def _epoch_rows(self, epoch: int) -> Table:
         if epoch not in self._rows:
-            # Two epochs are kept, because threads that read ahead stand in both at their border.
+            # Two epochs are kept, because at the border of two epochs the prefetching threads read
+            # from both.
             self._rows = {e: rows for e, rows in self._rows.items() if abs(e - epoch) == 1}
             self._rows[epoch] = epoch_rows(self._lengths, self._order, epoch)
         return self._rows[epoch]
 
 
 class Batches(Iterator[Batch]):
-    """The batches of a range of steps; its state is the step that comes next."""
+    """An iterator over the batches of a range of steps, whose state is the next step."""
 
     def __init__(self, dataset: TokenDataset, start_step: int, stop_step: int) -> None:
         self._dataset = dataset
@@ -257,15 +259,15 @@ class Batches(Iterator[Batch]):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the batch that came last, over all processes."""
+        """Number of tokens of the last batch, over all processes."""
         return self._dataset.num_tokens(self._step - 1)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position as plain JSON values: the next step and the data's fingerprint."""
+        """Returns the position, for JSON: the next step and the data's fingerprint."""
         return {"step": self._step, "fingerprint": self._dataset.fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues with the batch that came next when `state` was taken.
+        """Continues with the batch that was the next one when `state` was taken.
 
         Raises:
             ValueError: if the state is from other data or other settings of their order.
@@ -282,7 +284,7 @@ class Batches(Iterator[Batch]):
         self._reader = self._dataset.read(self._step, self._stop_step)
 
     def close(self) -> None:
-        """Ends the threads that read ahead."""
+        """Ends the prefetching threads."""
         self._reader.close()
 
 
@@ -290,9 +292,9 @@ def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Table:
     """Returns the examples of each row of an epoch, every example exactly once.
 
     Args:
-        lengths: [examples] tokens of each example.
-        order: whether to shuffle and to pack.
-        epoch: counted from 0; each has an order of its own when shuffled.
+        lengths: the number of tokens of each example, [examples].
+        order: the settings, for shuffling and packing.
+        epoch: the epoch, counted from 0, which determines the permutation.
     """
     indices = epoch_order(len(lengths), epoch, order.seed, order.shuffle)
     if not order.packing:
@@ -302,7 +304,7 @@ def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Table:
 
 
 def fingerprint(sequences: Sequences, order: Order) -> str:
-    """Returns a short hash of the examples and of what decides their order."""
+    """Returns a short hash of the examples and of the settings of their order."""
     digest = hashlib.sha256(json.dumps(order._asdict(), sort_keys=True).encode())
     for array in sequences:
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -1,6 +1,6 @@
-"""Examples to rectangles of tokens: which share a row, how long rows are, and what fills them.
+"""Packing of examples into rows, and of rows into batches of fixed shapes.
 
-Best fit puts each example, in order of arrival, into the row that it leaves the least room in.
+Best fit puts each example, in order of arrival, into the row in which it leaves the least room.
 Five examples of 5, 3, 4, 3 and 5 tokens, in rows of 10:
 
     arrives   fits into                     rows after it (room left)
@@ -32,13 +32,15 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
     Among rows with the same room, the one that was filled last is taken.
 
     Args:
-        lengths: tokens of each example, at least 1.
-        row_length: tokens of a row.
+        lengths: the number of tokens of each example, at least 1.
+        row_length: the number of tokens of a row.
 
     Raises:
-        ValueError: for an example that is longer than a row.
+        ValueError: if an example is longer than a row.
     """
     rows: list[list[int]] = []
+    # Rows are indexed by their room, so that each example costs a bisection instead of a search
+    # over all rows.
     rooms: list[int] = []  # the different numbers of tokens that rows have left, ascending
     with_room: dict[int, list[int]] = {}  # room -> rows that have it
     for example, length in enumerate(lengths):
@@ -49,7 +51,8 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
             )
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
-            row, room = len(rows), row_length
+            row = len(rows)
+            room = row_length
             rows.append([])
         else:
             room = rooms[place]
@@ -85,11 +88,11 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
 def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
     """Returns rows of examples as one batch, each example a segment of its row.
 
-    A row without examples is blank: padding only, which no loss counts.
+    A row without examples is all padding, which no loss counts.
 
     Args:
         rows: the examples of each row.
-        length: tokens of a row, at least the sum of its examples.
+        length: the number of tokens of a row, at least the sum of its examples.
 
     Raises:
         ValueError: if a row's examples do not fit.

@@ -1,13 +1,12 @@
-"""Questions for GRPO and for evaluation: what rows hold, and the order in which they are asked.
+"""Questions for GRPO and for evaluation: their fields in rows, and their order.
 
 | part of a question | fields, the first that a row has |
 |---|---|
 | question | `prompt`, `problem_text`, `question`, `problem`, `instruction`, `query`, `input` |
 | ground truth | `ground_truth`, `answer`, `solution` |
 
-Behind an `instruction` stands its `input` or `context`. All other fields that are texts or numbers
-may be used by templates. A prompt may be a list of
-messages, see `shapes`.
+The `input` or `context` of an `instruction` is appended to it. Templates may use all other fields
+that are texts or numbers. A prompt may be a list of messages, see `shapes`.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from atlas_jax.config import GRPOConfig
+from atlas_jax.config import GRPOConfig, flat
 from atlas_jax.data import shapes
 from atlas_jax.data.examples import PLACEHOLDER, check_encodable
-from atlas_jax.data.sessions import QUESTIONS
-from atlas_jax.data.sources import Row, Rows, check_rejected, epoch_order, unfold
+from atlas_jax.data.sources import QUESTIONS, Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Question
 
 _QUESTION = ("prompt", "problem_text", "question", "problem", "instruction", "query", "input")
@@ -41,18 +39,18 @@ def parse_questions(
     needed_fields: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
 ) -> list[Question]:
-    """Returns a question for each row; of sessions, one for each step whose truth is known.
+    """Returns a question for each row; for a session, one for each step with a ground truth.
 
     Args:
-        rows: of the dataset.
-        max_rejected_frac: share of unusable rows above which the run stops.
+        rows: the rows of the dataset.
+        max_rejected_frac: the fraction of unusable rows above which the run stops.
         needs_truth: whether a row without ground truth is unusable.
-        needed_fields: further fields that templates may use, without which a row is unusable.
-        columns: our name of a field -> the rows', see `shapes.renamed`.
+        needed_fields: further fields for templates, without which a row is unusable.
+        columns: the rows' names of fields, by our names (`shapes.renamed`).
 
     Raises:
-        ValueError: for a field that templates must not use, for too many unusable rows, and if none
-            is left.
+        ValueError: if templates must not use a needed field, too many rows are unusable, or none is
+            left.
     """
     for name in needed_fields:
         if _HIDDEN.search(name) or name in _QUESTION:
@@ -61,7 +59,8 @@ def parse_questions(
                 "and answers are never shown to a model; leave it out, or rename the field"
             )
     rows = unfold(rows, QUESTIONS, "ground_truth" if needs_truth else "")
-    questions, rejected = [], []
+    questions = []
+    rejected = []
     for row in rows.rows:
         try:
             questions.append(to_question(row, needs_truth, needed_fields, columns))
@@ -86,7 +85,7 @@ def to_question(
     """Returns one row as a question; the arguments are those of `parse_questions`.
 
     Raises:
-        ValueError: says what the row lacks, without its name.
+        ValueError: if a part is missing; the message does not name the row.
     """
     fields = shapes.question_row(shapes.renamed(row.fields, columns or {}))
     named = bool(columns and columns.get("question"))
@@ -126,15 +125,15 @@ def check_template(option: str, template: str, known: Sequence[str], needed: Seq
     """Checks the placeholders of a template.
 
     Raises:
-        ValueError: for one that nothing fills, and for a needed one that is not there.
+        ValueError: if a placeholder is unknown, or a needed one is missing.
     """
-    found = PLACEHOLDER.findall(template)
+    placeholders = PLACEHOLDER.findall(template)
     shown = ", ".join(f"{{{name}}}" for name in known)
-    for name in found:
+    for name in placeholders:
         if name not in known:
             raise ValueError(f"{option} has the unknown field {{{name}}}; it may use {shown}")
     for name in needed:
-        if name not in found:
+        if name not in placeholders:
             raise ValueError(
                 f"{option}={template!r} lacks {{{name}}}; the model would never see the {name}"
             )
@@ -144,27 +143,28 @@ def check_templates(config: GRPOConfig) -> None:
     """Checks the templates of the protocol.
 
     Raises:
-        ValueError: for a template with an unknown field or without a needed one.
+        ValueError: if a template has an unknown field, or a needed one is missing.
     """
-    rollout, known = config.rollout, ("question", *config.rollout.question_fields)
+    rollout = config.rollout
+    known = ("question", *config.rollout.question_fields)
     checks: dict[str, tuple[str, ...]]
     if rollout.protocol == "direct":
-        checks = {"direct_template": ()}
+        checks = {"rollout.direct_template": ()}
     else:
         checks = {
-            "student_baseline_template": (),
-            "student_diagnostic_template": (),
-            "student_with_teaching_template": ("teaching",),
+            "teaching.student_baseline_template": (),
+            "teaching.student_diagnostic_template": (),
+            "teaching.student_with_teaching_template": ("teaching",),
         }
-        template = config.data.teacher_template
-        check_template("data.teacher_template", template, (*known, "approach"), ("question",))
+        template = config.teaching.teacher_template
+        check_template("teaching.teacher_template", template, (*known, "approach"), ("question",))
     for option, more in checks.items():
-        template = getattr(rollout, option)
-        check_template(f"rollout.{option}", template, (*known, *more), ("question", *more))
+        template = flat(config)[option]
+        check_template(option, template, (*known, *more), ("question", *more))
 
 
 class Order:
-    """In which order questions are asked: every epoch a new permutation."""
+    """Order of the questions: a new permutation in every epoch."""
 
     def __init__(self, questions: Sequence[Question], seed: int, shuffle: bool) -> None:
         self._questions = questions
@@ -173,7 +173,7 @@ class Order:
         self._known = -1, np.arange(0)  # an epoch and its permutation
 
     def at(self, position: int) -> Question:
-        """Returns the question that is asked as number `position`, from 0 and without an end."""
+        """Returns the question at a position of the endless sequence, counted from 0."""
         epoch, place = divmod(position, len(self._questions))
         return self._questions[int(self._permutation(epoch)[place])]
 
@@ -185,7 +185,7 @@ class Order:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash of the questions and of what decides their order."""
+        """Short hash of the questions and of the settings of their order."""
         digest = hashlib.sha256(f"{self._seed} {self._shuffle}".encode())
         for question in self._questions:
             digest.update(repr(question[:3]).encode())

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from atlas_jax import extras
+
 Records = Iterator[tuple[str, dict[str, Any] | str]]
 
 _COMPRESSED = (".gz", ".zst")
@@ -89,7 +91,8 @@ def _opened(file: str) -> Any:
     if file.lower().endswith(".gz"):
         return gzip.open(file)
     if file.lower().endswith(".zst"):
-        import pyarrow
+        with extras.importing("datasets", f"the compressed file {file}"):
+            import pyarrow
 
         return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
     return open(file, "rb")
@@ -179,8 +182,9 @@ def _tsv(path: str, file: str) -> Records:
 
 
 def _parquet(path: str, file: str) -> Records:
-    import pyarrow
-    import pyarrow.parquet
+    with extras.importing("datasets", f"the Parquet file {path}"):
+        import pyarrow
+        import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
@@ -194,7 +198,8 @@ def _parquet(path: str, file: str) -> Records:
 
 def _arrow(path: str, file: str) -> Records:
     """Reads a file of Arrow's stream or file format, as `datasets` writes them."""
-    import pyarrow
+    with extras.importing("datasets", f"the Arrow file {path}"):
+        import pyarrow
 
     with pyarrow.memory_map(file) as source:
         try:

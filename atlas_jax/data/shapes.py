@@ -1,4 +1,4 @@
-"""Rows as other tools write them, told from their fields, in the fields of ours.
+"""Conversion of other tools' rows, which are recognised by their fields, to our fields.
 
 | shape | fields | becomes |
 |---|---|---|
@@ -9,9 +9,9 @@
 | a question and a text | `prompt`, `query`, `question` or `problem`; `response`, … | `messages` |
 | text alone | `text` | `prompt`, empty, and `completion` |
 
-What becomes `messages` begins with `system` or `system_prompt`, where a row has one.
+If a row has `system` or `system_prompt`, its `messages` begin with that.
 
-For GRPO a `prompt` may be a list of messages (TRL, verl), and the ground truth may stand in
+For GRPO a `prompt` may be a list of messages (TRL, verl), and the ground truth may be in
 `reward_model` (verl).
 """
 
@@ -28,23 +28,23 @@ _ROLES = {
     "bot": "assistant", "developer": "system", "function": "tool", "observation": "tool",
     "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
-"""Roles of other tools -> ours."""
+"""Our names for the roles of other tools."""
 
 _PAIRS = (
     ("instruction", "output"), ("instruction", "response"), ("prompt", "response"),
     ("query", "response"), ("question", "response"), ("problem", "solution"),
     ("question", "answer"), ("question", "completion"), ("input", "output"),
 )  # fmt: skip
-"""What somebody asks and what is answered, in the order in which they are looked for."""
+"""Pairs of fields for question and answer, in the order in which they are tried."""
 
-_CONTEXT = ("input", "context")  # stands behind the instruction
+_CONTEXT = ("input", "context")  # appended to the instruction
 _SYSTEM = ("system", "system_prompt")
 _MAX_DEPTH = 64
-"""Of lists and objects in each other; those who read them call themselves once a level."""
+"""Largest depth of nested lists and objects, which are read recursively."""
 
 
 def present(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that a row has: what is null, or NaN as pandas writes it, is absent."""
+    """Returns the fields of a row without those that are null, or NaN as pandas writes it."""
     return {
         name: value
         for name, value in fields.items()
@@ -53,40 +53,40 @@ def present(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the fields that a row has, some under our names.
+    """Returns the fields of a row, with columns renamed to our names.
 
     Args:
-        fields: of the row.
-        columns: our name -> the row's; empty for its own.
+        fields: the fields of the row.
+        columns: the row's names by our names; "" for equal names.
 
     Raises:
-        ValueError: names a column that the row lacks; for one nested too deep.
+        ValueError: if a named column is missing, or a field is nested too deep.
     """
-    found = present(fields)
-    _check_depth(found)
+    result = present(fields)
+    _check_depth(result)
     for ours, theirs in columns.items():
         if theirs:
-            if theirs not in found:
-                has = ", ".join(found) or "no fields"
+            if theirs not in result:
+                has = ", ".join(result) or "no fields"
                 raise ValueError(f"lacks {theirs}, which data.columns.{ours} names; it has {has}")
-            found[ours] = found.pop(theirs)
-    return found
+            result[ours] = result.pop(theirs)
+    return result
 
 
 def training_row(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a row for SFT with `messages`, or `prompt` and `completion`.
 
     Args:
-        fields: those that the row has.
+        fields: the fields of the row.
 
     Raises:
-        ValueError: says what is wrong with the row.
+        ValueError: if the row cannot be used.
     """
     fields = _with_tools(fields)
     for name in ("messages", "conversations"):
         if name in fields:
-            found = messages(fields[name], name)
-            return _rest(fields, name) | {"messages": _with_system(fields, found)}
+            result = messages(fields[name], name)
+            return _rest(fields, name) | {"messages": _with_system(fields, result)}
     if {"chosen", "rejected"} <= fields.keys():
         raise ValueError(
             "is a preference row (chosen, rejected), which neither SFT nor GRPO trains on; make "
@@ -96,8 +96,8 @@ def training_row(fields: dict[str, Any]) -> dict[str, Any]:
         return _prompt_and_completion(fields)
     for asked, answered in _PAIRS:
         if {asked, answered} <= fields.keys():
-            found = _pair(fields, asked, answered)
-            return _rest(fields, asked, answered) | {"messages": _with_system(fields, found)}
+            result = _pair(fields, asked, answered)
+            return _rest(fields, asked, answered) | {"messages": _with_system(fields, result)}
     if isinstance(fields.get("text"), str):
         return {"prompt": "", "completion": fields["text"]}
     return fields
@@ -106,39 +106,39 @@ def training_row(fields: dict[str, Any]) -> dict[str, Any]:
 def question_row(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a row for GRPO with the question as text.
 
-    That of an instruction has the input behind it, as for SFT.
+    The input of an instruction is appended to it, as for SFT.
 
     Raises:
         ValueError: if the prompt is a conversation of several turns.
     """
-    found = dict(fields)
-    if isinstance(found.get("instruction"), str):
-        texts = (found[name] for name in ("instruction", *_CONTEXT) if name in found)
-        found["instruction"] = "\n\n".join(t for t in texts if isinstance(t, str) and t)
-    if _is_chat(found.get("prompt")):
-        asked = messages(found["prompt"], "prompt")
+    result = dict(fields)
+    if isinstance(result.get("instruction"), str):
+        texts = (result[name] for name in ("instruction", *_CONTEXT) if name in result)
+        result["instruction"] = "\n\n".join(t for t in texts if isinstance(t, str) and t)
+    if _is_chat(result.get("prompt")):
+        asked = messages(result["prompt"], "prompt")
         fine = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in asked)
         roles = [str(m.get("role")) if isinstance(m, dict) else "none" for m in asked]
         if fine and [role for role in roles if role != "system"] == ["user"]:
-            found["prompt"] = "\n\n".join(m["content"] for m in asked)
-        elif not isinstance(found.get("question"), str):
+            result["prompt"] = "\n\n".join(m["content"] for m in asked)
+        elif not isinstance(result.get("question"), str):
             raise ValueError(
                 f"has a prompt with the roles {', '.join(roles)}; a question is one message of the "
-                "user, perhaps behind one of the system"
+                "user, perhaps after one of the system"
             )
-    reward_model = found.pop("reward_model", None)
+    reward_model = result.pop("reward_model", None)
     if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
-        found.setdefault("ground_truth", reward_model["ground_truth"])
-    return found
+        result.setdefault("ground_truth", reward_model["ground_truth"])
+    return result
 
 
 def messages(value: Any, field: str) -> Any:
     """Returns a conversation with our roles, texts as contents, and tool calls.
 
-    What is no list, and in a list what is no message, is returned as it is.
+    A value that is not a list, and an item that is not a message, are returned unchanged.
 
     Raises:
-        ValueError: for JSON text that cannot be read, and for parts that are no text.
+        ValueError: if JSON text cannot be read, or a part is not a text.
     """
     if isinstance(value, str):
         value = from_json(value, field)
@@ -154,7 +154,7 @@ def from_json(text: str, field: str) -> Any:
     """Returns the value of a field that is JSON text.
 
     Raises:
-        ValueError: if it is not, or is nested too deep.
+        ValueError: if it is not JSON, or is nested too deep.
     """
     try:
         value = json.loads(text)
@@ -167,7 +167,7 @@ def from_json(text: str, field: str) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """Raises a ValueError for lists and objects in each other beyond `_MAX_DEPTH`."""
+    """Raises a ValueError if lists and objects are nested deeper than `_MAX_DEPTH`."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(_MAX_DEPTH):
         parts = (part.values() if isinstance(part, dict) else part for part in level)
@@ -178,20 +178,24 @@ def _check_depth(value: Any) -> None:
 
 
 def _message(item: dict[str, Any], place: str) -> dict[str, Any]:
-    found = present(item)
-    if "from" in found and "value" in found and "role" not in found:
-        found["role"], found["content"] = found.pop("from"), found.pop("value")
-    if isinstance(found.get("role"), str):
-        role = found["role"].lower()
-        found["role"] = _ROLES.get(role, role)
-    if isinstance(found.get("content"), list):
-        found["content"] = "".join(_part(part, place) for part in found["content"])
-    if isinstance(call := found.pop("function_call", None), dict):
-        found["tool_calls"] = [{"type": "function", "function": call}]
-    if found.get("role") == "function_call" and isinstance(found.get("content"), str):
-        calls = from_json(found.pop("content"), f"{place}.value")  # ShareGPT's
-        found |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    return found
+    message = present(item)
+    if "from" in message and "value" in message and "role" not in message:
+        message["role"] = message.pop("from")
+        message["content"] = message.pop("value")
+    if isinstance(message.get("role"), str):
+        role = message["role"].lower()
+        message["role"] = _ROLES.get(role, role)
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(_part(part, place) for part in message["content"])
+    if isinstance(call := message.pop("function_call", None), dict):
+        message["tool_calls"] = [{"type": "function", "function": call}]
+    if message.get("role") == "function_call" and isinstance(message.get("content"), str):
+        calls = from_json(message.pop("content"), f"{place}.value")  # ShareGPT's
+        message |= {
+            "role": "assistant",
+            "tool_calls": calls if isinstance(calls, list) else [calls],
+        }
+    return message
 
 
 def _part(part: Any, place: str) -> str:
@@ -204,7 +208,7 @@ def _part(part: Any, place: str) -> str:
 
 
 def _is_chat(value: Any) -> bool:
-    """Returns whether a prompt or a completion is a list of messages, maybe as JSON text."""
+    """Returns whether a prompt or a completion is a list of messages, possibly as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             value = json.loads(value)
@@ -218,9 +222,10 @@ def _prompt_and_completion(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns a row with prompt and completion as two texts or two lists of messages.
 
     Raises:
-        ValueError: for what texts as they stand have no place for.
+        ValueError: if the row has fields that plain texts have no place for.
     """
-    prompt, completion = fields["prompt"], fields["completion"]
+    prompt = fields["prompt"]
+    completion = fields["completion"]
     if isinstance(fields.get("label"), bool):
         raise ValueError(
             "is a preference row (prompt, completion and a label of true or false), which neither "
@@ -242,7 +247,7 @@ def _prompt_and_completion(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(fields: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, Any]]:
-    """Returns the turns before, if there are some, then what is asked and what is answered."""
+    """Returns the earlier turns if any, then the question and the answer, as messages."""
     more = [name for name in _CONTEXT if name != asked and name in fields]
     texts = [fields[name] for name in (asked, *more)]
     if not all(isinstance(text, str) for text in (*texts, fields[answered])):
@@ -268,28 +273,32 @@ def _is_pair(value: Any) -> bool:
     )
 
 
-def _with_system(fields: Mapping[str, Any], found: Any) -> Any:
-    """Returns a conversation behind the system text that stands in a field of its own."""
+def _with_system(fields: Mapping[str, Any], conversation: Any) -> Any:
+    """Returns a conversation with the system text of a separate field as its first message."""
     text = next((fields[name] for name in _SYSTEM if fields.get(name)), None)
-    if not text or not isinstance(found, list):
-        return found
+    if not text or not isinstance(conversation, list):
+        return conversation
     (system,) = messages([{"role": "system", "content": text}], "system")
-    if not found or not isinstance(found[0], dict) or found[0].get("role") != "system":
-        return [system, *found]
-    if found[0].get("content") != system["content"]:
+    if (
+        not conversation
+        or not isinstance(conversation[0], dict)
+        or conversation[0].get("role") != "system"
+    ):
+        return [system, *conversation]
+    if conversation[0].get("content") != system["content"]:
         raise ValueError("has a system text of its own and another one as first message; keep one")
-    return found
+    return conversation
 
 
 def _with_tools(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns a row whose `functions`, OpenAI's former definitions of tools, are `tools`."""
-    found = fields.get("functions")
-    if "tools" in fields or not found:
+    result = fields.get("functions")
+    if "tools" in fields or not result:
         return fields
-    found = from_json(found, "functions") if isinstance(found, str) else found
-    if not isinstance(found, list) or not all(isinstance(f, dict) and "name" in f for f in found):
+    result = from_json(result, "functions") if isinstance(result, str) else result
+    if not isinstance(result, list) or not all(isinstance(f, dict) and "name" in f for f in result):
         return fields
-    return fields | {"tools": [{"type": "function", "function": function} for function in found]}
+    return fields | {"tools": [{"type": "function", "function": function} for function in result]}
 
 
 def _rest(fields: Mapping[str, Any], *used: str) -> dict[str, Any]:

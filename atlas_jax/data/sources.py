@@ -12,15 +12,17 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
+from atlas_jax import extras
 from atlas_jax.config import DataConfig
-from atlas_jax.data import row_files, sessions, snapshot, trace_files
+from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
+from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
 
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 _SAVED = "state.json"  # is in what `datasets` wrote with `save_to_disk`
@@ -28,6 +30,8 @@ _NO_ROWS = (_SAVED, "dataset_info.json", "dataset_infos.json", "dataset_dict.jso
 _NUM_SHOWN = 5
 _NUM_LOOKED_AT = 1000
 """Rows of a file that `check` looks at; a few unusable ones may stand first."""
+LESSONS, QUESTIONS = "lessons", "questions"
+"""The fields of `SessionRows`."""
 # Tags that keep the random streams of one seed apart.
 _DRAW_STREAM, _SPLIT_STREAM, _ORDER_STREAM = 1, 2, 3
 
@@ -38,7 +42,7 @@ class Row(NamedTuple):
     name: str
     """Such as `data/train.jsonl:17`; lines and rows count from 1."""
     fields: dict[str, Any]
-    session: sessions.Parts | None = None
+    session: SessionRows | None = None
     """What a session of the Atlas runtime holds, which has no fields of its own."""
 
 
@@ -51,7 +55,11 @@ class Rows(NamedTuple):
 
 
 def load_rows(
-    config: DataConfig, seed: int, output_dir: str = "", is_main: bool = True
+    config: DataConfig,
+    seed: int,
+    output_dir: str = "",
+    is_main: bool = True,
+    given: Given = NOTHING_GIVEN,
 ) -> tuple[Rows, Rows | None]:
     """Returns the rows to train on and those to evaluate on.
 
@@ -64,13 +72,20 @@ def load_rows(
         seed: of draws and of the split.
         output_dir: of the run; holds the snapshot of `db_url`, and gets `rejected.jsonl`.
         is_main: whether this process writes that.
+        given: rows of the caller, in place of those of `dataset_path` and `eval_path`.
 
     Raises:
         ValueError: for a file that is missing or unreadable, and for too many rejected rows.
     """
-    rows = _read(config, config.dataset_path, output_dir)
     other = dataclasses.replace(config, dataset_split=config.eval_split)
-    held_out = _read(other, config.eval_path, "") if config.eval_path else None
+    if given.rows is None:
+        rows = _read(config, config.dataset_path, output_dir)
+    else:
+        rows = _gathered("rows", given_records("rows", given.rows))
+    if given.eval_rows is not None:
+        held_out: Rows | None = _gathered("eval_rows", given_records("eval_rows", given.eval_rows))
+    else:
+        held_out = _read(other, config.eval_path, "") if config.eval_path else None
     if output_dir and is_main:
         _list_rejected(f"{output_dir}/rejected.jsonl", rows, held_out)
     for part in filter(None, (rows, held_out)):
@@ -114,22 +129,37 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
             with rows of which none can be used.
     """
     for part in parts_of(path):
-        records: Iterator[tuple[str, Any]]
+        records: Iterable[tuple[str, Any]]
         if config.format == "session":
-            records = trace_files.read(part)
+            records = _exported(part)
         elif _is_local(part):
             records = _records(part, config)
         else:
             continue
-        first = ""
-        for name, value in itertools.islice(records, _NUM_LOOKED_AT):
-            problem = _problem(name, value, use)
-            if not problem:
-                break
-            first = first or f"{name}: {problem}"
-        else:
-            if first:
-                raise ValueError(first)
+        check_records(records, use)
+
+
+def check_records(records: Iterable[tuple[str, Any]], use: Callable[[Row], object]) -> None:
+    """Checks that one of the first records, each with its name, can be used; see `check`."""
+    first = ""
+    for name, value in itertools.islice(records, _NUM_LOOKED_AT):
+        problem = _problem(name, value, use)
+        if not problem:
+            return
+        first = first or f"{name}: {problem}"
+    if first:
+        raise ValueError(first)
+
+
+def given_records(name: str, rows: Sequence[Any]) -> list[tuple[str, dict[str, Any] | str]]:
+    """Returns the rows of a caller, each with its name; a reason in place of what is no row."""
+    return [
+        (
+            f"{name}[{i}]",
+            dict(row) if isinstance(row, Mapping) else f"a {type(row).__name__} and no dict",
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
 def _problem(name: str, value: Any, use: Callable[[Row], object]) -> str:
@@ -147,7 +177,7 @@ def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
 
     Args:
         rows: of a dataset.
-        part: `sessions.LESSONS` or `sessions.QUESTIONS`.
+        part: `LESSONS` or `QUESTIONS`.
         needed: a field that must not be empty in them.
 
     Raises:
@@ -167,7 +197,7 @@ def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
         lack = f" with a {needed}" if needed else ""
         raise ValueError(
             f"{num_sessions} sessions hold no {part}{lack}; take others (data.min_reward, "
-            "data.status_filters, data.review_status_filters), or see the README's part on sessions"
+            "data.status_filters, data.review_status_filters), or see docs/data.md on sessions"
         )
     return rows._replace(rows=unfolded)
 
@@ -230,28 +260,89 @@ def split(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows]:
 
 def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
     """Returns the rows of `path`, or of the snapshot in `output_dir` where there is no path."""
+    return _gathered(repr(path), _all_records(config, path, output_dir))
+
+
+def _gathered(
+    name_of_all: str, records: Iterable[tuple[str, dict[str, Any] | SessionRows | str]]
+) -> Rows:
     rows, rejected = [], []
-    for name, value in _all_records(config, path, output_dir):
+    for name, value in records:
         if isinstance(value, str):
             rejected.append(f"{name}: {value}")
-        elif isinstance(value, sessions.Parts):
+        elif isinstance(value, SessionRows):
             rows.append(Row(name, {}, value))
         else:
             rows.append(Row(name, value))
     if not rows and not rejected:
-        raise ValueError(f"dataset {path!r} has no rows; give a file with one JSON object a line")
+        raise ValueError(
+            f"dataset {name_of_all} has no rows; give a file with one JSON object a line"
+        )
     return Rows(rows, rejected)
 
 
 def _all_records(
     config: DataConfig, path: str, output_dir: str
-) -> Iterable[tuple[str, dict[str, Any] | sessions.Parts | str]]:
-    if not path:
-        return sessions.to_records(snapshot.read(output_dir), config)
+) -> Iterable[tuple[str, dict[str, Any] | SessionRows | str]]:
     parts = parts_of(path)
-    if config.format == "session":
-        return sessions.to_records(_chain(trace_files.read(part) for part in parts), config)
+    if not path or config.format == "session":
+        return _session_records(config, parts, output_dir)
     return _chain(_records(part, config) for part in parts)
+
+
+# The functions that follow are all that imports the wing of the Atlas runtime: a run on files of
+# rows needs neither its parser nor the client of its database.
+
+
+def check_sessions(config: DataConfig, output_dir: str) -> None:
+    """Checks the filters of sessions, and that their database or its snapshot has some that pass.
+
+    Raises:
+        ValueError: as `traces.snapshot.check`, and if the client is not installed.
+        ConnectionError: if the database cannot be reached.
+    """
+    if config.db_url:
+        extras.need("postgres", "data.db_url")
+        from atlas_jax.traces import snapshot
+
+        snapshot.check(config, output_dir)
+    elif config.format == "session":
+        from atlas_jax.traces.query import Query
+
+        Query.from_config(config)
+
+
+def take_snapshot(config: DataConfig, output_dir: str) -> None:
+    """Reads the database of sessions into the run's snapshot, where the config names a database.
+
+    Raises:
+        ValueError: as `check_sessions`.
+        OSError: if the database is lost on the way.
+    """
+    if config.db_url:
+        extras.need("postgres", "data.db_url")
+        from atlas_jax.traces import snapshot
+
+        snapshot.take(config, output_dir)
+
+
+def _session_records(
+    config: DataConfig, parts: list[str], output_dir: str
+) -> Iterator[tuple[str, SessionRows | str]]:
+    """Yields the sessions of exports, or of the run's snapshot where there are none."""
+    from atlas_jax.traces import sessions
+
+    if parts:
+        return sessions.to_records(_chain(_exported(part) for part in parts), config)
+    from atlas_jax.traces import snapshot
+
+    return sessions.to_records(snapshot.read(output_dir), config)
+
+
+def _exported(path: str) -> Iterator[tuple[str, Any]]:
+    from atlas_jax.traces import files
+
+    return files.read(path)
 
 
 _chain = itertools.chain.from_iterable
@@ -301,7 +392,8 @@ def _looks_like_file(path: str) -> bool:
 
 
 def _hub_records(path: str, config: DataConfig) -> row_files.Records:
-    import datasets
+    with extras.importing("datasets", f"the dataset {path}"):
+        import datasets
 
     match = _HUB_FILE.fullmatch(path)
     repo, files = (match["repo"], match["file"]) if match else (path, None)

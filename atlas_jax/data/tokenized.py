@@ -1,10 +1,11 @@
-"""The tokens of a dataset, kept in a run's `output_dir`, so that they are made once.
+"""Cache of a dataset's tokens in a run's `output_dir`.
 
-    data/tokens-0123456789abcdef.npz    what `tokenize` returned for one fingerprint
+    data/tokens-0123456789abcdef.npz    the result of `tokenize` for one fingerprint
 
-The fingerprint covers the samples, the tokenizer, the chat template with its options and date, what
-is trained, and the versions of the libraries that render and encode. A file is written whole under
-a lock: of several processes that share a disk one makes it, and the others wait and read it.
+The fingerprint covers the samples, the tokenizer, the chat template with its options and date, the
+options of the mask, and the versions of the libraries that render and encode. A file is written
+atomically under a lock: one of the processes that share a disk makes it, and the others wait and
+read it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _BROKEN = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.err
 
 
 class Sequences(NamedTuple):
-    """Examples end to end; example `i` is `[offsets[i], offsets[i + 1])` of the flat arrays."""
+    """Concatenated examples; example `i` is `[offsets[i], offsets[i + 1])` of the flat arrays."""
 
     tokens: np.ndarray  # [sum of T] int32
     loss_mask: np.ndarray  # [sum of T] bool
@@ -47,7 +48,7 @@ class Sequences(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """What is remarkable about an example, or why there is none."""
+    """Notes on an example, or the reason for its rejection."""
 
     name: str
     notes: tuple[str, ...]
@@ -56,12 +57,12 @@ class Remark(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """A dataset's examples, and what became of the samples that are out of the ordinary."""
+    """The examples of a dataset, with remarks on unusual samples."""
 
     sequences: Sequences
     remarks: list[Remark]
     path: pathlib.Path | None = None
-    """The file that holds it."""
+    """The cache file, or None."""
 
 
 def tokenize(
@@ -70,13 +71,13 @@ def tokenize(
     options: chat.MaskOptions,
     directory: str = "",
 ) -> Tokenized:
-    """Returns the examples of all samples, in order, from the file that holds them if there is one.
+    """Returns the examples of all samples, in order, from the cache file if it exists.
 
     Args:
-        template: of a tokenizer that `chat.check_tokenizer` accepts.
-        samples: of the dataset.
-        options: what is trained.
-        directory: where the file is, or gets; empty keeps none.
+        template: the chat template of a tokenizer that `chat.check_tokenizer` accepts.
+        samples: the samples of the dataset.
+        options: the options of the loss mask.
+        directory: the directory of the cache file; "" for no file.
     """
     _fit_first(template, samples)
     if not directory:
@@ -97,7 +98,7 @@ def tokenize(
 def fingerprint(
     template: ChatTemplate, samples: Iterable[Sample], options: chat.MaskOptions
 ) -> str:
-    """Returns a hash of everything that decides what `tokenize` returns."""
+    """Returns a hash of everything on which the result of `tokenize` depends."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     trained = options._asdict() | {"stop_ids": sorted(options.stop_ids)}
     digest = hashlib.sha256(
@@ -111,7 +112,7 @@ def fingerprint(
 
 
 def remove_others(directory: str, kept: Collection[pathlib.Path | None]) -> None:
-    """Removes files of other fingerprints that `tokenize` has left in a directory."""
+    """Removes the cache files of other fingerprints from a directory."""
     for path in pathlib.Path(directory).glob("tokens-*.npz"):
         if path not in kept and _FILE.fullmatch(path.name) and _is_ours(path):
             path.unlink(missing_ok=True)
@@ -119,9 +120,9 @@ def remove_others(directory: str, kept: Collection[pathlib.Path | None]) -> None
 
 
 def _fit_first(template: ChatTemplate, samples: Iterable[Sample]) -> None:
-    """Finds out whether the template has a place for a system message, if some sample has one.
+    """Checks, if a sample has a system message, whether the template has a place for it.
 
-    What is logged of it is then logged once, also where workers render or nothing is rendered.
+    A warning is then logged once, even if workers render or the cache file is read.
     """
     for sample in samples:
         messages = sample.messages if isinstance(sample, Conversation) else []
@@ -131,19 +132,20 @@ def _fit_first(template: ChatTemplate, samples: Iterable[Sample]) -> None:
 
 
 def _content(sample: Sample) -> bytes:
-    """Returns different bytes for different samples."""
+    """Returns bytes that identify a sample."""
     kind = type(sample).__name__
     try:
         return msgspec.msgpack.encode([kind, *sample])
     except (TypeError, ValueError, OverflowError, RecursionError):
-        # Numbers of more than 64 bits, and half surrogate pairs among the arguments of tools.
+        # Numbers of more than 64 bits, and lone surrogates in the arguments of tools.
         return repr([kind, *sample]).encode(errors="surrogatepass")
 
 
 def _encode(
     template: ChatTemplate, samples: Sequence[Sample], options: chat.MaskOptions
 ) -> Tokenized:
-    kept, remarks = [], []
+    kept = []
+    remarks = []
     for encoded in encoding_pool.encode(template, samples, options):
         if encoded.example:
             kept.append(encoded.example)
@@ -159,7 +161,7 @@ def _encode(
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock that ends with its process; does nothing where the file system has no locks."""
+    """Holds a lock that ends with its process; does nothing on a file system without locks."""
     lock = filelock.FileLock(str(path))
     try:
         with contextlib.suppress(filelock.Timeout):
@@ -176,7 +178,7 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def _store(path: pathlib.Path, key: str, made: Tokenized) -> None:
-    """Writes the file; a disk that is full costs the next start its time, and nothing else."""
+    """Writes the file; on a full disk the next start tokenizes again."""
     header = _bytes([_FORMAT, key])
     remarks = _bytes(made.remarks)
     try:
@@ -187,7 +189,7 @@ def _store(path: pathlib.Path, key: str, made: Tokenized) -> None:
 
 
 def _load(path: pathlib.Path, key: str) -> Tokenized | None:
-    """Returns what the file holds; None if there is none, or if it is not what it should be."""
+    """Returns the content of the file; None if it is missing or not valid."""
     if not path.exists():
         return None
     try:

@@ -1,8 +1,8 @@
-"""Causal self-attention on each kind of device, with packed sequences kept apart.
+"""Causal self-attention for each kind of device; packed sequences do not see each other.
 
 Every implementation computes the same function: position t sees s <= t of its own segment, and of
-the last `window` positions where there is a window. Rows of padding give finite numbers that no
-loss reads.
+the last `window` positions if a window is set. Rows of padding give finite numbers, which no loss
+reads.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from atlas_jax import sharding
 from atlas_jax.sharding import BATCH_AXES
 
 AttentionFn = Callable[..., jax.Array]
-"""`(query [B T N H], key [B T K H], value, segment_ids [B T], sequence_ids, scale=, window=)`
+"""An attention implementation, `[B T N H]` from query, key, value, `segment_ids`, `sequence_ids`.
 
-returns `[B T N H]`; `sequence_ids` are None or `[B T]`."""
+The query is `[B T N H]`, key and value are `[B T K H]`, `segment_ids` are `[B T]`, `sequence_ids`
+are `[B T]` or None; `scale` and `window` are keywords."""
 
 MASKED = -1e30
-"""Score of what is not seen; finite, so that a row that sees nothing gives no NaN."""
+"""Attention score of a masked position; finite, because the softmax of a row of -inf is NaN."""
 
 _SPLASH_MULTIPLE = 128  # TPU lanes: row lengths that the kernel's blocks divide; others are padded
 
 
 def select(name: str, mesh: Mesh | AbstractMesh, packed: bool, dtype: jnp.dtype) -> AttentionFn:
-    """Returns the attention of that name for the devices of `mesh`.
+    """Returns the attention implementation of a name, for the devices of `mesh`.
 
     Args:
         name: `auto`, `xla`, `cudnn` or `splash`; `auto` is `splash` on TPU, `cudnn` on an NVIDIA
             GPU in half precision, else `xla`.
-        mesh: what the batch and the heads are sharded over.
+        mesh: the mesh over which batch and heads are sharded.
         packed: whether a row may hold several segments.
-        dtype: of activations.
+        dtype: the dtype of activations.
 
     Raises:
-        ValueError: if these devices cannot run it.
+        ValueError: if these devices cannot run the implementation.
     """
     platform = sharding.platform(mesh)
     half = dtype == jnp.bfloat16
@@ -67,10 +68,10 @@ def select(name: str, mesh: Mesh | AbstractMesh, packed: bool, dtype: jnp.dtype)
 def visible(
     segment_ids: Int[Array, "B T"], sequence_ids: Int[Array, "B T"] | None, window: int
 ) -> Bool[Array, "B 1 T T"]:
-    """Returns which position (last dim) each position (dim before) sees.
+    """Returns the attention mask: entry `[b, 0, t, s]` is true where position t sees position s.
 
-    With `sequence_ids` a window counts places in the row, not positions, so that it must not be
-    shorter than the row (`recipes.grpo.fit_attention`).
+    With `sequence_ids` the window is counted in entries of the row instead of rotary positions, so
+    it must be at least as long as the row (`recipes.grpo.fit_attention`).
     """
     length = segment_ids.shape[1]
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
@@ -92,10 +93,11 @@ def xla(
     scale: float,
     window: int = 0,
 ) -> Float[Array, "B T N H"]:
-    """Attention in plain XLA operations; scores `[B, N, T, T]` exist in float32.
+    """Attention in plain XLA operations; it materialises scores `[B, N, T, T]` in float32.
 
-    Heads come first and the query heads of a group stand in one matrix, so that no score is
-    transposed: on CPU twice as fast as `jax.nn.dot_product_attention`, forward and backward.
+    The head dim comes first, and the query heads that share a key head form one matrix, so no score
+    is transposed. On a CPU this is twice as fast as `jax.nn.dot_product_attention`, forward and
+    backward.
     """
     rows, length, heads, size = query.shape
     groups = key.shape[2]
@@ -122,12 +124,12 @@ def cudnn(
     window: int = 0,
     packed: bool = True,
 ) -> Float[Array, "B T N H"]:
-    """Flash attention of cuDNN.
+    """Flash attention of NVIDIA's cuDNN.
 
-    Unpacked rows need no mask beyond causality, since padding stands at the end. cuDNN's public
-    interface has no segment ids, so packed rows pass the mask, of which `[B, 1, T, T]` exists.
+    Unpacked rows need only the causal mask, since padding stands at their end. JAX's interface to
+    cuDNN takes no segment ids, so packed rows materialise a mask `[B, 1, T, T]`.
     """
-    left = (window - 1, 0) if window else None
+    local_window = (window - 1, 0) if window else None  # positions to the left and to the right
     masked = packed or sequence_ids is not None
     return jax.nn.dot_product_attention(
         query,
@@ -136,7 +138,7 @@ def cudnn(
         mask=visible(segment_ids, sequence_ids, 0) if masked else None,
         is_causal=True,
         scale=scale,
-        local_window_size=left,
+        local_window_size=local_window,
         implementation="cudnn",
     )
 
@@ -154,8 +156,6 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Splash attention, the sparse flash attention of TPUs (jax.experimental.pallas.ops.tpu).
-
-    The kernel has no scale of its own, so the query is scaled: in float32, and rounded once.
 
     Raises:
         ValueError: if completions share a prompt.
@@ -176,9 +176,9 @@ def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
         out_specs=rows,
         check_vma=False,
     )
-    def local(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
-    ) -> jax.Array:  # this device's rows and heads
+    # A Pallas kernel is opaque to GSPMD, so each device is given its own rows and heads.
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        # The kernel takes no scale. Scaling in float32 rounds the query only once.
         scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
         heads_first = [jnp.swapaxes(x, 1, 2) for x in (scaled, k, v)]
         kernel = _splash_kernel(q.shape[2], padded, window, interpret)

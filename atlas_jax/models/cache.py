@@ -1,8 +1,8 @@
-"""Decoding with a key/value cache: a group of rows shares the keys and values of its prompt.
+"""Decoding with a key/value cache in which all rows of a group share their prompt's entries.
 
-Rows form a grid `[P, G]`: G continuations of each of P prompts. A prompt is run once, whatever G
-is, and its keys and values exist once. All rows sample in step: after t tokens, row (p, g) stands
-at position `lengths[p] + t`, and its own keys and values fill the first t entries of its cache.
+Rows form a grid `[P, G]`: G continuations of each of P prompts. A prompt is run and stored once,
+whatever G is. All rows sample in lockstep: after t tokens, row (p, g) is at position
+`lengths[p] + t`, and the keys and values of its completion fill the first t entries of its cache.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from atlas_jax.types import Params
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer; the leading L of each array is scanned."""
+    """Keys and values of every layer; scans run over the leading dim L of each array."""
 
     prompt: KeysValues  # [L, P, K, S, H], right-padded
-    own: KeysValues  # [L, P, G, K, C, H], of the tokens behind the prompt
+    own: KeysValues  # [L, P, G, K, C, H], of the completion's tokens
     lengths: jax.Array  # [P] int32, tokens of each prompt
 
 
 def prefill(
     decoder: Decoder, params: Params, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]
 ) -> tuple[Float[Array, "P D"], KeysValues]:
-    """Runs right-padded prompts.
+    """Runs right-padded prompts through the decoder.
 
     Returns:
-        The hidden state behind each prompt's last token, and the prompts' keys and values.
+        The hidden state at each prompt's last token, and the prompts' keys and values.
     """
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    segment_ids = (places < lengths[:, None]).astype(jnp.int32)
-    angles = decoder.angles(places)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    angles = decoder.angles(positions)
 
     def attend(window: int, *qkv: jax.Array) -> jax.Array:
         return decoder.attention(
             *qkv, segment_ids, None, scale=decoder.config.score_scale, window=window
         )
 
-    x, kept = jax.lax.scan(
+    x, cached = jax.lax.scan(
         lambda x, layer: decoder.layer(layer, x, angles, attend),
         decoder.embed(params, tokens),
         decoder.stacked(params),
     )
-    kept = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), kept)
+    cached = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), cached)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return decoder.norm(params, last)[:, 0], kept
+    return decoder.norm(params, last)[:, 0], cached
 
 
 def decode(
@@ -61,10 +61,10 @@ def decode(
     tokens: Int[Array, "P G"],
     time: Int[Array, ""],
 ) -> tuple[Float[Array, "P G D"], Cache]:
-    """Runs one token of each row, the one that was sampled as number `time`.
+    """Runs one token of each row: the one that was sampled at step `time`.
 
     Returns:
-        The hidden states behind it, and the cache with its keys and values at entry `time`.
+        The hidden states at that token, and the cache with its keys and values at entry `time`.
     """
     positions = jnp.broadcast_to(cache.lengths[:, None] + time, tokens.shape)
     angles = decoder.angles(positions)
@@ -77,7 +77,8 @@ def decode(
 
         return decoder.layer(layer, x, angles, attend)
 
-    # The scan only reads the cache and hands out what is new: one write for all layers.
+    # The scan only reads the cache and returns the new entries, which are then written for all
+    # layers at once. A cache carried through the scan would be copied in every layer.
     scanned = (decoder.stacked(params), cache.prompt, cache.own)
     x, new = jax.lax.scan(step, decoder.embed(params, tokens), scanned)
     own = jax.tree.map(lambda c, n: _put(c, n, time), cache.own, new)
@@ -101,6 +102,8 @@ def _attend(
     """Attends to the prompt, to the row's own earlier tokens, and to the new token itself."""
     query, key, value = qkv
     p, g, n, h = query.shape
+    # Three score blocks and one softmax over all of them: concatenating the keys instead would
+    # copy the prompt's cache once for each of the G rows.
     query = query.reshape(p, g, key.shape[2], -1, h)
     wide = {"preferred_element_type": jnp.float32}
     scores = [
@@ -109,8 +112,10 @@ def _attend(
         jnp.einsum("pgkrh,pgkh->pgkr", query, key, **wide)[..., None],
     ]
     scores = [x * decoder.config.score_scale for x in scores]
-    length, held = prompt.keys.shape[2], own.keys.shape[3]
-    place, number = jnp.arange(length), jnp.arange(held)
+    length = prompt.keys.shape[2]
+    held = own.keys.shape[3]
+    place = jnp.arange(length)
+    number = jnp.arange(held)
     in_prompt = place < lengths[:, None]  # [P, S]
     in_own = number < time
     if window:

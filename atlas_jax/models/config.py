@@ -1,9 +1,10 @@
-"""What a decoder is made of, read from a Hugging Face `config.json`.
+"""Architecture of a decoder, read from a Hugging Face `config.json`.
 
-transformers' config class of the `model_type` is the judge. It fills in what is absent and turns
-former spellings into today's. An option that it has is computed by the decoder, without effect on
-the forward pass, or refused by name unless it has the class's default; an option that it does not
-have cannot change what transformers computes, and is left alone (see `ignored`).
+The config class that transformers has for the `model_type` decides what an option means: it fills
+in defaults and converts former spellings. An option of that class is either computed by the
+decoder, or known not to change the forward pass, or refused by name unless it has the class's
+default. An option that the class does not have cannot change what transformers computes, so it is
+accepted (see `ignored`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv:2104.09864): the base, and how it was stretched."""
+    """Rotary position embedding (arXiv:2104.09864): its base, and its extension to long texts."""
 
     theta: float = 10000.0
     kind: str = "default"  # default | linear | llama3 | yarn | longrope
@@ -25,12 +26,12 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
-    beta_fast: float = 32.0  # yarn: turns above which a frequency is kept
-    beta_slow: float = 1.0  # yarn: turns below which it is divided by the factor
+    beta_fast: float = 32.0  # yarn: number of turns above which a frequency is kept
+    beta_slow: float = 1.0  # yarn: number of turns below which a frequency is divided by the factor
     truncate: bool = True  # yarn: whether the range between the two is rounded to whole pairs
-    attention_factor: float = 1.0  # of cosine and sine
-    divisors: tuple[float, ...] = ()  # longrope: of each frequency
-    partial: float = 1.0  # share of each head that is rotated, from its beginning
+    attention_factor: float = 1.0  # factor on cosine and sine
+    divisors: tuple[float, ...] = ()  # longrope: divisor of each frequency
+    partial: float = 1.0  # fraction of each head's dims that is rotated, counted from its first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ModelConfig:
     norm_eps: float
     tie_embeddings: bool
     rope: Rope
-    local_rope: Rope | None = None  # of layers with a window; None is `rope`
+    local_rope: Rope | None = None  # rotary embedding of layers with a window; None is `rope`
     window: int = 0  # positions that a local layer sees, itself included; 0 is all
     local_layers: tuple[bool, ...] = ()  # which layers are local; () is none
     rope_layers: tuple[bool, ...] = ()  # which layers rotate (arXiv:2501.18795); () is all
@@ -57,27 +58,33 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: str = "none"  # none | head: of each head | projection: of all heads together
-    norms: str = "before"  # before attention and MLP | after: on what they return | both
+    norms: str = "before"  # before attention and MLP | after: on their outputs | both
     norm_offset: float = 0.0  # added to norm scales (Gemma: 1)
     embed_scale: float = 1.0
-    residual_scale: float = 1.0  # of what attention and MLP add
+    residual_scale: float = 1.0  # factor on the outputs of attention and MLP
     logit_divisor: float = 1.0
-    query_scale: float = 0.0  # of attention scores; 0 is head_dim ** -0.5
-    fused: bool = False  # files hold query, key and value in one tensor, and gate and up
+    query_scale: float = 0.0  # factor on attention scores; 0 is head_dim ** -0.5
+    fused: bool = (
+        False  # whether files hold query, key and value in one tensor, and gate and up in another
+    )
 
     @property
     def score_scale(self) -> float:
-        """Factor of the attention scores."""
+        """Factor on the attention scores."""
         return self.query_scale or self.head_dim**-0.5
 
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one forward and backward pass per token.
 
         Six for each weight of a matrix product and 12 L N H T / 2 for causal attention over rows of
-        `length` T (PaLM, arXiv:2204.02311, appendix B, with the causal half). Recomputation is not
-        counted, so that the quotient is MFU; the head is, for tokens that are not trained too.
+        `length` T (PaLM, arXiv:2204.02311, appendix B, with the causal half). Recomputed operations
+        are not counted, as MFU requires. The output head is counted for every token, although the
+        loss skips untrained ones.
         """
-        d, n, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        d = self.hidden_size
+        n = self.num_heads
+        k = self.num_kv_heads
+        h = self.head_dim
         layer = 2 * d * n * h + 2 * d * k * h + 3 * d * self.intermediate_size
         weights = self.num_layers * layer + self.vocab_size * d
         return 6.0 * weights + 6.0 * self.num_layers * n * h * length
@@ -95,15 +102,15 @@ _READ = {
 """Options of transformers' config classes that the decoder computes."""
 
 _REPLACED = {"rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"}
-"""Former options, which transformers turns into those of today."""
+"""Former options, which transformers converts to current ones."""
 
 _WITHOUT_EFFECT = {
     "use_cache", "cache_implementation", "initializer_range", "attention_dropout", "resid_pdrop",
     "embd_pdrop", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "torch_dtype",
 }  # fmt: skip
-"""Options that change nothing in the forward pass, beside those of every model.
+"""Options that do not change the forward pass, in addition to those of every model.
 
-Training is without dropout, as the policy that samples is.
+Dropout is among them: training uses none, because the policy that samples uses none.
 """
 
 _REFUSED = {
@@ -129,18 +136,18 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {},
     "phi3": {"fused": True},
 }
-"""What `config.json` leaves unsaid, by `model_type`."""
+"""Properties of an architecture that its `config.json` does not state, by `model_type`."""
 
 _ALL_LOCAL = ("mistral", "phi3")
-"""Families whose layers all have the window."""
+"""Families in which every layer has the window."""
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Returns the architecture that the content of a `config.json` describes.
 
     Raises:
-        ValueError: names the architecture or option that is not supported, or what transformers
-            refuses.
+        ValueError: if the architecture or an option is not supported, or transformers refuses it;
+            the message names it.
     """
     family = check_family(hf)
     options = _complete(hf, family)
@@ -152,7 +159,7 @@ def check_family(hf: dict[str, Any]) -> str:
     """Returns the `model_type` of a `config.json`, without transformers, which loads slowly.
 
     Raises:
-        ValueError: for one that is not supported, and for options that none of them has.
+        ValueError: if the family is not supported, or an option is one that no family supports.
     """
     family = str(hf.get("model_type"))
     if family not in _FAMILIES:
@@ -166,13 +173,13 @@ def check_family(hf: dict[str, Any]) -> str:
 
 
 def ignored(hf: dict[str, Any]) -> list[str]:
-    """Returns the options of a `config.json` that transformers does not know for its family."""
+    """Returns the options of a `config.json` that the family's config class does not have."""
     known = _defaults(hf["model_type"]).keys() | _REPLACED | _WITHOUT_EFFECT | _REFUSED.keys()
     return sorted(hf.keys() - known)
 
 
 def _complete(hf: dict[str, Any], family: str) -> dict[str, Any]:
-    """Returns the options as transformers' own class reads them, with its defaults.
+    """Returns the options as transformers' config class reads them, with its defaults.
 
     Raises:
         ValueError: if the class refuses them.
@@ -180,7 +187,7 @@ def _complete(hf: dict[str, Any], family: str) -> dict[str, Any]:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    # Files may say a dtype that they do not hold, or none that there is; nothing here goes by it.
+    # The stated dtype may differ from the stored one, or name no dtype at all; it is not used.
     told = {name: value for name, value in hf.items() if name not in ("dtype", "torch_dtype")}
     try:
         return transformers.CONFIG_MAPPING[family].from_dict(copy.deepcopy(told)).to_dict()
@@ -196,10 +203,7 @@ def _defaults(family: str) -> dict[str, Any]:
 
 
 def _refuse_uncomputed(options: dict[str, Any], family: str) -> None:
-    """Refuses an option of the class that the decoder does not compute.
-
-    What the class does not have changes nothing in transformers either.
-    """
+    """Refuses options of the config class that the decoder does not compute."""
     import transformers
 
     harmless = _READ | _WITHOUT_EFFECT | transformers.PreTrainedConfig().to_dict().keys()
@@ -211,7 +215,8 @@ def _refuse_uncomputed(options: dict[str, Any], family: str) -> None:
 
 
 def _read(hf: dict[str, Any], family: str) -> ModelConfig:
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    heads = hf["num_attention_heads"]
+    width = hf["hidden_size"]
     own = {name: hf[name] for name in _defaults(family)}
     activation = own.get("hidden_activation", own.get("hidden_act"))
     if activation not in _ACTIVATIONS:
@@ -232,7 +237,8 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=hf["num_key_value_heads"] or heads,
-        head_dim=hf.get("head_dim") or width // heads,  # some classes look for it without having it
+        head_dim=hf.get("head_dim")
+        or width // heads,  # some config classes read it without defining it
         max_positions=_max_positions(hf),
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=bool(hf["tie_word_embeddings"]),
@@ -264,8 +270,9 @@ def _scales(own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _local(own: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
-    """Returns the window, and which layers have it."""
-    layers, window = own["num_hidden_layers"], own.get("sliding_window") or 0
+    """Returns the window, and for each layer whether it has it."""
+    layers = own["num_hidden_layers"]
+    window = own.get("sliding_window") or 0
     if family in _ALL_LOCAL:  # transformers reads no layer_types here
         return (window, (True,) * layers) if window else (0, ())
     kinds = {"sliding_attention": True, "full_attention": False}
@@ -280,21 +287,23 @@ def _local(own: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
 
 
 def _max_positions(hf: dict[str, Any]) -> int:
-    """Returns how many positions the rotary embedding of short texts reaches.
+    """Returns the number of positions that the rotary embedding of short texts covers.
 
-    Beyond the original ones, longrope has other frequencies for all positions, and transformers and
-    vLLM choose between the two by different rules.
+    In longer texts longrope uses other frequencies for all positions, and transformers and vLLM
+    choose between the two sets by different rules.
     """
-    most, options = hf["max_position_embeddings"], hf["rope_parameters"]
+    most = hf["max_position_embeddings"]
+    options = hf["rope_parameters"]
     original = options.get("original_max_position_embeddings")
     return min(most, original) if options.get("rope_type") == "longrope" else most
 
 
 def _rope(hf: dict[str, Any], family: str, layer_type: str) -> Rope:
-    """Reads the `rope_parameters` of transformers 5, of one kind of layers if they differ."""
+    """Reads the `rope_parameters` of transformers 5, for one kind of layer if they differ."""
     options = hf["rope_parameters"]
     options = options.get(layer_type, options)
-    kind, theta = options["rope_type"], float(options["rope_theta"])
+    kind = options["rope_type"]
+    theta = float(options["rope_theta"])
     if kind not in _ROPES:
         raise ValueError(
             f"config.json option rope type {kind!r} is not supported; "
@@ -333,7 +342,8 @@ def _yarn(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
 
     attention = options.get("attention_factor")
     if attention is None:
-        weight, weight_all = options.get("mscale"), options.get("mscale_all_dim")
+        weight = options.get("mscale")
+        weight_all = options.get("mscale_all_dim")
         if weight and weight_all:
             attention = length_factor(weight) / length_factor(weight_all)
         else:
@@ -371,7 +381,7 @@ def _default(options: dict[str, Any], max_positions: int) -> dict[str, Any]:
 _ROPES: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {
     "default": _default,
     "linear": _linear,
-    "dynamic": _default,  # longer texts than the model's positions alone change it
+    "dynamic": _default,  # it differs only in texts longer than the model's positions
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,

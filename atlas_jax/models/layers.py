@@ -23,11 +23,11 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 Attend = Callable[..., jax.Array]
-"""`attend(query, key, value) -> [B, T, N, H]`; masks and windows are bound by the caller."""
+"""Attention `[B, T, N, H]` from query, key and value; the caller binds masks and windows."""
 
 
 class KeysValues(NamedTuple):
-    """What later positions attend to: rotated keys and values, each `[B, T, K, H]`."""
+    """Rotated keys, and values, that later positions attend to, each `[B, T, K, H]`."""
 
     keys: jax.Array
     values: jax.Array
@@ -49,13 +49,13 @@ def rms_norm(
 ) -> Float[Array, "*B"]:
     """Returns `x` over its root mean square, times the scale (arXiv:1910.07467, eq. 4).
 
-    Computed in float32, returned in the dtype of `x`.
+    It is computed in float32 and returned in the dtype of `x`.
 
     Args:
-        x: its last dims, as many as those of the scale, are normed together.
-        scale: learned.
-        config: epsilon, and what is added to the scale.
-        divisor: of the result.
+        x: the input; its last dims, as many as those of `scale`, are normed together.
+        scale: the learned scale.
+        config: the model, for epsilon and the offset of the scale.
+        divisor: a divisor of the result.
     """
     wide = x.astype(jnp.float32)
     dims = tuple(range(-scale.ndim, 0))
@@ -84,7 +84,7 @@ def rotation(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> Rotatio
     Reference: RoFormer, arXiv:2104.09864, eq. 15; `llama3` stretches wavelengths as Llama 3.1 does
     (its model card and transformers' `_compute_llama3_parameters`); `yarn` is arXiv:2309.00071,
     section 3.2, with the factor of section 3.4 on cosine and sine; `longrope` divides each
-    frequency by its own number (arXiv:2402.13753, eq. 2). H is what `rope` rotates of a head.
+    frequency by its own number (arXiv:2402.13753, eq. 2). H counts the rotated dims of a head.
     """
     head_dim = int(head_dim * rope.partial)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
@@ -114,7 +114,7 @@ def _yarn(frequencies: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
     """Keeps frequencies with many turns, divides those with few, and blends by pair in between."""
 
     def pair(turns: float) -> float:
-        """Returns the place of the frequency that makes so many turns in the original context."""
+        """Returns the index of the frequency with this many turns in the original context."""
         length = rope.original_max_positions / (turns * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(rope.theta))
 
@@ -130,14 +130,15 @@ def _yarn(frequencies: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
 def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N H"]:
     """Rotates the pairs `(x[i], x[i + R/2])` of every head, in float32.
 
-    R is what the angles are for: all of a head, or its first numbers, and the others stay.
+    R is twice the number of angles. If R is less than H, the last H - R dims stay as they are.
     """
     half = angles.cos.shape[-1]
-    low, high, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    low, high, passed = jnp.split(x, (half, 2 * half), axis=-1)
     low, high = low.astype(jnp.float32), high.astype(jnp.float32)
-    cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
+    cos = angles.cos[:, :, None]
+    sin = angles.sin[:, :, None]
     rotated = [low * cos - high * sin, high * cos + low * sin]
-    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), rest], axis=-1)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), passed], axis=-1)
 
 
 class Projection(nnx.Module):
@@ -155,13 +156,14 @@ class Projection(nnx.Module):
         kernel = INIT_SCALE * jax.random.normal(rngs.params(), (*inner, *outer))
         self.kernel = nnx.Param(kernel, dims=dims)
         self.bias = nnx.Param(jnp.zeros(outer), dims=dims[len(inner) :]) if bias else None
-        self.inner, self.outer = inner, outer
+        self.inner = inner
+        self.outer = outer
 
     def __call__(self, x: Float[Array, "B T *inner"]) -> Float[Array, "B T *outer"]:
         """Returns the product of `x` and the kernel over the inner dims, plus the bias.
 
-        The product is one of matrices, since XLA copies operands of more dims before it sums over
-        tokens for the kernel's gradient: on two CPU cores a fifth of a step's time.
+        Operands are reshaped to matrices first. With more dims, XLA copies them before it sums the
+        kernel's gradient over tokens, which takes a fifth of a step's time on two CPU cores.
         """
         size = math.prod(self.inner)
         y = x.reshape(-1, size) @ self.kernel[...].reshape(size, -1)
@@ -173,8 +175,12 @@ class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv:2305.13245) with rotary positions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        kv, bias = ("embed", "kv_heads", None), config.qkv_bias
+        d = config.hidden_size
+        n = config.num_heads
+        k = config.num_kv_heads
+        h = config.head_dim
+        kv = ("embed", "kv_heads", None)
+        bias = config.qkv_bias
         self.q = Projection((d,), (n, h), ("embed", "heads", None), bias, rngs=rngs)
         self.k = Projection((d,), (k, h), kv, bias, rngs=rngs)
         self.v = Projection((d,), (k, h), kv, bias, rngs=rngs)
@@ -195,7 +201,7 @@ class Attention(nnx.Module):
 
 
 def _head_norm(config: ModelConfig, heads: int, dim: str) -> Norm | None:
-    """Returns the norm of queries or keys, if there is one."""
+    """Returns the norm of queries or keys, or None for a model without one."""
     if config.qk_norm == "projection":
         return Norm((heads, config.head_dim), config, (dim, None))
     return Norm((config.head_dim,), config) if config.qk_norm == "head" else None
@@ -205,7 +211,9 @@ class MLP(nnx.Module):
     """Gated feed-forward layer (GLU variants, arXiv:2002.05202): `down(act(gate x) * up x)`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        d = config.hidden_size
+        f = config.intermediate_size
+        bias = config.mlp_bias
         self.gate = Projection((d,), (f,), ("embed", "mlp"), bias, rngs=rngs)
         self.up = Projection((d,), (f,), ("embed", "mlp"), bias, rngs=rngs)
         self.down = Projection((f,), (d,), ("mlp", "embed"), bias, rngs=rngs)
@@ -217,7 +225,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and MLP, each beside a residual, with norms around them."""
+    """One decoder layer: attention and MLP with residual connections, and norms around them."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         def norm(*places: str) -> Norm | None:

@@ -1,11 +1,11 @@
 """The decoder, as pure functions of an explicit tree of parameters.
 
-The layers are Flax NNX modules, which nothing outside this package sees: callers hold a `Decoder`,
-which knows shapes and dims and computes `hidden(params, tokens, positions, segment_ids)`. Layers
-are stacked on a leading dim and scanned, so compile time does not grow with depth.
+Layers are Flax NNX modules, which stay inside this package: callers hold a `Decoder`, which has the
+shapes and dims and computes `hidden(params, tokens, positions, segment_ids)`. Layers are stacked on
+a leading dim and scanned, so compile time does not grow with depth.
 
-The tree: `embed [V, D]`, `layers` (one `Block`, every leaf with a leading L), `norm [D]`, and
-`head [V, D]` where it is not tied to `embed`.
+The tree has `embed [V, D]`, `layers` (one `Block`, every leaf with a leading L), `norm [D]`, and
+`head [V, D]` unless it is tied to `embed`.
 """
 
 from __future__ import annotations
@@ -57,14 +57,17 @@ FLOAT32 = jnp.dtype("float32")
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A decoder of one architecture, computed in one way.
+    """A decoder of one architecture, with its placement on devices and its dtypes.
+
+    It is a static argument of compiled programs. Equality compares the fields, of which `attention`
+    may be a `functools.partial`, equal only to itself: a decoder made again compiles again.
 
     Attributes:
-        config: what the model is.
-        sharding: where its arrays live.
-        attention: how it attends.
-        param_dtype: of the parameters at rest.
-        compute_dtype: of activations and of the weights in matrix products.
+        config: the architecture.
+        sharding: the placement of arrays.
+        attention: the attention implementation.
+        param_dtype: the dtype of parameters between steps.
+        compute_dtype: the dtype of activations, and of weights in matrix products.
         remat: key of `REMAT_POLICIES`.
     """
 
@@ -95,7 +98,7 @@ class Decoder:
 
     @functools.cached_property
     def dims(self) -> Params:
-        """What each dim of each parameter is, a tree of `sharding.Dims`."""
+        """Names of the dims of each parameter, a tree of `sharding.Dims`."""
         layers = nnx.to_pure_dict(
             jax.tree.map(
                 lambda x: x.replace((None, *x.get_metadata("dims"))),
@@ -110,7 +113,7 @@ class Decoder:
         return tree if self.config.tie_embeddings else tree | {"head": table}
 
     def init(self, seed: int) -> Params:
-        """Returns random parameters in place on the mesh; norms are 1, biases 0."""
+        """Returns random parameters, created in place on the mesh; norms are 1, biases 0."""
         config = self.config
 
         def layer(key: jax.Array) -> Params:
@@ -131,10 +134,10 @@ class Decoder:
         return jax.jit(create, out_shardings=self.placements())()
 
     def placements(self) -> Params:
-        """Returns where each parameter rests, a tree of `NamedSharding`.
+        """Returns the placement of each parameter between steps, a tree of `NamedSharding`.
 
         Raises:
-            ValueError: names the parameter that does not divide over the mesh.
+            ValueError: if a parameter does not divide over the mesh; the message names it.
         """
 
         def place(path: Any, shape: jax.ShapeDtypeStruct, dims: shd.Dims) -> NamedSharding:
@@ -154,12 +157,12 @@ class Decoder:
         """Returns the last hidden states after the final norm, in the compute dtype.
 
         Args:
-            params: the tree.
+            params: the tree of parameters.
             tokens: token ids.
             positions: rotary positions.
-            segment_ids: positions attend within their segment; 0 is padding.
-            sequence_ids: where given, positions of a sequence other than 0 are seen by it alone
-                (`types.PolicyBatch`).
+            segment_ids: segments, within which positions attend; 0 is padding.
+            sequence_ids: sequences that share a prompt (`types.PolicyBatch`), or None. Positions of
+                a sequence other than 0 are seen by that sequence only.
         """
 
         def attend(window: int, *qkv: jax.Array) -> jax.Array:
@@ -178,16 +181,16 @@ class Decoder:
         return self.norm(params, x)
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns what enters the first layer."""
+        """Returns the inputs of the first layer."""
         x = vocab.lookup(params["embed"], tokens, self.sharding).astype(self.compute_dtype)
         return x * jnp.asarray(self.config.embed_scale, self.compute_dtype)
 
     def norm(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns what leaves the last layer, normed, and divided by the divisor of logits."""
+        """Returns the final norm of the last layer's output, divided by the divisor of logits."""
         return rms_norm(x, params["norm"], self.config, self.config.logit_divisor)
 
     def output_table(self, params: Params) -> Float[Array, "V D"]:
-        """Returns the output embedding as it rests, for `logprobs`."""
+        """Returns the output embedding as it is placed between steps, for `logprobs`."""
         return params["embed" if self.config.tie_embeddings else "head"]
 
     def angles(self, positions: Int[Array, "B T"]) -> tuple[Rotation, Rotation]:
@@ -198,9 +201,9 @@ class Decoder:
         return full, local
 
     def stacked(self, params: Params) -> tuple[Params, Any]:
-        """Returns what a scan over layers runs through.
+        """Returns the operands of a scan over layers.
 
-        That is parameters, whether a layer is local, and whether it rotates.
+        They are each layer's parameters, whether it is local, and whether it rotates.
         """
         size = self.config.num_layers
         local = self.config.local_layers or (False,) * size
@@ -214,14 +217,14 @@ class Decoder:
         angles: tuple[Rotation, Rotation],
         attend: Callable[..., jax.Array],
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
-        """Runs one layer of `stacked`, gathering its parameters as it comes.
+        """Runs one layer of `stacked`, whose parameters are gathered for it alone.
 
         Args:
-            scanned: the layer's parameters as they rest, and what it does (`stacked`).
-            x: what enters it.
-            angles: from `angles`.
-            attend: `(window, query, key, value) -> [B, T, N, H]`; window 0 sees everything. Where
-                only some layers are local, the device chooses.
+            scanned: one layer's part of `stacked`.
+            x: the layer's input.
+            angles: the rotary angles, from `angles`.
+            attend: the attention `(window, query, key, value) -> [B, T, N, H]`; window 0 sees
+                everything. If only some layers are local, the choice is made on the device.
         """
         config = self.config
         params, (is_local, rotates) = scanned
@@ -231,13 +234,13 @@ class Decoder:
         if config.rope_layers:
             angles = _where(rotates, angles[0]), _where(rotates, angles[1])
         if not any(config.local_layers):
-            x, kept = block(x, angles[0], full)
+            x, cached = block(x, angles[0], full)
         elif all(config.local_layers):
-            x, kept = block(x, angles[1], local)
+            x, cached = block(x, angles[1], local)
         else:
             chosen = jax.tree.map(lambda f, w: jnp.where(is_local, w, f), *angles)
-            x, kept = block(x, chosen, lambda *qkv: jax.lax.cond(is_local, local, full, *qkv))
-        return self._rows(x), kept
+            x, cached = block(x, chosen, lambda *qkv: jax.lax.cond(is_local, local, full, *qkv))
+        return self._rows(x), cached
 
     @functools.cached_property
     def _layer_dims(self) -> Params:
@@ -249,7 +252,7 @@ class Decoder:
 
 
 def _where(rotates: jax.Array, angles: Rotation) -> Rotation:
-    """Returns the angles, or those that change nothing."""
+    """Returns the angles, or angles of zero for a layer that does not rotate."""
     return Rotation(jnp.where(rotates, angles.cos, 1.0), jnp.where(rotates, angles.sin, 0.0))
 
 

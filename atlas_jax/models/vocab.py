@@ -1,4 +1,4 @@
-"""The input embedding: rows of a table that is split over the vocabulary and over `fsdp`."""
+"""Input embedding from a table that is split over `tensor` by vocabulary, and over `fsdp`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
 
 DIMS = ("vocab", "embed")
-"""What the dims of an embedding table are, on the input and on the output side."""
+"""Names of the dims of an embedding table, of the input and of the output."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -22,8 +22,8 @@ def lookup(
 ) -> Float[Array, "B T D"]:
     """Returns the rows of `table` at `tokens`, in its dtype.
 
-    The communication is written out, since GSPMD replicates the gradient's scatter: each device
-    looks up the part of the vocabulary that it holds, and the parts are summed over `tensor`.
+    Each device looks up the part of the vocabulary that it holds, and the parts are summed over
+    `tensor`. The communication is explicit, because GSPMD would replicate the gradient's scatter.
     """
 
     @functools.partial(
@@ -64,7 +64,7 @@ def _backward(
     )
     def local(ids: jax.Array, g: jax.Array) -> jax.Array:
         here, found = local_ids(ids, size)
-        # In float32: a token that stands often adds up more than bfloat16 can count.
+        # In float32: the gradient of a frequent token is a sum too long for bfloat16.
         rows = jnp.where(found[..., None], g, 0).astype(jnp.float32)
         total = jnp.zeros((size, width), jnp.float32).at[here].add(rows)
         return sum_over_rows(total, spec).astype(table.dtype)
@@ -76,10 +76,10 @@ lookup.defvjp(_forward, _backward)
 
 
 def local_ids(tokens: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Inside `shard_map`: returns token ids within this device's `size` rows of the vocabulary.
+    """Returns token ids relative to this device's `size` rows of the vocabulary, in `shard_map`.
 
     Returns:
-        The ids, 0 for those that another device holds, and whether this device holds them.
+        The ids (0 for those that another device holds), and whether this device holds them.
     """
     ids = tokens - jax.lax.axis_index("tensor") * size
     found = (ids >= 0) & (ids < size)
@@ -89,8 +89,9 @@ def local_ids(tokens: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 def logits(
     hidden: Float[Array, "P G D"], table: Float[Array, "V D"], sharding: Sharding
 ) -> Float[Array, "P G V"]:
-    """Returns `hidden @ table.T` in float32, the whole vocabulary on every device of `tensor`."""
-    rest, rows = sharding.params(DIMS).spec, PartitionSpec(BATCH_AXES)
+    """Returns `hidden @ table.T` in float32; each device of `tensor` has the whole vocabulary."""
+    rest = sharding.params(DIMS).spec
+    rows = PartitionSpec(BATCH_AXES)
 
     @functools.partial(
         jax.shard_map, mesh=sharding.mesh, in_specs=(rows, rest), out_specs=rows, check_vma=False

@@ -17,39 +17,39 @@ from atlas_jax.sharding import AXES
 
 
 class Memory(NamedTuple):
-    """Bytes of one device while a program runs, by what they hold."""
+    """Bytes of one device while a program runs, by content."""
 
     params: float
     optimizer: float
     gradients: float
-    """Of all parameters, as they are added up; 0 in programs that make none."""
+    """Accumulated gradients of all parameters; 0 in programs without gradients."""
     resident: float
-    """The reference and a student in this process."""
+    """Parameters of the reference and of a student in this process."""
     temporaries: float
-    """Activations, gathered parameters, workspaces: all else."""
+    """Everything else: activations, gathered parameters, workspaces."""
     host: float
-    """In host memory, a device."""
+    """Bytes in host memory, for each device."""
 
     @property
     def total(self) -> float:
-        """On the device."""
+        """Bytes of device memory."""
         return self.params + self.optimizer + self.gradients + self.resident + self.temporaries
 
 
 class Cost(NamedTuple):
-    """What one run of a program costs a device, and how long that takes at least."""
+    """Work of a device in one run of a program, and lower bounds of its time."""
 
     flops: float
     traffic_bytes: float
     wire_bytes: dict[str, float]
-    """Sent, by mesh axis."""
+    """Bytes sent, by mesh axis."""
     compute_secs: float
     memory_secs: float
     network_secs: float
 
     @property
     def secs(self) -> float:
-        """The longest of the three, all at the data sheet's speed and hidden behind each other."""
+        """The longest of the three times: data sheet's speeds, perfect overlap."""
         return max(self.compute_secs, self.memory_secs, self.network_secs)
 
 
@@ -61,19 +61,19 @@ class Measured(NamedTuple):
     memory: Memory
     cost: Cost
     model_flops: float
-    """Over all devices."""
+    """FLOPs of the model over all devices."""
     compile_secs: float
 
 
 class OutOfMemory(NamedTuple):
-    """A program that its compiler refuses for its size."""
+    """A program that the compiler refuses because of its memory."""
 
     name: str
     message: str
 
 
 def device_bytes(tree: Any, host: bool = False) -> float:
-    """Returns what a device holds of a tree of placed shapes, in its memory or in its host's."""
+    """Returns the bytes of a tree of placed shapes on a device, in its memory or in its host's."""
     total = 0.0
     for leaf in jax.tree.leaves(tree):
         if (leaf.sharding.memory_kind == "pinned_host") == host:
@@ -82,7 +82,7 @@ def device_bytes(tree: Any, host: bool = False) -> float:
 
 
 def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemory:
-    """Compiles a program and returns what it needs."""
+    """Compiles a program and returns its memory and time."""
     start = time.perf_counter()
     traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
     try:
@@ -96,17 +96,27 @@ def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemor
     total = flops.count(traced.jaxpr.jaxpr) / target.num_devices
     cost = _cost(hlo.parse(compiled.as_text()), total, run, target)
     memory = _memory(run, program, compiled.memory_analysis(), target)
-    return Measured(program.name, program.times, memory, cost, program.model_flops, secs)
+    return Measured(
+        name=program.name,
+        times=program.times,
+        memory=memory,
+        cost=cost,
+        model_flops=program.model_flops,
+        compile_secs=secs,
+    )
 
 
 def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
     own = program.arguments[0]
     trains = isinstance(own, type(run.state))
-    params, opt_state = device_bytes(run.state.params), device_bytes(run.state.opt_state)
+    params = device_bytes(run.state.params)
+    opt_state = device_bytes(run.state.opt_state)
     held = sum((device_bytes(tree) for tree in run.resident.values()), 0.0)
     used = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     used += found.temp_size_in_bytes
-    if target.device.platform == "tpu":  # temporaries share their places there; the sum is too high
+    if (
+        target.device.platform == "tpu"
+    ):  # a TPU's temporaries share memory, so their sum is too high
         used = min(used, found.peak_memory_in_bytes)
     grads = 0.0
     if trains:
@@ -126,7 +136,14 @@ def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
     host = sum(held_in_host, 0.0)
     host += found.host_temp_size_in_bytes
     rest = max(used - inputs - grads, 0.0)
-    return Memory(params, opt_state, grads, held, rest, host)
+    return Memory(
+        params=params,
+        optimizer=opt_state,
+        gradients=grads,
+        resident=held,
+        temporaries=rest,
+        host=host,
+    )
 
 
 def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cost:
@@ -140,17 +157,17 @@ def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cos
         network += collective.wire_bytes / speed
     traffic = hlo.memory_traffic(module)
     return Cost(
-        num_flops,
-        traffic,
-        dict(sent),
-        num_flops / device.peak_flops,
-        traffic / device.memory_bandwidth,
-        network,
+        flops=num_flops,
+        traffic_bytes=traffic,
+        wire_bytes=dict(sent),
+        compute_secs=num_flops / device.peak_flops,
+        memory_secs=traffic / device.memory_bandwidth,
+        network_secs=network,
     )
 
 
 def axes_of(group: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """Returns the mesh axes that the devices of a group differ in, joined by `+`."""
+    """Returns the mesh axes along which the devices of a group differ, joined by `+`."""
     places = np.stack(np.unravel_index(np.asarray(group), shape))
     varies = (places != places[:, :1]).any(axis=1)
     return "+".join(axis for axis, differs in zip(AXES, varies, strict=True) if differs)

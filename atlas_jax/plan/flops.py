@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced program, what it computes a second time included."""
+"""Floating-point operations of a traced program, recomputation included."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ _KERNELS = {
     "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5, "splash_mha_fwd": 2,
     "splash_mha_dq": 3, "splash_mha_dkv": 4,
 }  # fmt: skip
-"""Matrix products of T x T x head size for each head in a fused attention kernel."""
+"""Number of matrix products of T x T x head size for each head in a fused attention kernel."""
 
 
 def count(jaxpr: Any) -> float:
     """Returns the operations of matrix products and of attention kernels, over all devices.
 
-    A fused kernel of causal attention skips the half above the diagonal, which is not counted.
+    The half above the diagonal, which a fused kernel of causal attention skips, is not counted.
     """
     return sum((_equation(equation) for equation in jaxpr.eqns), 0.0)
 
 
 def _equation(equation: Any) -> float:
-    name, params = equation.primitive.name, equation.params
+    name = equation.primitive.name
+    params = equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
@@ -45,20 +46,23 @@ def _equation(equation: Any) -> float:
 
 
 def _most_trips(condition: Any) -> int:
-    """Returns the number that a loop's counter stays below, 1 if it is not a constant."""
+    """Returns the constant bound of a loop's counter; 1 if the bound is not a constant."""
     bounds = [e.invars[1] for e in condition.eqns if e.primitive.name == "lt"]
     return next((int(b.val) for b in bounds if isinstance(b, Literal)), 1)
 
 
 def _kernel(name: str, params: dict[str, Any]) -> str:
-    """Returns the attention kernel that an equation calls, "" if none."""
+    """Returns the name of the attention kernel that an equation calls; "" if none."""
     if name == "pallas_call":
         name = str(params["name"] if "name" in params else params["name_and_src_info"])
     return next((kernel for kernel in _KERNELS if name.startswith(kernel)), "")
 
 
 def _attention(kernel: str, equation: Any) -> float:
-    """The query is `[B, T, N, H]` for cuDNN, and `[B, N, T, H]`, or without `B`, for splash."""
+    """Returns the operations of an attention kernel.
+
+    The query is `[B, T, N, H]` for cuDNN, and `[B, N, T, H]` or `[N, T, H]` for splash.
+    """
     query = max((v.aval.shape for v in equation.invars), key=math.prod)
     rows, *others, size = (1, *query) if len(query) == 3 else query
     length, heads = others if kernel.startswith("dot") else reversed(others)

@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: what each device sends, and reads and writes.
+"""Communication and memory traffic of a device, from the text of a compiled program.
 
-Loops are counted as often as they run, at most where that depends on data; of a loop whose count
-the text does not tell, once.
+A loop counts as often as it runs, or as it can run at most if that depends on data. A loop whose
+number of runs is not in the text counts once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WIRE: dict[str, Callable[[float, int], float]] = {
     "all-to-all": lambda size, n: size * (n - 1) / n,
     "collective-permute": lambda size, n: size,
 }
-"""Bytes that a device sends in a ring, from those of its operands and the devices of the group."""
+"""Bytes that a device sends in a ring, from the bytes of its operands and the size of the group."""
 
 
 class Instruction(NamedTuple):
@@ -50,34 +50,35 @@ class Instruction(NamedTuple):
     shape: str
     operands: tuple[str, ...]
     inside: str
-    """What stands between the brackets: operands, or the value of a constant."""
+    """Text between the brackets: operands, or the value of a constant."""
     rest: str
-    """What stands behind them."""
+    """Text after the brackets."""
 
 
 @dataclasses.dataclass
 class Module:
-    """Computations of a program by name."""
+    """The computations of a program, by name."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
 
 class Collective(NamedTuple):
-    """What one kind of communication over one group of devices sends in a run of the program."""
+    """One kind of communication over one group of devices, in a run of the program."""
 
     opcode: str
     group: tuple[int, ...]
-    """Places in the mesh of the devices that talk to each other; the first such group."""
+    """Mesh positions of the devices of the first such group."""
     wire_bytes: float
-    """A device."""
+    """Bytes that a device sends."""
     runs: float
 
 
 def parse(text: str) -> Module:
     """Returns the computations of `compiled.as_text()`."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", {}
+    entry = ""
+    current = {}
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
         if head:
@@ -97,11 +98,18 @@ def _instruction(name: str, text: str) -> Instruction:
     closing = _closing(text, opening)
     inside = text[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name, text[:opening], shape, operands, inside, text[closing + 1 :])
+    return Instruction(
+        name=name,
+        opcode=text[:opening],
+        shape=shape,
+        operands=operands,
+        inside=inside,
+        rest=text[closing + 1 :],
+    )
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns where the bracket that opens at `start` closes."""
+    """Returns the index at which the bracket that opens at `start` closes."""
     depth = 0
     for place in range(start, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
@@ -111,7 +119,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def num_bytes(shape: str) -> float:
-    """Returns the bytes of a shape, wherever it is."""
+    """Returns the bytes of a shape, in any memory."""
     total = 0.0
     for kind, dims, _ in _ARRAY.findall(shape):
         if kind in _BYTES:
@@ -120,34 +128,43 @@ def num_bytes(shape: str) -> float:
 
 
 def _in_memory(shape: str) -> float:
-    """Returns the bytes of a shape in device memory: not in a host's, or on a TPU's core."""
+    """Returns the bytes of a shape in device memory; 0 in host memory or on a TPU's core."""
     arrays = [m for m in _ARRAY.finditer(shape) if not re.search(r"S\([15]\)", m[3] or "")]
     return sum((num_bytes(m[0]) for m in arrays), 0.0)
 
 
 def executed(module: Module) -> Iterator[tuple[str, float, bool]]:
-    """Yields each computation, how often it runs, and whether it is inside a fusion."""
+    """Yields each computation, the number of its runs, and whether it is inside a fusion."""
     work = [(module.entry, 1.0, False)]
     while work:
         name, times, fused = work.pop()
         yield name, times, fused
-        for one in module.computations[name].values():
-            count = times * (_trips(module, one) if one.opcode == "while" else 1.0)
-            inside = fused or one.opcode == "fusion"
-            if one.opcode in ("reduce", "scatter", "sort", "reduce-window", "map", "custom-call"):
-                continue  # their computations combine two numbers
-            if one.opcode.startswith(("all-reduce", "reduce-scatter")):
+        for instruction in module.computations[name].values():
+            count = times * (_trips(module, instruction) if instruction.opcode == "while" else 1.0)
+            inside = fused or instruction.opcode == "fusion"
+            if instruction.opcode in (
+                "reduce",
+                "scatter",
+                "sort",
+                "reduce-window",
+                "map",
+                "custom-call",
+            ):
+                continue  # computations of reductions combine two numbers
+            if instruction.opcode.startswith(("all-reduce", "reduce-scatter")):
                 continue
             work += [
-                (c, count, inside) for c in _CALLED.findall(one.rest) if c in module.computations
+                (c, count, inside)
+                for c in _CALLED.findall(instruction.rest)
+                if c in module.computations
             ]
-            for several, single in _BRANCHES.findall(one.rest):
+            for several, single in _BRANCHES.findall(instruction.rest):
                 names = re.findall(r"[\w.\-]+", several) or [single]
                 work += [(c, count / len(names), inside) for c in names]
 
 
 def _trips(module: Module, loop: Instruction) -> int:
-    """Returns how often a loop runs, at most where that depends on data."""
+    """Returns the number of runs of a loop, the largest possible one if it depends on data."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])
@@ -162,36 +179,36 @@ def _trips(module: Module, loop: Instruction) -> int:
 
 
 def collectives(module: Module) -> list[Collective]:
-    """Returns what a device sends, by kind and group."""
+    """Returns the communication of a device, by kind and group."""
     sent: dict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
     runs: dict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
     seen: set[tuple[str, str, float]] = set()
     for name, times, fused in executed(module):
         body = module.computations[name]
-        for one in body.values():
-            opcode = one.opcode.removesuffix("-start")
+        for instruction in body.values():
+            opcode = instruction.opcode.removesuffix("-start")
             if opcode not in WIRE:
                 continue
-            channel = re.search(r"channel_id=(\d+)", one.rest)
-            if fused and channel:  # a TPU's fusions begin, continue and end the same transfer
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            if fused and channel:  # on a TPU, fusions begin, continue and end one transfer
                 key = (opcode, channel[1], times)
                 if key in seen:
                     continue
                 seen.add(key)
-            group = first_group(one.rest)
+            group = first_group(instruction.rest)
             if len(group) < 2:
                 continue
-            size = sum(num_bytes(body[o].shape) for o in one.operands if o in body)
+            size = sum(num_bytes(body[o].shape) for o in instruction.operands if o in body)
             sent[opcode, group] += times * WIRE[opcode](size, len(group))
             runs[opcode, group] += times
     return [Collective(*key, sent[key], runs[key]) for key in sent]
 
 
 def first_group(attributes: str) -> tuple[int, ...]:
-    """Returns the devices of the first group that an instruction communicates in.
+    """Returns the devices of an instruction's first group.
 
     Raises:
-        ValueError: if the groups are written in a way that is not known.
+        ValueError: if the notation of the groups is unknown.
     """
     explicit = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
     if explicit:
@@ -217,7 +234,7 @@ def first_group(attributes: str) -> tuple[int, ...]:
 
 
 def _ordered(text: str) -> np.ndarray:
-    """Returns the devices that `[2,8]T(1,0)` means: counted row by row, then transposed."""
+    """Returns the devices that `[2,8]T(1,0)` denotes: counted row by row, then transposed."""
     dims = [int(d) for d in text[1 : text.index("]")].split(",")]
     axes = re.search(r"T\(([\d,]+)\)", text)
     devices = np.arange(math.prod(dims)).reshape(dims)
@@ -227,8 +244,8 @@ def _ordered(text: str) -> np.ndarray:
 def memory_traffic(module: Module) -> float:
     """Returns the bytes that a device reads from and writes to its memory.
 
-    Each instruction reads its operands and writes its result once; of a slice that it reads or
-    updates in place, the slice alone counts.
+    Each instruction reads its operands and writes its result once. If it reads or updates a slice
+    in place, only the slice counts.
     """
     total = 0.0
     for name, times, fused in executed(module):
@@ -263,7 +280,7 @@ def _traffic(module: Module, body: dict[str, Instruction], one: Instruction) -> 
 
 
 def _touched(inner: dict[str, Instruction], name: str, whole: float) -> float:
-    """Returns the bytes that a fused computation touches of what `name` is."""
+    """Returns the bytes of the value `name` that a fused computation reads."""
     total = 0.0
     for user in inner.values():
         if name not in user.operands:

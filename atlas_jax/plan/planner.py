@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atlas_jax.config import GRPOConfig, TrainConfig
+from atlas_jax.config import TrainConfig
 from atlas_jax.plan import architectures, estimate, programs, targets
 from atlas_jax.plan.report import Plan
 
@@ -20,9 +20,7 @@ def plan(config: TrainConfig, target_name: str, model_config: str = "") -> Plan:
     """
     target = targets.parse(target_name)
     architecture = architectures.find(config.model_name_or_path, model_config)
-    student = None
-    if isinstance(config, GRPOConfig) and config.rollout.protocol == "teaching":
-        student = architectures.find(config.student_model)
+    student = architectures.find(config.student) if config.student else None
     devices = targets.devices(target)
     run = programs.build(config, target, devices, architecture, student)
     return Plan(target, run, [estimate.measure(run, p, target) for p in run.programs])

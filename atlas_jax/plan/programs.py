@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from atlas_jax import step
-from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan
+from atlas_jax.config import GRPOConfig, TrainConfig
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.plan.targets import CompiledSharding, Target
-from atlas_jax.recipes import grpo, setup, sft
+from atlas_jax.recipes import grpo, sft
 from atlas_jax.rollout import local
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.sharding import Sharding
+from atlas_jax.startup.compute import Compute
 from atlas_jax.types import Batch, PolicyBatch
+
+_NUM_UPDATES = 1000
+"""Length of the schedule, which changes no program."""
 
 
 class Program(NamedTuple):
@@ -42,7 +45,7 @@ class Run(NamedTuple):
 
     config: TrainConfig
     decoder: Decoder
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     state: step.TrainState
     """Shapes, dtypes and places."""
     programs: list[Program]
@@ -64,40 +67,48 @@ def build(
     Raises:
         ValueError: for a mesh, batch or model that the run itself would refuse.
     """
-    mesh = make_mesh(config.mesh, devices)
-    sharding = CompiledSharding(mesh, config.sharding, config.offload)
-    dtype = jnp.dtype(config.model.param_dtype)
-    decoder = setup.make_decoder(config, architecture, sharding, dtype)
-    optimizer = setup.make_optimizer(config, decoder, 1000)
-    state = step.abstract_state(decoder.shapes, decoder.placements(), optimizer, sharding)
-    run = Run(config, decoder, mesh, state, [], {}, 0)
-    if isinstance(config, GRPOConfig):
-        return _grpo(run, config, optimizer, student, target)
-    return _sft(run, config, optimizer)
+    compute = Compute.of(config, devices, CompiledSharding)
+    decoder = compute.decoder(architecture)
+    optimizer = compute.optimizer(decoder, _NUM_UPDATES)
+    run = Run(
+        config=config,
+        decoder=decoder,
+        mesh=compute.sharding.mesh,
+        state=compute.abstract_state(decoder, optimizer),
+        programs=[],
+        resident={},
+        num_tokens=0,
+    )
+    recipes: dict[str, Callable[..., Run]] = {"sft": _sft, "grpo": _grpo}
+    return recipes[config.algorithm](run, compute, config, optimizer, student, target)
 
 
-def _sft(run: Run, config: TrainConfig, optimizer: step.Optimizer) -> Run:
-    sharding, length = run.decoder.sharding, config.max_seq_length
-    plan = batch_plan(config, sharding.num_replicas)
+def _sft(
+    run: Run, compute: Compute, config: TrainConfig, optimizer: step.Optimizer, *_: Any
+) -> Run:
+    plan = compute.plan
+    length = config.longest_sequence
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length
     loss = sft.make_loss(run.decoder, config.loss_chunk_size)
-    train = step.make_train_step(loss, optimizer, run.decoder.dims, sharding)
+    train = compute.train_step(loss, run.decoder, optimizer)
     num_tokens = plan.global_rows * length
     flops = num_tokens * run.decoder.config.flops_per_token(length)
-    program = Program("train", train, (run.state, _batch(Batch, shape, sharding)), flops)
+    batch = _batch(Batch, shape, compute.sharding)
+    program = Program("train", train, (run.state, batch), flops)
     return run._replace(programs=[program], num_tokens=num_tokens)
 
 
 def _grpo(
     run: Run,
+    compute: Compute,
     config: GRPOConfig,
     optimizer: step.Optimizer,
     student: ModelConfig | None,
     target: Target,
 ) -> Run:
-    decoder, sharding = run.decoder, run.decoder.sharding
+    decoder, sharding = run.decoder, compute.sharding
     hosts = target.num_devices // target.devices_a_host
-    plan = batch_plan(config, sharding.num_replicas)
+    plan = compute.plan
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
     layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
     longest = config.max_prompt_length + layout.per_row * config.max_new_tokens
@@ -109,13 +120,8 @@ def _grpo(
         batch = batch._replace(old_logprobs=batch.rollout_logprobs)
     num_tokens = plan.microbatches * rows * length
     flops = num_tokens * decoder.config.flops_per_token(length)
-    train = step.make_train_step(
-        grpo.make_loss(decoder, config, layout.per_row),
-        optimizer,
-        decoder.dims,
-        sharding,
-        config.num_iterations,
-    )
+    loss = grpo.make_loss(decoder, config, layout.per_row)
+    train = compute.train_step(loss, decoder, optimizer, config.num_iterations)
     programs = [Program("update", train, (run.state, batch), flops * config.num_iterations)]
     resident: dict[str, Any] = {}
     score = grpo.make_logprobs_fn(decoder, config, layout.per_row)
@@ -131,10 +137,7 @@ def _grpo(
     if config.rollout.backend == "local":
         programs += _generation(config, decoder, run.state.params, plan.global_rows, hosts)
         if student is not None:
-            on_device = dataclasses.replace(sharding, offload="none")
-            frozen = setup.make_decoder(
-                config, student, on_device, setup.compute_dtype(config, sharding)
-            )
+            frozen = compute.frozen_decoder(student)
             resident["student"] = step.abstract(frozen.shapes, frozen.placements())
     return run._replace(programs=programs, resident=resident, num_tokens=num_tokens)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from atlas_jax.config import GRPOConfig, TrainConfig
+from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.plan.estimate import Measured, OutOfMemory, device_bytes
 from atlas_jax.plan.programs import Run
@@ -57,6 +57,7 @@ class Plan(NamedTuple):
 def as_json(plan: Plan, config: TrainConfig) -> dict[str, Any]:
     """Returns everything that the table shows, in bytes, seconds and operations."""
     programs = []
+    length = config.longest_generation
     for program in plan.programs:
         if isinstance(program, OutOfMemory):
             programs.append(program._asdict())
@@ -75,7 +76,7 @@ def as_json(plan: Plan, config: TrainConfig) -> dict[str, Any]:
         "tokens": plan.run.num_tokens,
         "checkpoint_bytes": checkpoint_bytes(plan.run),
         "export_bytes": num_params(plan.run) * 2,
-        "vllm": vllm(plan.run.decoder.config, config) if isinstance(config, GRPOConfig) else None,
+        "vllm": vllm(plan.run.decoder.config, length) if length else None,
     }
 
 
@@ -93,14 +94,18 @@ def checkpoint_bytes(run: Run) -> float:
     return float(sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(run.state)))
 
 
-def vllm(architecture: ModelConfig, config: GRPOConfig) -> dict[str, float]:
-    """Returns the memory of a vLLM server of this model in bfloat16, over all of its GPUs."""
+def vllm(architecture: ModelConfig, length: int) -> dict[str, float]:
+    """Returns the memory of a vLLM server of this model in bfloat16, over all of its GPUs.
+
+    Args:
+        architecture: the model's architecture.
+        length: tokens of the longest sequence.
+    """
     c = architecture
     per_token = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
     layer = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
     layer += 3 * c.hidden_size * c.intermediate_size
     tables = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)
-    length = config.max_prompt_length + config.max_new_tokens
     return {
         "weight_bytes": 2.0 * (c.num_layers * layer + tables),
         "kv_bytes_per_token": float(per_token),
@@ -153,8 +158,8 @@ def _summary(plan: Plan, config: TrainConfig) -> list[str]:
         f"disk: {checkpoint_bytes(run) / _GIB:.1f} GiB a checkpoint, "
         f"{num_params(run) * 2 / _GIB:.1f} GiB final/ in bfloat16",
     ]
-    if isinstance(config, GRPOConfig):
-        v = vllm(run.decoder.config, config)
+    if config.longest_generation:
+        v = vllm(run.decoder.config, config.longest_generation)
         room = 0.9 * plan.target.device.memory_bytes - v["weight_bytes"]
         lines.append(
             f"vLLM on one such device: {v['weight_bytes'] / _GIB:.1f} GiB weights, "

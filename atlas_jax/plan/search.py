@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from atlas_jax.config import GRPOConfig, TrainConfig, batch_plan
+from atlas_jax.config import TrainConfig, batch_plan
 from atlas_jax.plan.report import Plan
 
 
@@ -49,10 +49,10 @@ def _changes(config: TrainConfig, num_replicas: int) -> Iterator[tuple[str, dict
         )
     offloads = [] if config.offload == "none" else config.offload.split(",")
     possible = ["optimizer", "activations"]
-    if isinstance(config, GRPOConfig) and config.beta:
+    if config.has_reference:
         possible.insert(1, "reference")
-    if not (isinstance(config, GRPOConfig) and config.rollout.backend == "local"):
-        possible.append("params")  # `validation` refuses it where the training devices generate
+    if not config.generates_locally:  # then `TrainConfig.check` refuses it
+        possible.append("params")
     for part in possible:
         if part not in offloads:
             offloads.append(part)

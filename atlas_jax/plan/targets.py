@@ -1,8 +1,9 @@
-"""Devices that programs are compiled for without being present: `h100:8`, `v5e:4x4`.
+"""Targets of compilation that need not be present, such as `h100:8` or `v5e:4x4`.
 
-Sizes and speeds are those of the makers' data sheets (NVIDIA H100, H200 and A100; Google Cloud TPU
-v5e, v5p, v6e), matrix products in bfloat16 without sparsity. Links count one direction: of NVLink
-and of a network card a GPU; of a TPU both neighbours of one dim of its torus.
+Sizes and speeds come from the manufacturers' data sheets (NVIDIA H100, H200 and A100; Google Cloud
+TPU v5e, v5p, v6e), for matrix products in bfloat16 without sparsity. Link speeds count one
+direction: of NVLink and of a network card for each GPU, of both neighbours in one dim of the torus
+for a TPU.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ class Device:
 
     platform: str
     memory_bytes: float
-    """What programs may use."""
+    """Bytes of memory that programs may use."""
     peak_flops: float
-    """A second, bfloat16."""
+    """FLOPs a second in bfloat16."""
     memory_bandwidth: float
-    """Bytes a second."""
+    """Bytes a second of device memory."""
     link_bandwidth: float
-    """Bytes a second to devices of the same host, of a TPU to those of the slice."""
+    """Bytes a second to devices of the same host, or of the same slice for a TPU."""
     network_bandwidth: float
     """Bytes a second to devices of other hosts."""
     compiled_as: str
-    """TPU: the name that its compiler knows; GPU: what differs between GPUs for the compiler."""
+    """Compiler's name of a TPU, or the properties of a GPU on which compilation depends."""
 
 
 _HOPPER = (
@@ -67,7 +68,7 @@ GPUS_A_HOST = 8
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Some devices of one kind: `name` is as the user wrote it."""
+    """Devices of one kind; `name` is the user's spelling."""
 
     name: str
     device: Device
@@ -75,21 +76,21 @@ class Target:
 
     @property
     def num_devices(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return math.prod(self.shape)
 
     @property
     def devices_a_host(self) -> int:
-        """Devices that reach each other at `link_bandwidth`; all of a TPU slice."""
+        """Number of devices connected at `link_bandwidth`; for a TPU, all of the slice."""
         gpu = self.device.platform == "gpu"
         return min(GPUS_A_HOST, self.num_devices) if gpu else self.num_devices
 
 
 def parse(name: str) -> Target:
-    """Returns the target that `KIND:COUNT` (GPU) or `KIND:AxB[xC]` (TPU) names.
+    """Returns the target with a name of the form `KIND:COUNT` (GPU) or `KIND:AxB[xC]` (TPU).
 
     Raises:
-        ValueError: for an unknown kind or a size that does not exist.
+        ValueError: if the kind is unknown, or the size does not exist.
     """
     kind, _, size = name.partition(":")
     if kind not in DEVICES:
@@ -111,7 +112,7 @@ def parse(name: str) -> Target:
 
 
 def devices(target: Target) -> list[jax.Device]:
-    """Returns devices to compile for.
+    """Returns the target's devices, to compile for.
 
     Raises:
         ValueError: if the compiler is not installed or has no such topology.
@@ -130,7 +131,8 @@ def devices(target: Target) -> list[jax.Device]:
 
 
 def _gpus(target: Target) -> list[jax.Device]:
-    device, hosts = target.device, target.num_devices // target.devices_a_host
+    device = target.device
+    hosts = target.num_devices // target.devices_a_host
     description = f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -151,10 +153,10 @@ def _gpus(target: Target) -> list[jax.Device]:
 
 
 class CompiledSharding(Sharding):
-    """A sharding over devices that are only compiled for: these do not know their memories."""
+    """A sharding over compile-only devices, which have no list of their memories."""
 
     def in_host(self, sharding: NamedSharding) -> NamedSharding:
-        """Returns `sharding` in host memory, on the mesh as a shape, of which nothing is asked."""
+        """Returns `sharding` in host memory, over an abstract mesh, which JAX does not check."""
         assert isinstance(self.mesh, jax.sharding.Mesh)
         shape: Any = self.mesh.abstract_mesh
         return NamedSharding(shape, sharding.spec, memory_kind="pinned_host")

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
-from atlas_jax.recipes.setup import Model
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
+from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Params
 
 
@@ -82,12 +82,12 @@ def check_student(config: GRPOConfig, student: ChatModel) -> ChatModel:
     Raises:
         ValueError: if it has too few positions for a lesson and an answer.
     """
-    longest = config.max_new_tokens + (config.rollout.max_answer_tokens or config.max_new_tokens)
+    longest = config.max_new_tokens + config.answer_tokens
     if longest > student.context:
         raise ValueError(
             f"student {config.student_model} has {student.context} positions, fewer than a lesson "
             f"of max_new_tokens={config.max_new_tokens} and an answer ({longest} together); lower "
-            "max_new_tokens or rollout.max_answer_tokens"
+            "max_new_tokens or teaching.max_answer_tokens"
         )
     return student
 
@@ -99,24 +99,24 @@ def make_protocol(config: GRPOConfig, num_generations: int) -> TeachingProtocol:
         ValueError: for a template with an unknown field or without a needed one.
     """
     check_templates(config)
-    rollout = config.rollout
+    teaching = config.teaching
     templates = Templates(
-        baseline=rollout.student_baseline_template,
-        diagnostic=rollout.student_diagnostic_template,
-        teacher=config.data.teacher_template,
-        with_teaching=rollout.student_with_teaching_template,
-        direct=rollout.direct_template,
+        baseline=teaching.student_baseline_template,
+        diagnostic=teaching.student_diagnostic_template,
+        teacher=teaching.teacher_template,
+        with_teaching=teaching.student_with_teaching_template,
+        direct=config.rollout.direct_template,
     )
     limits = Limits(
         policy=config.max_new_tokens,
-        probe=config.max_probe_tokens,
-        answer=rollout.max_answer_tokens or config.max_new_tokens,
+        probe=teaching.max_probe_tokens,
+        answer=config.answer_tokens,
         prompt=config.max_prompt_length,
     )
     return TeachingProtocol(
-        kind=rollout.protocol,
+        kind=config.rollout.protocol,
         templates=templates,
         limits=limits,
         num_generations=num_generations,
-        missing_teaching=rollout.missing_teaching,
+        missing_teaching=teaching.missing_teaching,
     )

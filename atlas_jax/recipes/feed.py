@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from atlas_jax import distributed, loop, losses, metrics, sockets, step
+from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length, collate_policy, row_tokens, split_rows
@@ -246,7 +246,7 @@ class Feed:
         reward = self._parts.config.reward
         labels = self._parts.given_labels or reward.labels
         values = measures.of_rewards(samples, labels)
-        if self._parts.given_labels or any(map(sockets.is_reference, reward.parts)):
+        if self._parts.given_labels or reward.functions:
             values |= measures.of_functions(samples)
         if "rim" in reward.parts:
             values |= measures.of_judges(samples, reward.rim.judge_names)

@@ -17,110 +17,95 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import NamedSharding
 
-from atlas_jax import distributed, logprobs, loop, losses, metrics, step
-from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import GRPOConfig, batch_plan
+from atlas_jax import distributed, logprobs, losses, metrics, step
+from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
-from atlas_jax.files import write_whole
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import chat_models, local_backend, run_dir, setup
+from atlas_jax.recipes import chat_models, local_backend, scoring
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
-from atlas_jax.recipes.scoring import make_reward
 from atlas_jax.rewards.truths import check_truths
-from atlas_jax.rollout import evaluation, record, teaching
-from atlas_jax.rollout.engine import Backend, ChatModel
+from atlas_jax.rollout import evaluation, record
+from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.sharding import Sharding, fetch, platform
-from atlas_jax.types import Metrics, Params, PolicyBatch, Question
+from atlas_jax.run import Run, Training
+from atlas_jax.sharding import platform
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import Model, open_frozen
+from atlas_jax.types import NOTHING_GIVEN, Given, Metrics, Params, PolicyBatch, Question
 
 _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
 """Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
 
 
-def run(config: GRPOConfig) -> bool:
+def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
     """Trains a policy and writes `final/`; see configs/run/teacher_rcl.py for an example.
 
     Returns:
         Whether the run came to its end; false if a signal stopped it before.
     """
-    sharding = setup.make_sharding(config)
-    plan = batch_plan(config, sharding.num_replicas)
-    layout = make_layout(config, plan, sharding.num_replicas)
+    # 1. Options that contradict each other: an error must come before the directory is touched.
+    compute = Compute.of(config)
+    layout = make_layout(config, compute.plan, compute.sharding.num_replicas)
     protocol = chat_models.make_protocol(config, config.num_generations)
-    with run_dir.opened(config):
-        return _train(config, layout, protocol, sharding)
-
-
-def _train(
-    config: GRPOConfig, layout: Layout, protocol: teaching.TeachingProtocol, sharding: Sharding
-) -> bool:
-    # What the user's files say is read and compared with the run in output_dir first: an error
-    # must come before anything is written or generated.
-    train, held_out = _questions(config)
-    model = setup.open_model(config, sharding, config.max_prompt_length + config.max_new_tokens)
-    student = None
-    if config.rollout.protocol != "direct":
-        student = setup.open_frozen(config, config.student_model, sharding)
-    layout = fit_attention(layout, model.decoder, config.attn_implementation)
-    order = asked.Order(train, config.seed, config.data.shuffle)
-    distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
-    num_steps = config.max_steps
-    if num_steps == -1:
-        num_steps = math.ceil(config.num_train_epochs * len(train) / layout.questions)
-    optimizer = setup.make_optimizer(config, model.decoder, num_steps * config.num_iterations)
-    checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
-    start = setup.begin(config, model, optimizer, checkpoints, student)
-    position = setup.data_state(config, start, order.fingerprint)
-    reference = _reference(config, model, checkpoints, start)
-    run_dir.commit(config, model.files, start.started)
-    first = int(start.state.step)
-    if distributed.is_main():
-        record.drop_after(config.output_dir, first)
-    with contextlib.ExitStack() as stack:
-        backend = _make_backend(config, model, student)
-        stack.callback(backend.close)
-        writer = metrics.MetricWriter(config.output_dir, first, distributed.is_main())
+    with Run.open(config) as run, contextlib.ExitStack() as stack:
+        # 2. The questions and the student. What a row can hold depends on the model's attention,
+        #    so the layout is settled before the loss and the log-probabilities are built for it.
+        train, held_out = _questions(config, given)
+        student = None
+        if config.rollout.protocol != "direct":
+            student = open_student(config, run.compute)
+        layout = fit_attention(layout, run.decoder, config.attn_implementation)
+        order = asked.Order(train, config.seed, config.data.shuffle)
+        distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
+        num_steps = config.max_steps
+        if num_steps == -1:
+            num_steps = math.ceil(config.num_train_epochs * len(train) / layout.questions)
+        # 3. The weights, the reference, and the position where an earlier command stopped.
+        training = run.begin(num_steps, order.fingerprint, config.num_iterations, student)
+        reference = _reference(config, training)
+        # 4. Nothing can refuse the run any more: samples of steps that are done again go.
+        writer = training.committed()
         stack.callback(writer.close)
+        if distributed.is_main():
+            record.drop_after(config.output_dir, training.first_step)
+        # 5. The backend. Closed in reverse: the feed, which asks it, then the backend, then the
+        #    writer, which both write to.
+        backend = _make_backend(config, run.model, student)
+        stack.callback(backend.close)
         parts = Parts(
             config=config,
             layout=layout,
             order=order,
             backend=backend,
             protocol=protocol,
-            reward=make_reward(config),
-            logprobs_fn=make_logprobs_fn(model.decoder, config, layout.per_row),
-            sharding=sharding,
+            reward=scoring.make_reward(config, given.rewards),
+            logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
+            sharding=run.compute.sharding,
             writer=writer,
+            given_labels=scoring.labels(config, given.rewards) if given.rewards else (),
         )
         feed = Feed(parts, reference)
         stack.callback(feed.close)
-        if position:
-            feed.set_state(position)
-        job = loop.Job(
-            config=config,
-            num_steps=num_steps,
-            flops_per_token=model.decoder.config.flops_per_token,
-            train_step=step.make_train_step(
-                make_loss(model.decoder, config, layout.per_row),
-                optimizer,
-                model.decoder.dims,
-                sharding,
-                config.num_iterations,
-                config.seed,
-            ),
-            evaluate=make_evaluate(parts, held_out) if held_out else None,
-            writer=writer,
-            checkpoints=checkpoints,
-            healthy=_HEALTHY,
-            restored=start.data,
+        if training.position:
+            feed.set_state(training.position)
+        # 6. Training, and its end: everything that generates is closed before the export.
+        outcome = training.train(
+            make_loss(run.decoder, config, layout.per_row),
+            feed,
+            writer,
+            make_evaluate(parts, held_out) if held_out else None,
+            _HEALTHY,
         )
-        outcome = loop.run(job, start.state, feed)
-    if not outcome.stopped:
-        _finish(config, outcome, setup.export(config, model, outcome.state.params))
+        stack.close()
+        if not outcome.stopped:
+            directory = run.export(outcome.state.params)
+            done = int(outcome.state.step)
+            epoch = len(train) / layout.questions
+            metrics.write_trainer_state(config, directory, done, num_steps, epoch)
+            _finish(config, directory)
     return not outcome.stopped
 
 
@@ -152,9 +137,11 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
         num_sequences=per_row,
     )
 
+    policy_loss = losses.resolve(config.loss_type)
+
     def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
-        total, values = losses.policy_loss(found, batch, options)
+        total, values = policy_loss(found, batch, options)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
         return total, values | {"policy/entropy": (jnp.sum(entropy), weight)}
 
@@ -197,40 +184,24 @@ def reference_decoder(config: GRPOConfig, decoder: Decoder) -> Decoder:
     return dataclasses.replace(decoder, param_dtype=dtype, sharding=sharding)
 
 
-def _reference(
-    config: GRPOConfig, model: setup.Model, checkpoints: Checkpoints, start: setup.Start
-) -> Params | None:
+def _reference(config: GRPOConfig, training: Training) -> Params | None:
     """Returns the policy that the run began with, or what has become of it by syncing.
 
     Raises:
-        ValueError: if it is not in the checkpoint and the weights that the run began with are gone.
+        ValueError: if its weights cannot be loaded.
     """
     if not config.beta:
         return None
-    decoder = model.decoder
-    frozen = reference_decoder(config, decoder)
-    dtype, latest = frozen.param_dtype, checkpoints.latest()
-    if latest is None:
-
-        def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
-            return jax.device_put(jnp.copy(fetch(x).astype(dtype)), place)
-
-        places = frozen.placements()
-        make = jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)
-        return make(start.state.params)
-    if checkpoints.has_reference(latest):
-        abstract = step.abstract(frozen.shapes, frozen.placements())
-        return checkpoints.restore_params(latest, abstract, "reference")
     try:
-        return setup.load_origin(start.started.origin, config, model, frozen)
+        return training.reference(reference_decoder(config, training.run.decoder))
     except ValueError as error:
         raise ValueError(
-            f"beta={config.beta} needs the reference model, which is not in the checkpoint: "
+            f"beta={config.beta} needs the reference model, whose weights are not at hand: "
             f"{error}; restore them, or set beta=0"
         ) from None
 
 
-def _make_backend(config: GRPOConfig, model: setup.Model, student: setup.Model | None) -> Backend:
+def _make_backend(config: GRPOConfig, model: Model, student: Model | None) -> Backend:
     if config.rollout.backend == "vllm":
         from atlas_jax.recipes import vllm_backend  # local generation needs no HTTP client
 
@@ -239,23 +210,24 @@ def _make_backend(config: GRPOConfig, model: setup.Model, student: setup.Model |
     return local_backend.make_local_backend(config, model, student)
 
 
-def open_student(config: GRPOConfig, sharding: Sharding) -> ChatModel | None:
-    """Returns the frozen student; None under `protocol=direct`.
+def open_student(config: GRPOConfig, compute: Compute) -> Model:
+    """Opens the frozen student.
 
     Raises:
-        ValueError: if it cannot be loaded, or has too few positions for a lesson and an answer.
+        ValueError: if it cannot be opened.
     """
-    if config.rollout.protocol == "direct":
-        return None
-    student = setup.open_frozen(config, config.student_model, sharding)
-    return local_backend.load_student(config, student)
+    options = config.teaching.student_chat_template_kwargs
+    return open_frozen(compute, config.student_model, options)
 
 
-def _questions(config: GRPOConfig) -> tuple[list[Question], list[Question] | None]:
+def _questions(
+    config: GRPOConfig, given: Given = NOTHING_GIVEN
+) -> tuple[list[Question], list[Question] | None]:
     rows, held_out = sources.load_rows(
-        config.data, config.seed, config.output_dir, distributed.is_main()
+        config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    most, needs_truth = config.data.max_rejected_frac, config.reward.needs_truth
+    most = config.data.max_rejected_frac
+    needs_truth = config.reward.needs_truth(given.rewards)
     fields, columns = config.rollout.question_fields, vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
@@ -284,8 +256,8 @@ def make_evaluate(
     return run_evaluation
 
 
-def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
-    """Writes `trainer_state.json`, and logs what was reached beside what the guide promises."""
+def _finish(config: GRPOConfig, directory: str) -> None:
+    """Logs what was reached beside what the guide promises."""
     if not distributed.is_main():
         return
     last = _last_metrics(config.output_dir)
@@ -302,8 +274,6 @@ def _finish(config: GRPOConfig, outcome: loop.Outcome, directory: str) -> None:
     for name, goal in wanted.items():
         if name in last:
             lines.append(f"{name:<36}{_finite(last[name]):>10.3f}   {goal}")
-    state = {"global_step": int(outcome.state.step), "metrics": last}
-    write_whole(f"{directory}/trainer_state.json", json.dumps(state, indent=2) + "\n")
     logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
-from atlas_jax.recipes import chat_models, setup
+from atlas_jax.recipes import chat_models
 from atlas_jax.rollout.engine import ChatModel
+from atlas_jax.startup.model import Model
 from atlas_jax.types import Metrics, Params
 
 
@@ -41,29 +42,27 @@ class LocalBackend:
         """Does nothing: generation ends with the call that asks for it."""
 
 
-def make_local_backend(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None
-) -> LocalBackend:
+def make_local_backend(config: GRPOConfig, model: Model, student: Model | None) -> LocalBackend:
     """Returns the backend of a run, the student's parameters loaded.
 
     Raises:
         ValueError: if the student has too few positions for a lesson and an answer.
     """
-    bind = chat_models.local(model, config.data.system_prompt, config.rollout.max_rows)
+    bind = chat_models.local(model, config.teaching.system_prompt, config.rollout.max_rows)
     return LocalBackend(bind, None if student is None else load_student(config, student))
 
 
-def load_student(config: GRPOConfig, model: setup.Model) -> ChatModel:
+def load_student(config: GRPOConfig, model: Model) -> ChatModel:
     """Loads the parameters of the frozen student.
 
     Raises:
         ValueError: if it has too few positions for a lesson and an answer.
     """
-    student = load_chat_model(config, model, config.rollout.student_system_prompt)
+    student = load_chat_model(config, model, config.teaching.student_system_prompt)
     return chat_models.check_student(config, student)
 
 
-def load_chat_model(config: GRPOConfig, model: setup.Model, system_prompt: str) -> ChatModel:
+def load_chat_model(config: GRPOConfig, model: Model, system_prompt: str) -> ChatModel:
     """Loads the parameters of a model that only generates."""
     bind = chat_models.local(model, system_prompt, config.rollout.max_rows)
     return bind(hf.load(model.source, model.decoder), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +13,11 @@ from absl import logging
 
 from atlas_jax import distributed, sockets
 from atlas_jax.config import GRPOConfig, RewardConfig
-from atlas_jax.rewards import RIMReward, custom, verifiable
-from atlas_jax.rewards.forms import UserFunction
+from atlas_jax.rewards import verifiable
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardFn, Sample
 
+UserFunction = Callable[..., Any]
 Rule = str | UserFunction
 """The name of a built-in reward, `package.module:function`, or a function itself."""
 
@@ -72,6 +73,8 @@ def _rules(config: GRPOConfig, given_functions: Sequence[Rule]) -> tuple[Rule, .
 
 def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
     """Returns one of the rewards that are added up."""
+    from atlas_jax.rewards import custom  # most runs have no functions of a user
+
     reward = config.reward
     if not isinstance(rule, str):
         return custom.by_object(rule, label, reward.timeout_secs)
@@ -90,6 +93,8 @@ def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
 
 
 def _judges(config: GRPOConfig) -> RewardFn:
+    from atlas_jax.rewards import RIMReward  # needs an HTTP client, and no other reward does
+
     account = f"{config.output_dir}/judges_spent_process_{jax.process_index()}.json"
     return RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,66 +11,58 @@ import jax
 from absl import logging
 
 from atlas_jax import distributed, logprobs, loop, losses, metrics, step
-from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import BatchPlan, SFTConfig, batch_plan
+from atlas_jax.config import SFTConfig
 from atlas_jax.data import chat, loader, sources, tokenized
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import run_dir, setup, vocabulary
+from atlas_jax.run import Run
 from atlas_jax.sharding import Sharding, to_global
-from atlas_jax.types import Batch, Metrics, Params
+from atlas_jax.startup import directory, vocabulary
+from atlas_jax.startup.compute import Compute
+from atlas_jax.types import NOTHING_GIVEN, Batch, Given, Metrics, Params
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
 """What the ATLAS training guide calls success: upper bounds of the last logged step."""
 
 
-def run(config: SFTConfig) -> bool:
+def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
     """Fine-tunes a model and writes `final/`; see configs/run/teacher_sft.py for an example.
 
     Returns:
         Whether the run came to its end; false if a signal stopped it before.
     """
-    sharding = setup.make_sharding(config)
-    plan = batch_plan(config, sharding.num_replicas)
-    with run_dir.opened(config):
-        return _train(config, plan, sharding)
-
-
-def _train(config: SFTConfig, plan: BatchPlan, sharding: Sharding) -> bool:
-    model = setup.open_model(config, sharding, config.max_seq_length)
-    eval_rows = sharding.num_replicas * plan.device_rows
-    train, held_out = _datasets(config, model, plan.global_rows, eval_rows)
-    num_steps = config.max_steps
-    if num_steps == -1:
-        num_steps = train.num_steps(config.num_train_epochs)
-    optimizer = setup.make_optimizer(config, model.decoder, num_steps)
-    loss_fn = make_loss(model.decoder, config.loss_chunk_size)
-    checkpoints = Checkpoints(config.output_dir, config.save_total_limit)
-    start = setup.begin(config, model, optimizer, checkpoints)
-    first = int(start.state.step)
-    batches = train.batches(first)
-    if position := setup.data_state(config, start, train.fingerprint):
-        batches.set_state(position)
-    run_dir.commit(config, model.files, start.started)
-    tokenized.remove_others(
-        run_dir.tokens(config), [d.token_path for d in (train, held_out) if d is not None]
-    )
-    job = loop.Job(
-        config=config,
-        num_steps=num_steps,
-        flops_per_token=model.decoder.config.flops_per_token,
-        train_step=step.make_train_step(
-            loss_fn, optimizer, model.decoder.dims, sharding, seed=config.seed
-        ),
-        evaluate=make_evaluate(loss_fn, held_out, model.decoder) if held_out else None,
-        writer=metrics.MetricWriter(config.output_dir, first, distributed.is_main()),
-        checkpoints=checkpoints,
-        restored=start.data,
-    )
-    outcome = loop.run(job, start.state, _Feed(batches, sharding, plan.microbatches))
-    batches.close()
-    job.writer.close()
-    if not outcome.stopped:
-        _report(outcome, setup.export(config, model, outcome.state.params))
+    # 1. Options that contradict each other: an error must come before the directory is touched.
+    plan = Compute.of(config).plan
+    with Run.open(config) as run, contextlib.ExitStack() as stack:
+        # 2. The rows: read and tokenized, and compared with those of the other processes.
+        train, held_out = _datasets(config, run, given)
+        num_steps = config.max_steps
+        if num_steps == -1:
+            num_steps = train.num_steps(config.num_train_epochs)
+        # 3. The weights, and the position where an earlier command stopped.
+        training = run.begin(num_steps, train.fingerprint)
+        batches = train.batches(training.first_step)
+        stack.callback(batches.close)
+        if training.position:
+            batches.set_state(training.position)
+        # 4. Nothing can refuse the run any more: what is in the directory may be replaced.
+        writer = training.committed()
+        stack.callback(writer.close)
+        kept = [d.token_path for d in (train, held_out) if d is not None]
+        tokenized.remove_others(directory.tokens(config), kept)
+        # 5. Training, and its end.
+        loss = make_loss(run.decoder, config.loss_chunk_size)
+        outcome = training.train(
+            loss,
+            _Feed(batches, run.compute.sharding, plan.microbatches),
+            writer,
+            make_evaluate(loss, held_out, run.decoder) if held_out else None,
+        )
+        stack.close()
+        if not outcome.stopped:
+            final = run.export(outcome.state.params)
+            done = int(outcome.state.step)
+            metrics.write_trainer_state(config, final, done, num_steps, train.num_steps(1))
+            _report(outcome, final)
     return not outcome.stopped
 
 
@@ -129,19 +122,20 @@ def make_evaluate(
 
 
 def _datasets(
-    config: SFTConfig, model: setup.Model, global_rows: int, eval_rows: int
+    config: SFTConfig, run: Run, given: Given
 ) -> tuple[loader.TokenDataset, loader.TokenDataset | None]:
     rows, held_out = sources.load_rows(
-        config.data, config.seed, config.output_dir, distributed.is_main()
+        config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
+    model, plan = run.model, run.compute.plan
     tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
-    layout = loader.Layout(global_rows, *process)
+    layout = loader.Layout(plan.global_rows, *process)
     build = functools.partial(
         loader.build,
         config=config,
         template=model.template,
         stop_ids=model.stop_ids,
-        token_dir=run_dir.tokens(config),
+        token_dir=directory.tokens(config),
     )
     train = build(rows, layout=layout)
     vocab_size = model.decoder.config.vocab_size
@@ -151,13 +145,14 @@ def _datasets(
     logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
     if held_out is None:
         return train, None
+    eval_rows = run.compute.sharding.num_replicas * plan.device_rows
     layout = loader.Layout(eval_rows, *process)
     other = build(held_out, layout=layout, training=False)
     vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
     return train, other
 
 
-def _report(outcome: loop.Outcome, directory: str) -> None:
+def _report(outcome: loop.Outcome, final: str) -> None:
     """Logs what was reached beside what the guide calls success, and where the model lies."""
     lines = [f"{'metric':<20}{'reached':>10}{'target':>10}"]
     for name, bound in _TARGETS.items():
@@ -167,4 +162,4 @@ def _report(outcome: loop.Outcome, directory: str) -> None:
             lines.append(f"{name:<20}{value:>10.3f}{'< ' + str(bound):>10}  {verdict}")
     if "eval/loss" in outcome.last:
         lines.append(f"{'eval/loss':<20}{outcome.last['eval/loss']:>10.3f}")
-    logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
+    logging.info("finished\n%s\nmodel: %s", "\n".join(lines), final)

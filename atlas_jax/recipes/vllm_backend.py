@@ -20,7 +20,7 @@ from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data.packing import collate_policy
-from atlas_jax.recipes import chat_models, setup
+from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.capabilities import Start
 from atlas_jax.rollout.engine import ChatModel, Request
@@ -31,6 +31,7 @@ from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync, WeightSync
 from atlas_jax.sharding import from_global, to_global
+from atlas_jax.startup.model import Model
 from atlas_jax.types import Completion, Metrics, Params, PolicyBatch, Question, Sample
 
 LogprobsFn = Callable[[Params, PolicyBatch], jax.Array]
@@ -93,7 +94,7 @@ class VllmBackend:
 
 
 def make_vllm_backend(
-    config: GRPOConfig, model: setup.Model, student: setup.Model | None, logprobs_fn: LogprobsFn
+    config: GRPOConfig, model: Model, student: Model | None, logprobs_fn: LogprobsFn
 ) -> VllmBackend:
     """Returns the trained model and the student on their servers.
 
@@ -132,14 +133,14 @@ def check_loopback(config: GRPOConfig) -> None:
 
 def _open_policy(
     config: GRPOConfig,
-    model: setup.Model,
+    model: Model,
     logprobs_fn: LogprobsFn,
     stack: contextlib.ExitStack,
 ) -> tuple[ChatModel, WeightSync]:
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
-    policy, engine = _chat_model(pool, model, config.data.system_prompt)
+    policy, engine = _chat_model(pool, model, config.teaching.system_prompt)
     block_size = max(start.block_size for start in pool.starts)
     prompt = probe_prompt(model.files.tokenizer, block_size, policy.context - _PROBE_TOKENS)
     probe = Probe(
@@ -159,10 +160,10 @@ def _open_policy(
     return policy, sync
 
 
-def _open_student(config: GRPOConfig, model: setup.Model, stack: contextlib.ExitStack) -> ChatModel:
+def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
-    student, _ = _chat_model(pool, model, config.rollout.student_system_prompt)
+    student, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
     return chat_models.check_student(config, student)
 
 
@@ -198,7 +199,7 @@ def server_key(output_dir: str) -> str:
     return server_token.read(path) if path.exists() else ""
 
 
-def _chat_model(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
+def _chat_model(pool: Pool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
     tokenizer = model.files.tokenizer
     engine = VllmEngine(
         pool,
@@ -218,7 +219,7 @@ def _chat_model(pool: Pool, model: setup.Model, system_prompt: str) -> tuple[Cha
     return bound, engine
 
 
-def choose_versions(config: GRPOConfig, model: setup.Model) -> Versions:
+def choose_versions(config: GRPOConfig, model: Model) -> Versions:
     """Returns the directory of this run's weights, the same one in every process."""
     run = os.path.abspath(config.output_dir)
     if config.rollout.sync_dir:
@@ -251,7 +252,7 @@ def probe_prompt(tokenizer: Any, block_size: int, room: int) -> tuple[int, ...]:
 
 
 def probe_logprobs(
-    config: GRPOConfig, model: setup.Model, logprobs_fn: LogprobsFn
+    config: GRPOConfig, model: Model, logprobs_fn: LogprobsFn
 ) -> Callable[[Params, Sequence[int], np.ndarray], np.ndarray]:
     """Returns the trainer's log-probabilities of several continuations of one prompt.
 

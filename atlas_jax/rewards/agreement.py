@@ -1,6 +1,6 @@
-"""How well scores agree with what is known: correlation, ranking, calibration.
+"""Agreement of scores with known targets: correlation, ranking, calibration.
 
-Every function leaves out pairs of which one side is not known.
+Every function leaves out pairs in which one side is unknown.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Column = Sequence[float | None]
-"""One number a sample; None is not known."""
+"""One number a sample; None is unknown."""
 
 _NUM_BINS = 5
-_FEWEST = 3  # pairs that a correlation is computed of
+_FEWEST = 3  # smallest number of pairs for a correlation
 
 
 class Bin(NamedTuple):
-    """Samples whose scores lie between two bounds."""
+    """The samples with scores between two bounds."""
 
     low: float
     high: float
     num_samples: int
     score: float  # mean of the scores
-    target: float  # mean of what is known
+    target: float  # mean of the targets
 
 
 def pearson(scores: Column, targets: Column) -> float | None:
-    """Returns the linear correlation; None where one side does not vary, or pairs are too few."""
+    """Returns the linear correlation; None if one side is constant, or pairs are too few."""
     x, y = _pairs(scores, targets)
     if len(x) < _FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
@@ -36,27 +36,28 @@ def pearson(scores: Column, targets: Column) -> float | None:
 
 
 def spearman(scores: Column, targets: Column) -> float | None:
-    """Returns the correlation of ranks, equal values at their mean rank; None as `pearson`."""
+    """Returns the correlation of ranks, with equal values at their mean rank; None as `pearson`."""
     x, y = _pairs(scores, targets)
     return pearson(_ranks(x).tolist(), _ranks(y).tolist())
 
 
 def auc(scores: Column, labels: Column) -> float | None:
-    """Returns how often a sample of label 1 scores above one of label 0, ties half.
+    """Returns the frequency with which label 1 scores above label 0, counting ties half.
 
-    None where one of the labels is absent.
+    It is None if one of the labels is absent.
     """
     x, y = _pairs(scores, labels)
     positive = y > 0.5
-    num, rest = int(positive.sum()), int((~positive).sum())
-    if not num or not rest:
+    num = int(positive.sum())
+    num_others = int((~positive).sum())
+    if not num or not num_others:
         return None
     above = _ranks(x)[positive].sum() - num * (num + 1) / 2
-    return float(above / (num * rest))
+    return float(above / (num * num_others))
 
 
 def calibration(scores: Column, targets: Column) -> list[Bin]:
-    """Returns the mean of what is known for scores of each fifth of 0..1; empty ones are absent."""
+    """Returns the mean target for scores in each fifth of 0..1, without empty fifths."""
     x, y = _pairs(scores, targets)
     places = np.minimum((x * _NUM_BINS).astype(int), _NUM_BINS - 1)
     return [
@@ -77,20 +78,20 @@ def report(
     """Returns the agreement of each column of scores with each target.
 
     Args:
-        scores: the sum and each judge.
-        targets: in 0..1; a target is 1 for `auc` where it is `good` or more.
-        good: the bound.
+        scores: the columns of the sum and of each judge.
+        targets: the columns of targets in 0..1.
+        good: the lowest target that `auc` counts as label 1.
     """
     return {
         f"{name} ~ {target}": {
-            "pairs": len(_pairs(column, known)[0]),
-            "pearson": pearson(column, known),
-            "spearman": spearman(column, known),
-            "auc": auc(column, [None if v is None else float(v >= good) for v in known]),
-            "calibration": [bin_._asdict() for bin_ in calibration(column, known)],
+            "pairs": len(_pairs(column, truth)[0]),
+            "pearson": pearson(column, truth),
+            "spearman": spearman(column, truth),
+            "auc": auc(column, [None if v is None else float(v >= good) for v in truth]),
+            "calibration": [bin_._asdict() for bin_ in calibration(column, truth)],
         }
         for name, column in scores.items()
-        for target, known in targets.items()
+        for target, truth in targets.items()
     }
 
 
@@ -101,7 +102,7 @@ def _pairs(first: Column, second: Column) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Returns the ranks from 1, equal values at the mean of theirs."""
+    """Returns the ranks from 1; equal values have the mean of their ranks."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[place]

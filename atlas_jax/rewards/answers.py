@@ -1,11 +1,11 @@
-r"""Answers found in texts and compared with a known one.
+r"""Extraction of answers from texts, and their comparison with the ground truth.
 
-`extract_answer` finds the span of the answer, `normalise` gives it the form that is compared:
+`extract_answer` finds the span of the answer, and `normalise` converts it to a canonical form:
 
     "… **Final Answer:** $\frac{6}{4}$ cups."  ->  "\frac{6}{4} cups"  ->  "3/2"
 
-`is_correct` says whether a text gives a known answer; `equality` tells what is equal.
-Every function takes time linear in the length of the text, whatever a model wrote.
+`is_correct` tells whether a text gives the ground truth; `equality` defines which answers are
+equal. Every function takes time linear in the length of the text, for any text of a model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _CONTRAST = re.compile(
 )
 _PREDICATE = re.compile(r".{1,80} (?:is|are|equals) (?=\S)(?!.* (?:is|are|equals) )")
 _RESTATED = re.compile(r"(.{1,80}?),? or (?:about |approximately |roughly )?(.{1,80})")
-_MAX_SAID = 400  # characters of a statement whose predicate is looked at
+_MAX_SAID = 400  # longest statement, in characters, whose predicate is read
 _LISTED = re.compile(r"[,;]\s|\b(?:and|or)\b", re.IGNORECASE)
 _EQUALS = re.compile(r"(?<![=<>!:])=(?![=>])")
 _ALGEBRA = re.compile(
@@ -63,40 +63,40 @@ _ANNOUNCED = re.compile(r"(?:output|result|answer|prints?)\b[^\n]{0,40}:\s*$", r
 def extract_answer(text: str) -> str | None:
     r"""Returns the span of the answer that a text gives; None if it gives none.
 
-    The first of these that is there, behind the last `</think>`: the last complete `<solution>` or
-    else `<answer>`, the last closed `\boxed` or `\fbox`, GSM8K's `####`, the value of "answer" in
-    JSON, what follows the last "Final Answer:", "Answer:", "the answer is" or "answer =", the text
-    itself where it is one option of multiple choice, the option that it chooses, the output that
-    it shows, yes or no, what it comes to: the number that its last sentence gives.
+    Only the text after the last `</think>` is read. The answer is the first of these that exists:
+    the last complete `<solution>`, or else `<answer>`; the last closed `\boxed` or `\fbox`; GSM8K's
+    `####`; the value of "answer" in JSON; the text after the last "Final Answer:", "Answer:", "the
+    answer is" or "answer ="; the whole text if it is one option of multiple choice; the option that
+    the text chooses; the output that it shows; yes or no; the number that its last sentence gives.
     """
     written = _behind_thinking(text)
     return _unmarked_or(marked_answer(written), written)
 
 
 def normalise(answer: str) -> str:
-    """Returns the form of an answer that equals that of every other way to write it.
+    """Returns the canonical form of an answer, which all spellings of it share.
 
-    Numbers become exact fractions in lowest terms, without currency, percent sign and unit, so
-    that units are not compared. Everything else becomes lower-case text without articles, spaces
-    around marks and LaTeX spacing.
+    Numbers become exact fractions in lowest terms, without currency, percent sign and unit; units
+    are not compared. Everything else becomes lower-case text without articles, spaces around marks
+    and LaTeX spacing.
     """
     return str(equality.read(answer))
 
 
-# The reward, the measures of a step and the search for leaks ask the same of the same text.
+# Cached: the reward, the metrics of a step and the search for leaks compare the same texts.
 @functools.lru_cache(maxsize=2048)
 def is_correct(text: str, ground_truth: str, is_cut: bool = False) -> bool:
     """Returns whether the answer that a text gives is the ground truth.
 
-    Options of multiple choice are compared by their letters where both have one, yes and no by
-    what a sentence begins with. The ground truth may be a whole solution that marks its answer.
-    What our comparison does not find equal is asked of math-verify, where it is installed.
+    Options of multiple choice are compared by their letters if both have one, yes and no by the
+    first words of a sentence. The ground truth may be a whole solution that marks its answer. If
+    our comparison does not find the two equal, math-verify is asked too, if it is installed.
 
     Args:
-        text: what a model wrote.
+        text: the text of a model.
         ground_truth: the known answer.
-        is_cut: whether the text was cut by its limit of length; then it must mark its answer, and
-            the marked one must not be what was cut.
+        is_cut: whether the limit of length cut the text. Such a text must mark its answer, and the
+            mark must be complete.
     """
     truth = marked_answer(ground_truth) or ground_truth
     if not clean(truth):
@@ -112,18 +112,18 @@ def is_correct(text: str, ground_truth: str, is_cut: bool = False) -> bool:
 
 
 def marked_answer(text: str) -> str | None:
-    """Returns the answer that is marked as such."""
+    """Returns the answer in tags, in a box, or announced; None without such a mark."""
     return _enclosed(text) or _announced(text)
 
 
 def _behind_thinking(text: str) -> str:
-    """Returns what a text says behind its thoughts; all of it, if it says nothing there."""
+    """Returns the text after the thoughts, or the whole text if nothing follows them."""
     said = text.rpartition("</think>")[2]
     return said if said.strip() else text
 
 
 def _whole_mark(text: str) -> str | None:
-    """Returns the marked answer of a text that was cut: one that is closed, or ends before."""
+    """Returns the marked answer of a text that was cut, if its mark is closed or ends before."""
     whole = re.match(r"(?s).*(?:\n|[.!?;](?=\s))", text)
     return _enclosed(text) or (_announced(whole[0]) if whole else None)
 
@@ -141,12 +141,12 @@ def _enclosed(text: str) -> str | None:
 
 
 def _announced(text: str) -> str | None:
-    """Returns the answer behind marks or words that announce it."""
+    """Returns the answer that follows marks or words which announce it."""
     return _behind_hashes(text) or _in_json(text) or _behind_marker(text)
 
 
 def _inside_tag(text: str) -> str:
-    """Returns what the content of a tag answers; of several lines what they come to."""
+    """Returns the answer in the content of a tag; several lines are read as a text."""
     content = clean(text)
     answer = _boxed(text) or _announced(text)
     if answer is None and "\n" in content and "\\begin" not in content:
@@ -168,7 +168,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _behind_hashes(text: str) -> str | None:
-    """Returns the number behind the last `####`, or anything there that ends the text."""
+    """Returns the number after the last `####`, or any text after it that ends the text."""
     end = len(text.rstrip())
     for hashes in reversed(list(_HASHES.finditer(text))):
         answer = _behind_marker(hashes[1]) or _statement(hashes[1])
@@ -182,7 +182,7 @@ def _in_json(text: str) -> str | None:
     for match in reversed(list(_JSON.finditer(text))):
         try:
             value = json.loads(match[1], strict=False) if match[1] else match[2]
-        except ValueError:  # LaTeX without its backslashes doubled
+        except ValueError:  # LaTeX whose backslashes are not escaped
             value = match[1][1:-1]
         if clean(value):
             return clean(value)
@@ -190,7 +190,7 @@ def _in_json(text: str) -> str | None:
 
 
 def _behind_marker(text: str) -> str | None:
-    """Returns what the first line with words states behind the last such marker."""
+    """Returns the statement in the first line with words after the last such marker."""
     for part in reversed(_MARKER.split(text)[1:]):
         lines = filter(str.strip, part.splitlines())
         if answer := next(filter(None, map(_statement, lines)), None):
@@ -199,7 +199,7 @@ def _behind_marker(text: str) -> str | None:
 
 
 def _statement(line: str) -> str:
-    """Returns the answer in a line: a leading number, what the last "=" gives, or a sentence."""
+    """Returns the answer in a line: a leading number, the value of the last "=", or a sentence."""
     text = _CONTRAST.sub("", clean(line).rstrip(TAIL), count=1)
     if not text:
         return ""
@@ -211,7 +211,7 @@ def _statement(line: str) -> str:
 
 
 def _result(text: str) -> str | None:
-    """Returns what a chain of equations comes to; None for equations of algebra and for others."""
+    """Returns the result of a chain of equations; None for algebra and for other texts."""
     parts = _EQUALS.split(text)
     if len(parts) < 2 or any(map(_LISTED.search, parts[1:-1])) or _DENIAL.search(parts[0]):
         return None
@@ -240,13 +240,13 @@ def _bare_verdict(text: str) -> str | None:
 
 
 def _edges(text: str) -> list[str]:
-    """Returns the last sentence of a text and the first."""
+    """Returns the last and the first sentence of a text."""
     sentences = [s for s in conclusions.SENTENCE_END.split(text.strip()) if s.strip()]
     return [sentences[-1].strip(), sentences[0].strip()] if sentences else []
 
 
 def _output(text: str) -> str | None:
-    """Returns the one line of a block of code that ends a text and is announced as its output."""
+    """Returns the only line of a code block that ends a text and is announced as output."""
     text = text.rstrip()
     if not text.endswith("```"):
         return None
@@ -256,7 +256,7 @@ def _output(text: str) -> str | None:
 
 
 def _conclusion(text: str) -> str | None:
-    """Returns what a text comes to."""
+    """Returns the conclusion of a text."""
     value = conclusions.conclusion(text)
     if value is None or value.endswith("!"):  # a factorial
         return value
@@ -264,7 +264,7 @@ def _conclusion(text: str) -> str | None:
 
 
 def _is_answer(answer: str, truth: str) -> bool:
-    """Returns whether an extracted answer is the known one, as it stands or in what it states."""
+    """Returns whether an extracted answer, or a statement in it, is the ground truth."""
     wanted, given = choices.option(truth), choices.option(answer)
     if wanted and given:
         return given.agrees(wanted)
@@ -282,7 +282,7 @@ def _is_answer(answer: str, truth: str) -> bool:
 
 
 def _readings(answer: str) -> Iterator[str]:
-    """Yields an answer, and what it says too: an option's text, a result, who it is about."""
+    """Yields an answer and its other readings: an option's text, a result, a subject."""
     option = choices.option(answer)
     text = (option and option.text) or answer
     yield answer
@@ -304,7 +304,7 @@ def _readings(answer: str) -> Iterator[str]:
 
 
 def _are_one(first: str, second: str) -> bool:
-    """Returns whether two numbers are the same one, the second perhaps in percent."""
+    """Returns whether two numbers are equal, the second possibly in percent."""
     one, other = (numbers.quantity(plain(clean(part))) for part in (first, second))
     if one is None or other is None:
         return False

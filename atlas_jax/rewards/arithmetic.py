@@ -1,8 +1,8 @@
-"""Numbers that a text does not write and leaves to a calculation that anybody can do at once.
+"""Numbers that a text gives as an easy calculation instead of writing them.
 
     "55 + 5"  "one more than 59"  "six tens"  "the number before 61"   all give 60
 
-A calculation with the numbers of the question is how one gets there, and not counted: 120 / 2.
+A calculation with the numbers of the question, such as 120 / 2, is a solution step and not counted.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _CHAIN = re.compile(
 )
 _PIECE = re.compile(rf"({_SIGN})|({NUMBER})", re.IGNORECASE)
 _CONSTANTS = frozenset(map(Fraction, (2, 3, 4, 7, 10, 12, 24, 30, 52, 60, 100, 365, 1000)))
-"""Numbers that a calculation may take from common knowledge, such as the days of a week."""
+"""Numbers of common knowledge that a calculation may use, such as the days of a week."""
 
 
 class _Phrase(NamedTuple):
-    """A way to say a calculation; the groups of the pattern are the operands."""
+    """A phrase for a calculation; the groups of its pattern are the operands."""
 
     pattern: re.Pattern[str]
     value: Callable[..., Fraction]
@@ -41,7 +41,7 @@ def _phrase(pattern: str, value: Callable[..., Fraction]) -> _Phrase:
 
 
 def _root(a: Fraction) -> Fraction:
-    """Returns the square root of a square, and 0 for any other number."""
+    """Returns the square root of a square number, and 0 for any other number."""
     root = Fraction(math.isqrt(a.numerator), math.isqrt(a.denominator))
     return root if root * root == a else Fraction(0)
 
@@ -75,28 +75,28 @@ _PHRASES = (
 
 
 def hints_at(value: Fraction, text: str, question: Iterable[Fraction]) -> bool:
-    """Returns whether a text gives a number as a calculation of numbers that are not at hand.
+    """Returns whether a text gives a number as a calculation with numbers that it introduces.
 
-    At hand are the numbers of the question, those that the text computes from them, and, beside
-    one of the question's, numbers of common knowledge.
+    Numbers of the question, results that the text computes from them, and numbers of common
+    knowledge combined with one of the question's do not count as introduced.
 
     Args:
-        value: the number that is looked for.
-        text: plain, with number words as digits.
+        value: the number to search for.
+        text: the text, plain, with number words as digits.
         question: the numbers of the question.
     """
-    known = set(question)
+    given = set(question)
     for operands, result in _calculations(text):
-        own = [x for x in operands if x in known]
-        if own and all(x in known or x in _CONSTANTS for x in operands):
-            known.add(result)
+        own = [x for x in operands if x in given]
+        if own and all(x in given or x in _CONSTANTS for x in operands):
+            given.add(result)
         elif result == value:
             return True
     return False
 
 
 def _calculations(text: str) -> Iterator[tuple[list[Fraction], Fraction]]:
-    """Yields the operands and the result of each calculation, first those in symbols."""
+    """Yields the operands and the result of each calculation, those in symbols first."""
     for match in _CHAIN.finditer(text):
         pieces = [(sign.strip().lower(), number) for sign, number in _PIECE.findall(match[0])]
         terms = [Fraction(number) for _, number in pieces if number]
@@ -111,8 +111,9 @@ def _calculations(text: str) -> Iterator[tuple[list[Fraction], Fraction]]:
 
 
 def _evaluated(terms: list[Fraction], signs: list[str]) -> Fraction | None:
-    """Returns the value of a chain, products before sums; None where it divides by 0."""
-    total, product = Fraction(0), terms[0]
+    """Returns the value of a chain, products before sums; None for a division by 0."""
+    total = Fraction(0)
+    product = terms[0]
     for sign, term in zip(signs, terms[1:], strict=True):
         if sign == "*":
             product *= term

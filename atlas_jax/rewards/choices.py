@@ -1,4 +1,4 @@
-"""Options of multiple choice, and yes and no."""
+"""Multiple choice options, and yes or no."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from atlas_jax.rewards.plain import clean, plain
 
-_MAX_OPTION = 200  # characters of a text that is nothing but an option of multiple choice
+_MAX_OPTION = 200  # longest text, in characters, that may be a bare option
 
 _OPTION = re.compile(
     r"(?:(?:the )?(?:option|choice|answer) )?"
@@ -50,10 +50,10 @@ class Option(NamedTuple):
 
     letter: str  # lower case
     text: str  # "" if only the letter is given
-    is_initial: bool  # "B. Paris", which a name may look like
+    is_initial: bool  # written as "B. Paris", like the initial of a name
 
     def agrees(self, other: Option) -> bool:
-        """Returns whether these are one option: by the letter, and of names by the whole."""
+        """Returns whether two options are equal: by letter, or by the whole text for names."""
         if self.letter != other.letter:
             return False
         texts = [" ".join(re.findall(r"\w+", o.text.lower())) for o in (self, other)]
@@ -64,7 +64,7 @@ class Option(NamedTuple):
 
 
 def option(answer: str) -> Option | None:
-    """Returns the option that an answer is; None for anything else, and for several options."""
+    """Returns an answer as an option; None if it is not one, or is several."""
     if len(answer) > _MAX_OPTION * 10:
         return None
     match = _OPTION.fullmatch(plain(clean(answer)))
@@ -76,30 +76,30 @@ def option(answer: str) -> Option | None:
 
 
 def bare_option(text: str) -> str | None:
-    """Returns a text that is nothing but one option."""
+    """Returns a text if it is only one option, else None."""
     text = text.strip()
     return clean(text) if len(text) <= _MAX_OPTION and option(text) else None
 
 
 def led_by(answer: str) -> str:
-    """Returns the letter of the option that an answer begins with: "C, since 12 is even"."""
+    """Returns the letter of the option at the start of an answer: "C, since 12 is even"."""
     match = _LETTER_FIRST.match(plain(clean(answer[:_MAX_OPTION])))
     if match is None:
         return ""
-    letter, rest = match.groups()
-    if _REASON.match(rest) or not rest.strip(" .,;:)"):
+    letter, remainder = match.groups()
+    if _REASON.match(remainder) or not remainder.strip(" .,;:)"):
         return letter.lower()
-    if _ALTERNATIVE.match(rest) or _OTHER_OPTION.fullmatch(rest.strip(" .,;:)-")):
+    if _ALTERNATIVE.match(remainder) or _OTHER_OPTION.fullmatch(remainder.strip(" .,;:)-")):
         return ""
-    is_list = re.match(r" (?:or|and|is|as)\b", rest) or (
-        rest[0] == "," and re.search(r"\b[A-J]\b", rest)
+    is_list = re.match(r" (?:or|and|is|as)\b", remainder) or (
+        remainder[0] == "," and re.search(r"\b[A-J]\b", remainder)
     )
-    is_word = letter.isupper() or re.match(r"[).:]|\W*[^\W\d_]{3}", rest)
+    is_word = letter.isupper() or re.match(r"[).:]|\W*[^\W\d_]{3}", remainder)
     return letter.lower() if is_word and not is_list else ""
 
 
 def chosen(text: str) -> str | None:
-    """Returns the letter that a text chooses last: "so it must be (B)"."""
+    """Returns the letter of a text's last choice: "so it must be (B)"."""
     last = None
     for last in _CHOSEN.finditer(text):  # noqa: B007
         pass
@@ -107,11 +107,11 @@ def chosen(text: str) -> str | None:
 
 
 def verdict(truth: str) -> bool | None:
-    """Returns what a text that is only yes or true, no or false means."""
+    """Returns the meaning of a text that is only yes or true, no or false; None otherwise."""
     return _VERDICTS.get(plain(clean(truth)).lower().rstrip("."))
 
 
 def said_verdict(statement: str) -> bool | None:
-    """Returns what the yes, no, true or false means that a statement begins with."""
+    """Returns the meaning of a yes, no, true or false at the start of a statement, or None."""
     match = _VERDICT.match(plain(clean(statement[:_MAX_OPTION])))
     return _VERDICTS[match[1].lower()] if match else None

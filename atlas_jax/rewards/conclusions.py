@@ -1,8 +1,8 @@
-"""What a text without a marked answer comes to: the value that its last sentence states.
+"""Conclusions of texts without a marked answer: the value that the last sentence states.
 
     "So x = 2 or x = 3."  ->  "x = 2 or x = 3",   "It takes 15 days to save $90."  ->  "15"
 
-A value that is more than a number is taken as a whole, so that no part of it passes for an answer.
+A value that is more than a number is taken whole, so no part of it counts as an answer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _ASIDE_CLAUSE = re.compile(
     r"|,? including|,? if (?:he|she|they|it|we|you))\b",
     re.IGNORECASE,
 )
-"""What begins a clause that compares or explains, and does not state."""
+"""Words that begin a clause which compares or explains instead of stating."""
 _PURPOSE = re.compile(
     r" to (?!(?:the|get|obtain|find|give|yield|be)\b)[a-z]{2,12} "
     r"(?:(?:the|his|her|their|its|all|another|at least|these|those) )*"
@@ -94,7 +94,7 @@ _SAID_LAST = re.compile(r"(?:\b(?:is|are|equals)|:)\s+([^:\n]{1,100})\Z")
 _IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}")
 _NAME = re.compile(r"\\?[A-Za-z](?:_\{?\w{1,3}\}?)? ?= ?(?=[^=]+$)")
 _IS_MORE = re.compile(r"[A-Za-z\\<>|:(\[{^_]")
-"""What makes a value of more than a number; sums that nobody carried out are left aside."""
+"""Characters of a value that is more than a number; sums that are not carried out have none."""
 _JOINT = re.compile(r"\s*(?:,\s+(?:and\s|or\s)?|;\s|\s(?:and|or)\s)\s*")
 _DATE = re.compile(
     r"\b(?:(?:\d{1,2}(?:st|nd|rd|th)? (?:of )?)?(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)"
@@ -106,7 +106,7 @@ _PARTS = {
     "pound": "ounce", "lb": "oz", "meter": "centimeter", "m": "cm", "kilometer": "meter",
     "km": "m", "kilogram": "gram", "kg": "g", "h": "min",
 }  # fmt: skip
-"""Units, and the smaller ones that the rest of an amount is given in."""
+"""Units, with the smaller units of a compound amount."""
 _COMPOUND = re.compile(
     r"\d[\d,.]*(?:[ -]?(?!and\b)([A-Za-z]{1,10}?)(?:s|es)?)?"
     r"(?:,? and |, | )(\d[\d.]*)[ -]?([A-Za-z]{1,11})\b"
@@ -114,10 +114,10 @@ _COMPOUND = re.compile(
 
 
 def conclusion(text: str) -> str | None:
-    """Returns what the last sentence with a number comes to; None if it states nothing.
+    """Returns the value that the last sentence with a number states; None if it states none.
 
-    That is the mathematics that ends with it, a number in bold, the value behind its last "=", a
-    price before a phrase with another number, or else its last value.
+    The value is the mathematics that ends the sentence, a number in bold, the value after its last
+    "=", a price before a phrase with another number, or else its last value.
     """
     if shown := _shown(text):
         return shown
@@ -138,7 +138,7 @@ def conclusion(text: str) -> str | None:
 
 
 def _shown(text: str) -> str | None:
-    """Returns the mathematics that ends a text in a display, or as an expression of letters."""
+    """Returns mathematics at the end of a text, displayed or as an expression with letters."""
     end = text.rstrip()[-400:]
     if shown := _DISPLAY.search(end):
         return None if _PLAIN_WORD.search(shown[1]) else _right_side(shown[1])
@@ -150,14 +150,14 @@ def _shown(text: str) -> str | None:
 
 
 def _right_side(text: str) -> str:
-    """Returns the number that one equation comes to; any other mathematics as it is."""
+    """Returns the number that a single equation gives, and any other mathematics unchanged."""
     value = text.rpartition("=")[2]
     is_one = "=" in text and not _is_relation(text) and len(_JOINT.split(text)) == 1
     return value if is_one and equality.is_plain_number(value) else text
 
 
 def _last_sentence(text: str) -> str | None:
-    """Returns the last sentence that has a number, but for phrases that close a letter."""
+    """Returns the last sentence with a number, without the closing phrases of a letter."""
     lines = [line for line in text.splitlines() if line.strip()]
     while lines and _CLOSING.match(lines[-1].strip()):
         lines.pop()
@@ -170,7 +170,7 @@ def _last_sentence(text: str) -> str | None:
 
 
 def _main_clause(sentence: str) -> str:
-    """Returns a sentence without what follows its statement and only compares or explains it."""
+    """Returns a sentence without trailing clauses that only compare or explain."""
     digit = re.search(r"\d", sentence)
     if digit is None:
         return sentence
@@ -188,15 +188,15 @@ def _main_clause(sentence: str) -> str:
 
 def _last_value(sentence: str) -> str | None:
     text = plain(_ASIDE.sub("", sentence))
-    found = list(numbers.numbers(text))
-    if not found:
+    numbers_found = list(numbers.numbers(text))
+    if not numbers_found:
         text = plain(sentence)
-        found = list(numbers.numbers(text))
+        numbers_found = list(numbers.numbers(text))
     results = {match.end() for match in _RESULT.finditer(text)}
-    behind = [n for n in found if n.start() in results]
-    if not found:
+    behind = [n for n in numbers_found if n.start() in results]
+    if not numbers_found:
         return None
-    last = (behind or found)[-1]
+    last = (behind or numbers_found)[-1]
     before, after = text[max(0, last.start() - 80) : last.start()], text[last.end() :][:80]
     if _NOT_THE.search(before[-40:]) or _DENIED.match(after) or _NOTHING.search(before):
         return None
@@ -206,15 +206,15 @@ def _last_value(sentence: str) -> str | None:
         return f"{ends[1]}{last[0]}"
     if whole := _compound(text, last) or _value(text, last):
         return whole
-    if len(found) > 1 and not behind and _leads(found[0], last, text):
-        return found[0][0]
-    if len(found) > 1 and not behind and _PHRASE.search(before[-40:]):
-        return _price(sentence) or _stated_before(found, text) or last[0]
+    if len(numbers_found) > 1 and not behind and _leads(numbers_found[0], last, text):
+        return numbers_found[0][0]
+    if len(numbers_found) > 1 and not behind and _PHRASE.search(before[-40:]):
+        return _price(sentence) or _stated_before(numbers_found, text) or last[0]
     return last[0]
 
 
 def _leads(first: re.Match[str], last: re.Match[str], text: str) -> bool:
-    """Returns whether a sentence is about its first number, and the last is in a phrase."""
+    """Returns whether a sentence states its first number, and its last one is in a phrase."""
     lead = _SUBJECT.match(text)
     if lead is None or first.start() != lead.end():
         return False
@@ -226,7 +226,7 @@ def _leads(first: re.Match[str], last: re.Match[str], text: str) -> bool:
 
 
 def _compound(text: str, last: re.Match[str]) -> str | None:
-    """Returns a date, or an amount in two units, of which a number is the last part."""
+    """Returns a date, or an amount in two units, that ends with a number."""
     start, end = max(0, last.start() - 40), last.end() + 14
     for match in _DATE.finditer(text, start, end):
         if match.start() <= last.start() < match.end():
@@ -240,7 +240,7 @@ def _compound(text: str, last: re.Match[str]) -> str | None:
 
 
 def _value(text: str, last: re.Match[str]) -> str | None:
-    """Returns the value that a number is part of; None where it is a value by itself."""
+    """Returns the value of which a number is a part; None if the number is the whole value."""
     start, end = _run(text, last)
     if start == end:
         return None
@@ -259,11 +259,11 @@ def _value(text: str, last: re.Match[str]) -> str | None:
         return f"{last[0]}!"
     if "\\approx" in item:
         return item.removeprefix("\\approx ")
-    rest = item if _is_relation(item) else item.rpartition("=")[2]
+    remainder = item if _is_relation(item) else item.rpartition("=")[2]
     suffix = numbers.LETTERS.match(text, last.end())
-    bare = rest.replace(last[0] + (suffix[0] if suffix else ""), "", 1)
+    bare = remainder.replace(last[0] + (suffix[0] if suffix else ""), "", 1)
     is_more = _IS_MORE.search(bare) or ("=" in item and not _is_relation(item) and bare.strip())
-    return item if is_more and not equality.is_plain_number(rest) else None
+    return item if is_more and not equality.is_plain_number(remainder) else None
 
 
 def _is_relation(item: str) -> bool:
@@ -271,7 +271,7 @@ def _is_relation(item: str) -> bool:
 
 
 def _run(text: str, last: re.Match[str]) -> tuple[int, int]:
-    """Returns from where to where the mathematics goes that a number stands in."""
+    """Returns the span of the mathematics around a number."""
     tokens = [m.span() for m in re.finditer(r"\S+", text)]
     at = next(i for i, (_, end) in enumerate(tokens) if end > last.start())
     if not _is_math(text[slice(*tokens[at])]):
@@ -295,7 +295,7 @@ def _is_math(token: str) -> bool:
 
 
 def _begins(token: str, following: str) -> bool:
-    """Returns whether mathematics may begin with a token: no letter alone, nor a comma or "and"."""
+    """Returns whether mathematics may begin with a token: not a lone letter, a comma or "and"."""
     bare = token.strip("$,;:.\"'")
     if not bare or bare in ("and", "or", "|"):
         return False
@@ -310,13 +310,13 @@ def _ends(previous: str, token: str) -> bool:
 
 
 def _price(sentence: str) -> str | None:
-    """Returns the one amount of money of a sentence, if that is what something costs or earns."""
+    """Returns the only amount of money in a sentence about a price or earnings."""
     prices = _PRICE.findall(sentence)
     return prices[0] if len(prices) == 1 and len(re.findall("[$€£]", sentence)) == 1 else None
 
 
 def _stated_before(found: list[re.Match[str]], text: str) -> str | None:
-    """Returns a number that is said to be something, before phrases with other numbers."""
+    """Returns a number that a sentence states before phrases with other numbers."""
     for number in reversed(found[:-1]):
         before = text[max(0, number.start() - 40) : number.start()]
         if _COPULA.search(before):

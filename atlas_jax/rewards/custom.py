@@ -25,21 +25,11 @@ from atlas_jax.rewards.verifiable import failure
 from atlas_jax.rewards.workers import Workers
 from atlas_jax.types import Reward, RewardFn, Sample
 
-_OPTION = "reward.names"
 _GRACE_SECS = 5.0  # that an event loop has to notice a timeout
 _LOOK_SECS = 0.5  # longest time from a request to stop until a wait ends
 
 Runner = Callable[[Sequence[Sequence[Sample]]], list[Outcome]]
 """Calls a function once for each list of samples."""
-
-
-def check(reference: str) -> None:
-    """Checks that a reference names a function that can be a reward.
-
-    Raises:
-        ValueError: says in one line what is wrong.
-    """
-    forms.form_of(sockets.resolve(reference, _OPTION), f"{_OPTION}={reference}")
 
 
 def by_reference(reference: str, label: str, timeout_secs: float, num_workers: int) -> RewardFn:
@@ -54,8 +44,7 @@ def by_reference(reference: str, label: str, timeout_secs: float, num_workers: i
     Raises:
         ValueError: for a reference that names no reward.
     """
-    function = sockets.resolve(reference, _OPTION)
-    form = forms.form_of(function, f"{_OPTION}={reference}")
+    function, form = forms.find(reference)
     if forms.is_async(function):
         return _reward(label, form, _Coroutines(function, form, timeout_secs).run, True)
     return _reward(label, form, Workers(reference, timeout_secs, num_workers).run, False)

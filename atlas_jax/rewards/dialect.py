@@ -1,7 +1,7 @@
-"""Which parameters of a chat completion a model takes, told by what its endpoint refuses.
+"""Parameters of a chat completion that a model accepts, learned from its endpoint's refusals.
 
-Endpoints that all call themselves compatible differ: some take no JSON schema, and reasoning models
-want `max_completion_tokens` for `max_tokens` and no temperature but their own.
+Compatible endpoints differ: some accept no JSON schema, and reasoning models require
+`max_completion_tokens` instead of `max_tokens` and their default temperature.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ _FORMATS: dict[str, dict[str, Any] | None] = {
 _REFUSALS = (400, 404, 415, 422, 501)
 _FORMAT_WORDS = re.compile("response_format|json_schema|json_object|schema|structured|guided")
 _TOO_MUCH = re.compile("too large|at most|exceed|maximum|greater than|less than|context length")
-_SHOWN = 600  # characters of a refusal in which a parameter is looked for; behind them stands ours
+_SHOWN = 600  # characters of a refusal that are searched; later ones may quote our request
 
 
 class Dialect(NamedTuple):
-    """What a model takes, as far as its endpoint has said."""
+    """Parameters that a model accepts, as far as its endpoint has shown."""
 
     num_formats_refused: int = 0
-    """How many of the response formats, the strictest first."""
+    """Number of response formats that were refused, counted from the strictest."""
     room: str = "max_tokens"
-    """The parameter for the most tokens of a reply."""
+    """Name of the parameter for the largest number of tokens of a reply."""
     takes_temperature: bool = True
 
     def easier_of(self, other: Dialect) -> Dialect:
-        """Returns what asks for no more than either of two."""
+        """Returns the dialect that uses only parameters of both."""
         return Dialect(
             num_formats_refused=max(self.num_formats_refused, other.num_formats_refused),
-            room=min(self.room, other.room),  # the later name comes first in the alphabet
+            room=min(
+                self.room, other.room
+            ),  # of the two names, the newer one comes first in the alphabet
             takes_temperature=self.takes_temperature and other.takes_temperature,
         )
 
@@ -53,23 +55,23 @@ _EVERYTHING = Dialect()
 
 @dataclasses.dataclass
 class Known:
-    """What is known of a model."""
+    """Knowledge of a model's dialect."""
 
     latest: Dialect = _EVERYTHING
-    """What refusals say that it takes."""
+    """Dialect according to the refusals."""
     taken: Dialect = _EVERYTHING
-    """What it has taken."""
+    """Dialect of requests that it has accepted."""
 
 
 class Request(NamedTuple):
-    """What a model is asked."""
+    """A chat completion to request from a model."""
 
     model: str
     messages: Sequence[Message]
     temperature: float
     max_tokens: int
     response_format: str
-    """`json_schema`, `json_object`, `none`, or `auto`: the strictest that the model takes."""
+    """`json_schema`, `json_object`, `none`, or `auto`: the strictest one that the model accepts."""
 
 
 def payload(request: Request, dialect: Dialect) -> dict[str, Any]:
@@ -84,9 +86,9 @@ def payload(request: Request, dialect: Dialect) -> dict[str, Any]:
 
 
 def after(error: RefusedError, request: Request, dialect: Dialect) -> Dialect | None:
-    """Returns what a model takes that has refused a request; None if that was for another reason.
+    """Returns the dialect of a model after its refusal; None if the refusal has another reason.
 
-    A dialect that follows from another one asks for less, so that there is always a last one.
+    Each dialect uses fewer parameters than the one before, so the sequence ends.
     """
     if error.status not in _REFUSALS:
         return None
@@ -108,12 +110,13 @@ def _format(request: Request, dialect: Dialect) -> str:
 
 
 def _named(body: str) -> tuple[str, str]:
-    """Returns the parameter that a refusal names in its own field, "" if none, and its text."""
+    """Returns the parameter that a refusal names in a field ("" if none), and its text."""
     try:
         value = json.loads(body)
         error = (value[0] if isinstance(value, list) else value)["error"]
         parameter = error.get("param") or ""
         text = str(error.get("message") or body)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        parameter, text = "", body
+        parameter = ""
+        text = body
     return str(parameter).lower(), text[:_SHOWN].lower()

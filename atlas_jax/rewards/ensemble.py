@@ -1,9 +1,9 @@
-"""From judges' opinions to one score: escalation, choice, consistency, aggregation.
+"""Combination of judges' opinions into one score: escalation, choice, consistency, aggregation.
 
-Pure functions. Nothing depends on the order in which replies arrive.
+The functions are pure. No result depends on the order in which replies arrive.
 
-Reference: the RIM reward of ATLAS (Arc Intelligence), with its faults left out: an arbiter that
-fails leaves the first opinions standing, and where a judge did not speak there is no score.
+Reference: the RIM reward of ATLAS (Arc Intelligence), with two corrections: if the arbiter fails,
+the first opinions count, and a sample without an opinion of some judge has no score.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.options_rim import ConsistencyRules, RIMConfig
+from atlas_jax.options.judges import ConsistencyRules, RIMConfig
 
 _ROUNDING = 1e-9
 
 
 class Opinion(NamedTuple):
-    """What one call says."""
+    """The opinion that one call returned."""
 
     score: float  # in 0..1
     uncertainty: float  # in 0..1
@@ -27,18 +27,18 @@ class Opinion(NamedTuple):
     principles: tuple[dict[str, Any], ...]  # name, weight, description
     model: str
     temperature: float
-    gives_away: bool = False  # whether the lesson gives the answer away or speaks to the judge
+    gives_away: bool = False  # whether the lesson gives the answer away or addresses the judge
 
 
 class Verdict(NamedTuple):
-    """What one judge says of one sample."""
+    """The result of one judge for one sample."""
 
-    opinion: Opinion | None  # the one that counts; None: the judge has no score
-    samples: tuple[Opinion, ...]  # of the small model, in the order of the temperatures
-    spread: float  # standard deviation of their scores
-    escalation: str  # why the large model was asked; "" if it was not
-    failures: tuple[str, ...]  # one for each opinion that was asked for and did not come
-    num_asked: int  # opinions that were asked for, the large model's too
+    opinion: Opinion | None  # the opinion that counts; None: the judge has no score
+    samples: tuple[Opinion, ...]  # opinions of the small model, in the order of the temperatures
+    spread: float  # standard deviation of the samples' scores
+    escalation: str  # reason for asking the large model; "" if it was not asked
+    failures: tuple[str, ...]  # reasons of the requested opinions that are missing
+    num_asked: int  # number of requested opinions, the large model's included
 
 
 def spread(samples: Sequence[Opinion]) -> float:
@@ -50,7 +50,7 @@ def spread(samples: Sequence[Opinion]) -> float:
 
 
 def escalation(samples: Sequence[Opinion], config: RIMConfig) -> str:
-    """Returns why the large model has to decide; "" if it does not."""
+    """Returns the reason for which the large model must decide; "" if it need not."""
     if not samples:
         return "no valid sample"
     deviation = spread(samples)
@@ -63,42 +63,43 @@ def escalation(samples: Sequence[Opinion], config: RIMConfig) -> str:
 
 
 def choose(samples: Sequence[Opinion]) -> Opinion | None:
-    """Returns the opinion of least uncertainty, of equal ones the first by temperature."""
+    """Returns the opinion of least uncertainty; of equal ones, the first by temperature."""
     return min(samples, key=lambda s: s.uncertainty, default=None)
 
 
 def consistent(
     scores: Mapping[str, float], rules: ConsistencyRules
 ) -> tuple[dict[str, float], list[str]]:
-    """Returns the scores that may stand beside each other, and the rules that changed some.
+    """Returns scores that are consistent with each other, and the rules that changed some.
 
-    A rule is left out where one of its judges has no score. The order is fixed: process to
-    accuracy, helpfulness to process, helpfulness to diagnostic.
+    A rule is skipped if one of its judges has no score. The order is fixed: process is limited by
+    accuracy, helpfulness by process, helpfulness by diagnostic.
     """
-    found, applied = dict(scores), []
+    limited = dict(scores)
+    applied = []
 
     def cap(name: str, limit: float, why: str) -> None:
-        if found[name] > limit + _ROUNDING:
-            found[name] = limit
+        if limited[name] > limit + _ROUNDING:
+            limited[name] = limit
             applied.append(f"{name} at most {limit:.3g}: {why}")
 
-    if {"process", "accuracy"} <= found.keys():
-        cap("process", found["accuracy"] + rules.process_over_accuracy, "accuracy")
+    if {"process", "accuracy"} <= limited.keys():
+        cap("process", limited["accuracy"] + rules.process_over_accuracy, "accuracy")
     bound = rules.process_for_helpfulness
-    if {"process", "helpfulness"} <= found.keys() and found["process"] < bound:
+    if {"process", "helpfulness"} <= limited.keys() and limited["process"] < bound:
         cap("helpfulness", bound, "process")
-    if {"helpfulness", "diagnostic"} <= found.keys():
-        cap("helpfulness", found["diagnostic"] + rules.helpfulness_over_diagnostic, "diagnostic")
-    return {name: min(max(score, 0.0), 1.0) for name, score in found.items()}, applied
+    if {"helpfulness", "diagnostic"} <= limited.keys():
+        cap("helpfulness", limited["diagnostic"] + rules.helpfulness_over_diagnostic, "diagnostic")
+    return {name: min(max(score, 0.0), 1.0) for name, score in limited.items()}, applied
 
 
 def reported(verdicts: Iterable[Verdict]) -> list[str]:
-    """Returns what more than half of all first opinions say of a lesson; [] if they do not."""
+    """Returns the faults of a lesson that more than half of all first opinions report."""
     votes = [sample.gives_away for verdict in verdicts for sample in verdict.samples]
     found = 2 * sum(votes) > len(votes)
     return ["judges say that it gives the answer away or speaks to them"] if found else []
 
 
 def aggregate(scores: Mapping[str, float]) -> float | None:
-    """Returns the mean over the judges, all of which have spoken; None where there is none."""
+    """Returns the mean over the judges' scores; None without judges."""
     return statistics.fmean(scores.values()) if scores else None

@@ -1,9 +1,9 @@
-r"""When two answers are equal: as numbers, dates, sets, lists, intervals, expressions or texts.
+r"""Equality of answers: as numbers, dates, sets, lists, intervals, expressions or texts.
 
     "[-2, 7]"  and  "x \in [-2,7]",   "2 and 3"  and  "3, 2",   "1+2x"  and  "2x + 1"
 
-A list without brackets is a set; brackets keep the order. Texts are compared without case, articles
-and spaces around marks; letters that stand alone and LaTeX commands keep their case.
+A list without brackets is a set; in brackets the order counts. Texts are compared without case,
+articles and spaces around marks. Single letters and LaTeX commands keep their case.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from atlas_jax.rewards.plain import EDGE, clean, latex, plain, without_tail
 
 _MAX_COLLECTION = 2000  # characters; a longer one is compared as text
 _MAX_NUMBER = 256  # characters of a number in words
-_MAX_DEPTH = 6  # of brackets in brackets
+_MAX_DEPTH = 6  # of nested brackets
 
 _ASSIGNED = re.compile(
     r"(?!(?:[\w ]{0,40} )?(?:no|not|never)\b)"
@@ -68,7 +68,7 @@ def same(answer: str, truth: str) -> bool:
 
 
 def read(answer: str) -> Fraction | str:
-    """Returns the exact number that an answer is, or else its canonical text."""
+    """Returns the exact number of an answer, or else its canonical text."""
     text = _unassigned(answer)
     number = numbers.quantity(text)
     return canonical(text) if number is None else number.value
@@ -81,7 +81,7 @@ def canonical(plain_text: str) -> str:
 
 
 def key(answer: str) -> tuple[Any, ...]:
-    """Returns what two answers have in common if and only if they are equal."""
+    """Returns the comparison key of an answer: two answers are equal if their keys are."""
     text = latex(clean(answer))
     return ("text", *_text(text)) if len(text) > _MAX_COLLECTION else _key(text, 0)
 
@@ -92,19 +92,19 @@ def is_plain_number(answer: str) -> bool:
 
 
 def _unassigned(answer: str) -> str:
-    """Returns an answer in plain characters, without the name that it is the value of."""
+    """Returns an answer in plain characters, without the name to which it is assigned."""
     text = without_tail(plain(clean(answer)))
     return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
 
 
 def _valued(answer: str) -> str:
-    """Returns what a name is said to be: "2x + 1" of "y = 2x + 1"."""
+    """Returns the value that is assigned to a name: "2x + 1" of "y = 2x + 1"."""
     text = latex(clean(answer))
     return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
 
 
 def _cased(answer: str) -> tuple[str, ...]:
-    """Returns what is told from others by its case: symbols, but not where words are."""
+    """Returns the parts of an answer for which case counts: symbols in a text without words."""
     text = plain(clean(answer))
     is_letter = len(text) < 2 and text.lower() < "k"  # an option or an article
     return () if is_letter or _WORD.search(text) else tuple(_CASED.findall(text))
@@ -126,7 +126,7 @@ def _key(text: str, depth: int) -> tuple[Any, ...]:
 
 
 def _without_unit(text: str) -> str:
-    r"""Returns an expression of numbers alone without its unit: "36\pi" of "36\pi cubic inches"."""
+    r"""Returns a numeric expression without its unit: "36\pi" of "36\pi cubic inches"."""
     match = _UNIT_BEHIND.search(text[-80:])
     if match is None:
         return text
@@ -136,7 +136,7 @@ def _without_unit(text: str) -> str:
 
 
 def _said(text: str) -> Fraction | None:
-    """Returns the number that a text of nothing but its words says."""
+    """Returns the number of a text that consists of number words only."""
     number = numbers.quantity(spoken.in_digits(text[:_MAX_NUMBER]))
     return number.value if number and not number.unit and len(text) < _MAX_NUMBER else None
 
@@ -157,7 +157,7 @@ def _date(text: str) -> tuple[Any, ...] | None:
 
 
 def _collection(text: str, depth: int) -> tuple[Any, ...] | None:
-    r"""Returns a set, a list in brackets, an interval, a union, or a relation; None for others."""
+    r"""Returns the key of a set, list, interval, union or relation; None for other texts."""
     if element := _ELEMENT.match(text):
         return _key(text[element.end() :], depth + 1)
     if text.count("\\pm") == 1:
@@ -214,7 +214,8 @@ def _set(items: list[str], depth: int) -> tuple[Any, ...] | None:
 
 def _item(item: str, depth: int, with_unit: bool) -> tuple[Any, ...]:
     """Returns the key of one item of a set."""
-    named, number = _NAMED.match(item), numbers.quantity(plain(item))
+    named = _NAMED.match(item)
+    number = numbers.quantity(plain(item))
     if named:
         return "named", named[1], _key(item[named.end() :], depth + 1)
     if number is not None and with_unit:
@@ -227,12 +228,12 @@ def _bare_value(item: str) -> str:
 
 
 def _relation(text: str, depth: int) -> tuple[Any, ...] | None:
-    """Returns an equation without its order, and an inequality of one variable as its interval."""
-    found = list(_RELATION.finditer(text))
-    if not found or len(found) > 2:
+    """Returns the key of an equation, without its order, or an inequality, as an interval."""
+    match = list(_RELATION.finditer(text))
+    if not match or len(match) > 2:
         return None
-    signs = [_OPERATOR.get(m[0], m[0]) for m in found]
-    edges = [0, *(at for m in found for at in m.span()), len(text)]
+    signs = [_OPERATOR.get(m[0], m[0]) for m in match]
+    edges = [0, *(at for m in match for at in m.span()), len(text)]
     sides = [text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)]
     keys = [_key(side, depth + 1) for side in sides]
     if any(key[0] not in ("number", "expression") for key in keys):
@@ -247,14 +248,15 @@ def _relation(text: str, depth: int) -> tuple[Any, ...] | None:
     if any(sign[0] == ">" for sign in signs):
         return None
     is_variable = [re.fullmatch(r"\\?[A-Za-z]+", side) is not None for side in sides]
-    least, most = _key("-\\infty", depth + 1), _key("\\infty", depth + 1)
+    lowest = _key("-\\infty", depth + 1)
+    highest = _key("\\infty", depth + 1)
     if len(keys) == 3 and is_variable == [False, True, False]:
         brackets = "[" if signs[0] == "<=" else "(", "]" if signs[1] == "<=" else ")"
         return "list", *brackets, (keys[0], keys[2])
     if len(keys) == 2 and is_variable == [True, False]:
-        return "list", "(", "]" if signs[0] == "<=" else ")", (least, keys[1])
+        return "list", "(", "]" if signs[0] == "<=" else ")", (lowest, keys[1])
     if len(keys) == 2 and is_variable == [False, True]:
-        return "list", "[" if signs[0] == "<=" else "(", ")", (keys[0], most)
+        return "list", "[" if signs[0] == "<=" else "(", ")", (keys[0], highest)
     return "relation", tuple(signs), tuple(keys)
 
 
@@ -272,7 +274,7 @@ def _is_whole(text: str) -> bool:
 
 
 def _items(text: str, is_bare: bool = False) -> list[str]:
-    """Returns the parts of a list; a comma in a number such as 1,234 is not one between parts."""
+    """Returns the parts of a list; the comma of a number such as 1,234 does not separate."""
     if is_bare and ", " in text:
         text = _GROUPED.sub("\x00", text)
     if is_bare:
@@ -281,13 +283,15 @@ def _items(text: str, is_bare: bool = False) -> list[str]:
 
 
 def _split(text: str, separator: str | re.Pattern[str]) -> list[str]:
-    """Returns the parts of a text between separators that are in no brackets."""
+    """Returns the parts of a text between separators outside brackets."""
     pattern = re.compile(re.escape(separator)) if isinstance(separator, str) else separator
-    depths, depth = [], 0
+    depths = []
+    depth = 0
     for mark in text:
         depth += (mark in "([{") - (mark in ")]}")
         depths.append(depth)
-    parts, start = [], 0
+    parts = []
+    start = 0
     for match in pattern.finditer(text):
         if depths[match.end() - 1] == 0 and depths[match.start()] == 0:
             parts.append(text[start : match.start()])

@@ -1,11 +1,11 @@
-r"""Expressions of school algebra in a form that does not depend on how they are written.
+r"""Canonical forms of expressions of school algebra, independent of their spelling.
 
     "\frac{1}{2}x + 1"  and  "1 + x/2"  have one form, and so have  "\frac{1}{\sqrt{2}}"  and
     "\sqrt{2}/2".
 
 A form is a sum of products: terms and factors are sorted, numbers are exact, like terms are added,
-and roots of whole numbers are reduced. Products of sums are not expanded, and arithmetic on plain
-numbers such as 48 + 24 has no form: it is not yet an answer.
+and roots of whole numbers are reduced. Products of sums are not expanded. Arithmetic on plain
+numbers such as 48 + 24 has no form, because it is not an answer yet.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 MAX_CHARS = 300
 _MAX_DEPTH = 24
 _MAX_DIGITS = 300  # of a power
-_MAX_ROOT = 10**10  # under a root that is reduced
+_MAX_ROOT = 10**10  # largest number under a root that is reduced
 _MAX_FACTORIAL = 20
 
-Factors = tuple[tuple[Any, Fraction], ...]  # sorted: a base, and the exponent of it
-Sum = dict[Factors, Fraction]  # the factors of a term, and its coefficient
+Factors = tuple[tuple[Any, Fraction], ...]  # bases with their exponents, sorted
+Sum = dict[Factors, Fraction]  # coefficients of terms, by their factors
 
 _TOKEN = re.compile(
     r"\s*(?:(\d+(?:\.\d+)?(?:_\{?\d+\}?)?|\.\d+)"
@@ -39,14 +39,14 @@ _SIGNS = {"cdot": "*", "times": "*", "div": "/", "{": "(", "}": ")"}
 
 
 class NotAnExpressionError(ValueError):
-    """A text that is no expression, or one that is too large."""
+    """A text that is not an expression, or is too large."""
 
 
 def form(latex: str) -> Fraction | tuple[Any, ...] | None:
-    """Returns the form of an expression, which is a fraction if it is a number; None for others.
+    """Returns the form of an expression, a fraction for a number; None for other texts.
 
     Args:
-        latex: an expression, as `plain.latex` writes it.
+        latex: the text, from `plain.latex`.
     """
     if len(latex) > MAX_CHARS:
         return None
@@ -59,13 +59,18 @@ def form(latex: str) -> Fraction | tuple[Any, ...] | None:
         if number is not None:
             return None if parser.is_arithmetic else number
         return _key(total)
-    except (ValueError, ZeroDivisionError, OverflowError):  # no expression, or numbers too large
+    except (
+        ValueError,
+        ZeroDivisionError,
+        OverflowError,
+    ):  # not an expression, or numbers too large
         return None
 
 
 def _tokens(text: str) -> list[str]:
-    """Returns numbers, names and signs; letters side by side are factors, so each is a name."""
-    tokens, at = [], 0
+    """Returns numbers, names and signs; adjacent letters are factors, so each is a name."""
+    tokens = []
+    at = 0
     while not _SPACE.match(text, at):
         match = _TOKEN.match(text, at)
         if match is None:
@@ -87,7 +92,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _is_word(text: str, start: int, end: int, tokens: list[str]) -> bool:
-    """Returns whether letters stand as words do: several beside a space, or behind others."""
+    """Returns whether letters form a word: several next to a space, or after other words."""
     is_behind = start > 0 and text[start - 1] == " "
     if end - start > 1 and (is_behind or text.startswith(" ", end)):
         return True
@@ -103,7 +108,7 @@ def _symbol(letter: str) -> str:
 
 
 class _Parser:
-    """Recursive descent over sums, products, powers and atoms; each returns a sum."""
+    """A recursive-descent parser of sums, products, powers and atoms; each method returns a sum."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = tokens
@@ -176,7 +181,7 @@ class _Parser:
         return base
 
     def _argument(self, depth: int) -> Sum:
-        """Returns what a command or a "^" applies to: a group, or one thing."""
+        """Returns the argument of a command or of "^": a group, or one token."""
         if depth > _MAX_DEPTH:
             raise NotAnExpressionError
         return self._atom(depth + 1)
@@ -273,7 +278,7 @@ def _scaled(total: Sum, by: Fraction) -> Sum:
 
 
 def _one_term(total: Sum) -> tuple[Factors, Fraction]:
-    """Returns a sum as one term: several ones become a factor whose first coefficient is 1."""
+    """Returns a sum as one term; several terms become a factor with a first coefficient of 1."""
     if not total:
         return (), Fraction(0)
     if len(total) == 1:
@@ -324,7 +329,7 @@ def _to_the(base: Sum, exponent: Sum) -> Sum:
 
 
 def _reduced(powers: dict[Any, Fraction], size: Fraction) -> Sum:
-    """Returns the term with whole powers of numbers in its coefficient, and the rest as roots."""
+    """Returns the term with whole powers of numbers in its coefficient, and roots as factors."""
     roots: dict[Any, Fraction] = {}
     for base, exponent in powers.items():
         if not isinstance(base, int):
@@ -343,14 +348,14 @@ def _reduced(powers: dict[Any, Fraction], size: Fraction) -> Sum:
 
 
 def _primes(number: int) -> dict[int, int]:
-    """Returns the prime factors of a number; beyond small ones what is left stays whole."""
-    found: dict[int, int] = {}
+    """Returns the prime factors of a number; a cofactor without small factors is not split."""
+    factors: dict[int, int] = {}
     for prime in range(2, 1000):
         if prime * prime > number:
             break
         while number % prime == 0:
-            found[prime] = found.get(prime, 0) + 1
+            factors[prime] = factors.get(prime, 0) + 1
             number //= prime
     if number > 1:
-        found[number] = found.get(number, 0) + 1
-    return found
+        factors[number] = factors.get(number, 0) + 1
+    return factors

@@ -43,6 +43,16 @@ class Outcome(NamedTuple):
     error: str = ""  # the reason of a failure
 
 
+def find(reference: str) -> tuple[UserFunction, Form]:
+    """Returns the function that a reference of `reward.names` means, and its form.
+
+    Raises:
+        ValueError: says in one line why it cannot be a reward.
+    """
+    function = sockets.resolve(reference, "reward.names")
+    return function, form_of(function, f"reward.names={reference}")
+
+
 def form_of(function: UserFunction, name: str) -> Form:
     """Returns the form of a function, told from the names of its parameters.
 

@@ -1,8 +1,9 @@
-"""Places where a text says of something that it is the answer.
+"""Phrases with which a text declares a mention to be the answer.
 
-A number or word that lessons need for other reasons too (the question has it, it numbers a step)
-gives the answer away only there: "the answer is 4", "write 4.", "so it comes to 4", a line with
-nothing but "4". Only what stands near is looked at, so that the time is linear in the mentions.
+Lessons need some numbers and words for other reasons too (the question has them, they number a
+step). Those give the answer away only in such phrases: "the answer is 4", "write 4.", "so it comes
+to 4", a line with only "4". Only text near a mention is read, so the time is linear in the number
+of mentions.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-_BEFORE = 70  # characters that are looked at
+_BEFORE = 70  # characters that are read
 _AFTER = 50
 
 _FILL = (
@@ -56,7 +57,7 @@ _CONDITION = re.compile(r"\b(?:set|if|when|where|until|whether|than|not)\b[^.\n]
 
 
 def says_so(text: str, start: int, end: int) -> bool:
-    """Returns whether a text calls what stands at `start:end` the answer, in so many words."""
+    """Returns whether a text explicitly calls the mention at `start:end` the answer."""
     before, after = text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]
     if _OPEN.match(after):
         return False
@@ -66,13 +67,13 @@ def says_so(text: str, start: int, end: int) -> bool:
 
 
 def concludes(text: str, start: int, end: int, units: Collection[str]) -> bool:
-    """Returns whether a text ends a thought, "so that gives 9.", with what is at `start:end`.
+    """Returns whether a sentence concludes with the mention at `start:end`: "so that gives 9.".
 
     Args:
-        text: plain, in one case.
-        start: of the mention.
-        end: of the mention.
-        units: words that may stand behind it, those of the question.
+        text: the text, plain, in one case.
+        start: the start of the mention.
+        end: the end of the mention.
+        units: words that may follow the mention, those of the question.
     """
     before, after = text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]
     if not _FOUND.search(before):
@@ -82,12 +83,12 @@ def concludes(text: str, start: int, end: int, units: Collection[str]) -> bool:
 
 
 def is_condition(text: str, start: int) -> bool:
-    """Returns whether the sentence before `start` sets a condition and reports no result."""
+    """Returns whether the sentence before `start` sets a condition instead of giving a result."""
     return bool(_CONDITION.search(text[max(0, start - _BEFORE) : start]))
 
 
 def stands_alone(text: str, start: int, end: int) -> bool:
-    """Returns whether its line has nothing but what stands at `start:end`, and at most a unit."""
+    """Returns whether a line has only the mention at `start:end`, and at most a unit."""
     line = text[text.rfind("\n", 0, start) + 1 : start]
     after = re.match(r"(?: [^\W\d_]{1,15})?[^\w\n]{0,5}(?:\n|$)", text[end : end + _AFTER])
     return bool(after) and not re.search(r"\w", line[-_BEFORE:])

@@ -1,7 +1,7 @@
-"""Lessons that aim at the judge and not at the student.
+"""Detection of lessons that aim at the judge instead of the student.
 
-Found in the text itself, without a model: what a judge is talked into cannot be left to it. What
-the question is about is not held against a lesson, so that problems about scores can be taught.
+The text itself is searched, without a model, because a judge that is manipulated cannot report it.
+A lesson may use the subject of the question, so problems about scores can be taught.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import collections
 import re
 from collections.abc import Iterator
 
-from atlas_jax.options_rim import AntiGaming
+from atlas_jax.options.judges import AntiGaming
 from atlas_jax.rewards import number_words
 from atlas_jax.rewards.leaks import states_answer
 from atlas_jax.rewards.texts import plain, visible
@@ -19,10 +19,10 @@ _DEFAULTS = AntiGaming()
 LEAK = "the lesson states the answer"
 
 _MARKS = re.compile(r"[*_]")
-_RUN = 5  # words in a row that count as copied
-_MOSTLY = 0.5  # share of a sentence's words that makes it a copy
-_MAX_NOVEL_FRAC = 0.2  # of the longer words, in a lesson that only says the question again
-_MIN_WORDS = 8  # of a lesson that is held to say the question again
+_RUN = 5  # number of consecutive words that count as copied
+_MOSTLY = 0.5  # fraction of a sentence's words that makes it a copy
+_MAX_NOVEL_FRAC = 0.2  # fraction of new longer words in a lesson that only repeats the question
+_MIN_WORDS = 8  # shortest lesson that is tested for repeating the question
 
 _JUDGE = (
     r"(?:judges?|graders?|evaluators?|assessors?|raters?|scorers?|reviewers?|examiners?|referees?|"
@@ -139,7 +139,7 @@ _FAMILIES = (
     ),
     (re.compile(r"(?!)"), _compiled(_IMITATIONS)),
 )
-"""What a question may be about, and what a lesson on it is then not blamed for."""
+"""Subjects of questions, with the patterns that their lessons may then use."""
 _LOUD = re.compile(r"judge|grader|evaluator|rubric|score|rating|reviewer", re.IGNORECASE)
 _APART = re.compile(r"(?<!\w)\w(?:([ ._-])\w)(?:\1\w){2,40}(?!\w)")
 _MIXED = re.compile(r"\b(?=\w*[a-z])(?=\w*[0-9$@])[\w$@]{3,20}", re.IGNORECASE)
@@ -150,34 +150,34 @@ _POINT = re.compile(r"\b(\d{1,3}) point ((?:\d ?){1,4})(?!\w)")
 def find(
     question: str, ground_truth: str, lesson: str, answer: str = "", rules: AntiGaming = _DEFAULTS
 ) -> list[str]:
-    """Returns what is wrong with a lesson, and with what it made the student write.
+    """Returns the faults of a lesson and of the student's answer to it.
 
     Args:
-        question: as it was asked.
-        ground_truth: "" where there is none; then no lesson states it.
-        lesson: as the student read it.
-        answer: the student's, with the lesson; it may carry a message to the judge.
-        rules: with `enabled` false nothing is found.
+        question: the question as it was asked.
+        ground_truth: the ground truth; "" if there is none, which no lesson can state.
+        lesson: the lesson as the student read it.
+        answer: the student's answer with the lesson, which may carry a message to the judge.
+        rules: the rules; with `enabled` false nothing is found.
     """
     if not rules.enabled:
         return []
     asked = _folded(question)
-    found = []
+    faults = []
     if ground_truth.strip() and states_answer(lesson, ground_truth, question):
-        found.append(LEAK)
+        faults.append(LEAK)
     if _addresses_judge(lesson, asked):
-        found.append("the lesson addresses the judge")
+        faults.append("the lesson addresses the judge")
     if _addresses_judge(answer, asked):
-        found.append("the student's answer addresses the judge")
+        faults.append("the student's answer addresses the judge")
     if _is_filler(visible(lesson), visible(question), rules.max_repeated_frac):
-        found.append("the lesson repeats the question or itself")
-    return found
+        faults.append("the lesson repeats the question or itself")
+    return faults
 
 
 def _addresses_judge(text: str, question: str) -> bool:
-    """Returns whether a text speaks to a judge, of its score, or in a judge's or system's name.
+    """Returns whether a text addresses a judge, its score, or speaks as a judge or system.
 
-    A question about scores or judges frees its lessons from the patterns of that subject.
+    Lessons on a question about scores or judges are exempt from the patterns of that subject.
     """
     if any(_LOUD.search("".join(filter(str.isalnum, run))) for run in _letters_apart(text)):
         return True
@@ -191,48 +191,50 @@ def _addresses_judge(text: str, question: str) -> bool:
 
 
 def _letters_apart(text: str) -> Iterator[str]:
-    """Yields what is written with a mark or space behind each letter."""
+    """Yields words that are written with a mark or space after each letter."""
     return (match[0] for match in _APART.finditer(plain(text)))
 
 
 def _folded(text: str) -> str:
-    """Returns a text in one line as it is searched, with number words as digits."""
+    """Returns a text in the form that is searched: one line, number words as digits."""
     text = number_words.to_digits(" ".join(_MARKS.sub("", plain(text)).split()))
     return _POINT.sub(lambda match: f"{match[1]}.{match[2].replace(' ', '')}", text)
 
 
-def _is_filler(lesson: str, question: str, most: float) -> bool:
-    """Returns whether a lesson says little but the question or itself again.
+def _is_filler(lesson: str, question: str, limit: float) -> bool:
+    """Returns whether a lesson mostly repeats the question or itself.
 
-    Questions that it asks are teaching, though they use the question's words.
+    Questions that it asks count as teaching, even if they use the question's words.
     """
-    words, said = _words(lesson), _words(question)
+    words = _words(lesson)
+    said = _words(question)
     if not words:
         return False
-    if _repeated_frac(lesson) > most:
+    if _repeated_frac(lesson) > limit:
         return True
     if _asks(lesson, said):
         return False
-    return _copied_frac(words, said) > most or _rewords(words, said)
+    return _copied_frac(words, said) > limit or _rewords(words, said)
 
 
 def _repeated_frac(lesson: str) -> float:
-    """Returns the share of a lesson's words that it has said before; a question may be put twice.
+    """Returns the fraction of a lesson's words that repeat earlier ones; a question may recur once.
 
-    Human sub-questions begin alike, and the last is often the first again.
+    Sub-questions that people write begin alike, and the last is often the first again.
     """
     times = collections.Counter[str]()
-    total, kept = 0, list[str]()
+    total = 0
+    sentences = list[str]()
     for words, mark in _sentences(lesson):
         times[" ".join(words)] += 1
         total += len(words)
         if mark != "?" or times[" ".join(words)] > 2:
-            kept += words
-    return _copied_frac(kept, []) * len(kept) / total if kept else 0.0
+            sentences += words
+    return _copied_frac(sentences, []) * len(sentences) / total if sentences else 0.0
 
 
 def _asks(lesson: str, question: list[str]) -> bool:
-    """Returns whether a lesson asks anything that it does not copy with the question's facts."""
+    """Returns whether a lesson asks a question that is not copied from the problem."""
     sentences = [(_is_copy(words, question), mark) for words, mark in _sentences(lesson)]
     tells_facts = any(copied and mark != "?" for copied, mark in sentences)
     return any(mark == "?" and not (copied and tells_facts) for copied, mark in sentences)
@@ -244,7 +246,7 @@ def _is_copy(words: list[str], question: list[str]) -> bool:
 
 
 def _sentences(text: str) -> list[tuple[list[str], str]]:
-    """Returns the words of each sentence and the mark that ends it."""
+    """Returns the words of each sentence, and the mark that ends it."""
     parts = re.split(r"([.!?]+)(?=[\s\"')]|$)", text)
     pairs = zip(parts[::2], [*parts[1::2], ""], strict=False)
     return [(found, mark[-1:]) for part, mark in pairs if (found := _words(part))]
@@ -255,18 +257,18 @@ def _words(text: str) -> list[str]:
 
 
 def _copied_frac(words: list[str], question: list[str]) -> float:
-    """Returns the share of words in runs that the question has, or the same text before."""
-    known = set(_runs(question))
+    """Returns the fraction of words in runs that occur in the question or earlier in the text."""
+    runs = set(_runs(question))
     copied = [False] * len(words)
     for i, run in enumerate(_runs(words)):
-        if run in known:
+        if run in runs:
             copied[i : i + _RUN] = [True] * _RUN
-        known.add(run)
+        runs.add(run)
     return sum(copied) / len(words)
 
 
 def _rewords(words: list[str], question: list[str]) -> bool:
-    """Returns whether a text has hardly a word of its own, by the first letters of longer words."""
+    """Returns whether a text has hardly any new word, by the first letters of longer words."""
     stems = {word[:4] for word in question}
     own = [word for word in words if len(word) > 3 or word.isdigit()]
     novel = sum(word[:4] not in stems for word in own)

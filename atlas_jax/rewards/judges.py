@@ -1,8 +1,8 @@
-"""The judges: what each looks at, what it is told, and how its reply is read.
+"""The judges: the material that each sees, its prompt, and the parser of its replies.
 
-What students and teachers wrote is fenced: it stands between markers that carry a tag which
-follows from all of the texts, so that no text can contain the tag of its own prompt, and special
-tokens of chat templates in it are broken up.
+Texts of students and teachers are fenced by markers with a tag. The tag is a digest of all of the
+texts, so no text can contain the tag of its own prompt. Special tokens of chat templates in the
+texts are broken up.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.options_rim import JudgePrompt, RIMConfig
+from atlas_jax.options.judges import JudgePrompt, RIMConfig
 from atlas_jax.rewards.ensemble import Opinion
 from atlas_jax.rewards.texts import visible
 from atlas_jax.types import Message, Sample
 
 
 class Case(NamedTuple):
-    """What happened, as judges see it; "" is what there is not."""
+    """The texts that judges may see. A text that does not exist is ""."""
 
     question: str
     ground_truth: str
     baseline: str  # the student's answer alone
-    plan: str  # how the student meant to go about it
-    lesson: str  # as the student read it
-    answer: str  # the student's, with the lesson
-    trace: str = ""  # how the student came to it, where that is more than the answer
+    plan: str  # the student's plan for the question
+    lesson: str  # the lesson as the student read it
+    answer: str  # the student's answer with the lesson
+    trace: str = ""  # the student's reasoning, if it is more than the answer
 
 
 class Judge(NamedTuple):
-    """One point of view."""
+    """A judge: the fields of a case that it sees, and its task."""
 
     role: str
     sees: tuple[str, ...]  # fields of the case
@@ -139,7 +139,7 @@ SCHEMA: dict[str, Any] = {
     "required": ["principles", "rationale", "score", "uncertainty"],
     "additionalProperties": False,
 }
-"""Of a reply, for servers that constrain what a model may write."""
+"""JSON schema of a reply, for servers with constrained decoding."""
 
 _SPECIAL = re.compile(
     r"<(?=\|)|<(?=/?s>)|<(?=(?:start|end)_of_turn>)|\[(?=/?(?:INST|SYS)\])|<(?=<<)"
@@ -162,8 +162,9 @@ def case_of(sample: Sample) -> Case:
 
 
 def messages(name: str, case: Case, config: RIMConfig) -> list[Message]:
-    """Returns what a judge is asked about a case."""
-    judge, prompt = JUDGES[name], config.prompt
+    """Returns the prompt of a judge about a case."""
+    judge = JUDGES[name]
+    prompt = config.prompt
     asks = config.anti_gaming.ask_judges and "lesson" in judge.sees
     system = _FRAME.format(
         role=judge.role,
@@ -181,7 +182,7 @@ def messages(name: str, case: Case, config: RIMConfig) -> list[Message]:
 def arbiter_messages(
     name: str, case: Case, samples: Sequence[Opinion], reason: str, config: RIMConfig
 ) -> list[Message]:
-    """Returns what the large model is asked where the first opinions do not stand."""
+    """Returns the prompt of the large model, with the first opinions."""
     system = messages(name, case, config)[0]["content"] + _ARBITER.format(reason=reason)
     lines = [
         json.dumps({"score": s.score, "uncertainty": s.uncertainty, "rationale": s.rationale})
@@ -211,23 +212,23 @@ def _material(judge: Judge, case: Case, prompt: JudgePrompt, more: dict[str, str
     return "\n\n".join([f"The tag of this session is {tag}.", *parts, "Judge. JSON only."])
 
 
-def _shown(text: str, most: int) -> str:
-    """Returns a text without the middle of what is too long."""
+def _shown(text: str, limit: int) -> str:
+    """Returns a text without its middle part if it is too long."""
     text = text.strip()
-    if len(text) <= most:
+    if len(text) <= limit:
         return text
-    half = most // 2
+    half = limit // 2
     return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"
 
 
 def _defused(text: str, tag: str) -> str:
-    """Returns a text that can neither end its fence nor be read as a template's special token."""
+    """Returns a text that can neither end its fence nor contain a template's special token."""
     text = visible(text).replace(tag, "")
     return _SPECIAL.sub(lambda match: match[0] + " ", text)
 
 
 def problem(case: Case) -> str:
-    """Returns why a case cannot be shown to a judge; "" if it can."""
+    """Returns the reason for which a case cannot be shown to a judge; "" if it can."""
     for name, text in case._asdict().items():
         if _SURROGATE.search(text):
             return f"the {name} has a lone surrogate, which no encoding of Unicode can hold"
@@ -235,12 +236,12 @@ def problem(case: Case) -> str:
 
 
 def lacks_lesson(name: str, case: Case) -> bool:
-    """Returns whether a judge would have to look at a lesson that there is not."""
+    """Returns whether a judge needs a lesson and the case has none."""
     return "lesson" in JUDGES[name].sees and not case.lesson.strip()
 
 
 class Unreadable(NamedTuple):
-    """A reply that is no opinion."""
+    """The reason for which a reply is not an opinion."""
 
     reason: str
 
@@ -248,24 +249,24 @@ class Unreadable(NamedTuple):
 def parse(text: str, model: str, temperature: float) -> Opinion | Unreadable:
     """Returns the opinion that a reply states.
 
-    Thinking, a code fence, a sentence may stand around its JSON object, and the object's texts may
-    hold line breaks and LaTeX that nobody escaped. A score that is not a number from 0 to 1 is no
-    score, and neither is one without an uncertainty. Of verdicts that differ none is taken: one of
-    them may be quoted from the lesson, and which one cannot be known.
+    Thinking, a code fence or a sentence may surround the JSON object, and the object's texts may
+    hold unescaped line breaks and LaTeX. A score must be a number from 0 to 1 and have an
+    uncertainty. If several verdicts differ, none is taken, because one of them may be quoted from
+    the lesson.
     """
-    found, rest = _verdicts(text)
-    if not found:
+    verdicts, surroundings = _verdicts(text)
+    if not verdicts:
         return Unreadable(f"no JSON object with a score in {text[:120]!r}")
-    scores = {_share(value["score"]) for value in found}
-    scores |= {_share(match[1]) for match in _SCORE.finditer(rest)}
-    known = {_share(value["uncertainty"]) for value in found if "uncertainty" in value}
+    scores = {_share(value["score"]) for value in verdicts}
+    scores |= {_share(match[1]) for match in _SCORE.finditer(surroundings)}
+    known = {_share(value["uncertainty"]) for value in verdicts if "uncertainty" in value}
     if len(scores) > 1 or len(known) > 1:
         return Unreadable(f"several verdicts that differ, of scores {sorted(map(str, scores))}")
     (score,), uncertainty = scores, known.pop() if known else None
     if score is None or uncertainty is None:
-        shown = json.dumps({k: found[-1].get(k) for k in _STATED})[:120]
+        shown = json.dumps({k: verdicts[-1].get(k) for k in _STATED})[:120]
         return Unreadable(f"score and uncertainty are not numbers from 0 to 1: {shown}")
-    value = next(value for value in found if "uncertainty" in value)
+    value = next(value for value in verdicts if "uncertainty" in value)
     rationale = value.get("rationale")
     return Opinion(
         score=score,
@@ -283,17 +284,17 @@ _SCORE = re.compile(r"""["']score["']\s*:\s*["']?(\d+(?:\.\d+)?)?""")
 _THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>")
 _ESCAPE = re.compile(
     r"""\\(?:(["\\/]|u[0-9a-fA-F]{4}|"""
-    # The escape of a line break or a tab, unless it begins a command of LaTeX.
+    # A backslash that is not the escape of a line break or tab begins a LaTeX command.
     r"""[nrt](?!(?:abla|eq?|ot(?:in)?|u|ight|angle|ho|heta|ext\w*|imes|an|au|o|frac|riangle)"""
     r"""(?![a-z])))|)"""
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MAX_STARTS = 200  # opening braces that are tried
+_MAX_STARTS = 200  # number of opening braces that are tried
 _START = re.compile(r"""\{(?=\s*["}])""")
 
 
 def _verdicts(text: str) -> tuple[list[dict[str, Any]], str]:
-    """Returns the objects with a score that no thinking holds, and the text that stands outside."""
+    """Returns the objects with a score outside of thinking, and the text around them."""
     text = _ESCAPE.sub(lambda match: match[0] if match[1] else r"\\", text)
     objects = _objects(text)
     outside = text
@@ -301,15 +302,15 @@ def _verdicts(text: str) -> tuple[list[dict[str, Any]], str]:
         outside = outside[:first] + " " * (end - first) + outside[end:]
     first, last = 0, len(text)
     for tag in _THOUGHT.finditer(outside):
-        # What stands before the end of a thought belongs to it, also where its beginning is absent.
+        # Text before the end of a thought belongs to it, even if the thought's begin is missing.
         first, last = (tag.end(), len(text)) if tag[1] else (first, min(last, tag.start()))
     found = [v for v, begin, _ in objects if first <= begin < last and "score" in v]
     return found, outside[first:last]
 
 
 def _objects(text: str) -> list[tuple[dict[str, Any], int, int]]:
-    """Returns the JSON objects of a text that no other holds, and from where to where they go."""
-    found: list[tuple[dict[str, Any], int, int]] = []
+    """Returns the outermost JSON objects of a text, with their spans."""
+    objects: list[tuple[dict[str, Any], int, int]] = []
     start = _START.search(text)
     for _ in range(_MAX_STARTS):
         if start is None:
@@ -317,15 +318,15 @@ def _objects(text: str) -> list[tuple[dict[str, Any], int, int]]:
         end = start.end()
         try:
             value, end = _DECODER.raw_decode(text, start.start())
-            found.append((value, start.start(), end))
+            objects.append((value, start.start(), end))
         except (ValueError, RecursionError):
             pass
         start = _START.search(text, end)
-    return found
+    return objects
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON; what it states twice, and differently, it does not state."""
+    """Returns a JSON object without the keys that it has twice with different values."""
     value = dict(pairs)
     for name in _STATED:
         if any(other != value.get(name) for key, other in pairs if key == name):
@@ -333,16 +334,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, strict=False)  # takes raw line breaks
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, strict=False)  # accepts raw line breaks
 
 
 def _plain(text: str) -> str:
-    """Returns a text that can be written: lone surrogates become question marks."""
+    """Returns an encodable text, in which lone surrogates are question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _share(value: Any) -> float | None:
-    """Returns a number from 0 to 1, also where it is written as text; None for all else."""
+    """Returns a number from 0 to 1, possibly written as text; None for any other value."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -354,7 +355,7 @@ def _share(value: Any) -> float | None:
 
 
 def _principles(value: Any) -> tuple[dict[str, Any], ...]:
-    """Returns the principles that are whole, their weights scaled to a sum of 1."""
+    """Returns the complete principles, with weights that sum to 1."""
     listed = value if isinstance(value, list) else []
     whole = [
         (item, weight)

@@ -1,7 +1,7 @@
-"""Whether a lesson gives a number away: in digits or words, encoded, or left to a sum.
+"""Detection of lessons that give a number away: in digits or words, encoded, or as a sum.
 
-The texts are plain (see `texts.plain`). A mention counts unless lessons need it for other reasons;
-then it counts where the lesson says that it is the answer (see `frames`).
+The texts are plain (see `texts.plain`). A mention of the number counts, unless lessons need such
+numbers for other reasons. Those count only if the lesson calls them the answer (see `frames`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from atlas_jax.rewards import arithmetic, frames, number_words
 from atlas_jax.rewards.texts import latin
 
 _SMALL = 12
-"""Up to this, number words are words of every text: "one way", "two steps"."""
+"""Largest number whose words occur in any text: "one way", "two steps"."""
 _NUMBER = re.compile(
     r"(?<![\w^√_])(?<!\d[./])(?:(?<![\w).])(?P<sign>-))?"
     r"(?:(?P<whole>\d{1,15}) (?=\d{1,15}/\d))?"
@@ -54,7 +54,7 @@ _FACTS: tuple[tuple[int, str, str], ...] = (
     (360, r"(?:degree|°)", r"\b"), (90, r"(?:degree|°)", r"\bright"),
     (2, r"(?:halves|equal)", r"\b"),
 )  # fmt: skip
-"""A number, what stands behind it, and what else its surroundings name."""
+"""Patterns of facts about units: a number, the text after it, and words in its surroundings."""
 _FACT_CHARS = 60
 _DIGIT_NAMED = re.compile(r"\bdigits?\b[^.\d]{0,20}?(\d)\b|\b(\d)\b[^.\d]{0,12}\bdigit\b", re.I)
 _DIGITS_LISTED = re.compile(
@@ -76,11 +76,11 @@ _ROMAN = (
 
 
 class Asked(NamedTuple):
-    """What the question has, so that a lesson may say it."""
+    """Numbers and words of the question, which a lesson may use."""
 
     numbers: frozenset[Fraction]
     words: frozenset[str]  # in lower case
-    is_known: bool  # whether there is a question at all
+    is_known: bool  # whether the question is known
 
 
 class _Mention(NamedTuple):
@@ -99,7 +99,7 @@ def asked(question: str) -> Asked:
 
 
 def gives_away(value: Fraction, lesson: str, question: Asked) -> bool:
-    """Returns whether a lesson states a number, spells or encodes it, or leaves it to a sum."""
+    """Returns whether a lesson states a number, spells or encodes it, or gives it as a sum."""
     spoken = number_words.to_digits(lesson)
     numbered = _list_numbers(lesson)
     plain = lesson if abs(value) <= _SMALL else spoken
@@ -127,7 +127,7 @@ def gives_away(value: Fraction, lesson: str, question: Asked) -> bool:
 
 
 def _mentions(text: str) -> Iterator[_Mention]:
-    """Yields the numbers of a text; a fraction only in lowest terms, "6/2" does not yet say 3."""
+    """Yields the numbers of a text; fractions only in lowest terms, since "6/2" is not yet 3."""
     for match in _NUMBER.finditer(text):
         suffix = match["suffix"].lower()
         bottom = int(match["bottom"] or 1)
@@ -138,7 +138,9 @@ def _mentions(text: str) -> Iterator[_Mention]:
             continue
         value = (value + int(match["whole"] or 0)) * _SCALES.get((match["scale"] or "").lower(), 1)
         sign = -1 if match["sign"] else 1
-        yield _Mention(sign * value, match.start(), match.end() - len(suffix), suffix)
+        yield _Mention(
+            value=sign * value, start=match.start(), end=match.end() - len(suffix), suffix=suffix
+        )
 
 
 def _counts(mention: _Mention, text: str, question: Asked, numbered: set[int]) -> bool:
@@ -170,7 +172,7 @@ def _is_framed(mention: _Mention, text: str, question: Asked) -> bool:
 
 
 def _is_fact(mention: _Mention, text: str) -> bool:
-    """Returns whether a number is what everybody knows of units, such as 60 minutes an hour."""
+    """Returns whether a number is a fact about units, such as 60 minutes an hour."""
     start, end = mention.start, mention.end
     behind = text[end : end + 12].lstrip(" -")
     around = text[max(0, start - _FACT_CHARS) : end + _FACT_CHARS]
@@ -187,16 +189,16 @@ def _is_fact(mention: _Mention, text: str) -> bool:
 
 
 def _list_numbers(text: str) -> set[int]:
-    """Returns where the numbers of list entries stand: each is one more than one before it."""
+    """Returns the positions of list numbers: numbers that are one more than an earlier one."""
     entries = [(match.start(1), int(match[1])) for match in _LISTED.finditer(text)]
     values = {value for _, value in entries}
     seen: set[int] = set()
-    found = set()
+    positions = set()
     for start, value in entries:
         if value - 1 in seen or (value == 1 and 2 in values):
-            found.add(start)
+            positions.add(start)
             seen.add(value)
-    return found
+    return positions
 
 
 def _spelled(digits: str, text: str, question: Asked) -> bool:
@@ -243,7 +245,7 @@ def _encoded(value: int, lesson: str, question: Asked) -> bool:
 
 
 def _has_words(words: str, lesson: str) -> bool:
-    """Returns whether a text has these words of another language, and not as part of a longer."""
+    """Returns whether a text has these words of another language, not as part of longer words."""
     words = latin(words)
     edge = r"\w" if words[0] < "\u2e80" else "[一二三四五六七八九十百千万零]"
     if words[0] not in lesson and words[0].upper() not in lesson:
@@ -252,7 +254,7 @@ def _has_words(words: str, lesson: str) -> bool:
 
 
 def _roman(value: int) -> str:
-    """Returns a number in Roman numerals, "" if they do not reach it."""
+    """Returns a number in Roman numerals; "" if it has none."""
     if not 0 < value < 4000:
         return ""
     digits = ""
@@ -263,7 +265,7 @@ def _roman(value: int) -> str:
 
 
 def _begins(value: Fraction, text: str, question: Asked) -> bool:
-    """Returns whether a text names one of the question's numbers by how it begins."""
+    """Returns whether a text names one of the question's numbers by its first digits."""
     if value not in question.numbers:
         return False
     alike = [number for number in question.numbers if len(str(number)) == len(str(value)) > 1]

@@ -1,8 +1,8 @@
-"""Whether a lesson gives the answer away, so that the student need not work for it.
+"""Detection of lessons that give the answer away.
 
-What counts is what a student could copy or decode at once: the answer where the text calls it the
-answer, in digits, in words, spelled, encoded, or as a sum. What lessons need does not count by
-itself: numbers of list entries, facts about units, what the question says too.
+Anything that a student could copy or decode at once counts: the answer in digits or words, spelled,
+encoded, as a sum, or called the answer. Mentions that lessons need do not count by themselves:
+numbers of list entries, facts about units, words and numbers of the question.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atlas_jax.rewards.texts import plain, visible
 _OPTION = re.compile(r"\(?([A-Ha-h])(?:[).:]+(?:\s+(\S.*))?|\))?", re.DOTALL)
 _LISTED = re.compile(r"(?:(?<=\s)|^)\(?([A-H])[).:]\s+")
 _MAX_OPTION = 200  # characters of an option's text
-_BEFORE = 40  # characters before a letter that are looked at
+_BEFORE = 40  # characters before a letter that are read
 _CHOOSES = re.compile(
     r"\b(?:answer|option|choose|choice|pick|select|mark)(?: is| option| choice|:){0,2}[ *\"']+$",
     re.IGNORECASE,
@@ -35,10 +35,10 @@ _ORDINARY = {
     "down", "left", "right", "increase", "decrease", "and", "or", "not", "correct", "incorrect",
     "increases", "decreases", "infinite", "undefined", "unknown", "other", "one", "first", "last",
 }  # fmt: skip
-"""Answers that are words of every lesson."""
+"""Answers that are ordinary words of lessons."""
 _ARTICLE = re.compile(r"\b(?:the|an|a) (?=[^\W\d_]{2})", re.IGNORECASE)
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-_MAX_SENTENCES = 500  # different ones that are read for what they come to
+_MAX_SENTENCES = 500  # number of different sentences whose conclusions are read
 _MATHEMATICS = re.compile(r"\d|\\[A-Za-z]|[π√∞]")
 _CLAUSE = re.compile(r"[.!?;\n]")
 _EXCLUDED = re.compile(
@@ -55,15 +55,15 @@ class _Option(NamedTuple):
     text: str  # "" if only the letter is known
 
 
-# Asked of each lesson where it is priced and where it is measured.
+# Cached: a lesson is checked by the reward and again by the metrics.
 @functools.lru_cache(maxsize=2048)
 def states_answer(lesson: str, ground_truth: str, question: str = "") -> bool:
     """Returns whether a lesson gives the ground truth away.
 
     Args:
-        lesson: as the student reads it.
+        lesson: the lesson as the student reads it.
         ground_truth: the answer, or a solution that marks it.
-        question: as it was asked; "" where it is not known, which takes nothing for its own.
+        question: the question as it was asked; "" if unknown, and then no mention is exempt.
     """
     truth = (marked_answer(ground_truth) or ground_truth).strip()
     if not lesson.strip() or not normalise(truth):
@@ -71,7 +71,8 @@ def states_answer(lesson: str, ground_truth: str, question: str = "") -> bool:
     seen = visible(lesson)
     if marked_answer(seen) and is_correct(seen, ground_truth):
         return True
-    text, problem = plain(lesson), plain(question)
+    text = plain(lesson)
+    problem = plain(question)
     asked = leaked_numbers.asked(problem)
     listed = _listed(problem)
     option = _option_of(truth, listed)
@@ -88,7 +89,7 @@ def states_answer(lesson: str, ground_truth: str, question: str = "") -> bool:
 
 
 def _number(truth: str) -> Fraction | None:
-    """Returns the number that an answer is; None for any other."""
+    """Returns the number of an answer; None if the answer is not a number."""
     try:
         return Fraction(normalise(truth))
     except (ValueError, ZeroDivisionError):
@@ -96,7 +97,7 @@ def _number(truth: str) -> Fraction | None:
 
 
 def _states_text(text: str, truth: str, problem: str) -> bool:
-    """Returns whether a text has the words of an answer where they give it away."""
+    """Returns whether a text has the words of an answer in a place that gives it away."""
     words = _words(truth)
     if not words:
         return False
@@ -108,9 +109,9 @@ def _states_text(text: str, truth: str, problem: str) -> bool:
 
 
 def _comes_to(text: str, truth: str, problem: str) -> bool:
-    """Returns whether a sentence comes to an answer of mathematics, however it is written.
+    """Returns whether a sentence concludes with a mathematical answer, in any spelling.
 
-    What a sentence of the question comes to as well is not given away.
+    A conclusion that a sentence of the question also has does not count.
     """
     if not _MATHEMATICS.search(truth):
         return False
@@ -138,7 +139,7 @@ def _words(text: str) -> list[str]:
 
 
 def _spots(words: Sequence[str], text: str) -> list[tuple[int, int]]:
-    """Returns where a text has these words in a row."""
+    """Returns the spans of these consecutive words in a text."""
     joint = r"(?:\s{1,3}(?:the|an|a)\b)?\s{0,3}"
     first = r"(?<!\w)" if words[0][0].isalnum() else ""
     last = r"(?!\w)" if words[-1][-1].isalnum() else ""
@@ -167,7 +168,7 @@ def _encodes_text(text: str, truth: str) -> bool:
 
 
 def _listed(problem: str) -> list[_Option]:
-    """Returns the options that a question lists, in their order from A on."""
+    """Returns the options that a question lists, in order from A."""
     marks: list[re.Match[str]] = []
     for match in _LISTED.finditer(problem):
         if ord(match[1]) - ord("A") == len(marks):
@@ -179,7 +180,7 @@ def _listed(problem: str) -> list[_Option]:
 
 
 def _option_of(truth: str, listed: Sequence[_Option]) -> _Option | None:
-    """Returns the option that an answer is: by its letter, or by its text where it is listed."""
+    """Returns the option of an answer, found by its letter or by its text."""
     match = _OPTION.fullmatch(plain(truth))
     if match:
         letter = match[1].upper()
@@ -190,7 +191,7 @@ def _option_of(truth: str, listed: Sequence[_Option]) -> _Option | None:
 
 
 def _states_option(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
-    """Returns whether a text tells which option it is."""
+    """Returns whether a text identifies the option."""
     if _tells_letter(text, option.letter) or _tells_place(text, option, listed):
         return True
     words = _words(option.text)
@@ -234,7 +235,7 @@ def _tells_place(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
 
 
 def _excludes_others(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
-    """Returns whether a text rules out every option but one."""
+    """Returns whether a text excludes every other option."""
     out = set()
     for clause in _CLAUSE.split(text):
         negated = _EXCLUDED.search(clause)

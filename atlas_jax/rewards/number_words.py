@@ -1,4 +1,4 @@
-"""Numbers that are written in words, in English and, for a known number, in other languages."""
+"""Numbers in words: in English, and for a given number in other languages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_FOREIGN = 10**6
 def to_digits(text: str) -> str:
     """Returns a text with its English number words as digits: "Sixty-one" -> "61".
 
-    Fractions too: "five eighths" -> "5/8".
+    Fractions are converted too: "five eighths" -> "5/8".
     """
     return _SHARE.sub(_as_fraction, spoken.in_digits(text))
 
@@ -37,9 +37,9 @@ def ordinal(number: int) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def in_other_languages(number: int) -> frozenset[str]:
-    """Returns how other languages write a number, in lower case; without what is an English word.
+    """Returns a number's words in other languages, in lower case, without English words.
 
-    Words of a few letters are left out, which several languages have with other meanings.
+    Short words are left out, because they have other meanings in several languages.
     """
     if not 0 <= number < _MAX_FOREIGN:
         return frozenset()

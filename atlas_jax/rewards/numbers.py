@@ -56,16 +56,16 @@ _AND_PART = re.compile(r" and (?:an? |one )?(half|quarter|third|\d+ ?/ ?\d+)\b(?
 
 
 class Quantity(NamedTuple):
-    """A number and what it counts."""
+    """A number and its unit."""
 
     value: Fraction
-    unit: str  # the first word or letter behind it; "" for none
+    unit: str  # the first word or letter after the number; "" for none
     is_dozen: bool = False
 
     def agrees(self, other: Quantity) -> bool:
         """Returns whether the numbers are equal and the units are not known to differ.
 
-        Units are not compared, but for single letters (m and h) and the halves of a day.
+        Only units of a single letter (m and h) and the halves of a day are compared.
         """
         units = {self.unit, other.unit}
         clash = len(units) == 2 and all(len(u) == 1 or u in ("am", "pm") for u in units)
@@ -73,7 +73,7 @@ class Quantity(NamedTuple):
 
 
 def quantity(plain: str) -> Quantity | None:
-    """Returns the number that is all of a text but for its unit."""
+    """Returns the number of a text that is only a number and its unit."""
     text = re.sub(r"^([-+]) ", r"\1", plain[: _MAX_NUMBER + 1])
     text = _ONE.sub("1 ", _SIGN_WORD.sub("-", text, count=1), count=1)
     if (groups := _GROUPS.match(text)) and text[groups.end() : groups.end() + 1] in ("", " ", "."):
@@ -85,10 +85,12 @@ def quantity(plain: str) -> Quantity | None:
     number = NUMBER.match(text)
     if len(plain) > _MAX_NUMBER or number is None or number["power"]:
         return None
-    tail, part = text[number.end() :], Fraction(0)
+    tail = text[number.end() :]
+    part = Fraction(0)
     tail = re.sub(r"^(?:ths?|rds?|nds?)\b", "", tail) if number["bottom"] else tail
     if cents := _CENTS.fullmatch(tail.rstrip()):
-        part, tail = Fraction(int(cents[1]), 100), " dollars"
+        part = Fraction(int(cents[1]), 100)
+        tail = " dollars"
     if behind := _AND_PART.match(tail):
         part = spoken.part(behind[1])
         tail = tail[behind.end() :]
@@ -103,7 +105,7 @@ def quantity(plain: str) -> Quantity | None:
 
 
 def numbers(plain: str) -> Iterator[re.Match[str]]:
-    """Yields the numbers of a text; none that is part of a word or of an expression like 2x."""
+    """Yields the numbers of a text that are not part of a word or of an expression like 2x."""
     for number in NUMBER.finditer(plain):
         suffix = LETTERS.match(plain, number.end())
         if suffix is None or is_attached_unit(suffix[0]):
@@ -111,7 +113,7 @@ def numbers(plain: str) -> Iterator[re.Match[str]]:
 
 
 def value(number: re.Match[str]) -> Fraction | None:
-    """Returns the exact value; None if it is too long to compute or divides by 0."""
+    """Returns the exact value of a number; None if it is too long or divides by 0."""
     if (
         len(number[0]) > _MAX_NUMBER
         or abs(exponent := int(number["exponent"] or 0)) > _MAX_EXPONENT
@@ -130,13 +132,13 @@ def value(number: re.Match[str]) -> Fraction | None:
 
 
 def unit(words: list[str]) -> str:
-    """Returns the unit that words behind a number begin with; "" for no words."""
+    """Returns the unit at the start of the words after a number; "" for no words."""
     word = words[0] if words else ""
     return word if len(word) == 1 else word.lower()
 
 
 def _is_unit_tail(tail: str) -> bool:
-    """Returns whether what follows a number is nothing, or a unit and the words behind it."""
+    """Returns whether the text after a number is empty, or begins with a unit."""
     if tail[:1] == "^" or tail.startswith(("²", "³")):
         return False
     text = _POWER.sub("", tail.replace("\\cdot ", "."))
@@ -151,7 +153,7 @@ def _is_unit_tail(tail: str) -> bool:
 
 
 def is_unit(word: str) -> bool:
-    """Returns whether a word behind a number and a space may be its unit."""
+    """Returns whether a word after a number and a space may be its unit."""
     lower = word.lower()
     if len(word) < 3:
         return word in _UNIT_LETTERS or lower in _SHORT_UNITS
@@ -159,5 +161,5 @@ def is_unit(word: str) -> bool:
 
 
 def is_attached_unit(word: str) -> bool:
-    """Returns whether letters right behind a number are its unit, and no factor as in 2x."""
+    """Returns whether letters directly after a number are its unit, not a factor as in 2x."""
     return word in _UNIT_LETTERS or word.lower() in _SHORT_UNITS or len(word) >= 5

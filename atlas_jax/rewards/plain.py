@@ -1,4 +1,4 @@
-r"""Marks taken off a text, and LaTeX and Unicode written as plain characters.
+r"""Conversion of LaTeX, Unicode and marked-up text to plain characters.
 
     "**$\dfrac{6}{4}$** cups."  -- clean -->  "\dfrac{6}{4} cups"  -- plain -->  "6/4 cups"
 
@@ -50,20 +50,20 @@ Rewrite = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
 
 def clean(text: str) -> str:
-    """Returns a text without the marks around it; the mark of a factorial stays."""
+    """Returns a text without the marks around it, except that of a factorial."""
     text = _BOLD.sub("", _MATH.sub("", text))
     return without_tail(_WRAPPED.sub(r"\1", _DOLLARS.sub(r"\1", text)).lstrip(EDGE))
 
 
 def without_tail(text: str) -> str:
-    """Returns a text without the marks behind it; the mark of a factorial stays."""
+    """Returns a text without the marks after it, except that of a factorial."""
     bare = text.rstrip(TAIL)
     is_factorial = text.startswith("!", len(bare)) and _FACTOR.search(bare[-2:])
     return f"{bare}!" if is_factorial else bare
 
 
 def latex(text: str) -> str:
-    """Returns a text in one line whose characters and LaTeX spaces are each written in one way."""
+    """Returns a text in one line with one spelling for each character and LaTeX space."""
     if "\\begin" in text:
         text = _rows(text)
     text = _VULGAR.sub(_vulgar, text).translate(_CHARACTERS)
@@ -73,7 +73,7 @@ def latex(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Returns a text in one line with its LaTeX written as plain characters where it can be."""
+    """Returns a text in one line with LaTeX as plain characters, if there are such characters."""
     return " ".join(_rewritten(latex(text), _PLAIN).split())
 
 

@@ -1,9 +1,8 @@
-"""Replies of judges on disk, and what a run has spent.
+"""Cache of judges' replies on disk, and the account of a run's costs.
 
-The replies are one SQLite file in the cache directory, which the processes of a run, of several
-runs and of several hosts share. It has a rollback journal: a write-ahead log needs memory that all
-of its users share, which a network file system between hosts does not give. What the cache cannot
-do is warned of once and never an error.
+The replies are in one SQLite file in the cache directory, which processes, runs and hosts share. It
+uses a rollback journal: a write-ahead log needs shared memory, which a network file system between
+hosts does not provide. A failure of the cache is logged once and never an error.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from atlas_jax.files import write_whole
 from atlas_jax.types import Message
 
 FILE_NAME = "replies.sqlite"
-"""Of the file in the cache directory."""
+"""Name of the file in the cache directory."""
 
-_FLUSH_SECS = 1.0  # between two writes; a kill loses the replies of so many seconds
-_FLUSH_REPLIES = 256  # and of so many
+_FLUSH_SECS = 1.0  # between two writes; a kill loses the replies since the last
+_FLUSH_REPLIES = 256  # most replies between two writes
 _LOCK_SECS = 5.0  # longest wait for another process that writes
-_KEPT_FRAC = 0.9  # of the size limit, after the oldest entries have gone
+_KEPT_FRAC = 0.9  # fraction of the size limit that is kept when the oldest replies are removed
 _TABLE = """
 CREATE TABLE IF NOT EXISTS replies (
     number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, text BLOB NOT NULL,
@@ -42,19 +41,19 @@ CREATE TABLE IF NOT EXISTS replies (
 
 
 class Reply(NamedTuple):
-    """What a model wrote, and what it took."""
+    """The text of a model, with its tokens."""
 
     text: str
     input_tokens: int
     output_tokens: int
-    is_cut: bool = False  # it ran out of tokens
+    is_cut: bool = False  # whether it reached the limit of tokens
 
 
 def key_of(parts: Sequence[str], messages: Sequence[Message]) -> str:
-    """Returns the name that a call has in the cache: a digest of all that decides its reply.
+    """Returns the key of a call in the cache: a digest of everything on which the reply depends.
 
     Args:
-        parts: address, model, response format, temperature and room, in a fixed order.
+        parts: address, model, temperature, limit of tokens and response format, in a fixed order.
         messages: the conversation.
     """
     texts = [text for m in messages for text in (m["role"], m["content"])]
@@ -63,15 +62,16 @@ def key_of(parts: Sequence[str], messages: Sequence[Message]) -> str:
 
 
 class Cache:
-    """Replies by the key of their call; threads may share it."""
+    """Replies by the key of their call; threads may share one cache."""
 
     def __init__(self, directory: str, max_bytes: int = 0, *, is_read_only: bool = False) -> None:
         """Opens the cache of a directory.
 
         Args:
-            directory: where it lies; "" keeps nothing.
-            max_bytes: size of the file, above which the oldest replies go; 0 is no limit.
-            is_read_only: whether nothing will be written.
+            directory: the directory of the file; "" keeps nothing.
+            max_bytes: the size of the file above which the oldest replies are removed; 0 is no
+                limit.
+            is_read_only: whether the cache is only read.
         """
         self._max_bytes = max_bytes
         self._lock = threading.RLock()
@@ -84,7 +84,7 @@ class Cache:
                 self._file = self._open(is_read_only)
 
     def read(self, key: str) -> Reply | None:
-        """Returns the reply to a call; None where there is none."""
+        """Returns the reply to a call, or None."""
         with self._tolerant():
             if kept := self._pending.get(key):
                 return kept
@@ -97,11 +97,13 @@ class Cache:
             ).fetchone()
             if row:
                 text = row[0].decode("utf-8", "surrogatepass")
-                return Reply(text, row[1], row[2], bool(row[3]))
+                return Reply(
+                    text=text, input_tokens=row[1], output_tokens=row[2], is_cut=bool(row[3])
+                )
         return None
 
     def write(self, key: str, reply: Reply) -> None:
-        """Keeps a reply, in the place of an earlier one; `flush` brings it to the disk."""
+        """Stores a reply, which replaces an earlier one; `flush` writes it to the disk."""
         if self._file is None:
             return
         with self._lock:
@@ -111,7 +113,7 @@ class Cache:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what is kept in memory to the file, in one transaction."""
+        """Writes the replies in memory to the file, in one transaction."""
         with self._tolerant():
             if self._file is None or not self._pending:
                 return
@@ -132,7 +134,7 @@ class Cache:
     def _open(self, is_read_only: bool) -> sqlite3.Connection:
         if not is_read_only:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Where a kill has left a journal, reading needs to write.
+        # Opened for writing even to read: a journal that a kill has left must be rolled back.
         can_write = not is_read_only or os.access(self._path.parent, os.W_OK)
         mode = "ro" if not can_write else "rw" if is_read_only else "rwc"
         file = sqlite3.connect(
@@ -143,13 +145,15 @@ class Cache:
             check_same_thread=False,
         )
         if not is_read_only:
-            file.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when entries go
+            file.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when replies are removed
             file.execute(_TABLE)
-        file.execute("SELECT number, key, text, is_cut FROM replies LIMIT 1")  # is it ours
+        file.execute(
+            "SELECT number, key, text, is_cut FROM replies LIMIT 1"
+        )  # fails if the file is not such a cache
         return file
 
     def _trim(self, file: sqlite3.Connection) -> None:
-        """Removes the oldest replies while the file is above its limit."""
+        """Removes the oldest replies if the file is above its limit."""
         while self._max_bytes and (size := _size(file)) > self._max_bytes:
             (count,) = file.execute("SELECT count(*) FROM replies").fetchone()
             if not count:
@@ -164,7 +168,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """Goes on without a cache where there is something wrong with its file."""
+        """Turns the cache off, with a warning, if its file fails."""
         with self._lock:
             try:
                 yield
@@ -196,29 +200,29 @@ def _size(file: sqlite3.Connection) -> int:
 
 
 class Spent(NamedTuple):
-    """What judges have cost."""
+    """Calls, tokens and money spent on judges."""
 
     calls: int = 0
     tokens: int = 0
-    cost: float | None = 0.0  # None: some of it is not known
+    cost: float | None = 0.0  # None: a part is unknown
 
 
 _LEDGER_NAME = re.compile(r"(?P<run>.*_process_)\d+\.json")
-_WIDTH = 160  # bytes of an account, so that a later one takes the very place of an earlier one
+_WIDTH = 160  # bytes of an account; fixed, so that a new one exactly overwrites the old one
 
 
 class Ledger:
-    """What this process of a run has spent, over all its restarts.
+    """Account of the costs of this process of a run, over all its restarts.
 
-    The account is on disk before a call is made, so that it survives a kill. It is overwritten in
-    place, which is one write of less than a sector: no other process can see the half of it.
+    A call is on disk before it is made, so it survives a kill. The account is overwritten in place
+    by one write of less than a sector, so no other process reads half of it.
     """
 
     def __init__(self, path: str) -> None:
         """Continues the account in a file; "" keeps it in memory.
 
         Raises:
-            ValueError: for a file that holds no account, such as one that lost power emptied.
+            ValueError: if the file holds no account, for instance because a power cut emptied it.
         """
         self._path = path
         self._lock = threading.Lock()
@@ -226,11 +230,11 @@ class Ledger:
         self._is_warned = False
         self.spent = _read(path) if path and os.path.exists(path) else Spent()
         self.others = _sum([_read(p) for p in _others(path)])
-        """What the other processes of the run had spent when this one began."""
+        """Costs of the other processes of the run when this one began."""
 
     @property
     def total(self) -> Spent:
-        """What all processes had spent when this one began, and this one since then."""
+        """Costs of all processes when this one began, and of this one since then."""
         return _sum([self.spent, self.others])
 
     def begin(self) -> None:
@@ -238,15 +242,15 @@ class Ledger:
         self._count(Spent(calls=1))
 
     def refund(self) -> None:
-        """Takes back a call that the server did not take up."""
+        """Subtracts a call that the server did not accept."""
         self._count(Spent(calls=-1))
 
     def add(self, tokens: int, cost: float | None) -> None:
-        """Counts what a call took; a cost of None is not known, nor is then the sum."""
+        """Adds the tokens and the cost of a call; an unknown cost (None) makes the sum unknown."""
         self._count(Spent(0, tokens, cost))
 
     def save(self) -> None:
-        """Writes the account so that it also outlives a power cut."""
+        """Writes the account, flushed to the disk against power cuts."""
         with self._lock:
             self._write(is_whole=True)
 
@@ -276,7 +280,7 @@ class Ledger:
 
 
 def _others(path: str) -> list[str]:
-    """Returns the accounts of the other processes of a run, which may have been more."""
+    """Returns the accounts of other processes, from earlier starts with more processes too."""
     file = pathlib.Path(path)
     name = _LEDGER_NAME.fullmatch(file.name)
     if not name or not file.parent.is_dir():

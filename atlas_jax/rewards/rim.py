@@ -8,7 +8,7 @@ no score, so that scores of a group are always those of the same judges.
 
     from atlas_jax.rewards import RIMReward
 
-    reward = RIMReward(config_path="configs/rim_offline_config.py")
+    reward = RIMReward(config_path="rim_offline_config")
     reward.evaluate("3 + 4?", "7", ground_truth="7", teacher_trace="Count on from 3.").score
 """
 
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from atlas_jax import config as config_lib
 from atlas_jax import progress, stopping
-from atlas_jax.options_rim import RIMConfig
+from atlas_jax.options.judges import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.ensemble import Opinion, Verdict
 from atlas_jax.rewards.transport import MAX_HOLD_SECS, Answer, Pool, Transport
@@ -101,7 +101,7 @@ class RIMReward:
 
         Args:
             config: the options; None takes those of `config_path`, or the defaults.
-            config_path: a file like `configs/rim_config.py`.
+            config_path: path, shipped name or dotted name of a file like `configs/rim_config.py`.
             share: how many processes keep the limits together.
             ledger_path: file with what this process has spent; "" keeps no account on disk.
 

@@ -1,4 +1,4 @@
-"""Numbers that words say, by the words of num2words: "two hundred and one", "three quarters"."""
+"""English number words, those of num2words, in digits: "two hundred and one", "three quarters"."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _POWERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def in_digits(text: str) -> str:
-    """Returns a text with the numbers that its words say in digits.
+    """Returns a text with its spelled numbers in digits.
 
-    "two thirds" becomes 2/3, "a hundred and five" 105, and "six zero", which is no number, 6 0.
+    "two thirds" becomes 2/3 and "a hundred and five" 105. "six zero", not a number, becomes 6 0.
     """
     return _run().sub(_digits, text)
 
 
 def denominator(noun: str) -> int | None:
-    """Returns what a noun of fractions divides by; None for quarters, which are coins too."""
+    """Returns the denominator of a fraction's noun; None for quarters, which may be coins."""
     return _denominators().get(noun.lower())
 
 
 def part(text: str) -> Fraction:
-    """Returns the fraction that is written as "half", "third", "quarter" or "1/3"."""
+    """Returns the fraction of "half", "third", "quarter" or "1/3"."""
     if not text[0].isdigit():
         return Fraction(1, _size(text))
     top, bottom = (int(x) for x in text.split("/"))
@@ -41,8 +41,8 @@ def currencies() -> frozenset[str]:
 
 @functools.cache
 def _words() -> dict[str, int]:
-    """The numbers below 1000, and 1100 to 9900 in hundreds, by their words without "and"."""
-    from num2words import num2words  # takes a moment to load
+    """Returns the numbers below 1000, and 1100 to 9900 in hundreds, by words without "and"."""
+    from num2words import num2words  # slow to import
 
     below = {_bare(num2words(n)): n for n in range(1000)}
     hundreds = {f"{_bare(num2words(n))} hundred": 100 * n for n in range(11, 100) if n % 10}
@@ -60,7 +60,7 @@ def _denominators() -> dict[str, int]:
 
 @functools.cache
 def _run() -> re.Pattern[str]:
-    """Matches number words in a row, and the part of a whole behind them."""
+    """Returns a pattern of consecutive number words, with the noun of a fraction after them."""
     powers = "|".join(("hundred", *_POWERS))
     single = {word for name in _words() for word in name.split()} | _POWERS.keys()
     word = f"(?:{'|'.join(sorted(single))})"
@@ -68,7 +68,7 @@ def _run() -> re.Pattern[str]:
     joint = rf"(?:[ -]|(?:{behind_power})(?:, and|,| and) )"
     noun = rf"(?:{'|'.join(sorted({*_denominators(), 'quarter', 'quarters'}))})"
     return re.compile(
-        rf"\b(?!(?<=\d )(?:{powers})\b)"  # "3 million" has its digits already
+        rf"\b(?!(?<=\d )(?:{powers})\b)"  # "3 million" is in digits already
         rf"((?:an? (?=(?:{powers})\b))?{word}\b(?:{joint}{word}\b){{0,{_MAX_WORDS}}})"
         rf"(?: and (?:an?|one) (?P<extra>{noun})\b|[ -](?P<part>{noun})\b)?",
         re.IGNORECASE,
@@ -86,22 +86,25 @@ def _digits(match: re.Match[str]) -> str:
 
 
 def _counts(words: list[str]) -> list[int]:
-    """Returns the numbers that words say: each of groups below 1000 with falling powers of 1000."""
-    found = []
-    total, group, least = 0, "", 10**12
+    """Returns the numbers of a sequence of words: groups below 1000 with falling powers of 1000."""
+    numbers = []
+    total = 0
+    group = ""
+    smallest = 10**12
     for word in words:
         longer = f"{group} {word}".strip()
         if longer in _words():
             group = longer
-        elif word in _POWERS and _POWERS[word] < least and (group or not total):
+        elif word in _POWERS and _POWERS[word] < smallest and (group or not total):
             total += (_words()[group] or 1) * _POWERS[word]
-            group, least = "", _POWERS[word]
+            group = ""
+            smallest = _POWERS[word]
         else:
-            found.append(total + _words()[group])
+            numbers.append(total + _words()[group])
             is_power = word in _POWERS
             total, group = (_POWERS[word], "") if is_power else (0, word)
-            least = _POWERS[word] if is_power else 10**12
-    return [*found, total + _words()[group]]
+            smallest = _POWERS[word] if is_power else 10**12
+    return [*numbers, total + _words()[group]]
 
 
 def _size(noun: str) -> int:
@@ -109,5 +112,5 @@ def _size(noun: str) -> int:
 
 
 def _bare(words: str) -> str:
-    """Returns number words without "and" and "a", between single spaces."""
+    """Returns number words without "and" and "a", separated by single spaces."""
     return " ".join(w for w in re.findall(r"[a-z]+", words.lower()) if w not in ("and", "a", "an"))

@@ -1,4 +1,4 @@
-"""The number that a sentence about one number states."""
+"""Extraction of the number from a sentence that states a single number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atlas_jax.rewards.numbers import (
     value,
 )
 
-_MAX_STATEMENT = 1000  # characters of a sentence whose number is looked for
+_MAX_STATEMENT = 1000  # longest sentence, in characters, whose number is extracted
 
 _MORE_THAN = r"(?:more|less|fewer|greater|larger|smaller|higher|lower|other|rather) than"
 _DENIED = re.compile(
@@ -51,14 +51,14 @@ _RELATIVE = re.compile(r" (?:of|more|times|\w+) (?:the )?(?:than|as|\d|[a-z]\b)"
 
 
 def stated(statement: str) -> Iterator[Quantity]:
-    """Yields the numbers that a statement about one number may give.
+    """Yields the possible numbers of a statement.
 
-    They are the number that leads it ("72 clips in 2 months"), or the one number that is neither
-    denied nor compared nor behind a preposition ("she sold 72 pins in 2 months"). Two dozen are
-    24, or 2 where dozens are counted.
+    The number leads the statement ("72 clips in 2 months"), or it is the only one that is neither
+    denied, nor compared, nor after a preposition ("she sold 72 pins in 2 months"). "Two dozen" is
+    24, and also 2, for questions that count dozens.
 
     Args:
-        statement: in plain characters, such as a sentence behind "the answer is".
+        statement: the statement in plain characters, such as a sentence after "the answer is".
     """
     text = spoken.in_digits(statement[:_MAX_STATEMENT])
     text = _LEAD_IN.sub("", text, count=1) if _LEAD_IN.match(text) else text
@@ -73,7 +73,7 @@ def stated(statement: str) -> Iterator[Quantity]:
 
 
 def _leading(text: str) -> Quantity | None:
-    """Returns the number that a text begins with, if what is behind it explains it."""
+    """Returns the number at the start of a text, if the text after it is an explanation."""
     number = NUMBER.match(text)
     if number is None:
         return None
@@ -85,21 +85,22 @@ def _leading(text: str) -> Quantity | None:
 
 
 def _main(text: str) -> Quantity | None:
-    """Returns the one number of a sentence that is neither denied, compared nor in a phrase."""
+    """Returns the only number of a sentence that is not denied, compared or in a phrase."""
     lower = text.lower()
     if _DENIED.search(lower):
         return None
-    found = []
+    quantities = []
     for number in numbers(text):
         before = lower[: number.start()].rstrip(" $")[-40:]
         if not _PHRASE.search(before) or _OF_AMOUNT.search(before):
-            found.append(number)
-    return _counted(found[0], text[found[0].end() :]) if len(found) == 1 else None
+            quantities.append(number)
+    return _counted(quantities[0], text[quantities[0].end() :]) if len(quantities) == 1 else None
 
 
 def _counted(number: re.Match[str], tail: str) -> Quantity | None:
-    """Returns a number with its unit; None if what is behind it makes it part of something else."""
-    size, words = value(number), LETTERS.findall(tail[:80])
+    """Returns a number with its unit; None if the text after it makes it part of another value."""
+    size = value(number)
+    words = LETTERS.findall(tail[:80])
     if size is None or number["power"] or (words and spoken.denominator(words[0])):
         return None
     if re.match(r"[.,;:?)](?:\s|$)| ?\(|['\"]?$", tail):  # "72, not 96"
@@ -112,8 +113,9 @@ def _counted(number: re.Match[str], tail: str) -> Quantity | None:
 
 
 def _is_noun(words: list[str], tail: str) -> bool:
-    """Returns whether the words behind a number say what is counted, or end the statement."""
-    first, lower = words[0].lower(), re.split(r"[,;(]", tail.lower(), maxsplit=1)[0]
+    """Returns whether the words after a number name the counted things or end the statement."""
+    first = words[0].lower()
+    lower = re.split(r"[,;(]", tail.lower(), maxsplit=1)[0]
     if not re.match(rf"[ -]{re.escape(first)}", lower) or re.search(rf"\b{_MORE_THAN}\b", lower):
         return False
     if first in ("is", "was", "are"):

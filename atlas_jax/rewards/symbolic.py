@@ -1,8 +1,8 @@
-r"""A second opinion on expressions, by math-verify, for installations that have it: `.[math]`.
+r"""Symbolic comparison of expressions by math-verify, if the extra `.[math]` is installed.
 
 It knows more algebra than `expressions`: x(x+1) is x^2+x, and \frac{\sqrt{8}}{2} is \sqrt{2}. It is
-asked only what our own comparison did not find equal, only where both sides are expressions, and in
-a process of its own, see `symbolic_server`. An answer that it gives up on is not right; these are
+used if our own comparison finds a difference and both sides are expressions. It runs in a process
+of its own, see `symbolic_server`. An answer on which it gives up counts as wrong; such answers are
 counted.
 """
 
@@ -27,7 +27,7 @@ from atlas_jax.rewards import equality
 from atlas_jax.rewards.plain import clean, latex
 
 _MAX_CHARS = 5000
-_PATIENCE_SECS = 5.0  # with a process that should have ended a check by itself
+_PATIENCE_SECS = 5.0  # wait beyond the time limit that the process itself keeps
 
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|sin|cos|tan|log|exp)\b)[A-Za-z]{3}")
 _EXPRESSION = re.compile(r"[\d\\+*/^=<>-]|^[A-Za-z]$")
@@ -38,31 +38,31 @@ _ARITHMETIC = re.compile(r"\\(?:times|cdot|div|[dtc]?frac)(?![A-Za-z])|[^A-Za-z\
 
 
 def same(answer: str, truth: str) -> bool:
-    """Returns whether math-verify finds two expressions equal; false where it is not installed."""
+    """Returns whether math-verify finds two expressions equal; false if it is not installed."""
     return is_installed() and _is_asked(answer, truth) and _verdict(answer, truth)
 
 
-@functools.lru_cache(maxsize=4096)  # a step's rewards and its metrics ask the same
+@functools.lru_cache(maxsize=4096)  # a step's rewards and its metrics compare the same texts
 def _verdict(answer: str, truth: str) -> bool:
     return _checker().same(latex(clean(answer)), latex(clean(truth)))
 
 
 def num_given_up() -> int:
-    """Returns how many checks of this process ended without a verdict."""
+    """Returns the number of checks of this process without a verdict."""
     return _checker().num_given_up
 
 
 @functools.cache
 def is_installed() -> bool:
-    """Returns whether the extra `math` is installed; imports nothing."""
+    """Returns whether the extra `math` is installed, without importing it."""
     return all(map(importlib.util.find_spec, ("math_verify", "pebble")))
 
 
 def _is_asked(answer: str, truth: str) -> bool:
-    """Returns whether both are expressions that it may compare.
+    """Returns whether both texts are expressions that math-verify compares correctly.
 
-    It rounds decimals, which are exact here, does not see the base of 52_8 and takes s and g for
-    units. Arithmetic that was not carried out is no number.
+    It rounds decimals, which are exact here, ignores the base of 52_8 and reads s and g as units.
+    Arithmetic that is not carried out does not count as a number.
     """
     sides = [latex(clean(text)) for text in (answer, truth) if len(text) <= _MAX_CHARS]
     if len(sides) < 2 or any(_WORD.search(s) or not _EXPRESSION.search(s) for s in sides):
@@ -75,7 +75,7 @@ def _is_asked(answer: str, truth: str) -> bool:
 
 
 def _differ_in_symbols(left: str, right: str) -> bool:
-    """Returns whether the letters differ, some of which it reads as units, or only their case."""
+    """Returns whether the letters of two expressions differ, their case included."""
     letters, commands = (
         [set(pattern.findall(side)) for side in (left, right)] for pattern in (_LETTER, _COMMAND)
     )
@@ -89,9 +89,9 @@ def _checker() -> _Checker:
 
 
 class _Checker:
-    """The process that checks: made when it is first needed, and again if it has died.
+    """Client of the checking process, which is started on first use and after its death.
 
-    Any thread may ask; one check is done at a time.
+    Any thread may call it; checks run one at a time.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ class _Checker:
         return False
 
     def _ask(self, answer: str, truth: str) -> str:
-        """Returns "True", "False", or the name of an error; "" if there was no reply."""
+        """Returns "True", "False", or the name of an error; "" without a reply."""
         if self._server is None or self._server.poll() is not None:
             self._server = _start()
         assert self._server.stdin is not None and self._server.stdout is not None
@@ -134,19 +134,19 @@ class _Checker:
     def _close(self) -> None:
         if self._server is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._server.pid, signal.SIGKILL)  # with the check that it is at
+                os.killpg(self._server.pid, signal.SIGKILL)  # with its current check
             self._server.wait()
 
 
 def _start() -> subprocess.Popen[str]:
-    """Starts the process that checks, and waits until it has loaded the library."""
+    """Starts the checking process, and waits until it has loaded the library."""
     server = subprocess.Popen(
         [sys.executable, "-m", "atlas_jax.rewards.symbolic_server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        start_new_session=True,  # Ctrl-C is for the run, which closes the pipe
+        start_new_session=True,  # Ctrl-C reaches the run only, which closes the pipe
     )
     assert server.stdout is not None
     server.stdout.readline()

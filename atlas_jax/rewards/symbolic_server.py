@@ -1,10 +1,9 @@
-"""The process that asks math-verify: pairs of expressions come in, verdicts go out, a line each.
+"""Process that runs math-verify: it reads a pair of expressions and writes a verdict, line by line.
 
-Each check runs in a process of a pool that is killed when it takes too long: some answers, such as
-9^{9^{9^9}}, would stall it for ever, and its own time limits are alarm signals, which work in no
-other thread than the first. This process imports the library once and does nothing else; those of
-the pool are its forks, so that a new one is there at once when one was killed. It ends with its
-input, also when the run is killed.
+Each check runs in a process of a pool, which is killed if it takes too long: some answers, such as
+9^{9^{9^9}}, would take for ever. The library's own time limits are alarm signals, which work in the
+main thread only. This process imports the library once. The pool's processes are its forks, so a
+killed one is replaced at once. The process ends with its input, even if the run is killed.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ import math_verify
 import pebble
 
 LIMIT_SECS = 2.0  # of one check
-_MAX_BYTES = 4 << 30  # of address space of a process
+_MAX_BYTES = 4 << 30  # address space of a process
 
 
 def main() -> None:
-    """Answers until the input ends."""
+    """Answers pairs until the input ends."""
     logging.disable()  # the library warns that its time limits are off
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_BYTES, _MAX_BYTES))
     pool = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
-    # A fork inherits the locks of streams as they are, so that none may be used by two: this thread
-    # keeps the input for itself, and writes without a stream.
+    # A fork inherits the state of stream locks, so no stream may be used by two threads. This
+    # thread alone reads the input, and it writes without a stream.
     source, sys.stdin = sys.stdin, None
     os.write(1, b"ready\n")
     for line in source:
@@ -41,7 +40,7 @@ def main() -> None:
 
 
 def _verify(answer: str, truth: str) -> bool:
-    """Returns whether two expressions in LaTeX are equal; raises whatever the library does."""
+    """Returns whether two LaTeX expressions are equal, with the errors of the library."""
     config = [math_verify.LatexExtractionConfig()]
     gold, given = (
         math_verify.parse(f"${side}$", config, parsing_timeout=None, raise_on_error=True)

@@ -1,7 +1,7 @@
-r"""What a person would see of a text, and the plain form in which it is searched.
+r"""Visible form of texts, and the plain form in which they are searched.
 
-`visible` is what judges are shown and students' texts are searched for; `plain` undoes what hides
-a word or a number from a search and not from a reader:
+Judges see the `visible` form, and students' texts are searched in it. The `plain` form undoes
+spellings that hide a word or a number from a search but not from a reader:
 
     visible("6\u200b0")  ->  "60"
     plain("Jud\u0121\u0435: $6{}0$ &#56;\u2463")  ->  "Judge: 60 84"
@@ -23,7 +23,7 @@ _UNSEEN = re.compile(
     "\ufe00-\ufe0f\U000e0000-\U000e0fff"  # variation selectors and tags
     "]"
 )
-_TAGS = re.compile("[\U000e0020-\U000e007e]+")  # ASCII that nobody sees
+_TAGS = re.compile("[\U000e0020-\U000e007e]+")  # invisible copies of ASCII
 _LINES = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁻]+")
 _SIGNS = str.maketrans(
@@ -47,7 +47,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def visible(text: str) -> str:
-    """Returns a text without the characters that nobody sees, its lines ended by line feeds."""
+    """Returns a text without invisible characters, with line feeds as line ends."""
     text = _LINES.sub("\n", text)
     if text.isascii():
         return _UNSEEN.sub("", text)
@@ -55,7 +55,7 @@ def visible(text: str) -> str:
 
 
 def latin(text: str) -> str:
-    """Returns a text with look-alikes of Latin letters and digits as these, without accents."""
+    """Returns a text with look-alikes replaced by Latin letters and digits, without accents."""
     if text.isascii():
         return text
     text = _SUPERSCRIPT.sub(lambda match: "^" + match[0], text)
@@ -65,7 +65,7 @@ def latin(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Returns a text as it is searched: in Latin characters, without markup, hidden tags shown."""
+    """Returns a text for searching: in Latin characters, without markup, with tags decoded."""
     text = _TAGS.sub(lambda match: " " + "".join(chr(ord(c) & 0x7F) for c in match[0]), text)
     text = html.unescape(visible(text)).translate(_SIGNS)
     text = latin(text).translate(_SIGNS)
@@ -75,21 +75,21 @@ def plain(text: str) -> str:
 
 
 def _digit(character: str) -> str:
-    """Returns the Latin digit of a digit in any script, and any other character as it is."""
+    """Returns the Latin digit for a digit in any script; another character is unchanged."""
     value = None if character.isascii() else unicodedata.digit(character, None)
     return character if value is None else str(value)
 
 
 @functools.cache
 def _lookalikes() -> dict[int, str]:
-    """Returns the Latin letter or digit that each look-alike is taken for.
+    """Returns the Latin letter or digit for each look-alike.
 
     Reference: the confusables of Unicode Technical Standard 39.
     """
-    found = {}
+    replacements = {}
     for character, others in confusables.confusables_data.items():
         if len(character) == 1 and not character.isascii():
             same = [o["c"] for o in others if len(o["c"]) == 1 and o["c"].isascii()]
             if named := next((c for c in same if c.isalnum()), None):
-                found[ord(character)] = named
-    return found
+                replacements[ord(character)] = named
+    return replacements

@@ -1,6 +1,6 @@
-"""Calls of judges' models: one flat pool within limits and a budget, over a cache on disk.
+"""Calls of judges' models, within limits and a budget, with a cache on disk.
 
-A call brings an opinion or says why it has none; nothing else ever stands for a reply.
+A call returns an opinion or the reason for its absence. No default ever replaces a reply.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
-import yarl
-
-from atlas_jax import progress
+from atlas_jax import extras, progress
 from atlas_jax.endpoints import Endpoint, api_key, prices, resolve_all, warn_if_readable
 from atlas_jax.llm_client import (
     Client,
@@ -23,7 +21,7 @@ from atlas_jax.llm_client import (
     Tries,
     UnavailableError,
 )
-from atlas_jax.options_rim import JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.options.judges import JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import dialect as dialects
 from atlas_jax.rewards.dialect import Dialect, Known, Request
 from atlas_jax.rewards.ensemble import Opinion
@@ -32,32 +30,35 @@ from atlas_jax.rewards.replies import Cache, Ledger, Reply, key_of
 from atlas_jax.throttle import Throttle
 from atlas_jax.types import Message
 
-MAX_HOLD_SECS = 120.0
-"""Longest that an endpoint is left alone because it says so; limits are by the minute."""
+with extras.importing("judges", "a reward of judges"):
+    import yarl
 
-_CHARS_PER_TOKEN = 4  # an estimate, until a reply says
-_MOST_TOKENS = 10**9  # of one call; beyond it a count is nonsense
-_MOST_ROOM = 4  # times `max_tokens`, for a reply that is cut off
+MAX_HOLD_SECS = 120.0
+"""Longest pause in seconds that an endpoint may ask for; rate limits are by the minute."""
+
+_CHARS_PER_TOKEN = 4  # an estimate, until a reply states its tokens
+_MOST_TOKENS = 10**9  # of one call; a larger count is a fault of the endpoint
+_MOST_ROOM = 4  # largest factor by which `max_tokens` grows after a reply that was cut
 
 
 class ReplayError(RuntimeError):
-    """A reply that replay needs and the cache lacks."""
+    """A reply that replay needs and that is not in the cache."""
 
 
 class Answer(NamedTuple):
-    """What came of one call."""
+    """Result of one call."""
 
     opinion: Opinion | None
-    failure: str  # "" where there is an opinion
-    later: bool  # whether the failure may pass
-    cached: bool  # no call was made
+    failure: str  # "" for a call with an opinion
+    later: bool  # whether another call may succeed
+    cached: bool  # whether no call was made
     tokens: int = 0
     cost: float = 0.0
     calls: int = 0
 
 
 class Pool:
-    """Open connections for one batch of calls; equal calls are made once."""
+    """Calls of one batch, over open connections; equal calls are made once."""
 
     def __init__(self, owner: Transport, clients: dict[str, Client]) -> None:
         self._owner = owner
@@ -70,12 +71,12 @@ class Pool:
         messages: Sequence[Message],
         temperature: float,
     ) -> Answer:
-        """Returns what a model says.
+        """Returns the answer of a model.
 
         Args:
-            which: `small_model` or `large_model`.
+            which: the model, `small_model` or `large_model`.
             messages: the conversation.
-            temperature: of sampling.
+            temperature: the sampling temperature.
 
         Raises:
             ReplayError: on replay, if the cache has no reply.
@@ -102,7 +103,7 @@ class Pool:
 
 
 def _may_pass(asked: asyncio.Task[Answer]) -> bool:
-    """Returns whether a call has failed in a way that makes another one worth it."""
+    """Returns whether a call has failed in a way after which another one may succeed."""
     return asked.done() and not asked.cancelled() and not asked.exception() and asked.result().later
 
 
@@ -111,24 +112,24 @@ class _Model(NamedTuple):
     options: JudgeModel
     api_key: str
     prices: tuple[float, float] | None
-    """Money for a million prompt tokens and for a million tokens of replies; None: not known."""
+    """Money for a million tokens of prompts, and of replies; None if unknown."""
 
 
 class Transport:
-    """What stays from one batch to the next: cache, account, and what endpoints have refused."""
+    """State that outlives a batch of calls: cache, account, dialects and throttles."""
 
     def __init__(self, config: RIMConfig, share: int = 1, ledger_path: str = "") -> None:
-        """Finds endpoints and keys; nothing is connected yet.
+        """Finds endpoints and keys, and connects to nothing.
 
         Args:
-            config: of RIM.
-            share: how many processes keep the limits together.
-            ledger_path: file with the account of this process, `…_process_N.json` beside those of
-                the others; "" keeps it in memory.
+            config: the options of RIM.
+            share: the number of processes that share the limits.
+            ledger_path: the file of this process's account, `…_process_N.json` beside those of the
+                others; "" keeps it in memory.
 
         Raises:
-            ValueError: for an endpoint or a key that is not known, and for a budget of money where
-                earlier calls were made at an unknown price.
+            ValueError: if an endpoint or a key is unknown, or a budget of money is set and earlier
+                calls had an unknown price.
         """
         self._replay = config.replay
         self._limits = _shared(config.limits, share)
@@ -145,7 +146,7 @@ class Transport:
             for name, endpoint in resolve_all(config).items()
         }
         self.is_priced = all(model.prices for model in self.models.values())
-        """Whether it is known what every call costs."""
+        """True if the price of every call is known."""
         if config.limits.max_cost and self._ledger.total.cost is None:
             raise ValueError(
                 f"{ledger_path} has calls of judges whose price was not known, so that "
@@ -167,7 +168,7 @@ class Transport:
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Pool]:
-        """Yields a pool of calls, inside one event loop; what came of them is kept at its end."""
+        """Yields a batch of calls, inside one event loop, and stores their replies at its end."""
         limits = self._limits
         options = ClientOptions(
             max_in_flight=limits.max_in_flight,
@@ -200,23 +201,26 @@ class Transport:
             )
 
     async def call(self, client: Client, model: _Model, key: str, request: Request) -> Answer:
-        """Returns one answer, from the cache or from the server."""
-        name, temperature = request.model, request.temperature
-        kept = self._cache.read(key)
-        found = _read(kept, request) if kept else None
-        if isinstance(found, Opinion):
-            return Answer(found, "", False, True)
-        if found and self._replay:
-            return Answer(None, found.reason, False, True)
+        """Returns the answer to a call, from the cache or from the server."""
+        name = request.model
+        temperature = request.temperature
+        cached = self._cache.read(key)
+        opinion = _read(cached, request) if cached else None
+        if isinstance(opinion, Opinion):
+            return Answer(opinion=opinion, failure="", later=False, cached=True)
+        if opinion and self._replay:
+            return Answer(opinion=None, failure=opinion.reason, later=False, cached=True)
         if self._replay:
             raise ReplayError(
                 f"the cache has no reply of {name} at temperature {temperature:g} "
                 f"to {request.messages[-1]['content'][:200]!r}; replay only what was scored with "
                 "the same options, or set reward.rim.replay=False"
             )
-        tokens, cost = 0, 0.0
-        failure, later = "", True
-        most = _MOST_ROOM * request.max_tokens
+        tokens = 0
+        cost = 0.0
+        failure = ""
+        later = True
+        max_room = _MOST_ROOM * request.max_tokens
         tries = Tries(self._limits.max_tries)
         while tries.left:
             try:
@@ -230,15 +234,32 @@ class Transport:
             self._cache.write(key, reply)
             read = _read(reply, request)
             if not isinstance(read, Unreadable):
-                return Answer(read, "", False, False, tokens, cost, tries.made)
+                return Answer(
+                    opinion=read,
+                    failure="",
+                    later=False,
+                    cached=False,
+                    tokens=tokens,
+                    cost=cost,
+                    calls=tries.made,
+                )
             failure = read.reason
             if reply.is_cut:
-                request = request._replace(max_tokens=min(2 * request.max_tokens, most))
-        return Answer(None, failure, later, False, tokens, cost, tries.made)
+                request = request._replace(max_tokens=min(2 * request.max_tokens, max_room))
+        return Answer(
+            opinion=None,
+            failure=failure,
+            later=later,
+            cached=False,
+            tokens=tokens,
+            cost=cost,
+            calls=tries.made,
+        )
 
     def _admit(self) -> str:
-        """Counts a call, or returns which budget has none left."""
-        limits, spent = self._budget, self._ledger.spent
+        """Counts a call, or returns the exhausted budget."""
+        limits = self._budget
+        spent = self._ledger.spent
         if limits.calls is not None and spent.calls >= limits.calls:
             return f"this process's {limits.calls} of reward.rim.limits.max_calls are used up"
         if limits.cost is not None and spent.cost is not None and spent.cost >= limits.cost:
@@ -247,19 +268,20 @@ class Transport:
         return ""
 
     async def _post(self, client: Client, model: _Model, request: Request, tries: Tries) -> Reply:
-        """Makes one call, with the parameters that the model takes.
+        """Makes one call, with the parameters that the model accepts.
 
-        A request that only told that it does not take one is not counted among the tries.
+        A request that is refused because of a parameter does not count as a try.
         """
         chars = sum(len(message["content"]) for message in request.messages)
         estimate = chars // _CHARS_PER_TOKEN
         tokens = self._throttles[_address(model.endpoint.base_url)].tokens
         await tokens.wait(float(estimate))
-        known, sent = self._dialects[model.endpoint], Dialect()
+        dialect = self._dialects[model.endpoint]
+        sent = Dialect()
 
         def body() -> dict[str, Any]:
-            nonlocal sent  # what other calls have learned while this one waited counts
-            sent = known.latest
+            nonlocal sent  # made for each try, to use what other calls have learned meanwhile
+            sent = dialect.latest
             return dialects.payload(request, sent)
 
         while True:
@@ -268,12 +290,12 @@ class Transport:
             except RefusedError as error:
                 easier = dialects.after(error, request, sent)
                 if easier is None:
-                    known.latest = known.taken  # it was about something else
+                    dialect.latest = dialect.taken  # the refusal had another reason
                     raise
-                known.latest = known.latest.easier_of(easier)
+                dialect.latest = dialect.latest.easier_of(easier)
                 tries.left += 1
                 continue
-            known.taken = known.taken.easier_of(sent)
+            dialect.taken = dialect.taken.easier_of(sent)
             progress.mark()
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens
@@ -283,22 +305,26 @@ class Transport:
 
 
 class _Budget(NamedTuple):
-    """What a process may have spent in all; None is no limit."""
+    """Largest total costs of a process; None is no limit."""
 
     calls: int | None
     cost: float | None
 
 
 def _budget(limits: JudgeLimits, share: int, ledger: Ledger) -> _Budget:
-    """Returns what a process may spend: of what the run has left an equal part, and what it has."""
-    total, own = ledger.total, ledger.spent
-    calls = own.calls + max(limits.max_calls - total.calls, 0) // share
-    cost = (own.cost or 0.0) + max(limits.max_cost - (total.cost or 0.0), 0.0) / share
+    """Returns a process's budget: its costs so far, plus an equal part of the run's remainder."""
+    total = ledger.total
+    spent = ledger.spent
+    calls = spent.calls + max(limits.max_calls - total.calls, 0) // share
+    cost = (spent.cost or 0.0) + max(limits.max_cost - (total.cost or 0.0), 0.0) / share
     return _Budget(calls if limits.max_calls else None, cost if limits.max_cost else None)
 
 
 def _shared(limits: JudgeLimits, share: int) -> JudgeLimits:
-    """Returns the rates of one of `share` processes; a limit that there is stays one."""
+    """Returns the rate limits of one of `share` processes.
+
+    A limit that is set never becomes 0 by the division, because 0 means unlimited.
+    """
     names = ("max_in_flight", "requests_per_minute", "tokens_per_minute")
     parts = {n: max(getattr(limits, n) // share, 1) for n in names if getattr(limits, n)}
     return dataclasses.replace(limits, **parts)
@@ -310,31 +336,32 @@ def _address(base_url: str) -> str:
 
 
 def _read(reply: Reply, request: Request) -> Opinion | Unreadable:
-    """Returns what a reply says; one that is cut says nothing, whatever it held so far."""
+    """Returns the opinion of a reply; a reply that was cut is unreadable."""
     if reply.is_cut:
         return Unreadable(f"cut off behind {reply.output_tokens} tokens: {reply.text[-120:]!r}")
     return parse(reply.text, request.model, request.temperature)
 
 
 def _reply(raw: Any, estimate: int) -> Reply:
-    """Returns what a chat completion holds; its text is "" where it is none."""
+    """Returns the reply in a chat completion, with the text "" if it has none."""
     try:
         choice = raw["choices"][0]
-        text, is_cut = _text(choice["message"]["content"]), choice.get("finish_reason") == "length"
+        text = _text(choice["message"]["content"])
+        is_cut = choice.get("finish_reason") == "length"
     except (KeyError, IndexError, TypeError, AttributeError):
         return Reply("", estimate, 0)
     usage = raw.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
-        text,
-        _count(usage.get("prompt_tokens"), estimate),
-        _count(usage.get("completion_tokens"), len(text) // _CHARS_PER_TOKEN),
-        is_cut,
+        text=text,
+        input_tokens=_count(usage.get("prompt_tokens"), estimate),
+        output_tokens=_count(usage.get("completion_tokens"), len(text) // _CHARS_PER_TOKEN),
+        is_cut=is_cut,
     )
 
 
 def _text(content: Any) -> str:
-    """Returns a message's content, which some endpoints divide into parts, thoughts among them."""
+    """Returns a message's text; some endpoints split the content into parts, with thoughts."""
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(part["text"] for part in parts)
@@ -342,12 +369,12 @@ def _text(content: Any) -> str:
 
 
 def _count(given: Any, estimate: int) -> int:
-    """Returns a number of tokens as an endpoint gives it, the estimate where it is none."""
+    """Returns the number of tokens that an endpoint states, or the estimate if it states none."""
     is_number = isinstance(given, int | float) and 0 < given <= _MOST_TOKENS
     return int(given) if is_number else estimate
 
 
 def _cost(reply: Reply, prices: tuple[float, float] | None) -> float:
-    """Returns the money for a call, 0 where its price is not known; see `Transport.is_priced`."""
+    """Returns the cost of a call; 0 if its price is unknown (see `Transport.is_priced`)."""
     read, written = prices or (0.0, 0.0)
     return (reply.input_tokens * read + reply.output_tokens * written) / 1e6

@@ -1,4 +1,4 @@
-"""Ground truths that no answer could match, found before a run trains on zeros."""
+"""Check for ground truths that no answer can match, before a run trains on rewards of 0."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from absl import logging
 from atlas_jax.rewards.answers import is_correct, marked_answer
 from atlas_jax.types import Question
 
-_MAX_CHARS = 200  # of an answer that is not marked as one
+_MAX_CHARS = 200  # longest answer without a mark
 _SHOWN = 3  # questions that are named
 
 
 def check_truths(questions: Sequence[Question]) -> list[Question]:
-    """Tries each ground truth against itself, as a model that knows it would write it.
+    """Returns the questions whose ground truth does not match itself in a model's answer.
 
-    Counts and names, in one line of the log, those that cannot match, and long texts that do not
-    mark an answer, which no model would write again.
+    One line of the log counts and names them, and the long texts without a marked answer, which no
+    model would reproduce.
 
     Args:
-        questions: those that a rule will compare answers with; without ground truth they are left
-            out.
+        questions: the questions; those without ground truth are skipped.
 
     Returns:
         The questions whose ground truth cannot be matched.
@@ -29,18 +28,18 @@ def check_truths(questions: Sequence[Question]) -> list[Question]:
     Raises:
         ValueError: if none can be matched.
     """
-    known = [q for q in questions if q.ground_truth.strip()]
-    lost = [q for q in known if not _can_match(q.ground_truth)]
+    with_truth = [q for q in questions if q.ground_truth.strip()]
+    lost = [q for q in with_truth if not _can_match(q.ground_truth)]
     if not lost:
         return []
     named = "; ".join(f"{q.id}: {_short(q.ground_truth)!r}" for q in lost[:_SHOWN])
-    found = (
-        f"{len(lost)} of {len(known)} ground truths can be matched by no answer, so that all score "
+    warning = (
+        f"{len(lost)} of {len(with_truth)} ground truths can be matched by no answer, so all score "
         f"0: {named}; give the answer alone, or mark it by \\boxed{{}} or ####"
     )
-    if len(lost) == len(known):
-        raise ValueError(found)
-    logging.warning("%s", found)
+    if len(lost) == len(with_truth):
+        raise ValueError(warning)
+    logging.warning("%s", warning)
     return lost
 
 

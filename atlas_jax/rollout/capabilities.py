@@ -1,4 +1,4 @@
-"""What a vLLM server must be able to do, and errors that name what is missing. Imports no JAX."""
+"""Requirements on a vLLM server, and their checks. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 KNOWN_VERSIONS = ("0.32.0",)
-"""Versions of vLLM that were tested; another one has to pass the check of its routes."""
+"""Tested versions of vLLM; another version must pass the check of its routes."""
 
 GENERATE = "/inference/v1/generate"
 
@@ -14,39 +14,39 @@ ROUTES = (
     "/health", GENERATE, "/pause", "/resume", "/is_paused", "/collective_rpc",
     "/reset_prefix_cache", "/update_weight_version", "/weight_info", "/server_info",
 )  # fmt: skip
-"""What `rollout/` asks of a server."""
+"""Routes of a server that `rollout/` uses."""
 
 LOGPROBS = ("processed_logits", "whole_vocabulary:WholeVocabulary")
 """The log-probability mode and the logits processor that `serve` starts a server with."""
 
 WORKERS = "load_version.LoadVersion"
-"""The extension of its workers, which reloads weights in place and adds up checksums of them."""
+"""The extension of a server's workers, which reloads weights in place and computes checksums."""
 
 PRIORITY = "priority"
-"""The scheduling policy that lets the probe of new weights go ahead of waiting requests."""
+"""The scheduling policy with which the probe of new weights precedes waiting requests."""
 
 
 class Start(NamedTuple):
-    """What a server was started with, as far as GRPO depends on it."""
+    """Options of a server's start on which GRPO depends."""
 
     root: str
     """Directory or hub id of its model."""
     max_model_len: int
-    """Tokens that a prompt and its completion may have together."""
+    """Largest number of tokens of a prompt with its completion."""
     block_size: int
-    """Tokens of a block of its prefix cache."""
+    """Number of tokens in a block of its prefix cache."""
     max_num_seqs: int
-    """Requests that it works on at one time; further ones wait."""
+    """Number of requests that it runs at one time; further ones wait."""
     dtype: str
-    """dtype of its parameters; "" where they are quantised."""
+    """dtype of its parameters; "" if they are quantised."""
     device: str
     """Kind of its devices, such as "cuda" or "cpu"."""
     policy: str
-    """Order in which it takes waiting requests."""
+    """Scheduling policy for waiting requests."""
 
 
 def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if `paths`, of the server's `/openapi.json`, lack a route of `ROUTES`."""
+    """Raises `ValueError` if a route of `ROUTES` is missing in `paths`, from `/openapi.json`."""
     missing = [route for route in ROUTES if route not in paths]
     if missing:
         raise ValueError(
@@ -56,15 +56,15 @@ def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
 
 
 def check_start(url: str, info: Any, model: Any) -> Start:
-    """Returns what a server was started with.
+    """Returns the options of a server's start, checked for GRPO.
 
     Args:
-        url: address of the server.
-        info: reply to `/server_info?config_format=json`.
-        model: the one entry of the reply to `/v1/models`.
+        url: the address of the server.
+        info: the reply to `/server_info?config_format=json`.
+        model: the only entry of the reply to `/v1/models`.
 
     Raises:
-        ValueError: if the server says too little of itself, or was not started as GRPO needs it.
+        ValueError: if the reply is incomplete, or an option is not the one that GRPO needs.
     """
     try:
         config = info["vllm_config"]

@@ -1,4 +1,4 @@
-"""Whether a directory or a server has the model that the trainer means."""
+"""Checks that a directory or a server has the same model as the trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def check_manifest(directory: pathlib.Path, shapes: Mapping[str, Any], dtype: st
     vLLM silently keeps the old content of a tensor that is missing.
 
     Raises:
-        ValueError: names what is missing, unknown, or of another shape or dtype.
+        ValueError: if tensors are missing, unknown, or of another shape or dtype; the message names
+            them.
     """
     source = hf.SafetensorsSource(str(directory))
     different = _differences(source.shapes, shapes)
@@ -37,7 +38,7 @@ def check_trained(url: str, start: Start, decoder: Decoder) -> None:
     A model that this host cannot read is not checked.
 
     Raises:
-        ValueError: names the tensors that differ.
+        ValueError: if tensors differ; the message names them.
     """
     if not os.path.isdir(start.root):
         return
@@ -51,19 +52,19 @@ def check_trained(url: str, start: Start, decoder: Decoder) -> None:
 
 
 def check_frozen(url: str, start: Start, name: str, source: hf.Source) -> None:
-    """Checks that a server was started with the very model that the trainer calls by a name.
+    """Checks that a server was started with the trainer's frozen model.
 
-    Its weights are compared where this host can read both models. Otherwise the names of the two
-    must end in the same word.
+    The weights are compared if this host can read both models. Otherwise the last parts of their
+    names must be equal.
 
     Args:
-        url: address of the server.
-        start: what it was started with.
-        name: directory or hub id of the model.
+        url: the address of the server.
+        start: the options of its start.
+        name: the directory or hub id of the model.
         source: the model on disk.
 
     Raises:
-        ValueError: names both models.
+        ValueError: if the models differ; the message names both.
     """
     path = source.path if isinstance(source, hf.SafetensorsSource) else pathlib.Path(name)
     if start.root == name or os.path.realpath(start.root) == os.path.realpath(path):
@@ -84,14 +85,14 @@ def check_frozen(url: str, start: Start, name: str, source: hf.Source) -> None:
 
 
 def _other_model(served: hf.Source, wanted: hf.Source) -> str:
-    """Returns how two models on disk differ, "" if they do not."""
+    """Returns the differences between two models on disk; "" if none."""
     ours, theirs = from_hf(wanted.config), from_hf(served.config)
     if ours != theirs:
         return "their config.json describe different architectures"
     shapes = [hf.stored_shapes(source, ours.tie_embeddings) for source in (served, wanted)]
     if different := _differences(*shapes):
         return different
-    # Training changes every matrix, so that two of them suffice.
+    # Training changes every matrix, so comparing two of them is enough.
     matrices = sorted(name for name, shape in shapes[1].items() if len(shape) == 2)
     for name in (matrices[0], matrices[-1]):
         if not np.array_equal(served.read(name), wanted.read(name)):
@@ -99,13 +100,13 @@ def _other_model(served: hf.Source, wanted: hf.Source) -> str:
     return ""
 
 
-def _differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Returns which names and shapes differ, "" if none."""
+def _differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Returns the names and shapes that differ, as a text; "" if none."""
     parts = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unknown": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unknown": sorted(stored.keys() - expected.keys()),
         "of another shape": sorted(
-            name for name in expected.keys() & found.keys() if found[name] != expected[name]
+            name for name in expected.keys() & stored.keys() if stored[name] != expected[name]
         ),
     }
     return "; ".join(f"{kind} {', '.join(names[:5])}" for kind, names in parts.items() if names)

@@ -1,9 +1,9 @@
-"""Generation inside the training process, from the training parameters as they are sharded.
+"""Generation inside the training process, from the sharded training parameters.
 
-Prompts are run once, then tokens are decoded in chunks. After a chunk the rows that have finished
-are dropped where that at least halves the grid, so that a long answer does not keep the others
-computing; a few rows cost no less than one, since a step then takes the time to read the weights.
-Lengths and row counts are rounded up (`bucket`), one compilation each.
+Prompts are run once, then tokens are decoded in chunks. After a chunk, finished rows are dropped if
+that at least halves the grid, so a long answer does not keep finished rows computing. Below a few
+rows nothing is gained, because a step then takes the time of reading the weights. Lengths and
+numbers of rows are rounded up (`bucket`), and each combination is compiled once.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from atlas_jax.sharding import BATCH_AXES, Sharding, from_global, place_rows
 from atlas_jax.types import Completion, Params
 
 CHUNK = 32
-"""Tokens between two looks at which rows have finished."""
-_SHORTEST = 32  # bucket of the shortest prompts
-_FEW = 16  # rows of a device that are not worth another compilation to have fewer
-_ROOM = 128  # tokens that the first cache of a row holds, if it may have as many
+"""Number of tokens between two checks for finished rows."""
+_SHORTEST = 32  # smallest bucket of prompt lengths
+_FEW = 16  # rows of a device below which a smaller grid is not worth a compilation
+_ROOM = 128  # largest number of tokens that the first cache of a row holds
 
 
 class Start(NamedTuple):
-    """What a grid starts from, on the devices."""
+    """Inputs of a new grid, on the devices."""
 
     prompts: jax.Array  # [P, S] int32, right-padded
     lengths: jax.Array  # [P] int32
@@ -56,7 +56,7 @@ class _Grid(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """What was sampled, `[P, G, C]`; entries behind a row's end have no meaning."""
+    """Sampled tokens, `[P, G, C]`; entries after a row's end have no meaning."""
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -65,7 +65,7 @@ class _Chunk(NamedTuple):
 
 @dataclasses.dataclass
 class _Row:
-    """What one row has written so far."""
+    """The completion of one row so far."""
 
     limit: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -74,7 +74,7 @@ class _Row:
     done: bool = False
 
     def extend(self, chunk: Sequence[np.ndarray], stop_ids: tuple[int, ...]) -> None:
-        """Takes tokens until one stops the row."""
+        """Appends tokens until one stops the row."""
         for token, logprob, untruncated in zip(*chunk, strict=True):
             if self.done:
                 return
@@ -85,19 +85,19 @@ class _Row:
 
 
 _Places = list[list[_Row]]
-"""The rows of this process's part of the grid."""
+"""Rows of this process's part of the grid, by prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalEngine:
-    """Generates with a decoder in this process.
+    """An engine that generates with a decoder in this process.
 
     Attributes:
-        decoder: of the model.
-        tokenizer: turns token ids into text.
-        stop_ids: tokens that end a text.
-        max_rows: rows of this process that are decoded at one time; the others wait. A device
-            has one prompt with its samples at least.
+        decoder: the decoder of the model.
+        tokenizer: the tokenizer, for decoding.
+        stop_ids: the tokens that end a text.
+        max_rows: the number of rows of this process that are decoded at one time, though at least
+            one prompt with its samples a device.
     """
 
     decoder: Decoder
@@ -110,19 +110,19 @@ class LocalEngine:
     ) -> list[list[Completion]]:
         """Returns the completions of each request, in order.
 
-        A row's text follows from its prompt, its seed and the parameters. Every process calls
-        this together, each with its own requests, as many as the others.
+        A row's text depends only on its prompt, its seed and the parameters. All processes must
+        call it together, each with its own requests.
 
         Args:
-            params: of the decoder, as they rest between steps.
-            version: the step that these parameters are from, for the record.
-            requests: prompts, `num_samples` the same in all of them.
-            sampling: how tokens are drawn.
+            params: the parameters of the decoder, placed as between steps.
+            version: the step of these parameters, for the completions' record.
+            requests: the requests, all with the same `num_samples`.
+            sampling: the options of sampling.
 
         Raises:
-            ValueError: if a request is empty, or wants no tokens or more than the model has
-                positions for, and for weights that give no finite log-probabilities.
-            StopRequestedError: in every process, within a chunk, if one of them is to stop.
+            ValueError: if a request is empty, asks for no tokens or for more than the model has
+                positions, or the weights give log-probabilities that are not finite.
+            StopRequestedError: in every process, within a chunk, if one of them was asked to stop.
         """
         for request in requests:
             self._check(request)
@@ -135,22 +135,22 @@ class LocalEngine:
         return done
 
     def _prompts_at_once(self, samples: int) -> int:
-        """Returns the largest grid, in prompts, of at most `max_rows` rows, or else the least."""
+        """Returns the number of prompts of the largest grid of at most `max_rows` rows."""
         parts = self.decoder.sharding.local_replicas
         share = self.max_rows // (samples * parts)
         return parts * (1 << max(share.bit_length() - 1, 0))
 
     def _check(self, request: Request) -> None:
-        most = self.decoder.config.max_positions
+        max_positions = self.decoder.config.max_positions
         if not request.prompt_ids:
             raise ValueError("a prompt has no tokens; give the model something to continue")
         if request.max_tokens < 1:
             raise ValueError(f"a request has max_tokens={request.max_tokens}; ask for 1 or more")
-        if len(request.prompt_ids) + request.max_tokens > most:
+        if len(request.prompt_ids) + request.max_tokens > max_positions:
             raise ValueError(
                 f"a prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones "
-                f"do not fit the model's {most} positions; lower max_prompt_length or the limit "
-                "of new tokens"
+                f"do not fit the model's {max_positions} positions; lower max_prompt_length or the "
+                "limit of new tokens"
             )
 
     def _run(
@@ -161,7 +161,7 @@ class LocalEngine:
         samples: int,
         sampling: Sampling,
     ) -> list[list[Completion]]:
-        """Decodes one grid; this process may have no request while others have."""
+        """Returns the completions of one grid, which may have no requests of this process."""
         sharding = self.decoder.sharding
         groups = [[_Row(r.max_tokens) for _ in range(samples)] for r in requests]
         places = _fill(groups, _prompts(len(groups), sharding), samples)
@@ -171,8 +171,9 @@ class LocalEngine:
             *static, first_room(longest), params, _inputs(requests, places, sharding)
         )
         while True:
-            for rows, found in zip(places, _host(chunk), strict=True):
-                for row, *columns in zip(rows, *found, strict=True):
+            # `_Row.extend` ignores what a finished or an idle row decodes in the rest of the chunk.
+            for rows, sampled in zip(places, _host(chunk), strict=True):
+                for row, *columns in zip(rows, *sampled, strict=True):
                     row.extend(columns, self.stop_ids)
             if not _goes_on(any(not r.done for rows in groups for r in rows)):
                 break
@@ -195,24 +196,24 @@ class LocalEngine:
             row.tokens[: len(row.tokens) - stopped], skip_special_tokens=True
         )
         return Completion(
-            request.prompt_ids,
-            tuple(row.tokens),
-            tuple(row.logprobs),
-            tuple(row.untruncated),
-            "stop" if stopped else "length",
-            text,
-            version,
+            prompt_ids=request.prompt_ids,
+            token_ids=tuple(row.tokens),
+            logprobs=tuple(row.logprobs),
+            untruncated_logprobs=tuple(row.untruncated),
+            finish_reason="stop" if stopped else "length",
+            text=text,
+            weights_version=version,
         )
 
 
 def _goes_on(unfinished: bool) -> bool:
     """Returns whether any process has unfinished rows.
 
-    Every process calls it after each chunk. They leave together: one alone would let the others
-    wait for it.
+    Every process calls it after each chunk. All leave the loop together, because decoding is
+    collective and the others would wait for one that has left.
 
     Raises:
-        StopRequestedError: if any process is to stop.
+        StopRequestedError: if any process was asked to stop.
     """
     flags = distributed.gather(np.asarray([unfinished, stopping.requested()]))
     if flags[:, 1].any():
@@ -222,12 +223,12 @@ def _goes_on(unfinished: bool) -> bool:
 
 
 def first_room(longest: int) -> int:
-    """Returns how many tokens the first cache of rows of at most `longest` tokens holds."""
+    """Returns the number of tokens in the first cache of rows of at most `longest` tokens."""
     return min(_power_of_two(max(longest, CHUNK)), _ROOM)
 
 
 def bucket(number: int) -> int:
-    """Returns the least of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … that is not below `number`."""
+    """Returns the smallest of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … that is at least `number`."""
     power = _power_of_two(number)
     between = power // 4 * 3
     return between if _FEW < number <= between else power
@@ -244,17 +245,18 @@ def start(
 ) -> tuple[_Grid, _Chunk]:
     """Runs the prompts and samples the first token of each row.
 
-    The rows' own cache has `room` for so many tokens, a multiple of `CHUNK`.
+    The completions' cache has room for `room` tokens, a multiple of `CHUNK`.
     """
     limits = inputs.limits
     size = limits.shape[1]
-    hidden, kept = kv.prefill(decoder, params, inputs.prompts, inputs.lengths)
+    hidden, prompt_cache = kv.prefill(decoder, params, inputs.prompts, inputs.lengths)
     hidden = jnp.broadcast_to(hidden[:, None], (hidden.shape[0], size, hidden.shape[1]))
     empty = jax.tree.map(
-        lambda x: jnp.zeros((*x.shape[:2], size, x.shape[2], room, x.shape[4]), x.dtype), kept
+        lambda x: jnp.zeros((*x.shape[:2], size, x.shape[2], room, x.shape[4]), x.dtype),
+        prompt_cache,
     )
     grid = _Grid(
-        cache=kv.Cache(kept, empty, inputs.lengths),
+        cache=kv.Cache(prompt_cache, empty, inputs.lengths),
         tokens=jnp.zeros(limits.shape, jnp.int32),
         alive=limits > 0,
         limits=limits,
@@ -273,7 +275,7 @@ def decode(
     params: Params,
     grid: _Grid,
 ) -> tuple[_Grid, _Chunk]:
-    """Samples `CHUNK` tokens of each row, or fewer when all rows end before."""
+    """Samples `CHUNK` tokens of each row, or fewer if all rows end before."""
 
     def more(carry: tuple[jax.Array, _Grid, _Chunk]) -> jax.Array:
         return (carry[0] < CHUNK) & jnp.any(carry[1].alive)
@@ -294,7 +296,7 @@ def decode(
 
 
 def placements(sharding: Sharding) -> Any:
-    """Returns where each array of a grid lies: rows over the batch axes, heads over `tensor`."""
+    """Returns the placement of a grid's arrays: rows over the batch axes, heads over `tensor`."""
     rows: Any = sharding.rows()
     prompt: Any = NamedSharding(sharding.mesh, PartitionSpec(None, BATCH_AXES, "tensor"))
     own: Any = NamedSharding(sharding.mesh, PartitionSpec(None, BATCH_AXES, None, "tensor"))
@@ -310,10 +312,10 @@ def placements(sharding: Sharding) -> Any:
 
 
 def _placed(decoder: Decoder, grid: _Grid, chunk: _Chunk) -> tuple[_Grid, _Chunk]:
-    """Returns what a program computes, at the places that the next one and the host expect.
+    """Returns a program's results in the placement that the next program and the host expect.
 
-    Without this XLA may choose: what is a constant, such as an empty cache or the log-probabilities
-    of greedy choices, it would put whole on every device.
+    Without constraints XLA would put constants, such as an empty cache or the log-probabilities of
+    greedy choices, whole on every device.
     """
     sharding = decoder.sharding
     rows = jax.tree.map(lambda _: sharding.rows(), chunk)
@@ -370,35 +372,45 @@ def _keys(seeds: jax.Array, streams: jax.Array) -> jax.Array:
 
 
 def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _Places]:
-    """Drops finished rows where that at least halves the grid; rows stay on their device."""
+    """Drops finished rows if that at least halves the grid; rows stay on their device."""
+    # The grid is split over devices by prompt, so that each device has `share` consecutive prompts.
     parts = sharding.local_replicas
     share = len(places) // parts
     if share * len(places[0]) <= _FEW:
         return grid, places
+    # The new grid stays a rectangle on every device: the device with the most unfinished prompts
+    # decides its height, and the prompt with the most unfinished rows decides its width. Shapes are
+    # those of compiled programs, so all processes must agree on them.
     alive = [[i for i, row in enumerate(rows) if not row.done] for rows in places]
     prompts = [[i for i in range(p * share, (p + 1) * share) if alive[i]] for p in range(parts)]
     height = distributed.max_over_processes(max(map(len, prompts)))
     width = distributed.max_over_processes(max(map(len, alive)))
     height, width = bucket(max(height, 1)), bucket(max(width, 1))
-    if 2 * height * width > share * len(places[0]):
+    if 2 * height * width > share * len(places[0]):  # not worth the copy of the cache
         return grid, places
-    taken = np.zeros((parts * height, 1 + width), np.int32)  # prompt within its part, then rows
-    kept: _Places = [[_Row(done=True)] * width for _ in range(parts * height)]
+    # Column 0 selects a prompt of the device's part, the others select rows of that prompt. Idle
+    # cells select prompt 0 and row 0: they are computed, and ignored because their `_Row` is done.
+    selection = np.zeros((parts * height, 1 + width), np.int32)
+    remaining: _Places = [[_Row(done=True)] * width for _ in range(parts * height)]
     for part, chosen in enumerate(prompts):
         for j, i in enumerate(chosen, part * height):
-            taken[j, 0] = i - part * share
-            taken[j, 1 : 1 + len(alive[i])] = alive[i]
-            kept[j] = ([places[i][k] for k in alive[i]] + kept[j])[:width]
-    still = np.asarray([[not row.done for row in rows] for rows in kept])
-    moved = _take(sharding, grid, place_rows(taken, sharding))
-    return moved._replace(alive=place_rows(still, sharding)), kept
+            selection[j, 0] = i - part * share
+            selection[j, 1 : 1 + len(alive[i])] = alive[i]
+            remaining[j] = ([places[i][k] for k in alive[i]] + remaining[j])[:width]
+    # Without this mask the copies in idle cells would keep the loop on the devices running.
+    is_alive = np.asarray([[not row.done for row in rows] for rows in remaining])
+    moved = _take(sharding, grid, place_rows(selection, sharding))
+    return moved._replace(alive=place_rows(is_alive, sharding)), remaining
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _take(sharding: Sharding, grid: _Grid, taken: jax.Array) -> _Grid:
-    """Returns the chosen prompts of each part of the grid, and the chosen rows of each prompt."""
+    """Returns the grid of the selected prompts of each part, with their selected rows."""
+    # Indexing within a part, by `vmap`, keeps every prompt on its device; a gather over the whole
+    # grid would communicate.
     parts = sharding.num_replicas
-    prompts, rows = taken[:, 0].reshape(parts, -1), taken[:, 1:]
+    prompts = taken[:, 0].reshape(parts, -1)
+    rows = taken[:, 1:]
 
     def of_prompts(x: jax.Array) -> jax.Array:  # [P, ...]
         split = x.reshape(parts, -1, *x.shape[1:])
@@ -423,7 +435,7 @@ def _take(sharding: Sharding, grid: _Grid, taken: jax.Array) -> _Grid:
 
 
 def _with_room(grid: _Grid) -> _Grid:
-    """Doubles the rows' own cache where the next chunk would not fit."""
+    """Doubles the completions' cache if the next chunk would not fit."""
     held = grid.cache.own.keys.shape[4]
     if int(grid.time) + CHUNK <= held:
         return grid
@@ -431,26 +443,26 @@ def _with_room(grid: _Grid) -> _Grid:
 
 
 @jax.jit
-def _double(own: Any) -> Any:
+def _double(cache: Any) -> Any:
     def one(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, x.shape[4] if dim == 4 else 0) for dim in range(x.ndim)])
 
-    return jax.tree.map(one, own)
+    return jax.tree.map(one, cache)
 
 
 def _host(chunk: _Chunk) -> list[tuple[np.ndarray, ...]]:
-    """Returns this process's rows of each array, prompt by prompt."""
+    """Returns this process's rows of each array, by prompt."""
     return list(zip(*map(from_global, chunk), strict=True))
 
 
 def _fill(groups: _Places, count: int, size: int) -> _Places:
-    """Returns the groups, and behind them groups of finished rows until they are `count`."""
+    """Returns the groups, extended to `count` by groups of finished rows."""
     idle = [[_Row(done=True)] * size for _ in range(count - len(groups))]
     return groups + idle
 
 
 def _prompts(count: int, sharding: Sharding) -> int:
-    """Returns how many prompts of this process the grid has for `count` of them."""
+    """Returns the number of the grid's prompts in this process, for `count` real ones."""
     parts = sharding.local_replicas
     return parts * bucket(distributed.max_over_processes(-(-count // parts)))
 

@@ -1,10 +1,10 @@
-"""One try to bring a version of the weights into the servers, and what shows that it worked.
+"""One attempt to load a version of the weights into the servers, with proofs of its success.
 
-Each server is paused, loads the version, forgets its prefix cache, takes the version's label and
-resumes. Two things show that it serves these weights: checksums of its tensors, which say that they
-have changed and are those of the other servers; and a probe, a fixed prompt that it continues twice
-and whose log-probabilities the trainer computes too. The prompt spans several blocks of the prefix
-cache, so that keys and values of older weights would be found out.
+Each server is paused, loads the version, clears its prefix cache, takes the version's label and
+resumes. Two checks prove that it serves these weights. Checksums of its tensors show that they have
+changed and equal those of the other servers. A probe, a fixed prompt that the server continues
+twice, is compared with the trainer's log-probabilities. The prompt spans several blocks of the
+prefix cache, so it detects keys and values of older weights.
 """
 
 from __future__ import annotations
@@ -31,48 +31,45 @@ from atlas_jax.rollout.vllm import VllmEngine, payload
 from atlas_jax.types import Completion, Params
 
 LATEST = "latest"
-"""File that names the newest version, for servers that are started again with it."""
+"""File with the path of the newest version, for servers that are restarted with it."""
 
 PROBES = 2
-"""Times that a server is asked the probe: the second one finds the prompt in the cache."""
+"""Number of times that a server continues the probe: the second time the prompt is cached."""
 
-_PROBE_PRIORITY = -1  # below that of completions, so that the probe goes ahead of them
+_PROBE_PRIORITY = -1  # vLLM serves lower numbers first, so the probe precedes completions
 _FEW_SEQUENCES = 32
-"""Requests that a server works on at one time, up to which those in flight are recomputed.
+"""Largest number of concurrent requests of a server at which requests in flight are recomputed.
 
-A server with more of them ends one soon, and takes the probe then; recomputing the keys and values
-of hundreds would cost more than that."""
-_ARRIVAL_SECS = 0.05  # for the probe to reach the queue of a server that then resumes
-_LATE_SECS = 5.0  # that a push waits for servers that were down, after the others are ready
-_PAUSE_SECS = 10.0  # for pausing a server again that is left out
+A server with more concurrent requests soon ends one and takes the probe then. Recomputing the keys
+and values of hundreds of requests would cost more than that wait."""
+_ARRIVAL_SECS = 0.05  # time in which the probe reaches the queue, before the server resumes
+_LATE_SECS = 5.0  # wait for servers that were down, after the others are ready
+_PAUSE_SECS = 10.0  # limit for pausing a failed server again
 
 
 class PushError(Exception):
-    """A server whose replies are in order, and which has other weights than it should."""
+    """A server that answers correctly but has other weights than it should."""
 
 
 _FAILURES = (PushError, ServerError, TimeoutError, *UNEXPECTED)
-"""What one server may do wrong in a push, without harm to the others."""
+"""Errors of one server in a push, which leave the others unaffected."""
 
 
 class PushOptions(NamedTuple):
-    """How weights are pushed."""
+    """Options of a push."""
 
     dtype: str
-    """dtype of the weights on their way."""
+    """dtype of the exported weights."""
     pause_mode: str
-    """`keep` freezes what is in flight and lets it go on with the new weights; `wait` lets it end
-    first."""
+    """`keep` freezes requests in flight, to continue with the new weights; `wait` lets them end."""
     tolerance: float
-    """Mean absolute difference of the probe's log-probabilities, in nats, above which the server
-    is held to have other weights."""
+    """Largest mean absolute difference of the probe's log-probabilities, in nats."""
     restart: bool
-    """Whether servers load a version by being started again with it, by whoever follows the file
-    `latest`."""
+    """True if a version is loaded by restarting the servers, as `serve --follow latest` does."""
 
 
 class Probe(NamedTuple):
-    """What shows that a server has the trainer's weights."""
+    """A prompt, and the trainer's log-probabilities of its continuations, to check a server."""
 
     request: Request
     sampling: Sampling
@@ -82,18 +79,18 @@ class Probe(NamedTuple):
 
 
 Checksums = Mapping[str, str]
-"""Tensor of a server's worker -> checksum."""
+"""Checksums of the tensors of a server's worker, by name."""
 
 
 class Push:
-    """One try, in the pool's thread of the process that talks to the servers.
+    """One attempt, in the pool's thread of the process that talks to the servers.
 
     Attributes:
-        bad: servers that have not the version, with the reason.
-        probes: continuations of the probe by each server that resumed.
-        checksums: checksums of each server that loaded.
-        secs: seconds of each phase, as metrics.
-        num_uncleared: servers that could not forget their prefix cache.
+        bad: the reasons of the servers that failed.
+        probes: the continuations of the probe, by server that resumed.
+        checksums: the checksums, by server that loaded the version.
+        secs: the seconds of each phase, by metric.
+        num_uncleared: the number of servers that could not clear their prefix cache.
     """
 
     def __init__(
@@ -103,13 +100,13 @@ class Push:
         probe: Probe,
         last: Mapping[Server, Checksums],
     ) -> None:
-        """Asks nothing yet.
+        """Creates an attempt; `run` starts it.
 
         Args:
-            engine: reads what the servers write.
-            options: how weights are pushed.
-            probe: the probe; its seed is changed for each version.
-            last: checksums of the last version, which must change; empty where they need not.
+            engine: the engine, which parses the servers' replies.
+            options: the options of the push.
+            probe: the probe, whose seed is changed for each version.
+            last: the checksums of the last version, by server whose tensors must change.
         """
         self._engine = engine
         self._pool = engine.pool
@@ -126,23 +123,23 @@ class Push:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every server that was up has the version, or one that was down if none was."""
+        """True if every server that was up has the version, or any server if none was up."""
         return bool(self.probes) and not any(server in self.bad for server in self._must)
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
-        """Address and reason of each server that has not the version."""
+        """Address and reason of each server that failed."""
         return [(server.url, why) for server, why in self.bad.items()]
 
     async def run(self, directory: pathlib.Path, label: str, final: bool) -> None:
-        """Brings a version into the servers.
+        """Loads a version into the servers.
 
-        Servers that are down are tried beside the others and do not delay them.
+        Servers that are down are tried concurrently and do not delay the others.
 
         Args:
-            directory: directory of the version.
-            label: label of the version.
-            final: whether servers resume although another one has failed.
+            directory: the directory of the version.
+            label: the label of the version.
+            final: whether servers resume even if another one has failed.
 
         Raises:
             OSError: if the file `latest` cannot be written.
@@ -156,10 +153,11 @@ class Push:
             if not server.up
         ]
         try:
+            # Every server is paused before one loads, so that no two serve different versions.
             await self._each("sync/pause_secs", must, self.pause, end)
             if self._options.restart:
                 write_whole(directory.parent / LATEST, f"{directory}\n")
-            self._paused.set()
+            self._paused.set()  # servers that were down may load from here on
             load = functools.partial(self._take, directory, label)
             await self._each("sync/load_secs", must, load, end)
             if late:
@@ -168,6 +166,8 @@ class Push:
         finally:
             for task in late:
                 task.cancel()
+        # After a failure the servers stay paused: the next attempt has another label, and a server
+        # that resumed now would generate with a version that is given up.
         loaded = [server for server in self._pool.servers if server not in self.bad]
         if final or not any(server in self.bad for server in must):
             ask = functools.partial(self._ask, label)
@@ -180,13 +180,13 @@ class Push:
         do: Callable[[Server], Coroutine[Any, Any, None]],
         end: float,
     ) -> None:
-        """Does one phase at each server that has not failed, and notes its seconds.
+        """Runs one phase at each server that has not failed, and records its seconds.
 
         Args:
-            name: metric of the phase's seconds.
-            servers: where it is done.
-            do: function of a server that does it.
-            end: time at which a server that is not ready has failed.
+            name: the metric of the phase's seconds.
+            servers: the servers.
+            do: the phase, a function of a server.
+            end: the time at which a server that is not done has failed.
         """
         start = time.monotonic()
         tasks = {}
@@ -199,7 +199,7 @@ class Push:
                 await asyncio.wait(tasks.values(), timeout=max(end - start, 0.0))
             for server, task in tasks.items():
                 if task.done():
-                    task.result()  # raises what `_noting` does not take for the server's fault
+                    task.result()  # raises errors that are not the server's fault
                 else:
                     self.bad[server] = f"no answer within {end - start:.0f} s"
         finally:
@@ -209,23 +209,23 @@ class Push:
         self.secs[name] = time.monotonic() - start
 
     async def _noting(self, server: Server, work: Coroutine[Any, Any, None]) -> None:
-        """Does something at one server; its failure is noted and does not touch the others."""
+        """Runs `work` of one server, and records its failure without affecting the others."""
         try:
             await work
         except asyncio.CancelledError:
-            if server.up:  # else it was taken out meanwhile
+            if server.up:  # otherwise the health check took it out meanwhile
                 raise
             self.bad[server] = server.why
         except _FAILURES as error:
             self.bad[server] = _reason(error).removeprefix(server.url)
 
     async def _late(self, directory: pathlib.Path, label: str, server: Server) -> None:
-        """Brings a version into a server that is down, if it can be reached at once."""
+        """Loads a version into a server that was down, if it can be reached at once."""
 
         async def bring() -> None:
             async with asyncio.timeout(_LATE_SECS):
                 await server.control.get("/health")
-                await self._pool.admit(server)  # it may be another one now
+                await self._pool.admit(server)  # the address may have another server now
             await self.pause(server)
             await self._paused.wait()
             await self._take(directory, label, server)
@@ -235,13 +235,13 @@ class Push:
         await self._noting(server, bring())
 
     async def pause(self, server: Server) -> None:
-        """Stops a server; what it is asked meanwhile waits."""
-        # What is in flight would not outlive a restart.
+        """Pauses a server; new requests wait in its queue."""
+        # Requests in flight would be lost in a restart, so they are allowed to end.
         mode = "wait" if self._options.restart else self._options.pause_mode
         await server.control.post("/pause", params={"mode": mode, "clear_cache": "false"})
 
     async def _pause_again(self, server: Server) -> None:
-        """Stops a server that is left out; that it cannot be stopped is only logged."""
+        """Pauses a failed server again; a failure to pause is only logged."""
         try:
             async with asyncio.timeout(_PAUSE_SECS):
                 await self.pause(server)
@@ -249,7 +249,7 @@ class Push:
             logging.warning("%s cannot be paused: %s %s", server.url, type(error).__name__, error)
 
     async def _take(self, directory: pathlib.Path, label: str, server: Server) -> None:
-        """Has a server take the weights and their label."""
+        """Makes a server load the weights and take their label."""
         control = server.control
         if self._options.restart:
             await self._restarted(directory, server)
@@ -270,11 +270,11 @@ class Push:
         self.checksums[server] = checksums
 
     async def _clear_cache(self, server: Server) -> bool:
-        """Has a server forget its prefix cache; false if requests in flight prevent that.
+        """Clears a server's prefix cache; returns false if requests in flight prevent that.
 
-        No later request reads what is left: its `cache_salt` is another one. Requests that were
-        frozen keep their keys and values, unless the server works on few at one time: then they
-        are recomputed, and one of them cannot keep the probe waiting.
+        Entries that are left are not read again, because later requests have another `cache_salt`.
+        Frozen requests keep their keys and values, unless the server runs only a few requests at
+        one time. They are then recomputed, so that none of them delays the probe.
         """
         few = server.start is not None and server.start.max_num_seqs <= _FEW_SEQUENCES
         params = {"reset_running_requests": "true" if few else "false"}
@@ -287,7 +287,7 @@ class Push:
         return reply["success"] is True
 
     async def _restarted(self, directory: pathlib.Path, server: Server) -> None:
-        """Waits until a server has been started with `directory`."""
+        """Waits until a server has been restarted with `directory`."""
         secs = self._pool.options.control_timeout_secs
         try:
             async with asyncio.timeout(secs):
@@ -299,16 +299,17 @@ class Push:
             ) from None
 
     async def _ask(self, label: str, server: Server) -> None:
-        """Lets a server go on, with the probe ahead of what waits there."""
+        """Resumes a server, with the probe first in its queue."""
         request = self._probe.request
-        # Tokens that rounding happens to treat badly should not be drawn at every version.
+        # Another seed for each version: an unlucky draw, sensitive to rounding, must not recur.
         request = request._replace(seed=(request.seed + zlib.crc32(label.encode())) % 2**32)
         extra = {"priority": _PROBE_PRIORITY, "cache_salt": label}
         bodies = [payload(request, i, self._probe.sampling, ()) | extra for i in range(PROBES)]
         control = server.control
         asked = [asyncio.create_task(control.post(capabilities.GENERATE, body)) for body in bodies]
         try:
-            # In the queue before the server resumes, else running requests may take all places.
+            # The probe is queued before the server resumes, or frozen requests could take all
+            # places.
             await asyncio.sleep(_ARRIVAL_SECS)
             await control.post("/resume")
             completions = [self._read(request, await reply, label) for reply in asked]
@@ -328,11 +329,11 @@ class Push:
         return completion
 
     async def judge(self, differences: Mapping[Server, float]) -> None:
-        """Pauses the servers that have other weights than they should, and notes why.
+        """Pauses the servers with wrong weights, and records the reasons.
 
         Args:
-            differences: mean absolute difference between the log-probabilities of server and
-                trainer on the probe, of each server that answered it.
+            differences: the mean absolute difference between the log-probabilities of server and
+                trainer on the probe, by server that answered it.
         """
         for server, by in differences.items():
             if not by <= self._options.tolerance:
@@ -347,12 +348,12 @@ class Push:
 def unequal(
     checksums: Mapping[Server, Checksums], differences: Mapping[Server, float]
 ) -> dict[Server, str]:
-    """Returns the servers whose tensors are not those of the others, with what differs.
+    """Returns the servers whose tensors differ from the others', with a description.
 
-    Servers that divide a model in the same way must have the same tensors. The version that most of
-    them have is right; of two, the one whose probe is nearest to the trainer's.
+    Servers that split a model in the same way must have the same tensors. The tensors of the
+    majority count as right; of two servers, those of the one with the better probe.
     """
-    found = {}
+    different = {}
     replicas: dict[frozenset[str], list[Server]] = collections.defaultdict(list)
     for server, own in checksums.items():
         replicas[frozenset(own)].append(server)
@@ -366,11 +367,11 @@ def unequal(
                 names = sorted(
                     name for name, c in checksums[server].items() if checksums[right[0]][name] != c
                 )
-                found[server] = (
+                different[server] = (
                     f"{len(names)} of its tensors differ from those of {right[0].url}, such as "
                     f"{names[0]}"
                 )
-    return found
+    return different
 
 
 def _reason(error: Exception) -> str:
@@ -382,7 +383,7 @@ def _reason(error: Exception) -> str:
 
 
 async def _root(server: Server) -> str:
-    """Returns the model that a server was started with, "" while it does not answer."""
+    """Returns the model of a server's start; "" while it does not answer."""
     try:
         return (await server.control.get("/v1/models"))["data"][0]["root"]
     except ServerError:

@@ -1,9 +1,9 @@
-"""Drawing the next token: temperature, then min_p, top_k and top_p, all as one threshold.
+"""Sampling of the next token: temperature, then min_p, top_k and top_p as one threshold.
 
-Each of the three keeps the tokens whose probability is at least some value: a share of the highest
-(min_p), the k-th highest (top_k), or the value at which what is kept first reaches top_p (nucleus
-sampling, arXiv:1904.09751). So the support is `p >= threshold`, and nothing is sorted. Tokens of
-exactly the threshold's probability are all kept.
+Each of the three keeps the tokens whose probability is at least some value: a fraction of the
+highest one (min_p), the k-th highest one (top_k), or the highest value at which the kept tokens'
+sum reaches top_p (nucleus sampling, arXiv:1904.09751). The support is therefore `p >= threshold`,
+and nothing is sorted. Tokens with exactly the threshold's probability are all kept.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from jaxtyping import Array, Float, Int, UInt32
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn; static in compiled programs."""
+    """Options of sampling, static in compiled programs."""
 
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """Divisor of the logits; 0 takes the most probable token."""
     top_p: float = 1.0
-    """Share of the probability that is kept, taken from what top_k leaves; 1 keeps all."""
+    """Fraction of the probability that is kept, of the tokens that top_k leaves; 1 keeps all."""
     top_k: int = 0
-    """Tokens that are kept; 0 keeps all."""
+    """Number of tokens that are kept; 0 keeps all."""
     min_p: float = 0.0
-    """Share of the highest probability below which a token is dropped."""
+    """Fraction of the highest probability below which a token is dropped."""
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens can never be drawn."""
+        """True if some tokens can never be drawn."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
@@ -38,29 +38,32 @@ class Drawn(NamedTuple):
     """One token of each row."""
 
     tokens: jax.Array  # [P, G] int32
-    logprobs: jax.Array  # [P, G] float32, under the distribution that was drawn from
-    untruncated: jax.Array  # [P, G] float32, of softmax(logits / temperature)
+    logprobs: jax.Array  # [P, G] float32, under the truncated distribution
+    untruncated: jax.Array  # [P, G] float32, log-probabilities of softmax(logits / temperature)
 
 
 def draw(logits: Float[Array, "P G V"], keys: UInt32[Array, "P G 2"], sampling: Sampling) -> Drawn:
-    """Draws from each row's logits with the row's own random key."""
+    """Returns a token of each row, drawn from the row's logits with its own random key."""
     if sampling.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logprobs = _at(jax.nn.log_softmax(logits), tokens)
         return Drawn(tokens, jnp.zeros_like(logprobs), logprobs)
     logprobs = jax.nn.log_softmax(logits / sampling.temperature)
-    kept = logprobs
+    kept_logprobs = logprobs
     if sampling.truncates:
         threshold = _threshold(jnp.exp(logprobs), sampling)
-        kept = jnp.where(jnp.exp(logprobs) >= threshold, logprobs, -jnp.inf)
-    tokens = jax.vmap(jax.vmap(_categorical))(keys, kept).astype(jnp.int32)
+        kept_logprobs = jnp.where(jnp.exp(logprobs) >= threshold, logprobs, -jnp.inf)
+    tokens = jax.vmap(jax.vmap(_categorical))(keys, kept_logprobs).astype(jnp.int32)
     untruncated = _at(logprobs, tokens)
-    mass = jax.nn.logsumexp(kept, axis=-1) if sampling.truncates else 0.0
+    mass = jax.nn.logsumexp(kept_logprobs, axis=-1) if sampling.truncates else 0.0
     return Drawn(tokens, untruncated - mass, untruncated)
 
 
 def _categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Draws a block of the vocabulary, then a token of it: as many random numbers as its root."""
+    """Returns tokens drawn in two stages: a block of about sqrt(V) tokens, then a token of it.
+
+    That needs about 2 sqrt(V) random numbers instead of V.
+    """
     of_block, of_token = jax.random.split(jax.random.wrap_key_data(key))
     width = math.isqrt(len(logits) - 1) + 1
     blocks = jnp.pad(logits, (0, -len(logits) % width), constant_values=-jnp.inf)
@@ -86,15 +89,15 @@ def _threshold(probs: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _nucleus(probs: jax.Array, top_p: float) -> jax.Array:
-    """Returns the highest value v for which what is at least v holds `top_p` of the whole.
+    """Returns the highest value v at which the probabilities of at least v sum to `top_p`.
 
-    Positive floats are ordered as their bits are, so bisection over the bits finds v exactly in
-    as many passes as there are bits.
+    Positive floats have the order of their bits, so a bisection over the bits finds v exactly, in
+    one pass for each bit.
     """
     wanted = top_p * jnp.sum(probs, axis=-1, keepdims=True)
 
     def narrow(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # low holds enough, high does not
+        low, high = bounds  # the sum reaches `top_p` at low, not at high
         middle = low + (high - low) // 2
         value = jax.lax.bitcast_convert_type(middle, jnp.float32)
         held = jnp.sum(jnp.where(probs >= value, probs, 0.0), axis=-1, keepdims=True)

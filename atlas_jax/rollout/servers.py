@@ -1,8 +1,8 @@
-"""The vLLM servers of one role as one thing to ask.
+"""Pool of the vLLM servers of one role.
 
 A request goes to the least-loaded server. A server that cannot be reached, or whose health check
-fails or hangs, is taken out, and its requests go to the others. It comes back when it is healthy
-and serves weights that have passed their probe.
+fails or hangs, is taken out of the pool, and its requests go to the others. It returns when it is
+healthy and serves weights that have passed their probe.
 """
 
 from __future__ import annotations
@@ -31,61 +31,61 @@ from atlas_jax.types import DependencyError
 T = TypeVar("T")
 
 UNEXPECTED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
-"""Errors of reading a reply that is not the one of a vLLM server."""
+"""Errors of reading a reply that does not have the form of vLLM's."""
 
 _REFUSED_REQUEST = frozenset({400, 413, 422})
-"""Replies that find fault with the request, not with the sender's rights or the address."""
+"""Statuses for a faulty request, not for missing rights or a wrong address."""
 
 _MOST_LOST = 3
-"""Servers that may go down over one request before the request counts as their cause."""
+"""Number of servers that go down during one request before it counts as the cause."""
 
 _CLOSE_SECS = 3.0
-"""Longest that closing waits for what is in flight to give up."""
+"""Seconds that closing waits for requests in flight to give up."""
 
 
 class Look(NamedTuple):
-    """How the health of a server is watched."""
+    """Options of the health checks of a server."""
 
     every_secs: float = 5.0
-    """Time between two looks."""
+    """Seconds between two checks."""
     timeout_secs: float = 10.0
-    """Longest that a server may take to answer one look."""
+    """Seconds that a server has to answer one check."""
     misses: int = 3
-    """Looks in a row that must fail before a server is taken out."""
+    """Number of consecutive failed checks after which a server is taken out."""
     cpu_engine_secs: float = 300.0
-    """Longest that one step of generation may take on a CPU."""
+    """Seconds that one step of generation may take on a CPU."""
     patience_secs: float = 30.0
-    """Longest wait for a server that hangs to answer again, where no other one is left."""
+    """Seconds of waiting for a hanging server to answer again if no other one is left."""
 
 
 class PoolOptions(NamedTuple):
-    """How servers are asked."""
+    """Limits of the requests to servers."""
 
     max_in_flight: int
-    """Requests that a server has at one time."""
+    """Number of requests that a server has at one time."""
     request_timeout_secs: float
-    """Longest that a completion may take, its wait for a paused server included."""
+    """Seconds that a completion may take, its wait for a paused server included."""
     control_timeout_secs: float
-    """Longest that pausing, reloading or another control call may take."""
+    """Seconds that pausing, reloading or another control call may take."""
     look: Look = Look()
 
 
 @dataclasses.dataclass(eq=False)
 class Server:
-    """One server. Only the pool's thread changes it.
+    """The state of one server, which only the pool's thread changes.
 
     Attributes:
-        url: address of the server.
-        client: client for completions, which tries again.
-        control: client for what must not be repeated.
-        start: what it was started with; None until it has answered.
-        up: whether it is asked.
-        why: reason for which it is not asked.
+        url: the address.
+        client: the client for completions, which retries.
+        control: the client for calls that must not be repeated.
+        start: the options of its start; None until it has answered.
+        up: whether it gets requests.
+        why: the reason for which it gets none.
         hangs: whether it is down because it did not answer in time.
-        misses: looks in a row that failed.
-        versions: weights that it served and that passed their probe, as label -> version.
-        tasks: completion requests in flight.
-        pushing: what a push waits for at this server, cancelled when it is taken out.
+        misses: the number of consecutive failed checks.
+        versions: versions, by label, of weights that it served and that passed their probe.
+        tasks: the completion requests in flight.
+        pushing: the task of a push at this server, cancelled when it is taken out.
     """
 
     url: str
@@ -107,32 +107,33 @@ class Answer(NamedTuple):
     server: Server
     reply: Any
     version: int
-    """Version of the weights under which the prompt was sent. Where the prompt's keys and values
-    were cached, weights as old as these may have computed them."""
+    """Version of the weights when the prompt was sent.
+
+    If the prompt's keys and values were cached, weights of this version may have computed them."""
 
 
 class Pool:
-    """Servers of one role; its methods may be called from any thread, coroutines from its own."""
+    """The servers of one role. Methods may be called from any thread, coroutines from its own."""
 
     def __init__(
         self, role: str, urls: Sequence[str], options: PoolOptions, api_key: str = ""
     ) -> None:
-        """Starts the thread that talks to the servers; `open` asks them first.
+        """Starts the thread that talks to the servers; `open` sends the first requests.
 
         Args:
-            role: name of the model that they serve, for messages.
-            urls: addresses of the servers.
-            options: how they are asked.
-            api_key: key that is sent with every request; empty sends none.
+            role: the name of the model that they serve, for messages.
+            urls: the addresses of the servers.
+            options: the limits of requests.
+            api_key: the key for every request; "" for none.
         """
         self.role = role
         self.options = options
         self.label: str | None = None
-        """Label of the weights that all servers must have; None where nobody pushes any."""
+        """Label of the weights that all servers must have; None if no weights are pushed."""
         self.version = 0
         """Version of these weights."""
         self.restarts = False
-        """Whether servers end and start again with each push, so that they answer no look."""
+        """True if each push restarts the servers, which then fail health checks meanwhile."""
         self._check: Callable[[str, capabilities.Start], None] = _accept
         self._closed = False
         self._lock = threading.Lock()
@@ -142,19 +143,20 @@ class Pool:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name=role)
         self._thread.start()
         self.settled = asyncio.Event()
-        """Set unless a push is under way. Until then no request is sent, and what servers have
-        written cannot be judged by `Server.versions`."""
+        """Event that is cleared during a push.
+
+        While it is cleared no request is sent, and `Server.versions` is not up to date."""
         self.servers: list[Server] = self._submit(self._connect(urls, api_key)).result()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Returns the result of a coroutine that runs in the pool's thread.
 
-        A run of several processes allows it the time of one request beyond the stall limit, from
-        each answer on.
+        The watch of a run's processes grants it the time of one request beyond the stall limit,
+        counted from each answer.
 
         Raises:
-            StopRequestedError: as soon as the run is to stop.
-            DependencyError: if the pool is closed before the result is there.
+            StopRequestedError: as soon as the run is asked to stop.
+            DependencyError: if the pool is closed before the coroutine is done.
         """
         future = self._submit(coroutine)
         try:
@@ -200,16 +202,16 @@ class Pool:
         return servers
 
     def open(self, check: Callable[[str, capabilities.Start], None] | None = None) -> None:
-        """Asks every server what it is and can, and begins to watch their health.
+        """Checks the model and the routes of every server, and starts the health checks.
 
-        A server that cannot be reached is taken out, as long as another one is left.
+        A server that cannot be reached is taken out if another one is left.
 
         Args:
-            check: function of a server's address and start that raises `ValueError` if it has the
-                wrong model.
+            check: a function of a server's address and start options, which raises `ValueError` if
+                the server has the wrong model.
 
         Raises:
-            ValueError: if no server can be reached, or one has not what GRPO needs.
+            ValueError: if no server can be reached, or one does not meet GRPO's needs.
         """
         self._check = check or _accept
         self.run(self._open())
@@ -235,11 +237,11 @@ class Pool:
         ]
 
     async def admit(self, server: Server) -> None:
-        """Learns what a server was started with.
+        """Reads and checks the options of a server's start.
 
         Raises:
-            ServerError: if it does not answer.
-            ValueError: if it has not what GRPO needs.
+            ServerError: if the server does not answer.
+            ValueError: if it does not meet GRPO's needs.
         """
         get = server.control.get
         try:
@@ -263,18 +265,18 @@ class Pool:
         if start.policy != capabilities.PRIORITY:
             logging.warning(
                 "%s server %s runs with --scheduling-policy %s: the probe of new weights waits "
-                "behind its queue; start it with python -m atlas_jax.serve",
+                "after its queue; start it with python -m atlas_jax.serve",
                 *(self.role, server.url, start.policy),
             )
         logging.info("%s server %s: vLLM %s, %s", self.role, server.url, version, start.root)
 
     @property
     def starts(self) -> list[capabilities.Start]:
-        """What the servers that have answered were started with."""
+        """The start options of the servers that have answered."""
         return [server.start for server in self.servers if server.start]
 
     def spread(self, sizes: Sequence[int]) -> list[Server]:
-        """Returns a server for each group of requests, so that the loads become even.
+        """Returns a server for each group of requests, chosen to balance the loads.
 
         Raises:
             DependencyError: if no server is left.
@@ -288,22 +290,22 @@ class Pool:
         return chosen
 
     def up(self) -> list[Server]:
-        """Returns the servers that are asked.
+        """Returns the servers that get requests.
 
         Raises:
-            DependencyError: if there is none.
+            DependencyError: if no server is left.
         """
-        found = [server for server in self.servers if server.up and not self._closed]
-        if not found:
+        servers = [server for server in self.servers if server.up and not self._closed]
+        if not servers:
             reasons = "; ".join(f"{s.url}: {s.why or 'closed'}" for s in self.servers)
             raise DependencyError(f"no {self.role} server is left: {reasons}")
-        return found
+        return servers
 
     async def wait_for_one(self) -> None:
-        """Waits for a moment, where no server is left but one hangs and may recover.
+        """Waits a moment if no server is left but a hanging one may recover.
 
         Raises:
-            DependencyError: if none does.
+            DependencyError: if none recovers in time.
         """
         end = time.monotonic() + self.options.look.patience_secs
         while not any(server.up for server in self.servers):
@@ -314,17 +316,17 @@ class Pool:
     async def ask(self, payload: Mapping[str, Any], server: Server) -> Answer:
         """Returns the answer to a completion request.
 
-        Cached keys and values are only shared between requests that were sent under the same
-        weights, which vLLM tells apart by `cache_salt`.
+        Requests share cached keys and values only if they were sent under the same weights;
+        `cache_salt` separates the others.
 
         Args:
-            payload: body of the request.
-            server: server that is asked first; if it fails, another one is asked.
+            payload: the body of the request.
+            server: the server that is tried first; if it fails, another one is tried.
 
         Raises:
-            RefusedError: if servers will not answer this request.
-            UnavailableError: if a server fails to answer this request although it is well, or if
-                several servers went down over it.
+            RefusedError: if servers refuse this request.
+            UnavailableError: if a healthy server fails to answer this request, or several servers
+                went down during it.
             DependencyError: if no server is left.
         """
         lost = 0
@@ -360,18 +362,18 @@ class Pool:
                 )
 
     async def _drop_unless_well(self, server: Server, error: UnavailableError) -> None:
-        """Takes a server out that did not answer a request; raises the error if it is well."""
+        """Takes out a server that did not answer a request; raises the error if it is healthy."""
         problem, hangs = await self._look(self._front(server), self.options.look.timeout_secs)
         if server.up and not problem:
             raise error
         self.drop(server, f"{error}; {problem}", hangs=hangs)
 
     def drop(self, server: Server, why: str, *, hangs: bool = False) -> None:
-        """Takes a server out; what it was asked goes to the others.
+        """Takes a server out of the pool; its requests go to the others.
 
         Args:
             server: the server.
-            why: reason, for messages.
+            why: the reason, for messages.
             hangs: whether it may answer again by itself.
         """
         if not server.up:
@@ -387,7 +389,7 @@ class Pool:
             server.pushing.cancel()
 
     def take_back(self, server: Server) -> None:
-        """Lets a server be asked again."""
+        """Returns a server to the pool."""
         if not server.up:
             logging.info("%s server %s is back", self.role, server.url)
         server.up = True
@@ -396,7 +398,7 @@ class Pool:
         server.misses = 0
 
     async def _watch(self, server: Server) -> None:
-        """Looks whether a server answers, and takes it back when it may be asked again."""
+        """Checks a server's health for ever, takes it out if it fails, and back if it recovers."""
         look = self.options.look
         while True:
             await asyncio.sleep(look.every_secs)
@@ -414,11 +416,12 @@ class Pool:
                 self.drop(server, problem, hangs=hangs)
 
     async def _watch_engine(self, server: Server) -> None:
-        """Looks whether the engine behind a server's front works, with the right weights.
+        """Checks for ever that a server's engine works and has the right weights.
 
-        An engine answers between two steps of generation. Those of a CPU may take minutes.
+        An engine answers between two steps of generation, which may take minutes on a CPU.
         """
-        look, misses = self.options.look, 0
+        look = self.options.look
+        misses = 0
         while True:
             await asyncio.sleep(look.every_secs)
             label = self.label
@@ -428,14 +431,14 @@ class Pool:
                 continue
             problem, hangs = await self._look(self._engine(server), secs)
             if not self.settled.is_set() or label != self.label:
-                continue  # a push began, or has been, and the engine was busy with it
+                continue  # the engine was busy with a push
             misses = misses + 1 if problem else 0
             if hangs or misses >= look.misses:
                 self.drop(server, problem, hangs=hangs)
                 misses = 0
 
     async def _look(self, work: Coroutine[Any, Any, str], secs: float) -> tuple[str, bool]:
-        """Returns what `work` finds wrong with a server, "" if nothing, and whether it hangs."""
+        """Returns the problem that `work` reports, or "", and whether the server hangs."""
         try:
             async with asyncio.timeout(secs):
                 return await work, False
@@ -443,19 +446,19 @@ class Pool:
             return f"its health check got no answer within {secs:g} s", True
         except ServerError as error:
             return f"its health check failed: {error}", False
-        except (ValueError, OSError) as error:  # of what is compared with files of this host
+        except (ValueError, OSError) as error:  # from comparing its model with files of this host
             return str(error), False
         except UNEXPECTED as error:
             return f"its health check is unreadable: {type(error).__name__} {error}", False
 
     async def _front(self, server: Server) -> str:
-        """Asks the process that takes requests. A server that is being restarted has none."""
+        """Checks the front-end process; a server that is being restarted has none."""
         if self.settled.is_set() or not self.restarts:
             await server.control.get("/health")
         return ""
 
     async def _engine(self, server: Server) -> str:
-        """Asks the engine, which may hang where the process that takes requests does not."""
+        """Checks the engine, which may hang although the front end answers."""
         label = self.label
         if (await server.control.get("/is_paused"))["is_paused"]:
             return "it is paused, and not by this run"
@@ -465,17 +468,17 @@ class Pool:
         return ""
 
     async def _whole(self, server: Server) -> str:
-        """Asks a server that is down all that it must be before it comes back."""
+        """Makes all checks that a server must pass before it returns to the pool."""
         if not self.settled.is_set():
             return "it waits for new weights"
         await server.control.get("/health")
         problem = await self._engine(server)
         if not problem:
-            await self.admit(server)  # it may be another one now
+            await self.admit(server)  # the address may have another server now
         return problem
 
     def close(self) -> None:
-        """Gives up what is in flight and ends the thread, whatever hangs."""
+        """Cancels requests in flight and ends the thread, even if something hangs."""
         with self._lock:
             if self._closed:
                 return
@@ -505,7 +508,7 @@ class Pool:
 
 
 def is_cancelled() -> bool:
-    """Returns whether the current task itself is to end, not only what it waits for."""
+    """Returns whether the current task itself was cancelled, not only one that it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

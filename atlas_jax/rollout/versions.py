@@ -1,7 +1,7 @@
-"""The directory through which weights reach the servers, one subdirectory for each version.
+"""Directory of exported weights for the servers, with one subdirectory for each version.
 
-Only what carries this run's mark is ever replaced or removed, so that a directory that holds other
-things, or the versions of another run, keeps them.
+Only subdirectories with this run's mark are replaced or removed. Other files in the directory, and
+the versions of another run, are kept.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from atlas_jax.checkpoint import hf
 from atlas_jax.files import link_or_copy
 
 MARK = ".atlas_jax_weights"
-"""File in each version; its content is the `output_dir` of the run that wrote it."""
+"""Name of the mark, a file in each version with the `output_dir` of the run that wrote it."""
 
 _VERSION = re.compile(r"v\d+\.\d+|\.v\d+\.\d+\.partial")
 _FILES = ".atlas_jax_files"
-_OWNER = ".owner"  # locked by the process whose weights these are, for as long as it lives
+_OWNER = ".owner"  # locked by the process that owns the weights while it lives
 _MEMORY = pathlib.Path("/dev/shm")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
-_ROOM = 1.2  # of a version's size, since the last one is removed before the next is written
+_ROOM = 1.2  # free space in sizes of a version; the last one is removed before the next is written
 
 
 class Versions:
     """The versions of one run's weights in one directory."""
 
     def __init__(self, root: pathlib.Path, run: str, lock: IO[str] | None = None) -> None:
-        """Makes nothing yet.
+        """Names the directories, which `begin` makes.
 
         Args:
-            root: directory of the versions.
+            root: the directory of the versions.
             run: the run's `output_dir`.
-            lock: file that tells other runs that this one lives; it is closed in the end.
+            lock: the lock file that shows other runs that this one lives; `close` closes it.
         """
         self.root = root
         self._run = run
         self._lock = lock
         self._has_files = False
-        # Of this run alone: another one may have the same root.
+        # The name includes the run, since another run may have the same root.
         self._files = root / f"{_FILES}-{_name(run)}"
 
     def path(self, label: str) -> pathlib.Path:
@@ -56,14 +56,14 @@ class Versions:
         return self.root / f"v{label}"
 
     def partial(self, label: str) -> pathlib.Path:
-        """Returns the directory in which a version is written."""
+        """Returns the directory in which a version is written before it gets its name."""
         return self.root / f".v{label}.partial"
 
     def begin(self, label: str, files: hf.ModelFiles) -> None:
         """Makes the directory in which a version is written, with all files but the weights.
 
         Raises:
-            OSError: if that fails, or would replace what this run did not write.
+            OSError: if that fails, or would replace files that this run did not write.
         """
         for path in (self.path(label), self.partial(label)):
             if path.exists() and not self._is_own(path):
@@ -73,7 +73,7 @@ class Versions:
             shutil.rmtree(path, ignore_errors=True)
         shared = self._shared_files(files)
         self._make(self.partial(label))
-        # The tokenizer may take longer to write than the weights, so it is written once.
+        # A tokenizer may take longer to write than the weights, so it is written once and linked.
         shutil.copytree(
             shared,
             self.partial(label),
@@ -83,14 +83,14 @@ class Versions:
         )
 
     def finish(self, label: str) -> None:
-        """Gives a version its name, now that it is whole."""
+        """Gives a complete version its name."""
         self.partial(label).rename(self.path(label))
 
     def remove_all(self, keep: str = "") -> None:
         """Removes the versions of this run.
 
         Args:
-            keep: label of the one that stays.
+            keep: the label of a version that is kept, or "".
         """
         paths = list(self.root.iterdir()) if self.root.is_dir() else []
         for path in paths:
@@ -99,14 +99,14 @@ class Versions:
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Removes all that this run wrote, and the directory if nothing else is in it."""
+        """Removes all files that this run wrote, and the directory if it is then empty."""
         self.remove_all()
         if self._has_files:
             shutil.rmtree(self._files, ignore_errors=True)
         if self._lock:
             shutil.rmtree(self.root, ignore_errors=True)
             self._lock.close()
-        with contextlib.suppress(OSError):  # not made yet, or with other files in it
+        with contextlib.suppress(OSError):  # absent, or not empty
             self.root.rmdir()
 
     def _make(self, path: pathlib.Path) -> None:
@@ -134,18 +134,19 @@ class Versions:
 
 
 def in_memory(run: str, num_bytes: int) -> Versions | None:
-    """Returns a directory in `/dev/shm` for one run, and removes those of runs that were killed.
+    """Returns versions in `/dev/shm` for one run, after removing those of killed runs.
 
     Args:
         run: the run's `output_dir`.
-        num_bytes: size of a version.
+        num_bytes: the size of a version.
 
     Returns:
-        None if it cannot be used, with the reason in the log.
+        The versions, or None if memory cannot be used; the reason is logged.
     """
     _sweep()
     root = _MEMORY / f"{_prefix()}{_name(run)}"
-    free, needed = _free_bytes(), int(_ROOM * num_bytes)
+    free = _free_bytes()
+    needed = int(_ROOM * num_bytes)
     if free < needed:
         why = f"it has {free >> 20} MiB of {needed >> 20} MiB that a version needs"
     elif why := _not_private(root):
@@ -167,7 +168,7 @@ def _prefix() -> str:
 
 
 def _free_bytes() -> int:
-    """Returns how much `/dev/shm` can take: its own limit, or the free memory."""
+    """Returns the bytes that `/dev/shm` can take, by its own limit and by the free memory."""
     try:
         free = shutil.disk_usage(_MEMORY).free
         with open("/proc/meminfo") as lines:
@@ -178,8 +179,9 @@ def _free_bytes() -> int:
 
 
 def _free_in_container() -> int:
-    """Returns what the control group of this process leaves of its memory."""
-    most, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    """Returns the bytes of memory that the control group of this process has left."""
+    most = _CGROUP / "memory.max"
+    used = _CGROUP / "memory.current"
     try:
         return int(most.read_text()) - int(used.read_text())
     except (OSError, ValueError):  # no such group, or "max"
@@ -187,21 +189,21 @@ def _free_in_container() -> int:
 
 
 def _not_private(root: pathlib.Path) -> str:
-    """Makes a directory that only this user can read; returns why that failed, "" if it did not.
+    """Makes a directory that only this user can read; returns the reason of a failure, or "".
 
-    Its name can be guessed, so somebody else may have made it, or a link of that name, before.
+    Its name can be guessed, so another user may have made it, or a link of that name, before.
     """
     try:
         root.mkdir(mode=0o700, exist_ok=True)
-        found = root.lstat()
+        status = root.lstat()
     except OSError as error:
         return str(error)
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         return f"{root} is not a directory"
-    if found.st_uid != os.getuid():
-        return f"{root} belongs to user {found.st_uid}"
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        return f"{root} is open to other users (mode {stat.S_IMODE(found.st_mode):o})"
+    if status.st_uid != os.getuid():
+        return f"{root} belongs to user {status.st_uid}"
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        return f"{root} is open to other users (mode {stat.S_IMODE(status.st_mode):o})"
     return ""
 
 
@@ -212,7 +214,7 @@ def _lock(root: pathlib.Path) -> IO[str] | None:
     """
     try:
         file = (root / _OWNER).open("a")
-    except OSError:  # a sweep of another process was faster
+    except OSError:  # another process has just removed it
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,7 +227,7 @@ def _lock(root: pathlib.Path) -> IO[str] | None:
 
 
 def _sweep() -> None:
-    """Removes the directories in `/dev/shm` whose processes have ended without doing so."""
+    """Removes the directories in `/dev/shm` of processes that were killed."""
     for root in _MEMORY.glob(f"{_prefix()}*"):
         if root.is_symlink() or not root.is_dir() or root.lstat().st_uid != os.getuid():
             continue

@@ -1,8 +1,8 @@
-"""Weights on their way to the servers, through files that the servers read.
+"""Synchronization of the servers' weights, through files that the servers read.
 
-A version is exported to a new directory and checked against what the servers loaded at their start;
-then `push` brings it into them. Whatever fails is tried once more with a fresh export. A server
-that fails twice stays paused and is left out.
+A version is exported to a new directory and compared with the tensors that the servers loaded at
+their start; `push` then loads it into them. A failed attempt is repeated once with a fresh export.
+A server that fails twice stays paused and is taken out of the pool.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ _ATTEMPTS = 2
 
 @runtime_checkable
 class WeightSync(Protocol):
-    """Brings a policy into the servers; `DiskSync` does it by files, NCCL would by the network."""
+    """Loads a policy's weights into the servers, through files (`DiskSync`) or another channel."""
 
     def push(self, params: Params, version: int) -> Metrics:
         """Returns when every server that is up serves these weights."""
 
     def close(self) -> None:
-        """Frees what the last version takes."""
+        """Frees the resources of the last version."""
 
 
 class _Attempt(NamedTuple):
-    """One try. All but `push` is the same in every process."""
+    """One attempt. All fields but `push` are the same in every process."""
 
     push: Push
     well: list[bool]
-    """For each server, whether it has the weights and has shown it."""
+    """True for each server that has passed the checks of its weights."""
     whole: bool
-    """Whether every server that was up has them."""
+    """True if every server that was up has the weights."""
     reasons: str
-    """What went wrong; "" if nothing."""
+    """Problems of the attempt; "" if none."""
     written: np.ndarray | None
-    """Checksums of the tensors that were written; None if they could not be."""
+    """Checksums of the written tensors; None if writing failed."""
     values: Metrics
 
 
 class DiskSync:
-    """Pushes by files that the servers read; every process calls it together."""
+    """Weight synchronization through files; all processes must call it together."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class DiskSync:
         options: PushOptions,
         probe: Probe,
     ) -> None:
-        """Pushes nothing yet."""
+        """Creates the synchronization; `push` runs it."""
         self._pool = engine.pool
         self._pool.restarts = options.restart
         self._engine = dataclasses.replace(engine, stop_ids=())
@@ -78,26 +78,30 @@ class DiskSync:
         self._probe = probe
         self._shapes = dict(writer.tensors(decoder))
         self._written: np.ndarray | None = None
-        """Checksums of the tensors of the last version that servers took."""
+        """Checksums of the written tensors of the last version that servers loaded."""
         self._latest = ""
-        """Label of the last version that servers were to load."""
+        """Label of the last version that servers were told to load."""
         self._served: dict[Server, Checksums] = {}
-        """Checksums of the servers that took it, in the process that talks to them."""
+        """Checksums by server that loaded it, in the process that talks to them."""
 
     def push(self, params: Params, version: int) -> Metrics:
-        """Brings the weights into every server and returns bytes and seconds by phase.
+        """Loads the weights into every server and returns bytes and seconds by phase.
 
-        A server that fails is tried again from a fresh export, then taken out, still paused.
+        A server that fails is tried again with a fresh export, then taken out, still paused.
 
         Raises:
             DependencyError: in every process, if no server is left.
-            StopRequestedError: in every process, as soon as one of them is to stop.
+            StopRequestedError: in every process, as soon as one of them is asked to stop.
         """
+        # Otherwise the time of the training step would count as time of the export.
         jax.block_until_ready(params)
-        start, servers = time.perf_counter(), self._pool.servers
+        start = time.perf_counter()
+        servers = self._pool.servers
         for attempt in range(_ATTEMPTS):
             label = f"{version}.{attempt}"
             done = self._attempt(params, label, final=attempt == _ATTEMPTS - 1)
+            # A label is recorded even if the attempt is repeated, because completions in flight
+            # may carry it.
             for server, ok in zip(servers, done.well, strict=True):
                 if ok:
                     server.versions[label] = version
@@ -121,7 +125,8 @@ class DiskSync:
         return done.values
 
     def _attempt(self, params: Params, label: str, final: bool) -> _Attempt:
-        start, servers = time.perf_counter(), self._pool.servers
+        start = time.perf_counter()
+        servers = self._pool.servers
         problem, written = self._export(params, label)
         push = Push(self._engine, self._options, self._probe, self._must_change(written))
         values: Metrics = {
@@ -129,10 +134,19 @@ class DiskSync:
             "sync/bytes": (sum(writer.num_bytes(t, self._options.dtype) for t in self._tensors), 1),
         }
         if written is None:
-            return _Attempt(push, [False] * len(servers), False, problem, written, values)
+            return _Attempt(
+                push=push,
+                well=[False] * len(servers),
+                whole=False,
+                reasons=problem,
+                written=written,
+                values=values,
+            )
         if distributed.is_main():
             self._latest = label
         problem = self._on_main(lambda: push.run(self._versions.path(label), label, final))
+        # Only process 0 talks to the servers, but computing the probe's log-probabilities takes all
+        # processes, so the push is split around it.
         differences = self._differences(params, push)
         problem = self._on_main(lambda: push.judge(differences)) or problem
         well = [server in differences and server not in push.bad for server in servers]
@@ -151,10 +165,10 @@ class DiskSync:
         )
 
     def _on_main(self, make: Callable[[], Coroutine[Any, Any, None]]) -> str:
-        """Runs a coroutine in the pool of process 0; returns what went wrong, "" if nothing.
+        """Runs a coroutine in the pool of process 0, and returns its problem; "" if none.
 
         Raises:
-            StopRequestedError: in every process, if process 0 is to stop.
+            StopRequestedError: in every process, if process 0 was asked to stop.
         """
         with distributed.together(stopping.StopRequestedError):
             if distributed.is_main():
@@ -162,9 +176,9 @@ class DiskSync:
         return ""
 
     def _must_change(self, written: np.ndarray | None) -> dict[Server, Checksums]:
-        """Returns the last checksums of the servers whose tensors must differ from them now.
+        """Returns the last checksums of the servers whose tensors must have changed.
 
-        Servers that hold weights in fewer digits than they are sent may round a change away.
+        A server with a less precise dtype than the exported one may round the change away.
         """
         if self._written is None or written is None or np.array_equal(self._written, written):
             return {}
@@ -173,7 +187,8 @@ class DiskSync:
 
     def _differences(self, params: Params, push: Push) -> dict[Server, float]:
         """Returns the mean absolute difference of each server's probe from the trainer's."""
-        request, servers = self._probe.request, self._pool.servers
+        request = self._probe.request
+        servers = self._pool.servers
         shape = len(servers), PROBES, request.max_tokens
         tokens = np.zeros(shape, np.int32)
         logprobs = np.full(shape, np.nan, np.float32)
@@ -191,9 +206,10 @@ class DiskSync:
         return {s: float(means[i]) for i, s in enumerate(servers) if answered[i]}
 
     def _settle(self, done: _Attempt, label: str, version: int) -> None:
-        """Lets completions be asked for and judged again, in the pool's thread."""
+        """Reopens the pool for requests, with its new label, in the pool's thread."""
         pool = self._pool
-        pool.label, pool.version = label, version
+        pool.label = label
+        pool.version = version
         for server, ok in zip(pool.servers, done.well, strict=True):
             if ok:
                 pool.take_back(server)
@@ -209,7 +225,7 @@ class DiskSync:
         """Writes a version.
 
         Returns:
-            What is wrong with it, "" if nothing; and the checksums of what was written, if it was.
+            The problem ("" if none), and the checksums of the written tensors (None after one).
         """
         problem = _problem(lambda: self._begin(label)) if distributed.is_main() else ""
         if problem := distributed.gather_texts(problem)[0]:
@@ -221,20 +237,21 @@ class DiskSync:
                 self._decoder,
                 self._versions.partial(label),
                 self._options.dtype,
+                # One file for each process, written at the same time.
                 [self._tensors[i::processes] for i in range(processes)],
                 lambda i: i == jax.process_index(),
                 stoppable=True,
             )
         except writer.WriteError as error:
             return str(error), None
-        # Before process 0 pauses the servers, no process judges or asks any more.
+        # Requests and health checks end in every process before process 0 pauses the servers.
         self._pool.call(self._pool.settled.clear)
         problem = _problem(lambda: self._finish(label)) if distributed.is_main() else ""
         problem = distributed.gather_texts(problem)[0]
         return problem, None if problem else written
 
     def _begin(self, label: str) -> None:
-        # Servers that reload need no old version any more; those that follow `latest` may read it.
+        # Servers that reload have the old version in memory; a restarting server may still read it.
         self._versions.remove_all(keep=self._latest if self._options.restart else "")
         self._versions.begin(label, self._files)
 
@@ -243,13 +260,13 @@ class DiskSync:
         self._versions.finish(label)
 
     def close(self) -> None:
-        """Removes what was written, unless a server would be started with it again."""
+        """Removes the versions, except one with which a server may be restarted."""
         if distributed.is_main() and not self._options.restart:
             self._versions.close()
 
 
 def _problem(do: Callable[[], object]) -> str:
-    """Does it, and returns what went wrong, "" if nothing."""
+    """Calls a function and returns its error as a text; "" if none."""
     try:
         do()
     except (OSError, ValueError) as error:

@@ -1,1 +1,1 @@
-"""What runs inside a vLLM server, in its interpreter; nothing of atlas_jax imports it."""
+"""Extensions that run inside a vLLM server, in its interpreter; atlas_jax does not import them."""

@@ -1,4 +1,4 @@
-"""An extension of vLLM's workers: weights that are reloaded in place, and checksums of them.
+"""Extension of vLLM's workers: reloading of weights in place, and checksums of the weights.
 
 vLLM (0.32) does not repack the output table that a model shares with its embedding: on a CPU a
 layer computes with a packed copy of its weights, and only layers that the checkpoint names are
@@ -19,11 +19,11 @@ import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 _CHUNK = 1 << 24
-"""Numbers that are added up at one time on a device; their copies in 64 bits take 128 MiB."""
+"""Numbers that are summed at one time on a device; their copies in 64 bits take 128 MiB."""
 
 
 class LoadVersion:
-    """Is mixed into the class of the workers; `/collective_rpc` calls its methods."""
+    """Mixin for the class of the workers; `/collective_rpc` calls its methods."""
 
     reload_weights: Callable[..., None]
     get_model: Callable[[], torch.nn.Module]
@@ -40,7 +40,7 @@ class LoadVersion:
             self.reload_weights(weights_path=weights_path)
         finally:
             if on_cpu:
-                del model.load_weights  # the method of the class is there again
+                del model.load_weights  # uncovers the method of the class
         self.loaded_checksums = loaded
         for layer in model.modules():
             if isinstance(layer, ParallelLMHead) and layer.weight.device == torch.device("cpu"):
@@ -49,8 +49,8 @@ class LoadVersion:
     def weight_checksums(self) -> dict[str, str]:
         """Returns the checksums of this worker's tensors by name.
 
-        On a CPU, where packed copies cannot be read, these include the tensors that the last
-        `load_version` handed to the model.
+        On a CPU, where packed copies cannot be read, they include the tensors that the last
+        `load_version` passed to the model.
         """
         own = {
             name: checksum(parameter.detach())
@@ -63,7 +63,7 @@ class LoadVersion:
 def _noted(
     weights: Iterable[tuple[str, torch.Tensor]], checksums: dict[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields tensors as they come, and adds the checksum of each to `checksums`."""
+    """Yields the tensors unchanged, and adds the checksum of each to `checksums`."""
     for name, tensor in weights:
         checksums[f"loaded:{name}"] = checksum(tensor)
         yield name, tensor
@@ -73,7 +73,7 @@ def checksum(tensor: torch.Tensor) -> str:
     """Returns a checksum of the bytes of a tensor.
 
     It is CRC-32 on a CPU, where it runs at memory speed. On other devices it is the sum, and the
-    sum of squares, of the bytes taken as 16-bit numbers, which does not depend on the order of
+    sum of squares, of the bytes read as 16-bit numbers, which is independent of the order of
     summation and copies nothing to the host.
     """
     flat = tensor.contiguous().view(-1)

@@ -1,10 +1,11 @@
-"""A logits processor of vLLM, by which its log-probabilities are those that the trainer compares.
+"""Logits processor of vLLM that makes it report the log-probabilities that the trainer computes.
 
-vLLM calls it behind the temperature and before top_k and top_p. It subtracts the log-partition
-function from the logits, which changes no probability, so that the logit of a token is its
-`log softmax(logits / temperature)` over the whole vocabulary; `--logprobs-mode processed_logits`
-then reports that of each sampled token. The modes of vLLM's own report it either without the
-temperature (`raw_logprobs`) or within what top_k and top_p leave (`processed_logprobs`).
+vLLM calls it after the temperature and before top_k and top_p. It subtracts the log-partition
+function from the logits, which changes no probability. The logit of a token is then its
+`log softmax(logits / temperature)` over the whole vocabulary, and `--logprobs-mode
+processed_logits` reports it for each sampled token. vLLM's other modes report log-probabilities
+without the temperature (`raw_logprobs`), or over the tokens that top_k and top_p leave
+(`processed_logprobs`).
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 
 class WholeVocabulary(LogitsProcessor):
-    """Turns logits into log-probabilities, in place."""
+    """Logits processor that turns logits into log-probabilities, in place."""
 
     def __init__(self, vllm_config: object, device: torch.device, is_pin_memory: bool) -> None:
-        """Needs nothing of what vLLM offers."""
+        """Ignores its arguments."""
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Returns `log softmax` of each row."""
         return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
 
     def is_argmax_invariant(self) -> bool:
-        """Returns true: it runs behind the temperature and skips greedy requests."""
+        """Returns true, which makes vLLM skip greedy requests and call it after the temperature."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Has no state."""
+        """Does nothing, since the processor has no state."""

@@ -1,11 +1,10 @@
-"""`tools/convert_checkpoint.py` as a user runs it: nothing of theirs is lost, errors are a line."""
+"""`atlas-convert` as a user runs it in a checkout: nothing of theirs is lost, errors are a line."""
 
 import contextlib
 import io
 import json
 import os
 import pathlib
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 import transformers
 from absl import logging as absl_logging
 
+from atlas_jax import convert as tool
 from atlas_jax.checkpoint import exports
 from tests import tiny
 from tests.gguf_files import embedding, model_metadata, write_gguf
@@ -42,7 +42,6 @@ def convert(*args, code=0, through=()):
 @pytest.fixture
 def here(monkeypatch):
     """The same in this process, which has loaded JAX already."""
-    tool = runpy.run_path(str(TOOL))
     logger = absl_logging.get_absl_logger()
     # The tool's main changes both for its process.
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -54,7 +53,7 @@ def here(monkeypatch):
         found = 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                tool["main"]()
+                tool.main()
             except SystemExit as error:
                 found = error.code if isinstance(error.code, int) else 1
                 err.write("" if isinstance(error.code, int) else f"{error.code}\n")

@@ -15,7 +15,7 @@ import pytest
 from atlas_jax import distributed, stopping
 from atlas_jax.checkpoint import hf, writer
 from atlas_jax.config import MeshConfig
-from atlas_jax.options import HostsConfig
+from atlas_jax.options.model import HostsConfig
 from tests import processes, tiny, words
 
 WORDS = ("a", "b")

@@ -5,12 +5,13 @@ import re
 
 import pytest
 
-from atlas_jax.config import DataConfig
+from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import examples
 from atlas_jax.data.examples import Conversation, PlainText
 from atlas_jax.data.sources import Row, Rows
 
-CONFIG = DataConfig(
+CONFIG = DataConfig()
+LESSONS = LessonsConfig(
     teacher_template="Question: {question}\nApproach: {approach}",
     lesson_template="Diagnosis: {diagnosis}\nLesson: {teaching}",
 )
@@ -25,7 +26,10 @@ ASSISTANT = {"role": "assistant", "content": "y"}
 
 
 def sample(fields, **changes):
-    return examples.to_sample(Row("t.jsonl:1", fields), dataclasses.replace(CONFIG, **changes))
+    lessons = {name: changes.pop(name) for name in list(changes) if hasattr(LESSONS, name)}
+    config = dataclasses.replace(CONFIG, **changes)
+    row = Row("t.jsonl:1", fields)
+    return examples.to_sample(row, config, dataclasses.replace(LESSONS, **lessons))
 
 
 def test_messages_are_kept_as_they_are():
@@ -130,7 +134,11 @@ def test_given_format_is_taken_where_several_fit():
             {},
             "has a int as student_approach; it must be a text",
         ),
-        (TEACHING, {"lesson_template": ""}, "is a teaching row but data.lesson_template is empty"),
+        (
+            TEACHING,
+            {"lesson_template": ""},
+            "is a teaching row but teaching.lesson_template is empty",
+        ),
         ({"prompt": "a", "completion": "\ud83d"}, {}, "has half a surrogate pair in completion"),
     ],
 )
@@ -144,23 +152,23 @@ def test_unusable_rows_stop_with_file_and_line():
     with pytest.raises(
         ValueError, match=r"1 of 2 dataset rows(.|\n)*t\.jsonl:2: lacks messages; it"
     ):
-        examples.parse_rows(rows, CONFIG)
+        examples.parse_rows(rows, CONFIG, LESSONS)
 
 
 def test_few_unusable_rows_are_named():
     rows = Rows([Row("t.jsonl:1", TEACHING), Row("t.jsonl:2", {"question": "q"})], [])
-    parsed = examples.parse_rows(rows, dataclasses.replace(CONFIG, max_rejected_frac=0.5))
+    parsed = examples.parse_rows(rows, dataclasses.replace(CONFIG, max_rejected_frac=0.5), LESSONS)
     assert [s.name for s in parsed.samples] == ["t.jsonl:1"]
     assert parsed.rejected[0].startswith("t.jsonl:2: lacks messages; it has question")
 
 
 @pytest.mark.parametrize("option", ["teacher_template", "lesson_template"])
 def test_unknown_template_field_is_an_error_at_start(option):
-    config = dataclasses.replace(CONFIG, **{option: "{approach} {answer}"})
+    lessons = dataclasses.replace(LESSONS, **{option: "{approach} {answer}"})
     with pytest.raises(
-        ValueError, match=rf"data\.{option} has the unknown field {{answer}}; it may"
+        ValueError, match=rf"teaching\.{option} has the unknown field {{answer}}; it may"
     ):
-        examples.parse_rows(Rows([], []), config)
+        examples.parse_rows(Rows([], []), CONFIG, lessons)
 
 
 def test_braces_of_a_template_that_hold_no_name_are_text():

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from atlas_jax.config import ColumnsConfig, DataConfig
+from atlas_jax.config import ColumnsConfig, DataConfig, LessonsConfig
 from atlas_jax.data import row_files
 from atlas_jax.data.examples import PlainText, to_sample
 from atlas_jax.data.questions import to_question
@@ -214,25 +214,25 @@ def test_questions_that_are_none_say_why(fields, message):
         to_question(Row("d:1", fields), True)
 
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs/data.md"
 
 
-def test_every_row_that_the_readme_shows_is_taken():
-    text = README.read_text()
-    table = text[text.index("Rows are told from their fields") :].split("Other names are told")[0]
+def test_every_row_that_the_page_on_data_shows_is_taken():
+    text = PAGE.read_text()
+    table = text[text.index("## Shapes of rows") :].split("## Conversations")[0]
     rows = re.findall(r"^\| ([^|]+) \| `(\{.*?\})`", table, re.MULTILINE)
     assert len(rows) == table.count("\n| ") - 1 > 14
-    options = DataConfig(teacher_template="{question}", lesson_template="{teaching}")
+    lessons = LessonsConfig(teacher_template="{question}", lesson_template="{teaching}")
     for shape, row in rows:
         fields = json.loads(row)
         if shape.startswith("GRPO"):
             question = to_question(Row("d:1", fields), True)
             assert (question.text, question.ground_truth) == ("2+2?", "4")
         else:
-            to_sample(Row("d:1", fields), options)
+            to_sample(Row("d:1", fields), DataConfig(), lessons)
 
 
-def test_every_kind_of_file_that_is_read_stands_in_the_readme():
-    text = README.read_text()
+def test_every_kind_of_file_that_is_read_stands_on_the_page_on_data():
+    text = PAGE.read_text()
     for kind in (*row_files._READERS, *row_files._COMPRESSED):
         assert re.search(rf"`[\w.]*{re.escape(kind)}`", text), kind

@@ -10,8 +10,8 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig
+from atlas_jax.configs.run import rlvr_gsm8k
 from atlas_jax.data import examples, questions, sources
-from configs.run import rlvr_gsm8k
 
 CONFIG = DataConfig()
 

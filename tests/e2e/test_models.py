@@ -11,11 +11,13 @@ import torch
 import transformers
 from jax.experimental.compilation_cache import compilation_cache
 
-from atlas_jax import preflight, step
+from atlas_jax import preflight
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import SFTConfig
-from atlas_jax.recipes import setup, sft
-from atlas_jax.sharding import Sharding, make_mesh, to_global
+from atlas_jax.recipes import sft
+from atlas_jax.sharding import to_global
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import export, open_model
 from tests import tiny
 from tests.test_vocabulary import sentencepiece_directory
 from tests.tokenizers import CHATML, chatml_tokenizer
@@ -41,11 +43,11 @@ def small_programs_are_compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def compiled(config, decoder, state, rows):
+def compiled(compute, decoder, state, rows):
     """Returns the step of SFT, whose metrics have the logits too."""
     key = repr((decoder.config, decoder.shapes))
     if key not in PROGRAMS:
-        loss = sft.make_loss(decoder, config.loss_chunk_size)
+        loss = sft.make_loss(decoder, compute.config.loss_chunk_size)
 
         def with_logits(params, batch):
             hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
@@ -53,8 +55,8 @@ def compiled(config, decoder, state, rows):
             found, metrics = loss(params, batch)
             return found, metrics | {"logits": (logits, 1.0)}
 
-        optimizer = setup.make_optimizer(config, decoder, 1)
-        train = step.make_train_step(with_logits, optimizer, decoder.dims, decoder.sharding)
+        optimizer = compute.optimizer(decoder, 1)
+        train = compute.train_step(with_logits, decoder, optimizer)
         PROGRAMS[key] = train.lower(state, rows).compile(compiler_options=QUICK)
     return PROGRAMS[key]
 
@@ -67,20 +69,21 @@ def train_and_export(path, output, **options):
     """
     config = SFTConfig(
         model_name_or_path=str(path), output_dir=str(output), learning_rate=1e-2, max_steps=1,
-        warmup_ratio=0.0, lr_scheduler_type="constant", gradient_checkpointing="none", **options,
+        warmup_ratio=0.0, lr_scheduler_type="constant", gradient_checkpointing="none",
+        max_seq_length=16, **options,
     )  # fmt: skip
     preflight.check_models(config)
-    sharding = Sharding(make_mesh(config.mesh, jax.devices()[:1]), config.sharding)
-    model = setup.open_model(config, sharding, longest=16)
-    optimizer = setup.make_optimizer(config, model.decoder, 1)
-    rows = to_global(ROWS, sharding, 1)
+    compute = Compute.of(config, jax.devices()[:1])
+    model = open_model(compute)
+    optimizer = compute.optimizer(model.decoder, 1)
+    rows = to_global(ROWS, compute.sharding, 1)
     params = hf.load(model.source, model.decoder)
     before = jax.tree.map(np.array, params)
-    state = step.init_state(params, optimizer, sharding)
-    train = compiled(config, model.decoder, state, rows)
+    state = compute.state(params, optimizer)
+    train = compiled(compute, model.decoder, state, rows)
     state, metrics = train(state, rows)
     assert np.isfinite(metrics["loss/total"][0])
-    final = setup.export(config, model, state.params)
+    final = export(config, model, state.params)
     stored = hf.load(hf.open_source(final), model.decoder)
     for old, new, after in zip(*map(jax.tree.leaves, (before, state.params, stored)), strict=True):
         assert np.abs(np.asarray(new) - old).max() > 1e-3

@@ -207,6 +207,35 @@ def test_a_stopped_run_continues_bitwise(inputs, whole, tmp_path, number):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
+def test_the_state_that_a_run_leaves_is_one_of_transformers(whole):
+    from transformers.trainer_callback import TrainerState
+
+    output = whole[0]
+    state = TrainerState.load_from_json(str(output / "final" / "trainer_state.json"))
+    assert (state.global_step, state.max_steps) == (STEPS, STEPS)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for ours, line in zip(state.log_history, lines, strict=True):
+        assert ours.items() >= line.items()
+        if "loss/total" in line:
+            assert ours["loss"] == line["loss/total"]
+    assert state.log_history[-1]["eval_loss"] == lines[-1]["eval/loss"]
+    epochs = [line["epoch"] for line in state.log_history]
+    assert epochs == [pytest.approx(state.epoch * line["step"] / STEPS) for line in lines]
+
+
+def test_the_config_of_a_run_starts_it_again_and_its_steps_can_be_traced(inputs, whole, tmp_path):
+    flags = command(inputs, tmp_path / "again")
+    rest = [f"--config={whole[0] / 'config.json'}", f"--config.output_dir={tmp_path / 'again'}"]
+    words = [*flags["args"][:3], *rest, "--config.profile_steps=[2, 3]"]
+    result = subprocess.run(words, env=flags["env"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert metrics(tmp_path / "again") == metrics(whole[0])
+    (trace,) = (tmp_path / "again" / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    assert "profile of steps 2 to 3: " in (tmp_path / "again" / "training.log").read_text()
+    assert not (whole[0] / "profile").exists()
+
+
 def test_a_finished_run_changes_nothing_when_started_again(inputs, whole):
     before, kept = metrics(whole[0]), tokens(whole[0])
     assert len(kept) == 2  # of the rows to train on, and of those held out

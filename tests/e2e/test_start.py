@@ -12,7 +12,8 @@ import safetensors.numpy
 
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig, SFTConfig
-from atlas_jax.recipes import grpo, run_dir, sft
+from atlas_jax.recipes import grpo, sft
+from atlas_jax.startup import directory
 from tests import words
 from tests.e2e import test_grpo
 
@@ -272,7 +273,7 @@ def test_a_run_that_goes_on_another_day_keeps_its_date(inputs, tmp_path, monkeyp
                "data.dataset_path": f"{tmp_path}/rows.jsonl"}  # fmt: skip
     run(inputs, output, max_steps=1, **changes)
     assert json.loads((output / "start.json").read_text())["date"] == today.isoformat()
-    monkeypatch.setattr(run_dir, "today", lambda: datetime.date(2020, 1, 2))
+    monkeypatch.setattr(directory, "today", lambda: datetime.date(2020, 1, 2))
     run(inputs, output, max_steps=2, **changes)
     assert [line["step"] for line in steps(output)] == [1, 2]
     run(inputs, tmp_path / "other", max_steps=1, **changes)  # which begins on that day

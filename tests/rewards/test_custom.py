@@ -14,7 +14,7 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax import sockets, stopping
 from atlas_jax.recipes import scoring
-from atlas_jax.rewards import custom
+from atlas_jax.rewards import custom, forms
 from atlas_jax.rewards.verifiable import combine
 from atlas_jax.types import Completion, Question, Sample
 
@@ -338,7 +338,7 @@ def test_a_row_that_cannot_be_sent_to_a_process_fails_alone(module):
 )
 def test_what_cannot_be_a_reward_is_told_at_the_start(module, name, told):
     with pytest.raises(ValueError, match=rf"^reward.names={module}:{name}|{told}") as error:
-        custom.check(f"{module}:{name}")
+        forms.find(f"{module}:{name}")
     assert re.search(told, str(error.value)) and "\n" not in str(error.value)
 
 
@@ -377,4 +377,4 @@ def test_given_functions_stand_in_place_of_names():
 
 @pytest.mark.parametrize(("names", "needs"), [(("m:f",), False), (("m:f", "exact_match"), True)])
 def test_a_truth_is_needed_by_built_in_rewards_alone(names, needs):
-    assert options(**{"reward.names": names}).reward.needs_truth == needs
+    assert options(**{"reward.names": names}).reward.needs_truth() == needs

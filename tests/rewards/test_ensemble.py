@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from atlas_jax.options_rim import ConsistencyRules, RIMConfig
+from atlas_jax.options.judges import ConsistencyRules, RIMConfig
 from atlas_jax.rewards.ensemble import Opinion, aggregate, choose, consistent, escalation, spread
 
 CONFIG = RIMConfig(variance_threshold=0.15, uncertainty_threshold=0.3)

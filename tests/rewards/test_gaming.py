@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from atlas_jax.options_rim import AntiGaming
+from atlas_jax.options.judges import AntiGaming
 from atlas_jax.rewards.gaming import find
 
 QUESTION = "A train goes 120 miles in 2 hours at a constant rate. What is its speed?"

@@ -10,7 +10,7 @@ import pathlib
 
 import pytest
 
-from atlas_jax.options_rim import AntiGaming
+from atlas_jax.options.judges import AntiGaming
 from atlas_jax.rewards.gaming import find
 
 CASES = [

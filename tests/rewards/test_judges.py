@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from atlas_jax.options_rim import AntiGaming, JudgePrompt, RIMConfig
+from atlas_jax.options.judges import AntiGaming, JudgePrompt, RIMConfig
 from atlas_jax.rewards.judges import (
     JUDGES,
     SCHEMA,

@@ -14,12 +14,12 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax import endpoints
-from atlas_jax.options_rim import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.configs import rim_config
+from atlas_jax.options.judges import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import RIMReward, transport
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
 from atlas_jax.types import Completion, Question, Reward, Sample
-from configs import rim_config
 from tests import judge_server
 from tests.rewards.test_verifiable import completion, rollout
 
@@ -605,12 +605,12 @@ def test_threads_may_share_a_reward(server, tmp_path):
     ],
 )
 def test_the_shipped_files_can_be_used(monkeypatch, name, judges):
-    path = f"configs/{name}.py"
     monkeypatch.setenv("GEMINI_API_KEY", "k")
-    assert RIMReward(config_path=path).names == judges
+    for reference in (name, f"configs/{name}.py", f"atlas_jax.configs.{name}"):
+        assert RIMReward(config_path=reference).names == judges
     monkeypatch.delenv("GEMINI_API_KEY")
     with pytest.raises(ValueError, match="GEMINI_API_KEY, which is not set; set it, or name an"):
-        RIMReward(config_path=path)
+        RIMReward(config_path=name)
 
 
 def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
@@ -618,7 +618,7 @@ def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
     path.write_text("def apply(config):\n    config.reward.rim.variance = 1.0\n")
     with pytest.raises(ValueError, match="variance"):
         RIMReward(config_path=str(path))
-    with pytest.raises(ValueError, match=r"absent.py does not exist; name a file like"):
+    with pytest.raises(ValueError, match=r"absent.py does not exist; give FILE.py, PACKAGE"):
         RIMReward(config_path="absent.py")
 
 
@@ -626,7 +626,7 @@ def test_a_file_that_sets_what_there_is_not_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"temperatures": ()}, "one at least"),
-        ({"temperatures": (0.2, 0.2)}, "each of them once"),
+        ({"temperatures": (0.2, 0.2)}, "must name each temperature once"),
         ({"variance_threshold": -1.0}, "reward.rim.variance_threshold=-1.0 must be 0 or more"),
         ({"replay": True, "cache_dir": ""}, "set reward.rim.cache_dir"),
         ({"active_judges": ActiveJudges(False, False, False, False)}, "set one at least to True"),

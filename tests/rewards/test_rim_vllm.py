@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from atlas_jax.options_rim import ActiveJudges, JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.options.judges import ActiveJudges, JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import RIMReward
 from atlas_jax.rewards.judges import Case
 from tests import vllm_servers

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig, MeshConfig
-from atlas_jax.recipes import chat_models, grpo, setup, vllm_backend
+from atlas_jax.config import GRPOConfig
+from atlas_jax.recipes import chat_models, grpo, vllm_backend
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
@@ -23,7 +23,8 @@ from atlas_jax.rollout.servers import Look, Pool, PoolOptions
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import Model, open_frozen
 
 CONFIG = dataclasses.replace(GRPOConfig(), temperature=0.7, top_p=0.95)
 SAMPLING = Sampling(CONFIG.temperature, CONFIG.top_p)
@@ -36,7 +37,7 @@ PROMPT = tuple(3 + (i * i) % 17 for i in range(300))
 class Trainer(NamedTuple):
     """A model as the trainer has it."""
 
-    model: setup.Model
+    model: Model
     params: Any
 
     @property
@@ -71,8 +72,7 @@ class Served(NamedTuple):
 
 def trainer(path: str, devices=None) -> Trainer:
     """Returns a model in float32, on one device unless `devices` names others."""
-    sharding = Sharding(make_mesh(MeshConfig(), devices or jax.devices()[:1]), "fsdp")
-    model = setup.open_frozen(CONFIG, path, sharding)
+    model = open_frozen(Compute.of(CONFIG, devices or jax.devices()[:1]), path)
     return Trainer(model, hf.load(model.source, model.decoder))
 
 

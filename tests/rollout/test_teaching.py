@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from atlas_jax import config as config_lib
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig
-from atlas_jax.recipes import chat_models, setup
+from atlas_jax.config import GRPOConfig, RolloutConfig, TeachingConfig
+from atlas_jax.recipes import chat_models
 from atlas_jax.rewards import verifiable
 from atlas_jax.rollout import measures, teaching
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.teaching import Draws
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
 from atlas_jax.types import Question, Reward, Sample, by_question
 from tests import words
 from tests.rollout.scripts import Script, completion, protocol, questions
@@ -182,8 +182,7 @@ def tiny(tmp_path_factory):
     names = ("alone", "probe", "teach", "with", "direct", *(f"q{i}" for i in range(8)))
     path = words.save(tmp_path_factory.mktemp("tiny"), names)
     config = GRPOConfig(model_name_or_path=path, output_dir="unused")
-    sharding = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none")
-    model = setup.open_frozen(config, path, sharding)
+    model = open_frozen(Compute.of(config, jax.devices()[:1]), path)
     return chat_models.local(model, "", 64)(hf.load(model.source, model.decoder), 3)
 
 
@@ -328,16 +327,14 @@ def test_the_generation_metrics_by_hand():
     ],
 )
 def test_templates_are_checked(option, template, message):
-    fine = dataclasses.replace(
-        RolloutConfig(),
+    fine = TeachingConfig(
         student_baseline_template="{question}",
         student_diagnostic_template="{question} {topic}",
         student_with_teaching_template="{question} {teaching}",
-        question_fields=("topic",),
+        teacher_template="{question} {approach} {topic}",
     )
-    data = config_lib.DataConfig(teacher_template="{question} {approach} {topic}")
-    config = dataclasses.replace(GRPOConfig(), rollout=fine, data=data)
+    config = GRPOConfig(teaching=fine, rollout=RolloutConfig(question_fields=("topic",)))
     assert chat_models.make_protocol(config, 5).num_generations == 5
-    wrong = dataclasses.replace(config, rollout=dataclasses.replace(fine, **{option: template}))
-    with pytest.raises(ValueError, match=f"rollout.{option}.*{message}"):
+    wrong = dataclasses.replace(config, teaching=dataclasses.replace(fine, **{option: template}))
+    with pytest.raises(ValueError, match=f"teaching.{option}.*{message}"):
         chat_models.make_protocol(wrong, 5)

@@ -13,11 +13,12 @@ import pytest
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig, MeshConfig
-from atlas_jax.options import HostsConfig
-from atlas_jax.recipes import grpo, setup, vllm_backend
+from atlas_jax.config import GRPOConfig
+from atlas_jax.options.model import HostsConfig
+from atlas_jax.recipes import grpo, vllm_backend
 from atlas_jax.rollout import versions
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
 from tests import processes, words
 from tests.rollout import served
 
@@ -50,8 +51,7 @@ def test_probes_of_several_servers_are_one_batch_on_any_devices(path):
     ids = np.asarray([[4, 5, 6], [7, 8, 9], [4, 5, 6], [10, 11, 12], [5, 5, 5]], np.int32)
     found = []
     for devices in (jax.devices()[:1], jax.devices()):
-        sharding = Sharding(make_mesh(MeshConfig(), devices), "fsdp")
-        model = setup.open_frozen(served.CONFIG, path, sharding)
+        model = open_frozen(Compute.of(served.CONFIG, devices), path)
         params = hf.load(model.source, model.decoder)
         logprobs_fn = grpo.make_logprobs_fn(model.decoder, served.CONFIG, 1)
         found.append(

@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import MeshConfig
-from atlas_jax.recipes import setup
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.vllm import payload
-from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import open_frozen
 from tests import vllm_servers
 from tests.assets import smollm2_gguf
 from tests.rollout import served
@@ -57,8 +56,7 @@ def smollm2(tmp_path_factory):
 def trainer(smollm2):
     options = dataclasses.replace(served.CONFIG.model, compute_dtype="bfloat16")
     config = dataclasses.replace(served.CONFIG, model=options)
-    sharding = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp")
-    model = setup.open_frozen(config, smollm2, sharding)
+    model = open_frozen(Compute.of(config, jax.devices()[:1]), smollm2)
     return served.Trainer(model, hf.load(model.source, model.decoder))
 
 

@@ -1,0 +1,149 @@
+"""Metrics of runs: the name, unit and meaning of each, and `docs/metrics.md` made from them.
+
+Imports no JAX.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """Unit and meaning of a metric."""
+
+    unit: str
+    meaning: str
+
+
+_NATS = "nats per token"
+_SHARE = "share"
+_SECS = "seconds"
+_TOKENS = "tokens"
+
+METRICS: dict[str, Metric] = {
+    "loss/total": Metric(_NATS, "SFT: mean cross entropy of the trained tokens; the ATLAS guide's "
+        "target is below 1.5. GRPO: `loss/policy` plus `beta` times `loss/kl`."),
+    "loss/policy": Metric("", "Policy term of the GRPO loss."),
+    "loss/kl": Metric(_NATS, "KL term of the GRPO loss, before `beta` weighs it."),
+    "eval/loss": Metric(_NATS, "Mean cross entropy of the trained tokens of the held-out rows."),
+    "optim/grad_norm": Metric("", "Global norm of the gradient before clipping; the ATLAS guide's "
+        "target is below 5."),
+    "optim/learning_rate": Metric("", "Learning rate of the update."),
+    "policy/kl": Metric(_NATS, "k3 estimate of the KL divergence from the policy to the reference "
+        "model. The ATLAS guide wants 0.5 to 2 and warns above 5."),
+    "policy/entropy": Metric(_NATS, "Entropy of the policy at the sampling temperature."),
+    "policy/clip_frac": Metric(_SHARE, "Tokens whose probability ratio is clipped."),
+    "policy/ratio_mean": Metric("", "Mean ratio of a token's probability to its probability before "
+        "the update."),
+    "rollout/mismatch_kl": Metric(_NATS, "k3 estimate of the KL divergence between the "
+        "probabilities that sampled and those that train. It is near 0 where both compute alike."),
+    "rollout/importance_weight": Metric("", "Mean weight that corrects this mismatch."),
+    "rollout/importance_capped_frac": Metric(_SHARE, "Weights that `importance_sampling_cap` "
+        "limits."),
+    "rollout/completion_tokens": Metric(_TOKENS, "Mean length of the policy's completions."),
+    "rollout/prompt_tokens": Metric(_TOKENS, "Mean length of the policy's prompts."),
+    "rollout/truncated_frac": Metric(_SHARE, "Completions that ended at `max_new_tokens`."),
+    "rollout/failed_frac": Metric(_SHARE, "Completions that are missing."),
+    "rollout/text_repeat_frac": Metric(_SHARE, "Completions whose text another one of their group "
+        "has too."),
+    "rollout/trained_frac": Metric(_SHARE, "Samples that the update counts. A step without any is "
+        "logged, and the run goes on."),
+    "rollout/version_lag_max": Metric("updates", "Most updates between the weights that began a "
+        "completion and the weights that it trains. It is 0 unless `rollout.max_staleness` allows "
+        "more."),
+    "reward/mean": Metric("", "Mean reward of the samples that have one."),
+    "reward/std": Metric("", "Mean standard deviation of the reward within groups."),
+    "reward/NAME": Metric("", "Mean of the part of the reward that is called NAME, where the "
+        "reward is a sum of several."),
+    "reward/failed_frac": Metric(_SHARE, "Samples without a score."),
+    "reward/skipped_frac": Metric(_SHARE, "Samples without a score because of what they are: the "
+        "prompt is too long, or there is no lesson. `reward.max_failed_frac` is about the other "
+        "samples without a score."),
+    "reward/error_frac": Metric(_SHARE, "Samples that a reward function of your own did not score: "
+        "it raised an error, took longer than `reward.timeout_secs`, or returned no number."),
+    "reward/zero_std_group_frac": Metric(_SHARE, "Groups whose rewards are all equal, among the "
+        "groups with two scores or more."),
+    "rim_rewards/NAME": Metric("0 to 1", "Mean score of the judge NAME: `accuracy`, "
+        "`helpfulness`, `process` or `diagnostic`."),
+    "reward/judge_missing_frac": Metric(_SHARE, "Scores of judges that are missing, so that their "
+        "samples have no reward."),
+    "reward/opinions_missing_frac": Metric(_SHARE, "Opinions that did not come, of those that were "
+        "asked for."),
+    "reward/escalated_frac": Metric(_SHARE, "Verdicts for which the large model was asked."),
+    "reward/disagreement": Metric("", "Mean standard deviation of a judge's opinions."),
+    "reward/no_honest_group_frac": Metric(_SHARE, "Groups that train nothing, because every lesson "
+        "with a score gives the answer away or aims at the judge."),
+    "reward/gamed_frac": Metric(_SHARE, "Judged lessons that state the answer, speak to the judge "
+        "or fill space."),
+    "reward/calls": Metric("requests per sample", "Requests to judges."),
+    "reward/tokens": Metric("tokens per sample", "Tokens of requests to judges and of their "
+        "replies."),
+    "reward/cost": Metric("money per sample", "Price of the requests to judges, in the currency of "
+        "the prices; null where a price is not known. The account of the whole run is in "
+        "`judges_spent_process_*.json`."),
+    "reward/cache_hit_frac": Metric(_SHARE, "Replies of judges that came from the cache."),
+    "teaching/student_accuracy": Metric(_SHARE, "Right answers of the student with a lesson."),
+    "teaching/baseline_accuracy": Metric(_SHARE, "Right answers of the student without a lesson."),
+    "teaching/accuracy_delta": Metric("", "Accuracy with a lesson, less accuracy without one."),
+    "teaching/improvement_rate": Metric(_SHARE, "Wrong answers that a lesson made right."),
+    "teaching/degradation_rate": Metric(_SHARE, "Right answers that a lesson made wrong."),
+    "teaching/non_degradation_rate": Metric(_SHARE, "1 minus `teaching/degradation_rate`; the "
+        "ATLAS guide wants it above 0.95."),
+    "teaching/completion_rate": Metric(_SHARE, "Answers with a lesson that end by themselves and "
+        "hold a result."),
+    "teaching/response_token_reduction": Metric(_SHARE, "Tokens that a lesson saves in the "
+        "student's answer: 1 minus tokens with a lesson over tokens without one."),
+    "teaching/token_efficiency": Metric("reward per 100 tokens", "Reward for the length of the "
+        "teacher's text."),
+    "teaching/missing_frac": Metric(_SHARE, "Texts of the teacher without `<teaching>`."),
+    "teaching/answer_leak_frac": Metric(_SHARE, "Lessons that state the answer."),
+    "teaching/probe_tokens": Metric(_TOKENS, "Mean length of the approach that the student "
+        "writes."),
+    "eval/student_accuracy": Metric(_SHARE, "Right answers with a lesson on held-out questions, "
+        "decoded greedily."),
+    "eval/baseline_accuracy": Metric(_SHARE, "Right answers without a lesson on held-out "
+        "questions, decoded greedily."),
+    "perf/step_secs": Metric(_SECS, "Wall time of a step."),
+    "perf/tokens_per_sec_per_device": Metric("tokens per second", "Tokens that the updates read, "
+        "without padding. GRPO counts a prompt as often as rows hold it, and all for each of "
+        "`num_iterations` updates."),
+    "perf/mfu": Metric(_SHARE, "Share of the device's bfloat16 peak that the model's own "
+        "arithmetic uses. Recomputation is not counted, the output head is counted for all tokens. "
+        "It is written only where the peak is known."),
+    "perf/generate_secs": Metric(_SECS, "Part of a step spent on generation."),
+    "perf/score_secs": Metric(_SECS, "Part of a step spent on rewards."),
+    "perf/logprobs_secs": Metric(_SECS, "Part of a step spent on reference log-probabilities."),
+    "perf/wait_secs": Metric(_SECS, "Time that a step waited for its completions and rewards."),
+    "sync/bytes": Metric("bytes", "Size of the weights that the servers got."),
+    "sync/export_secs": Metric(_SECS, "Time to write the weights for the servers."),
+    "sync/pause_secs": Metric(_SECS, "Time to pause the servers."),
+    "sync/load_secs": Metric(_SECS, "Time in which the servers loaded the weights."),
+    "sync/probe_secs": Metric(_SECS, "Time to check the weights of the servers."),
+    "sync/total_secs": Metric(_SECS, "Time of the whole transfer of weights."),
+    "sync/probe_diff": Metric("nats", "Mean absolute difference of log-probabilities between "
+        "server and trainer on the probe, of the server where it is largest."),
+    "sync/servers": Metric("servers", "Servers that have the weights."),
+    "sync/uncleared_caches": Metric("servers", "Servers that could not clear their prefix cache "
+        "because requests were in flight. No later request reads that cache."),
+}  # fmt: skip
+"""Name -> unit and meaning; NAME stands for a name that the run's options give."""
+
+_HEAD = """\
+# Metrics
+
+Made by `tools/make_docs.py`; do not edit.
+
+Metrics are in `metrics.jsonl` of a run's `output_dir`, one JSON object per line, and in TensorBoard
+event files. A value is the mean over the steps since the last line, over all processes; a name that
+ends in `_max` is the largest value instead. A value is null where there was nothing to count. Every
+`teaching/…` metric is also written as `eval/…`, on held-out questions.
+
+| name | unit | meaning |
+|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """Returns `docs/metrics.md`."""
+    lines = [f"| `{name}` | {m.unit} | {m.meaning} |\n" for name, m in METRICS.items()]
+    return _HEAD + "".join(lines)

@@ -1,0 +1,276 @@
+"""Names of other trainers, and what to write here: the table of `docs/migration.md`.
+
+`python -m atlas_jax.migration` prints that document; `python -m atlas_jax.migration WORD` prints what
+to write for a word. Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import NamedTuple
+
+_OFF = ("false", "no", "off", "0", "null", "none", "")
+
+
+class Foreign(NamedTuple):
+    """Names that mean the same elsewhere, and their counterpart here."""
+
+    names: str
+    """Separated by blanks; what a Markdown table shows. A name that ends in `*` is a prefix."""
+    here: str
+    """A sentence, in Markdown."""
+    changes_nothing: bool = False
+    """The option is accepted, whatever its value."""
+    absent: bool = False
+    """There is no such thing here; values that turn it off are accepted."""
+    same_as: str = ""
+    """The option with the same values, which is set in its place."""
+
+    @property
+    def answer(self) -> str:
+        """The sentence for a terminal."""
+        return self.here.replace("`", "")
+
+    def accepts(self, value: str) -> bool:
+        """Returns true if the option with this value is taken."""
+        off = self.absent and value.lower() in _OFF
+        return self.changes_nothing or bool(self.same_as) or off
+
+    def matches(self, word: str) -> bool:
+        """Returns true for one of the names."""
+        return any(
+            word.startswith(name[:-1]) if name.endswith("*") else word == name
+            for name in self.names.split()
+        )
+
+
+OPTIONS: tuple[Foreign, ...] = (
+    # Models and numbers.
+    Foreign("bf16 fp16 bf16_full_eval fp16_full_eval half_precision_backend",
+            "write `model.compute_dtype=bfloat16` (`auto` takes it on accelerators); parameters stay float32, or are `model.param_dtype`"),
+    Foreign("tf32", "write `model.compute_dtype=bfloat16`, or `float32`, which computes full float32 products"),
+    Foreign("dtype torch_dtype", "write `model.compute_dtype` for the computation and `model.param_dtype` for the parameters"),
+    Foreign("model_revision", "download that revision, and write `model_name_or_path=DIRECTORY`"),
+    Foreign("tokenizer_name tokenizer", "write `tokenizer_name_or_path`"),
+    Foreign("chat_template_path", "put the template into the tokenizer's directory, and write `tokenizer_name_or_path`"),
+    Foreign("student_model_init_kwargs teacher_model_init_kwargs model_init_kwargs ref_model_init_kwargs",
+            "write the options of `model`, such as `model.compute_dtype`; the student has the same"),
+    Foreign("use_cache cache_implementation use_transformers_paged", "nothing to set: generation keeps its cache, training has none", changes_nothing=True),
+    # Memory and devices.
+    Foreign("deepspeed zero2", "there is no DeepSpeed here; write `sharding=zero1` (stages 1 and 2), `sharding=fsdp` (stage 3) or `offload=optimizer`"),
+    Foreign("fsdp fsdp_config", "write `sharding=fsdp`, the default, and `mesh.fsdp` for its size"),
+    Foreign("parallelism_config accelerator_config tensor_parallel_size",
+            "write `mesh.data`, `mesh.fsdp` and `mesh.tensor`; servers take `--tensor-parallel-size`"),
+    Foreign("offload_untrained_models disable_student_offloading",
+            "write `offload=reference` for the reference model; the student stays on the devices, or on servers of its own"),
+    Foreign("gradient_checkpointing_kwargs", "nothing to set: `gradient_checkpointing` takes `none`, `dots` or `full`", changes_nothing=True),
+    Foreign("activation_offloading", "write `offload=activations`"),
+    Foreign("auto_find_batch_size", "there is no search for a batch size here; `atlas-plan` computes what fits", absent=True),
+    Foreign("ddp_timeout", "write `hosts.stall_timeout_secs`"),
+    Foreign("ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ds3_gather_for_generation "
+            "local_rank average_tokens_across_devices", "nothing to set: the mesh divides the work, and losses are divided by the weight of the whole batch", changes_nothing=True),
+    Foreign("backprop_accumulation_steps backprop_accumulation_micro_batch_size",
+            "write `per_device_train_batch_size` for the rows of one forward pass"),
+    # Speed.
+    Foreign("torch_compile torch_compile_backend torch_compile_mode jit_mode_eval",
+            "nothing to set: each step is one compiled program", changes_nothing=True),
+    Foreign("use_liger_kernel use_liger_loss liger_kernel_config", "nothing to set: the logits of a batch never exist as a whole; `loss_chunk_size` bounds them", changes_nothing=True),
+    Foreign("torch_empty_cache_steps dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor remove_unused_columns",
+            "nothing to set here", changes_nothing=True),
+    Foreign("dataloader_num_workers", "it is `data.num_workers` here", same_as="data.num_workers"),
+    Foreign("group_by_length train_sampling_strategy", "nothing to set: rows are padded to `data.length_buckets`, or packed with `packing=true`", changes_nothing=True),
+    Foreign("packing_strategy padding_free pad_to_multiple_of eval_packing", "write `packing=true`, which fits whole examples and keeps them apart"),
+    # Optimizer and length of the run.
+    Foreign("optim optim_args optim_target_modules", "nothing to choose: the optimizer is AdamW; `adam_mu_dtype=bfloat16` halves its first moment"),
+    Foreign("warmup_steps", "write `warmup_ratio`, the share of all steps"),
+    Foreign("lr_scheduler_kwargs", "write `lr_scheduler_type`: `constant`, `linear` or `cosine`, each after `warmup_ratio`"),
+    Foreign("label_smoothing_factor neftune_noise_alpha assistant_loss_weight", "there is none here", absent=True),
+    Foreign("disable_dropout", "nothing to set: models have no dropout", changes_nothing=True),
+    Foreign("per_device_eval_batch_size eval_accumulation_steps per_gpu_train_batch_size", "write `per_device_train_batch_size`, which evaluation uses too"),
+    Foreign("do_train", "nothing to set: a run trains", changes_nothing=True),
+    Foreign("do_eval do_predict", "write `eval_steps`, and `data.eval_path` or `data.eval_split_ratio`"),
+    # Lengths and data.
+    Foreign("max_length model_max_length max_seq_len", "write `max_seq_length`"),
+    Foreign("max_completion_length", "write `max_new_tokens`; `rollout.max_answer_tokens` is the student's"),
+    Foreign("dataset_name dataset_id_or_path export_path train_file", "write `data.dataset_path`: files, a hub id, or `db_url` for the database"),
+    Foreign("make_dataset_fn", "write `--config RECIPE:data=NAME`, such as `teacher_sft:data=runtime_traces`, and `data.dataset_path`"),
+    Foreign("dataset_config_name dataset_subset", "write `data.dataset_config`"),
+    Foreign("dataset_train_split train_split", "write `data.dataset_split`"),
+    Foreign("dataset_test_split", "write `data.eval_split`, with `data.eval_path` for the data set"),
+    Foreign("train_ratio", "write `data.eval_split_ratio`, the share that is held out"),
+    Foreign("dataset_text_field", "write `data.columns.completion`, or name the conversation with `data.columns.messages`"),
+    Foreign("dataset_max_sessions limit", "write `data.max_sessions`"),
+    Foreign("offset", "there is none here; write `data.created_after` and `data.created_before`", absent=True),
+    Foreign("include_learning_data include_raw", "nothing to set: sessions are read whole", changes_nothing=True),
+    Foreign("dataset_kwargs dataset_num_proc dataset_batch_size preprocessing_num_workers", "nothing to set: rows are encoded by several processes where they are many", changes_nothing=True),
+    Foreign("completion_only_loss assistant_only_loss completion_only_training", "write `data.completion_only`, true by default: what the assistant writes is trained"),
+    Foreign("shuffle_dataset shuffle_generation_inputs", "write `data.shuffle`"),
+    Foreign("eval_dataset", "write `data.eval_path`"),
+    Foreign("streaming", "there is no streaming of data sets here", absent=True),
+    # What a run writes.
+    Foreign("logging_dir run_dir results_dir exp_name", "write `output_dir`, in which everything lies"),
+    Foreign("run_name wandb_project wandb_group wandb_run_name wandb_entity",
+            "set `WANDB_PROJECT`, `WANDB_NAME` or `WANDB_RUN_GROUP` in the environment, with `report_to=wandb`"),
+    Foreign("project trackio_space_id", "set `TRACKIO_PROJECT` or `TRACKIO_SPACE_ID` in the environment, with `report_to=trackio`"),
+    Foreign("logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node", "write `logging_steps`; the first process logs"),
+    Foreign("log_completions save_completions_probability num_completions_to_print reward_log_name activate_debugging_logs log_unique_prompts",
+            "nothing to set: `rollouts/` has every sample, TensorBoard's text tab some", changes_nothing=True),
+    Foreign("disable_tqdm include_tokens_per_second include_num_input_tokens_seen skip_memory_metrics", "nothing to set here", changes_nothing=True),
+    Foreign("save_strategy", "write `save_steps`; the end is saved in any case"),
+    Foreign("eval_strategy evaluation_strategy eval_on_start eval_delay", "write `eval_steps`; 0 evaluates at the end only"),
+    Foreign("save_only_model save_safetensors", "nothing to set: `final/` is the model in safetensors, `checkpoints/` has what a run needs to continue", changes_nothing=True),
+    Foreign("load_best_model_at_end metric_for_best_model greater_is_better", "there is no choice of the best step here; `atlas-convert` makes a model of each checkpoint", absent=True),
+    Foreign("resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
+            "nothing to set: the same command continues; `resume_from=DIRECTORY` takes the weights of another run"),
+    Foreign("overwrite_output_dir", "there is no overwriting here: name another `output_dir`, or remove the directory", absent=True),
+    Foreign("push_to_hub* hub_* call_post_training tags", "there is no upload here; `hf upload NAME OUTPUT_DIR/final` does it", absent=True),
+    Foreign("profile torch_profiler use_profiler", "write `profile_steps=(10, 12)`"),
+    # Generation.
+    Foreign("use_vllm use_vllm_server vllm_mode", "write `rollout.backend=vllm`, or `local` to generate with the training devices; `launch_with_server.sh` sets it"),
+    Foreign("vllm_server_base_url vllm_server_host vllm_server_port vllm_host vllm_port num_vllm_clients",
+            "write `rollout.teacher_servers=http://HOST:PORT,…` and `rollout.student_servers=…`; `launch_with_server.sh` sets them"),
+    Foreign("vllm_group_port vllm_device", "nothing to set: weights reach the servers through `rollout.sync_dir`", changes_nothing=True),
+    Foreign("vllm_gpu_memory_utilization vllm_max_model_len vllm_max_model_length vllm_dtype vllm_tensor_parallel_size vllm_enable_sleep_mode "
+            "vllm_sleep_level vllm_model_impl enforce_eager enable_prefix_caching",
+            "it is a flag of `atlas-serve`, such as `--gpu-memory-utilization 0.9`; `VLLM_FLAGS` gives flags to `launch_with_server.sh`"),
+    Foreign("vllm_server_timeout", "write `rollout.request_timeout_secs` and `rollout.sync_timeout_secs`"),
+    Foreign("vllm_guided_decoding_regex vllm_structured_outputs_regex", "there is no guided decoding here", absent=True),
+    Foreign("use_ray ray_*", "there is no Ray here; write `rollout.backend=vllm`, and one server for each `rollout.teacher_servers`", absent=True),
+    Foreign("vllm_importance_sampling_correction vllm_importance_sampling_mode", "write `importance_sampling`: `none`, `token` or `sequence`"),
+    Foreign("vllm_importance_sampling_cap", "write `importance_sampling_cap`"),
+    Foreign("steps_per_generation generation_batch_size generation_aggregation_steps artificial_epochs",
+            "write `train_batch_size`: the completions of a step are generated together; `num_iterations` updates are made on them"),
+    Foreign("generation_kwargs", "write `temperature`, `top_p`, `top_k` and `min_p`"),
+    Foreign("repetition_penalty", "there is none here: log-probabilities are those of the softmax at `temperature`", absent=True),
+    Foreign("unbias_log_probabilities", "nothing to set: log-probabilities are at the sampling temperature", changes_nothing=True),
+    Foreign("num_generations_eval", "nothing to set: evaluation answers each question once, greedily", changes_nothing=True),
+    # Losses and rewards.
+    Foreign("epsilon", "write `epsilon_low` and `epsilon_high`"),
+    Foreign("delta top_entropy_quantile", "there is none here; a loss of your own is `loss_type=package.module:function`", absent=True),
+    Foreign("importance_sampling_level", "write `loss_type=gspo` for ratios of whole completions"),
+    Foreign("reward_weights", "write `reward.weights`"),
+    Foreign("reward_funcs reward_model_name_or_path reward_processing_classes", "write `reward.kind` and `reward.names`"),
+    Foreign("teacher_reward config_path", "write `reward.kind=rim`, and `--config teacher_rcl:rim=rim_offline_config` for the judges"),
+    Foreign("active_judges temperatures variance_threshold", "it stands under `reward.rim`, as `reward.rim.active_judges`, `reward.rim.temperatures` and `reward.rim.variance_threshold`"),
+    Foreign("models model_configs", "write `reward.rim.small_model.model=gemini/gemini-2.5-flash`, `reward.rim.large_model.model` and `reward.rim.large_model.max_tokens`"),
+    Foreign("parallel_execution max_workers", "write `reward.rim.limits.max_in_flight`"),
+    Foreign("student_diagnostic_template student_with_teaching_template student_baseline_template", "it stands under `rollout`: `rollout.student_diagnostic_template` and so on"),
+    Foreign("teacher_adaptive_template", "write `data.teacher_template`, which SFT uses too"),
+    Foreign("use_reference_teacher_model logging_prob", "there is none here; `beta` above 0 keeps the policy that the run began with as the reference", absent=True),
+    # Other trainers.
+    Foreign("use_peft load_in_4bit load_in_8bit use_dora use_rslora peft_config lora_*", "there is no LoRA or quantised training here: every parameter is trained", absent=True),
+    Foreign("lmbda seq_kd teacher_model_name_or_path align_teacher_template teacher_tokenizer_name_or_path baseline_success baseline_tokens",
+            "there is no distillation (GKD) here: the algorithms are `sft` and `grpo`", absent=True),
+)  # fmt: skip
+"""Options of TRL, transformers, the original ATLAS and its guide."""
+
+WORDS: tuple[Foreign, ...] = (
+    Foreign("+override override defaults data@_global_ /data@_global_: model@_global_ reward@_global_ trainer@_global_ trainer",
+            "parts are swapped with `--config RECIPE:data=NAME,model=NAME`, such as `teacher_rcl:data=runtime_pg`; options follow as `data.db_url=…`"),
+    Foreign("--config-name --config-path config-name config-path", "write `--config NAME`, a shipped recipe or a `FILE.py`"),
+    Foreign("+zero1", "write `sharding=zero1`"),
+)  # fmt: skip
+"""Words of a command line that are no options."""
+
+ITEMS: tuple[tuple[str, str], ...] = (
+    ("`scripts/launch.sh 8 configs/run/teacher_sft.yaml`", "`launch/launch.sh 8 configs/run/teacher_sft.py`: a config is a Python file, or the name of a shipped one (`teacher_sft`)"),
+    ("`+offload`", "the same, or `offload=optimizer`; also `params`, `activations`, `reference`, with commas"),
+    ("`gradient_checkpointing=true`", "the same (`full`); also `dots` and `none`"),
+    ("`attn_implementation=flash_attention_2`", "the same; it means `auto`: cuDNN on NVIDIA, splash on TPU"),
+    ("`python trainers/vllm_server.py --model … --port 8765`", "`atlas-serve --model … --port 8765`, with vLLM's own flags"),
+    ("`scripts/launch_with_server.sh 4 4 configs/run/teacher_rcl.yaml`", "`launch/launch_with_server.sh 4 4 configs/run/teacher_rcl.py`. The guide gives both orders of the two numbers; the first is servers, and the script says which device does what"),
+    ("`curl http://localhost:8000/v1/models`", "`curl http://127.0.0.1:8765/v1/models`: the port is the one that `--port` names (the guide starts its server on 8765 and asks 8000). With a token, `-H \"Authorization: Bearer …\"`; `/health` needs none"),
+    ("`lsof -i :8000`, `ps aux \\| grep vllm`", "the trainer names the server that does not answer; logs are in `output_dir/logs`"),
+    ("`torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 train.py …`", "on each host `atlas-train --config … --coordinator 10.0.0.1:8476 --num_processes 2 --process_id 0`, one process a host; `launch/multihost.sh`, SLURM and Kubernetes files are in `launch/`"),
+    ("`arc-atlas --database-url … --output traces.jsonl`", "`python tools/export_traces.py --database-url … --output traces.jsonl`"),
+    ("`from atlas.training_data import get_training_sessions`", "`from atlas_jax.training_data import get_training_sessions`, with the same arguments"),
+    ("`custom_data.runtime_trace_data.get_runtime_trace_dataset`", "`--config teacher_sft:data=runtime_traces` with `data.dataset_path=traces.jsonl`; `data=runtime_pg` reads the database"),
+    ("`RIM.reward_adapter.RIMReward`", "`from atlas_jax.rewards import RIMReward`; `config_path` names a Python file such as `configs/rim_offline_config.py`"),
+    ("triage dossier, adaptive summary, learning history of a session", "`session.triage_dossier`, `session.adaptive_summary`, `session.learning_history`"),
+    ("persona usage and updates of a session", "not here: the runtime writes none; whatever a session's metadata holds is in `session.session_metadata`"),
+    ("validation labels of a session", "`session.steps[i].validation` for each step, `session.session_metadata[\"review_status\"]` for the whole"),
+    ("`results/sft_checkpoint/`, `results/rl_checkpoint/`", "`checkpoints/sft/final/`, `checkpoints/grpo/final/`: `final/` in the run's `output_dir`"),
+    ("`pytorch_model.bin`", "`model.safetensors`, in shards with an index above `model.max_shard_size`; transformers and vLLM load both"),
+    ("`trainer_state.json`", "`final/trainer_state.json`, with `log_history` as transformers writes it"),
+    ("`results/logs/train.log`", "`output_dir/training.log`; numbers are in `output_dir/metrics.jsonl`"),
+    ("`results/logs/tensorboard_events`", "event files in `output_dir`: `tensorboard --logdir OUTPUT_DIR`"),
+    ("`AutoModelForCausalLM.from_pretrained(\"results/rl_checkpoint\")`", "`from_pretrained(\"checkpoints/grpo/final\")`, with torch and accelerate, which `pip install -e \".[hf]\"` brings"),
+    ("\"get teaching (atlas-sdk runtime loop)\"", "`atlas-evaluate --teacher checkpoints/grpo/final --student … --data …`"),
+    ("reward mean, non-degradation rate, KL", "`reward/mean`, `teaching/non_degradation_rate`, `policy/kl`"),
+    ("\"monitor `rim_rewards`\"", "`rim_rewards/helpfulness`, `rim_rewards/process`, and the other active judges"),
+    ("teaching efficiency, token efficiency, completion rate", "`accuracy_delta`, `response_token_reduction` and `completion_rate` of `atlas-evaluate`, each with its interval"),
+)  # fmt: skip
+"""Commands, files and fields of the guide, and what they are here; both in Markdown."""
+
+_BEFORE = """# From other trainers to atlas_jax
+
+Generated by `python -m atlas_jax.migration > docs/migration.md`. The same answers come on the command
+line: `--config.max_completion_length=512` ends with `unknown option max_completion_length: write
+max_new_tokens; …`.
+
+## The guide, item by item
+
+Commands, files and fields of the ATLAS training guide that bear another name here. What is not in these
+tables has its name in the guide: `learning_rate`, `beta`, `temperature`, `num_generations`,
+`per_device_train_batch_size`, `gradient_accumulation_steps`, `warmup_ratio`, `output_dir`,
+`model_name_or_path` and so on.
+
+"""
+_AFTER = """
+## What is not here
+
+The guide's durations (4 to 6 hours of SFT and 24 to 36 of GRPO on 8 H100), its 200 GB of disk and its results
+(15.7 % accuracy, 97 % non-degradation, half the tokens, 100 % completion) are its own measurements and were
+not repeated with this package. `atlas-plan` computes memory, disk sizes and lower bounds of a step's time;
+[speed.md](speed.md) has what was measured.
+
+The guide's minimum of two GPUs (`launch_with_server.sh 1 1`) trains with 4 rows at a time and accumulates
+up to the 128 lessons of a step.
+"""
+
+
+def find(word: str) -> Foreign | None:
+    """Returns the entry of an option's name or of a word of a command line, with or without `=VALUE`."""
+    name = word.partition("=")[0]
+    short = re.sub(r"^(\+\+?|~)(?!override)", "", name)  # Hydra's signs for new and removed keys
+    for entry in (*OPTIONS, *WORDS):
+        if entry.matches(name) or entry.matches(short):
+            return entry
+    return None
+
+
+def document() -> str:
+    """Returns `docs/migration.md`."""
+    items = "".join(f"| {there} | {here} |\n" for there, here in ITEMS)
+    groups = {
+        "Options with another name": [e for e in OPTIONS if not (e.changes_nothing or e.absent)],
+        "Options that change nothing": [e for e in OPTIONS if e.changes_nothing],
+        "Options without a counterpart": [e for e in OPTIONS if e.absent],
+        "Words of the command line": WORDS,
+    }
+    notes = {
+        "Options with another name": "Of TRL, transformers, the original ATLAS and its guide.",
+        "Options that change nothing": "They are accepted, with a note in the log.",
+        "Options without a counterpart": "Values that turn them off (`false`, `null`) are accepted.",
+        "Words of the command line": "Hydra's words.",
+    }
+    text = f"{_BEFORE}| there | here |\n|---|---|\n{items}"
+    for title, entries in groups.items():
+        rows = "".join(f"| {_names(entry)} | {entry.here} |\n" for entry in entries)
+        text += f"\n## {title}\n\n{notes[title]}\n\n| there | here |\n|---|---|\n{rows}"
+    return text + _AFTER
+
+
+def _names(entry: Foreign) -> str:
+    return " ".join(f"`{name}`" for name in entry.names.split())
+
+
+def main(words: list[str]) -> None:
+    """Prints the document, or what to write for each word that has an entry."""
+    answers = [entry.answer for entry in map(find, words) if entry]
+    sys.stdout.write("\n".join([*answers, ""]) if words else document())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

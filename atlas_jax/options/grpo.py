@@ -1,0 +1,169 @@
+"""Options that only GRPO has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from msgspec import Meta
+
+from atlas_jax.options.fields import (
+    Fraction,
+    Moved,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    PositiveShare,
+)
+from atlas_jax.options.judges import RIMConfig
+from atlas_jax.options.policy_loss import PolicyLossConfig
+from atlas_jax.options.reward import RewardConfig
+from atlas_jax.options.rollout import RolloutConfig
+from atlas_jax.options.teaching import TeachingConfig
+from atlas_jax.options.train import TrainConfig
+
+GroupSize = Annotated[int, Meta(ge=2, extra={"why": "a group of one has no mean to compare with"})]
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig(PolicyLossConfig, TrainConfig):
+    """Group relative policy optimization of a teacher, or of a plain policy."""
+
+    algorithm: str = "grpo"
+    student_model: str = ""
+    """Frozen student that the teacher helps: a Hugging Face directory, a `.gguf` file or a hub
+    id."""
+    num_generations: GroupSize = 8
+    """Number of completions of one prompt. They are a group, whose mean reward is the baseline."""
+    max_prompt_length: PositiveInt = 2048
+    """Most tokens of a prompt. A longer one is skipped and counted."""
+    max_new_tokens: PositiveInt = 512
+    """Most tokens of a completion."""
+    temperature: Positive = 0.7
+    """Temperature of sampling, and of the log-probabilities that are trained on."""
+    top_p: PositiveShare = 0.95
+    """Share of the probability that the most likely tokens must have together to be drawn from; 1
+    keeps all tokens."""
+    top_k: NonNegativeInt = 0
+    """Number of the most likely tokens that are drawn from; 0 keeps all."""
+    min_p: Fraction = 0.0
+    """Share of the most likely token's probability below which a token is not drawn; 0 keeps all.
+    For `rollout.backend=local` only."""
+    mask_truncated_completions: bool = False
+    """Trains nothing on completions that reached `max_new_tokens`."""
+    sync_ref_model: bool = False
+    """Moves the reference model after the policy during training."""
+    ref_model_mixup_alpha: PositiveShare = 0.6
+    """Share of the policy in the new reference model."""
+    ref_model_sync_steps: PositiveInt = 512
+    """Steps between two moves of the reference model."""
+    teaching: TeachingConfig = TeachingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    max_probe_tokens: Annotated[int | None, Moved("teaching.max_probe_tokens")] = None
+
+    @property
+    def asks_questions(self) -> bool:
+        """True: rows are questions."""
+        return True
+
+    @property
+    def group_size(self) -> int:
+        """Number of completions of one prompt."""
+        return self.num_generations
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the KL divergence to a reference model has a weight."""
+        return self.beta > 0
+
+    @property
+    def generates_locally(self) -> bool:
+        """True if the training devices generate completions."""
+        return self.rollout.backend == "local"
+
+    @property
+    def asks_servers(self) -> bool:
+        """True if vLLM servers generate completions."""
+        return self.rollout.backend == "vllm"
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Options whose values are functions of the user's own, `package.module:function`."""
+        return {"loss_type": self.loss_type} if ":" in self.loss_type else {}
+
+    @property
+    def reward_functions(self) -> tuple[str, ...]:
+        """Rewards that are functions of the user's own, `package.module:function`."""
+        return self.reward.functions
+
+    @property
+    def longest_generation(self) -> int:
+        """Most tokens of a prompt with its completion."""
+        return self.max_prompt_length + self.max_new_tokens
+
+    @property
+    def student(self) -> str:
+        """Name of the frozen student model; empty if the protocol has none."""
+        return self.student_model if self.rollout.protocol == "teaching" else ""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Most tokens of a student's answer."""
+        return self.teaching.max_answer_tokens or self.max_new_tokens
+
+    @property
+    def judges(self) -> RIMConfig | None:
+        """Options of the judges; None if none are asked."""
+        return self.reward.rim if "rim" in self.reward.parts else None
+
+    def check(self) -> None:
+        """Checks each option, and those that must fit each other.
+
+        Raises:
+            ValueError: names the options, their values and what to write instead.
+        """
+        super().check()
+        if self.packing:
+            raise ValueError("packing=True is for SFT; GRPO rows hold a prompt and its completions")
+        if self.sync_ref_model and not self.beta:
+            raise ValueError("sync_ref_model=True without a reference; raise beta above 0")
+        if self.rollout.protocol == "teaching" and not self.student_model:
+            raise ValueError(
+                "student_model is empty; set --config.student_model=…, or "
+                "--config.rollout.protocol=direct to train without a student"
+            )
+        self.rollout.check()
+        self.reward.check()
+        self._check_sampling()
+        if self.rollout.protocol == "direct":
+            self._check_direct()
+
+    def _check_sampling(self) -> None:
+        """Checks how tokens are drawn against where they are drawn and what weights draw them."""
+        if self.rollout.backend == "vllm" and self.min_p:
+            raise ValueError(
+                f"min_p={self.min_p} with rollout.backend=vllm: vLLM cuts by min_p before it takes "
+                "log-probabilities, so that those of the cut tokens are missing; use top_p or "
+                "top_k, and min_p=0"
+            )
+        if self.rollout.max_staleness and self.importance_sampling == "none":
+            raise ValueError(
+                f"rollout.max_staleness={self.rollout.max_staleness} trains on completions of "
+                "older weights, which importance_sampling=none leaves uncorrected; use token or "
+                "sequence"
+            )
+
+    def _check_direct(self) -> None:
+        """Checks that no reward needs a student, whom the direct protocol does not have."""
+        names = self.judges.judge_names if self.judges else ()
+        if set(names) - {"accuracy"}:
+            raise ValueError(
+                f"the judges {', '.join(names)} are active, and protocol=direct has no lesson to "
+                "judge; leave accuracy alone on in reward.rim.active_judges"
+            )
+        if "teaching_gain" in self.reward.parts:
+            raise ValueError(
+                "the reward teaching_gain compares a student's answers, and protocol=direct has no "
+                "student; use reward.names=('exact_match',)"
+            )

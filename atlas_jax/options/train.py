@@ -1,0 +1,241 @@
+"""Options of every recipe, and of SFT, which has no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from msgspec import Meta
+
+from atlas_jax.options.data import DataConfig
+from atlas_jax.options.fields import (
+    Fraction,
+    JsonObject,
+    NonNegative,
+    NonNegativeInt,
+    OptionalPath,
+    Positive,
+    PositiveInt,
+    Words,
+    check_values,
+    some_of,
+    take_moved,
+)
+from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
+from atlas_jax.options.teaching import LessonsConfig
+
+if TYPE_CHECKING:
+    from atlas_jax.options.judges import RIMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Options of every recipe; the names are those of TRL and of the original."""
+
+    algorithm: str = ""
+    """Name of the recipe that runs. The config file sets it, never a flag."""
+    model_name_or_path: str = ""
+    """Model that is trained: a Hugging Face directory, a `.gguf` file or a hub id."""
+    tokenizer_name_or_path: str = ""
+    """Directory or hub id of the tokenizer; empty takes the model's own."""
+    chat_template_kwargs: JsonObject = ""
+    """Variables of the chat template, such as `{"enable_thinking": false}`, for training and
+    generation alike."""
+    output_dir: str = ""
+    """Directory for everything that the run writes. Running the same command again continues
+    there."""
+    resume_from: str = ""
+    """Source of a new run's weights: the `output_dir` of another run, one of its
+    `checkpoints/STEP`, or a model directory. Step, optimizer, schedule and position in the data
+    begin anew. A run that has a checkpoint of its own continues from that instead."""
+    seed: NonNegativeInt = 42
+    """Seed of everything that is drawn at random."""
+    learning_rate: Positive = 2e-5
+    """Highest learning rate of the schedule."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up; `linear` and `cosine` end at 0."""
+    warmup_ratio: Fraction = 0.1
+    """Share of all steps over which the learning rate rises from 0."""
+    weight_decay: NonNegative = 0.01
+    """Weight decay of AdamW, decoupled from the gradient. It applies to matrices only; norms and
+    biases have none."""
+    max_grad_norm: NonNegative = 1.0
+    """Global norm that gradients are clipped to; 0 clips nothing."""
+    adam_beta1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Term that AdamW adds to the denominator."""
+    adam_mu_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the first moment; `auto` is `model.param_dtype`. The second moment is
+    float32."""
+    num_train_epochs: Positive = 1.0
+    """Number of passes over the data, where `max_steps` is -1."""
+    max_steps: Annotated[int, Meta(ge=-1, extra={"rule": "above 0, or -1 to count epochs"})] = -1
+    """Number of optimizer steps; -1 counts `num_train_epochs` instead."""
+    per_device_train_batch_size: PositiveInt = 2
+    """Rows of one forward pass on each device of the `data` and `fsdp` axes. Where
+    `gradient_accumulation_steps` is inferred, it is the most rows of one forward pass."""
+    gradient_accumulation_steps: NonNegativeInt = 0
+    """Forward passes of an optimizer step; 0 infers it from `train_batch_size`, or is 1 without
+    that."""
+    train_batch_size: NonNegativeInt = 0
+    """Rows of an optimizer step over all devices. Any number of devices that divides it trains the
+    same. 0 is the product of `per_device_train_batch_size`, `gradient_accumulation_steps` and the
+    devices."""
+    gradient_checkpointing: Annotated[
+        Literal["none", "dots", "full"], Words((("true", "full"), ("false", "none")))
+    ] = "full"
+    """Recomputation in the backward pass: `none` computes no matrix product twice, `dots`
+    recomputes attention, `full` keeps one vector per token and layer and recomputes the rest.
+    `true` and `false` mean `full` and `none`."""
+    attn_implementation: Annotated[
+        Literal["auto", "xla", "cudnn", "splash"], Words((("flash_attention_2", "auto"),))
+    ] = "auto"
+    """Implementation of attention: `xla`, `cudnn` (NVIDIA), `splash` (TPU), or `auto` for the
+    device's flash attention."""
+    max_seq_length: PositiveInt = 2048
+    """Most tokens of a row. Longer examples are cut there and counted."""
+    packing: bool = False
+    """Puts several examples in a row (best fit), kept apart by segment ids. For SFT only."""
+    loss_chunk_size: PositiveInt = 1024
+    """Number of trained positions of a device whose logits exist at one time."""
+    logging_steps: PositiveInt = 1
+    """Steps between two lines of metrics."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Receivers of the metrics beside `metrics.jsonl`: some of `tensorboard`, `wandb`, `trackio`
+    and functions `package.module:function`, which are called with the step and a dict of its
+    metrics. `none` reports nowhere."""
+    profile_steps: tuple[NonNegativeInt, ...] = ()
+    """First and last step that `jax.profiler` traces into `output_dir/profile`; empty traces
+    none."""
+    save_steps: NonNegativeInt = 100
+    """Steps between two checkpoints; 0 saves at the end only."""
+    save_total_limit: NonNegativeInt = 3
+    """Number of checkpoints that are kept, newest first; 0 keeps all."""
+    eval_steps: NonNegativeInt = 0
+    """Steps between two evaluations; 0 evaluates at the end only."""
+    sharding: Literal["fsdp", "zero1", "replicated"] = "fsdp"
+    """Trees that are split over the `fsdp` axis: `fsdp` splits parameters, gradients and optimizer
+    state (ZeRO-3), `zero1` gradients and optimizer state (ZeRO-1/2), `replicated` nothing."""
+    offload: Annotated[str, some_of("optimizer", "params", "activations", "reference")] = "none"
+    """Arrays that stay in host memory: `optimizer` (its state), `params` (of the layers, each
+    fetched as it computes; not with `rollout.backend=local`), `activations` (those that
+    `gradient_checkpointing=full` keeps) and `reference` (the layers of GRPO's reference model)."""
+    compilation_cache_dir: OptionalPath = "~/.cache/atlas_jax/xla"
+    """Directory in which compiled programs are kept between runs; empty keeps none. A run on
+    several CPU devices keeps none either."""
+    data: DataConfig = DataConfig()
+    teaching: LessonsConfig = LessonsConfig()
+    mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
+    model: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        """Moves values that were given under former names to the present ones."""
+        take_moved(self)
+
+    @property
+    def asks_questions(self) -> bool:
+        """True if rows are questions, false if they are examples to learn."""
+        return False
+
+    @property
+    def group_size(self) -> int:
+        """Number of rows of a batch that belong together and must not be split over steps."""
+        return 1
+
+    @property
+    def has_reference(self) -> bool:
+        """True if a frozen reference model is kept beside the trained one."""
+        return False
+
+    @property
+    def generates_locally(self) -> bool:
+        """True if the training devices generate completions."""
+        return False
+
+    @property
+    def asks_servers(self) -> bool:
+        """True if vLLM servers generate completions."""
+        return False
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Options whose values are functions of the user's own, `package.module:function`."""
+        return {}
+
+    @property
+    def reward_functions(self) -> tuple[str, ...]:
+        """Rewards that are functions of the user's own, `package.module:function`."""
+        return ()
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the model reads or writes."""
+        return self.longest_generation or self.max_seq_length
+
+    @property
+    def longest_generation(self) -> int:
+        """Most tokens of a prompt with its completion; 0 if nothing is generated."""
+        return 0
+
+    @property
+    def student(self) -> str:
+        """Name of the frozen student model; empty if there is none."""
+        return ""
+
+    @property
+    def judges(self) -> RIMConfig | None:
+        """Options of the judges; None if none are asked."""
+        return None
+
+    def check(self) -> None:
+        """Checks each option, and those that must fit each other.
+
+        Raises:
+            ValueError: names the options, their values and what to write instead.
+        """
+        for name in ("model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; set --config.{name}=…")
+        check_values(self)
+        self.data.check()
+        self.mesh.check()
+        if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name_or_path):
+            raise ValueError(
+                f"output_dir={self.output_dir} is the model's own directory; name another one"
+            )
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 must be above 0, or -1 to count epochs")
+        steps = self.profile_steps
+        if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+            raise ValueError(
+                f"profile_steps={steps} must be the first and the last step to trace, such as "
+                "(10, 12)"
+            )
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        parts = self.offload.split(",")
+        if "activations" in parts and self.gradient_checkpointing != "full":
+            raise ValueError(
+                f"offload=activations moves what gradient_checkpointing=full keeps, not "
+                f"{self.gradient_checkpointing}; use full, or no activations"
+            )
+        if "reference" in parts and not self.has_reference:
+            raise ValueError("offload=reference without a reference model; take it out of offload")
+        if "params" in parts and self.generates_locally:
+            raise ValueError(
+                f"offload={self.offload} with rollout.backend=local, which would fetch every layer "
+                "from host memory for every token; use rollout.backend=vllm, or leave params out"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: cross entropy on what the assistant writes."""
+
+    algorithm: str = "sft"

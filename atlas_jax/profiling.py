@@ -1,0 +1,43 @@
+"""A trace of some steps, as `jax.profiler` makes it."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+from absl import logging
+
+from atlas_jax import distributed
+from atlas_jax.config import TrainConfig
+
+
+class Profile:
+    """Traces the steps of `profile_steps`, first and last, into `output_dir/profile`."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Starts nothing yet; processes other than the first never do."""
+        wanted = config.profile_steps if distributed.is_main() else ()
+        self._steps = range(wanted[0], wanted[1] + 1) if wanted else range(0)
+        self._directory = str(pathlib.Path(config.output_dir) / "profile")
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Starts the trace where it is time, also in the middle of a continued run."""
+        if step in self._steps and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        """Ends the trace after its last step, of which `state` is the result."""
+        if self._running and step >= self._steps[-1]:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the trace, if one is running."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            first, last = self._steps[0], self._steps[-1]
+            logging.info("profile of steps %d to %d: %s", first, last, self._directory)

@@ -1,0 +1,282 @@
+"""A run's directory: one run in it at a time, its log, and what the run was started with.
+
+`opened` makes the directory, locks it and starts the log. What describes the run is written by
+`commit`, after everything that can refuse the run has been checked, so that a failed attempt leaves
+the files of the run that is there as they were:
+
+    config.json   the resolved options, without secrets
+    model/        configuration and tokenizer, which make the checkpoints convertible
+    start.json    the weights that training began with
+
+The tokens of its rows, which are no part of that description, are kept in `data/`, see
+`data.tokenized`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import logging as python_logging
+import os
+import pathlib
+import secrets
+import socket
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+from absl import logging
+
+from atlas_jax import distributed
+from atlas_jax.checkpoint import hf, manager
+from atlas_jax.config import TrainConfig, masked
+from atlas_jax.data import sources
+from atlas_jax.files import write_whole
+
+_LOCK = ".lock"
+_HOLDER = ".run.json"
+_CONFIG = "config.json"
+_START = "start.json"
+_NUM_SHOWN = 8
+
+
+class Origin(NamedTuple):
+    """The weights that training begins with."""
+
+    path: str
+    """A model directory or hub id, or the directory of another run."""
+    step: int | None = None
+    """The checkpoint of that run; None for a model."""
+
+
+class Started(NamedTuple):
+    """What a run was started with; digests tell models of one path apart."""
+
+    origin: Origin
+    weights: str
+    """Digest of `model_name_or_path`."""
+    tokenizer: str
+    """Digest of the tokenizer."""
+    student: str = ""
+    """Digest of GRPO's student; empty where the trainer does not read it."""
+    date: str = ""
+    """What chat templates take for today; empty in runs that do not say."""
+
+
+@contextlib.contextmanager
+def opened(config: TrainConfig) -> Iterator[None]:
+    """Holds `output_dir` for one run, with its log and the database's snapshot in it.
+
+    Raises:
+        ValueError: if another run uses the directory, if the processes of this run have different
+            options or directories, or for a database that cannot be trained on.
+        OSError: if the directory cannot be written, or if the database is lost; a full disk is
+            named with the directory.
+    """
+    text = _config_text(config)
+    distributed.check_same(text, "its options differ from those of process 0; give all the same")
+    directory = pathlib.Path(config.output_dir)
+    jax.config.update("jax_compilation_cache_dir", _compilation_cache(config))
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            stack.enter_context(_locked(directory))
+        _check_shared(directory)
+        stack.enter_context(_log(directory))
+        if distributed.is_main():
+            sources.take_snapshot(config.data, config.output_dir)
+        distributed.barrier("the data's snapshot")
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+                raise
+            raise OSError(error.errno, error.strerror, config.output_dir) from error
+
+
+def commit(config: TrainConfig, files: hf.ModelFiles, started: Started) -> None:
+    """Writes what describes the run, when nothing can refuse it any more."""
+    if distributed.is_main():
+        directory = pathlib.Path(config.output_dir)
+        write_whole(directory / _CONFIG, _config_text(config))
+        hf.write_run_files(str(directory / manager.MODEL_FILES), files)
+        values = started._asdict() | {"origin": started.origin._asdict()}
+        write_whole(directory / _START, json.dumps(values, indent=2) + "\n")
+    distributed.barrier("the run's description")
+
+
+def started(output_dir: str) -> Started | None:
+    """Returns what the run in the directory was started with; None if it does not say."""
+    path = pathlib.Path(output_dir) / _START
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text())
+    return Started(**(values | {"origin": Origin(**values["origin"])}))
+
+
+def tokens(config: TrainConfig) -> str:
+    """Returns the directory in which a run keeps the tokens of its rows."""
+    return str(pathlib.Path(config.output_dir) / "data")
+
+
+def today() -> datetime.date:
+    """Returns this host's date."""
+    return datetime.date.today()
+
+
+def date(output_dir: str) -> datetime.date:
+    """Returns what chat templates take for today: the day on which the run was started.
+
+    Every process must call it, and gets the same. A run that goes on after midnight, or on another
+    day, keeps its examples.
+    """
+    before = started(output_dir) if output_dir else None
+    mine = before.date if before and before.date else today().isoformat()
+    return datetime.date.fromisoformat(distributed.gather_texts(mine)[0])
+
+
+def changed(config: TrainConfig) -> str:
+    """Returns the options that differ from those of the run in the directory, as a sentence part.
+
+    Empty if none differs, or if the directory holds no run.
+    """
+    path = pathlib.Path(config.output_dir) / _CONFIG
+    if not path.exists():
+        return ""
+    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(_config_text(config)))
+    names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+    parts = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names[:_NUM_SHOWN]]
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(parts) + more
+
+
+def _config_text(config: TrainConfig) -> str:
+    return json.dumps(masked(config), indent=2) + "\n"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value
+    return result
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[None]:
+    """Holds the directory's lock, which a kill releases.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = _acquired(directory)
+    try:
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
+        write_whole(directory / _HOLDER, json.dumps(holder | {"id": secrets.randbits(63)}) + "\n")
+        yield
+    finally:
+        (directory / _HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquired(directory: pathlib.Path) -> filelock.BaseFileLock:
+    path = str(directory / _LOCK)
+    # A soft lock is a file with host, process and start time, for file systems without locks.
+    for kind in (filelock.FileLock, filelock.SoftFileLock):
+        lock = kind(path, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            who = _holder(directory)
+            name = f"process {who['pid']} on {who['host']} since {who['started']}" if who else "?"
+            raise ValueError(
+                f"output_dir={directory} is used by another run ({name}); end that one first, or "
+                f"name another output_dir{_stale(kind, path)}"
+            ) from None
+        except OSError as error:
+            if kind is filelock.SoftFileLock or not directory.is_dir():
+                raise
+            logging.warning("%s has no file locks (%s); using a lock file", directory, error)
+        else:
+            return lock
+    raise AssertionError("a lock is acquired or an error is raised")
+
+
+def _stale(kind: type[filelock.BaseFileLock], path: str) -> str:
+    """Returns what to do about a lock file that a killed run has left on another host."""
+    soft = kind is filelock.SoftFileLock
+    return f"; if that host was lost, remove {path}, since this disk has no locks" if soft else ""
+
+
+def _holder(directory: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / _HOLDER).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _check_shared(directory: pathlib.Path) -> None:
+    """Checks that every process sees the directory that process 0 has locked."""
+    distributed.barrier("the run's directory")
+    distributed.check_same(
+        str(_holder(directory).get("id")),
+        f"output_dir={directory} is not the directory that process 0 writes to; use one on a file "
+        "system that all hosts share",
+    )
+
+
+def _compilation_cache(config: TrainConfig) -> str | None:
+    """Returns the directory of compiled programs, or None to keep none.
+
+    XLA's CPU programs lose the order of their collectives in the cache: devices that run them in
+    different orders wait for each other for ever, or take one sum for another.
+    """
+    if jax.device_count() > 1 and jax.default_backend() == "cpu":
+        return None
+    return os.path.expanduser(config.compilation_cache_dir) or None
+
+
+@contextlib.contextmanager
+def _log(directory: pathlib.Path) -> Iterator[None]:
+    """Writes the log to `training.log` too; processes other than the first log warnings only."""
+    logging.get_absl_handler().addFilter(_own_or_serious)
+    if not distributed.is_main():
+        logging.set_verbosity(logging.WARNING)
+        yield
+        return
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(max(verbosity, logging.INFO))  # WARNING where no command has raised it
+    handler = python_logging.FileHandler(directory / "training.log")
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(_own_or_serious)
+    logging.get_absl_logger().addHandler(handler)
+    logging.info("jax %s, %d x %s", jax.__version__, jax.device_count(), jax.devices()[0])
+    # One of several processes that fails ends soon; what its watch finds out then is logged too.
+    lasts = jax.process_count() > 1
+    try:
+        yield
+        lasts = False
+    finally:
+        logging.set_verbosity(verbosity)
+        if not lasts:
+            logging.get_absl_logger().removeHandler(handler)
+            handler.close()
+
+
+def _own_or_serious(record: python_logging.LogRecord) -> bool:
+    """Lets through what this package logs, and the warnings of others (Orbax logs every file).
+
+    Orbax logs an error of its threads with a long traceback, and raises it here besides.
+    """
+    path = pathlib.Path(record.pathname)
+    if pathlib.Path(__file__).parent.parent in path.parents:
+        return True
+    twice = "orbax" in path.parts and record.levelno >= python_logging.ERROR
+    hidden = twice and not os.environ.get("ATLAS_TRACEBACK")
+    return record.levelno >= python_logging.WARNING and not hidden
