@@ -26,11 +26,11 @@ def check() -> None:
     count = jax.local_device_count()
     chosen = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     if platform == "cpu" and "cpu" not in chosen:
-        for extra, found in (("cuda", _count_gpus()), ("tpu", _count_tpus())):
-            if found:
+        for extra, num_found in (("cuda", _count_gpus()), ("tpu", _count_tpus())):
+            if num_found:
                 kind = {"cuda": "GPUs", "tpu": "TPU chips"}[extra]
                 raise ValueError(
-                    f"this host has {found} {kind}, and JAX runs on its CPU; install what JAX "
+                    f"this host has {num_found} {kind}, and JAX runs on its CPU; install what JAX "
                     f'needs for them with pip install -e ".[{extra}]", or set JAX_PLATFORMS=cpu to '
                     "train on the CPU"
                 )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.options.model import HostsConfig
 from atlas_jax.types import Address
-from atlas_jax.watch import Limits, Watch
+from atlas_jax.watch import Watch, WatchLimits
 
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
 _CLUSTERS = ("OMPI_MCA_orte_hnp_uri", "JOBSET_NAME")
@@ -143,7 +143,7 @@ def _give_up(hosts: HostsConfig, address: Address) -> None:
 def _start_watch(hosts: HostsConfig) -> Watch:
     from jax._src import distributed as runtime  # JAX has no public name for its service
 
-    limits = Limits(hosts.heartbeat_timeout_secs, hosts.stall_timeout_secs)
+    limits = WatchLimits(hosts.heartbeat_timeout_secs, hosts.stall_timeout_secs)
     service: Any = runtime.global_state.client
     watch = Watch(service, jax.process_index(), jax.process_count(), limits)
     watch.start()

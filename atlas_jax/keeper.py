@@ -103,6 +103,7 @@ def _signal(number: int, secs: float, with_trackers: bool = False) -> None:
     """Sends the descendants a signal, and waits until all have ended or the time is over."""
     limit = time.monotonic() + secs
     told: set[int] = set()
+    # Listed anew in every round, since a process that is ending may still start others.
     while (left := _alive()) and time.monotonic() < limit:
         for pid in left - told:
             if with_trackers or not _is_tracker(pid):
@@ -154,6 +155,8 @@ def main(directory: str, command: list[str]) -> int:
         # If the keeper itself is killed, the kernel sends at least vLLM's front end this signal.
         preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
     )
+    # The end of our standard input is the only sign of the parent's death that the kernel
+    # guarantees.
     while child.poll() is None and _is_wanted():
         pass
     if child.poll() is None:
@@ -163,6 +166,7 @@ def main(directory: str, command: list[str]) -> int:
         child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(_KILL_SECS)
+    # vLLM's workers survive the front end, with their GPU memory.
     end_descendants()
     clear(directory)
     return -signal.SIGKILL if child.returncode is None else child.returncode

@@ -254,14 +254,15 @@ class Client:
                     reply = await self._once(method, url, payload, params)
                     self._accepted()
                     return reply
-                except RefusedError:
+                except RefusedError:  # a final answer, for which the server had capacity
                     self._accepted()
                     raise
                 except _PausedError as paused:
                     tries.left += 1
                     tries.made -= 1
-                    if time.monotonic() > end:
+                    if time.monotonic() > end:  # retries would repeat the whole wait
                         raise _TransientError(paused.failure, final=True) from None
+                    # Spread at random, so that waiting requests do not all return at one time.
                     wait = _PAUSED_SECS * random.uniform(0.5, 1.5)
                 except _BusyError as busy:
                     tries.left += 1

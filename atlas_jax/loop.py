@@ -113,7 +113,7 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
         DependencyError: if the feed cannot continue; the steps before are saved.
         OSError: if a checkpoint cannot be written.
     """
-    training = _Training(job, state, feed)
+    training = _LoopState(job, state, feed)
     with stopping.training(), training.log.progress:
         try:
             training.catch_up()
@@ -134,7 +134,7 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
     return Outcome(training.state, training.log.last, training.number < job.num_steps)
 
 
-class _Training:
+class _LoopState:
     """A run in training: its state, and the step whose metrics are not fetched yet."""
 
     def __init__(self, job: Job, state: TrainState, feed: Feed) -> None:

@@ -55,9 +55,11 @@ def by_leaf(
     """
     leaves, structure = jax.tree.flatten(grads)
     numbers = jax.tree.unflatten(structure, range(len(leaves)))
+    # Always 1, but computed from data, so that XLA cannot replace the loop by its body.
     once = jnp.minimum(state.step + 1, 1)
 
     def change(number: int) -> Changed:
+        # The optimizer sees the tree of one parameter; optax skips masked nodes.
         def keep(x: Any, own: int) -> Any:
             return x if own == number else optax.MaskedNode()
 

@@ -232,12 +232,12 @@ def _with_float32_head(more: Sequence[str]) -> list[str]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--hf-overrides", "--hf_overrides", default="{}")
-    known, others = parser.parse_known_args(more)
+    flags, others = parser.parse_known_args(more)
     try:
-        asked = dict(json.loads(known.hf_overrides))
+        asked = dict(json.loads(flags.hf_overrides))
     except (ValueError, TypeError):
         raise ValueError(
-            f"--hf-overrides {known.hf_overrides} is no JSON object; write it as "
+            f"--hf-overrides {flags.hf_overrides} is no JSON object; write it as "
             """'{"key": value}'"""
         ) from None
     words = [w.replace("_", "-") for w in others if re.match("--hf[-_]overrides.head_dtype", w)]
@@ -334,7 +334,7 @@ def _open(request: urllib.request.Request, timeout_secs: float) -> Any:
     return opener.open(request, timeout=timeout_secs)
 
 
-class Output(threading.Thread):
+class ServerOutput(threading.Thread):
     """Thread that copies vLLM's output.
 
     Lines from the first error on are held back until the server is healthy. If it never is, they
@@ -387,7 +387,7 @@ class Output(threading.Thread):
             os.write(sys.stdout.fileno(), line)
 
 
-class _Parser(argparse.ArgumentParser):
+class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.exit(_usage_error(message))
 
@@ -398,7 +398,7 @@ def _usage_error(message: str) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = _ArgumentParser(
         prog="atlas-serve",
         description="Starts a vLLM server for GRPO; other flags go to vLLM, such as "
         "--tensor-parallel-size, --gpu-memory-utilization, --max-model-len.",
@@ -425,7 +425,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, more
 
 
-class Server:
+class VllmProcess:
     """A vLLM process under a keeper, which ends it when this program ends."""
 
     def __init__(self, options: argparse.Namespace, more: Sequence[str]) -> None:
@@ -481,7 +481,7 @@ class Server:
         self._process = process
         if self._stopped:
             _end(process)
-        output = Output(process.stdout)  # type: ignore[arg-type]
+        output = ServerOutput(process.stdout)  # type: ignore[arg-type]
         healthy = False
         try:
             healthy = self._announce(process, model)
@@ -554,7 +554,7 @@ def followed(options: argparse.Namespace) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs the server until it ends, and returns its exit code."""
     options, more = _parse(argv)
-    server = Server(options, more)
+    server = VllmProcess(options, more)
     code = None
     while code is None:
         code = server.run(followed(options))

@@ -176,7 +176,7 @@ class _Listener:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        os.set_blocking(self._write, False)  # as `signal.set_wakeup_fd` requires
         self._handlers: dict[int, object] = {}
         self._last_fd = -1
         self._thread = threading.Thread(target=self._run, daemon=True, name="signals")
@@ -198,7 +198,7 @@ class _Listener:
         signal.set_wakeup_fd(self._last_fd)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        os.write(self._write, b"\0")
+        os.write(self._write, b"\0")  # no signal has the number 0, so it ends the thread
         self._thread.join()
         os.close(self._read)
         os.close(self._write)
@@ -223,6 +223,7 @@ def _answer(number: signal.Signals) -> None:
             f"{number.name}: stops as soon as the step that computes is done, or at once where a "
             "batch is being made, and saves; the same command continues"
         )
+    # A person who presses Ctrl-C again wants the end now. Schedulers repeat their other signals.
     elif (
         number == signal.SIGINT
         and _process.owned

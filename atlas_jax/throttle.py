@@ -80,9 +80,11 @@ class _Rate:
         secs = max(now - self._refused_at, 1e-3)
         accepted = max(self._num_accepted, 1) / secs
         if asked < math.inf:
+            # The limit lies between the two rates, so the search restarts at their geometric mean.
             self._refused = _PLATEAU * asked
             self._start = max(min(math.sqrt(accepted * asked), _START * asked), accepted)
         elif secs < math.inf and self._num_accepted:
+            # The second refusal: only now an accepted rate between two refusals is known.
             self._start = accepted
         self._period = max(_PERIOD_HOLDS * (held_until - now), _PERIOD_SECS)
         self.free_at = held_until
@@ -94,6 +96,7 @@ class _Rate:
         """Current rate, in requests a second."""
         if self._refused == math.inf:  # no paced rate has been refused yet
             return self._start + math.log(2) * self._num_paced  # doubles in a second
+        # A cubic around the plateau: steep at first, flat near the refused rate, then rising again.
         x = self._num_paced / (self._period * self._start) - 1
         return self._refused + (self._refused - self._start) * x**3 + self._refused * max(x, 0.0)
 
@@ -191,7 +194,7 @@ class Throttle:
         """Gives free places to waiting requests, each in its own event loop."""
         while self._waiting and self._in_flight < int(self._limit):
             first = next(iter(self._waiting))
-            if first.get_loop().is_closed():
+            if first.get_loop().is_closed():  # its batch has ended without waiting for it
                 del self._waiting[first]
                 continue
             now = time.monotonic()

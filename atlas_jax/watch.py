@@ -39,7 +39,7 @@ _SYMPTOMS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 """Texts in the errors that a process gets when another process has ended."""
 
 
-class Limits(NamedTuple):
+class WatchLimits(NamedTuple):
     """Limits for a process, in seconds: of its silence, and of the time that others wait for it."""
 
     heartbeat_secs: float
@@ -82,7 +82,7 @@ class Seen(NamedTuple):
 
 
 @runtime_checkable
-class Service(Protocol):
+class CoordinationService(Protocol):
     """The methods of JAX's coordination service that are used here."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
@@ -109,31 +109,34 @@ def _moves(note: Note) -> tuple[int, int]:
     return note.arrivals, note.marks
 
 
-def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
+def judge(seen: Mapping[int, Seen], limits: WatchLimits) -> str:
     """Returns the reason for which the run must end; "" if it continues."""
-    for one in seen.values():
-        if one.note.verdict:
-            return one.note.verdict
-    present = {process: one for process, one in seen.items() if not one.note.left}
-    for process, one in present.items():
-        silent = one.silent * limits.interval_secs
+    for record in seen.values():
+        if record.note.verdict:
+            return record.note.verdict
+    # A process that has finished sends no more notes; that must not count as silence.
+    present = {process: record for process, record in seen.items() if not record.note.left}
+    for process, record in present.items():
+        silent = record.silent * limits.interval_secs
         if silent > limits.heartbeat_secs:
             return (
-                f"process {process} on {one.note.host} has given no sign of life for "
+                f"process {process} on {record.note.host} has given no sign of life for "
                 f"{silent:.0f} s (hosts.heartbeat_timeout_secs={limits.heartbeat_secs:g}); it "
-                f"was killed, stopped or cut off after {one.note.place}"
+                f"was killed, stopped or cut off after {record.note.place}"
             )
     if not present:
         return ""
+    # The processes with the fewest arrivals hold up all others, whatever those are doing.
     first = min(s.note.arrivals for s in present.values())
-    behind = {process: s for process, s in present.items() if s.note.arrivals == first}
-    patience = max(one.note.patience for one in behind.values())
+    slowest = {process: s for process, s in present.items() if s.note.arrivals == first}
+    patience = max(record.note.patience for record in slowest.values())
     limit = limits.stall_secs + patience
-    if min(one.still for one in present.values()) * limits.interval_secs <= limit:
+    # As long as any process makes progress, the run as a whole is not stuck.
+    if min(record.still for record in present.values()) * limits.interval_secs <= limit:
         return ""
-    names = ", ".join(f"process {p} on {s.note.host}" for p, s in behind.items())
-    places = " and ".join(sorted({s.note.place for s in behind.values()}))
-    others = "the others wait" if len(behind) < len(present) else "so have all others"
+    names = ", ".join(f"process {p} on {s.note.host}" for p, s in slowest.items())
+    places = " and ".join(sorted({s.note.place for s in slowest.values()}))
+    others = "the others wait" if len(slowest) < len(present) else "so have all others"
     return (
         f"{names} has not moved on from {places} for {limit:g} s (hosts.stall_timeout_secs"
         f"{f', and {patience:g} s that its wait may take' if patience else ''}), {others}; look at "
@@ -144,7 +147,9 @@ def judge(seen: Mapping[int, Seen], limits: Limits) -> str:
 class Watch:
     """The note of this process, and the threads that publish it and judge the others."""
 
-    def __init__(self, service: Service, process: int, num_processes: int, limits: Limits) -> None:
+    def __init__(
+        self, service: CoordinationService, process: int, num_processes: int, limits: WatchLimits
+    ) -> None:
         """Creates the watch; `start` starts it."""
         self._service = service
         self._process = process
@@ -185,6 +190,7 @@ class Watch:
                     "which holds the coordination service",
                     self._seen[0].note.host,
                 )
+            # By then the others have declared the dead process, and the run ends with its name.
             time.sleep(self._limits.heartbeat_secs + 6 * self._limits.interval_secs)
         host = self._note.host
         first_line = str(error).partition("\n")[0]
@@ -223,11 +229,13 @@ class Watch:
             logging.warning("the coordination service does not answer: %s", error)
             return
         self._unanswered = 0
+        # A scheduler may signal only one process, and all must stop at the same step.
         for process, note in notes.items():
             if note.stop and process != self._process:
                 stopping.request(note.stop)
         self._seen = updated(self._seen, notes)
         verdict = judge(self._seen, self._limits)
+        # The verdict is published first, so that all processes end with the same message.
         if verdict and not self._note.verdict:
             self._tell(verdict=verdict)
             self._end(verdict)

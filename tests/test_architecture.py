@@ -12,33 +12,92 @@ import pytest
 
 from atlas_jax import metric_docs, option_docs
 from atlas_jax.metric_docs import METRICS
+from tools import style_figures
 
 SOURCES = sorted(pathlib.Path("atlas_jax").rglob("*.py"))
+STYLED = (
+    "models/*", "checkpoint/*", "plan/estimate", "plan/flops", "plan/hlo", "plan/targets",
+    "rewards/*", "vllm_plugin/*", "data/chat", "data/chat_template", "data/control_tokens",
+    "data/encoding_pool", "data/examples", "data/loader", "data/packing", "data/questions",
+    "data/shapes", "data/tokenized", "rollout/capabilities", "rollout/identity", "rollout/local",
+    "rollout/push", "rollout/sampling", "rollout/servers", "rollout/versions", "rollout/weights",
+    "addresses", "devices", "distributed", "files", "keeper", "llm_client", "logprobs", "loop",
+    "losses", "masking", "metrics", "offload", "optim", "progress", "serve", "server_token",
+    "sharding", "step", "stopping", "streams", "throttle", "watch",
+)  # fmt: skip
+"""Modules whose prose and records are checked, as patterns; new ones are to be added."""
+UNSTYLED = ("rewards/rim", "rewards/pricing", "rewards/verifiable")
+TABLES = ("plan/targets",)
+"""Modules with a table of records, one a line, whose columns a comment names."""
 
 
 def test_files_and_functions_stay_small():
-    for path in SOURCES:
-        tree = ast.parse(path.read_text())
-        assert code_lines(path.read_text(), tree) <= 400, path
-        for node in ast.walk(tree):
+    for source in style_figures.read(pathlib.Path("atlas_jax"), pathlib.Path()):
+        assert style_figures.code_lines(source) <= 400, source.path
+        for node in ast.walk(source.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno - node.lineno < 80, (path, node.name)
+                assert node.end_lineno - node.lineno < 80, (source.path, node.name)
 
 
-def code_lines(text, tree):
-    """Lines without blank ones, comments and docstrings, so that explanations cost nothing."""
-    texts = {
-        line
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-        for line in range(node.lineno, node.end_lineno + 1)
-    }  # fmt: skip
-    lines = enumerate(text.splitlines(), 1)
-    return sum(
-        1 for i, line in lines if line.strip() and not line.strip().startswith("#")
-        and i not in texts
-    )  # fmt: skip
+def test_comments_and_docstrings_are_no_code_lines(tmp_path):
+    text = '"""A module."""\n\n# A comment.\nx = """kept\n# kept"""\n\n\n'
+    text += 'class A:\n    """A class.\n\n    More.\n    """\n'
+    (tmp_path / "a.py").write_text(text)
+    [source] = style_figures.read(tmp_path, tmp_path)
+    assert style_figures.code_lines(source) == 3
+
+
+def test_docstrings_name_their_subject():
+    opening = re.compile(rf"({'|'.join(style_figures.OPENINGS)})\b")
+    for source in styled():
+        for hit in style_figures.docstrings(source):
+            assert not opening.match(hit.text), f"{hit.path}:{hit.line}: {hit.text[:60]}"
+
+
+def test_prose_has_no_idiom_of_another_language():
+    idiom = re.compile(r"\b(behind|lacks|there is not)\b", re.IGNORECASE)
+    for source in styled():
+        for hit in style_figures.prose(source):
+            assert not idiom.search(hit.text), f"{hit.path}:{hit.line}: {hit.text}"
+
+
+def test_records_of_many_fields_are_built_by_keyword():
+    sources = style_figures.read(pathlib.Path("atlas_jax"), pathlib.Path())
+    records = {name for source in sources for name in style_figures.records(source)}
+    assert "TrainState" in records and "Decoder" in records
+    for source in styled():
+        if _matches(source, TABLES):
+            continue
+        for node in ast.walk(source.tree):
+            assert not style_figures.by_position(node, records), (source.path, ast.unparse(node))
+
+
+def test_each_constant_is_assigned_on_a_line_of_its_own():
+    for source in styled():
+        for node in ast.walk(source.tree):
+            if style_figures.is_paired(node):
+                constants = [v for v in node.value.elts if isinstance(v, ast.Constant | ast.List)]
+                assert len(constants) < len(node.value.elts), (source.path, ast.unparse(node))
+
+
+def test_class_names_are_unique():
+    places = {}
+    for source in styled():
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.ClassDef):
+                name = node.name.lstrip("_")
+                assert name not in places, (name, source.path, places[name])
+                places[name] = source.path
+
+
+def styled():
+    """The modules that are checked for style."""
+    sources = style_figures.read(pathlib.Path("atlas_jax"), pathlib.Path())
+    return [s for s in sources if _matches(s, STYLED) and not _matches(s, UNSTYLED)]
+
+
+def _matches(source, patterns):
+    return any(source.path.match(f"atlas_jax/{pattern}.py") for pattern in patterns)
 
 
 LEFT = (

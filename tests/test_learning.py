@@ -69,7 +69,7 @@ def train(options, num_steps):
         parts = Parts(
             config=options,
             layout=layout,
-            order=asked.Order(questions, options.seed, True),
+            order=asked.QuestionOrder(questions, options.seed, True),
             backend=local_backend.LocalBackend(
                 chat_models.local(run.model, "", options.rollout.max_rows), student
             ),

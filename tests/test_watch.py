@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from atlas_jax.watch import Limits, Note, Seen, judge, updated
+from atlas_jax.watch import Note, Seen, WatchLimits, judge, updated
 from tests import processes
 
-LIMITS = Limits(heartbeat_secs=10, stall_secs=60)
+LIMITS = WatchLimits(heartbeat_secs=10, stall_secs=60)
 HOST = socket.gethostname()
 
 

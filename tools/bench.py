@@ -142,7 +142,7 @@ def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
         config = _config(args)
         rows, _ = sources.load_rows(config.data, config.seed)
         tokenizer = vocabulary.load_tokenizer(args.model)
-        packed = loader.build(rows, config, ChatTemplate(tokenizer), loader.Layout(args.batch))
+        packed = loader.build(rows, config, ChatTemplate(tokenizer), loader.HostRows(args.batch))
         return [packed.batch(i) for i in range(args.steps)]
     rng = np.random.default_rng(0)
     shape = (args.batch, args.length)

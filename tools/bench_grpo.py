@@ -15,7 +15,7 @@ import numpy as np
 from atlas_jax import metrics
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, GRPOConfig, ModelOptions, RolloutConfig
-from atlas_jax.data.questions import Order
+from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.recipes import chat_models, feed, grpo, local_backend
 from atlas_jax.sharding import Sharding
 from atlas_jax.startup.compute import Compute
@@ -113,7 +113,7 @@ def _parts(
     return feed.Parts(
         config=config,
         layout=layout,
-        order=Order(questions, 0, False),
+        order=QuestionOrder(questions, 0, False),
         backend=local_backend.LocalBackend(bind, None),
         protocol=chat_models.make_protocol(config, args.generations),
         reward=_distinct_characters,

@@ -97,7 +97,7 @@ def print_examples(config: TrainConfig, rows: Rows) -> None:
     tokenizer = vocabulary.load_tokenizer(config.tokenizer_name_or_path or path)
     template = ChatTemplate(tokenizer, read_options(config.chat_template_kwargs))
     stop_ids = vocabulary.stop_ids(hf.open_source(path), tokenizer)
-    dataset = loader.build(rows, config, template, loader.Layout(1), stop_ids)
+    dataset = loader.build(rows, config, template, loader.HostRows(1), stop_ids)
     report = dataset.report
     print(f"{report.examples} examples, {report.tokens} tokens, {report.trained_tokens} trained")
     for i in range(min(_NUM_SHOWN, report.examples)):

@@ -45,6 +45,7 @@ class Hit(NamedTuple):
     path: pathlib.Path
     line: int
     text: str
+    num_lines: int = 1
 
 
 def main() -> None:
@@ -86,15 +87,11 @@ def read(package: pathlib.Path, root: pathlib.Path) -> list[Source]:
 
 def code_lines(source: Source) -> int:
     """Returns the number of lines that are neither blank, nor comments, nor docstrings."""
-    prose = {
-        line
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }  # fmt: skip
+    prose = {line for line, _, whole in source.comments if whole}
+    for hit in docstrings(source):
+        prose |= set(range(hit.line, hit.line + hit.num_lines))
     lines = enumerate(source.text.splitlines(), 1)
-    return sum(1 for i, line in lines if line.strip() and line.strip()[0] != "#" and i not in prose)
+    return sum(1 for number, line in lines if line.strip() and number not in prose)
 
 
 def sizes(sources: list[Source]) -> dict[str, str | list[Hit]]:
@@ -160,13 +157,13 @@ def nesting(node: ast.AST) -> int:
 
 def habits(sources: list[Source]) -> dict[str, str | list[Hit]]:
     """Returns the figures of statements: exceptions, comments, assignments, records, names."""
-    records = {name for source in sources for name in _records(source)}
+    classes = {name for source in sources for name in records(source)}
     comments = [
         Hit(source.path, line, text)
         for source in sources for line, text, whole in source.comments
         if whole and not re.match(r"#\s*(fmt|noqa|type):", text)
     ]  # fmt: skip
-    pairs = _where(sources, _is_paired)
+    pairs = _where(sources, is_paired)
     lines = sum(source.num_lines for source in sources)
     asks = [hit for hit in _where(sources, _asks_config) if "recipes" not in hit.path.parts]
     return {
@@ -175,7 +172,7 @@ def habits(sources: list[Source]) -> dict[str, str | list[Hit]]:
         "whole-line comments a 1,000 lines": f"{1000 * len(comments) / lines:.1f}",
         "paired assignments": pairs,
         "paired assignments a 1,000 lines": f"{1000 * len(pairs) / lines:.1f}",
-        "records of 4+ fields by position": _where(sources, lambda n: by_position(n, records)),
+        "records of 4+ fields by position": _where(sources, lambda n: by_position(n, classes)),
         "isinstance(config) outside recipes": asks,
         "vague names that live long": [hit for s in sources for hit in _vague(s)],
         "fmt: skip": [
@@ -189,7 +186,7 @@ def habits(sources: list[Source]) -> dict[str, str | list[Hit]]:
 def words(root: pathlib.Path, sources: list[Source]) -> dict[str, str | list[Hit]]:
     """Returns the figures of prose: openings of docstrings, idioms of package and documents."""
     opening = re.compile(rf"({'|'.join(OPENINGS)})\b")
-    prose = [hit for source in sources for hit in _prose(source)]
+    texts = [hit for source in sources for hit in prose(source)]
     documents = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     lines = [
         Hit(path, i, line)
@@ -203,7 +200,7 @@ def words(root: pathlib.Path, sources: list[Source]) -> dict[str, str | list[Hit
     }
     for idiom in IDIOMS:
         word = re.compile(rf"\b{idiom}\b", re.IGNORECASE)
-        figures[f"'{idiom}' in the package"] = [hit for hit in prose if word.search(hit.text)]
+        figures[f"'{idiom}' in the package"] = [hit for hit in texts if word.search(hit.text)]
         figures[f"'{idiom}' in the documents"] = [hit for hit in lines if word.search(hit.text)]
     return figures
 
@@ -211,7 +208,12 @@ def words(root: pathlib.Path, sources: list[Source]) -> dict[str, str | list[Hit
 def docstrings(source: Source) -> list[Hit]:
     """Returns the docstrings of a module, those of attributes included."""
     return [
-        Hit(source.path, node.lineno, node.value.value.strip())
+        Hit(
+            path=source.path,
+            line=node.lineno,
+            text=node.value.value.strip(),
+            num_lines=(node.end_lineno or node.lineno) - node.lineno + 1,
+        )
         for node in ast.walk(source.tree)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
@@ -342,7 +344,7 @@ def _is_broad(node: ast.AST) -> bool:
     return node.type is None or bool(re.search(r"\b(Base)?Exception\b", ast.unparse(node.type)))
 
 
-def _is_paired(node: ast.AST) -> bool:
+def is_paired(node: ast.AST) -> bool:
     """Tells `a, b = x, y` from unpacking and from a swap (a value reads a name that is set)."""
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
@@ -358,7 +360,8 @@ def _asks_config(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node).startswith("isinstance(config,")
 
 
-def _records(source: Source) -> Iterator[str]:
+def records(source: Source) -> Iterator[str]:
+    """Yields the names of the named tuples and dataclasses of a module."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.ClassDef):
             marks = " ".join(map(ast.unparse, [*node.bases, *node.decorator_list]))
@@ -400,7 +403,7 @@ def _doubled(sources: list[Source]) -> list[Hit]:
     return [hit for _, hits in sorted(classes.items()) if len(hits) > 1 for hit in hits]
 
 
-def _prose(source: Source) -> Iterator[Hit]:
+def prose(source: Source) -> Iterator[Hit]:
     """Yields the lines of docstrings and comments."""
     for hit in docstrings(source):
         for i, line in enumerate(hit.text.splitlines()):

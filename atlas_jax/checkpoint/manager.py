@@ -40,7 +40,7 @@ class Restored(NamedTuple):
     data: dict[str, Any]
 
 
-class Array(NamedTuple):
+class ArraySpec(NamedTuple):
     """Shape and dtype of an array, stored or expected."""
 
     shape: tuple[int, ...]
@@ -122,7 +122,7 @@ class Checkpoints:
         others = {"step": abstract.step, "opt_state": abstract.opt_state}
         self.check(step, "params", abstract.params)
         self.check(step, "train", others)
-        found = self._manager.restore(
+        stored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
@@ -130,7 +130,7 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return Restored(TrainState(params=found.params, **found.train), found.data)
+        return Restored(TrainState(params=stored.params, **stored.train), stored.data)
 
     def restore_params(
         self, step: int, abstract: Params, item: str = "params", cast: bool = False
@@ -201,21 +201,21 @@ class Checkpoints:
             ) from error
 
 
-def _stored(path: pathlib.Path) -> dict[str, Array]:
+def _stored(path: pathlib.Path) -> dict[str, ArraySpec]:
     """Returns the arrays of one item of a checkpoint by name, such as `opt_state.0.mu.embed`."""
     metadata = ocp.StandardCheckpointHandler().metadata(path)
     found = jax.tree.leaves(metadata.tree, is_leaf=lambda x: hasattr(x, "storage"))
-    return {x.name: Array(tuple(x.shape), str(x.dtype)) for x in found}
+    return {x.name: ArraySpec(tuple(x.shape), str(x.dtype)) for x in found}
 
 
-def _wanted(abstract: Any) -> dict[str, Array]:
+def _wanted(abstract: Any) -> dict[str, ArraySpec]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): Array(x.shape, str(x.dtype))
+        jax.tree_util.keystr(path, simple=True, separator="."): ArraySpec(x.shape, str(x.dtype))
         for path, x in jax.tree.leaves_with_path(abstract)
     }
 
 
-def _difference(item: str, stored: Mapping[str, Array], wanted: Mapping[str, Array]) -> str:
+def _difference(item: str, stored: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec]) -> str:
     dtypes = {name: (stored[name], wanted[name]) for name in stored.keys() & wanted.keys()}
     other_shapes = stored.keys() ^ wanted.keys() or any(
         s.shape != w.shape for s, w in dtypes.values()
@@ -239,14 +239,14 @@ def _difference(item: str, stored: Mapping[str, Array], wanted: Mapping[str, Arr
     )
 
 
-def _shown(these: Mapping[str, Array], others: Mapping[str, Array]) -> str:
+def _shown(these: Mapping[str, ArraySpec], others: Mapping[str, ArraySpec]) -> str:
     """Returns the arrays that `others` do not have, or have in another shape, as a text."""
     different = [f"{n} {a}" for n, a in sorted(these.items()) if others.get(n) != a]
     more = f" and {len(different) - _NUM_SHOWN} more" if len(different) > _NUM_SHOWN else ""
     return ", ".join(different[:_NUM_SHOWN]) + more or "nothing else"
 
 
-def _layout(arrays: Mapping[str, Array]) -> str:
+def _layout(arrays: Mapping[str, ArraySpec]) -> str:
     """Returns the kinds of arrays in an optimizer's state; moments of all parameters are one."""
     kinds = {_MOMENT.sub(r".\1", name): array.dtype for name, array in sorted(arrays.items())}
     return "(" + ", ".join(f"{name} {dtype}" for name, dtype in kinds.items()) + ")"

@@ -100,7 +100,7 @@ def write(
         if i < len(file)
     ]
     checksums = []
-    with _Output(directory, files, dtype, mine, stoppable) as output:
+    with _WeightFiles(directory, files, dtype, mine, stoppable) as output:
         values = _values(params, decoder, dtype, [name for name, _ in order])
         for (_, number), (value, checksum) in zip(order, values, strict=True):
             output.write(number, value)
@@ -109,7 +109,7 @@ def write(
     return np.asarray(jax.device_get(checksums))
 
 
-class _Output:
+class _WeightFiles:
     """Files that this process writes, until the first error."""
 
     def __init__(
@@ -130,7 +130,7 @@ class _Output:
         self._problem = ""
         self._stopped = False
 
-    def __enter__(self) -> _Output:
+    def __enter__(self) -> _WeightFiles:
         self._try(self._open)
         return self
 

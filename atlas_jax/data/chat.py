@@ -74,7 +74,7 @@ class MaskOptions(NamedTuple):
     stop_ids: frozenset[int]
     """Tokens that end a turn."""
     turns: str = "each"
-    """For a template that changes earlier turns: an example of `each`, or one of the `history`."""
+    """Examples if a template changes earlier turns: one for `each`, or one of the `history`."""
 
 
 class Rendered(NamedTuple):
@@ -110,11 +110,11 @@ def mask_options(
     turns: str = "each",
 ) -> MaskOptions:
     """Returns mask options whose stop tokens are the tokenizer's end of text and `stop_ids`."""
-    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    end_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return MaskOptions(
         completion_only=completion_only,
         max_length=max_length,
-        stop_ids=frozenset((*own, *stop_ids)),
+        stop_ids=frozenset((*end_ids, *stop_ids)),
         turns=turns,
     )
 

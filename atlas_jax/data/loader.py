@@ -40,7 +40,7 @@ Table: TypeAlias = list[list[int]] | np.ndarray
 _NUM_SHOWN = 5
 
 
-class Layout(NamedTuple):
+class HostRows(NamedTuple):
     """The rows of a step, and this process's share of them."""
 
     global_rows: int
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     num_processes: int = 1
 
 
-class Order(NamedTuple):
+class DataOrder(NamedTuple):
     """Settings that, with the examples, determine the examples of each step."""
 
     global_rows: int
@@ -85,7 +85,7 @@ def build(
     rows: Rows,
     config: TrainConfig,
     template: ChatTemplate,
-    layout: Layout,
+    layout: HostRows,
     stop_ids: Sequence[int] = (),
     training: bool = True,
     token_dir: str = "",
@@ -126,7 +126,7 @@ def build(
     report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, tokenized)
     _log(report)
     _check_not_empty(report)
-    order = Order(
+    order = DataOrder(
         global_rows=layout.global_rows,
         max_seq_length=config.max_seq_length,
         packing=config.packing,
@@ -144,8 +144,8 @@ class TokenDataset:
         self,
         tokenized: Tokenized,
         report: Report,
-        order: Order,
-        layout: Layout,
+        order: DataOrder,
+        layout: HostRows,
         buckets: tuple[int, ...],
         num_threads: int,
     ) -> None:
@@ -288,7 +288,7 @@ class Batches(Iterator[Batch]):
         self._reader.close()
 
 
-def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Table:
+def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int) -> Table:
     """Returns the examples of each row of an epoch, every example exactly once.
 
     Args:
@@ -303,7 +303,7 @@ def epoch_rows(lengths: np.ndarray, order: Order, epoch: int) -> Table:
     return [indices[row].tolist() for row in rows]
 
 
-def fingerprint(sequences: Sequences, order: Order) -> str:
+def fingerprint(sequences: Sequences, order: DataOrder) -> str:
     """Returns a short hash of the examples and of the settings of their order."""
     digest = hashlib.sha256(json.dumps(order._asdict(), sort_keys=True).encode())
     for array in sequences:
@@ -311,7 +311,7 @@ def fingerprint(sequences: Sequences, order: Order) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_layout(layout: Layout) -> None:
+def _check_layout(layout: HostRows) -> None:
     if layout.global_rows % layout.num_processes:
         raise ValueError(
             f"{layout.global_rows} rows a step do not divide over {layout.num_processes} "

@@ -163,7 +163,7 @@ def check_templates(config: GRPOConfig) -> None:
         check_template(option, template, (*known, *more), ("question", *more))
 
 
-class Order:
+class QuestionOrder:
     """Order of the questions: a new permutation in every epoch."""
 
     def __init__(self, questions: Sequence[Question], seed: int, shuffle: bool) -> None:

@@ -84,12 +84,12 @@ def tokenize(
         return _encode(template, samples, options)
     key = fingerprint(template, samples, options)
     path = pathlib.Path(directory) / f"tokens-{key[:16]}.npz"
-    if found := _load(path, key):
-        return found
+    if cached := _load(path, key):
+        return cached
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_name(_LOCK)):
-        if found := _load(path, key):
-            return found
+        if cached := _load(path, key):
+            return cached
         made = _encode(template, samples, options)
         _store(path, key, made)
         return made._replace(path=path)
@@ -144,17 +144,17 @@ def _content(sample: Sample) -> bytes:
 def _encode(
     template: ChatTemplate, samples: Sequence[Sample], options: chat.MaskOptions
 ) -> Tokenized:
-    kept = []
+    examples = []
     remarks = []
     for encoded in encoding_pool.encode(template, samples, options):
         if encoded.example:
-            kept.append(encoded.example)
+            examples.append(encoded.example)
         if encoded.notes:
             remarks.append(Remark(encoded.name, encoded.notes, encoded.reason))
     sequences = Sequences(
-        tokens=np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in kept)]),
-        loss_mask=np.concatenate([np.zeros(0, bool), *(e.loss_mask for e in kept)]),
-        offsets=np.cumsum([0, *(len(e.tokens) for e in kept)], dtype=np.int64),
+        tokens=np.concatenate([np.zeros(0, np.int32), *(e.tokens for e in examples)]),
+        loss_mask=np.concatenate([np.zeros(0, bool), *(e.loss_mask for e in examples)]),
+        offsets=np.cumsum([0, *(len(e.tokens) for e in examples)], dtype=np.int64),
     )
     return Tokenized(sequences, remarks)
 

@@ -19,7 +19,7 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of every layer; scans run over the leading dim L of each array."""
 
     prompt: KeysValues  # [L, P, K, S, H], right-padded
@@ -57,10 +57,10 @@ def prefill(
 def decode(
     decoder: Decoder,
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     tokens: Int[Array, "P G"],
     time: Int[Array, ""],
-) -> tuple[Float[Array, "P G D"], Cache]:
+) -> tuple[Float[Array, "P G D"], KVCache]:
     """Runs one token of each row: the one that was sampled at step `time`.
 
     Returns:
@@ -70,10 +70,10 @@ def decode(
     angles = decoder.angles(positions)
 
     def step(x: jax.Array, scanned: tuple) -> tuple[jax.Array, KeysValues]:
-        layer, prompt, own = scanned
+        layer, prompt, completion_cache = scanned
 
         def attend(window: int, *qkv: jax.Array) -> jax.Array:
-            return _attend(decoder, cache.lengths, time, prompt, own, window, qkv)
+            return _attend(decoder, cache.lengths, time, prompt, completion_cache, window, qkv)
 
         return decoder.layer(layer, x, angles, attend)
 
@@ -81,8 +81,8 @@ def decode(
     # layers at once. A cache carried through the scan would be copied in every layer.
     scanned = (decoder.stacked(params), cache.prompt, cache.own)
     x, new = jax.lax.scan(step, decoder.embed(params, tokens), scanned)
-    own = jax.tree.map(lambda c, n: _put(c, n, time), cache.own, new)
-    return decoder.norm(params, x), cache._replace(own=own)
+    completion_cache = jax.tree.map(lambda c, n: _put(c, n, time), cache.own, new)
+    return decoder.norm(params, x), cache._replace(own=completion_cache)
 
 
 def _put(cache: jax.Array, new: jax.Array, time: jax.Array) -> jax.Array:

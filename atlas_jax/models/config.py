@@ -252,31 +252,31 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
     )
 
 
-def _scales(own: dict[str, Any]) -> dict[str, Any]:
+def _scales(options: dict[str, Any]) -> dict[str, Any]:
     """Returns the constant factors of Gemma and of Granite."""
-    if "query_pre_attn_scalar" in own:
+    if "query_pre_attn_scalar" in options:
         return {
-            "embed_scale": float(own["hidden_size"]) ** 0.5,
-            "query_scale": float(own["query_pre_attn_scalar"]) ** -0.5,
+            "embed_scale": float(options["hidden_size"]) ** 0.5,
+            "query_scale": float(options["query_pre_attn_scalar"]) ** -0.5,
         }
-    if "residual_multiplier" in own:
+    if "residual_multiplier" in options:
         return {
-            "embed_scale": float(own["embedding_multiplier"]),
-            "query_scale": float(own["attention_multiplier"]),
-            "residual_scale": float(own["residual_multiplier"]),
-            "logit_divisor": float(own["logits_scaling"]),
+            "embed_scale": float(options["embedding_multiplier"]),
+            "query_scale": float(options["attention_multiplier"]),
+            "residual_scale": float(options["residual_multiplier"]),
+            "logit_divisor": float(options["logits_scaling"]),
         }
     return {}
 
 
-def _local(own: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
+def _local(options: dict[str, Any], family: str) -> tuple[int, tuple[bool, ...]]:
     """Returns the window, and for each layer whether it has it."""
-    layers = own["num_hidden_layers"]
-    window = own.get("sliding_window") or 0
+    layers = options["num_hidden_layers"]
+    window = options.get("sliding_window") or 0
     if family in _ALL_LOCAL:  # transformers reads no layer_types here
         return (window, (True,) * layers) if window else (0, ())
     kinds = {"sliding_attention": True, "full_attention": False}
-    named = own.get("layer_types") or ["full_attention"] * layers
+    named = options.get("layer_types") or ["full_attention"] * layers
     unknown = set(named) - set(kinds)
     if unknown:
         raise ValueError(f"config.json option layer_types has {sorted(unknown)}, not supported")

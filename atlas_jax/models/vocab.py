@@ -90,14 +90,14 @@ def logits(
     hidden: Float[Array, "P G D"], table: Float[Array, "V D"], sharding: Sharding
 ) -> Float[Array, "P G V"]:
     """Returns `hidden @ table.T` in float32; each device of `tensor` has the whole vocabulary."""
-    rest = sharding.params(DIMS).spec
+    stored = sharding.params(DIMS).spec
     rows = PartitionSpec(BATCH_AXES)
 
     @functools.partial(
-        jax.shard_map, mesh=sharding.mesh, in_specs=(rows, rest), out_specs=rows, check_vma=False
+        jax.shard_map, mesh=sharding.mesh, in_specs=(rows, stored), out_specs=rows, check_vma=False
     )
     def local(hidden: jax.Array, table: jax.Array) -> jax.Array:
-        table = all_gather(table, rest, hidden.dtype)
+        table = all_gather(table, stored, hidden.dtype)
         part = jnp.einsum("pgd,vd->pgv", hidden, table, preferred_element_type=jnp.float32)
         return jax.lax.all_gather(part, "tensor", axis=2, tiled=True)
 

@@ -106,18 +106,22 @@ def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemor
     )
 
 
-def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
-    own = program.arguments[0]
-    trains = isinstance(own, type(run.state))
+def _memory(run: Run, program: Program, analysis: Any, target: Target) -> Memory:
+    argument = program.arguments[0]
+    trains = isinstance(argument, type(run.state))
     params = device_bytes(run.state.params)
     opt_state = device_bytes(run.state.opt_state)
     held = sum((device_bytes(tree) for tree in run.resident.values()), 0.0)
-    used = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    used += found.temp_size_in_bytes
+    used = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    used += analysis.temp_size_in_bytes
     if (
         target.device.platform == "tpu"
     ):  # a TPU's temporaries share memory, so their sum is too high
-        used = min(used, found.peak_memory_in_bytes)
+        used = min(used, analysis.peak_memory_in_bytes)
     grads = 0.0
     if trains:
         places = jax.tree.map(
@@ -131,17 +135,17 @@ def _memory(run: Run, program: Program, found: Any, target: Target) -> Memory:
                 lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
             )
         )
-    inputs = params + opt_state if trains else device_bytes(own)
+    inputs = params + opt_state if trains else device_bytes(argument)
     held_in_host = (device_bytes(t, host=True) for t in (run.state, *run.resident.values()))
     host = sum(held_in_host, 0.0)
-    host += found.host_temp_size_in_bytes
-    rest = max(used - inputs - grads, 0.0)
+    host += analysis.host_temp_size_in_bytes
+    temporaries = max(used - inputs - grads, 0.0)
     return Memory(
         params=params,
         optimizer=opt_state,
         gradients=grads,
         resident=held,
-        temporaries=rest,
+        temporaries=temporaries,
         host=host,
     )
 

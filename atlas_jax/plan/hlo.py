@@ -258,22 +258,22 @@ def memory_traffic(module: Module) -> float:
     return total
 
 
-def _traffic(module: Module, body: dict[str, Instruction], one: Instruction) -> float:
-    shapes = [body[o].shape if o in body else "" for o in one.operands]
-    if one.opcode == "dynamic-slice":
-        return 2 * _in_memory(one.shape)
-    if one.opcode == "dynamic-update-slice":
+def _traffic(module: Module, body: dict[str, Instruction], instruction: Instruction) -> float:
+    shapes = [body[o].shape if o in body else "" for o in instruction.operands]
+    if instruction.opcode == "dynamic-slice":
+        return 2 * _in_memory(instruction.shape)
+    if instruction.opcode == "dynamic-update-slice":
         return 2 * _in_memory(shapes[1])
-    called = _CALLED.search(one.rest)
-    if one.opcode != "fusion" or not called:
-        return _in_memory(one.shape) + sum(map(_in_memory, shapes), 0.0)
+    called = _CALLED.search(instruction.rest)
+    if instruction.opcode != "fusion" or not called:
+        return _in_memory(instruction.shape) + sum(map(_in_memory, shapes), 0.0)
     inner = module.computations[called[1]]
     total = 0.0
     for parameter in (i for i in inner.values() if i.opcode == "parameter"):
         whole = _in_memory(parameter.shape)
         total += min(whole, _touched(inner, parameter.name, whole))
     updates = [i for i in inner.values() if i.opcode == "dynamic-update-slice"]
-    written = _in_memory(one.shape)
+    written = _in_memory(instruction.shape)
     for update in updates:
         written -= _in_memory(update.shape) - _in_memory(inner[update.operands[1]].shape)
     return total + max(written, 0.0)

@@ -166,7 +166,7 @@ def _generation(
     length = local.bucket(config.max_prompt_length)
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
     static = decoder, (0,), sampling
-    inputs = local.Start(
+    inputs = local.GridInputs(
         _rows((prompts, length), jnp.int32, sharding),
         _rows((prompts,), jnp.int32, sharding),
         _rows((prompts, samples), jnp.int32, sharding),

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
     config: GRPOConfig
     layout: Layout
-    order: asked.Order
+    order: asked.QuestionOrder
     backend: Backend
     protocol: teaching.TeachingProtocol
     reward: RewardFn

@@ -58,7 +58,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         if config.rollout.protocol != "direct":
             student = open_student(config, run.compute)
         layout = fit_attention(layout, run.decoder, config.attn_implementation)
-        order = asked.Order(train, config.seed, config.data.shuffle)
+        order = asked.QuestionOrder(train, config.seed, config.data.shuffle)
         distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
         num_steps = config.max_steps
         if num_steps == -1:

@@ -129,7 +129,7 @@ def _datasets(
     )
     model, plan = run.model, run.compute.plan
     tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
-    layout = loader.Layout(plan.global_rows, *process)
+    layout = loader.HostRows(plan.global_rows, *process)
     build = functools.partial(
         loader.build,
         config=config,
@@ -146,7 +146,7 @@ def _datasets(
     if held_out is None:
         return train, None
     eval_rows = run.compute.sharding.num_replicas * plan.device_rows
-    layout = loader.Layout(eval_rows, *process)
+    layout = loader.HostRows(eval_rows, *process)
     other = build(held_out, layout=layout, training=False)
     vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
     return train, other

@@ -22,11 +22,11 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data.packing import collate_policy
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import identity
-from atlas_jax.rollout.capabilities import Start
+from atlas_jax.rollout.capabilities import ServerStart
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.rollout.servers import Pool, PoolOptions
+from atlas_jax.rollout.servers import PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync, WeightSync
@@ -171,15 +171,15 @@ def _pool(
     role: str,
     urls: str,
     config: GRPOConfig,
-    check: Callable[[str, Start], None],
+    check: Callable[[str, ServerStart], None],
     stack: contextlib.ExitStack,
-) -> Pool:
+) -> ServerPool:
     options = PoolOptions(
         max_in_flight=config.rollout.max_in_flight,
         request_timeout_secs=config.rollout.request_timeout_secs,
         control_timeout_secs=config.rollout.sync_timeout_secs,
     )
-    pool = Pool(role, addresses.split(urls), options, server_key(config.output_dir))
+    pool = ServerPool(role, addresses.split(urls), options, server_key(config.output_dir))
     stack.callback(pool.close)
     pool.open(check)
     return pool
@@ -199,7 +199,7 @@ def server_key(output_dir: str) -> str:
     return server_token.read(path) if path.exists() else ""
 
 
-def _chat_model(pool: Pool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
+def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
     tokenizer = model.files.tokenizer
     engine = VllmEngine(
         pool,

@@ -45,14 +45,14 @@ _VERDICT = re.compile(
 _VERDICTS = {"yes": True, "true": True, "no": False, "false": False}
 
 
-class Option(NamedTuple):
+class Choice(NamedTuple):
     """One option of multiple choice, such as "(B) Paris"."""
 
     letter: str  # lower case
     text: str  # "" if only the letter is given
     is_initial: bool  # written as "B. Paris", like the initial of a name
 
-    def agrees(self, other: Option) -> bool:
+    def agrees(self, other: Choice) -> bool:
         """Returns whether two options are equal: by letter, or by the whole text for names."""
         if self.letter != other.letter:
             return False
@@ -63,7 +63,7 @@ class Option(NamedTuple):
         return f" {short} " in f" {long} "
 
 
-def option(answer: str) -> Option | None:
+def option(answer: str) -> Choice | None:
     """Returns an answer as an option; None if it is not one, or is several."""
     if len(answer) > _MAX_OPTION * 10:
         return None
@@ -72,7 +72,7 @@ def option(answer: str) -> Option | None:
     if match is None or _OTHER_OPTION.fullmatch(text):
         return None
     is_initial = match[2] == "." and match[0][0] != "("
-    return Option((match[1] or match[4]).lower(), text, is_initial)
+    return Choice((match[1] or match[4]).lower(), text, is_initial)
 
 
 def bare_option(text: str) -> str | None:

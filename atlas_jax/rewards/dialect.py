@@ -54,7 +54,7 @@ _EVERYTHING = Dialect()
 
 
 @dataclasses.dataclass
-class Known:
+class KnownDialect:
     """Knowledge of a model's dialect."""
 
     latest: Dialect = _EVERYTHING
@@ -63,7 +63,7 @@ class Known:
     """Dialect of requests that it has accepted."""
 
 
-class Request(NamedTuple):
+class ChatRequest(NamedTuple):
     """A chat completion to request from a model."""
 
     model: str
@@ -74,7 +74,7 @@ class Request(NamedTuple):
     """`json_schema`, `json_object`, `none`, or `auto`: the strictest one that the model accepts."""
 
 
-def payload(request: Request, dialect: Dialect) -> dict[str, Any]:
+def payload(request: ChatRequest, dialect: Dialect) -> dict[str, Any]:
     """Returns the body of a chat completion."""
     body: dict[str, Any] = {"model": request.model, "messages": list(request.messages)}
     body[dialect.room] = request.max_tokens
@@ -85,7 +85,7 @@ def payload(request: Request, dialect: Dialect) -> dict[str, Any]:
     return body
 
 
-def after(error: RefusedError, request: Request, dialect: Dialect) -> Dialect | None:
+def after(error: RefusedError, request: ChatRequest, dialect: Dialect) -> Dialect | None:
     """Returns the dialect of a model after its refusal; None if the refusal has another reason.
 
     Each dialect uses fewer parameters than the one before, so the sequence ends.
@@ -104,7 +104,7 @@ def after(error: RefusedError, request: Request, dialect: Dialect) -> Dialect | 
     return None
 
 
-def _format(request: Request, dialect: Dialect) -> str:
+def _format(request: ChatRequest, dialect: Dialect) -> str:
     wanted = request.response_format
     return list(_FORMATS)[dialect.num_formats_refused] if wanted == "auto" else wanted
 

@@ -51,7 +51,7 @@ def form(latex: str) -> Fraction | tuple[Any, ...] | None:
     if len(latex) > MAX_CHARS:
         return None
     try:
-        parser = _Parser(_tokens(latex))
+        parser = _ExpressionParser(_tokens(latex))
         total = parser.sum(0)
         if parser.rest():
             return None
@@ -107,7 +107,7 @@ def _symbol(letter: str) -> str:
     return f"\\{word.capitalize() if 'CAPITAL' in name else word}"
 
 
-class _Parser:
+class _ExpressionParser:
     """A recursive-descent parser of sums, products, powers and atoms; each method returns a sum."""
 
     def __init__(self, tokens: list[str]) -> None:

@@ -48,7 +48,7 @@ _EXCLUDED = re.compile(
 )
 
 
-class _Option(NamedTuple):
+class _ListedOption(NamedTuple):
     """One option of multiple choice."""
 
     letter: str  # upper case
@@ -167,7 +167,7 @@ def _encodes_text(text: str, truth: str) -> bool:
     return False
 
 
-def _listed(problem: str) -> list[_Option]:
+def _listed(problem: str) -> list[_ListedOption]:
     """Returns the options that a question lists, in order from A."""
     marks: list[re.Match[str]] = []
     for match in _LISTED.finditer(problem):
@@ -176,21 +176,21 @@ def _listed(problem: str) -> list[_Option]:
     ends = [*(mark.start() for mark in marks), len(problem)][1:]
     texts = [problem[m.end() : end][:_MAX_OPTION] for m, end in zip(marks, ends, strict=False)]
     lines = [text.strip().partition("\n")[0].rstrip(" .;,(") for text in texts]
-    return [_Option(mark[1], line) for mark, line in zip(marks, lines, strict=True)]
+    return [_ListedOption(mark[1], line) for mark, line in zip(marks, lines, strict=True)]
 
 
-def _option_of(truth: str, listed: Sequence[_Option]) -> _Option | None:
+def _option_of(truth: str, listed: Sequence[_ListedOption]) -> _ListedOption | None:
     """Returns the option of an answer, found by its letter or by its text."""
     match = _OPTION.fullmatch(plain(truth))
     if match:
         letter = match[1].upper()
         known = next((option.text for option in listed if option.letter == letter), "")
-        return _Option(letter, (match[2] or known).strip())
+        return _ListedOption(letter, (match[2] or known).strip())
     same = [o for o in listed if o.text and _words(o.text) == _words(plain(truth))]
     return same[0] if len(same) == 1 else None
 
 
-def _states_option(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
+def _states_option(text: str, option: _ListedOption, listed: Sequence[_ListedOption]) -> bool:
     """Returns whether a text identifies the option."""
     if _tells_letter(text, option.letter) or _tells_place(text, option, listed):
         return True
@@ -219,7 +219,7 @@ def _tells_letter(text: str, letter: str) -> bool:
     return False
 
 
-def _tells_place(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
+def _tells_place(text: str, option: _ListedOption, listed: Sequence[_ListedOption]) -> bool:
     """Returns whether a text names an option by its place in the list, as a choice."""
     place = ord(option.letter) - ord("A") + 1
     if place > len(listed):
@@ -234,7 +234,7 @@ def _tells_place(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
     )
 
 
-def _excludes_others(text: str, option: _Option, listed: Sequence[_Option]) -> bool:
+def _excludes_others(text: str, option: _ListedOption, listed: Sequence[_ListedOption]) -> bool:
     """Returns whether a text excludes every other option."""
     out = set()
     for clause in _CLAUSE.split(text):
@@ -244,7 +244,7 @@ def _excludes_others(text: str, option: _Option, listed: Sequence[_Option]) -> b
     return len(listed) > 2 and out == {o.letter for o in listed} - {option.letter}
 
 
-def _names(clause: str, option: _Option) -> bool:
+def _names(clause: str, option: _ListedOption) -> bool:
     """Returns whether a clause has an option's text or its letter."""
     if option.text and _spots(_words(option.text), clause):
         return True

@@ -61,7 +61,7 @@ def key_of(parts: Sequence[str], messages: Sequence[Message]) -> str:
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class Cache:
+class ReplyCache:
     """Replies by the key of their call; threads may share one cache."""
 
     def __init__(self, directory: str, max_bytes: int = 0, *, is_read_only: bool = False) -> None:

@@ -25,7 +25,7 @@ from atlas_jax import progress, stopping
 from atlas_jax.options.judges import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.ensemble import Opinion, Verdict
-from atlas_jax.rewards.transport import MAX_HOLD_SECS, Answer, Pool, Transport
+from atlas_jax.rewards.transport import MAX_HOLD_SECS, CallBatch, CallResult, Transport
 from atlas_jax.rewards.verifiable import failure
 from atlas_jax.types import Message, Reward, Sample
 
@@ -195,7 +195,7 @@ class RIMReward:
             for why in problems
         ]
 
-    async def _hear(self, pool: Pool, name: str, case: judges.Case) -> _Hearing:
+    async def _hear(self, pool: CallBatch, name: str, case: judges.Case) -> _Hearing:
         """Returns what one judge says of one case, the arbiter asked where it must be."""
         priced = self._transport.is_priced
         if judges.lacks_lesson(name, case):
@@ -252,8 +252,8 @@ class RIMReward:
 
 
 async def _asked(
-    pool: Pool, messages: Sequence[Message], temperatures: Sequence[float]
-) -> list[Answer]:
+    pool: CallBatch, messages: Sequence[Message], temperatures: Sequence[float]
+) -> list[CallResult]:
     """Returns what the small model says at each temperature."""
     return await asyncio.gather(*(pool.ask("small_model", messages, t) for t in temperatures))
 
@@ -321,7 +321,7 @@ def _failure(sample: Sample) -> Reward | None:
     return failure(completions)
 
 
-def _total(parts: Sequence[_Usage | Answer], is_priced: bool) -> _Usage:
+def _total(parts: Sequence[_Usage | CallResult], is_priced: bool) -> _Usage:
     """Returns what several calls took together."""
     return _Usage(
         calls=sum(part.calls for part in parts),

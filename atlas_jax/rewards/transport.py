@@ -23,10 +23,10 @@ from atlas_jax.llm_client import (
 )
 from atlas_jax.options.judges import JudgeLimits, JudgeModel, RIMConfig
 from atlas_jax.rewards import dialect as dialects
-from atlas_jax.rewards.dialect import Dialect, Known, Request
+from atlas_jax.rewards.dialect import ChatRequest, Dialect, KnownDialect
 from atlas_jax.rewards.ensemble import Opinion
 from atlas_jax.rewards.judges import Unreadable, parse
-from atlas_jax.rewards.replies import Cache, Ledger, Reply, key_of
+from atlas_jax.rewards.replies import Ledger, Reply, ReplyCache, key_of
 from atlas_jax.throttle import Throttle
 from atlas_jax.types import Message
 
@@ -45,7 +45,7 @@ class ReplayError(RuntimeError):
     """A reply that replay needs and that is not in the cache."""
 
 
-class Answer(NamedTuple):
+class CallResult(NamedTuple):
     """Result of one call."""
 
     opinion: Opinion | None
@@ -57,20 +57,20 @@ class Answer(NamedTuple):
     calls: int = 0
 
 
-class Pool:
+class CallBatch:
     """Calls of one batch, over open connections; equal calls are made once."""
 
     def __init__(self, owner: Transport, clients: dict[str, Client]) -> None:
         self._owner = owner
         self._clients = clients
-        self._asked: dict[str, asyncio.Task[Answer]] = {}
+        self._asked: dict[str, asyncio.Task[CallResult]] = {}
 
     async def ask(
         self,
         which: str,
         messages: Sequence[Message],
         temperature: float,
-    ) -> Answer:
+    ) -> CallResult:
         """Returns the answer of a model.
 
         Args:
@@ -83,7 +83,7 @@ class Pool:
         """
         model = self._owner.models[which]
         options = model.options
-        request = Request(
+        request = ChatRequest(
             model=model.endpoint.model,
             messages=messages,
             temperature=temperature,
@@ -102,12 +102,12 @@ class Pool:
         return await self._asked[key]
 
 
-def _may_pass(asked: asyncio.Task[Answer]) -> bool:
+def _may_pass(asked: asyncio.Task[CallResult]) -> bool:
     """Returns whether a call has failed in a way after which another one may succeed."""
     return asked.done() and not asked.cancelled() and not asked.exception() and asked.result().later
 
 
-class _Model(NamedTuple):
+class _PricedModel(NamedTuple):
     endpoint: Endpoint
     options: JudgeModel
     api_key: str
@@ -133,11 +133,13 @@ class Transport:
         """
         self._replay = config.replay
         self._limits = _shared(config.limits, share)
-        self._cache = Cache(config.cache_dir, config.cache_max_bytes, is_read_only=config.replay)
+        self._cache = ReplyCache(
+            config.cache_dir, config.cache_max_bytes, is_read_only=config.replay
+        )
         self._ledger = Ledger(ledger_path)
         options = {"small_model": config.small_model, "large_model": config.large_model}
         self.models = {
-            name: _Model(
+            name: _PricedModel(
                 endpoint=endpoint,
                 options=options[name],
                 api_key="" if config.replay else api_key(endpoint),
@@ -156,7 +158,7 @@ class Transport:
         self._budget = _budget(config.limits, share, self._ledger)
         for endpoint in {m.endpoint for m in self.models.values() if m.api_key}:
             warn_if_readable(endpoint)
-        self._dialects = {model.endpoint: Known() for model in self.models.values()}
+        self._dialects = {model.endpoint: KnownDialect() for model in self.models.values()}
         self._throttles = {
             _address(model.endpoint.base_url): Throttle(
                 self._limits.max_in_flight,
@@ -167,7 +169,7 @@ class Transport:
         }
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Pool]:
+    async def open(self) -> AsyncIterator[CallBatch]:
         """Yields a batch of calls, inside one event loop, and stores their replies at its end."""
         limits = self._limits
         options = ClientOptions(
@@ -195,21 +197,23 @@ class Transport:
                 )
                 for url, key in servers
             }
-            yield Pool(
+            yield CallBatch(
                 self,
                 {n: clients[m.endpoint.base_url, m.api_key] for n, m in self.models.items()},
             )
 
-    async def call(self, client: Client, model: _Model, key: str, request: Request) -> Answer:
+    async def call(
+        self, client: Client, model: _PricedModel, key: str, request: ChatRequest
+    ) -> CallResult:
         """Returns the answer to a call, from the cache or from the server."""
         name = request.model
         temperature = request.temperature
         cached = self._cache.read(key)
         opinion = _read(cached, request) if cached else None
         if isinstance(opinion, Opinion):
-            return Answer(opinion=opinion, failure="", later=False, cached=True)
+            return CallResult(opinion=opinion, failure="", later=False, cached=True)
         if opinion and self._replay:
-            return Answer(opinion=None, failure=opinion.reason, later=False, cached=True)
+            return CallResult(opinion=None, failure=opinion.reason, later=False, cached=True)
         if self._replay:
             raise ReplayError(
                 f"the cache has no reply of {name} at temperature {temperature:g} "
@@ -234,7 +238,7 @@ class Transport:
             self._cache.write(key, reply)
             read = _read(reply, request)
             if not isinstance(read, Unreadable):
-                return Answer(
+                return CallResult(
                     opinion=read,
                     failure="",
                     later=False,
@@ -246,7 +250,7 @@ class Transport:
             failure = read.reason
             if reply.is_cut:
                 request = request._replace(max_tokens=min(2 * request.max_tokens, max_room))
-        return Answer(
+        return CallResult(
             opinion=None,
             failure=failure,
             later=later,
@@ -267,7 +271,9 @@ class Transport:
         self._ledger.begin()
         return ""
 
-    async def _post(self, client: Client, model: _Model, request: Request, tries: Tries) -> Reply:
+    async def _post(
+        self, client: Client, model: _PricedModel, request: ChatRequest, tries: Tries
+    ) -> Reply:
         """Makes one call, with the parameters that the model accepts.
 
         A request that is refused because of a parameter does not count as a try.
@@ -335,7 +341,7 @@ def _address(base_url: str) -> str:
     return str(yarl.URL(base_url.rstrip("/")).with_user(None))
 
 
-def _read(reply: Reply, request: Request) -> Opinion | Unreadable:
+def _read(reply: Reply, request: ChatRequest) -> Opinion | Unreadable:
     """Returns the opinion of a reply; a reply that was cut is unreadable."""
     if reply.is_cut:
         return Unreadable(f"cut off behind {reply.output_tokens} tokens: {reply.text[-120:]!r}")

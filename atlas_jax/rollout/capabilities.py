@@ -26,7 +26,7 @@ PRIORITY = "priority"
 """The scheduling policy with which the probe of new weights precedes waiting requests."""
 
 
-class Start(NamedTuple):
+class ServerStart(NamedTuple):
     """Options of a server's start on which GRPO depends."""
 
     root: str
@@ -55,7 +55,7 @@ def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
         )
 
 
-def check_start(url: str, info: Any, model: Any) -> Start:
+def check_start(url: str, info: Any, model: Any) -> ServerStart:
     """Returns the options of a server's start, checked for GRPO.
 
     Args:
@@ -72,7 +72,7 @@ def check_start(url: str, info: Any, model: Any) -> Start:
         mode = config["model_config"]["logprobs_mode"]
         processors = config["model_config"]["logits_processors"] or []
         quantized = config["model_config"]["quantization"] is not None
-        start = Start(
+        start = ServerStart(
             root=str(model["root"]),
             max_model_len=int(model["max_model_len"]),
             block_size=int(config["cache_config"]["block_size"]),

@@ -13,7 +13,7 @@ from absl import logging
 from atlas_jax.checkpoint import hf, writer
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.rollout.capabilities import Start
+from atlas_jax.rollout.capabilities import ServerStart
 
 
 def check_manifest(directory: pathlib.Path, shapes: Mapping[str, Any], dtype: str) -> None:
@@ -32,7 +32,7 @@ def check_manifest(directory: pathlib.Path, shapes: Mapping[str, Any], dtype: st
         raise ValueError(f"{directory} does not fit the servers: {different or stored}")
 
 
-def check_trained(url: str, start: Start, decoder: Decoder) -> None:
+def check_trained(url: str, start: ServerStart, decoder: Decoder) -> None:
     """Checks that a server was started with a model of the tensors that will be pushed to it.
 
     A model that this host cannot read is not checked.
@@ -51,7 +51,7 @@ def check_trained(url: str, start: Start, decoder: Decoder) -> None:
         )
 
 
-def check_frozen(url: str, start: Start, name: str, source: hf.Source) -> None:
+def check_frozen(url: str, start: ServerStart, name: str, source: hf.Source) -> None:
     """Checks that a server was started with the trainer's frozen model.
 
     The weights are compared if this host can read both models. Otherwise the last parts of their

@@ -35,7 +35,7 @@ _FEW = 16  # rows of a device below which a smaller grid is not worth a compilat
 _ROOM = 128  # largest number of tokens that the first cache of a row holds
 
 
-class Start(NamedTuple):
+class GridInputs(NamedTuple):
     """Inputs of a new grid, on the devices."""
 
     prompts: jax.Array  # [P, S] int32, right-padded
@@ -47,7 +47,7 @@ class Start(NamedTuple):
 class _Grid(NamedTuple):
     """Rows that are being decoded, `[P, G]`; arrays on the devices."""
 
-    cache: kv.Cache
+    cache: kv.KVCache
     tokens: jax.Array  # [P, G] int32, sampled last and not yet in the cache
     alive: jax.Array  # [P, G] bool
     limits: jax.Array  # [P, G] int32, tokens that a row may have
@@ -64,7 +64,7 @@ class _Chunk(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Row:
+class _RowState:
     """The completion of one row so far."""
 
     limit: int = 0
@@ -84,7 +84,7 @@ class _Row:
             self.done = int(token) in stop_ids or len(self.tokens) >= self.limit
 
 
-_Places = list[list[_Row]]
+_Places = list[list[_RowState]]
 """Rows of this process's part of the grid, by prompt."""
 
 
@@ -163,7 +163,7 @@ class LocalEngine:
     ) -> list[list[Completion]]:
         """Returns the completions of one grid, which may have no requests of this process."""
         sharding = self.decoder.sharding
-        groups = [[_Row(r.max_tokens) for _ in range(samples)] for r in requests]
+        groups = [[_RowState(r.max_tokens) for _ in range(samples)] for r in requests]
         places = _fill(groups, _prompts(len(groups), sharding), samples)
         static = self.decoder, self.stop_ids, sampling
         longest = distributed.max_over_processes(max((r.max_tokens for r in requests), default=1))
@@ -171,7 +171,7 @@ class LocalEngine:
             *static, first_room(longest), params, _inputs(requests, places, sharding)
         )
         while True:
-            # `_Row.extend` ignores what a finished or an idle row decodes in the rest of the chunk.
+            # A row that has finished decodes on to the end of the chunk; `extend` ignores that.
             for rows, sampled in zip(places, _host(chunk), strict=True):
                 for row, *columns in zip(rows, *sampled, strict=True):
                     row.extend(columns, self.stop_ids)
@@ -184,7 +184,7 @@ class LocalEngine:
             for request, rows in zip(requests, groups, strict=True)
         ]
 
-    def _completion(self, request: Request, row: _Row, version: int) -> Completion:
+    def _completion(self, request: Request, row: _RowState, version: int) -> Completion:
         if not np.isfinite(row.untruncated).all():
             raise ValueError(
                 f"log-probabilities of {self.tokenizer.name_or_path} with the weights of step "
@@ -241,7 +241,7 @@ def start(
     sampling: Sampling,
     room: int,
     params: Params,
-    inputs: Start,
+    inputs: GridInputs,
 ) -> tuple[_Grid, _Chunk]:
     """Runs the prompts and samples the first token of each row.
 
@@ -256,7 +256,7 @@ def start(
         prompt_cache,
     )
     grid = _Grid(
-        cache=kv.Cache(prompt_cache, empty, inputs.lengths),
+        cache=kv.KVCache(prompt_cache, empty, inputs.lengths),
         tokens=jnp.zeros(limits.shape, jnp.int32),
         alive=limits > 0,
         limits=limits,
@@ -302,7 +302,7 @@ def placements(sharding: Sharding) -> Any:
     own: Any = NamedSharding(sharding.mesh, PartitionSpec(None, BATCH_AXES, None, "tensor"))
     everywhere: Any = sharding.replicated
     return _Grid(
-        cache=kv.Cache(KeysValues(prompt, prompt), KeysValues(own, own), rows),
+        cache=kv.KVCache(KeysValues(prompt, prompt), KeysValues(own, own), rows),
         tokens=rows,
         alive=rows,
         limits=rows,
@@ -345,7 +345,7 @@ def _fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
     return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), number))
 
 
-def _inputs(requests: Sequence[Request], places: _Places, sharding: Sharding) -> Start:
+def _inputs(requests: Sequence[Request], places: _Places, sharding: Sharding) -> GridInputs:
     """Returns prompts, limits and keys of the rows on devices."""
     own = max((len(r.prompt_ids) for r in requests), default=1)
     longest = distributed.max_over_processes(own)
@@ -360,7 +360,7 @@ def _inputs(requests: Sequence[Request], places: _Places, sharding: Sharding) ->
     limits = np.asarray([[row.limit for row in rows] for rows in places], np.int32)
     roots = _keys(jnp.asarray(np.repeat(seeds, size)), jnp.tile(jnp.arange(size), len(seeds)))
     keys = np.asarray(roots).reshape(len(places), size, -1)
-    return Start(*(place_rows(x, sharding) for x in (tokens, lengths, limits, keys)))
+    return GridInputs(*(place_rows(x, sharding) for x in (tokens, lengths, limits, keys)))
 
 
 @jax.jit
@@ -389,9 +389,9 @@ def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _P
     if 2 * height * width > share * len(places[0]):  # not worth the copy of the cache
         return grid, places
     # Column 0 selects a prompt of the device's part, the others select rows of that prompt. Idle
-    # cells select prompt 0 and row 0: they are computed, and ignored because their `_Row` is done.
+    # cells select prompt 0 and row 0: they are computed, and ignored because their state is done.
     selection = np.zeros((parts * height, 1 + width), np.int32)
-    remaining: _Places = [[_Row(done=True)] * width for _ in range(parts * height)]
+    remaining: _Places = [[_RowState(done=True)] * width for _ in range(parts * height)]
     for part, chosen in enumerate(prompts):
         for j, i in enumerate(chosen, part * height):
             selection[j, 0] = i - part * share
@@ -419,7 +419,7 @@ def _take(sharding: Sharding, grid: _Grid, taken: jax.Array) -> _Grid:
     def of_rows(x: jax.Array) -> jax.Array:  # [P, G, ...]
         return jax.vmap(lambda x, i: x[i])(of_prompts(x), rows)
 
-    cache = kv.Cache(
+    cache = kv.KVCache(
         jax.tree.map(jax.vmap(of_prompts), grid.cache.prompt),
         jax.tree.map(jax.vmap(of_rows), grid.cache.own),
         of_prompts(grid.cache.lengths),
@@ -457,7 +457,7 @@ def _host(chunk: _Chunk) -> list[tuple[np.ndarray, ...]]:
 
 def _fill(groups: _Places, count: int, size: int) -> _Places:
     """Returns the groups, extended to `count` by groups of finished rows."""
-    idle = [[_Row(done=True)] * size for _ in range(count - len(groups))]
+    idle = [[_RowState(done=True)] * size for _ in range(count - len(groups))]
     return groups + idle
 
 

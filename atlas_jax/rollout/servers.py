@@ -91,7 +91,7 @@ class Server:
     url: str
     client: Client
     control: Client
-    start: capabilities.Start | None = None
+    start: capabilities.ServerStart | None = None
     up: bool = True
     why: str = ""
     hangs: bool = False
@@ -101,7 +101,7 @@ class Server:
     pushing: asyncio.Task[None] | None = None
 
 
-class Answer(NamedTuple):
+class CompletionReply(NamedTuple):
     """A reply to a completion request."""
 
     server: Server
@@ -112,7 +112,7 @@ class Answer(NamedTuple):
     If the prompt's keys and values were cached, weights of this version may have computed them."""
 
 
-class Pool:
+class ServerPool:
     """The servers of one role. Methods may be called from any thread, coroutines from its own."""
 
     def __init__(
@@ -134,7 +134,7 @@ class Pool:
         """Version of these weights."""
         self.restarts = False
         """True if each push restarts the servers, which then fail health checks meanwhile."""
-        self._check: Callable[[str, capabilities.Start], None] = _accept
+        self._check: Callable[[str, capabilities.ServerStart], None] = _accept
         self._closed = False
         self._lock = threading.Lock()
         self._waiting: set[concurrent.futures.Future[Any]] = set()
@@ -201,7 +201,7 @@ class Pool:
             await server.control.__aenter__()
         return servers
 
-    def open(self, check: Callable[[str, capabilities.Start], None] | None = None) -> None:
+    def open(self, check: Callable[[str, capabilities.ServerStart], None] | None = None) -> None:
         """Checks the model and the routes of every server, and starts the health checks.
 
         A server that cannot be reached is taken out if another one is left.
@@ -271,7 +271,7 @@ class Pool:
         logging.info("%s server %s: vLLM %s, %s", self.role, server.url, version, start.root)
 
     @property
-    def starts(self) -> list[capabilities.Start]:
+    def starts(self) -> list[capabilities.ServerStart]:
         """The start options of the servers that have answered."""
         return [server.start for server in self.servers if server.start]
 
@@ -313,7 +313,7 @@ class Pool:
                 self.up()
             await asyncio.sleep(0.2)
 
-    async def ask(self, payload: Mapping[str, Any], server: Server) -> Answer:
+    async def ask(self, payload: Mapping[str, Any], server: Server) -> CompletionReply:
         """Returns the answer to a completion request.
 
         Requests share cached keys and values only if they were sent under the same weights;
@@ -331,17 +331,19 @@ class Pool:
         """
         lost = 0
         while True:
+            # A request that began during a push could be computed by two versions.
             await self.settled.wait()
             if not server.up or self._closed:
                 await self.wait_for_one()
                 server = min(self.up(), key=lambda s: len(s.tasks))
+            # Read before the request is sent: a push may change both while it waits in the server.
             version = self.version
             salt = {"cache_salt": self.label} if self.label else {}
             body = {**payload, **salt}
             task = asyncio.create_task(server.client.post(capabilities.GENERATE, body))
             server.tasks.add(task)
             try:
-                answer = Answer(server, await task, version)
+                answer = CompletionReply(server, await task, version)
                 progress.mark()
                 return answer
             except RefusedError as error:
@@ -351,6 +353,7 @@ class Pool:
             except UnavailableError as error:
                 await self._drop_unless_well(server, error)
             except asyncio.CancelledError:
+                # `drop` cancels the requests of a server, which are then sent to another one.
                 if server.up or is_cancelled():
                     raise
             finally:
@@ -363,6 +366,7 @@ class Pool:
 
     async def _drop_unless_well(self, server: Server, error: UnavailableError) -> None:
         """Takes out a server that did not answer a request; raises the error if it is healthy."""
+        # The check tells a server that has failed from a request that it cannot answer.
         problem, hangs = await self._look(self._front(server), self.options.look.timeout_secs)
         if server.up and not problem:
             raise error
@@ -402,6 +406,7 @@ class Pool:
         look = self.options.look
         while True:
             await asyncio.sleep(look.every_secs)
+            # A server that was down may have been replaced, so it must pass all checks again.
             work = self._front(server) if server.up else self._whole(server)
             problem, hangs = await self._look(work, look.timeout_secs)
             if not problem:
@@ -513,5 +518,5 @@ def is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _accept(_: str, __: capabilities.Start) -> None:
+def _accept(_: str, __: capabilities.ServerStart) -> None:
     """Accepts any server."""

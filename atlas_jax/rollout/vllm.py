@@ -18,7 +18,7 @@ import numpy as np
 from atlas_jax.llm_client import RefusedError, UnavailableError
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.rollout.servers import Pool, Server
+from atlas_jax.rollout.servers import Server, ServerPool
 from atlas_jax.types import Completion
 
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
@@ -36,7 +36,7 @@ class VllmEngine:
         vocab_size: of the model.
     """
 
-    pool: Pool
+    pool: ServerPool
     tokenizer: Any
     stop_ids: tuple[int, ...]
     vocab_size: int

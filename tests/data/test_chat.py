@@ -456,7 +456,7 @@ def test_a_greeting_of_the_assistant_is_context():
     example = encode_one(tokenizer, sample).example
     assert trained_text(tokenizer, example) == "y<|im_end|>"
     assert whole_text(tokenizer, example).startswith("<|im_start|>assistant\nHello!")
-    with pytest.raises(ValueError, match="behind one of the user"):
+    with pytest.raises(ValueError, match="after one of the user"):
         row_of(("system", "s"), ("assistant", "y"))
 
 

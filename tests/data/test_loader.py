@@ -9,7 +9,7 @@ import pytest
 from atlas_jax.config import SFTConfig
 from atlas_jax.data import loader
 from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.data.loader import Layout
+from atlas_jax.data.loader import HostRows
 from atlas_jax.data.sources import Row, Rows
 from tests.tokenizers import chatml_tokenizer
 
@@ -27,7 +27,7 @@ def rows(count=NUM_ROWS):
     )
 
 
-def build(layout=Layout(4), data=None, training=True, **changes):  # noqa: B008 - immutable
+def build(layout=HostRows(4), data=None, training=True, **changes):  # noqa: B008 - immutable
     config = dataclasses.replace(CONFIG, **changes)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **(data or {})))
     return loader.build(rows(), config, ChatTemplate(TOKENIZER), layout, training=training)
@@ -79,7 +79,7 @@ def test_rows_keep_their_order_without_shuffling(changes):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_together_hold_the_global_batch(packing, processes):
     whole = build(packing=packing)
-    parts = [build(Layout(4, p, processes), packing=packing) for p in range(processes)]
+    parts = [build(HostRows(4, p, processes), packing=packing) for p in range(processes)]
     assert {part.fingerprint for part in parts} == {whole.fingerprint}
     for step in range(whole.num_steps(2)):
         shares = [part.batch(step) for part in parts]
@@ -91,7 +91,7 @@ def test_processes_together_hold_the_global_batch(packing, processes):
 def test_each_process_knows_the_tokens_of_the_whole_step(packing):
     """Also where its own share is shorter or blank, and over the borders of epochs."""
     options = {"packing": packing, "max_seq_length": 16}
-    streams = [build(Layout(4, p, 4), **options).batches() for p in range(4)]
+    streams = [build(HostRows(4, p, 4), **options).batches() for p in range(4)]
     totals = []
     for _ in range(10):
         own = [int((next(stream).segment_ids > 0).sum()) for stream in streams]
@@ -109,7 +109,7 @@ def test_last_batch_of_an_epoch_is_filled_with_blank_rows():
 
 
 def test_process_whose_share_is_all_blank_has_the_same_shape():
-    first, last = (build(Layout(4, p, 4)).batch(2) for p in (0, 3))
+    first, last = (build(HostRows(4, p, 4)).batch(2) for p in (0, 3))
     assert first.tokens.shape == last.tokens.shape
     assert not last.segment_ids.any()
 
@@ -140,7 +140,7 @@ def test_num_steps_counts_started_steps_of_fractions():
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_restored_iterator_continues_as_if_uninterrupted(packing, stop):
-    dataset = build(Layout(2), packing=packing, max_seq_length=32)
+    dataset = build(HostRows(2), packing=packing, max_seq_length=32)
     assert dataset.num_steps(1) < 7  # so that the run below crosses an epoch's border
     whole = dataset.batches()
     expected = [next(whole) for _ in range(9)]
@@ -149,7 +149,7 @@ def test_restored_iterator_continues_as_if_uninterrupted(packing, stop):
         next(first)
     state = json.loads(json.dumps(first.get_state()))
     assert state["step"] == stop
-    second = build(Layout(2), packing=packing, max_seq_length=32).batches()
+    second = build(HostRows(2), packing=packing, max_seq_length=32).batches()
     next(second)  # what was read before the restore does not matter
     second.set_state(state)
     assert all(same(next(second), batch) for batch in expected[stop:])
@@ -194,7 +194,7 @@ def test_fingerprint_changes_with_a_row_and_with_its_mask():
         data = dataclasses.replace(CONFIG.data, completion_only=completion_only)
         config = dataclasses.replace(CONFIG, data=data)
         named = Rows([Row("t:0", fields)], [])
-        return loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1)).fingerprint
+        return loader.build(named, config, ChatTemplate(TOKENIZER), HostRows(1)).fingerprint
 
     found = {
         fingerprint(conversation("x", "y")),
@@ -206,13 +206,13 @@ def test_fingerprint_changes_with_a_row_and_with_its_mask():
 
 def test_fingerprint_does_not_depend_on_processes_or_padding():
     buckets = {"length_buckets": (16,), "num_workers": 1}
-    assert build().fingerprint == build(Layout(4, 1, 2), data=buckets).fingerprint
-    assert build().fingerprint != build(Layout(8)).fingerprint
+    assert build().fingerprint == build(HostRows(4, 1, 2), data=buckets).fingerprint
+    assert build().fingerprint != build(HostRows(8)).fingerprint
 
 
 def test_layout_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="6 rows a step do not divide over 4 processes"):
-        build(Layout(6, 0, 4))
+        build(HostRows(6, 0, 4))
 
 
 def conversation(user, assistant):
@@ -232,7 +232,7 @@ def test_report_counts_and_names_every_row():
     config = dataclasses.replace(
         CONFIG, max_seq_length=40, data=dataclasses.replace(CONFIG.data, max_rejected_frac=0.9)
     )
-    report = loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1)).report
+    report = loader.build(named, config, ChatTemplate(TOKENIZER), HostRows(1)).report
     assert (report.rows, report.examples) == (6, 2)
     assert report.empty == ("t:1",)
     assert report.masked == ("t:2",)
@@ -253,7 +253,7 @@ def test_rows_that_are_cut_masked_or_empty_count_against_the_limit():
         config = dataclasses.replace(CONFIG, max_seq_length=40, data=data)
         named = Rows([*good, Row("t:9", lost)], [])
         with pytest.raises(ValueError, match=r"1 of 3 dataset rows cannot be used.*\n  t:9: "):
-            loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1))
+            loader.build(named, config, ChatTemplate(TOKENIZER), HostRows(1))
 
 
 def test_nothing_left_is_an_error_with_the_counts():
@@ -261,17 +261,17 @@ def test_nothing_left_is_an_error_with_the_counts():
     lenient = dataclasses.replace(CONFIG.data, max_rejected_frac=1.0)
     config = dataclasses.replace(CONFIG, max_seq_length=40, data=lenient)
     with pytest.raises(ValueError, match=r"no example is left of 2 rows: .*1 empty, 1 masked"):
-        loader.build(named, config, ChatTemplate(TOKENIZER), Layout(1))
+        loader.build(named, config, ChatTemplate(TOKENIZER), HostRows(1))
 
 
 def test_rows_that_the_template_refuses_stop_the_run():
     refusing = chatml_tokenizer("{{ raise_exception('never') }}")
     named = Rows([Row("t:0", conversation("x", "y"))], [])
     with pytest.raises(ValueError, match=r"1 of 1 dataset rows(.|\n)*t:0: .*never"):
-        loader.build(named, CONFIG, ChatTemplate(refusing), Layout(1))
+        loader.build(named, CONFIG, ChatTemplate(refusing), HostRows(1))
 
 
 def test_conversations_without_a_chat_template_stop_the_run():
     named = Rows([Row("t:0", conversation("x", "y"))], [])
     with pytest.raises(ValueError, match="has no chat template"):
-        loader.build(named, CONFIG, ChatTemplate(chatml_tokenizer(None)), Layout(1))
+        loader.build(named, CONFIG, ChatTemplate(chatml_tokenizer(None)), HostRows(1))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atlas_jax.data.questions import Order, check_template, parse_questions, to_question
+from atlas_jax.data.questions import QuestionOrder, check_template, parse_questions, to_question
 from atlas_jax.data.sources import Row, Rows
 from atlas_jax.types import Question
 
@@ -113,34 +113,34 @@ def asked(order, count, first=0):
 
 
 def test_every_epoch_asks_each_question_once_in_another_order():
-    order = Order(QUESTIONS, 3, True)
+    order = QuestionOrder(QUESTIONS, 3, True)
     epochs = [asked(order, 7, 7 * epoch) for epoch in range(4)]
     everything = [name for epoch in epochs for name in epoch]
     assert all(sorted(epoch) == [str(i) for i in range(7)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert asked(Order(QUESTIONS, 3, True), 28) == everything
-    assert asked(Order(QUESTIONS, 4, True), 28) != everything
+    assert asked(QuestionOrder(QUESTIONS, 3, True), 28) == everything
+    assert asked(QuestionOrder(QUESTIONS, 4, True), 28) != everything
 
 
 def test_the_order_follows_from_the_position_alone():
-    order = Order(QUESTIONS, 3, True)
+    order = QuestionOrder(QUESTIONS, 3, True)
     forward = asked(order, 20)
     assert [order.at(i).id for i in reversed(range(20))] == forward[::-1]
 
 
 def test_without_shuffling_the_order_is_that_of_the_file():
-    assert asked(Order(QUESTIONS, 3, False), 9) == [*"0123456", "0", "1"]
+    assert asked(QuestionOrder(QUESTIONS, 3, False), 9) == [*"0123456", "0", "1"]
 
 
 def test_the_fingerprint_tells_questions_and_orders_apart():
     changed = [QUESTIONS[0]._replace(ground_truth="2"), *QUESTIONS[1:]]
     prints = [
-        Order(QUESTIONS, 3, True).fingerprint,
-        Order(QUESTIONS, 4, True).fingerprint,
-        Order(QUESTIONS, 3, False).fingerprint,
-        Order(QUESTIONS[:-1], 3, True).fingerprint,
-        Order(QUESTIONS[::-1], 3, True).fingerprint,
-        Order(changed, 3, True).fingerprint,
+        QuestionOrder(QUESTIONS, 3, True).fingerprint,
+        QuestionOrder(QUESTIONS, 4, True).fingerprint,
+        QuestionOrder(QUESTIONS, 3, False).fingerprint,
+        QuestionOrder(QUESTIONS[:-1], 3, True).fingerprint,
+        QuestionOrder(QUESTIONS[::-1], 3, True).fingerprint,
+        QuestionOrder(changed, 3, True).fingerprint,
     ]
     assert len(set(prints)) == len(prints)
-    assert Order(list(QUESTIONS), 3, True).fingerprint == prints[0]
+    assert QuestionOrder(list(QUESTIONS), 3, True).fingerprint == prints[0]

@@ -102,7 +102,7 @@ def build(token_dir, template=None, count=300, frac=1.0, seed=0):
     config = dataclasses.replace(config, data=data)
     rows = Rows([Row(f"r:{i}", f) for i, f in enumerate(fields)], ["r:x: is not JSON"])
     template = template or ChatTemplate(TOKENIZER)
-    return loader.build(rows, config, template, loader.Layout(4), token_dir=str(token_dir))
+    return loader.build(rows, config, template, loader.HostRows(4), token_dir=str(token_dir))
 
 
 def test_a_second_start_reads_the_file_and_says_the_same(tmp_path):

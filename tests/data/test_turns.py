@@ -133,6 +133,6 @@ def test_the_option_reaches_the_rows_of_a_run():
     for kind in ("each", "history"):
         data = DataConfig(turns=kind)
         config = SFTConfig(max_seq_length=128, data=data)
-        found[kind] = loader.build(rows, config, template, loader.Layout(1)).report
+        found[kind] = loader.build(rows, config, template, loader.HostRows(1)).report
     assert (found["each"].examples, found["history"].examples) == (3, 1)
     assert found["each"].trained_tokens == found["history"].trained_tokens

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from atlas_jax.rewards import RIMReward
-from atlas_jax.rewards.replies import Cache, Ledger, Reply, key_of
+from atlas_jax.rewards.replies import Ledger, Reply, ReplyCache, key_of
 from tests import judge_server
 from tests.rewards.test_rim import cases, kept, options
 
@@ -36,14 +36,14 @@ def have(cache, numbers):
 
 def test_the_oldest_replies_go_above_the_limit(tmp_path):
     limit = 400_000
-    cache = Cache(str(tmp_path), limit)
+    cache = ReplyCache(str(tmp_path), limit)
     for start in range(0, 600, 20):
         fill(cache, range(start, start + 20))
         assert (tmp_path / "replies.sqlite").stat().st_size <= limit
     left = have(cache, range(600))
     assert 60 < len(left) < 200
     assert left == list(range(600 - len(left), 600))
-    smaller = Cache(str(tmp_path), limit // 4)
+    smaller = ReplyCache(str(tmp_path), limit // 4)
     fill(smaller, [600])
     assert (tmp_path / "replies.sqlite").stat().st_size <= limit // 4
     assert have(smaller, range(601))[-20:] == list(range(581, 601))
@@ -51,22 +51,22 @@ def test_the_oldest_replies_go_above_the_limit(tmp_path):
 
 def test_a_reply_may_hold_anything(tmp_path):
     given = Reply("\ud800 \x00 'é\n", 3, 4, is_cut=True)
-    cache = Cache(str(tmp_path))
+    cache = ReplyCache(str(tmp_path))
     cache.write(key_of(["a"], []), given)
     cache.flush()
-    assert Cache(str(tmp_path), is_read_only=True).read(key_of(["a"], [])) == given
+    assert ReplyCache(str(tmp_path), is_read_only=True).read(key_of(["a"], [])) == given
 
 
 def test_files_of_an_earlier_cache_are_left_alone(tmp_path):
     (tmp_path / "ab").mkdir()
     (tmp_path / "ab" / "cd.json").write_text("mine")
-    fill(Cache(str(tmp_path), 10), range(50))
+    fill(ReplyCache(str(tmp_path), 10), range(50))
     assert (tmp_path / "ab" / "cd.json").read_text() == "mine"
 
 
 @contextlib.contextmanager
 def locked(path):
-    fill(Cache(str(path.parent)), [1])
+    fill(ReplyCache(str(path.parent)), [1])
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
         file.execute("BEGIN EXCLUSIVE")
         yield
@@ -81,7 +81,7 @@ def broken(path):
 
 @contextlib.contextmanager
 def torn(path):
-    fill(Cache(str(path.parent)), range(200))
+    fill(ReplyCache(str(path.parent)), range(200))
     content = path.read_bytes()
     path.write_bytes(content[:4096] + b"\xff" * 20_000 + content[24_096:])
     yield

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from atlas_jax import config as config_lib
 from atlas_jax import distributed, metrics
 from atlas_jax.config import GRPOConfig, HostsConfig, MeshConfig, RewardConfig, RolloutConfig
-from atlas_jax.data.questions import Order
+from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.local_backend import LocalBackend
@@ -64,7 +64,7 @@ def make(output: pathlib.Path, num_questions: int, text: Callable[[str, int], st
     parts = Parts(
         config=config,
         layout=grpo.make_layout(config, plan, sharding.num_replicas),
-        order=Order(asked(), 0, False),
+        order=QuestionOrder(asked(), 0, False),
         backend=LocalBackend(lambda params, version: Script(text, version=version).model, None),
         protocol=protocol(kind="direct", size=GROUP, policy=48, prompt=16),
         reward=grpo.make_reward(config),

@@ -19,7 +19,7 @@ from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.rollout.servers import Look, Pool, PoolOptions
+from atlas_jax.rollout.servers import Look, PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync
@@ -65,7 +65,7 @@ class Trainer(NamedTuple):
 class Served(NamedTuple):
     """Servers, generation with them, and the way of weights to them."""
 
-    pool: Pool
+    pool: ServerPool
     engine: VllmEngine
     sync: DiskSync
 
@@ -89,7 +89,7 @@ def connected(
 ) -> Iterator[Served]:
     """Yields the servers of `urls` with no weights pushed to them yet."""
     model = ours.model
-    pool = Pool("teacher", urls, options)
+    pool = ServerPool("teacher", urls, options)
     try:
         pool.open(functools.partial(identity.check_trained, decoder=model.decoder))
         vocab_size = model.decoder.config.vocab_size

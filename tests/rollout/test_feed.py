@@ -11,7 +11,7 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax import losses, metrics
 from atlas_jax.config import GRPOConfig, MeshConfig, RewardConfig, RolloutConfig
-from atlas_jax.data.questions import Order
+from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout
@@ -39,7 +39,7 @@ def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
     parts = Parts(
         config=config,
         layout=Layout(questions=2, per_row=2, microbatches=1, buckets=(64, 256)),
-        order=Order(questions(count), 0, False),
+        order=QuestionOrder(questions(count), 0, False),
         backend=LocalBackend(lambda params, version: Script(say, version=version).model, None),
         protocol=how or protocol(kind="direct", size=2),
         reward=reward or grpo.make_reward(config),
@@ -203,7 +203,7 @@ def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prom
 def with_long(feed, count):
     """Makes the first of `count` questions too long to be asked."""
     long = [Question("long", "a question too long", "1", {}), *questions(count)[1:]]
-    feed._parts = feed._parts._replace(order=Order(long, 0, False))
+    feed._parts = feed._parts._replace(order=QuestionOrder(long, 0, False))
     return feed
 
 
@@ -330,7 +330,7 @@ def taught(tmp_path, lessons, refills=0):
         return f"<teaching>{lessons(number, member)}</teaching>"
 
     feed._parts = feed._parts._replace(
-        order=Order(PLUS, 0, False),
+        order=QuestionOrder(PLUS, 0, False),
         backend=LocalBackend(
             lambda params, version: Script(teacher, version=version).model, Script(student).model
         ),

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from atlas_jax.checkpoint import hf
 from atlas_jax.rollout import identity
-from atlas_jax.rollout.capabilities import Start
+from atlas_jax.rollout.capabilities import ServerStart
 from tests import words
 
 WORDS = ("a", "b")
@@ -22,7 +22,7 @@ def student(tmp_path_factory):
 
 
 def start(root):
-    return Start(
+    return ServerStart(
         root=str(root), max_model_len=64, block_size=16, max_num_seqs=8, dtype="float32",
         device="cpu", policy="priority",
     )  # fmt: skip

@@ -352,7 +352,7 @@ def test_processes_leave_generation_together_when_one_is_to_stop(tmp_path):
 def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, caplog):
     """The rows' own cache is split as the prompts' is, and a shape is compiled once."""
     engine, params = engine_of("qwen3", mesh)
-    sharding, places = engine.decoder.sharding, [[local._Row(97)] * 4 for _ in range(8)]
+    sharding, places = engine.decoder.sharding, [[local._RowState(97)] * 4 for _ in range(8)]
     requests = [Request(p, 97, i, 4) for i, p in enumerate(prompts((5,) * 8))]
     static = engine.decoder, (), sampling
     inputs = local._inputs(requests, places, sharding)

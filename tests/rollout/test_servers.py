@@ -19,7 +19,7 @@ from atlas_jax import progress, stopping
 from atlas_jax.rollout import capabilities
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.rollout.servers import Look, Pool, PoolOptions
+from atlas_jax.rollout.servers import Look, PoolOptions, ServerPool
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.types import DependencyError
 from tests import http_faults, processes, stand_in, words
@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 @contextlib.contextmanager
 def opened(urls, options=OPTIONS, key=""):
     """Yields an engine whose pool has the servers of `urls`."""
-    pool = Pool("student", urls, options, key)
+    pool = ServerPool("student", urls, options, key)
     try:
         pool.open()
         yield VllmEngine(pool, words.tokenizer(WORDS), (), len(words.tokenizer(WORDS)))
@@ -191,7 +191,7 @@ def test_an_engine_on_a_cpu_may_take_its_time(model):
 def test_what_takes_the_place_of_a_server_is_looked_at_before_it_is_asked(model):
     with stand_in.running(model, 2) as ((one, first), (two, _)):
         named = []
-        pool = Pool("student", [one, two], OPTIONS)
+        pool = ServerPool("student", [one, two], OPTIONS)
         try:
             pool.open(lambda url, start: named.append((url, start.root)))
             engine = VllmEngine(pool, words.tokenizer(WORDS), (), len(words.tokenizer(WORDS)))
