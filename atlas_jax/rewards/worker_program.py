@@ -154,14 +154,14 @@ class _Replies:
                 line = line[os.write(self._descriptor, line) :]
 
 
-class _Worker:
-    """The function that a process of the pool runs."""
+class _PoolProcess:
+    """What a process of the pool works with."""
 
     function: forms.UserFunction
     form: forms.Form
 
 
-_worker = _Worker()
+_worker = _PoolProcess()
 """A process of the pool works for one function, and is told no more of it with each call."""
 
 
