@@ -129,10 +129,12 @@ class DataConfig(SessionsConfig):
         """
         names = [n for n in ("dataset_path", "db_url", "source") if getattr(self, n)]
         if len(names) != 1:
-            state = "data.dataset_path, data.db_url and data.source are empty"
+            what = "data.dataset_path, data.db_url and data.source are empty; set one of them with "
+            what += "--config.data.…=…"
             if names:
-                state = f"{' and '.join(f'data.{n}' for n in names)} are all set"
-            raise ValueError(f"{state}; set one of them with --config.data.…=…")
+                what = f"{' and '.join(f'data.{n}' for n in names)} are all set; leave one, and "
+                what += f"empty the other with --config.data.{names[0]}=none"
+            raise ValueError(what)
         if self.source and self.format == "session":
             raise ValueError(
                 f"data.source={self.source} gives rows, and data.format=session is read from "

@@ -155,7 +155,7 @@ class _Replies:
 
 
 class _PoolProcess:
-    """What a process of the pool works with."""
+    """Function and form that a process of the pool works with."""
 
     function: forms.UserFunction
     form: forms.Form
