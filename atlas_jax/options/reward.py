@@ -19,7 +19,7 @@ from atlas_jax.options.judges import RIMConfig
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What a completion is worth."""
+    """Rewards of a completion."""
 
     kind: Literal["rule", "rim", "mixed"] = "rule"
     """Source of the reward: `rule` adds up the rewards of `reward.names`, `rim` asks judges,
