@@ -130,7 +130,7 @@ def test_the_check_reads_no_more_of_a_generator_than_it_must(module):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"dataset_path": "d.jsonl"}, r"data.dataset_path and data.source are all set; set one"),
+        ({"dataset_path": "d.jsonl"}, r"data.dataset_path and data.source are all set; leave one"),
         ({"source": ""}, r"data.dataset_path, data.db_url and data.source are empty; set one"),
         ({"format": "session"}, r"data.source=m:f gives rows, and data.format=session is read"),
     ],
