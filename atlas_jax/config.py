@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ml_collections import ConfigDict
 
-from atlas_jax import config_files, masking
+from atlas_jax import masking
 from atlas_jax.options.data import ColumnsConfig, DataConfig
 from atlas_jax.options.fields import flat, hints, moved, moved_to, nearest, option, read
 from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
@@ -161,6 +161,8 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
 
 
 def _apply(folder: str, name: str, config: ConfigDict) -> None:
+    from atlas_jax import config_files  # a run that has its config reads no file of one
+
     names = config_files.shipped(folder)
     if name in names or "." in name:
         config_files.run(name, "apply", config, folder=folder)
@@ -181,6 +183,8 @@ def read_rim(reference: str) -> RIMConfig:
     Raises:
         ValueError: if the file is missing, or sets unknown options.
     """
+    from atlas_jax import config_files
+
     grpo = __getattr__("GRPOConfig")
     draft = defaults(grpo)
     config_files.run(reference, "apply", draft, folder="")

@@ -20,10 +20,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from atlas_jax.losses import LossSum
 from atlas_jax.models.vocab import DIMS, local_ids
 from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
-from atlas_jax.types import Batch, PolicyBatch
+from atlas_jax.types import Batch, LossSum, PolicyBatch
 
 _ROWS = PartitionSpec(BATCH_AXES)
 _Sums = tuple[jax.Array, ...]

@@ -36,7 +36,16 @@ from atlas_jax.run import Run, Training
 from atlas_jax.sharding import platform
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
-from atlas_jax.types import NOTHING_GIVEN, Given, Metrics, Params, PolicyBatch, Question, RewardFn
+from atlas_jax.types import (
+    NOTHING_GIVEN,
+    Given,
+    LossSum,
+    Metrics,
+    Params,
+    PolicyBatch,
+    Question,
+    RewardFn,
+)
 
 _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
 """Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
@@ -140,7 +149,7 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
 
     policy_loss = losses.resolve(config.loss_type)
 
-    def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
+    def loss(params: Params, batch: PolicyBatch) -> tuple[LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
         total, values = policy_loss(found, batch, options)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from atlas_jax import distributed, logprobs, loop, losses, metrics, step
+from atlas_jax import distributed, logprobs, loop, metrics, step
 from atlas_jax.config import SFTConfig
 from atlas_jax.data import chat, loader, sources, tokenized
 from atlas_jax.models.transformer import Decoder
@@ -18,7 +18,7 @@ from atlas_jax.run import Run
 from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.startup import directory, vocabulary
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import NOTHING_GIVEN, Batch, Given, Metrics, Params
+from atlas_jax.types import NOTHING_GIVEN, Batch, Given, LossSum, Metrics, Params
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
 """What the ATLAS training guide calls success: upper bounds of the last logged step."""
@@ -94,7 +94,7 @@ class _Feed(NamedTuple):
 def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
     """Returns the cross entropy of a batch as a function of the parameters."""
 
-    def loss(params: Params, batch: Batch) -> tuple[losses.LossSum, Metrics]:
+    def loss(params: Params, batch: Batch) -> tuple[LossSum, Metrics]:
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
         table = decoder.output_table(params)
         head = logprobs.Head(decoder.sharding, chunk_size)

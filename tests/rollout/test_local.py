@@ -307,6 +307,8 @@ _PROCESS = """
 import sys
 from atlas_jax import distributed, stopping
 from atlas_jax.config import HostsConfig
+from atlas_jax.hosts import joined
+from atlas_jax.types import Address
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
@@ -318,7 +320,7 @@ class Tokenizer:  # of process 1, which is asked to stop when its first short te
         stopping.request("SIGTERM")
         return ""
 
-with distributed.joined(HostsConfig(), distributed.Address()):
+with joined(HostsConfig(), Address()):
     main = distributed.is_main()
     decoder, params = tiny.load(sys.argv[1])
     engine = LocalEngine(decoder, chatml_tokenizer() if main else Tokenizer(), ())
