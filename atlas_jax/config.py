@@ -291,7 +291,8 @@ def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
         ValueError: if the three batch sizes contradict each other, or the devices have no equal
             shares; names the nearest sizes that fit.
     """
-    limit, total = config.per_device_train_batch_size, config.train_batch_size
+    limit = config.per_device_train_batch_size
+    total = config.train_batch_size
     if config.gradient_accumulation_steps or not total:
         steps = config.gradient_accumulation_steps or 1
         rows = limit * num_replicas * steps

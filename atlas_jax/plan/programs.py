@@ -106,7 +106,8 @@ def _grpo(
     student: ModelConfig | None,
     target: Target,
 ) -> Run:
-    decoder, sharding = run.decoder, compute.sharding
+    decoder = run.decoder
+    sharding = compute.sharding
     hosts = target.num_devices // target.devices_a_host
     plan = compute.plan
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
@@ -158,7 +159,8 @@ def _generation(
     config: GRPOConfig, decoder: Decoder, params: Any, completions: int, hosts: int
 ) -> list[Program]:
     """Returns the programs that run prompts, and that decode when the longest rows are full."""
-    sharding, samples = decoder.sharding, config.num_generations
+    sharding = decoder.sharding
+    samples = config.num_generations
     parts = sharding.num_replicas
     share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
     prompts = parts << (share.bit_length() - 1)

@@ -115,7 +115,8 @@ def vllm(architecture: ModelConfig, length: int) -> dict[str, float]:
 
 def table(plan: Plan, config: TrainConfig) -> str:
     """Returns the plan for a person."""
-    device, run = plan.target.device, plan.run
+    device = plan.target.device
+    run = plan.run
     mesh = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items() if v > 1) or "one device"
     lines = [
         f"{config.model_name_or_path} ({num_params(run) / 1e9:.2f}B) on {plan.target.name}: {mesh}",

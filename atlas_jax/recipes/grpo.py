@@ -245,7 +245,8 @@ def _questions(
     )
     most = config.data.max_rejected_frac
     needs_truth = config.reward.kind != "rim" and not given.rewards
-    fields, columns = config.rollout.question_fields, vars(config.data.columns)
+    fields = config.rollout.question_fields
+    columns = vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:

@@ -127,8 +127,10 @@ def _datasets(
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    model, plan = run.model, run.compute.plan
-    tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
+    model = run.model
+    plan = run.compute.plan
+    tokenizer = model.files.tokenizer
+    process = (jax.process_index(), jax.process_count())
     layout = loader.HostRows(plan.global_rows, *process)
     build = functools.partial(
         loader.build,

@@ -260,7 +260,8 @@ def probe_logprobs(
     digits.
     """
     decoder = model.decoder
-    sharding, dtype = decoder.sharding, jnp.dtype(config.rollout.sync_dtype)
+    sharding = decoder.sharding
+    dtype = jnp.dtype(config.rollout.sync_dtype)
     rounds = decoder.compute_dtype.itemsize > dtype.itemsize
 
     @jax.jit

@@ -48,7 +48,8 @@ def open_model(compute: Compute) -> Model:
         read_options(config.chat_template_kwargs),
         config.tokenizer_name_or_path,
     )
-    longest, most = config.longest_sequence, model.decoder.config.max_positions
+    longest = config.longest_sequence
+    most = model.decoder.config.max_positions
     if longest > most:
         raise ValueError(
             f"sequences of {longest} tokens are longer than the {most} positions of "
