@@ -138,7 +138,7 @@ class Training:
     def train(
         self,
         loss: step.LossFn,
-        feed: loop.Feed,
+        feed: loop.BatchSource,
         writer: metrics.MetricWriter,
         evaluate: Callable[[step.TrainState], dict[str, float]] | None = None,
         healthy: Mapping[str, tuple[float, float]] = MappingProxyType({}),

@@ -12,7 +12,7 @@ from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import collate_policy
 from atlas_jax.losses import policy_loss
-from atlas_jax.models import attention
+from atlas_jax.models.splash import splash
 from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.sharding import make_mesh
@@ -299,7 +299,7 @@ def test_splash_refuses_shared_prompts():
     mesh = make_mesh(MeshConfig(fsdp=1), ONE)
     heads, ids = jnp.zeros((1, 128, 1, 128)), jnp.ones((1, 128), jnp.int32)
     with pytest.raises(ValueError, match=r"set rollout\.share_prompt=false"):
-        attention.splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
+        splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
 
 
 def test_a_window_shorter_than_a_row_gives_each_completion_its_own_prompt(tmp_path):

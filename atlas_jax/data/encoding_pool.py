@@ -94,10 +94,11 @@ class _Worker:
     is_ready: bool = False
     is_dismissed: bool = False
 
-    def dismiss(self) -> None:
+    def dismiss(self, even_if_ready: bool = True) -> None:
         """Kills the process."""
-        self.is_dismissed = True
-        self.process.kill()
+        if even_if_ready or not self.is_ready:
+            self.is_dismissed = True
+            self.process.kill()
 
 
 @contextlib.contextmanager
@@ -112,8 +113,7 @@ def _helped(
             serving = [threads.submit(_serve, worker, queue, done, task) for worker in workers]
             yield
             for worker in workers:
-                if not worker.is_ready:  # still importing: the work was done without it
-                    worker.dismiss()
+                worker.dismiss(even_if_ready=False)  # still importing: the work is done without it
             futures.wait(serving)
         finally:
             for worker in workers:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from atlas_jax.plan import flops, hlo
-from atlas_jax.plan.programs import Program, Run
+from atlas_jax.plan.programs import PlannedRun, Program
 from atlas_jax.plan.targets import Target
 from atlas_jax.sharding import AXES
 
@@ -81,7 +81,7 @@ def device_bytes(tree: Any, host: bool = False) -> float:
     return float(total)
 
 
-def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemory:
+def measure(run: PlannedRun, program: Program, target: Target) -> Measured | OutOfMemory:
     """Compiles a program and returns its memory and time."""
     start = time.perf_counter()
     traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemor
     )
 
 
-def _memory(run: Run, program: Program, analysis: Any, target: Target) -> Memory:
+def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) -> Memory:
     argument = program.arguments[0]
     trains = isinstance(argument, type(run.state))
     params = device_bytes(run.state.params)
@@ -150,7 +150,7 @@ def _memory(run: Run, program: Program, analysis: Any, target: Target) -> Memory
     )
 
 
-def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cost:
+def _cost(module: hlo.Module, num_flops: float, run: PlannedRun, target: Target) -> Cost:
     device = target.device
     sent: dict[str, float] = defaultdict(float)
     network = 0.0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.plan.estimate import Measured, OutOfMemory, device_bytes
-from atlas_jax.plan.programs import Run
+from atlas_jax.plan.programs import PlannedRun
 from atlas_jax.plan.targets import Target
 
 _GIB = 2**30
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     """What is known of one run on one target."""
 
     target: Target
-    run: Run
+    run: PlannedRun
     programs: list[Measured | OutOfMemory]
 
     @property
@@ -80,14 +80,14 @@ def as_json(plan: Plan, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def num_params(run: Run) -> int:
+def num_params(run: PlannedRun) -> int:
     """Returns the parameters of the model."""
     import jax
 
     return sum(math.prod(s.shape) for s in jax.tree.leaves(run.decoder.shapes))
 
 
-def checkpoint_bytes(run: Run) -> float:
+def checkpoint_bytes(run: PlannedRun) -> float:
     """Returns the bytes of one training checkpoint, uncompressed."""
     import jax
 

@@ -29,7 +29,12 @@ def local(
     """
     if stop_ids is None:
         stop_ids = stop_tokens(model)
-    engine = LocalEngine(model.decoder, model.files.tokenizer, stop_ids, max_rows)
+    engine = LocalEngine(
+        decoder=model.decoder,
+        tokenizer=model.files.tokenizer,
+        stop_ids=stop_ids,
+        max_rows=max_rows,
+    )
     encode = encoder(model.template, system_prompt)
     context = model.decoder.config.max_positions
 

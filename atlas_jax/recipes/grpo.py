@@ -182,7 +182,12 @@ def _logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     shared = batch.sequence_ids if per_row > 1 else None
     hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
-    head = logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature, with_entropy)
+    head = logprobs.Head(
+        sharding=decoder.sharding,
+        chunk_size=config.loss_chunk_size,
+        temperature=config.temperature,
+        with_entropy=with_entropy,
+    )
     return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
 
 

@@ -53,7 +53,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         loss = make_loss(run.decoder, config.loss_chunk_size)
         outcome = training.train(
             loss,
-            _Feed(batches, run.compute.sharding, plan.microbatches),
+            _RowFeed(batches, run.compute.sharding, plan.microbatches),
             writer,
             make_evaluate(loss, held_out, run.decoder) if held_out else None,
         )
@@ -66,7 +66,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
     return not outcome.stopped
 
 
-class _Feed(NamedTuple):
+class _RowFeed(NamedTuple):
     """Puts the loader's batches on the devices."""
 
     batches: loader.Batches

@@ -95,7 +95,12 @@ def _open(
     vocabulary.check_size(tokenizer, architecture.vocab_size)
     decoder = make_decoder(architecture)
     template = ChatTemplate(tokenizer, template_options, directory.date(config.output_dir))
-    return Model(source, decoder, hf.model_files(source, tokenizer), template)
+    return Model(
+        source=source,
+        decoder=decoder,
+        files=hf.model_files(source, tokenizer),
+        template=template,
+    )
 
 
 def export(config: TrainConfig, model: Model, params: Params) -> str:

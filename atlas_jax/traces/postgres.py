@@ -119,7 +119,9 @@ def open_database(url: str, query: Query, access: Access | None = None) -> Datab
             "filters ask for; connect the Atlas SDK once, which adds it, or leave the filter out "
             "(--config.data.review_status_filters='()')"
         )
-    return Database(url, Schema(frozenset(columns), version), last_id, access)
+    return Database(
+        url=url, schema=Schema(frozenset(columns), version), last_id=last_id, access=access
+    )
 
 
 def read(
@@ -304,7 +306,7 @@ def _fetch(
     ids = [row["id"] for row in rows]
     events = _events(connection, ids, ranges.get(number), database.access)
     is_last = len(rows) < wanted or wanted == page.limit
-    return _Fetched(rows, _steps(connection, ids), events, is_last)
+    return _Fetched(rows=rows, steps=_steps(connection, ids), events=events, is_last=is_last)
 
 
 def _event_ranges(
