@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from ml_collections import ConfigDict
 
 from atlas_jax import masking
-from atlas_jax.options.data import ColumnsConfig, DataConfig
+from atlas_jax.options.data import ColumnsConfig, DataConfig, LessonsConfig
 from atlas_jax.options.fields import flat, hints, moved, moved_to, nearest, option, read
 from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
-from atlas_jax.options.teaching import LessonsConfig, TeachingConfig
 from atlas_jax.options.train import SFTConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from atlas_jax.options.grpo import GRPOConfig
+    from atlas_jax.options.grpo import GRPOConfig, TeachingConfig
     from atlas_jax.options.judges import RIMConfig
     from atlas_jax.options.reward import RewardConfig
     from atlas_jax.options.rollout import RolloutConfig
@@ -54,6 +53,7 @@ _LATE = {
     "RIMConfig": "atlas_jax.options.judges",
     "RewardConfig": "atlas_jax.options.reward",
     "RolloutConfig": "atlas_jax.options.rollout",
+    "TeachingConfig": "atlas_jax.options.grpo",
 }
 """Name -> its module, imported at the first use, since SFT needs no options of rewards."""
 

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from atlas_jax import distributed, logprobs, losses, metrics, step
+from atlas_jax import distributed, logprobs, losses, metrics, policy_logprobs, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import chat_models, local_backend
+from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import make_reward
@@ -188,7 +188,7 @@ def _logprobs(
         temperature=config.temperature,
         with_entropy=with_entropy,
     )
-    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
+    return policy_logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
 
 
 def reference_decoder(config: GRPOConfig, decoder: Decoder) -> Decoder:
@@ -229,6 +229,8 @@ def _make_backend(config: GRPOConfig, model: Model, student: Model | None) -> Ba
 
         logprobs_fn = make_logprobs_fn(model.decoder, config, per_row=1)
         return vllm_backend.make_vllm_backend(config, model, student, logprobs_fn)
+    from atlas_jax.recipes import local_backend  # servers need no programs that generate
+
     return local_backend.make_local_backend(config, model, student)
 
 
