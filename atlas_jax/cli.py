@@ -1,4 +1,4 @@
-"""What the commands share: flags, `--config NAME`, and one line for an error of the user.
+"""Parts that the commands share: flags, `--config NAME`, and one line for an error of the user.
 
 Exit codes: 1 for an error, 2 for words that the command does not take, 130 for Ctrl-C.
 """

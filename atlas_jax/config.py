@@ -1,4 +1,4 @@
-"""From a config file to checked options. Imports no JAX.
+"""The way from a config file to checked options. Imports no JAX.
 
 A config file calls `defaults(SFTConfig)`, which returns a locked `ConfigDict` with every field, and
 changes what differs; `train.py` calls `freeze` on the result, which gives back the frozen
@@ -96,7 +96,7 @@ def all_options() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """How the rows of one optimizer step are divided."""
+    """Division of the rows of one optimizer step."""
 
     global_rows: int
     """Rows an optimizer step, over all devices."""

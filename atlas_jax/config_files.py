@@ -159,7 +159,7 @@ def _told(error: BaseException, reference: str) -> str:
 
 
 def _unknown_option(text: str) -> str:
-    """Returns what `ml_collections` says of a key, without the whole config behind it."""
+    """Returns what `ml_collections` says of a key, without the whole config after it."""
     key = _UNKNOWN_KEY.match(text)
     suggestion = _SUGGESTION.search(text)
     name = (key[1] or key[2]) if key else text[:40]

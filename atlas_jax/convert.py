@@ -41,7 +41,7 @@ from atlas_jax.step import abstract as abstract_tree
 from atlas_jax.types import Params
 
 _KIND = "checkpoint"
-"""What no marker file says, so that a training checkpoint replaces nothing."""
+"""Kind of an export that no marker file has, because a training checkpoint replaces nothing."""
 
 
 class _Parser(argparse.ArgumentParser):

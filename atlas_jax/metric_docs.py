@@ -59,6 +59,8 @@ METRICS: dict[str, Metric] = {
     "reward/skipped_frac": Metric(_SHARE, "Samples without a score because of what they are: the "
         "prompt is too long, or there is no lesson. `reward.max_failed_frac` is about the other "
         "samples without a score."),
+    "reward/error_frac": Metric(_SHARE, "Samples that a reward function of your own did not score: "
+        "it raised an error, took longer than `reward.timeout_secs`, or returned no number."),
     "reward/zero_std_group_frac": Metric(_SHARE, "Groups whose rewards are all equal, among the "
         "groups with two scores or more."),
     "rim_rewards/NAME": Metric("0 to 1", "Mean score of the judge NAME: `accuracy`, "

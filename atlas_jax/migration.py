@@ -92,7 +92,7 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("do_eval do_predict", "write `eval_steps`, and `data.eval_path` or `data.eval_split_ratio`"),
     # Lengths and data.
     Foreign("max_length model_max_length max_seq_len", "write `max_seq_length`"),
-    Foreign("max_completion_length", "write `max_new_tokens`; `rollout.max_answer_tokens` is the student's"),
+    Foreign("max_completion_length", "write `max_new_tokens`; `teaching.max_answer_tokens` is the student's"),
     Foreign("dataset_name dataset_id_or_path export_path train_file", "write `data.dataset_path`: files, a hub id, or `db_url` for the database"),
     Foreign("make_dataset_fn", "write `--config RECIPE:data=NAME`, such as `teacher_sft:data=runtime_traces`, and `data.dataset_path`"),
     Foreign("dataset_config_name dataset_subset", "write `data.dataset_config`"),
@@ -155,8 +155,8 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("active_judges temperatures variance_threshold", "it stands under `reward.rim`, as `reward.rim.active_judges`, `reward.rim.temperatures` and `reward.rim.variance_threshold`"),
     Foreign("models model_configs", "write `reward.rim.small_model.model=gemini/gemini-2.5-flash`, `reward.rim.large_model.model` and `reward.rim.large_model.max_tokens`"),
     Foreign("parallel_execution max_workers", "write `reward.rim.limits.max_in_flight`"),
-    Foreign("student_diagnostic_template student_with_teaching_template student_baseline_template", "it stands under `rollout`: `rollout.student_diagnostic_template` and so on"),
-    Foreign("teacher_adaptive_template", "write `data.teacher_template`, which SFT uses too"),
+    Foreign("student_diagnostic_template student_with_teaching_template student_baseline_template", "it stands under `teaching`: `teaching.student_diagnostic_template` and so on"),
+    Foreign("teacher_adaptive_template", "write `teaching.teacher_template`, which SFT uses too"),
     Foreign("use_reference_teacher_model logging_prob", "there is none here; `beta` above 0 keeps the policy that the run began with as the reference", absent=True),
     # Other trainers.
     Foreign("use_peft load_in_4bit load_in_8bit use_dora use_rslora peft_config lora_*", "there is no LoRA or quantised training here: every parameter is trained", absent=True),

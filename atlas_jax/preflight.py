@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from atlas_jax import config as config_lib
@@ -23,6 +23,7 @@ from atlas_jax.data import examples, questions, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
 from atlas_jax.recipes.layout import make_layout
+from atlas_jax.rewards import forms
 from atlas_jax.types import NOTHING_GIVEN, Given
 
 _ROOM_BYTES = 1 << 20
@@ -51,6 +52,7 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     reporting.check(config.report_to)
     for option, reference in config.functions.items():
         sockets.resolve(reference, option)
+    _check_rewards(config.reward_functions, given)
     if config.judges:
         _check_judges_files(config.judges, config.output_dir)
     check_models(config)
@@ -101,6 +103,18 @@ def _check_judges_files(rim: RIMConfig, output_dir: str) -> None:
 
     for path in pathlib.Path(output_dir).glob("judges_spent_process_*.json"):
         replies.Ledger(str(path))
+
+
+def _check_rewards(references: Sequence[str], given: Given) -> None:
+    """Checks that functions of the user can be imported, and take what a reward is given."""
+    names = (
+        [rule for rule in given.rewards if isinstance(rule, str)] if given.rewards else references
+    )
+    for name in filter(sockets.is_reference, names):
+        forms.find(name)
+    for function in given.rewards:
+        if not isinstance(function, str):
+            forms.form_of(function, f"the reward {function!r}")
 
 
 def check_models(config: TrainConfig) -> None:
@@ -305,7 +319,7 @@ def _use_example(config: TrainConfig, _: Given, row: sources.Row) -> None:
 def _use_question(config: GRPOConfig, given: Given, row: sources.Row) -> None:
     questions.to_question(
         row,
-        config.reward.kind != "rim" and not given.rewards,
+        config.reward.needs_truth(given.rewards),
         config.rollout.question_fields,
         vars(config.data.columns),
     )

@@ -1,4 +1,7 @@
-"""References to a user's own code, written `package.module:function`. Imports no JAX."""
+"""References to a user's own code, written `package.module:function`, and calls of it.
+
+Imports no JAX.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import importlib
 import operator
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _IMPORT_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
     RuntimeError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
+_MAX_CHARS = 300  # of what an error says
 
 
 def is_reference(name: str) -> bool:
@@ -48,6 +53,39 @@ def resolve(name: str, option: str) -> Callable[..., Any]:
             f"{option}={name}: {attribute} is a {type(found).__name__}; it must be callable"
         )
     return found
+
+
+def labels(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a short name for each of several names, such as `brevity` for `rewards:brevity`.
+
+    References that would get the same short name keep their module.
+    """
+    short = [name.rpartition(":")[2] for name in names]
+    return tuple(
+        label if short.count(label) == 1 else name.replace(":", ".")
+        for name, label in zip(names, short, strict=True)
+    )
+
+
+def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:
+    """Calls a user's function.
+
+    Returns:
+        Its result and "", or None and its failure in one line.
+    """
+    try:
+        return function(*args, **kwargs), ""
+    except (Exception, SystemExit) as error:  # noqa: BLE001  users' code may raise anything
+        return None, describe(error)
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error of a user's code, and where it was raised, in one line."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= _MAX_CHARS else f"{said[:_MAX_CHARS]}…"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {said}{where}" if said else f"{type(error).__name__}{where}"
 
 
 def _imported(name: str) -> Any:

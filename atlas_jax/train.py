@@ -31,7 +31,7 @@ from atlas_jax import config as config_lib
 from atlas_jax.types import Address, Given
 
 _FROM_CALLER = "given to train.run"
-"""What the options of the data say in a run whose rows are no files."""
+"""Value of the data options in a run whose rows are no files."""
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ _ASYNC_BATCH = 100
 
 @dataclasses.dataclass(frozen=True)
 class StorageConfig:
-    """How the database is read; an object of the SDK with the same field does as well."""
+    """Manner of reading the database; an object of the SDK with the same field does as well."""
 
     statement_timeout_seconds: float = 30.0
 

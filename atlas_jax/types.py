@@ -37,7 +37,7 @@ class Address(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a caller from Python gives a run, because no config file can hold it."""
+    """Arguments of a caller from Python, which no config file can hold."""
 
     rewards: tuple[Any, ...] = ()
     """Functions that score, beside those of `reward.names`."""
@@ -48,7 +48,7 @@ class Given(NamedTuple):
 
 
 NOTHING_GIVEN = Given()
-"""What a command gives: all that its run needs stands in the config."""
+"""Nothing from a caller: a command's run takes everything from its config."""
 
 
 class Message(TypedDict):

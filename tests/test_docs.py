@@ -216,4 +216,4 @@ def test_the_three_commands_of_the_readme_run(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, (words, done.stderr[-3000:])
     assert (tmp_path / "outputs/quickstart/grpo/final/model.safetensors").exists()
-    assert "student_accuracy" in done.stdout
+    assert "student_accuracy" in done.stderr

@@ -1,5 +1,6 @@
 """Names of other trainers: the answers, the document, and that both speak of what exists."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 from atlas_jax import config, migration, overrides, saved_config
 
 ENTRIES = (*migration.OPTIONS, *migration.WORDS)
-OURS = {name for schema in config.ALGORITHMS.values() for name in config.flat(schema())}
+OURS = set(config.all_options())
 GROUPS = {name.rpartition(".")[0] for name in OURS} - {""}
 
 
@@ -49,7 +50,7 @@ def test_an_answer_names_options_that_exist_with_values_that_they_take(entry):
 
 @pytest.mark.parametrize("algorithm", config.ALGORITHMS)
 def test_what_changes_nothing_is_accepted_with_a_note(algorithm):
-    draft = config.defaults(config.ALGORITHMS[algorithm])
+    draft = config.defaults(config.schema(algorithm))
     before = config.freeze(draft)
     accepted = [e.names.split()[0].rstrip("*") for e in migration.OPTIONS if e.changes_nothing]
     notes = overrides.apply(draft, [overrides.Option(name, "true") for name in accepted])
@@ -129,7 +130,7 @@ VALUES = {
 def test_values_are_read_as_a_person_would(option, value):
     draft = config.defaults(config.GRPOConfig)
     overrides.apply(draft, [overrides.Option(*option)])
-    found = config.flat(config.freeze(draft))[option[0]]
+    found = functools.reduce(getattr, option[0].split("."), draft)
     assert found == value
     assert type(found) is type(value)
 

@@ -109,7 +109,7 @@ def print_questions(config: GRPOConfig, rows: Rows) -> None:
     found = questions.parse_questions(
         rows,
         1.0,
-        config.reward.kind != "rim",
+        config.reward.needs_truth(),
         config.rollout.question_fields,
         vars(config.data.columns),
     )

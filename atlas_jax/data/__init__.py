@@ -1,1 +1,1 @@
-"""From dataset rows to batches of tokens: sources → examples → chat → packing → loader."""
+"""Dataset rows become batches of tokens: sources → examples → chat → packing → loader."""

@@ -43,11 +43,11 @@ class Row(NamedTuple):
     """Such as `data/train.jsonl:17`; lines and rows count from 1."""
     fields: dict[str, Any]
     session: SessionRows | None = None
-    """What a session of the Atlas runtime holds, which has no fields of its own."""
+    """Content of a session of the Atlas runtime, which has no fields of its own."""
 
 
 class Rows(NamedTuple):
-    """What was read of a dataset."""
+    """Rows that were read of a dataset, and those that were rejected."""
 
     rows: list[Row]
     rejected: list[str]

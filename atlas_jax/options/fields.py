@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
-FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
 """Pattern of a function of the user's own, `package.module:function`."""
 
 

@@ -120,6 +120,11 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         return {"loss_type": self.loss_type} if ":" in self.loss_type else {}
 
     @property
+    def reward_functions(self) -> tuple[str, ...]:
+        """Rewards that are functions of the user's own, `package.module:function`."""
+        return self.reward.functions
+
+    @property
     def longest_generation(self) -> int:
         """Most tokens of a prompt with its completion."""
         return self.max_prompt_length + self.max_new_tokens

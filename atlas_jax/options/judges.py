@@ -38,7 +38,7 @@ class ActiveJudges:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeModel:
-    """A model behind an OpenAI-compatible endpoint."""
+    """A model at an OpenAI-compatible endpoint."""
 
     model: str = "gemini/gemini-2.5-flash"
     """Name of the judge's model: with `base_url` the name that the server uses, without it

@@ -57,7 +57,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """How long the processes of a run wait for each other before they end with an error."""
+    """Times for which the processes of a run wait for each other before they end with an error."""
 
     start_timeout_secs: PositiveInt = 300
     """Seconds that processes wait at the start until the last one is there."""
@@ -69,7 +69,7 @@ class HostsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """How the model is held and computed; its `config.json` says what it is."""
+    """Number formats and files of the model; its `config.json` says what it is."""
 
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters between steps. `bfloat16` halves their memory; updates are still

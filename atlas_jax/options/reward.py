@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from atlas_jax.options.fields import Fraction, NonNegative
+from atlas_jax import sockets
+from atlas_jax.options.fields import (
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    choices_or_function,
+)
 from atlas_jax.options.judges import RIMConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What a completion is worth."""
+    """Rewards of a completion."""
 
     kind: Literal["rule", "rim", "mixed"] = "rule"
     """Source of the reward: `rule` adds up the rewards of `reward.names`, `rim` asks judges,
     `mixed` adds up both."""
-    names: tuple[Literal["teaching_gain", "exact_match"], ...] = ("teaching_gain",)
-    """Names of the rewards that are added up; `reward.kind=rim` uses none of them."""
+    names: tuple[Annotated[str, choices_or_function("teaching_gain", "exact_match")], ...] = (
+        "teaching_gain",
+    )
+    """Names of the rewards that are added up, also functions of your own as
+    `package.module:function`; `reward.kind=rim` uses none of them."""
     weights: tuple[float, ...] = ()
     """Weights of the sum, one for each of `reward.names` and then one for the judges; an empty list
     weighs each 1."""
@@ -34,6 +45,11 @@ class RewardConfig:
     skipped (too long a prompt, no lesson) do not count."""
     retry_waits_secs: tuple[NonNegative, ...] = (30.0, 60.0, 120.0, 300.0, 600.0)
     """Seconds to wait before each further attempt to score them; an empty list stops at once."""
+    timeout_secs: Positive = 10.0
+    """Longest time that one call of a reward function of your own may take, in seconds. Its samples
+    then have no score."""
+    num_workers: PositiveInt = 8
+    """Number of processes that run each sync reward function of your own."""
     rim: RIMConfig = RIMConfig()
 
     @property
@@ -41,6 +57,25 @@ class RewardConfig:
         """The rewards that are added up, in the order of `weights`."""
         rules: tuple[str, ...] = () if self.kind == "rim" else self.names
         return rules if self.kind == "rule" else (*rules, "rim")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Short names of `parts`, for metrics and records."""
+        return sockets.labels(self.parts)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The rewards that are functions of the user's own."""
+        return tuple(filter(sockets.is_reference, self.parts))
+
+    def needs_truth(self, given: Sequence[Any] = ()) -> bool:
+        """Returns true if a question without a ground truth cannot be scored.
+
+        Args:
+            given: rewards of a caller from Python, in place of `names`.
+        """
+        names = [rule for rule in given or self.parts if isinstance(rule, str)]
+        return any(name != "rim" and not sockets.is_reference(name) for name in names)
 
     def check(self) -> None:
         """Checks the options together.

@@ -29,7 +29,7 @@ class ServersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSyncConfig:
-    """How new weights reach the vLLM servers."""
+    """Transport of new weights to the vLLM servers."""
 
     weight_sync: Literal["reload", "restart"] = "reload"
     """Way in which a server takes new weights: `reload` loads them in place; `restart` waits until
@@ -52,7 +52,7 @@ class WeightSyncConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig(WeightSyncConfig, ServersConfig):
-    """How completions come about: what is asked, and how it is generated."""
+    """Generation of completions: the protocol, and the engine."""
 
     protocol: Literal["teaching", "direct"] = "teaching"
     """Way in which a question is asked: `teaching` lets the trained teacher help a frozen student,

@@ -167,6 +167,11 @@ class TrainConfig:
         return {}
 
     @property
+    def reward_functions(self) -> tuple[str, ...]:
+        """Rewards that are functions of the user's own, `package.module:function`."""
+        return ()
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence that the model reads or writes."""
         return self.longest_generation or self.max_seq_length

@@ -1,1 +1,1 @@
-"""Whether a run fits its devices and how long its steps take, told by the compiler alone."""
+"""Memory and time of a run on devices that are not there, told by the compiler alone."""

@@ -1,4 +1,4 @@
-"""What the `config.json` of models that `configs/model/` names says of their architecture.
+"""Architectures of the models that `configs/model/` names, as their `config.json` has them.
 
 Used by the plan alone, and only where the model itself is not on this machine.
 """

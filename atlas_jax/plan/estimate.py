@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -62,7 +61,6 @@ class Measured(NamedTuple):
     cost: Cost
     model_flops: float
     """FLOPs of the model over all devices."""
-    compile_secs: float
 
 
 class OutOfMemory(NamedTuple):
@@ -82,8 +80,7 @@ def device_bytes(tree: Any, host: bool = False) -> float:
 
 
 def measure(run: PlannedRun, program: Program, target: Target) -> Measured | OutOfMemory:
-    """Compiles a program and returns its memory and time."""
-    start = time.perf_counter()
+    """Compiles a program, and returns its memory and the cost of its operations."""
     traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
     try:
         compiled = traced.lower().compile()
@@ -92,7 +89,6 @@ def measure(run: PlannedRun, program: Program, target: Target) -> Measured | Out
             raise
         used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm[^.]*", str(error))
         return OutOfMemory(program.name, used[0] if used else str(error).splitlines()[0])
-    secs = time.perf_counter() - start
     total = flops.count(traced.jaxpr.jaxpr) / target.num_devices
     cost = _cost(hlo.parse(compiled.as_text()), total, run, target)
     memory = _memory(run, program, compiled.memory_analysis(), target)
@@ -102,7 +98,6 @@ def measure(run: PlannedRun, program: Program, target: Target) -> Measured | Out
         memory=memory,
         cost=cost,
         model_flops=program.model_flops,
-        compile_secs=secs,
     )
 
 

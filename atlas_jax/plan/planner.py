@@ -1,4 +1,4 @@
-"""From a config and the name of a target to a plan."""
+"""The plan of a config on a named target."""
 
 from __future__ import annotations
 

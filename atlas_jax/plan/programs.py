@@ -37,7 +37,7 @@ class Program(NamedTuple):
     model_flops: float
     """Floating-point operations that the model itself needs, over all devices; nothing twice."""
     times: int = 1
-    """How often a step runs it."""
+    """Number of times that a step runs it."""
 
 
 class PlannedRun(NamedTuple):

@@ -22,7 +22,7 @@ ASSUMPTIONS = (
 
 
 class Plan(NamedTuple):
-    """What is known of one run on one target."""
+    """Memory and time of one run on one target."""
 
     target: Target
     run: PlannedRun
@@ -30,19 +30,19 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether every program fits."""
+        """True if every program fits."""
         limit = self.target.device.memory_bytes
         return all(isinstance(p, Measured) and p.memory.total <= limit for p in self.programs)
 
     @property
     def peak_bytes(self) -> float:
-        """Of the program that needs most; infinite where the compiler refuses one."""
+        """Bytes of the program that needs most; infinite where the compiler refuses one."""
         totals = [p.memory.total if isinstance(p, Measured) else math.inf for p in self.programs]
         return max(totals)
 
     @property
     def step_secs(self) -> float:
-        """All programs of a step, one behind the other."""
+        """All programs of a step, one after the other."""
         return sum(p.cost.secs * p.times for p in self.programs if isinstance(p, Measured))
 
     @property

@@ -52,6 +52,8 @@ class Parts(NamedTuple):
     logprobs_fn: Callable[[Params, PolicyBatch], jax.Array]
     sharding: Sharding
     writer: metrics.MetricWriter
+    given_labels: tuple[str, ...] = ()
+    """Short names of the rewards, where a caller from Python has given some."""
 
 
 class Collected(NamedTuple):
@@ -242,7 +244,10 @@ class Feed:
             DependencyError: if an outage left too many samples without a score.
         """
         reward = self._parts.config.reward
-        values = measures.of_rewards(samples, reward.parts)
+        labels = self._parts.given_labels or reward.labels
+        values = measures.of_rewards(samples, labels)
+        if self._parts.given_labels or reward.functions:
+            values |= measures.of_functions(samples)
         if "rim" in reward.parts:
             values |= measures.of_judges(samples, reward.rim.judge_names)
         values |= measures.of_generation(samples, version)

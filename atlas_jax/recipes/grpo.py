@@ -23,11 +23,9 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import chat_models
+from atlas_jax.recipes import chat_models, scoring
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
-from atlas_jax.recipes.scoring import make_reward
-from atlas_jax.rewards import verifiable
 from atlas_jax.rewards.truths import check_truths
 from atlas_jax.rollout import evaluation, record
 from atlas_jax.rollout.engine import Backend
@@ -36,16 +34,7 @@ from atlas_jax.run import Run, Training
 from atlas_jax.sharding import platform
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
-from atlas_jax.types import (
-    NOTHING_GIVEN,
-    Given,
-    LossSum,
-    Metrics,
-    Params,
-    PolicyBatch,
-    Question,
-    RewardFn,
-)
+from atlas_jax.types import NOTHING_GIVEN, Given, LossSum, Metrics, Params, PolicyBatch, Question
 
 _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
 """Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
@@ -92,10 +81,11 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             order=order,
             backend=backend,
             protocol=protocol,
-            reward=_reward(config, given),
+            reward=scoring.make_reward(config, given.rewards),
             logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,
+            given_labels=scoring.labels(config, given.rewards) if given.rewards else (),
         )
         feed = Feed(parts, reference)
         stack.callback(feed.close)
@@ -216,13 +206,6 @@ def _reference(config: GRPOConfig, training: Training) -> Params | None:
         ) from None
 
 
-def _reward(config: GRPOConfig, given: Given) -> RewardFn:
-    """Returns the reward of the config, or the sum of those that the caller gives in its place."""
-    if not given.rewards:
-        return make_reward(config)
-    return verifiable.combine({f"given_{i}": (r, 1.0) for i, r in enumerate(given.rewards)})
-
-
 def _make_backend(config: GRPOConfig, model: Model, student: Model | None) -> Backend:
     if config.rollout.backend == "vllm":
         from atlas_jax.recipes import vllm_backend  # local generation needs no HTTP client
@@ -251,7 +234,7 @@ def _questions(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
     most = config.data.max_rejected_frac
-    needs_truth = config.reward.kind != "rim" and not given.rewards
+    needs_truth = config.reward.needs_truth(given.rewards)
     fields = config.rollout.question_fields
     columns = vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)

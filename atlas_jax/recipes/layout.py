@@ -1,4 +1,4 @@
-"""How the completions of a GRPO step become rows. Imports no JAX."""
+"""Division of the completions of a GRPO step into rows. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from atlas_jax.data.packing import capped_buckets
 
 
 class Layout(NamedTuple):
-    """How the completions of a step become rows."""
+    """Division of the completions of a step into rows."""
 
     questions: int
     """Groups a step, over all processes."""
     per_row: int
-    """Completions behind one copy of their prompt."""
+    """Completions that follow one copy of their prompt."""
     microbatches: int
     buckets: tuple[int, ...]
     """Row lengths, one compilation each."""

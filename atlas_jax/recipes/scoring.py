@@ -3,22 +3,83 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from atlas_jax import distributed
+from atlas_jax import distributed, sockets
 from atlas_jax.config import GRPOConfig, RewardConfig
 from atlas_jax.rewards import verifiable
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardFn, Sample
 
+UserFunction = Callable[..., Any]
+Rule = str | UserFunction
+"""The name of a built-in reward, `package.module:function`, or a function itself."""
 
-def make_reward(config: GRPOConfig) -> RewardFn:
-    """Returns the weighted sum of the rewards that the config names."""
+
+def make_reward(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> RewardFn:
+    """Returns the weighted sum of the rewards that the config names.
+
+    Args:
+        config: of the run.
+        given_functions: rules of a caller from Python, in place of `reward.names`.
+
+    Raises:
+        ValueError: for a function that cannot be a reward, and for another number of weights.
+    """
     reward = config.reward
+    rules = _rules(config, given_functions)
+    weights = reward.weights or (1.0,) * len(rules)
+    if len(weights) != len(rules):
+        raise ValueError(
+            f"reward.weights={weights} for {labels(config, given_functions)}; give one weight for "
+            "each, or none"
+        )
+    return verifiable.combine(
+        {
+            label: (_make(rule, label, config), weight)
+            for rule, label, weight in zip(
+                rules, labels(config, given_functions), weights, strict=True
+            )
+        }
+    )
+
+
+def labels(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> tuple[str, ...]:
+    """Returns the short name of each reward, for metrics and records; see `make_reward`."""
+    names = []
+    for rule in _rules(config, given_functions):
+        name = rule if isinstance(rule, str) else _name(rule)
+        others = (f"{name}_{i}" for i in itertools.count(2))
+        names.append(next(n for n in itertools.chain([name], others) if n not in names))
+    return sockets.labels(names)
+
+
+def _name(function: UserFunction) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return name if name.isidentifier() else "function"  # that of a lambda is no word
+
+
+def _rules(config: GRPOConfig, given_functions: Sequence[Rule]) -> tuple[Rule, ...]:
+    if not given_functions:
+        return config.reward.parts
+    return (*given_functions, "rim") if "rim" in config.reward.parts else tuple(given_functions)
+
+
+def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
+    """Returns one of the rewards that are added up."""
+    from atlas_jax.rewards import custom  # most runs have no functions of a user
+
+    reward = config.reward
+    if not isinstance(rule, str):
+        return custom.by_object(rule, label, reward.timeout_secs)
+    if sockets.is_reference(rule):
+        return custom.by_reference(rule, label, reward.timeout_secs, reward.num_workers)
     known: dict[str, Callable[[], RewardFn]] = {
         "exact_match": verifiable.exact_match,
         "teaching_gain": functools.partial(
@@ -28,10 +89,7 @@ def make_reward(config: GRPOConfig) -> RewardFn:
         ),
         "rim": functools.partial(_judges, config),
     }
-    weights = reward.weights or (1.0,) * len(reward.parts)
-    return verifiable.combine(
-        {name: (known[name](), w) for name, w in zip(reward.parts, weights, strict=True)}
-    )
+    return known[rule]()
 
 
 def _judges(config: GRPOConfig) -> RewardFn:

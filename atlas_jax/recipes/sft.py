@@ -21,7 +21,7 @@ from atlas_jax.startup.compute import Compute
 from atlas_jax.types import NOTHING_GIVEN, Batch, Given, LossSum, Metrics, Params
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
-"""What the ATLAS training guide calls success: upper bounds of the last logged step."""
+"""Success by the ATLAS training guide: upper bounds of the last logged step."""
 
 
 def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:

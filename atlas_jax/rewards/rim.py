@@ -39,7 +39,7 @@ _EVIDENCE = {
     "teacher_trace": "lesson",
     "student_trace": "trace",
 }
-"""What `evaluate` takes, and the field of a case that it is; the original writes some with an s."""
+"""Evidence that `evaluate` takes, and its field of a case; the original writes some with an s."""
 
 _NO_LESSON = Opinion(
     score=0.0,
@@ -49,14 +49,14 @@ _NO_LESSON = Opinion(
     model="",
     temperature=0.0,
 )
-"""What is known of an absent lesson without a judge."""
+"""The opinion on an absent lesson, which needs no judge."""
 
 _CLOSE_SECS = 5.0
 """Longest that closing the connections may hold up the caller."""
 
 
 class RIMEvaluation(NamedTuple):
-    """What the judges say of one answer."""
+    """The judges' evaluation of one answer."""
 
     score: float | None  # None: a judge did not speak
     rationale: str  # of all judges
@@ -71,7 +71,7 @@ class RIMEvaluation(NamedTuple):
 
 
 class _Usage(NamedTuple):
-    """What the calls for one judge and one sample took."""
+    """Cost of the calls for one judge and one sample."""
 
     calls: int
     cached: int
@@ -332,7 +332,7 @@ def _total(parts: Sequence[_Usage | CallResult], is_priced: bool) -> _Usage:
 
 
 def _record(verdict: Verdict, score: float | None) -> dict[str, Any]:
-    """Returns a verdict as JSON values; `score` is the one behind the consistency rules."""
+    """Returns a verdict as JSON values; `score` is the one after the consistency rules."""
     opinion = verdict.opinion
     return {
         "score": score,

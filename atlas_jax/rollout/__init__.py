@@ -1,1 +1,1 @@
-"""From questions to scored completions: generation and the teaching protocol."""
+"""Questions become completions: generation and the teaching protocol."""

@@ -1,4 +1,4 @@
-"""What the teaching protocol asks of whatever generates text."""
+"""Interfaces of everything that generates text."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def examples(answers: Sequence[Sequence[Sample]], count: int = 3) -> str:
     """Returns a few questions with what each teacher's samples made of them.
 
     First come those where the last teacher helped, then those where it harmed. A text without a
-    lesson is shown behind `(none)`.
+    lesson is shown after `(none)`.
     """
 
     def rank(place: int) -> tuple[bool, int]:

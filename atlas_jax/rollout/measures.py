@@ -46,6 +46,15 @@ def of_rewards(samples: Sequence[Sample], names: Sequence[str]) -> Metrics:
     return measured
 
 
+def of_functions(samples: Sequence[Sample]) -> Metrics:
+    """Returns the metrics of rewards that are functions of the user."""
+    failed = sum(
+        any("error" in part for part in s.reward.details.values() if isinstance(part, dict))
+        for s in samples
+    )
+    return {"reward/error_frac": (failed, len(samples))}
+
+
 def of_judges(samples: Sequence[Sample], names: Sequence[str]) -> Metrics:
     """Returns the metrics of the judges' reward, per sample; `names` are the active judges."""
     heard = [d for s in samples if "judges" in (d := s.reward.details["rim"])]

@@ -1,1 +1,1 @@
-"""What a run is made of before it trains: its directory, its models, and where it begins."""
+"""Parts of a run before it trains: its directory, its models, and where it begins."""

@@ -53,7 +53,7 @@ class Origin(NamedTuple):
 
 
 class Started(NamedTuple):
-    """What a run was started with; digests tell models of one path apart."""
+    """Weights and tokenizer that a run was started with; digests tell models of one path apart."""
 
     origin: Origin
     weights: str
@@ -63,7 +63,7 @@ class Started(NamedTuple):
     student: str = ""
     """Digest of GRPO's student; empty where the trainer does not read it."""
     date: str = ""
-    """What chat templates take for today; empty in runs that do not say."""
+    """The date that chat templates take for today; empty in runs that do not say."""
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ CHECK_TEXT = (
     "In 2024, 3 cats  saw 1,234.50 dogs.\nIt's naïve: café, Zürich — “déjà vu”.\n\n"
     "你好，世界 こんにちは 안녕\tdef f(x):\n    return x**2  # x² ≥ 0 🙂"
 )
-"""What tokenizers that were converted wrongly differ in: digits, spaces, line breaks, accents."""
+"""A text in which wrongly converted tokenizers differ: digits, spaces, line breaks, accents."""
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

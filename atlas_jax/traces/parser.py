@@ -225,7 +225,7 @@ def _reward_fields(value: Any, field: str) -> dict[str, Any] | None:
 
 
 def _is_placeholder(reward: AtlasRewardBreakdown) -> bool:
-    """Whether no score was recorded; exports wrap the recorded reward once more, as `raw`."""
+    """True if no score was recorded; exports wrap the recorded reward once more, as `raw`."""
     inner: Any = reward.raw
     if not inner or "score" not in inner or (inner.get("raw") == {} and not reward.score):
         return True

@@ -2,7 +2,7 @@
 
 A read is one read-only transaction on one snapshot, in pages by `(created_at, id)`; what belongs
 to the sessions of a page comes in one statement a table. When the connection breaks, the read goes
-on behind the last session, without those that arrived since it began. Nothing is written, and no
+on after the last session, without those that arrived since it began. Nothing is written, and no
 right but SELECT is needed.
 """
 
@@ -43,7 +43,7 @@ _OTHER_TYPES = 0  # those that psycopg does not know, such as enumerations
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """How a database is read."""
+    """Manner of reading a database."""
 
     statement_timeout_secs: float = 30.0
     page_size: int = 150
@@ -51,7 +51,7 @@ class Access:
     events_per_session: int = 200
     """Events kept of a session, the newest."""
     retry_secs: float = 60.0
-    """For how long a broken connection is made again."""
+    """Seconds for which a broken connection is made again."""
 
 
 class Database(NamedTuple):
@@ -82,7 +82,7 @@ class _Fetched(NamedTuple):
     is_last: bool
 
     def behind(self, page: Page, count: int) -> Page:
-        """Returns the page that begins behind the first `count` of these sessions."""
+        """Returns the page that begins after the first `count` of these sessions."""
         last = self.rows[count - 1]
         left = None if page.limit is None else page.limit - count
         return page._replace(limit=left, offset=0, after=(last["created_at"], last["id"]))
@@ -251,7 +251,7 @@ def _smaller(access: Access) -> Access:
 def _snapshot(url: str, access: Access) -> Iterator[psycopg.Connection[dict[str, Any]]]:
     """Opens a read-only transaction whose statements all see one state of the database."""
     options: dict[str, Any] = {k: v for k, v in _CONNECTING.items() if k not in parsed(url)}
-    # Without prepared statements it works behind a pooler, too.
+    # Without prepared statements it works through a pooler, too.
     with psycopg.connect(
         url, row_factory=dict_row, prepare_threshold=None, client_encoding="utf8", **options
     ) as connection:
@@ -269,7 +269,7 @@ def _snapshot(url: str, access: Access) -> Iterator[psycopg.Connection[dict[str,
 
 
 def _pages(database: Database, query: Query, page: Page) -> Iterator[tuple[dict[str, Any], Page]]:
-    """Yields each record, and the page that comes behind it; one page is fetched ahead."""
+    """Yields each record, and the page that comes after it; one page is fetched ahead."""
     with (
         _snapshot(database.url, database.access) as connection,
         futures.ThreadPoolExecutor(1) as background,

@@ -40,7 +40,7 @@ SELECT session_id, id, created_at, event FROM (
 
 
 class Schema(NamedTuple):
-    """What a database has, as sessions of several versions of the runtime differ."""
+    """Columns of a database, in which versions of the runtime differ."""
 
     session_columns: frozenset[str]
     server_version: int
@@ -136,7 +136,7 @@ def where(query: Query, schema: Schema, page: Page) -> tuple[str, dict[str, Any]
 
 
 def missing_columns(query: Query, columns: Collection[str]) -> list[str]:
-    """Returns the columns that a query filters by and an old database lacks."""
+    """Returns the columns that a query filters by and an old database does not have."""
     needed = {
         "reward_stats": bool(query.min_reward),
         "review_status": bool(query.review_status_filters),

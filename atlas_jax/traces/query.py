@@ -73,7 +73,7 @@ class Query:
         )
 
     def matches(self, session: AtlasSessionTrace) -> bool:
-        """Whether the session passes the filters; `postgres_sql.where` says the same in SQL."""
+        """True if the session passes the filters; `postgres_sql.where` says the same in SQL."""
         metadata = session.session_metadata
         score = score_of(metadata.get("reward_stats"))
         created = as_time(metadata["created_at"], "created_at")

@@ -27,7 +27,7 @@ class AtlasJudgeSample:
 
 @dataclass
 class AtlasJudgeBreakdown:
-    """What one judge says, and the draws behind it."""
+    """Verdict of one judge, and the draws that it is made of."""
 
     identifier: str
     score: float
@@ -139,16 +139,16 @@ class AtlasSessionTrace:
 
     @property
     def triage_dossier(self) -> dict[str, Any] | None:
-        """What was known of the task before it began."""
+        """Knowledge of the task before it began."""
         return self.session_metadata.get("triage_dossier")
 
     @property
     def drift(self) -> dict[str, Any] | None:
-        """How the reward departs from earlier ones."""
+        """Departure of the reward from earlier ones."""
         return self.session_metadata.get("drift")
 
     @property
     def drift_alert(self) -> Any:
-        """Whether that departure was too large; recorded in `drift` or beside it."""
+        """True if that departure was too large; recorded in `drift` or beside it."""
         nested = self.drift.get("drift_alert") if isinstance(self.drift, dict) else None
         return nested or self.session_metadata.get("drift_alert")

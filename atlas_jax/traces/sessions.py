@@ -1,4 +1,4 @@
-"""What of a session trains: lessons for SFT, questions for GRPO.
+"""Parts of a session that train: lessons for SFT, questions for GRPO.
 
 A lesson is something that the teacher wrote: guidance for an attempt of a step, or, where the steps
 have none, what it said in the trajectory events. Its prompt is the step as the student saw it, and
@@ -147,7 +147,7 @@ def _lesson(question: str, approach: str, note: str, diagnosis: str = "") -> dic
 
 
 def _guided_attempts(step: AtlasStepTrace) -> Iterator[tuple[str, str, str]]:
-    """Yields the student's attempt, the teacher's note on it, and the diagnosis behind it."""
+    """Yields the student's attempt, the teacher's note on it, and its diagnosis."""
     history = step.attempt_history
     attempts = [_validation(a) for a in history] if isinstance(history, list) else []
     guided = [a for a in attempts if isinstance(a.get("guidance"), str) and a["guidance"].strip()]

@@ -1,4 +1,4 @@
-"""What a run read from the database, kept in its `output_dir`, so that it never changes under it.
+"""Snapshot of the sessions that a run read from the database, kept in its `output_dir`.
 
 `data/sessions-NNNN.parquet` holds the records and is never written again; beside it, written last,
 `sessions-NNNN.json` says what was asked, how far the database went then, and the file's hash. The
@@ -105,7 +105,7 @@ def read(output_dir: str) -> Iterator[tuple[str, AtlasSessionTrace | str]]:
 
 
 def _current(config: DataConfig, output_dir: str) -> bool:
-    """Whether there is a snapshot that the run may use."""
+    """True if there is a snapshot that the run may use."""
     latest = _latest(output_dir)
     if latest is None or config.refresh:
         return False

@@ -1,4 +1,4 @@
-"""GSM8K, grade-school problems with whole-number answers behind `####`."""
+"""GSM8K, grade-school problems with whole-number answers after `####`."""
 
 from ml_collections import ConfigDict
 

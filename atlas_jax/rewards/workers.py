@@ -1,0 +1,158 @@
+"""Worker processes for a user's sync reward function; `worker_program` is what they run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+
+from atlas_jax import stopping
+from atlas_jax.rewards import worker_program
+from atlas_jax.rewards.forms import Outcome
+from atlas_jax.types import Sample
+
+_LOOK_SECS = 0.5  # longest time from a request to stop until a wait ends
+_PATIENCE_SECS = 30.0  # with a program that should have killed a call by itself
+_END_SECS = 2.0  # that the program has to kill its processes
+_CHUNK = 1 << 16
+
+
+class Workers:
+    """Processes that call one function, started with the first call and again if they have died.
+
+    Any thread may call; one batch is worked on at a time.
+    """
+
+    def __init__(self, reference: str, timeout_secs: float, num_workers: int) -> None:
+        """Starts nothing yet.
+
+        Args:
+            reference: `package.module:function`.
+            timeout_secs: the time after which a call is killed.
+            num_workers: calls at one time.
+        """
+        self._start = worker_program.Start(reference, timeout_secs, num_workers, [])
+        self._program: _Program | None = None
+        self._lock = threading.Lock()
+
+    def run(self, calls: Sequence[Sequence[Sample]]) -> list[Outcome]:
+        """Returns the outcome of each call, given the samples of each.
+
+        Raises:
+            StopRequestedError: if the run is to stop; the calls are killed.
+        """
+        with self._lock:
+            try:
+                return self._run(calls)
+            except stopping.StopRequestedError:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Kills the processes."""
+        if self._program is not None:
+            self._program.close()
+            self._program = None
+
+    def _run(self, calls: Sequence[Sequence[Sample]]) -> list[Outcome]:
+        if self._program is None:
+            self._program = _Program(
+                self._start._replace(path=[p or os.getcwd() for p in sys.path])
+            )
+        outcomes: dict[int, Outcome] = {}
+        error = self._program.wait_until_ready()
+        for number, samples in enumerate(calls):
+            try:
+                payload = pickle.dumps(list(samples))
+            except (AttributeError, TypeError, ValueError, pickle.PicklingError) as unsent:
+                outcomes[number] = Outcome([], f"the row cannot be sent to a process: {unsent}")
+            else:
+                error = error or self._program.send(number, payload)
+        while len(outcomes) < len(calls) and not error:
+            done, error = self._program.receive(self._start.timeout_secs + _PATIENCE_SECS)
+            outcomes |= done
+        if error:
+            self.close()
+        return [outcomes.get(number) or Outcome([], error) for number in range(len(calls))]
+
+
+class _Program:
+    """The running program, and what it has said so far."""
+
+    def __init__(self, start: worker_program.Start) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "atlas_jax.rewards.worker_program"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the devices are the run's
+            start_new_session=True,  # Ctrl-C is for the run, which closes the pipe
+        )
+        self._buffer = b""
+        self._is_ready = False
+        self.close = weakref.finalize(self, _end, self._process)
+        self._write(pickle.dumps(tuple(start)))
+
+    def wait_until_ready(self) -> str:
+        """Returns "" when the function is imported there, else what is wrong."""
+        if self._is_ready:
+            return ""
+        lines, error = self._lines(float("inf"))
+        self._is_ready = True
+        return error or str(lines[0]["error"])
+
+    def send(self, number: int, payload: bytes) -> str:
+        """Sends a call; returns what is wrong, "" for nothing."""
+        return self._write(pickle.dumps((number, payload)))
+
+    def receive(self, patience_secs: float) -> tuple[dict[int, Outcome], str]:
+        """Returns the calls that are done, some at least, and what is wrong, "" for nothing."""
+        lines, error = self._lines(patience_secs)
+        return {line["call"]: Outcome(line["values"], line["error"]) for line in lines}, error
+
+    def _write(self, message: bytes) -> str:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(message)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return "its worker processes have ended"
+        return ""
+
+    def _lines(self, patience_secs: float) -> tuple[list[dict], str]:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        end = time.monotonic() + patience_secs
+        while b"\n" not in self._buffer:
+            stopping.check()
+            if select.select([descriptor], [], [], _LOOK_SECS)[0]:
+                chunk = os.read(descriptor, _CHUNK)
+                if not chunk:
+                    return [], "its worker processes have ended"
+                self._buffer += chunk
+            elif time.monotonic() > end:
+                return [], "its worker processes do not answer"
+        *lines, self._buffer = self._buffer.split(b"\n")
+        return [json.loads(line) for line in lines], ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the program, which kills its processes when its input ends."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(_END_SECS)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process.stdout.close()
