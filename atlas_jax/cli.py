@@ -22,7 +22,9 @@ from atlas_jax import config_files, masking, migration, overrides, saved_config
 from atlas_jax.config import nearest
 from atlas_jax.types import DependencyError
 
-_ERROR, _USAGE, _INTERRUPTED = 1, 2, 130
+_ERROR = 1
+_USAGE = 2
+_INTERRUPTED = 130
 _HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull")
 _OPTIONS = ("--options", "-options")
 _BAD_VALUE = re.compile(r"flag --(?P<flag>[\w.]+)=.*", re.DOTALL)

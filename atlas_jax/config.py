@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ml_collections import ConfigDict
 
-from atlas_jax import config_files, masking
-from atlas_jax.options.data import ColumnsConfig, DataConfig
+from atlas_jax import masking
+from atlas_jax.options.data import ColumnsConfig, DataConfig, LessonsConfig
 from atlas_jax.options.fields import flat, hints, moved, moved_to, nearest, option, read
 from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
-from atlas_jax.options.teaching import LessonsConfig, TeachingConfig
 from atlas_jax.options.train import SFTConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from atlas_jax.options.grpo import GRPOConfig
+    from atlas_jax.options.grpo import GRPOConfig, TeachingConfig
     from atlas_jax.options.judges import RIMConfig
     from atlas_jax.options.reward import RewardConfig
     from atlas_jax.options.rollout import RolloutConfig
@@ -54,6 +53,7 @@ _LATE = {
     "RIMConfig": "atlas_jax.options.judges",
     "RewardConfig": "atlas_jax.options.reward",
     "RolloutConfig": "atlas_jax.options.rollout",
+    "TeachingConfig": "atlas_jax.options.grpo",
 }
 """Name -> its module, imported at the first use, since SFT needs no options of rewards."""
 
@@ -161,6 +161,8 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
 
 
 def _apply(folder: str, name: str, config: ConfigDict) -> None:
+    from atlas_jax import config_files  # a run that has its config reads no file of one
+
     names = config_files.shipped(folder)
     if name in names or "." in name:
         config_files.run(name, "apply", config, folder=folder)
@@ -181,6 +183,8 @@ def read_rim(reference: str) -> RIMConfig:
     Raises:
         ValueError: if the file is missing, or sets unknown options.
     """
+    from atlas_jax import config_files
+
     grpo = __getattr__("GRPOConfig")
     draft = defaults(grpo)
     config_files.run(reference, "apply", draft, folder="")
@@ -287,7 +291,8 @@ def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
         ValueError: if the three batch sizes contradict each other, or the devices have no equal
             shares; names the nearest sizes that fit.
     """
-    limit, total = config.per_device_train_batch_size, config.train_batch_size
+    limit = config.per_device_train_batch_size
+    total = config.train_batch_size
     if config.gradient_accumulation_steps or not total:
         steps = config.gradient_accumulation_steps or 1
         rows = limit * num_replicas * steps

@@ -160,6 +160,7 @@ def _told(error: BaseException, reference: str) -> str:
 
 def _unknown_option(text: str) -> str:
     """Returns what `ml_collections` says of a key, without the whole config after it."""
-    key, suggestion = _UNKNOWN_KEY.match(text), _SUGGESTION.search(text)
+    key = _UNKNOWN_KEY.match(text)
+    suggestion = _SUGGESTION.search(text)
     name = (key[1] or key[2]) if key else text[:40]
     return f"unknown option {name}" + (f"; did you mean {suggestion[1]!r}?" if suggestion else "")

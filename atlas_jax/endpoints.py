@@ -140,7 +140,8 @@ def _check_key(name: str, endpoint: Endpoint) -> None:
     owner = next((p for p in _PROVIDERS.values() if p.variable == variable), None)
     if owner is None:
         return
-    host, own = (url.host or "").rstrip("."), _url(owner.base_url).host or ""
+    host = (url.host or "").rstrip(".")
+    own = _url(owner.base_url).host or ""
     if url.scheme != "https" or (host != own and not host.endswith(f".{own}")):
         raise ValueError(
             f"{name} would send {variable} to {masking.hide(endpoint.base_url)}, but that key "
@@ -182,7 +183,8 @@ def api_key(endpoint: Endpoint) -> str:
     """
     if not endpoint.api_key_env:
         return ""
-    key, where = os.environ.get(endpoint.api_key_env, ""), masking.hide(endpoint.base_url)
+    key = os.environ.get(endpoint.api_key_env, "")
+    where = masking.hide(endpoint.base_url)
     if not key:
         raise ValueError(
             f"the judge {endpoint.model} at {where} needs a key in the environment "

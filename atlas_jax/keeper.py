@@ -105,10 +105,9 @@ def _signal(number: int, secs: float, with_trackers: bool = False) -> None:
     told: set[int] = set()
     # Listed anew in every round, since a process that is ending may still start others.
     while (left := _alive()) and time.monotonic() < limit:
-        for pid in left - told:
-            if with_trackers or not _is_tracker(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        for pid in [p for p in left - told if with_trackers or not _is_tracker(p)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         told |= left
         time.sleep(_LOOK_SECS / 10)
 

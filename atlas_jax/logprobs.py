@@ -1,11 +1,10 @@
-"""Cross entropy and token log-probabilities from hidden states, a chunk of positions at a time.
+"""Cross entropy from hidden states, a chunk of positions at a time.
 
 Logits of all positions, `[B, T, V]`, are never materialised, forward or backward. Logits of
 positions that are not trained (prompts, padding) are not computed. The derivative of
-`cross_entropy` is known up to a factor, so its gradients are computed in the forward pass;
-`token_logprobs` computes each chunk's logits again in the backward pass. The vocabulary may be
-split over `tensor`, and rows are split over `data` and `fsdp`. The gradient of the table is summed
-over devices once, after the last chunk.
+`cross_entropy` is known up to a factor, so its gradients are computed in the forward pass. The
+vocabulary may be split over `tensor`, and rows are split over `data` and `fsdp`. The gradient of
+the table is summed over devices once, after the last chunk.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from atlas_jax.losses import LossSum
 from atlas_jax.models.vocab import DIMS, local_ids
 from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
-from atlas_jax.types import Batch, PolicyBatch
+from atlas_jax.types import Batch, LossSum
 
-_ROWS = PartitionSpec(BATCH_AXES)
-_Sums = tuple[jax.Array, ...]
+ROWS = PartitionSpec(BATCH_AXES)
+Sums = tuple[jax.Array, ...]
 
 
 class Head(NamedTuple):
@@ -69,38 +67,9 @@ def cross_entropy(
     return -masked_sum(hidden, table, labels, head), jnp.sum(batch.loss_mask).astype(jnp.float32)
 
 
-def policy_logprobs(
-    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], batch: PolicyBatch, head: Head
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Returns the log-probability of every trained token given its prompt and completion so far.
-
-    The second array is the entropy of the distribution from which each token was drawn, without
-    gradient. Entry t of both belongs to `tokens[:, t]`. Entries outside `loss_mask` are 0.
-
-    Args:
-        hidden: normed last hidden states.
-        table: the output embedding, placed as between steps.
-        batch: the batch of the hidden states; a row's completions follow its prompt.
-        head: the options.
-    """
-    before = _predecessors(batch.sequence_ids, batch.segment_ids)
-    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    return token_logprobs(hidden, table, Labels(batch.tokens, batch.loss_mask), head)
-
-
-def _predecessors(
-    sequence_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
-) -> Int[Array, "B T"]:
-    """Returns the index of each token's predecessor; a completion begins after the prompt."""
-    prompt = jnp.sum((sequence_ids == 0) & (segment_ids > 0), axis=1, keepdims=True)
-    begins = sequence_ids != jnp.pad(sequence_ids[:, :-1], ((0, 0), (1, 0)))
-    here = jnp.arange(sequence_ids.shape[1])
-    return jnp.maximum(jnp.where(begins, prompt, here) - 1, 0)
-
-
 def each_chunk(
-    mask: Bool[Array, "B T"], head: Head, chunk: Callable[[jax.Array, _Sums], _Sums], sums: _Sums
-) -> _Sums:
+    mask: Bool[Array, "B T"], head: Head, chunk: Callable[[jax.Array, Sums], Sums], sums: Sums
+) -> Sums:
     """Returns `sums` after `sums = chunk(positions, sums)` for each chunk of trained positions.
 
     `positions` index the flattened rows; a chunk that is not full is padded with `B * T`. All
@@ -114,10 +83,10 @@ def each_chunk(
     )
     count = jax.lax.pmax(-(-jnp.sum(mask) // size), BATCH_AXES)
 
-    def more(carry: tuple[jax.Array, _Sums]) -> jax.Array:
+    def more(carry: tuple[jax.Array, Sums]) -> jax.Array:
         return (carry[0] < max_chunks) & (carry[0] < count)  # `plan/` reads the constant bound
 
-    def step(carry: tuple[jax.Array, _Sums]) -> tuple[jax.Array, _Sums]:
+    def step(carry: tuple[jax.Array, Sums]) -> tuple[jax.Array, Sums]:
         return carry[0] + 1, chunk(positions[carry[0]], carry[1])
 
     return jax.lax.while_loop(more, step, (jnp.int32(0), sums))[1]
@@ -132,7 +101,7 @@ def masked_sum(
     Its gradients are those of a sum times a scalar, so the forward pass computes them without
     knowing the scalar, and the backward pass multiplies. Each chunk's logits are computed once.
     """
-    return jnp.sum(token_logprobs(hidden, table, labels, head)[0])
+    return jnp.sum(logprobs_and_entropy(hidden, table, labels, head)[0])
 
 
 def _masked_sum_fwd(
@@ -145,8 +114,8 @@ def _masked_sum_fwd(
     @functools.partial(
         jax.shard_map,
         mesh=head.sharding.mesh,
-        in_specs=(_ROWS, stored, _ROWS, _ROWS),
-        out_specs=(PartitionSpec(), _ROWS, split),
+        in_specs=(ROWS, stored, ROWS, ROWS),
+        out_specs=(PartitionSpec(), ROWS, split),
         check_vma=False,
     )
     def local(
@@ -154,16 +123,16 @@ def _masked_sum_fwd(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         whole = all_gather(table, stored, hidden.dtype)
 
-        def chunk(at: jax.Array, sums: _Sums) -> _Sums:
+        def chunk(at: jax.Array, sums: Sums) -> Sums:
             total, d_hidden, d_table = sums
-            h = _take(hidden, at)
-            ids = _take(targets, at)
-            g = _take(mask, at).astype(jnp.float32)
-            logits = _logits(h, whole, head)
+            h = take(hidden, at)
+            ids = take(targets, at)
+            g = take(mask, at).astype(jnp.float32)
+            logits = scaled_logits(h, whole, head)
             log_partition = _logsumexp(logits)
             found = g * (_pick(logits, ids) - log_partition)
-            d_h, more = _chunk_gradients(logits, log_partition, (h, ids, g), whole, head)
-            return total + jnp.sum(found), _put(d_hidden, at, d_h), d_table + more
+            d_h, more = chunk_gradients(logits, log_partition, (h, ids, g), whole, head)
+            return total + jnp.sum(found), put(d_hidden, at, d_h), d_table + more
 
         # The table's gradient is a sum over all positions, so it is accumulated in float32; each
         # hidden state gets its gradient from one chunk only.
@@ -190,26 +159,7 @@ def _masked_sum_bwd(
 masked_sum.defvjp(_masked_sum_fwd, _masked_sum_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_logprobs(
-    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], labels: Labels, head: Head
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Returns `log softmax(hidden @ table.T / temperature)` at the masked targets, and the entropy.
-
-    Both are float32, in nats, and 0 outside the mask. The entropy has no gradient. The upstream
-    gradient differs from token to token, so the backward pass computes the logits again.
-
-    Args:
-        hidden: normed last hidden states; the product is computed in their dtype and summed in
-            float32.
-        table: the output embedding, placed as between steps.
-        labels: the target tokens, and the mask of those that count.
-        head: the options.
-    """
-    return _logprobs_and_entropy(hidden, table, labels, head)[:2]
-
-
-def _logprobs_and_entropy(
+def logprobs_and_entropy(
     hidden: jax.Array, table: jax.Array, labels: Labels, head: Head
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns log-probabilities, entropy and the log-partition function, each `[B, T]`."""
@@ -218,8 +168,8 @@ def _logprobs_and_entropy(
     @functools.partial(
         jax.shard_map,
         mesh=head.sharding.mesh,
-        in_specs=(_ROWS, stored, _ROWS, _ROWS),
-        out_specs=(_ROWS,) * 3,
+        in_specs=(ROWS, stored, ROWS, ROWS),
+        out_specs=(ROWS,) * 3,
         check_vma=False,
     )
     def local(
@@ -227,15 +177,15 @@ def _logprobs_and_entropy(
     ) -> tuple[jax.Array, ...]:
         table = all_gather(table, stored, hidden.dtype)
 
-        def chunk(at: jax.Array, results: _Sums) -> _Sums:
-            logits = _logits(_take(hidden, at), table, head)
+        def chunk(at: jax.Array, results: Sums) -> Sums:
+            logits = scaled_logits(take(hidden, at), table, head)
             log_partition = _logsumexp(logits)
             entropy = jnp.zeros_like(log_partition)
             if head.with_entropy:
                 mean = jnp.sum(jnp.exp(logits - log_partition[:, None]) * logits, axis=-1)
                 entropy = log_partition - jax.lax.psum(mean, "tensor")
-            found = _pick(logits, _take(targets, at)) - log_partition, entropy, log_partition
-            return tuple(_put(x, at, new) for x, new in zip(results, found, strict=True))
+            found = _pick(logits, take(targets, at)) - log_partition, entropy, log_partition
+            return tuple(put(x, at, new) for x, new in zip(results, found, strict=True))
 
         start = (jnp.zeros(targets.shape, jnp.float32),) * 3
         return each_chunk(mask, head, chunk, start)
@@ -243,57 +193,7 @@ def _logprobs_and_entropy(
     return local(hidden, table, labels.targets, labels.mask)
 
 
-def _token_logprobs_fwd(
-    hidden: jax.Array, table: jax.Array, labels: Labels, head: Head
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    """Returns the outputs, and the inputs and the log-partition function as residuals."""
-    logprobs, entropy, log_partition = _logprobs_and_entropy(hidden, table, labels, head)
-    return (logprobs, entropy), (hidden, table, labels, log_partition)
-
-
-def _token_logprobs_bwd(
-    head: Head, residuals: tuple[Any, ...], g: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, Labels]:
-    """Returns the gradients for `g`, the derivatives with respect to the two outputs."""
-    sharding = head.sharding
-    stored = sharding.params(DIMS).spec
-    split = sharding.optimizer(DIMS, memory=False).spec
-    hidden, table, labels, log_partition = residuals
-
-    @functools.partial(
-        jax.shard_map,
-        mesh=sharding.mesh,
-        in_specs=(_ROWS, stored, _ROWS, _ROWS, _ROWS),
-        out_specs=(_ROWS, split),
-        check_vma=False,
-    )
-    def local(
-        hidden: jax.Array, table: jax.Array, labels: Labels, log_partition: jax.Array, g: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        whole = all_gather(table, stored, hidden.dtype)
-
-        def chunk(at: jax.Array, sums: _Sums) -> _Sums:
-            d_hidden, d_table = sums
-            h = _take(hidden, at)
-            inputs = h, _take(labels.targets, at), _take(g, at)
-            logits = _logits(h, whole, head)
-            d_h, more = _chunk_gradients(logits, _take(log_partition, at), inputs, whole, head)
-            return _put(d_hidden, at, d_h), d_table + more
-
-        start = jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
-        d_hidden, d_table = each_chunk(labels.mask, head, chunk, start)
-        d_hidden = jax.lax.psum(d_hidden, "tensor")
-        return d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
-
-    d_hidden, d_table = local(hidden, table, labels, log_partition, g[0])
-    none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
-    return d_hidden, d_table, Labels(none, none)
-
-
-token_logprobs.defvjp(_token_logprobs_fwd, _token_logprobs_bwd)
-
-
-def _chunk_gradients(
+def chunk_gradients(
     logits: jax.Array,
     log_partition: jax.Array,
     inputs: tuple[jax.Array, jax.Array, jax.Array],
@@ -314,7 +214,8 @@ def _chunk_gradients(
     return d_logits @ table, d_table
 
 
-def _logits(hidden: jax.Array, table: jax.Array, head: Head) -> jax.Array:
+def scaled_logits(hidden: jax.Array, table: jax.Array, head: Head) -> jax.Array:
+    """Returns the logits, divided by the temperature."""
     logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
     return logits if head.temperature == 1.0 else logits / head.temperature
 
@@ -333,12 +234,12 @@ def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.lax.psum(jnp.where(found, picked, 0), "tensor")
 
 
-def _take(x: Shaped[Array, "B T ..."], at: Int[Array, " N"]) -> Shaped[Array, "N ..."]:
+def take(x: Shaped[Array, "B T ..."], at: Int[Array, " N"]) -> Shaped[Array, "N ..."]:
     """Returns the entries at positions of the flattened rows; 0 for positions past the end."""
     return x.reshape(-1, *x.shape[2:]).at[at].get(mode="fill", fill_value=0)
 
 
-def _put(
+def put(
     x: Shaped[Array, "B T ..."], at: Int[Array, " N"], new: Shaped[Array, "N ..."]
 ) -> Shaped[Array, "B T ..."]:
     """Returns `x` with `new` at positions of the flattened rows, without those past the end."""

@@ -38,7 +38,7 @@ _PAUSE_SECS = 2.0
 
 
 @runtime_checkable
-class Feed(Protocol):
+class BatchSource(Protocol):
     """A source of batches, with the position in them."""
 
     @property
@@ -103,7 +103,7 @@ class _Pending(NamedTuple):
     length: int
 
 
-def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
+def run(job: Job, state: TrainState, feed: BatchSource) -> Outcome:
     """Trains until `job.num_steps`, or until the run is asked to stop, and saves its last state.
 
     An evaluation that fails because of an external service is logged, and training continues.
@@ -137,7 +137,7 @@ def run(job: Job, state: TrainState, feed: Feed) -> Outcome:
 class _LoopState:
     """A run in training: its state, and the step whose metrics are not fetched yet."""
 
-    def __init__(self, job: Job, state: TrainState, feed: Feed) -> None:
+    def __init__(self, job: Job, state: TrainState, feed: BatchSource) -> None:
         self.state = state
         self.log = _Log(job, int(state.step))
         self._job = job

@@ -17,9 +17,7 @@ from jaxtyping import Array, Bool, Float
 from atlas_jax import sockets
 from atlas_jax.options import fields
 from atlas_jax.options.policy_loss import PolicyLossConfig
-from atlas_jax.types import PolicyBatch
-
-LossSum = tuple[Float[Array, ""], Float[Array, ""]]
+from atlas_jax.types import LossSum, PolicyBatch
 
 _STD_FLOOR = 1e-4
 

@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from atlas_jax import distributed, reporting
+from atlas_jax import distributed
 from atlas_jax.config import TrainConfig
 from atlas_jax.files import write_whole
-from atlas_jax.reporting import Service
-from atlas_jax.types import Metrics
+from atlas_jax.types import Metrics, Service
 
 # Dense bfloat16 peak of one device in FLOP/s, from the manufacturers' data sheets.
 _PEAK_FLOPS = {
@@ -119,7 +118,11 @@ def open_writer(config: TrainConfig, start_step: int) -> MetricWriter:
         ValueError: for a service of `report_to` that cannot be used.
     """
     main = distributed.is_main()
-    services = reporting.open_services(config, start_step) if main else []
+    services: Sequence[Service] = []
+    if main and config.report_to:
+        from atlas_jax import reporting  # metrics.jsonl is written without it
+
+        services = reporting.open_services(config, start_step)
     return MetricWriter(config.output_dir, start_step, main, services)
 
 

@@ -9,27 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from atlas_jax import optim
-from atlas_jax.sharding import fetch, in_host, put_back
+from atlas_jax.sharding import fetch, put_back
 
 Changed = tuple[Any, Any]
 """New parameters and new optimizer state."""
-
-
-def any_in_host(tree: Any) -> bool:
-    """Returns whether an array of `tree`, which is being traced, is in host memory."""
-    return any(in_host(x) for x in jax.tree.leaves(tree))
-
-
-def whole(
-    transform: optax.GradientTransformationExtraArgs,
-    grads: Any,
-    state: Any,
-    norm: jax.Array,
-    key: jax.Array,
-) -> Changed:
-    """Returns the update of all parameters of `state` together."""
-    updates, opt_state = transform.update(grads, state.opt_state, state.params, norm=norm)
-    return optim.apply_updates(state.params, updates, key), opt_state
 
 
 def by_leaf(
@@ -39,7 +22,7 @@ def by_leaf(
     norm: jax.Array,
     key: jax.Array,
 ) -> Changed:
-    """Returns the same as `whole`, with one parameter's state on the device at a time.
+    """Returns the update of all parameters, with one parameter's state on the device at a time.
 
     XLA's scheduler would fetch all state before the forward pass, which takes more memory than no
     offload at all. Each parameter is therefore updated inside a `while_loop` that always runs

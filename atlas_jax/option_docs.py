@@ -76,7 +76,8 @@ def _former(schema: type[Any]) -> dict[str, str]:
 def _entries(group: Any, prefix: str, former: dict[str, str]) -> Iterator[Entry]:
     texts = meanings(type(group))
     for name, hint in fields.hints(type(group)).items():
-        value, full = getattr(group, name), prefix + name
+        value = getattr(group, name)
+        full = prefix + name
         if dataclasses.is_dataclass(value):
             yield from _entries(value, f"{full}.", former)
         elif not fields.moved_to(hint):

@@ -17,7 +17,8 @@ from atlas_jax.config import ALGORITHMS, flat, former_names, nearest, schema
 
 PATTERN = re.compile(r"--?(?P<no>no)?config\.(?P<name>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 
-_TRUE, _FALSE = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "off", "0", "f", "n")
+_TRUE = ("true", "yes", "on", "1", "t", "y")
+_FALSE = ("false", "no", "off", "0", "f", "n")
 _NULL = ("null", "none")
 _NULL_VALUES = {
     "max_steps": -1, "eval_steps": 0, "save_steps": 0, "save_total_limit": 0, "top_k": 0,
@@ -51,7 +52,8 @@ def separate(words: Sequence[str], config: ConfigDict) -> tuple[list[Option], li
         if not match:
             others.append(word)
             continue
-        name, value = match["name"], match["value"]
+        name = match["name"]
+        value = match["value"]
         if match["no"]:
             value = "false"
         elif value is None:

@@ -39,5 +39,6 @@ class Profile:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-            first, last = self._steps[0], self._steps[-1]
+            first = self._steps[0]
+            last = self._steps[-1]
             logging.info("profile of steps %d to %d: %s", first, last, self._directory)

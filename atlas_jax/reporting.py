@@ -13,32 +13,19 @@ import pathlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from absl import logging
 
 from atlas_jax import sockets
 from atlas_jax.config import TrainConfig, masked, nearest
 from atlas_jax.files import write_whole
+from atlas_jax.types import Service
 
 _MISTAKES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
     RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-
-
-@runtime_checkable
-class Service(Protocol):
-    """One place that metrics are reported to."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Reports scalars of one step."""
-
-    def write_text(self, step: int, name: str, text: str) -> None:
-        """Reports Markdown, where the service shows it."""
-
-    def close(self) -> None:
-        """Ends the report."""
 
 
 class TensorBoard:

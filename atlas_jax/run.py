@@ -130,14 +130,15 @@ class Training:
 
         It comes after every check, because it replaces the description of the run that is there.
         """
-        config, first = self.run.config, self.first_step
+        config = self.run.config
+        first = self.first_step
         directory.commit(config, self.run.model.files, self.start.started)
         return metrics.open_writer(config, first)
 
     def train(
         self,
         loss: step.LossFn,
-        feed: loop.Feed,
+        feed: loop.BatchSource,
         writer: metrics.MetricWriter,
         evaluate: Callable[[step.TrainState], dict[str, float]] | None = None,
         healthy: Mapping[str, tuple[float, float]] = MappingProxyType({}),
@@ -151,7 +152,8 @@ class Training:
             evaluate: metrics of a state; None evaluates nothing.
             healthy: range of each metric outside of which the log warns.
         """
-        run, compute = self.run, self.run.compute
+        run = self.run
+        compute = self.run.compute
         job = loop.Job(
             config=run.config,
             num_steps=self.num_steps,

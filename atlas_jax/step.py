@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atlas_jax import offload
-from atlas_jax.losses import LossSum
-from atlas_jax.sharding import Sharding, fetch
-from atlas_jax.types import Array, Metrics, Params
+from atlas_jax import optim
+from atlas_jax.sharding import Sharding, fetch, in_host
+from atlas_jax.types import Array, LossSum, Metrics, Params
 
 LossFn = Callable[[Params, Any], tuple[LossSum, Metrics]]
 """A loss: `(params, one microbatch) -> ((sum, weight), metrics)`."""
@@ -123,13 +122,12 @@ def make_train_step(
         # `_accumulate`. A batch without trained tokens has gradients of 0, not 0 / 0.
         weight = jnp.maximum(metrics["loss/total"][1], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        # The norm is taken before any parameter changes, because `offload.by_leaf` sees one
+        # The norm is taken before any parameter changes, because `offload` sees one
         # parameter at a time.
         norm = optax.tree.norm(grads)
         count = state.step * num_updates + number
         key = jax.random.fold_in(jax.random.key(seed), count)
-        change = offload.by_leaf if offload.any_in_host(state) else offload.whole
-        params, opt_state = change(optimizer.transform, grads, state, norm, key)
+        params, opt_state = _changed(optimizer.transform, grads, state, norm, key)
         metrics |= {
             "optim/grad_norm": (norm, jnp.float32(1)),
             "optim/learning_rate": (optimizer.learning_rate(count), jnp.float32(1)),
@@ -158,6 +156,22 @@ def make_train_step(
     return jax.jit(
         step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
     )
+
+
+def _changed(
+    transform: optax.GradientTransformationExtraArgs,
+    grads: Params,
+    state: TrainState,
+    norm: jax.Array,
+    key: jax.Array,
+) -> tuple[Params, optax.OptState]:
+    """Returns the updated parameters and optimizer state, wherever those rest between steps."""
+    if any(in_host(x) for x in jax.tree.leaves(state)):
+        from atlas_jax import offload  # only the option `offload` needs it
+
+        return offload.by_leaf(transform, grads, state, norm, key)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params, norm=norm)
+    return optim.apply_updates(state.params, updates, key), opt_state
 
 
 def _scatter(grads: Params, dims: Params, sharding: Sharding) -> Params:

@@ -96,11 +96,11 @@ def run(
     config = _without_files(config, given)
     preflight.check(config, given=given)
     # What imports JAX comes after the checks, which need none and take little time.
-    from atlas_jax import devices, distributed
+    from atlas_jax import devices, hosts
     from atlas_jax.recipes import grpo, sft
 
     recipes: dict[str, Callable[[Any, Given], bool]] = {"sft": sft.run, "grpo": grpo.run}
-    with distributed.joined(config.hosts, address or Address()):
+    with hosts.joined(config.hosts, address or Address()):
         devices.check()
         return recipes[config.algorithm](config, given)
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
 
 Array: TypeAlias = Any
 """NumPy on the host, `jax.Array` on devices, and whatever a tree of the same structure holds."""
+
+LossSum: TypeAlias = tuple[Array, Array]
+"""Sum of a loss and its weight, both [] float32; the loss is their quotient."""
 
 
 class DependencyError(RuntimeError):
@@ -60,6 +63,20 @@ class SessionRows(NamedTuple):
 
     lessons: list[dict[str, str]]
     questions: list[dict[str, str]]
+
+
+@runtime_checkable
+class Service(Protocol):
+    """One place that metrics are reported to."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Reports scalars of one step."""
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Reports Markdown, where the service shows it."""
+
+    def close(self) -> None:
+        """Ends the report."""
 
 
 class Example(NamedTuple):

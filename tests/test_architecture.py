@@ -21,9 +21,9 @@ STYLED = (
     "data/encoding_pool", "data/examples", "data/loader", "data/packing", "data/questions",
     "data/shapes", "data/tokenized", "rollout/capabilities", "rollout/identity", "rollout/local",
     "rollout/push", "rollout/sampling", "rollout/servers", "rollout/versions", "rollout/weights",
-    "addresses", "devices", "distributed", "files", "keeper", "llm_client", "logprobs", "loop",
-    "losses", "masking", "metrics", "offload", "optim", "progress", "serve", "server_token",
-    "sharding", "step", "stopping", "streams", "throttle", "watch",
+    "addresses", "devices", "distributed", "files", "hosts", "keeper", "llm_client", "logprobs",
+    "loop", "losses", "masking", "metrics", "offload", "optim", "policy_logprobs", "progress",
+    "serve", "server_token", "sharding", "step", "stopping", "streams", "throttle", "watch",
 )  # fmt: skip
 """Modules whose prose and records are checked, as patterns; new ones are to be added."""
 UNSTYLED = ("rewards/rim", "rewards/pricing", "rewards/verifiable")

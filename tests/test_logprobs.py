@@ -7,6 +7,7 @@ import pytest
 
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
+from atlas_jax.policy_logprobs import token_logprobs
 from atlas_jax.sharding import BATCH_AXES, Sharding, make_mesh
 from atlas_jax.types import Batch
 
@@ -57,7 +58,7 @@ def test_the_sum_equals_plain_computation(mesh, temperature, trained):
         return 3.0 * logprobs.masked_sum(hidden, table, ahead, head)
 
     def apart(hidden, table):
-        return 3.0 * jnp.sum(logprobs.token_logprobs(hidden, table, ahead, head)[0])
+        return 3.0 * jnp.sum(token_logprobs(hidden, table, ahead, head)[0])
 
     def plain(hidden, table):
         found = jax.nn.log_softmax(hidden @ table.T / temperature)

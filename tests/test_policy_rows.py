@@ -12,7 +12,8 @@ from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import collate_policy
 from atlas_jax.losses import policy_loss
-from atlas_jax.models import attention
+from atlas_jax.models.splash import splash
+from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.sharding import make_mesh
@@ -95,7 +96,7 @@ def compiled(decoder, per_row, share, params, batch):
         shared = batch.sequence_ids if share else None
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
         table = decoder.output_table(params)
-        found, entropy = logprobs.policy_logprobs(hidden, table, batch, head(decoder))
+        found, entropy = policy_logprobs(hidden, table, batch, head(decoder))
         (loss, weight), _ = policy_loss(found, batch, options)
         return loss, (found, entropy, weight)
 
@@ -261,7 +262,7 @@ def test_log_probabilities_and_entropy_equal_plain_computation_at_any_temperatur
         hidden = jax.jit(decoder.hidden)(params, *batch[:4])
         logits = np.float64(hidden) @ np.float64(table).T
         for temperature in (1.0, 0.5, 3.0):
-            run = jax.jit(logprobs.policy_logprobs, static_argnums=3)
+            run = jax.jit(policy_logprobs, static_argnums=3)
             found, entropy = run(hidden, table, batch, head(decoder, temperature))
             plain = logits / temperature
             plain = plain - np.log(np.exp(plain).sum(-1, keepdims=True))
@@ -283,7 +284,7 @@ def test_gradients_equal_plain_computation_at_a_temperature(one):
     hidden = jax.jit(decoder.hidden)(params, *batch[:3])
 
     def ours(hidden, table):
-        found, _ = logprobs.policy_logprobs(hidden, table, batch, head(decoder))
+        found, _ = policy_logprobs(hidden, table, batch, head(decoder))
         return jnp.sum(jnp.where(batch.loss_mask, found, 0.0))
 
     def plain(hidden, table):  # a row of one: the token before is the place before
@@ -299,7 +300,7 @@ def test_splash_refuses_shared_prompts():
     mesh = make_mesh(MeshConfig(fsdp=1), ONE)
     heads, ids = jnp.zeros((1, 128, 1, 128)), jnp.ones((1, 128), jnp.int32)
     with pytest.raises(ValueError, match=r"set rollout\.share_prompt=false"):
-        attention.splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
+        splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
 
 
 def test_a_window_shorter_than_a_row_gives_each_completion_its_own_prompt(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from atlas_jax import logprobs, optim, step
 from atlas_jax.config import MeshConfig, SFTConfig
+from atlas_jax.policy_logprobs import token_logprobs
 from atlas_jax.recipes import sft
 from atlas_jax.sharding import Sharding, make_mesh, to_global
 from tests import tiny
@@ -153,7 +154,7 @@ def test_logits_never_exist(fused):
         ahead = logprobs.Labels(targets, targets > 0)
         if fused:
             return logprobs.masked_sum(hidden, table, ahead, head)
-        return logprobs.token_logprobs(hidden, table, ahead, head)[0].sum()
+        return token_logprobs(hidden, table, ahead, head)[0].sum()
 
     def plain(hidden, table, targets):
         logits = jax.nn.log_softmax(hidden @ table.T)

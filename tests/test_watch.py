@@ -70,11 +70,13 @@ import os, signal, sys, time
 from absl import logging
 from atlas_jax import distributed
 from atlas_jax.options.model import HostsConfig
+from atlas_jax.hosts import joined
+from atlas_jax.types import Address
 logging.set_verbosity(logging.INFO)
 actor, act, *address = sys.argv[1:]
 host, number, index = (flag.partition("=")[2] for flag in address)
 hosts = HostsConfig(start_timeout_secs=300, heartbeat_timeout_secs=12, stall_timeout_secs=9)
-with distributed.joined(hosts, distributed.Address(host, int(number), int(index))):
+with joined(hosts, Address(host, int(number), int(index))):
     distributed.barrier("the first place")
     if index == actor:
         exec(act)

@@ -186,7 +186,7 @@ def load(source: Source, decoder: Decoder) -> Params:
 def _load_kind(
     source: Source,
     decoder: Decoder,
-    entry: names.Entry,
+    entry: names.TensorKind,
     places: list[jax.sharding.NamedSharding],
 ) -> list[jax.Array]:
     """Returns the parameters of one kind of tensor, stacked if each layer has one."""

@@ -14,7 +14,7 @@ from atlas_jax.types import Array, Params
 LAYER = "model.layers.{}."
 
 
-class Entry(NamedTuple):
+class TensorKind(NamedTuple):
     """One kind of tensor.
 
     A `linear` tensor is `[out, in]` at Hugging Face and `[*in, *out]` here; others have the same
@@ -22,7 +22,8 @@ class Entry(NamedTuple):
 
     Example:
         # o_proj.weight [D, N*H] <-> attention/o/kernel [N, H, D], whose first two dims are inputs
-        Entry("self_attn.o_proj.weight", (("layers", "attention", "o", "kernel"),), "linear", 2)
+        path = ("layers", "attention", "o", "kernel")
+        TensorKind("self_attn.o_proj.weight", (path,), "linear", 2)
     """
 
     name: str  # after the prefix `model.layers.{i}.` if the paths begin with "layers"
@@ -36,14 +37,14 @@ class Entry(NamedTuple):
         return self.paths[0][0] == "layers"
 
 
-def entries(config: ModelConfig) -> list[Entry]:
+def entries(config: ModelConfig) -> list[TensorKind]:
     """Returns the kinds of tensors that a model of this architecture consists of."""
     table = [
-        Entry("model.embed_tokens.weight", (("embed",),)),
-        Entry("model.norm.weight", (("norm",),)),
+        TensorKind("model.embed_tokens.weight", (("embed",),)),
+        TensorKind("model.norm.weight", (("norm",),)),
     ]
     if not config.tie_embeddings:
-        table.append(Entry("lm_head.weight", (("head",),)))
+        table.append(TensorKind("lm_head.weight", (("head",),)))
     bias = config.qkv_bias
     mlp_bias = config.mlp_bias
     if config.fused:
@@ -59,9 +60,9 @@ def entries(config: ModelConfig) -> list[Entry]:
     if config.qk_norm != "none":
         for ours in ("q_norm", "k_norm"):
             path = ("layers", "attention", ours, "scale")
-            table.append(Entry(f"self_attn.{ours}.weight", (path,)))
+            table.append(TensorKind(f"self_attn.{ours}.weight", (path,)))
     return table + [
-        Entry(f"{name}.weight", (("layers", norm, "scale"),))
+        TensorKind(f"{name}.weight", (("layers", norm, "scale"),))
         for name, norm in _NORMS[config.norms].items()
     ]
 
@@ -87,12 +88,12 @@ that name does follow the attention."""
 
 def _linear(
     name: str, part: str, ours: tuple[str, ...], bias: bool, inputs: int = 1
-) -> list[Entry]:
+) -> list[TensorKind]:
     kernels, biases = (
         tuple(("layers", part, each, leaf) for each in ours) for leaf in ("kernel", "bias")
     )
-    weights = [Entry(name=f"{name}.weight", paths=kernels, kind="linear", inputs=inputs)]
-    return [*weights, Entry(f"{name}.bias", biases)] if bias else weights
+    weights = [TensorKind(name=f"{name}.weight", paths=kernels, kind="linear", inputs=inputs)]
+    return [*weights, TensorKind(f"{name}.bias", biases)] if bias else weights
 
 
 def leaf(tree: Params, path: tuple[str, ...]) -> Any:
@@ -102,14 +103,14 @@ def leaf(tree: Params, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def hf_names(entry: Entry, config: ModelConfig) -> list[str]:
+def hf_names(entry: TensorKind, config: ModelConfig) -> list[str]:
     """Returns the Hugging Face names of the tensors of one kind, by layer."""
     if not entry.per_layer:
         return [entry.name]
     return [LAYER.format(i) + entry.name for i in range(config.num_layers)]
 
 
-def hf_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+def hf_shape(entry: TensorKind, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the Hugging Face shape of a parameter of `shape`, both without the layer dim."""
     if entry.kind == "same":
         return (int(np.prod(shape)),) if entry.per_layer else shape
@@ -117,7 +118,7 @@ def hf_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     return int(np.prod(shape[split:])), int(np.prod(shape[:split]))
 
 
-def shapes_of(entry: Entry, shapes: Params) -> list[tuple[int, ...]]:
+def shapes_of(entry: TensorKind, shapes: Params) -> list[tuple[int, ...]]:
     """Returns the shapes of the parameters in a tensor, without the layer dim."""
     return [leaf(shapes, path).shape[1 if entry.per_layer else 0 :] for path in entry.paths]
 
@@ -133,7 +134,7 @@ def hf_shapes(config: ModelConfig, shapes: Params) -> dict[str, tuple[int, ...]]
 
 
 def from_hf(
-    entry: Entry, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]
+    entry: TensorKind, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]
 ) -> list[np.ndarray]:
     """Returns the parameters that a Hugging Face tensor holds, as views if possible."""
     ends = np.cumsum([hf_shape(entry, shape)[0] for shape in shapes])[:-1]
@@ -144,7 +145,7 @@ def from_hf(
     ]
 
 
-def to_hf(entry: Entry, values: Sequence[Array]) -> Array:
+def to_hf(entry: TensorKind, values: Sequence[Array]) -> Array:
     """Returns the Hugging Face tensor of one layer's parameters."""
     parts = []
     for value in values:

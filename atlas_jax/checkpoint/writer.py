@@ -247,7 +247,7 @@ def _values(
 
 @functools.lru_cache
 def _one(
-    entry: names.Entry, dtype: str, place: jax.sharding.NamedSharding
+    entry: names.TensorKind, dtype: str, place: jax.sharding.NamedSharding
 ) -> Callable[[list[jax.Array], np.int32], tuple[jax.Array, jax.Array]]:
     """Returns the compiled `(parameters, layer) -> (tensor, checksum)` of one kind."""
     bits = jnp.uint32 if jnp.dtype(dtype).itemsize == 4 else jnp.uint16

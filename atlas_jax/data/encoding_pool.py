@@ -2,8 +2,7 @@
 
 A worker is a program of its own, neither forked from a process with JAX's threads nor a second run
 of the user's script. It reads pickled chunks from its standard input and answers on its standard
-output. It first imports the tokenizer's library, which takes seconds. A small dataset is done
-before a worker would be ready, so none is started for it.
+output. It first imports the tokenizer's library, which takes seconds.
 
 This process repeats the chunks of a worker that died, and then raises the same error if a sample
 caused it.
@@ -19,7 +18,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any, TypeAlias
@@ -32,8 +30,6 @@ from atlas_jax.data.examples import Sample
 
 _CHUNK = 256  # number of samples that a worker gets at one time
 _MAX_WORKERS = 15
-_WORTH_SECS = 10.0
-"""Seconds of remaining work, estimated from the first chunk, above which workers start."""
 
 _MODULE = "atlas_jax.data.encoding_pool"
 _ENDED = (EOFError, OSError, pickle.UnpicklingError)
@@ -46,7 +42,6 @@ def encode(
     template: ChatTemplate,
     samples: Sequence[Sample],
     options: chat.MaskOptions,
-    worth_secs: float = _WORTH_SECS,
 ) -> Iterator[chat.Encoded]:
     """Yields the results of `chat.encode`, computed by one process for each available processor.
 
@@ -54,17 +49,12 @@ def encode(
         template: the chat template of the run.
         samples: all samples of a dataset.
         options: the options of the loss mask.
-        worth_secs: the estimated seconds of remaining work above which workers start.
     """
     queue = _Queue(samples)
     done: dict[int, list[chat.Encoded]] = {}
-    start = time.monotonic()
-    for place, chunk in itertools.islice(queue, 1):
-        done[place] = list(chat.encode(template, chunk, options))
-    secs = (time.monotonic() - start) * len(queue.places)
     count = min(_num_processors() - 1, _MAX_WORKERS, len(queue.places))
     with contextlib.ExitStack() as stack:
-        if secs > worth_secs and count > 0:
+        if count > 0:
             logging.info("tokenizing %d rows with %d further processes", len(samples), count)
             stack.enter_context(_helped(queue, done, (template, options), count))
         for place, chunk in queue:
@@ -104,10 +94,11 @@ class _Worker:
     is_ready: bool = False
     is_dismissed: bool = False
 
-    def dismiss(self) -> None:
+    def dismiss(self, even_if_ready: bool = True) -> None:
         """Kills the process."""
-        self.is_dismissed = True
-        self.process.kill()
+        if even_if_ready or not self.is_ready:
+            self.is_dismissed = True
+            self.process.kill()
 
 
 @contextlib.contextmanager
@@ -122,8 +113,7 @@ def _helped(
             serving = [threads.submit(_serve, worker, queue, done, task) for worker in workers]
             yield
             for worker in workers:
-                if not worker.is_ready:  # still importing: the work was done without it
-                    worker.dismiss()
+                worker.dismiss(even_if_ready=False)  # still importing: the work is done without it
             futures.wait(serving)
         finally:
             for worker in workers:

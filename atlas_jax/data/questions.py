@@ -87,7 +87,7 @@ def to_question(
     Raises:
         ValueError: if a part is missing; the message does not name the row.
     """
-    fields = shapes.question_row(shapes.renamed(row.fields, columns or {}))
+    fields = _question_row(shapes.renamed(row.fields, columns or {}))
     named = bool(columns and columns.get("question"))
     question = _first(fields, ("question",) if named else _QUESTION)
     truth = _first(fields, _GROUND_TRUTH)
@@ -198,3 +198,32 @@ def _first(fields: dict[str, Any], names: Sequence[str]) -> str:
 
 def _text(value: Any) -> str:
     return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def _question_row(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a row for GRPO with the question as text.
+
+    The input of an instruction is appended to it, as for SFT.
+
+    Raises:
+        ValueError: if the prompt is a conversation of several turns.
+    """
+    result = dict(fields)
+    if isinstance(result.get("instruction"), str):
+        texts = (result[name] for name in ("instruction", *shapes.CONTEXT) if name in result)
+        result["instruction"] = "\n\n".join(t for t in texts if isinstance(t, str) and t)
+    if shapes.is_chat(result.get("prompt")):
+        asked = shapes.messages(result["prompt"], "prompt")
+        fine = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in asked)
+        roles = [str(m.get("role")) if isinstance(m, dict) else "none" for m in asked]
+        if fine and [role for role in roles if role != "system"] == ["user"]:
+            result["prompt"] = "\n\n".join(m["content"] for m in asked)
+        elif not isinstance(result.get("question"), str):
+            raise ValueError(
+                f"has a prompt with the roles {', '.join(roles)}; a question is one message of the "
+                "user, perhaps after one of the system"
+            )
+    reward_model = result.pop("reward_model", None)
+    if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
+        result.setdefault("ground_truth", reward_model["ground_truth"])
+    return result

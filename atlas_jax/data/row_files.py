@@ -152,6 +152,13 @@ def _array(path: str, file: str) -> Records:
         yield f"{path}[{number}]", row if is_row else f"is a JSON {type(row).__name__}, no object"
 
 
+def _cells(row: dict[Any, Any]) -> dict[str, Any] | str:
+    """Returns the cells of a line that are not empty, or why the line is rejected."""
+    if None in row or None in row.values():
+        return "has another number of cells than the first line"
+    return {name: cell for name, cell in row.items() if cell != ""}
+
+
 def _separated(path: str, file: str, delimiter: str) -> Records:
     """Reads a table of texts; cells that are empty count as absent."""
     csv.field_size_limit(_LONGEST_CELL)  # of 128 KiB otherwise; conversations are longer
@@ -165,10 +172,7 @@ def _separated(path: str, file: str, delimiter: str) -> Records:
                     f"dataset file {path} has the column {twice[0]!r} more than once; rename one"
                 )
             for number, row in enumerate(table, start=1):
-                if None in row or None in row.values():
-                    yield f"{path}:{number}", "has another number of cells than the first line"
-                else:
-                    yield f"{path}:{number}", {k: v for k, v in row.items() if v != ""}
+                yield f"{path}:{number}", _cells(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"dataset file {path} is no table of texts ({error})") from error
 

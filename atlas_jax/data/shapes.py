@@ -37,7 +37,7 @@ _PAIRS = (
 )  # fmt: skip
 """Pairs of fields for question and answer, in the order in which they are tried."""
 
-_CONTEXT = ("input", "context")  # appended to the instruction
+CONTEXT = ("input", "context")  # appended to the instruction
 _SYSTEM = ("system", "system_prompt")
 _MAX_DEPTH = 64
 """Largest depth of nested lists and objects, which are read recursively."""
@@ -101,35 +101,6 @@ def training_row(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(fields.get("text"), str):
         return {"prompt": "", "completion": fields["text"]}
     return fields
-
-
-def question_row(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a row for GRPO with the question as text.
-
-    The input of an instruction is appended to it, as for SFT.
-
-    Raises:
-        ValueError: if the prompt is a conversation of several turns.
-    """
-    result = dict(fields)
-    if isinstance(result.get("instruction"), str):
-        texts = (result[name] for name in ("instruction", *_CONTEXT) if name in result)
-        result["instruction"] = "\n\n".join(t for t in texts if isinstance(t, str) and t)
-    if _is_chat(result.get("prompt")):
-        asked = messages(result["prompt"], "prompt")
-        fine = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in asked)
-        roles = [str(m.get("role")) if isinstance(m, dict) else "none" for m in asked]
-        if fine and [role for role in roles if role != "system"] == ["user"]:
-            result["prompt"] = "\n\n".join(m["content"] for m in asked)
-        elif not isinstance(result.get("question"), str):
-            raise ValueError(
-                f"has a prompt with the roles {', '.join(roles)}; a question is one message of the "
-                "user, perhaps after one of the system"
-            )
-    reward_model = result.pop("reward_model", None)
-    if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
-        result.setdefault("ground_truth", reward_model["ground_truth"])
-    return result
 
 
 def messages(value: Any, field: str) -> Any:
@@ -207,7 +178,7 @@ def _part(part: Any, place: str) -> str:
     raise ValueError(f"has a part of type {kind} in {place}.content; only texts are trained")
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
     """Returns whether a prompt or a completion is a list of messages, possibly as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
@@ -231,10 +202,10 @@ def _prompt_and_completion(fields: dict[str, Any]) -> dict[str, Any]:
             "is a preference row (prompt, completion and a label of true or false), which neither "
             "SFT nor GRPO trains on; keep the rows whose label is true, without it"
         )
-    if _is_chat(prompt) or _is_chat(completion):
-        if isinstance(prompt, str) and not _is_chat(prompt):
+    if is_chat(prompt) or is_chat(completion):
+        if isinstance(prompt, str) and not is_chat(prompt):
             prompt = [{"role": "user", "content": prompt}]
-        if isinstance(completion, str) and not _is_chat(completion):
+        if isinstance(completion, str) and not is_chat(completion):
             completion = [{"role": "assistant", "content": completion}]
         prompt = _with_system(fields, messages(prompt, "prompt"))
         return fields | {"prompt": prompt, "completion": messages(completion, "completion")}
@@ -248,7 +219,7 @@ def _prompt_and_completion(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _pair(fields: Mapping[str, Any], asked: str, answered: str) -> list[dict[str, Any]]:
     """Returns the earlier turns if any, then the question and the answer, as messages."""
-    more = [name for name in _CONTEXT if name != asked and name in fields]
+    more = [name for name in CONTEXT if name != asked and name in fields]
     texts = [fields[name] for name in (asked, *more)]
     if not all(isinstance(text, str) for text in (*texts, fields[answered])):
         raise ValueError(f"has {asked} or {answered} that is no text")

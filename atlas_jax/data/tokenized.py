@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import pathlib
 import re
+import time
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ import msgspec
 import numpy as np
 from absl import logging
 
-from atlas_jax.data import chat, encoding_pool
+from atlas_jax.data import chat
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.examples import Conversation, Sample
 from atlas_jax.files import replace_atomically
@@ -36,6 +37,11 @@ _FILE = re.compile(r"tokens-[0-9a-f]{16}\.npz")
 _LOCK = "tokens.lock"
 _LIBRARIES = ("jinja2", "tokenizers", "transformers")
 _POLL_SECS = 0.2
+_FIRST = 256
+"""Number of samples from which the time of all is estimated."""
+_WORTH_SECS = 10.0
+"""Seconds of remaining work above which workers start; they are ready after seconds."""
+
 _BROKEN = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
@@ -146,7 +152,7 @@ def _encode(
 ) -> Tokenized:
     examples = []
     remarks = []
-    for encoded in encoding_pool.encode(template, samples, options):
+    for encoded in _encoded(template, samples, options):
         if encoded.example:
             examples.append(encoded.example)
         if encoded.notes:
@@ -157,6 +163,22 @@ def _encode(
         offsets=np.cumsum([0, *(len(e.tokens) for e in examples)], dtype=np.int64),
     )
     return Tokenized(sequences, remarks)
+
+
+def _encoded(
+    template: ChatTemplate, samples: Sequence[Sample], options: chat.MaskOptions
+) -> Iterator[chat.Encoded]:
+    """Yields the results of `chat.encode`, made by several processes where that saves time."""
+    start = time.monotonic()
+    first = list(chat.encode(template, samples[:_FIRST], options))
+    secs = (time.monotonic() - start) * (len(samples) / _FIRST - 1)
+    yield from first
+    if secs <= _WORTH_SECS:
+        yield from chat.encode(template, samples[_FIRST:], options)
+        return
+    from atlas_jax.data import encoding_pool  # most datasets are done before a worker would be
+
+    yield from encoding_pool.encode(template, samples[_FIRST:], options)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax import sharding
-from atlas_jax.sharding import BATCH_AXES
 
 AttentionFn = Callable[..., jax.Array]
 """An attention implementation, `[B T N H]` from query, key, value, `segment_ids`, `sequence_ids`.
@@ -27,8 +25,6 @@ are `[B T]` or None; `scale` and `window` are keywords."""
 
 MASKED = -1e30
 """Attention score of a masked position; finite, because the softmax of a row of -inf is NaN."""
-
-_SPLASH_MULTIPLE = 128  # TPU lanes: row lengths that the kernel's blocks divide; others are padded
 
 
 def select(name: str, mesh: Mesh | AbstractMesh, packed: bool, dtype: jnp.dtype) -> AttentionFn:
@@ -57,12 +53,11 @@ def select(name: str, mesh: Mesh | AbstractMesh, packed: bool, dtype: jnp.dtype)
         raise ValueError(
             f"attn_implementation='splash' needs a TPU, not {platform}; use 'auto' or 'xla'"
         )
-    choices: dict[str, AttentionFn] = {
-        "xla": xla,
-        "cudnn": functools.partial(cudnn, packed=packed),
-        "splash": functools.partial(splash, mesh=mesh),
-    }
-    return choices[name]
+    if name == "splash":
+        from atlas_jax.models.splash import splash  # kernels of one kind of device
+
+        return functools.partial(splash, mesh=mesh)
+    return functools.partial(cudnn, packed=packed) if name == "cudnn" else xla
 
 
 def visible(
@@ -140,74 +135,4 @@ def cudnn(
         scale=scale,
         local_window_size=local_window,
         implementation="cudnn",
-    )
-
-
-def splash(  # noqa: PLR0913 (the signature of `AttentionFn`)
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    segment_ids: Int[Array, "B T"],
-    sequence_ids: Int[Array, "B T"] | None = None,
-    *,
-    scale: float,
-    window: int = 0,
-    mesh: Mesh | AbstractMesh,
-    interpret: bool = False,
-) -> Float[Array, "B T N H"]:
-    """Splash attention, the sparse flash attention of TPUs (jax.experimental.pallas.ops.tpu).
-
-    Raises:
-        ValueError: if completions share a prompt.
-    """
-    if sequence_ids is not None:
-        raise ValueError(
-            "attn_implementation='splash' cannot share a prompt between completions; set "
-            "rollout.share_prompt=false"
-        )
-    length = query.shape[1]
-    padded = -(-length // _SPLASH_MULTIPLE) * _SPLASH_MULTIPLE
-    rows = PartitionSpec(BATCH_AXES, None, "tensor", None)
-
-    @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(rows, rows, rows, PartitionSpec(BATCH_AXES)),
-        out_specs=rows,
-        check_vma=False,
-    )
-    # A Pallas kernel is opaque to GSPMD, so each device is given its own rows and heads.
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        # The kernel takes no scale. Scaling in float32 rounds the query only once.
-        scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-        heads_first = [jnp.swapaxes(x, 1, 2) for x in (scaled, k, v)]
-        kernel = _splash_kernel(q.shape[2], padded, window, interpret)
-        ids = splash_attention.SegmentIds(segments, segments)
-        return jnp.swapaxes(jax.vmap(kernel)(*heads_first, ids), 1, 2)
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2))
-
-    return local(*map(pad, (query, key, value, segment_ids)))[:, :length]
-
-
-def _splash_kernel(
-    heads: int, length: int, window: int, interpret: bool
-) -> Callable[..., jax.Array]:
-    if window:
-        mask: splash_attention.Mask = splash_attention.LocalMask((length,) * 2, (window - 1, 0), 0)
-    else:
-        mask = splash_attention.CausalMask((length, length))
-    block = next(b for b in (512, 256, 128) if length % b == 0)
-    sizes = splash_attention.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
-    return splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([mask] * heads),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
     )

@@ -118,7 +118,8 @@ def _yarn(frequencies: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
         length = rope.original_max_positions / (turns * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(rope.theta))
 
-    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    first = pair(rope.beta_fast)
+    last = pair(rope.beta_slow)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
@@ -193,7 +194,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Returns the attention of every position to those that `attend` lets it see."""
-        query, key, value = self.q(x), self.k(x), self.v(x)
+        query = self.q(x)
+        key = self.k(x)
+        value = self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         key = rotate(key, angles)

@@ -34,6 +34,20 @@ class ColumnsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LessonsConfig:
+    """Messages of the trained model, as SFT writes them and GRPO asks for them."""
+
+    system_prompt: str = ""
+    """System message of the trained model, put before the rows and questions that have none."""
+    teacher_template: str = ""
+    """User message that asks the teacher for a lesson. SFT fills the fields `{question}` and
+    `{approach}` from `teaching` rows; in GRPO `{approach}` is what the student has just written."""
+    lesson_template: str = ""
+    """Assistant message that SFT makes of a `teaching` row, with the fields `{approach}`,
+    `{diagnosis}` and `{teaching}`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SessionsConfig:
     """Sessions of the Atlas runtime that are read as rows."""
 

@@ -110,7 +110,8 @@ def take_moved(config: Any) -> None:
         value = _at(config, former)
         if value is None:
             continue
-        other, default = _at(config, present), _at(type(config), present)
+        other = _at(config, present)
+        default = _at(type(config), present)
         if other not in (default, value):
             raise ValueError(
                 f"{former}={value!r} and {present}={other!r} are two names of one option; leave "

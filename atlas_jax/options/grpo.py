@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from atlas_jax.options.data import LessonsConfig
 from atlas_jax.options.fields import (
     Fraction,
+    JsonObject,
     Moved,
     NonNegativeInt,
     Positive,
@@ -19,10 +21,35 @@ from atlas_jax.options.judges import RIMConfig
 from atlas_jax.options.policy_loss import PolicyLossConfig
 from atlas_jax.options.reward import RewardConfig
 from atlas_jax.options.rollout import RolloutConfig
-from atlas_jax.options.teaching import TeachingConfig
 from atlas_jax.options.train import TrainConfig
 
 GroupSize = Annotated[int, Meta(ge=2, extra={"why": "a group of one has no mean to compare with"})]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeachingConfig(LessonsConfig):
+    """Messages and limits of the two passes in which a teacher helps a student."""
+
+    student_system_prompt: str = ""
+    """System message of the student; `teaching.system_prompt` is the teacher's."""
+    student_chat_template_kwargs: JsonObject = ""
+    """Variables of the student's chat template; empty takes those of `chat_template_kwargs`."""
+    student_diagnostic_template: str = ""
+    """User message that asks the student for its approach, with the field `{question}`."""
+    student_baseline_template: str = ""
+    """User message that asks the student for an answer without a lesson, with the field
+    `{question}`."""
+    student_with_teaching_template: str = ""
+    """User message that asks the student for an answer with a lesson, with the fields `{question}`
+    and `{teaching}`."""
+    missing_teaching: Literal["none", "whole", "unscored"] = "none"
+    """Meaning of a teacher's text without `<teaching>`: `none` takes it for no lesson, so that the
+    student's answer without one counts; `whole` takes all of it for the lesson; `unscored` skips
+    the sample."""
+    max_probe_tokens: PositiveInt = 500
+    """Most tokens of the approach that the student writes."""
+    max_answer_tokens: NonNegativeInt = 0
+    """Most tokens of a student's answer; 0 takes `max_new_tokens`."""
 
 
 @dataclasses.dataclass(frozen=True)

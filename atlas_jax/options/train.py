@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
-from atlas_jax.options.data import DataConfig
+from atlas_jax.options.data import DataConfig, LessonsConfig
 from atlas_jax.options.fields import (
     Fraction,
     JsonObject,
@@ -23,7 +23,6 @@ from atlas_jax.options.fields import (
     take_moved,
 )
 from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
-from atlas_jax.options.teaching import LessonsConfig
 
 if TYPE_CHECKING:
     from atlas_jax.options.judges import RIMConfig

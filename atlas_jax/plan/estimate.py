@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from atlas_jax.plan import flops, hlo
-from atlas_jax.plan.programs import Program, Run
+from atlas_jax.plan.programs import PlannedRun, Program
 from atlas_jax.plan.targets import Target
 from atlas_jax.sharding import AXES
 
@@ -62,7 +61,6 @@ class Measured(NamedTuple):
     cost: Cost
     model_flops: float
     """FLOPs of the model over all devices."""
-    compile_secs: float
 
 
 class OutOfMemory(NamedTuple):
@@ -81,9 +79,8 @@ def device_bytes(tree: Any, host: bool = False) -> float:
     return float(total)
 
 
-def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemory:
-    """Compiles a program and returns its memory and time."""
-    start = time.perf_counter()
+def measure(run: PlannedRun, program: Program, target: Target) -> Measured | OutOfMemory:
+    """Compiles a program, and returns its memory and the cost of its operations."""
     traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
     try:
         compiled = traced.lower().compile()
@@ -92,7 +89,6 @@ def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemor
             raise
         used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm[^.]*", str(error))
         return OutOfMemory(program.name, used[0] if used else str(error).splitlines()[0])
-    secs = time.perf_counter() - start
     total = flops.count(traced.jaxpr.jaxpr) / target.num_devices
     cost = _cost(hlo.parse(compiled.as_text()), total, run, target)
     memory = _memory(run, program, compiled.memory_analysis(), target)
@@ -102,11 +98,10 @@ def measure(run: Run, program: Program, target: Target) -> Measured | OutOfMemor
         memory=memory,
         cost=cost,
         model_flops=program.model_flops,
-        compile_secs=secs,
     )
 
 
-def _memory(run: Run, program: Program, analysis: Any, target: Target) -> Memory:
+def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) -> Memory:
     argument = program.arguments[0]
     trains = isinstance(argument, type(run.state))
     params = device_bytes(run.state.params)
@@ -150,7 +145,7 @@ def _memory(run: Run, program: Program, analysis: Any, target: Target) -> Memory
     )
 
 
-def _cost(module: hlo.Module, num_flops: float, run: Run, target: Target) -> Cost:
+def _cost(module: hlo.Module, num_flops: float, run: PlannedRun, target: Target) -> Cost:
     device = target.device
     sent: dict[str, float] = defaultdict(float)
     network = 0.0

@@ -190,11 +190,11 @@ def collectives(module: Module) -> list[Collective]:
             if opcode not in WIRE:
                 continue
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            if fused and channel:  # on a TPU, fusions begin, continue and end one transfer
-                key = (opcode, channel[1], times)
-                if key in seen:
-                    continue
-                seen.add(key)
+            # On a TPU, fusions begin, continue and end one transfer.
+            transfer = {(opcode, channel[1], times)} if fused and channel else set()
+            if transfer & seen:
+                continue
+            seen |= transfer
             group = first_group(instruction.rest)
             if len(group) < 2:
                 continue

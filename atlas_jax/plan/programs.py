@@ -40,7 +40,7 @@ class Program(NamedTuple):
     """Number of times that a step runs it."""
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """A run as far as the plan sees it."""
 
     config: TrainConfig
@@ -61,7 +61,7 @@ def build(
     devices: list[jax.Device],
     architecture: ModelConfig,
     student: ModelConfig | None,
-) -> Run:
+) -> PlannedRun:
     """Returns the programs of a run on `devices`.
 
     Raises:
@@ -70,7 +70,7 @@ def build(
     compute = Compute.of(config, devices, CompiledSharding)
     decoder = compute.decoder(architecture)
     optimizer = compute.optimizer(decoder, _NUM_UPDATES)
-    run = Run(
+    run = PlannedRun(
         config=config,
         decoder=decoder,
         mesh=compute.sharding.mesh,
@@ -79,13 +79,13 @@ def build(
         resident={},
         num_tokens=0,
     )
-    recipes: dict[str, Callable[..., Run]] = {"sft": _sft, "grpo": _grpo}
+    recipes: dict[str, Callable[..., PlannedRun]] = {"sft": _sft, "grpo": _grpo}
     return recipes[config.algorithm](run, compute, config, optimizer, student, target)
 
 
 def _sft(
-    run: Run, compute: Compute, config: TrainConfig, optimizer: step.Optimizer, *_: Any
-) -> Run:
+    run: PlannedRun, compute: Compute, config: TrainConfig, optimizer: step.Optimizer, *_: Any
+) -> PlannedRun:
     plan = compute.plan
     length = config.longest_sequence
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length
@@ -94,19 +94,20 @@ def _sft(
     num_tokens = plan.global_rows * length
     flops = num_tokens * run.decoder.config.flops_per_token(length)
     batch = _batch(Batch, shape, compute.sharding)
-    program = Program("train", train, (run.state, batch), flops)
+    program = Program(name="train", function=train, arguments=(run.state, batch), model_flops=flops)
     return run._replace(programs=[program], num_tokens=num_tokens)
 
 
 def _grpo(
-    run: Run,
+    run: PlannedRun,
     compute: Compute,
     config: GRPOConfig,
     optimizer: step.Optimizer,
     student: ModelConfig | None,
     target: Target,
-) -> Run:
-    decoder, sharding = run.decoder, compute.sharding
+) -> PlannedRun:
+    decoder = run.decoder
+    sharding = compute.sharding
     hosts = target.num_devices // target.devices_a_host
     plan = compute.plan
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
@@ -122,7 +123,14 @@ def _grpo(
     flops = num_tokens * decoder.config.flops_per_token(length)
     loss = grpo.make_loss(decoder, config, layout.per_row)
     train = compute.train_step(loss, decoder, optimizer, config.num_iterations)
-    programs = [Program("update", train, (run.state, batch), flops * config.num_iterations)]
+    programs = [
+        Program(
+            name="update",
+            function=train,
+            arguments=(run.state, batch),
+            model_flops=flops * config.num_iterations,
+        )
+    ]
     resident: dict[str, Any] = {}
     score = grpo.make_logprobs_fn(decoder, config, layout.per_row)
     plain = batch._replace(ref_logprobs=None, old_logprobs=None)
@@ -130,10 +138,22 @@ def _grpo(
         frozen = grpo.reference_decoder(config, decoder)
         resident["reference"] = step.abstract(frozen.shapes, frozen.placements())
         programs.append(
-            Program("logprobs", score, (resident["reference"], plain), flops / 3, times=1)
+            Program(
+                name="logprobs",
+                function=score,
+                arguments=(resident["reference"], plain),
+                model_flops=flops / 3,
+            )
         )
     if config.num_iterations > 1:
-        programs.append(Program("old logprobs", score, (run.state.params, plain), flops / 3))
+        programs.append(
+            Program(
+                name="old logprobs",
+                function=score,
+                arguments=(run.state.params, plain),
+                model_flops=flops / 3,
+            )
+        )
     if config.rollout.backend == "local":
         programs += _generation(config, decoder, run.state.params, plan.global_rows, hosts)
         if student is not None:
@@ -158,19 +178,25 @@ def _generation(
     config: GRPOConfig, decoder: Decoder, params: Any, completions: int, hosts: int
 ) -> list[Program]:
     """Returns the programs that run prompts, and that decode when the longest rows are full."""
-    sharding, samples = decoder.sharding, config.num_generations
+    sharding = decoder.sharding
+    samples = config.num_generations
     parts = sharding.num_replicas
     share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
     prompts = parts << (share.bit_length() - 1)
     prompts = min(prompts, parts * local.bucket(-(-completions // samples // parts)))
     length = local.bucket(config.max_prompt_length)
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+    )
     static = decoder, (0,), sampling
     inputs = local.GridInputs(
-        _rows((prompts, length), jnp.int32, sharding),
-        _rows((prompts,), jnp.int32, sharding),
-        _rows((prompts, samples), jnp.int32, sharding),
-        _rows((prompts, samples, 2), jnp.uint32, sharding),
+        prompts=_rows((prompts, length), jnp.int32, sharding),
+        lengths=_rows((prompts,), jnp.int32, sharding),
+        limits=_rows((prompts, samples), jnp.int32, sharding),
+        keys=_rows((prompts, samples, 2), jnp.uint32, sharding),
     )
     held = 1 << (config.max_new_tokens - 1).bit_length()
     room = local.first_room(config.max_new_tokens)
@@ -181,18 +207,18 @@ def _generation(
     rounds = -(-completions // (samples * prompts))
     return [
         Program(
-            "prefill",
-            jax.jit(functools.partial(local.start, *static, room)),
-            (params, inputs),
-            prompts * length * forward,
-            rounds,
+            name="prefill",
+            function=jax.jit(functools.partial(local.start, *static, room)),
+            arguments=(params, inputs),
+            model_flops=prompts * length * forward,
+            times=rounds,
         ),
         Program(
-            f"decode {local.CHUNK} tokens",
-            jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
-            (params, grid),
-            local.CHUNK * prompts * samples * each,
-            rounds * -(-config.max_new_tokens // local.CHUNK),
+            name=f"decode {local.CHUNK} tokens",
+            function=jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
+            arguments=(params, grid),
+            model_flops=local.CHUNK * prompts * samples * each,
+            times=rounds * -(-config.max_new_tokens // local.CHUNK),
         ),
     ]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.plan.estimate import Measured, OutOfMemory, device_bytes
-from atlas_jax.plan.programs import Run
+from atlas_jax.plan.programs import PlannedRun
 from atlas_jax.plan.targets import Target
 
 _GIB = 2**30
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     """Memory and time of one run on one target."""
 
     target: Target
-    run: Run
+    run: PlannedRun
     programs: list[Measured | OutOfMemory]
 
     @property
@@ -80,14 +80,14 @@ def as_json(plan: Plan, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def num_params(run: Run) -> int:
+def num_params(run: PlannedRun) -> int:
     """Returns the parameters of the model."""
     import jax
 
     return sum(math.prod(s.shape) for s in jax.tree.leaves(run.decoder.shapes))
 
 
-def checkpoint_bytes(run: Run) -> float:
+def checkpoint_bytes(run: PlannedRun) -> float:
     """Returns the bytes of one training checkpoint, uncompressed."""
     import jax
 
@@ -115,7 +115,8 @@ def vllm(architecture: ModelConfig, length: int) -> dict[str, float]:
 
 def table(plan: Plan, config: TrainConfig) -> str:
     """Returns the plan for a person."""
-    device, run = plan.target.device, plan.run
+    device = plan.target.device
+    run = plan.run
     mesh = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items() if v > 1) or "one device"
     lines = [
         f"{config.model_name_or_path} ({num_params(run) / 1e9:.2f}B) on {plan.target.name}: {mesh}",

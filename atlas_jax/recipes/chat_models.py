@@ -10,7 +10,6 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
 from atlas_jax.rollout.engine import ChatModel
-from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Params
@@ -27,9 +26,16 @@ def local(
         max_rows: rows that are decoded at one time.
         stop_ids: tokens that end a text; None takes the model's own, see `stop_tokens`.
     """
+    from atlas_jax.rollout.local import LocalEngine  # a run whose servers generate needs none
+
     if stop_ids is None:
         stop_ids = stop_tokens(model)
-    engine = LocalEngine(model.decoder, model.files.tokenizer, stop_ids, max_rows)
+    engine = LocalEngine(
+        decoder=model.decoder,
+        tokenizer=model.files.tokenizer,
+        stop_ids=stop_ids,
+        max_rows=max_rows,
+    )
     encode = encoder(model.template, system_prompt)
     context = model.decoder.config.max_positions
 

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from atlas_jax import distributed, logprobs, losses, metrics, step
+from atlas_jax import distributed, logprobs, losses, metrics, policy_logprobs, step
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import chat_models, local_backend
+from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import labels, make_reward
@@ -35,7 +35,7 @@ from atlas_jax.run import Run, Training
 from atlas_jax.sharding import platform
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
-from atlas_jax.types import NOTHING_GIVEN, Given, Metrics, Params, PolicyBatch, Question
+from atlas_jax.types import NOTHING_GIVEN, Given, LossSum, Metrics, Params, PolicyBatch, Question
 
 _HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
 """Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
@@ -140,7 +140,7 @@ def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn
 
     policy_loss = losses.resolve(config.loss_type)
 
-    def loss(params: Params, batch: PolicyBatch) -> tuple[losses.LossSum, Metrics]:
+    def loss(params: Params, batch: PolicyBatch) -> tuple[LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
         total, values = policy_loss(found, batch, options)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
@@ -173,8 +173,13 @@ def _logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     shared = batch.sequence_ids if per_row > 1 else None
     hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
-    head = logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature, with_entropy)
-    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
+    head = logprobs.Head(
+        sharding=decoder.sharding,
+        chunk_size=config.loss_chunk_size,
+        temperature=config.temperature,
+        with_entropy=with_entropy,
+    )
+    return policy_logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
 
 
 def reference_decoder(config: GRPOConfig, decoder: Decoder) -> Decoder:
@@ -208,6 +213,8 @@ def _make_backend(config: GRPOConfig, model: Model, student: Model | None) -> Ba
 
         logprobs_fn = make_logprobs_fn(model.decoder, config, per_row=1)
         return vllm_backend.make_vllm_backend(config, model, student, logprobs_fn)
+    from atlas_jax.recipes import local_backend  # servers need no programs that generate
+
     return local_backend.make_local_backend(config, model, student)
 
 
@@ -229,7 +236,8 @@ def _questions(
     )
     most = config.data.max_rejected_frac
     needs_truth = config.reward.needs_truth(given.rewards)
-    fields, columns = config.rollout.question_fields, vars(config.data.columns)
+    fields = config.rollout.question_fields
+    columns = vars(config.data.columns)
     train = asked.parse_questions(rows, most, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from atlas_jax import distributed, logprobs, loop, losses, metrics, step
+from atlas_jax import distributed, logprobs, loop, metrics, step
 from atlas_jax.config import SFTConfig
 from atlas_jax.data import chat, loader, sources, tokenized
 from atlas_jax.models.transformer import Decoder
@@ -18,7 +18,7 @@ from atlas_jax.run import Run
 from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.startup import directory, vocabulary
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import NOTHING_GIVEN, Batch, Given, Metrics, Params
+from atlas_jax.types import NOTHING_GIVEN, Batch, Given, LossSum, Metrics, Params
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
 """Success by the ATLAS training guide: upper bounds of the last logged step."""
@@ -53,7 +53,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         loss = make_loss(run.decoder, config.loss_chunk_size)
         outcome = training.train(
             loss,
-            _Feed(batches, run.compute.sharding, plan.microbatches),
+            _RowFeed(batches, run.compute.sharding, plan.microbatches),
             writer,
             make_evaluate(loss, held_out, run.decoder) if held_out else None,
         )
@@ -66,7 +66,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
     return not outcome.stopped
 
 
-class _Feed(NamedTuple):
+class _RowFeed(NamedTuple):
     """Puts the loader's batches on the devices."""
 
     batches: loader.Batches
@@ -94,7 +94,7 @@ class _Feed(NamedTuple):
 def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
     """Returns the cross entropy of a batch as a function of the parameters."""
 
-    def loss(params: Params, batch: Batch) -> tuple[losses.LossSum, Metrics]:
+    def loss(params: Params, batch: Batch) -> tuple[LossSum, Metrics]:
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
         table = decoder.output_table(params)
         head = logprobs.Head(decoder.sharding, chunk_size)
@@ -127,8 +127,10 @@ def _datasets(
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    model, plan = run.model, run.compute.plan
-    tokenizer, process = model.files.tokenizer, (jax.process_index(), jax.process_count())
+    model = run.model
+    plan = run.compute.plan
+    tokenizer = model.files.tokenizer
+    process = (jax.process_index(), jax.process_count())
     layout = loader.HostRows(plan.global_rows, *process)
     build = functools.partial(
         loader.build,

@@ -202,10 +202,10 @@ def server_key(output_dir: str) -> str:
 def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
     tokenizer = model.files.tokenizer
     engine = VllmEngine(
-        pool,
-        copy.deepcopy(tokenizer),
-        chat_models.stop_tokens(model),
-        model.decoder.config.vocab_size,
+        pool=pool,
+        tokenizer=copy.deepcopy(tokenizer),
+        stop_ids=chat_models.stop_tokens(model),
+        vocab_size=model.decoder.config.vocab_size,
     )
     lengths = [start.max_model_len for start in pool.starts]
     context = min(model.decoder.config.max_positions, *lengths)
@@ -260,7 +260,8 @@ def probe_logprobs(
     digits.
     """
     decoder = model.decoder
-    sharding, dtype = decoder.sharding, jnp.dtype(config.rollout.sync_dtype)
+    sharding = decoder.sharding
+    dtype = jnp.dtype(config.rollout.sync_dtype)
     rounds = decoder.compute_dtype.itemsize > dtype.itemsize
 
     @jax.jit

@@ -86,7 +86,8 @@ class Compute:
     def _decoder(
         self, architecture: ModelConfig, sharding: Sharding, param_dtype: jnp.dtype
     ) -> Decoder:
-        config, dtype = self.config, self.dtype
+        config = self.config
+        dtype = self.dtype
         # For float32 operands JAX's default is TF32 on NVIDIA GPUs and one bfloat16 pass on TPUs.
         precision = "highest" if dtype == jnp.float32 else None
         jax.config.update("jax_default_matmul_precision", precision)

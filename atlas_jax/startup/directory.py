@@ -145,7 +145,8 @@ def changed(config: TrainConfig) -> str:
     path = pathlib.Path(config.output_dir) / _CONFIG
     if not path.exists():
         return ""
-    before, now = _flat(json.loads(path.read_text())), _flat(json.loads(_config_text(config)))
+    before = _flat(json.loads(path.read_text()))
+    now = _flat(json.loads(_config_text(config)))
     names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
     parts = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names[:_NUM_SHOWN]]
     more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""

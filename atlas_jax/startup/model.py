@@ -48,7 +48,8 @@ def open_model(compute: Compute) -> Model:
         read_options(config.chat_template_kwargs),
         config.tokenizer_name_or_path,
     )
-    longest, most = config.longest_sequence, model.decoder.config.max_positions
+    longest = config.longest_sequence
+    most = model.decoder.config.max_positions
     if longest > most:
         raise ValueError(
             f"sequences of {longest} tokens are longer than the {most} positions of "
@@ -94,7 +95,12 @@ def _open(
     vocabulary.check_size(tokenizer, architecture.vocab_size)
     decoder = make_decoder(architecture)
     template = ChatTemplate(tokenizer, template_options, directory.date(config.output_dir))
-    return Model(source, decoder, hf.model_files(source, tokenizer), template)
+    return Model(
+        source=source,
+        decoder=decoder,
+        files=hf.model_files(source, tokenizer),
+        template=template,
+    )
 
 
 def export(config: TrainConfig, model: Model, params: Params) -> str:

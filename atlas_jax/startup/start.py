@@ -94,7 +94,8 @@ def find_origin(config: TrainConfig) -> Origin:
     """
     if not config.resume_from:
         return Origin(config.model_name_or_path)
-    name, place = config.resume_from, pathlib.Path(config.resume_from).expanduser()
+    name = config.resume_from
+    place = pathlib.Path(config.resume_from).expanduser()
     if not place.exists():
         raise ValueError(
             f"resume_from={name} does not exist; give the output_dir of another run, one of its "
@@ -188,7 +189,8 @@ def _abstract(decoder: Decoder) -> Any:
 
 
 def _check_same_model(origin: Origin, stored: dict[str, Any], decoder: Decoder) -> None:
-    theirs, ours = dataclasses.asdict(from_hf(stored)), dataclasses.asdict(decoder.config)
+    theirs = dataclasses.asdict(from_hf(stored))
+    ours = dataclasses.asdict(decoder.config)
     different = [f"{k} {theirs[k]} (here {ours[k]})" for k in ours if theirs[k] != ours[k]]
     if different:
         raise ValueError(

@@ -45,7 +45,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers loads no tokenizer from {path}: {reason}") from None
-    file, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
+    file = folder / "tokenizer.json"
+    pieces = folder / "tokenizer.model"
     if file.exists():
         expected = Tokenizer.from_file(str(file)).encode(CHECK_TEXT, add_special_tokens=False).ids
         _check_encoding(tokenizer, file, expected)
@@ -139,7 +140,8 @@ def stop_ids(source: hf.Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     """
     if said := _eos(source.generation_config):
         return said
-    eos, own = tokenizer.eos_token_id, _eos(source.config)
+    eos = tokenizer.eos_token_id
+    own = _eos(source.config)
     return own if eos is None or eos in own else (*own, eos)
 
 

@@ -26,8 +26,7 @@ def read(path: str) -> Iterator[tuple[str, AtlasSessionTrace | str]]:
     try:
         with open_lines(path) as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _session(line)
+                yield from _session(f"{path}:{number}", line)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"export {path} cannot be read behind line {number} ({error}); write it again"
@@ -63,8 +62,12 @@ def _decompressed(file: str) -> io.BufferedReader:
     return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
-def _session(line: bytes) -> AtlasSessionTrace | str:
+def _session(name: str, line: bytes) -> Iterator[tuple[str, AtlasSessionTrace | str]]:
+    """Yields the session of a line; nothing for an empty one."""
+    if not line.strip():
+        return
     try:
-        return parser.parse_line(line)
+        session: AtlasSessionTrace | str = parser.parse_line(line)
     except ValueError as error:
-        return str(error)
+        session = str(error)
+    yield name, session

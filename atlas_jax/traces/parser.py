@@ -89,7 +89,8 @@ def _session(record: Mapping[str, Any], with_learning: bool) -> AtlasSessionTrac
     metadata = _metadata(record)
     events = record.get("trajectory_events") or metadata.get("trajectory_events")
     metadata.pop("trajectory_events", None)
-    first, second = record.get("session_reward"), record.get("reward")
+    first = record.get("session_reward")
+    second = record.get("reward")
     reward = _reward_fields(second if first is None else first, "session_reward")
     steps = as_list(record.get("steps"), "steps")
     plan = decoded(record.get("plan"))
@@ -141,8 +142,10 @@ def _step(
     reward, validation = _evaluation(step, field)
     if session_reward and "score" in session_reward and _is_placeholder(reward):
         reward = _reward(session_reward, "session_reward")
-    artifacts, runtime = metadata.get("artifacts"), metadata.get("runtime")
-    depends_on, attempts = metadata.get("depends_on"), step.get("attempts")
+    artifacts = metadata.get("artifacts")
+    runtime = metadata.get("runtime")
+    depends_on = metadata.get("depends_on")
+    attempts = step.get("attempts")
     return AtlasStepTrace(
         step_id=as_number(step_id, f"{field}.step_id", int),
         description=as_text(step.get("description")),
@@ -178,14 +181,18 @@ def _guidance(value: Any) -> list[str]:
 
 def _evaluation(step: Mapping[str, Any], field: str) -> tuple[AtlasRewardBreakdown, dict[str, Any]]:
     """Returns a step's reward and validation, which are recorded together or apart."""
-    evaluation, validation = decoded(step.get("evaluation")), step.get("validation")
-    reward, source = step.get("reward"), "reward"
+    evaluation = decoded(step.get("evaluation"))
+    validation = step.get("validation")
+    reward = step.get("reward")
+    source = "reward"
     if isinstance(evaluation, dict) and ("reward" in evaluation or "validation" in evaluation):
         validation = evaluation.get("validation") if validation is None else validation
         if evaluation.get("reward") is not None:
-            reward, source = evaluation["reward"], "evaluation.reward"
+            reward = evaluation["reward"]
+            source = "evaluation.reward"
     elif evaluation is not None:
-        reward, source = evaluation, "evaluation"
+        reward = evaluation
+        source = "evaluation"
     return _reward(reward, f"{field}.{source}"), as_object(validation)
 
 

@@ -119,7 +119,9 @@ def open_database(url: str, query: Query, access: Access | None = None) -> Datab
             "filters ask for; connect the Atlas SDK once, which adds it, or leave the filter out "
             "(--config.data.review_status_filters='()')"
         )
-    return Database(url, Schema(frozenset(columns), version), last_id, access)
+    return Database(
+        url=url, schema=Schema(frozenset(columns), version), last_id=last_id, access=access
+    )
 
 
 def read(
@@ -141,12 +143,14 @@ def read(
     for name, value in (("limit", limit), ("offset", offset)):
         if value is not None and (type(value) is not int or value < 0):
             raise ValueError(f"{name}={value!r} must be 0 or more")
-    page, give_up = Page(limit, offset, last_id=database.last_id), None
+    page = Page(limit, offset, last_id=database.last_id)
+    give_up = None
     while page.limit != 0:
         try:
             for record, behind in _pages(database, query, page):
                 yield record
-                page, give_up = behind, None
+                page = behind
+                give_up = None
             return
         except psycopg.errors.QueryCanceled as error:
             if database.access.page_size == 1:
@@ -180,7 +184,8 @@ def parsed(url: str) -> dict[str, Any]:
         parts = conninfo_to_dict(url)
     except psycopg.ProgrammingError:
         parts = {}
-    host, port = str(parts.get("host", "")), str(parts.get("port", ""))
+    host = str(parts.get("host", ""))
+    port = str(parts.get("port", ""))
     # A password that was not encoded ends up in part as the host or as the port.
     if not parts or "@" in host[1:] or not re.fullmatch(r"[\d,]*", port):
         raise ValueError(
@@ -193,14 +198,17 @@ def parsed(url: str) -> dict[str, Any]:
 def shown(url: str) -> str:
     """Returns what may be shown of a connection URL."""
     parts = parsed(url)
-    user, name = parts.get("user", ""), parts.get("dbname", "")
+    user = parts.get("user", "")
+    name = parts.get("dbname", "")
     # libpq takes a whole URL as the name of the database, too.
     return masking.hide(f"{user}@{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{name}")
 
 
 def explained(error: psycopg.Error, url: str) -> Exception:
     """Returns the error that a user is shown in place of the driver's."""
-    text, state, where = str(error).strip(), error.sqlstate or "", shown(url)
+    text = str(error).strip()
+    state = error.sqlstate or ""
+    where = shown(url)
     if password := parsed(url).get("password"):
         text = text.replace(password, masking.HIDDEN)
     first, text = text.partition("\n")[0], " ".join(masking.hide(text).split())
@@ -274,7 +282,8 @@ def _pages(database: Database, query: Query, page: Page) -> Iterator[tuple[dict[
             if not fetched.is_last:
                 ahead = background.submit(fetch, fetched.behind(page, len(fetched.rows)), number)
             for i, row in enumerate(fetched.rows, start=1):
-                steps, events = fetched.steps.get(row["id"], ()), fetched.events.get(row["id"])
+                steps = fetched.steps.get(row["id"], ())
+                events = fetched.events.get(row["id"])
                 yield session_record(row, steps, events), fetched.behind(page, i)
             if fetched.is_last:
                 return
@@ -297,7 +306,7 @@ def _fetch(
     ids = [row["id"] for row in rows]
     events = _events(connection, ids, ranges.get(number), database.access)
     is_last = len(rows) < wanted or wanted == page.limit
-    return _Fetched(rows, _steps(connection, ids), events, is_last)
+    return _Fetched(rows=rows, steps=_steps(connection, ids), events=events, is_last=is_last)
 
 
 def _event_ranges(
@@ -315,7 +324,8 @@ def _steps(
     connection: psycopg.Connection[dict[str, Any]], ids: Sequence[int]
 ) -> dict[int, list[dict[str, Any]]]:
     values = {"ids": ids}
-    attempts, notes = defaultdict(list), defaultdict(list)
+    attempts = defaultdict(list)
+    notes = defaultdict(list)
     for row in connection.execute(postgres_sql.ATTEMPTS, values, binary=True):
         attempt = {"attempt": row["attempt"], "evaluation": row["evaluation"]}
         attempts[row["session_id"], row["step_id"]].append(attempt)

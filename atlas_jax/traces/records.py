@@ -66,7 +66,8 @@ def session_record(
 def _optional(session: Row, metadata: Row) -> dict[str, Any]:
     """Returns the parts that a record has only where there is something to say."""
     found: dict[str, Any] = {k: metadata[k] for k in _LIFTED if metadata.get(k) is not None}
-    drift, summary = found.get("drift"), found.get("adaptive_summary")
+    drift = found.get("drift")
+    summary = found.get("adaptive_summary")
     if "drift_alert" not in found and isinstance(drift, dict) and "drift_alert" in drift:
         found["drift_alert"] = drift["drift_alert"]
     mode = metadata.get("execution_mode")

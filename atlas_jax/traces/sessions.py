@@ -178,9 +178,11 @@ def _diagnosis(validation: dict[str, Any]) -> str:
 
 
 def _spoken_lessons(session: AtlasSessionTrace) -> list[dict[str, str]]:
-    found, attempt = [], ""
+    found = []
+    attempt = ""
     for event in session.trajectory_events or ():
-        kind, actor = str(event.get("type", "")), event.get("actor")
+        kind = str(event.get("type", ""))
+        actor = event.get("actor")
         text = "" if kind.endswith(("_START", "_TOKEN", "_CHUNK")) else _said(event)
         if text and actor in _STUDENTS:
             attempt = text

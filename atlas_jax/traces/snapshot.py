@@ -109,7 +109,8 @@ def _current(config: DataConfig, output_dir: str) -> bool:
     latest = _latest(output_dir)
     if latest is None or config.refresh:
         return False
-    before, now = _description(latest)["query"], _asked(config)
+    before = _description(latest)["query"]
+    now = _asked(config)
     if before != now:
         changed = ", ".join(f"{k}={before.get(k)} (now {v})" for k, v in now.items()
                             if before.get(k) != v)  # fmt: skip
@@ -138,7 +139,9 @@ def _access(config: DataConfig) -> postgres.Access:
 
 def _write(path: pathlib.Path, records: Iterator[dict[str, Any]]) -> tuple[int, str | None]:
     """Writes the records; returns how many there are, and the time of the newest."""
-    total, newest, rows = 0, None, []
+    total = 0
+    newest = None
+    rows = []
     with pyarrow.parquet.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
         for record in records:
             rows.append(_row(record))

@@ -15,7 +15,9 @@ import pytest
 from atlas_jax import distributed, stopping
 from atlas_jax.checkpoint import hf, writer
 from atlas_jax.config import MeshConfig
+from atlas_jax.hosts import joined
 from atlas_jax.options.model import HostsConfig
+from atlas_jax.types import Address
 from tests import processes, tiny, words
 
 WORDS = ("a", "b")
@@ -72,9 +74,9 @@ def test_only_what_may_be_stopped_is_stopped(model, tmp_path):
 def main():
     """One of two processes; the last argument says what it writes."""
     model, output, kind, port, process = sys.argv[1:]
-    address = distributed.Address(f"127.0.0.1:{port}", 2, int(process))
+    address = Address(f"127.0.0.1:{port}", 2, int(process))
     hosts = HostsConfig(stall_timeout_secs=60)
-    with distributed.joined(hosts, address):
+    with joined(hosts, address):
         source = hf.open_source(model)
         decoder, params = tiny.decoder_and_params(
             tiny.from_hf(source.config), source, MeshConfig(), jax.devices()

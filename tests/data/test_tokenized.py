@@ -88,7 +88,28 @@ def test_what_workers_leave_undone_is_done_by_the_process_itself(monkeypatch):
     alone = list(chat.encode(template, rows, options()))
     for module in (encoding_pool._MODULE, "atlas_jax.not_there"):
         monkeypatch.setattr(encoding_pool, "_MODULE", module)
-        assert same(encoding_pool.encode(template, rows, options(), worth_secs=0.0), alone)
+        assert same(encoding_pool.encode(template, rows, options()), alone)
+
+
+def test_a_long_dataset_is_encoded_by_workers_and_a_short_one_is_not(monkeypatch):
+    template, rows = ChatTemplate(TOKENIZER), samples(600)
+    workers = []
+    start = encoding_pool._start
+
+    def counted():
+        workers.append(start())
+        return workers[-1]
+
+    monkeypatch.setattr(encoding_pool, "_start", counted)
+    monkeypatch.setattr(encoding_pool, "_num_processors", lambda: 2)
+    alone = tokenized.tokenize(template, rows, options())
+    assert not workers
+    monkeypatch.setattr(tokenized, "_WORTH_SECS", 0.0)
+    helped = tokenized.tokenize(template, rows, options())
+    assert len(workers) == 1
+    assert helped.remarks == alone.remarks
+    for found, expected in zip(helped.sequences, alone.sequences, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def build(token_dir, template=None, count=300, frac=1.0, seed=0):

@@ -11,6 +11,7 @@ from atlas_jax.checkpoint import gguf, hf, names
 from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
+from atlas_jax.models.splash import splash
 from atlas_jax.sharding import make_mesh
 from tests import tiny
 from tests.assets import smollm2_gguf
@@ -85,9 +86,7 @@ def test_splash_equals_xla(length):
     mesh = make_mesh(MeshConfig(fsdp=1), ONE)
     for window in (0, 100):
         expected = attention.xla(query, key, value, segments, scale=0.1, window=window)
-        found = attention.splash(
-            query, key, value, segments, scale=0.1, window=window, mesh=mesh, interpret=True
-        )
+        found = splash(query, key, value, segments, scale=0.1, window=window, mesh=mesh)
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 

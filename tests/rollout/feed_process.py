@@ -16,13 +16,14 @@ from atlas_jax import config as config_lib
 from atlas_jax import distributed, metrics
 from atlas_jax.config import GRPOConfig, HostsConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import QuestionOrder
+from atlas_jax.hosts import joined
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.local_backend import LocalBackend
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
-from atlas_jax.types import DependencyError, Question
+from atlas_jax.types import Address, DependencyError, Question
 from tests.rollout.scripts import Script, protocol, questions
 
 GROUP = 4
@@ -107,7 +108,7 @@ def leave(output: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.joined(HostsConfig(), distributed.Address()):
+    with joined(HostsConfig(), Address()):
         leave(pathlib.Path(sys.argv[1]))
         for number in map(int, sys.argv[2:]):
             run(pathlib.Path(sys.argv[1]) / str(number), number)

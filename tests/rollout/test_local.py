@@ -19,6 +19,7 @@ from atlas_jax.checkpoint import gguf
 from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import collate_policy
 from atlas_jax.models.config import from_hf
+from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.rollout import local
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
@@ -195,7 +196,7 @@ def trainer_logprobs(engine, params, groups, per_row, temperature):
         shared = batch.sequence_ids if per_row > 1 else None
         hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
         table = decoder.output_table(params)
-        return logprobs.policy_logprobs(hidden, table, batch, head)[0]
+        return policy_logprobs(hidden, table, batch, head)[0]
 
     batch = PolicyBatch(*(None if x is None else jnp.asarray(x) for x in batch))
     found, sequence_ids = np.asarray(jax.jit(run)(params)), np.asarray(batch.sequence_ids)
@@ -307,6 +308,8 @@ _PROCESS = """
 import sys
 from atlas_jax import distributed, stopping
 from atlas_jax.config import HostsConfig
+from atlas_jax.hosts import joined
+from atlas_jax.types import Address
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
@@ -318,7 +321,7 @@ class Tokenizer:  # of process 1, which is asked to stop when its first short te
         stopping.request("SIGTERM")
         return ""
 
-with distributed.joined(HostsConfig(), distributed.Address()):
+with joined(HostsConfig(), Address()):
     main = distributed.is_main()
     decoder, params = tiny.load(sys.argv[1])
     engine = LocalEngine(decoder, chatml_tokenizer() if main else Tokenizer(), ())

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from atlas_jax import distributed, stopping
+from atlas_jax.hosts import joined
 from atlas_jax.llm_client import Client
 from atlas_jax.options.model import HostsConfig
 from atlas_jax.rollout import capabilities
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.push import unequal
 from atlas_jax.rollout.servers import Look, PoolOptions, Server
-from atlas_jax.types import DependencyError
+from atlas_jax.types import Address, DependencyError
 from tests import http_faults, processes, stand_in, words
 from tests.rollout import served
 from tests.rollout.served import SAMPLING
@@ -305,7 +306,7 @@ def test_versions_are_removed_before_the_next_one_is_written(link, old, new):
 def main():
     """One of two processes that push together while things go wrong at process 0."""
     model, output, url, port, process = sys.argv[1:]
-    address = distributed.Address(f"127.0.0.1:{port}", 2, int(process))
+    address = Address(f"127.0.0.1:{port}", 2, int(process))
     hosts = HostsConfig(stall_timeout_secs=90)
 
     def push(version, fault):
@@ -319,7 +320,7 @@ def main():
             sys.stdout.flush()
         stopping.reset()
 
-    with distributed.joined(hosts, address):
+    with joined(hosts, address):
         ours = served.trainer(model, jax.devices())
         with connected(ours, [url], pathlib.Path(output)) as link:
             push(1, None)

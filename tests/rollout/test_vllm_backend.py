@@ -14,11 +14,13 @@ import pytest
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
+from atlas_jax.hosts import joined
 from atlas_jax.options.model import HostsConfig
 from atlas_jax.recipes import grpo, vllm_backend
 from atlas_jax.rollout import versions
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import open_frozen
+from atlas_jax.types import Address
 from tests import processes, words
 from tests.rollout import served
 
@@ -93,8 +95,8 @@ def test_weights_go_through_memory_if_all_servers_are_here(
 def main():
     """One of two processes on hosts of their own."""
     port, process = sys.argv[1:]
-    address = distributed.Address(f"127.0.0.1:{port}", 2, int(process))
-    with distributed.joined(HostsConfig(), address):
+    address = Address(f"127.0.0.1:{port}", 2, int(process))
+    with joined(HostsConfig(), address):
         socket.sethostname(f"host-{process}")  # not before: the processes meet by their names
         vllm_backend.check_loopback(with_servers(GRPOConfig(), "http://host-0:1"))
         try:
