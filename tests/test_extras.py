@@ -62,7 +62,8 @@ preflight.check(config(sft))
 preflight.check(config(grpo))
 from atlas_jax.checkpoint import hf
 from atlas_jax.data import sources
-from atlas_jax.recipes import grpo as _, scoring, sft as _, vocabulary
+from atlas_jax.recipes import grpo as _, scoring, sft as _
+from atlas_jax.startup import vocabulary
 for algorithm in (sft, grpo):
     rows, _ = sources.load_rows(config(algorithm).data, 0)
     assert len(rows.rows) == 1
@@ -122,7 +123,7 @@ assert is_correct("The answer is \\\\boxed{{2}}.", "2")
         ),
         (
             "aiohttp",
-            "preflight.check(config(grpo, reward__kind='rim'))",
+            "preflight.check(config(grpo, reward__kind='rim', rollout__protocol='teaching', student_model=folder + '/model'))",
             "needs the package aiohttp, which is not installed; pip install 'atlas_jax[judges]'",
         ),
         (
@@ -166,6 +167,6 @@ def test_the_extras_of_errors_are_those_of_pyproject():
         for module in modules:
             assert any(need.startswith(module) for need in declared[extra]), (extra, module)
             assert not any(need.startswith(module) for need in project["dependencies"])
-    own = {"test", "cuda", "tpu", "plan"}
+    own = {"test", "cuda", "tpu", "plan", "report"}
     (everything,) = (need for need in declared["test"] if need.startswith("atlas_jax["))
     assert set(everything[len("atlas_jax[") : -1].split(",")) == set(declared) - own

@@ -376,7 +376,7 @@ def test_an_export_of_sessions_is_looked_into(config, tmp_path):
     refused(told, r"data\.dataset_path: .*traces\.jsonl:1: has .* as task")
     refused(changed(told, data__dataset_path=str(tmp_path / "b.jsonl")), r"b\.jsonl does not exist")
     path.write_text('{"task": "Add."}\n')
-    refused(changed(told, data__created_after="soon"), r"has 'soon' as data\.created_after")
+    refused(changed(told, data__created_after="soon"), r"has the str 'soon' as data\.created_after")
 
 
 def test_templates_are_checked(config, grpo):
