@@ -73,14 +73,8 @@ def _rules(config: GRPOConfig, given_functions: Sequence[Rule]) -> tuple[Rule, .
 
 def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
     """Returns one of the rewards that are added up."""
-    from atlas_jax.rewards import custom  # most runs have no functions of a user
-
     reward = config.reward
-    if not isinstance(rule, str):
-        return custom.by_object(rule, label, reward.timeout_secs)
-    if sockets.is_reference(rule):
-        return custom.by_reference(rule, label, reward.timeout_secs, reward.num_workers)
-    known: dict[str, Callable[[], RewardFn]] = {
+    built_in: dict[Rule, Callable[[], RewardFn]] = {
         "exact_match": verifiable.exact_match,
         "teaching_gain": functools.partial(
             verifiable.teaching_gain,
@@ -89,7 +83,13 @@ def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
         ),
         "rim": functools.partial(_judges, config),
     }
-    return known[rule]()
+    if isinstance(rule, str) and rule in built_in:
+        return built_in[rule]()
+    from atlas_jax.rewards import custom  # most runs have no functions of a user
+
+    if isinstance(rule, str):
+        return custom.by_reference(rule, label, reward.timeout_secs, reward.num_workers)
+    return custom.by_object(rule, label, reward.timeout_secs)
 
 
 def _judges(config: GRPOConfig) -> RewardFn:
