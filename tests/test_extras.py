@@ -123,7 +123,8 @@ assert is_correct("The answer is \\\\boxed{{2}}.", "2")
         ),
         (
             "aiohttp",
-            "preflight.check(config(grpo, reward__kind='rim', rollout__protocol='teaching', student_model=folder + '/model'))",
+            "preflight.check(config(grpo, reward__kind='rim', rollout__protocol='teaching', "
+            "student_model=folder + '/model'))",
             "needs the package aiohttp, which is not installed; pip install 'atlas_jax[judges]'",
         ),
         (
