@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from atlas_jax import cli, masking, preflight
+from atlas_jax import cli, masking, preflight, sockets
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
@@ -27,7 +27,9 @@ _TEACHERS = flags.DEFINE_multi_string(
     "teacher", [], "Directory, .gguf file or hub id of a teacher; give it again for each teacher."
 )
 _STUDENT = flags.DEFINE_string("student", "", "The student.")
-_DATA = flags.DEFINE_string("data", "", "Questions with ground truth: JSONL, Parquet or hub id.")
+_DATA = flags.DEFINE_string(
+    "data", "", "Questions with ground truth: JSONL, Parquet, hub id or package.module:function."
+)
 _LIMIT = flags.DEFINE_integer("limit", 0, "Questions asked, the first ones; 0 asks all.")
 _OUTPUT = flags.DEFINE_string("output", "evaluation.json", "Where the JSON goes.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the bootstrap.")
@@ -40,7 +42,14 @@ def main(argv: list[str]) -> None:
         if not flag.value:
             raise cli.UsageError(f"--{flag.name} is needed; --help tells the flags")
     config = config_lib.freeze(cli.needed(_CONFIG), GRPOConfig)
-    data = dataclasses.replace(config.data, dataset_path=_DATA.value, db_url="", eval_path="")
+    is_function = sockets.is_reference(_DATA.value) and "/" not in _DATA.value
+    data = dataclasses.replace(
+        config.data,
+        dataset_path="" if is_function else _DATA.value,
+        source=_DATA.value if is_function else "",
+        db_url="",
+        eval_path="",
+    )
     config = dataclasses.replace(
         config,
         student_model=_STUDENT.value,
@@ -86,7 +95,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     devices.check()
     config = configs[0]
     protocol = chat_models.make_protocol(config, 1)
-    rows = sources.read_rows(config.data, config.data.dataset_path)
+    rows = sources.read_rows(config.data, config.data.source or config.data.dataset_path)
     fields = config.rollout.question_fields
     questions = parse_questions(
         rows, config.data.max_rejected_frac, True, fields, vars(config.data.columns)

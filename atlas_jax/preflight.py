@@ -303,6 +303,8 @@ def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
         rows = getattr(given, name)
         if rows is not None:
             sources.check_records(sources.given_records(name, rows), use)
+    if config.data.source and given.rows is None:
+        sources.check_function(config.data.source, use)
     for option, rows in (("dataset_path", given.rows), ("eval_path", given.eval_rows)):
         path = getattr(config.data, option)
         if path and rows is None:

@@ -121,7 +121,7 @@ def _without_files(config: config_lib.TrainConfig, given: Given) -> config_lib.T
             raise ValueError(f"{name} are empty; give at least one dict, or leave them out")
     changes: dict[str, Any] = {}
     if given.rows is not None:
-        changes |= {"dataset_path": _FROM_CALLER, "db_url": ""}
+        changes |= {"dataset_path": _FROM_CALLER, "db_url": "", "source": ""}
     if given.eval_rows is not None:
         changes["eval_path"] = _FROM_CALLER
     if changes and config.data.format == "session":

@@ -40,7 +40,7 @@ class Given(NamedTuple):
     """Arguments of a caller from Python, which no config file can hold."""
 
     rewards: tuple[Any, ...] = ()
-    """Functions that score, beside those of `reward.names`."""
+    """Functions that score, or names as in `reward.names`, in place of that option."""
     rows: tuple[Any, ...] | None = None
     """Dicts to train on in place of files; None reads `data`."""
     eval_rows: tuple[Any, ...] | None = None

@@ -96,7 +96,8 @@ REFUSALS = [
      "activations, reference with commas"),
     ({"reward.names": ("exact_mach",)},
      "reward.names=('exact_mach',) holds 'exact_mach'; each item "
-     "must be one of teaching_gain, exact_match; did you mean 'exact_match'?"),
+     "must be one of teaching_gain, exact_match, package.module:function; did you mean "
+     "'exact_match'?"),
     ({"reward.retry_waits_secs": (1.0, -1.0)}, "reward.retry_waits_secs=(1.0, -1.0) holds -1.0; "
      "each item must be 0 or more"),
     ({"reward.rim.limits.max_tries": 0}, "reward.rim.limits.max_tries=0 must be above 0"),
@@ -302,8 +303,11 @@ def test_a_run_takes_sessions_from_the_database_or_from_an_export(run, monkeypat
     assert (stored.data.db_url, stored.data.dataset_path) == ("postgresql://db/atlas", "")
     both = dataclasses.replace(exported.data, db_url="postgresql://db/atlas")
     neither = dataclasses.replace(exported.data, dataset_path="")
-    for data, state in ((both, "both set"), (neither, "empty")):
-        with pytest.raises(ValueError, match=f"data.dataset_path and data.db_url are {state}"):
+    for data, state in (
+        (both, "data.dataset_path and data.db_url are all set"),
+        (neither, "data.dataset_path, data.db_url and data.source are empty"),
+    ):
+        with pytest.raises(ValueError, match=state):
             config.validate(dataclasses.replace(exported, data=data))
 
 

@@ -20,7 +20,7 @@ from absl import logging
 
 from atlas_jax import extras
 from atlas_jax.config import DataConfig
-from atlas_jax.data import row_files
+from atlas_jax.data import row_files, row_functions
 from atlas_jax.files import write_whole
 from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
 
@@ -79,13 +79,15 @@ def load_rows(
     """
     other = dataclasses.replace(config, dataset_split=config.eval_split)
     if given.rows is None:
-        rows = _read(config, config.dataset_path, output_dir)
+        rows = _read(config, config.source or config.dataset_path, output_dir)
     else:
         rows = _gathered("rows", given_records("rows", given.rows))
     if given.eval_rows is not None:
         held_out: Rows | None = _gathered("eval_rows", given_records("eval_rows", given.eval_rows))
+    elif config.eval_path:
+        held_out = _read(other, config.eval_path, "")
     else:
-        held_out = _read(other, config.eval_path, "") if config.eval_path else None
+        held_out = _held_out_by_function(config)
     if output_dir and is_main:
         _list_rejected(f"{output_dir}/rejected.jsonl", rows, held_out)
     for part in filter(None, (rows, held_out)):
@@ -103,13 +105,17 @@ def read_rows(config: DataConfig, path: str) -> Rows:
         config: gives the split of hub datasets and the limit of rejected rows.
         path: files of the kinds of `row_files`, patterns of their names, directories, hub dataset
             ids (`owner/name`) or single files of a hub dataset (`owner/name:folder/file.jsonl`);
-            several are separated by commas. Blank lines of a JSONL file are no rows.
+            several are separated by commas. Blank lines of a JSONL file are no rows. If it is
+            `config.source`, its rows to evaluate on are taken, or all where it has no splits.
 
     Raises:
         ValueError: for a file that is missing or unreadable, for a dataset without rows, and for
             a share of rejected rows above `config.max_rejected_frac`.
     """
-    rows = _read(config, path, "")
+    if path == config.source:
+        rows = _held_out_by_function(config) or _read(config, path, "")
+    else:
+        rows = _read(config, path, "")
     check_rejected(rows.rejected, len(rows.rows) + len(rows.rejected), config.max_rejected_frac)
     return rows
 
@@ -137,6 +143,17 @@ def check(config: DataConfig, path: str, use: Callable[[Row], object]) -> None:
         else:
             continue
         check_records(records, use)
+
+
+def check_function(source: str, use: Callable[[Row], object]) -> None:
+    """Checks that a function gives rows of which one of the first can be used, in each split.
+
+    Raises:
+        ValueError: as `row_functions.read`, and as `check`.
+    """
+    check_records(row_functions.read(source, row_functions.TRAIN), use)
+    if row_functions.takes_split(source):
+        check_records(row_functions.read(source, row_functions.EVAL), use)
 
 
 def check_records(records: Iterable[tuple[str, Any]], use: Callable[[Row], object]) -> None:
@@ -263,6 +280,14 @@ def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
     return _gathered(repr(path), _all_records(config, path, output_dir))
 
 
+def _held_out_by_function(config: DataConfig) -> Rows | None:
+    """Returns the rows to evaluate on of the function that gives rows; None if it has none."""
+    if not config.source or not row_functions.takes_split(config.source):
+        return None
+    records = list(row_functions.read(config.source, row_functions.EVAL))
+    return _gathered(repr(config.source), records) if records else None
+
+
 def _gathered(
     name_of_all: str, records: Iterable[tuple[str, dict[str, Any] | SessionRows | str]]
 ) -> Rows:
@@ -276,7 +301,8 @@ def _gathered(
             rows.append(Row(name, value))
     if not rows and not rejected:
         raise ValueError(
-            f"dataset {name_of_all} has no rows; give a file with one JSON object a line"
+            f"dataset {name_of_all} has no rows; give a file with one JSON object a line, or a "
+            "function that returns dicts"
         )
     return Rows(rows, rejected)
 
@@ -284,6 +310,8 @@ def _gathered(
 def _all_records(
     config: DataConfig, path: str, output_dir: str
 ) -> Iterable[tuple[str, dict[str, Any] | SessionRows | str]]:
+    if config.source and path == config.source:
+        return row_functions.read(path, row_functions.TRAIN)
     parts = parts_of(path)
     if not path or config.format == "session":
         return _session_records(config, parts, output_dir)

@@ -96,6 +96,10 @@ class DataConfig(SessionsConfig):
     """Subset of a hub dataset, such as `main` of `openai/gsm8k`."""
     dataset_split: str = "train"
     """Split of a hub dataset that is trained on. Files have no splits."""
+    source: str = ""
+    """Function of your own that returns the rows as dicts, `package.module:function`; it replaces
+    `data.dataset_path`. With a parameter `split` it is called with `train`, and with `eval` for
+    rows to evaluate on."""
     dataset_max_samples: NonNegativeInt = 0
     """Number of rows that are used, drawn at random with `seed`; 0 uses all."""
     format: Literal["auto", "messages", "prompt_completion", "teaching", "session"] = "auto"
@@ -137,9 +141,16 @@ class DataConfig(SessionsConfig):
         Raises:
             ValueError: names the options, their values and what to write instead.
         """
-        if bool(self.dataset_path) == bool(self.db_url):
-            state = "both set" if self.db_url else "empty"
+        names = [n for n in ("dataset_path", "db_url", "source") if getattr(self, n)]
+        if len(names) != 1:
+            what = "data.dataset_path, data.db_url and data.source are empty; set one of them with "
+            what += "--config.data.…=…"
+            if names:
+                what = f"{' and '.join(f'data.{n}' for n in names)} are all set; leave one, and "
+                what += f"empty the other with --config.data.{names[0]}=none"
+            raise ValueError(what)
+        if self.source and self.format == "session":
             raise ValueError(
-                f"data.dataset_path and data.db_url are {state}; set one of them with "
-                "--config.data.…=…"
+                f"data.source={self.source} gives rows, and data.format=session is read from "
+                "files; use another data.format, or data.dataset_path"
             )

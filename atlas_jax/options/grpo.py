@@ -117,7 +117,8 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
     @property
     def functions(self) -> dict[str, str]:
         """Options whose values are functions of the user's own, `package.module:function`."""
-        return {"loss_type": self.loss_type} if ":" in self.loss_type else {}
+        own = {"loss_type": self.loss_type} if ":" in self.loss_type else {}
+        return super().functions | own
 
     @property
     def reward_functions(self) -> tuple[str, ...]:

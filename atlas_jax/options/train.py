@@ -164,7 +164,7 @@ class TrainConfig:
     @property
     def functions(self) -> dict[str, str]:
         """Options whose values are functions of the user's own, `package.module:function`."""
-        return {}
+        return {"data.source": self.data.source} if self.data.source else {}
 
     @property
     def reward_functions(self) -> tuple[str, ...]:

@@ -23,9 +23,10 @@ from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.recipes import chat_models, scoring
+from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
+from atlas_jax.recipes.scoring import labels, make_reward
 from atlas_jax.rewards.truths import check_truths
 from atlas_jax.rollout import evaluation, record
 from atlas_jax.rollout.engine import Backend
@@ -81,11 +82,11 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             order=order,
             backend=backend,
             protocol=protocol,
-            reward=scoring.make_reward(config, given.rewards),
+            reward=make_reward(config, given.rewards),
             logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,
-            given_labels=scoring.labels(config, given.rewards) if given.rewards else (),
+            given_labels=labels(config, given.rewards) if given.rewards else (),
         )
         feed = Feed(parts, reference)
         stack.callback(feed.close)

@@ -20,7 +20,7 @@ from absl import logging
 
 from atlas_jax import sockets, stopping
 from atlas_jax.rewards import forms
-from atlas_jax.rewards.forms import Form, Outcome, UserFunction
+from atlas_jax.rewards.forms import Form, FunctionResult, UserFunction
 from atlas_jax.rewards.verifiable import failure
 from atlas_jax.rewards.workers import Workers
 from atlas_jax.types import Reward, RewardFn, Sample
@@ -28,7 +28,7 @@ from atlas_jax.types import Reward, RewardFn, Sample
 _GRACE_SECS = 5.0  # that an event loop has to notice a timeout
 _LOOK_SECS = 0.5  # longest time from a request to stop until a wait ends
 
-Runner = Callable[[Sequence[Sequence[Sample]]], list[Outcome]]
+Runner = Callable[[Sequence[Sequence[Sample]]], list[FunctionResult]]
 """Calls a function once for each list of samples."""
 
 
@@ -127,7 +127,7 @@ class _Threads:
         self._form = form
         self._timeout_secs = timeout_secs
 
-    def run(self, calls: Sequence[Sequence[Sample]]) -> list[Outcome]:
+    def run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
         """Returns the outcome of each call.
 
         Raises:
@@ -135,8 +135,8 @@ class _Threads:
         """
         return [self._one(samples) for samples in calls]
 
-    def _one(self, samples: Sequence[Sample]) -> Outcome:
-        future: concurrent.futures.Future[Outcome] = concurrent.futures.Future()
+    def _one(self, samples: Sequence[Sample]) -> FunctionResult:
+        future: concurrent.futures.Future[FunctionResult] = concurrent.futures.Future()
 
         def call() -> None:
             future.set_result(forms.call(self._function, self._form, samples))
@@ -144,7 +144,11 @@ class _Threads:
         # A thread of an executor would be waited for at the end of the program.
         threading.Thread(target=call, daemon=True, name="reward").start()
         _wait([future], time.monotonic() + self._timeout_secs)
-        return future.result() if future.done() else Outcome([], forms.overdue(self._timeout_secs))
+        return (
+            future.result()
+            if future.done()
+            else FunctionResult([], forms.overdue(self._timeout_secs))
+        )
 
 
 class _Coroutines:
@@ -160,7 +164,7 @@ class _Coroutines:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
 
-    def run(self, calls: Sequence[Sequence[Sample]]) -> list[Outcome]:
+    def run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
         """Returns the outcome of each call.
 
         Raises:
@@ -187,11 +191,11 @@ class _Coroutines:
         weakref.finalize(self, _stop, loop)
         return loop
 
-    async def _one(self, samples: Sequence[Sample]) -> Outcome:
+    async def _one(self, samples: Sequence[Sample]) -> FunctionResult:
         function, form = self._function, self._form
         arguments, error = sockets.attempt(forms.arguments, function, form, samples)
         if error:
-            return Outcome([], error)
+            return FunctionResult([], error)
         task = asyncio.ensure_future(_awaited(function(**arguments)))
         try:
             # Unlike `wait_for` it tells the function's own TimeoutError from ours.
@@ -199,19 +203,21 @@ class _Coroutines:
         finally:
             task.cancel()
         if not done:
-            return Outcome([], forms.overdue(self._timeout_secs))
+            return FunctionResult([], forms.overdue(self._timeout_secs))
         if task.cancelled():
-            return Outcome([], "it was cancelled by itself")
+            return FunctionResult([], "it was cancelled by itself")
         if raised := task.exception():
-            return Outcome([], sockets.describe(raised))
-        result, error = sockets.attempt(forms.outcome, form, task.result(), len(samples))
-        return Outcome([], error) if error else result
+            return FunctionResult([], sockets.describe(raised))
+        result, error = sockets.attempt(forms.checked, form, task.result(), len(samples))
+        return FunctionResult([], error) if error else result
 
-    def _outcome(self, future: concurrent.futures.Future[Outcome]) -> Outcome:
+    def _outcome(self, future: concurrent.futures.Future[FunctionResult]) -> FunctionResult:
         if future.cancelled():
-            return Outcome([], f"{forms.overdue(self._timeout_secs)}, and blocks its event loop")
+            return FunctionResult(
+                [], f"{forms.overdue(self._timeout_secs)}, and blocks its event loop"
+            )
         raised = future.exception()
-        return Outcome([], sockets.describe(raised)) if raised else future.result()
+        return FunctionResult([], sockets.describe(raised)) if raised else future.result()
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -36,7 +36,7 @@ class Form(enum.Enum):
     COLUMNS = "columns"
 
 
-class Outcome(NamedTuple):
+class FunctionResult(NamedTuple):
     """The result of one call of a reward function."""
 
     values: list[float | None]  # one for each sample; () after a failure
@@ -125,7 +125,7 @@ def arguments(function: UserFunction, form: Form, samples: Sequence[Sample]) -> 
     return wanted
 
 
-def outcome(form: Form, result: Any, num_samples: int) -> Outcome:
+def checked(form: Form, result: Any, num_samples: int) -> FunctionResult:
     """Returns what a function returned as an outcome.
 
     Args:
@@ -151,7 +151,7 @@ def outcome(form: Form, result: Any, num_samples: int) -> Outcome:
     for number in values:
         if number is not None and not math.isfinite(number):
             return _wrong(f"returned {number}; return a finite number or None")
-    return Outcome(values)
+    return FunctionResult(values)
 
 
 def overdue(timeout_secs: float) -> str:
@@ -159,19 +159,19 @@ def overdue(timeout_secs: float) -> str:
     return f"took longer than reward.timeout_secs={timeout_secs:g}"
 
 
-def call(function: UserFunction, form: Form, samples: Sequence[Sample]) -> Outcome:
+def call(function: UserFunction, form: Form, samples: Sequence[Sample]) -> FunctionResult:
     """Returns the outcome of a sync function; whatever it raises is one too."""
     result, error = sockets.attempt(_call, function, form, samples)
-    return Outcome([], error) if error else result
+    return FunctionResult([], error) if error else result
 
 
-def _call(function: UserFunction, form: Form, samples: Sequence[Sample]) -> Outcome:
+def _call(function: UserFunction, form: Form, samples: Sequence[Sample]) -> FunctionResult:
     result = function(**arguments(function, form, samples))
-    return outcome(form, result, len(samples))
+    return checked(form, result, len(samples))
 
 
-def _wrong(message: str) -> Outcome:
-    return Outcome([], message)
+def _wrong(message: str) -> FunctionResult:
+    return FunctionResult([], message)
 
 
 def _is_needed(parameter: inspect.Parameter) -> bool:

@@ -28,7 +28,7 @@ from atlas_jax.rewards import forms
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
-class Start(NamedTuple):
+class WorkerSettings(NamedTuple):
     """The first message that the program reads."""
 
     reference: str  # package.module:function
@@ -48,23 +48,23 @@ def main() -> None:
     """Answers calls until the input ends."""
     streams = _claim_streams()
     requests = os.fdopen(streams.requests, "rb", closefd=False)
-    start = Start(*pickle.load(requests))
-    sys.path[:] = start.path
-    function, error = sockets.attempt(sockets.resolve, start.reference, "reward.names")
-    form = None if error else forms.form_of(function, start.reference)
+    settings = WorkerSettings(*pickle.load(requests))
+    sys.path[:] = settings.path
+    function, error = sockets.attempt(sockets.resolve, settings.reference, "reward.names")
+    form = None if error else forms.form_of(function, settings.reference)
     os.write(streams.replies, json.dumps({"error": error}).encode() + b"\n")
     if form is None:
         return
     groups = _Groups()
     pool = pebble.ProcessPool(
-        max_workers=start.num_workers,
+        max_workers=settings.num_workers,
         context=multiprocessing.get_context("fork"),
         initializer=_enter,
         initargs=(streams, groups, function, form),
     )
-    replies = _Replies(streams.replies, groups, start.timeout_secs)
+    replies = _Replies(streams.replies, groups, settings.timeout_secs)
     for number, payload in _calls(requests):
-        future = pool.schedule(_score, args=(payload,), timeout=start.timeout_secs)
+        future = pool.schedule(_score, args=(payload,), timeout=settings.timeout_secs)
         future.add_done_callback(replies.sender(number))
     groups.kill()
     os._exit(0)  # the threads of the pool would wait for calls
@@ -136,32 +136,32 @@ class _Replies:
         """Returns the function that writes the outcome of a call when it is done."""
         return lambda future: self._send(number, self._outcome(future))
 
-    def _outcome(self, future: Any) -> forms.Outcome:
+    def _outcome(self, future: Any) -> forms.FunctionResult:
         error = future.exception()
         if error is None:
             return future.result()
         self._groups.kill(only_dead=True)
         if isinstance(error, TimeoutError):
-            return forms.Outcome([], forms.overdue(self._timeout_secs))
+            return forms.FunctionResult([], forms.overdue(self._timeout_secs))
         if isinstance(error, pebble.ProcessExpired):
-            return forms.Outcome([], f"its process ended with code {error.exitcode}")
-        return forms.Outcome([], sockets.describe(error))
+            return forms.FunctionResult([], f"its process ended with code {error.exitcode}")
+        return forms.FunctionResult([], sockets.describe(error))
 
-    def _send(self, number: int, outcome: forms.Outcome) -> None:
+    def _send(self, number: int, outcome: forms.FunctionResult) -> None:
         line = json.dumps({"call": number, **outcome._asdict()}).encode() + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
             while line:
                 line = line[os.write(self._descriptor, line) :]
 
 
-class _Worker:
-    """The function that a process of the pool runs."""
+class _PoolProcess:
+    """Function and form that a process of the pool works with."""
 
     function: forms.UserFunction
     form: forms.Form
 
 
-_worker = _Worker()
+_worker = _PoolProcess()
 """A process of the pool works for one function, and is told no more of it with each call."""
 
 
@@ -178,7 +178,7 @@ def _enter(
     _worker.form = form
 
 
-def _score(payload: bytes) -> forms.Outcome:
+def _score(payload: bytes) -> forms.FunctionResult:
     """Returns the outcome of a call, in a process of the pool."""
     return forms.call(_worker.function, _worker.form, pickle.loads(payload))
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from atlas_jax import stopping
 from atlas_jax.rewards import worker_program
-from atlas_jax.rewards.forms import Outcome
+from atlas_jax.rewards.forms import FunctionResult
 from atlas_jax.types import Sample
 
 _LOOK_SECS = 0.5  # longest time from a request to stop until a wait ends
@@ -40,11 +40,13 @@ class Workers:
             timeout_secs: the time after which a call is killed.
             num_workers: calls at one time.
         """
-        self._start = worker_program.Start(reference, timeout_secs, num_workers, [])
+        self._settings = worker_program.WorkerSettings(
+            reference=reference, timeout_secs=timeout_secs, num_workers=num_workers, path=[]
+        )
         self._program: _Program | None = None
         self._lock = threading.Lock()
 
-    def run(self, calls: Sequence[Sequence[Sample]]) -> list[Outcome]:
+    def run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
         """Returns the outcome of each call, given the samples of each.
 
         Raises:
@@ -63,32 +65,34 @@ class Workers:
             self._program.close()
             self._program = None
 
-    def _run(self, calls: Sequence[Sequence[Sample]]) -> list[Outcome]:
+    def _run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
         if self._program is None:
             self._program = _Program(
-                self._start._replace(path=[p or os.getcwd() for p in sys.path])
+                self._settings._replace(path=[p or os.getcwd() for p in sys.path])
             )
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, FunctionResult] = {}
         error = self._program.wait_until_ready()
         for number, samples in enumerate(calls):
             try:
                 payload = pickle.dumps(list(samples))
             except (AttributeError, TypeError, ValueError, pickle.PicklingError) as unsent:
-                outcomes[number] = Outcome([], f"the row cannot be sent to a process: {unsent}")
+                outcomes[number] = FunctionResult(
+                    [], f"the row cannot be sent to a process: {unsent}"
+                )
             else:
                 error = error or self._program.send(number, payload)
         while len(outcomes) < len(calls) and not error:
-            done, error = self._program.receive(self._start.timeout_secs + _PATIENCE_SECS)
+            done, error = self._program.receive(self._settings.timeout_secs + _PATIENCE_SECS)
             outcomes |= done
         if error:
             self.close()
-        return [outcomes.get(number) or Outcome([], error) for number in range(len(calls))]
+        return [outcomes.get(number) or FunctionResult([], error) for number in range(len(calls))]
 
 
 class _Program:
     """The running program, and what it has said so far."""
 
-    def __init__(self, start: worker_program.Start) -> None:
+    def __init__(self, settings: worker_program.WorkerSettings) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "atlas_jax.rewards.worker_program"],
             stdin=subprocess.PIPE,
@@ -99,7 +103,7 @@ class _Program:
         self._buffer = b""
         self._is_ready = False
         self.close = weakref.finalize(self, _end, self._process)
-        self._write(pickle.dumps(tuple(start)))
+        self._write(pickle.dumps(tuple(settings)))
 
     def wait_until_ready(self) -> str:
         """Returns "" when the function is imported there, else what is wrong."""
@@ -113,10 +117,12 @@ class _Program:
         """Sends a call; returns what is wrong, "" for nothing."""
         return self._write(pickle.dumps((number, payload)))
 
-    def receive(self, patience_secs: float) -> tuple[dict[int, Outcome], str]:
+    def receive(self, patience_secs: float) -> tuple[dict[int, FunctionResult], str]:
         """Returns the calls that are done, some at least, and what is wrong, "" for nothing."""
         lines, error = self._lines(patience_secs)
-        return {line["call"]: Outcome(line["values"], line["error"]) for line in lines}, error
+        return {
+            line["call"]: FunctionResult(line["values"], line["error"]) for line in lines
+        }, error
 
     def _write(self, message: bytes) -> str:
         assert self._process.stdin is not None

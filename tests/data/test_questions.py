@@ -14,15 +14,17 @@ def question_of(needs_truth=True, **fields):
 @pytest.mark.parametrize("name", ["prompt", "problem_text", "question", "input"])
 @pytest.mark.parametrize("truth", ["ground_truth", "answer", "solution"])
 def test_a_question_and_its_truth_are_found_by_their_names(name, truth):
-    assert question_of(**{name: " 2+2? ", truth: 4}) == Question("d.jsonl:7", "2+2?", "4", {})
+    row = {name: " 2+2? ", truth: 4}
+    expected = Question(id="d.jsonl:7", text="2+2?", ground_truth="4", fields={}, row=row)
+    assert question_of(**row) == expected
 
 
 def test_the_first_name_that_holds_a_text_wins():
     found = question_of(
         input="last", question="third", prompt="", problem_text=None, solution="S", answer="A"
     )
-    assert (found.question, found.ground_truth) == ("third", "A")
-    assert question_of(question="q", prompt=[{"role": "user"}], answer="1").question == "q"
+    assert (found.text, found.ground_truth) == ("third", "A")
+    assert question_of(question="q", prompt=[{"role": "user"}], answer="1").text == "q"
 
 
 def test_a_row_may_name_itself():

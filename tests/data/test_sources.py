@@ -223,7 +223,7 @@ def test_a_column_that_is_named_as_a_part_of_sessions_is_a_column(tmp_path, name
         assert [s.completion for s in examples.parse_rows(unfolded, CONFIG).samples] == ["x", "x"]
     else:
         asked = questions.parse_questions(found, 0.0, True, (name,))
-        assert [(q.question, q.fields[name]) for q in asked] == [("0", "a text"), ("1", "a text")]
+        assert [(q.text, q.fields[name]) for q in asked] == [("0", "a text"), ("1", "a text")]
 
 
 def test_split_that_a_hub_dataset_lacks_is_an_error(tmp_path):
