@@ -260,8 +260,7 @@ class Client:
                 except _PausedError as paused:
                     tries.left += 1
                     tries.made -= 1
-                    if time.monotonic() > end:  # retries would repeat the whole wait
-                        raise _TransientError(paused.failure, final=True) from None
+                    _check_patience(end, paused)
                     # Spread at random, so that waiting requests do not all return at one time.
                     wait = _PAUSED_SECS * random.uniform(0.5, 1.5)
                 except _BusyError as busy:
@@ -468,3 +467,9 @@ def _proxy(base_url: str) -> str | None:
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(url.scheme) or proxies.get("all")
+
+
+def _check_patience(end: float, paused: _PausedError) -> None:
+    """Checks that the server may be asked again; raises as final what retries would wait out."""
+    if time.monotonic() > end:
+        raise _TransientError(paused.failure, final=True) from None

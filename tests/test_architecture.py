@@ -39,6 +39,12 @@ def test_files_and_functions_stay_small():
                 assert node.end_lineno - node.lineno < 80, (source.path, node.name)
 
 
+def test_blocks_nest_three_deep_and_functions_take_eight_parameters_at_most():
+    figures = style_figures.measure(pathlib.Path())
+    assert figures["nesting above 3"] == []
+    assert figures["more than 8 parameters"] == []
+
+
 def test_comments_and_docstrings_are_no_code_lines(tmp_path):
     text = '"""A module."""\n\n# A comment.\nx = """kept\n# kept"""\n\n\n'
     text += 'class A:\n    """A class.\n\n    More.\n    """\n'

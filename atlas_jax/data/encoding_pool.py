@@ -87,7 +87,7 @@ class _Queue(Iterator[tuple[int, Sequence[Sample]]]):
 
 
 @dataclasses.dataclass
-class _Worker:
+class _Helper:
     """A worker process."""
 
     process: subprocess.Popen[bytes]
@@ -106,10 +106,10 @@ def _helped(
     queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task, count: int
 ) -> Iterator[None]:
     """Lets workers take chunks of the queue too, and waits at the end for their last chunks."""
-    workers: list[_Worker] = []
+    workers: list[_Helper] = []
     with futures.ThreadPoolExecutor(count) as threads:
         try:
-            workers += (_Worker(_start()) for _ in range(count))
+            workers += (_Helper(_start()) for _ in range(count))
             serving = [threads.submit(_serve, worker, queue, done, task) for worker in workers]
             yield
             for worker in workers:
@@ -137,7 +137,7 @@ def _start() -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-def _serve(worker: _Worker, queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task) -> None:
+def _serve(worker: _Helper, queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task) -> None:
     """Sends chunks to a worker until none is left or it dies."""
     try:
         _ask(worker, task)
@@ -153,7 +153,7 @@ def _serve(worker: _Worker, queue: _Queue, done: dict[int, list[chat.Encoded]], 
             logging.warning("a process that tokenizes ended early; the others do its part")
 
 
-def _ask(worker: _Worker, content: Any) -> Any:
+def _ask(worker: _Helper, content: Any) -> Any:
     requests = worker.process.stdin
     answers = worker.process.stdout
     assert requests and answers  # pipes, see `_start`

@@ -20,7 +20,7 @@ from absl import logging
 
 from atlas_jax import extras
 from atlas_jax.config import DataConfig
-from atlas_jax.data import row_files, row_functions
+from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
 from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
 
@@ -151,6 +151,8 @@ def check_function(source: str, use: Callable[[Row], object]) -> None:
     Raises:
         ValueError: as `row_functions.read`, and as `check`.
     """
+    from atlas_jax.data import row_functions  # rows of files need none
+
     check_records(row_functions.read(source, row_functions.TRAIN), use)
     if row_functions.takes_split(source):
         check_records(row_functions.read(source, row_functions.EVAL), use)
@@ -282,7 +284,11 @@ def _read(config: DataConfig, path: str, output_dir: str) -> Rows:
 
 def _held_out_by_function(config: DataConfig) -> Rows | None:
     """Returns the rows to evaluate on of the function that gives rows; None if it has none."""
-    if not config.source or not row_functions.takes_split(config.source):
+    if not config.source:
+        return None
+    from atlas_jax.data import row_functions
+
+    if not row_functions.takes_split(config.source):
         return None
     records = list(row_functions.read(config.source, row_functions.EVAL))
     return _gathered(repr(config.source), records) if records else None
@@ -311,6 +317,8 @@ def _all_records(
     config: DataConfig, path: str, output_dir: str
 ) -> Iterable[tuple[str, dict[str, Any] | SessionRows | str]]:
     if config.source and path == config.source:
+        from atlas_jax.data import row_functions
+
         return row_functions.read(path, row_functions.TRAIN)
     parts = parts_of(path)
     if not path or config.format == "session":
