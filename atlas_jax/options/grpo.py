@@ -153,11 +153,12 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
     def _check_alone(self) -> None:
         """Checks that no reward needs a student, who takes part in the teaching protocol alone."""
         protocol = f"protocol={self.rollout.protocol}"
-        names = self.judges.judge_names if self.judges else ()
-        if set(names) - {"accuracy"}:
+        names = self.judges.need_student if self.judges else ()
+        if names:
             raise ValueError(
                 f"the judges {', '.join(names)} are active, and {protocol} has no lesson to "
-                "judge; leave accuracy alone on in reward.rim.active_judges"
+                "judge; leave accuracy alone on in reward.rim.active_judges, and let judges of "
+                "your own see question, ground_truth and answer alone"
             )
         if "teaching_gain" in self.reward.parts:
             raise ValueError(

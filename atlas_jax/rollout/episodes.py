@@ -179,7 +179,10 @@ class EpisodePolicy:
             return self.failed(self._failure)
         last = self._turns[-1][1]
         truncated = self._is_full or last.finish_reason == "length"
-        ids, sampled, logprobs, untruncated = [], [], [], []
+        ids: list[int] = []
+        sampled: list[bool] = []
+        logprobs: list[float] = []
+        untruncated: list[float] = []
         for between, turn in self._turns:
             nothing = (0.0,) * len(between)
             ids += [*between, *turn.token_ids]
