@@ -252,9 +252,19 @@ class RIMConfig:
     @property
     def judge_names(self) -> tuple[str, ...]:
         """The active judges, those of the user's own last."""
-        active = vars(self.active_judges)
-        built_in = [name for name in _BUILT_IN if active[name]]
-        return (*built_in, *(judge.name for judge in self.own_judges))
+        return (*self._active, *(judge.name for judge in self.own_judges))
+
+    @property
+    def _active(self) -> tuple[str, ...]:
+        """The active ones of the built-in judges."""
+        active = self.active_judges
+        named = {
+            "accuracy": active.accuracy,
+            "helpfulness": active.helpfulness,
+            "process": active.process,
+            "diagnostic": active.diagnostic,
+        }
+        return tuple(name for name, is_active in named.items() if is_active)
 
     @property
     def own_judges(self) -> tuple[Judge, ...]:
@@ -268,8 +278,7 @@ class RIMConfig:
     @property
     def need_student(self) -> tuple[str, ...]:
         """The active judges that see texts of a student or for one."""
-        active = vars(self.active_judges)
-        built_in = [name for name in _BUILT_IN if active[name] and name != "accuracy"]
+        built_in = [name for name in self._active if name != "accuracy"]
         own = [judge.name for judge in self.own_judges if _OF_A_STUDENT & set(judge.sees)]
         return (*built_in, *own)
 
