@@ -105,7 +105,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     computes = [Compute.of(one) for one in configs]
     models = [open_frozen(each, each.config.model_name_or_path) for each in computes]
     student = None
-    if config.rollout.protocol != "direct":
+    if config.student:
         student = local_backend.load_student(config, grpo.open_student(config, computes[0]))
     answers: list[list[Sample]] = []
     for one, model in zip(configs, models, strict=True):

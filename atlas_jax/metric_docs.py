@@ -40,7 +40,12 @@ METRICS: dict[str, Metric] = {
     "rollout/importance_weight": Metric("", "Mean weight that corrects this mismatch."),
     "rollout/importance_capped_frac": Metric(_SHARE, "Weights that `importance_sampling_cap` "
         "limits."),
-    "rollout/completion_tokens": Metric(_TOKENS, "Mean length of the policy's completions."),
+    "rollout/completion_tokens": Metric(_TOKENS, "Mean number of tokens that the policy sampled "
+        "for a completion."),
+    "rollout/turns": Metric("turns", "Mean number of the policy's turns in an episode, with "
+        "`rollout.protocol=package.module:function`."),
+    "rollout/observed_tokens": Metric(_TOKENS, "Mean number of tokens that others said between the "
+        "turns of an episode. They are not trained."),
     "rollout/prompt_tokens": Metric(_TOKENS, "Mean length of the policy's prompts."),
     "rollout/truncated_frac": Metric(_SHARE, "Completions that ended at `max_new_tokens`."),
     "rollout/failed_frac": Metric(_SHARE, "Completions that are missing."),
@@ -64,7 +69,7 @@ METRICS: dict[str, Metric] = {
     "reward/zero_std_group_frac": Metric(_SHARE, "Groups whose rewards are all equal, among the "
         "groups with two scores or more."),
     "rim_rewards/NAME": Metric("0 to 1", "Mean score of the judge NAME: `accuracy`, "
-        "`helpfulness`, `process` or `diagnostic`."),
+        "`helpfulness`, `process`, `diagnostic`, or one of your own."),
     "reward/judge_missing_frac": Metric(_SHARE, "Scores of judges that are missing, so that their "
         "samples have no reward."),
     "reward/opinions_missing_frac": Metric(_SHARE, "Opinions that did not come, of those that were "

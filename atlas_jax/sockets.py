@@ -37,6 +37,17 @@ def resolve(name: str, option: str) -> Callable[..., Any]:
     Raises:
         ValueError: the reference is malformed, its import fails, or it refers to no callable.
     """
+    found = resolve_object(name, option)
+    if not callable(found):
+        attribute = name.partition(":")[2]
+        raise ValueError(
+            f"{option}={name}: {attribute} is a {type(found).__name__}; it must be callable"
+        )
+    return found
+
+
+def resolve_object(name: str, option: str) -> Any:
+    """Returns the object of any type that `module:NAME` refers to; raises as `resolve` does."""
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise ValueError(f"{option}={name}: write package.module:function")
@@ -48,10 +59,6 @@ def resolve(name: str, option: str) -> Callable[..., Any]:
         found = operator.attrgetter(attribute)(module)
     except AttributeError as error:
         raise ValueError(f"{option}={name}: {module_name} has no {attribute}") from error
-    if not callable(found):
-        raise ValueError(
-            f"{option}={name}: {attribute} is a {type(found).__name__}; it must be callable"
-        )
     return found
 
 

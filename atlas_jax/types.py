@@ -136,7 +136,11 @@ class PolicyBatch(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """The continuation of one prompt by a model."""
+    """The continuation of one prompt by a model.
+
+    An episode is one completion too: the turns of the model, and between them what tools or an
+    environment said.
+    """
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]  # up to and including the stop token
@@ -145,11 +149,19 @@ class Completion(NamedTuple):
     finish_reason: str  # "stop", "length", "skipped: why" or "error: why"
     text: str  # without the stop token
     weights_version: int  # the step whose weights wrote it
+    sampled: tuple[bool, ...] = ()
+    """True for each token that the model sampled; () if it sampled all of them. The others have
+    log-probability 0 and are never trained."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were sampled, the stop token included."""
+        """Tokens after the prompt, the stop token and what tools said included."""
         return len(self.token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that were sampled, the stop token included."""
+        return sum(self.sampled) if self.sampled else len(self.token_ids)
 
     @property
     def is_skipped(self) -> bool:
@@ -215,7 +227,7 @@ class Sample(NamedTuple):
     Each stage of a GRPO step takes samples and gives them back with more of their fields set:
     `rollout.teaching` the texts, the rewards `reward`, `recipes.feed` `advantage` and `trains`. The
     members of one question stand together and in order. Under `protocol=direct` the policy answers
-    the question itself, and no student takes part.
+    the question itself, and no student takes part; nor does one in an episode of a user's own.
     """
 
     question: Question
@@ -230,6 +242,10 @@ class Sample(NamedTuple):
     advantage: float = 0.0
     trains: bool = False
     """True if the loss counts the completion."""
+    messages: tuple[Message, ...] = ()
+    """The whole conversation of an episode; () without one."""
+    facts: Mapping[str, Any] = {}
+    """What the function of an episode noted for rewards, such as the outcome of a game."""
 
     @property
     def answer(self) -> Completion:

@@ -25,6 +25,11 @@ def apply(config: ConfigDict) -> None:
     c.active_judges.helpfulness = True
     c.active_judges.process = True
     c.active_judges.diagnostic = True
+    c.judges = ()  # judges of one's own, "my_package.judges:BREVITY"
+    c.judge_weights.accuracy = 1.0
+    c.judge_weights.helpfulness = 1.0
+    c.judge_weights.process = 1.0
+    c.judge_weights.diagnostic = 1.0
 
     c.small_model.model = "gemini/gemini-2.5-flash"
     c.large_model.model = "gemini/gemini-2.5-pro"

@@ -128,6 +128,51 @@ class ChatTemplate:
             return tuple(self.control_tokens.encode(text, adds).ids)
         return tuple(self.tokenizer(text, add_special_tokens=adds).input_ids)
 
+    def turn_ids(self, messages: Sequence[Message], ended_by: int | None = None) -> tuple[int, ...]:
+        """Returns the tokens of a conversation after its last answer, with the generation prompt.
+
+        They are the text that the template writes after that answer, tokenized on its own: the end
+        of the turn, and the messages that follow. The answer's own tokens are not among them,
+        because those that were sampled need not be those of its text. Without an answer, they are
+        the whole prompt.
+
+        Args:
+            messages: the conversation from its beginning.
+            ended_by: the stop token that was sampled at the end of the answer; where the template
+                ends a turn with it, it is not repeated.
+
+        Raises:
+            Exception: one of `errors`, from the template.
+            ValueError: if the template leaves out the answer, or a message after it.
+        """
+        if all(m["role"] != "assistant" for m in messages):
+            return self.prompt_ids(messages)
+        messages = self.fitted(messages) if self.tokenizer.chat_template else list(messages)
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        covered = self.control_tokens.cover_messages(messages)
+        marker = _ANSWER
+        while any(marker in str(m["content"]) for m in covered):
+            marker += "!"
+        answer = Message(role="assistant", content=marker)
+        shown = [*covered[:last], answer, *covered[last + 1 :]]
+        if self.tokenizer.chat_template:
+            text = self(shown, add_generation_prompt=True)
+        else:
+            text = "\n\n".join(m["content"] for m in shown)
+        _, found, text = text.rpartition(marker)
+        for message in covered[last + 1 :]:
+            if not found or message["content"].strip() not in text:
+                raise ValueError(
+                    f"the chat template of {self.tokenizer.name_or_path} leaves out what follows "
+                    f"an answer as a message of the role {message['role']}; use the role user"
+                )
+        if ended_by is not None:
+            name = str(self.tokenizer.convert_ids_to_tokens(ended_by))
+            text = text.lstrip().removeprefix(name) if text.lstrip().startswith(name) else text
+        if covered != messages:
+            return tuple(self.control_tokens.encode(text).ids)
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
     @functools.cached_property
     def control_tokens(self) -> ControlTokens:
         """The special tokens, and other tokens that the template writes around messages."""

@@ -14,11 +14,12 @@ Five examples of 5, 3, 4, 3 and 5 tokens, in rows of 10:
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from atlas_jax.types import Batch, Example, PolicyBatch, Sample
+from atlas_jax.types import Batch, Completion, Example, PolicyBatch, Sample
 
 
 def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
@@ -122,6 +123,9 @@ def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
 def collate_policy(samples: Sequence[Sample], per_row: int, length: int) -> PolicyBatch:
     """Returns completions as rows, `per_row` of them after one copy of their prompt.
 
+    Where prompts of one row differ, their common beginning stands once, and the rest of each prompt
+    before its completion. Only sampled tokens are trained.
+
     Args:
         samples: the members of each question together; all questions have equally many.
         per_row: completions of a row; it divides the members of a question.
@@ -156,25 +160,45 @@ def split_rows(samples: Sequence[Sample], per_row: int) -> list[Sequence[Sample]
 
 def row_tokens(members: Sequence[Sample]) -> int:
     """Returns the tokens of a row of one prompt and these completions."""
-    prompt = len(members[0].completion.prompt_ids)
-    return prompt + sum(s.completion.num_tokens for s in members)
+    shared = len(_shared_prompt(members))
+    return shared + sum(len(_own_tokens(s.completion, shared)) for s in members)
+
+
+def _shared_prompt(members: Sequence[Sample]) -> tuple[int, ...]:
+    """Returns the beginning that the prompts of a row's completions have in common."""
+    prompts = [s.completion.prompt_ids for s in members if s.completion.token_ids]
+    if not prompts:
+        return members[0].completion.prompt_ids
+    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return tuple(tokens[0] for tokens in same)
+
+
+def _own_tokens(completion: Completion, shared: int) -> tuple[int, ...]:
+    """Returns the tokens of a completion that follow the first `shared` ones of its prompt."""
+    if not completion.token_ids:
+        return ()
+    return completion.prompt_ids[shared:] + completion.token_ids
 
 
 def _fill_policy_row(batch: PolicyBatch, row: int, members: Sequence[Sample]) -> None:
     """Writes the prompt and the completions of `members` into one row of the batch."""
-    prompt = members[0].completion.prompt_ids
+    prompt = _shared_prompt(members)
     end = len(prompt)
     batch.tokens[row, :end] = prompt
     batch.positions[row, :end] = np.arange(end)
     batch.segment_ids[row, : row_tokens(members)] = 1
     for number, sample in enumerate(members, start=1):
         completion = sample.completion
+        tokens = _own_tokens(completion, len(prompt))
         start = end
-        end += completion.num_tokens
-        batch.tokens[row, start:end] = completion.token_ids
+        end += len(tokens)
+        batch.tokens[row, start:end] = tokens
         batch.positions[row, start:end] = len(prompt) + np.arange(end - start)
         batch.sequence_ids[row, start:end] = number
-        batch.loss_mask[row, start:end] = sample.trains
         if sample.trains:
-            batch.advantages[row, start:end] = sample.advantage
-            batch.rollout_logprobs[row, start:end] = completion.untruncated_logprobs
+            first = end - completion.num_tokens
+            sampled = np.asarray(completion.sampled or (True,) * completion.num_tokens, bool)
+            logprobs = np.where(sampled, completion.untruncated_logprobs, 0.0)
+            batch.loss_mask[row, first:end] = sampled
+            batch.advantages[row, first:end] = np.where(sampled, sample.advantage, 0.0)
+            batch.rollout_logprobs[row, first:end] = logprobs

@@ -148,8 +148,8 @@ def check_templates(config: GRPOConfig) -> None:
     rollout = config.rollout
     known = ("question", *config.rollout.question_fields)
     checks: dict[str, tuple[str, ...]]
-    if rollout.protocol == "direct":
-        checks = {"rollout.direct_template": ()}
+    if not rollout.has_student:
+        checks = {"rollout.direct_template": ()} if rollout.protocol == "direct" else {}
     else:
         checks = {
             "teaching.student_baseline_template": (),

@@ -58,6 +58,11 @@ def choices_or_function(*names: str) -> Meta:
                 extra={"choices": (*names, "package.module:function")})  # fmt: skip
 
 
+def function_reference() -> Meta:
+    """Returns the rule for an object of the user's own as `package.module:NAME`."""
+    return Meta(pattern=f"^{FUNCTION}$", extra={"rule": "package.module:NAME"})
+
+
 def some_of(*names: str) -> Meta:
     """Returns the rule for `none`, or some of `names` with commas between them."""
     one = f"(?:{'|'.join(map(re.escape, names))})"

@@ -117,8 +117,8 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
     @property
     def functions(self) -> dict[str, str]:
         """Options whose values are functions of the user's own, `package.module:function`."""
-        own = {"loss_type": self.loss_type} if ":" in self.loss_type else {}
-        return super().functions | own
+        named = {"loss_type": self.loss_type, "rollout.protocol": self.rollout.protocol}
+        return super().functions | {option: name for option, name in named.items() if ":" in name}
 
     @property
     def reward_functions(self) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
     @property
     def student(self) -> str:
         """Name of the frozen student model; empty if the protocol has none."""
-        return self.student_model if self.rollout.protocol == "teaching" else ""
+        return self.student_model if self.rollout.has_student else ""
 
     @property
     def answer_tokens(self) -> int:
@@ -156,7 +156,7 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
             raise ValueError("packing=True is for SFT; GRPO rows hold a prompt and its completions")
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True without a reference; raise beta above 0")
-        if self.rollout.protocol == "teaching" and not self.student_model:
+        if self.rollout.has_student and not self.student_model:
             raise ValueError(
                 "student_model is empty; set --config.student_model=…, or "
                 "--config.rollout.protocol=direct to train without a student"
@@ -164,8 +164,8 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         self.rollout.check()
         self.reward.check()
         self._check_sampling()
-        if self.rollout.protocol == "direct":
-            self._check_direct()
+        if not self.rollout.has_student:
+            self._check_alone()
 
     def _check_sampling(self) -> None:
         """Checks how tokens are drawn against where they are drawn and what weights draw them."""
@@ -182,16 +182,18 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
                 "sequence"
             )
 
-    def _check_direct(self) -> None:
-        """Checks that no reward needs a student, whom the direct protocol does not have."""
-        names = self.judges.judge_names if self.judges else ()
-        if set(names) - {"accuracy"}:
+    def _check_alone(self) -> None:
+        """Checks that no reward needs a student, who takes part in the teaching protocol alone."""
+        protocol = f"protocol={self.rollout.protocol}"
+        names = self.judges.need_student if self.judges else ()
+        if names:
             raise ValueError(
-                f"the judges {', '.join(names)} are active, and protocol=direct has no lesson to "
-                "judge; leave accuracy alone on in reward.rim.active_judges"
+                f"the judges {', '.join(names)} are active, and {protocol} has no lesson to "
+                "judge; leave accuracy alone on in reward.rim.active_judges, and let judges of "
+                "your own see question, ground_truth and answer alone"
             )
         if "teaching_gain" in self.reward.parts:
             raise ValueError(
-                "the reward teaching_gain compares a student's answers, and protocol=direct has no "
+                f"the reward teaching_gain compares a student's answers, and {protocol} has no "
                 "student; use reward.names=('exact_match',)"
             )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from atlas_jax import sockets
 from atlas_jax.options.fields import (
     NonNegative,
     NonNegativeInt,
@@ -15,6 +18,7 @@ from atlas_jax.options.fields import (
     PositiveInt,
     Share,
     check_values,
+    function_reference,
 )
 
 UNKNOWN_PRICE = -1.0
@@ -34,6 +38,94 @@ class ActiveJudges:
     """Judges whether the student followed its plan and the lesson in clear steps."""
     diagnostic: bool = True
     """Judges whether the lesson found the mistake in the student's plan."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeWeights:
+    """Weights of the judges' scores in the reward, which is their weighted mean."""
+
+    accuracy: NonNegative = 1.0
+    """Weight of the accuracy score."""
+    helpfulness: NonNegative = 1.0
+    """Weight of the helpfulness score."""
+    process: NonNegative = 1.0
+    """Weight of the process score."""
+    diagnostic: NonNegative = 1.0
+    """Weight of the diagnostic score."""
+
+
+MATERIAL = ("question", "ground_truth", "baseline", "plan", "lesson", "trace", "answer")
+"""Texts that judges may see, in the order in which they are shown by default."""
+
+_OF_A_STUDENT = {"baseline", "plan", "lesson", "trace"}
+_BUILT_IN = ("accuracy", "helpfulness", "process", "diagnostic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A judge: its task, the texts that it sees, and what its score weighs.
+
+    Example:
+        BREVITY = Judge(
+            name="brevity",
+            prompt="You judge whether an answer is short. Every sentence must be needed.",
+            sees=("question", "answer"),
+            weight=0.5,
+        )
+    """
+
+    name: str
+    """Name for metrics and records, `rim_rewards/NAME`."""
+    prompt: str
+    """Role and task in words. The frame around it asks for principles, a rationale, a score from 0
+    to 1 and an uncertainty as JSON, and protects the judge from instructions in the texts."""
+    sees: tuple[str, ...] = ("question", "ground_truth", "answer")
+    """Texts that the judge is shown, some of `MATERIAL`. A judge that sees the lesson gives 0,
+    without a call, where there is none."""
+    weight: float = 1.0
+    """Weight of its score in the mean, 0 or more; 0 only reports it."""
+
+    def check(self, option: str) -> None:
+        """Checks the judge.
+
+        Args:
+            option: the option and the reference that it stands in, for errors.
+
+        Raises:
+            ValueError: says what is wrong, its value and what to write instead.
+        """
+        if not self.name.isidentifier() or self.name in _BUILT_IN:
+            raise ValueError(
+                f"{option}: name={self.name!r} must be letters, digits and underscores, and not "
+                f"the name of a built-in judge ({', '.join(_BUILT_IN)})"
+            )
+        if not self.prompt.strip():
+            raise ValueError(f"{option}: the prompt is empty; say what the judge is to judge")
+        if not self.sees or set(self.sees) - set(MATERIAL):
+            raise ValueError(
+                f"{option}: sees={self.sees!r} must name some of {', '.join(MATERIAL)}"
+            )
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{option}: weight={self.weight} must be a number of 0 or more")
+
+
+@functools.cache
+def _own_judges(references: tuple[str, ...], option: str) -> tuple[Judge, ...]:
+    """Returns the judges that `module:NAME` references name, checked."""
+    judges = []
+    for reference in references:
+        judge = sockets.resolve_object(reference, option)
+        if not isinstance(judge, Judge):
+            raise ValueError(
+                f"{option}={reference} is a {type(judge).__name__}; it must be an "
+                "atlas_jax.rewards.Judge"
+            )
+        judge.check(f"{option}={reference}")
+        judges.append(judge)
+    names = [judge.name for judge in judges]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{option}={references} have the names {names}; give each its own")
+    return tuple(judges)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +237,11 @@ class RIMConfig:
     """Bytes of that file above which the oldest replies are removed; 0 sets no limit."""
     replay: bool = False
     """Reads every reply from the cache, and fails where the cache has none."""
+    judges: tuple[Annotated[str, function_reference()], ...] = ()
+    """Judges of your own beside the built-in ones, each an `atlas_jax.rewards.Judge`, written
+    `package.module:NAME`."""
     active_judges: ActiveJudges = ActiveJudges()
+    judge_weights: JudgeWeights = JudgeWeights()
     small_model: JudgeModel = JudgeModel()
     large_model: JudgeModel = JudgeModel(model="gemini/gemini-2.5-pro")
     consistency_rules: ConsistencyRules = ConsistencyRules()
@@ -155,7 +251,12 @@ class RIMConfig:
 
     @property
     def judge_names(self) -> tuple[str, ...]:
-        """The active judges."""
+        """The active judges, those of the user's own last."""
+        return (*self._active, *(judge.name for judge in self.own_judges))
+
+    @property
+    def _active(self) -> tuple[str, ...]:
+        """The active ones of the built-in judges."""
         active = self.active_judges
         named = {
             "accuracy": active.accuracy,
@@ -164,6 +265,28 @@ class RIMConfig:
             "diagnostic": active.diagnostic,
         }
         return tuple(name for name, is_active in named.items() if is_active)
+
+    @property
+    def own_judges(self) -> tuple[Judge, ...]:
+        """The judges of the user's own, imported.
+
+        Raises:
+            ValueError: if one cannot be imported or is no valid judge.
+        """
+        return _own_judges(self.judges, "reward.rim.judges")
+
+    @property
+    def need_student(self) -> tuple[str, ...]:
+        """The active judges that see texts of a student or for one."""
+        built_in = [name for name in self._active if name != "accuracy"]
+        own = [judge.name for judge in self.own_judges if _OF_A_STUDENT & set(judge.sees)]
+        return (*built_in, *own)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Active judge -> the weight of its score."""
+        given = vars(self.judge_weights) | {j.name: j.weight for j in self.own_judges}
+        return {name: given[name] for name in self.judge_names}
 
     def check(self, prefix: str = "reward.rim.") -> None:
         """Checks each option, and those that must fit each other.
@@ -174,6 +297,11 @@ class RIMConfig:
         check_values(self, prefix)
         if not self.judge_names:
             raise ValueError(f"{prefix}active_judges are all False; set one at least to True")
+        if not any(self.weights.values()):
+            raise ValueError(
+                f"{prefix}judge_weights leave the active judges {', '.join(self.judge_names)} "
+                "without weight; raise one above 0"
+            )
         temperatures = self.temperatures
         if not temperatures or len(set(temperatures)) < len(temperatures):
             raise ValueError(

@@ -6,7 +6,13 @@ import dataclasses
 from typing import Annotated, Literal
 
 from atlas_jax import addresses
-from atlas_jax.options.fields import Moved, NonNegativeInt, Positive, PositiveInt
+from atlas_jax.options.fields import (
+    Moved,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    choices_or_function,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +60,16 @@ class WeightSyncConfig:
 class RolloutConfig(WeightSyncConfig, ServersConfig):
     """Generation of completions: the protocol, and the engine."""
 
-    protocol: Literal["teaching", "direct"] = "teaching"
+    protocol: Annotated[str, choices_or_function("teaching", "direct")] = "teaching"
     """Way in which a question is asked: `teaching` lets the trained teacher help a frozen student,
-    `direct` is plain GRPO, in which the trained model answers the question itself."""
+    `direct` is plain GRPO, in which the trained model answers the question itself. A function
+    `async ask(policy, question)` of your own talks to the trained model over several turns."""
+    max_turns: PositiveInt = 16
+    """Most turns of the trained model in an episode of `rollout.protocol=package.module:function`.
+    One that needs more ends there and counts as truncated."""
+    episode_timeout_secs: Positive = 60.0
+    """Most seconds that the function of an episode may take between two turns of the model. An
+    episode that takes longer has failed."""
     direct_template: str = "{question}"
     """User message of `rollout.protocol=direct`, with the field `{question}`."""
     question_fields: tuple[str, ...] = ()
@@ -89,6 +102,11 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
     missing_teaching: Annotated[str | None, Moved("teaching.missing_teaching")] = None
     max_answer_tokens: Annotated[int | None, Moved("teaching.max_answer_tokens")] = None
 
+    @property
+    def has_student(self) -> bool:
+        """True if a frozen student takes part."""
+        return self.protocol == "teaching"
+
     def check(self) -> None:
         """Checks the options together.
 
@@ -117,7 +135,7 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
 
     def _check_servers(self) -> None:
         """Checks that every role has servers, and that each server has the weights of one role."""
-        needed = ("teacher",) if self.protocol == "direct" else ("teacher", "student")
+        needed = ("teacher", "student") if self.has_student else ("teacher",)
         for role in needed:
             if not addresses.split(getattr(self, f"{role}_servers")):
                 raise ValueError(

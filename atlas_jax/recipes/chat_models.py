@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from atlas_jax.config import GRPOConfig
+from atlas_jax import sockets
+from atlas_jax.config import GRPOConfig, RolloutConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
-from atlas_jax.rollout.engine import ChatModel
+from atlas_jax.rollout.engine import ChatModel, EncodeTurn
+from atlas_jax.rollout.episodes import EpisodeOptions
 from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Params
@@ -26,7 +29,8 @@ def local(
         max_rows: rows that are decoded at one time.
         stop_ids: tokens that end a text; None takes the model's own, see `stop_tokens`.
     """
-    from atlas_jax.rollout.local import LocalEngine  # a run whose servers generate needs none
+    # A run whose servers generate needs no programs that do.
+    from atlas_jax.rollout.local import LocalEngine, goes_on
 
     if stop_ids is None:
         stop_ids = stop_tokens(model)
@@ -36,7 +40,8 @@ def local(
         stop_ids=stop_ids,
         max_rows=max_rows,
     )
-    encode = encoder(model.template, system_prompt)
+    encode_turn = turn_encoder(model.template, system_prompt)
+    encode = asking(encode_turn)
     context = model.decoder.config.max_positions
 
     def bind(params: Params, version: int) -> ChatModel:
@@ -46,6 +51,8 @@ def local(
             generate=generate,
             context=context,
             vocab_size=model.decoder.config.vocab_size,
+            encode_turn=encode_turn,
+            goes_on=goes_on,
         )
 
     return bind
@@ -70,14 +77,28 @@ def encoder(template: ChatTemplate, system_prompt: str) -> Callable[[str], tuple
 
     It may be called from several threads.
     """
+    return asking(turn_encoder(template, system_prompt))
+
+
+def asking(encode_turn: EncodeTurn) -> Callable[[str], tuple[int, ...]]:
+    """Returns a user's message -> the prompt of a conversation that it begins."""
+    return lambda text: encode_turn([Message(role="user", content=text)])
+
+
+def turn_encoder(template: ChatTemplate, system_prompt: str) -> EncodeTurn:
+    """Returns a conversation -> the prompt of the model's next turn, see `ChatTemplate.turn_ids`.
+
+    The system prompt precedes a conversation that has none of its own. The function may be called
+    from several threads.
+    """
     lock = threading.Lock()  # tokenizers are not thread-safe
 
-    def encode(text: str) -> tuple[int, ...]:
-        messages = [Message(role="user", content=text)]
-        if system_prompt:
+    def encode(messages: Sequence[Message], ended_by: int | None = None) -> tuple[int, ...]:
+        messages = list(messages)
+        if system_prompt and messages[0]["role"] != "system":
             messages.insert(0, Message(role="system", content=system_prompt))
         with lock:
-            return template.prompt_ids(messages)
+            return template.turn_ids(messages, ended_by)
 
     return encode
 
@@ -125,4 +146,24 @@ def make_protocol(config: GRPOConfig, num_generations: int) -> TeachingProtocol:
         limits=limits,
         num_generations=num_generations,
         missing_teaching=teaching.missing_teaching,
+        episode=_episode_options(config.rollout),
+    )
+
+
+def _episode_options(rollout: RolloutConfig) -> EpisodeOptions | None:
+    """Returns the episodes of a protocol of the user's own; None for a built-in protocol.
+
+    Raises:
+        ValueError: if `rollout.protocol` names no async function.
+    """
+    if not sockets.is_reference(rollout.protocol):
+        return None
+    ask = sockets.resolve(rollout.protocol, "rollout.protocol")
+    if not inspect.iscoroutinefunction(ask):
+        raise ValueError(
+            f"rollout.protocol={rollout.protocol} is no async function; write async def "
+            "ask(policy, question)"
+        )
+    return EpisodeOptions(
+        ask=ask, timeout_secs=rollout.episode_timeout_secs, max_turns=rollout.max_turns
     )

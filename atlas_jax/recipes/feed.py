@@ -251,6 +251,8 @@ class Feed:
         if "rim" in reward.parts:
             values |= measures.of_judges(samples, reward.rim.judge_names)
         values |= measures.of_generation(samples, version)
+        if self._parts.protocol.episode:
+            values |= measures.of_episodes(samples)
         if self._parts.backend.student:
             values |= measures.of_teaching(samples)
             values |= measures.of_efficiency(samples)

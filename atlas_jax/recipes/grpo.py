@@ -56,7 +56,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         #    so the layout is settled before the loss and the log-probabilities are built for it.
         train, held_out = _questions(config, given)
         student = None
-        if config.rollout.protocol != "direct":
+        if config.student:
             student = open_student(config, run.compute)
         layout = fit_attention(layout, run.decoder, config.attn_implementation)
         order = asked.QuestionOrder(train, config.seed, config.data.shuffle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from atlas_jax import sockets
 from atlas_jax.config import BatchPlan, GRPOConfig, multiples_near
 from atlas_jax.data.packing import capped_buckets
 
@@ -44,9 +45,7 @@ def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layou
     if config.rollout.share_prompt:
         common = math.gcd(size, plan.device_rows)
         fitting = [
-            k
-            for k in range(1, common + 1)
-            if common % k == 0 and config.max_prompt_length + k * config.max_new_tokens <= room
+            k for k in range(1, common + 1) if common % k == 0 and _longest_row(config, k) <= room
         ]
         per_row = max(fitting)
     buckets = capped_buckets(config.data.length_buckets, room)
@@ -56,3 +55,12 @@ def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layou
         microbatches=plan.microbatches,
         buckets=buckets,
     )
+
+
+def _longest_row(config: GRPOConfig, per_row: int) -> int:
+    """Returns the most tokens that a row of `per_row` completions may have.
+
+    Episodes of one question may begin with different prompts, of which each then stands in the row.
+    """
+    prompts = per_row if sockets.is_reference(config.rollout.protocol) else 1
+    return prompts * config.max_prompt_length + per_row * config.max_new_tokens

@@ -209,12 +209,13 @@ def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[Cha
     )
     lengths = [start.max_model_len for start in pool.starts]
     context = min(model.decoder.config.max_positions, *lengths)
-    encode = chat_models.encoder(model.template, system_prompt)
+    encode_turn = chat_models.turn_encoder(model.template, system_prompt)
     bound = ChatModel(
-        encode=encode,
+        encode=chat_models.asking(encode_turn),
         generate=engine.generate,
         context=context,
         vocab_size=model.decoder.config.vocab_size,
+        encode_turn=encode_turn,
     )
     return bound, engine
 

@@ -100,6 +100,18 @@ def reported(verdicts: Iterable[Verdict]) -> list[str]:
     return ["judges say that it gives the answer away or speaks to them"] if found else []
 
 
-def aggregate(scores: Mapping[str, float]) -> float | None:
-    """Returns the mean over the judges' scores; None without judges."""
-    return statistics.fmean(scores.values()) if scores else None
+def aggregate(scores: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+    """Returns the weighted mean of the judges' scores; None without judges.
+
+    Equal weights give the plain mean to the last bit.
+
+    Args:
+        scores: judge -> score in 0..1.
+        weights: judge -> weight, not all 0; a judge that is not named weighs 1.
+    """
+    if not scores:
+        return None
+    factors = [weights.get(name, 1.0) for name in scores]
+    if len(set(factors)) == 1:
+        return statistics.fmean(scores.values())
+    return statistics.fmean(scores.values(), factors)

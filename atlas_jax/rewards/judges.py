@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax.options.judges import JudgePrompt, RIMConfig
+from atlas_jax.options.judges import Judge, JudgePrompt, RIMConfig
 from atlas_jax.rewards.ensemble import Opinion
 from atlas_jax.rewards.texts import visible
 from atlas_jax.types import Message, Sample
@@ -31,47 +31,48 @@ class Case(NamedTuple):
     trace: str = ""  # the student's reasoning, if it is more than the answer
 
 
-class Judge(NamedTuple):
-    """A judge: the fields of a case that it sees, and its task."""
-
-    role: str
-    sees: tuple[str, ...]  # fields of the case
-    task: str
-
-
 JUDGES = {
-    "accuracy": Judge(
-        "You judge whether a student's final answer is right.",
-        ("question", "ground_truth", "answer"),
-        "Compare the answer with the reference: the result itself, whether it is complete, and "
-        "whether it has the form that was asked for. For code and structured data, both structure "
-        "and meaning count. Where the answer is wrong, find the first step that went wrong and "
-        "what follows from it. A right result by luck is less than one that is derived.",
-    ),
-    "helpfulness": Judge(
-        "You judge whether a teacher's lesson helped a student.",
-        ("question", "ground_truth", "baseline", "plan", "lesson", "answer"),
-        "Compare the answer with the lesson to the reference, to the student's plan, and to its "
-        "answer alone where they are shown. A lesson scores high only if it closed the gaps that "
-        "mattered; low if it missed what led to the error, led the student away from a right "
-        "answer, or did the student's work in its place. A lesson that states the result does not "
-        "teach.",
-    ),
-    "process": Judge(
-        "You judge how a student worked after a lesson.",
-        ("question", "ground_truth", "plan", "lesson", "trace", "answer"),
-        "Did the student follow its plan where the plan was good and leave it where the lesson "
-        "said so? Did it apply the lesson? Are the steps clear, in order, without gaps, and with "
-        "the right means? Judge the way and not only where it ended.",
-    ),
-    "diagnostic": Judge(
-        "You judge whether a teacher understood what a student needed.",
-        ("question", "ground_truth", "plan", "lesson"),
-        "Find for yourself what is wrong or missing in the student's plan, causes before symptoms. "
-        "Does the lesson address these, all of those that matter and nothing else? Where the plan "
-        "was sound, a short confirmation is right.",
-    ),
+    judge.name: judge
+    for judge in (
+        Judge(
+            name="accuracy",
+            prompt="You judge whether a student's final answer is right. "
+            "Compare the answer with the reference: the result itself, whether it is complete, and "
+            "whether it has the form that was asked for. For code and structured data, both "
+            "structure and meaning count. Where the answer is wrong, find the first step that went "
+            "wrong and what follows from it. A right result by luck is less than one that is "
+            "derived.",
+            sees=("question", "ground_truth", "answer"),
+        ),
+        Judge(
+            name="helpfulness",
+            prompt="You judge whether a teacher's lesson helped a student. "
+            "Compare the answer with the lesson to the reference, to the student's plan, and to "
+            "its answer alone where they are shown. A lesson scores high only if it closed the "
+            "gaps that mattered; low if it missed what led to the error, led the student away from "
+            "a right answer, or did the student's work in its place. A lesson that states the "
+            "result does not teach.",
+            sees=("question", "ground_truth", "baseline", "plan", "lesson", "answer"),
+        ),
+        Judge(
+            name="process",
+            prompt="You judge how a student worked after a lesson. "
+            "Did the student follow its plan where the plan was good and leave it where the lesson "
+            "said so? Did it apply the lesson? Are the steps clear, in order, without gaps, and "
+            "with the right means? Judge the way and not only where it ended.",
+            sees=("question", "ground_truth", "plan", "lesson", "trace", "answer"),
+        ),
+        Judge(
+            name="diagnostic",
+            prompt="You judge whether a teacher understood what a student needed. "
+            "Find for yourself what is wrong or missing in the student's plan, causes before "
+            "symptoms. Does the lesson address these, all of those that matter and nothing else? "
+            "Where the plan was sound, a short confirmation is right.",
+            sees=("question", "ground_truth", "plan", "lesson"),
+        ),
+    )
 }
+"""The built-in judges."""
 
 _TITLES = {
     "question": "QUESTION",
@@ -84,7 +85,7 @@ _TITLES = {
 }
 
 _FRAME = """\
-{role} {task}{house_rules}
+{prompt}{house_rules}
 
 Work in this order:
 1. Name two or three principles that decide quality here, with weights that sum to 1.
@@ -161,14 +162,18 @@ def case_of(sample: Sample) -> Case:
     )
 
 
+def find(name: str, config: RIMConfig) -> Judge:
+    """Returns the judge of a name, a built-in one or one of the user's own."""
+    return (JUDGES | {judge.name: judge for judge in config.own_judges})[name]
+
+
 def messages(name: str, case: Case, config: RIMConfig) -> list[Message]:
     """Returns the prompt of a judge about a case."""
-    judge = JUDGES[name]
+    judge = find(name, config)
     prompt = config.prompt
     asks = config.anti_gaming.ask_judges and "lesson" in judge.sees
     system = _FRAME.format(
-        role=judge.role,
-        task=judge.task,
+        prompt=judge.prompt,
         house_rules=f"\n\nHouse rules: {prompt.house_rules}" if prompt.house_rules else "",
         threshold=config.uncertainty_threshold,
         asked=_GIVES_AWAY if asks else "",
@@ -189,7 +194,7 @@ def arbiter_messages(
         for s in samples
     ]
     more = {"OPINIONS OF OTHER JUDGES": "\n".join(lines)}
-    user = _material(JUDGES[name], case, config.prompt, more)
+    user = _material(find(name, config), case, config.prompt, more)
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
@@ -235,9 +240,9 @@ def problem(case: Case) -> str:
     return ""
 
 
-def lacks_lesson(name: str, case: Case) -> bool:
+def lacks_lesson(name: str, case: Case, config: RIMConfig) -> bool:
     """Returns whether a judge needs a lesson and the case has none."""
-    return "lesson" in JUDGES[name].sees and not case.lesson.strip()
+    return "lesson" in find(name, config).sees and not case.lesson.strip()
 
 
 class Unreadable(NamedTuple):

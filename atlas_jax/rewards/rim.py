@@ -2,9 +2,9 @@
 
 Each active judge is asked once for each temperature; where its opinions differ too much or are too
 uncertain, the large model decides. Rules keep the scores of different judges from contradicting
-each other, and the rest is a mean. Lessons that aim at the judge are named, and `pricing` says what
-they are worth. All calls of a batch share one pool. Where one of the judges did not speak there is
-no score, so that scores of a group are always those of the same judges.
+each other, and the rest is a weighted mean. Lessons that aim at the judge are named, and `pricing`
+says what they are worth. All calls of a batch share one pool. Where one of the judges did not speak
+there is no score, so that scores of a group are always those of the same judges.
 
     from atlas_jax.rewards import RIMReward
 
@@ -198,7 +198,7 @@ class RIMReward:
     async def _hear(self, pool: CallBatch, name: str, case: judges.Case) -> _Hearing:
         """Returns what one judge says of one case, the arbiter asked where it must be."""
         priced = self._transport.is_priced
-        if judges.lacks_lesson(name, case):
+        if judges.lacks_lesson(name, case, self.config):
             return _Hearing(Verdict(_NO_LESSON, (), 0.0, "", (), 0), _total([], priced), False)
         messages = judges.messages(name, case, self.config)
         temperatures = self.config.temperatures
@@ -231,7 +231,7 @@ class RIMReward:
         stated = {name: v.opinion.score for name, v in verdicts.items() if v.opinion}
         scores, applied = ensemble.consistent(stated, self.config.consistency_rules)
         unheard = {name: hearing for name, hearing in hearings.items() if name not in stated}
-        score = None if unheard else ensemble.aggregate(scores)
+        score = None if unheard else ensemble.aggregate(scores, self.config.weights)
         rules = self.config.anti_gaming
         found = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
         found += ensemble.reported(verdicts.values()) if rules.ask_judges else []

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from atlas_jax import stopping
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Completion, Metrics, Params
+from atlas_jax.types import Completion, Message, Metrics, Params
 
 
 class Request(NamedTuple):
@@ -24,6 +25,30 @@ Generate = Callable[[Sequence[Request], Sampling], list[list[Completion]]]
 """Returns the completions of each request, in order."""
 
 
+@runtime_checkable
+class EncodeTurn(Protocol):
+    """The prompt of a model's next turn."""
+
+    def __call__(self, messages: Sequence[Message], ended_by: int | None = None) -> tuple[int, ...]:
+        """Returns the tokens after the last answer of a conversation, with a generation prompt.
+
+        Args:
+            messages: the whole conversation; without an answer, all of it is the prompt.
+            ended_by: the stop token that the model sampled at the end of that answer, which is then
+                not repeated; None if it sampled none.
+        """
+
+
+def alone(waiting: bool) -> bool:
+    """Returns `waiting`: this process generates without the others.
+
+    Raises:
+        StopRequestedError: if the run was asked to stop.
+    """
+    stopping.check()
+    return waiting
+
+
 class ChatModel(NamedTuple):
     """A model that answers messages: its tokenizer, chat template and generation."""
 
@@ -34,6 +59,11 @@ class ChatModel(NamedTuple):
     """Tokens that a prompt and its completion may have together."""
     vocab_size: int
     """Tokens that the model knows; a tokenizer may have more."""
+    encode_turn: EncodeTurn
+    """A conversation -> the prompt of the model's next turn in it."""
+    goes_on: Callable[[bool], bool] = alone
+    """Returns true if any process that must generate together with this one has requests. It is
+    called before each call of `generate` whose number the processes do not know beforehand."""
 
 
 @runtime_checkable

@@ -175,7 +175,7 @@ class LocalEngine:
             for rows, sampled in zip(places, _host(chunk), strict=True):
                 for row, *columns in zip(rows, *sampled, strict=True):
                     row.extend(columns, self.stop_ids)
-            if not _goes_on(any(not r.done for rows in groups for r in rows)):
+            if not goes_on(any(not r.done for rows in groups for r in rows)):
                 break
             grid, places = _shrink(grid, places, sharding)
             grid, chunk = decode(*static, params, _with_room(grid))
@@ -206,11 +206,12 @@ class LocalEngine:
         )
 
 
-def _goes_on(unfinished: bool) -> bool:
-    """Returns whether any process has unfinished rows.
+def goes_on(unfinished: bool) -> bool:
+    """Returns whether any process has unfinished rows, or requests for more of them.
 
-    Every process calls it after each chunk. All leave the loop together, because decoding is
-    collective and the others would wait for one that has left.
+    Every process calls it after each chunk, and before generation that may not be needed. All leave
+    the loop together, because decoding is collective and the others would wait for one that has
+    left.
 
     Raises:
         StopRequestedError: if any process was asked to stop.

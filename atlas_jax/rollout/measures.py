@@ -90,7 +90,7 @@ def of_generation(samples: Sequence[Sample], version: int) -> Metrics:
     """Returns the metrics of the policy's completions, trained at `version`, and their prompts."""
     written = [s.completion for s in samples]
     whole = [c for c in written if c.token_ids]
-    lengths = sum(c.num_tokens for c in whole)
+    lengths = sum(c.num_sampled for c in whole)
     lags = [version - c.weights_version for c in whole]
     return {
         "rollout/completion_tokens": (lengths, len(whole)),
@@ -99,6 +99,17 @@ def of_generation(samples: Sequence[Sample], version: int) -> Metrics:
         "rollout/failed_frac": (len(written) - len(whole), len(written)),
         "rollout/text_repeat_frac": (_repeats(samples), len(written)),
         "rollout/version_lag_max": (max(lags, default=0), min(len(whole), 1)),
+    }
+
+
+def of_episodes(samples: Sequence[Sample]) -> Metrics:
+    """Returns the metrics of conversations: turns of the policy, and tokens of everyone else."""
+    whole = [s for s in samples if s.completion.token_ids]
+    turns = sum(m["role"] == "assistant" for s in whole for m in s.messages)
+    observed = sum(s.completion.num_tokens - s.completion.num_sampled for s in whole)
+    return {
+        "rollout/turns": (turns, len(whole)),
+        "rollout/observed_tokens": (observed, len(whole)),
     }
 
 
@@ -146,7 +157,7 @@ def of_teaching(samples: Sequence[Sample]) -> Metrics:
 
 
 def _tokens(completions: Iterable[Completion | None]) -> int:
-    return sum(c.num_tokens for c in completions if c)
+    return sum(c.num_sampled for c in completions if c)
 
 
 def _completes(completion: Completion | None) -> bool:

@@ -46,6 +46,8 @@ def as_record(step: int, sample: Sample) -> dict[str, Any]:
         "baseline": _completion(sample.baseline),
         "probe": _completion(sample.probe),
         "guided": _completion(sample.guided),
+        "messages": list(sample.messages),
+        "facts": dict(sample.facts),
         "reward": reward.value,
         "skipped": reward.is_skipped,
         "reward_details": reward.details,
@@ -84,4 +86,5 @@ def _cell(text: str) -> str:
 def _completion(completion: Completion | None) -> dict[str, Any] | None:
     if completion is None:
         return None
-    return completion._asdict() | {"num_tokens": completion.num_tokens}
+    numbers = {"num_tokens": completion.num_tokens, "num_sampled": completion.num_sampled}
+    return completion._asdict() | numbers

@@ -8,6 +8,7 @@ scores and which trains nothing.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from atlas_jax.data.examples import fill
+from atlas_jax.rollout import episodes
 from atlas_jax.rollout.engine import ChatModel, Request
+from atlas_jax.rollout.episodes import EpisodeLimits, EpisodeOptions, Start
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Question, Sample
 
 _LESSON = re.compile(r"<teaching>(.*?)</teaching>", re.DOTALL)
-_BASELINE, _PROBE, _LESSONS, _GUIDED = range(4)  # streams of random numbers
+_BASELINE, _PROBE, _LESSONS, _GUIDED, _EPISODES = range(5)  # streams of random numbers
 
 
 class Templates(NamedTuple):
@@ -50,6 +53,8 @@ class TeachingProtocol(NamedTuple):
     limits: Limits
     num_generations: int
     missing_teaching: str  # none, whole or unscored
+    episode: EpisodeOptions | None = None
+    """The user's own way to ask; None for the built-in ones."""
 
 
 class Draws(NamedTuple):
@@ -58,9 +63,9 @@ class Draws(NamedTuple):
     sampling: Sampling
     seed: int
 
-    def seed_of(self, place: int, stream: int) -> int:
-        """Returns the seed of one request."""
-        sequence = np.random.SeedSequence((self.seed, place, stream))
+    def seed_of(self, place: int, stream: int, *more: int) -> int:
+        """Returns the seed of one request; `more` are numbers of requests in the stream."""
+        sequence = np.random.SeedSequence((self.seed, place, stream, *more))
         return int(sequence.generate_state(1)[0])
 
 
@@ -79,12 +84,14 @@ def run(
         questions: those of this process, which may have none while others have some.
         places: number of each question in the run, which its random numbers follow from.
         policy: the model that is trained.
-        student: None under `protocol=direct`.
+        student: None under `protocol=direct`, and where no student takes part in an episode.
         protocol: templates and limits.
         draws: sampling and seed.
         alone: baseline and probe of each question from an earlier run with the same student, which
             is then not asked again; every process gives them, or none does.
     """
+    if protocol.episode is not None:
+        return _converse(policy, questions, places, protocol, protocol.episode, draws)
     if student is None:
         prompts = [_fill(protocol.templates.direct, q, {}) for q in questions]
         return _write(policy, questions, prompts, places, protocol, draws)
@@ -165,6 +172,41 @@ def _write(
         Sample(question=question, completion=completion, place=place, member=member)
         for question, place, group in zip(questions, places, written, strict=True)
         for member, completion in enumerate(group)
+    ]
+
+
+def _converse(
+    policy: ChatModel,
+    questions: Sequence[Question],
+    places: Sequence[int],
+    protocol: TeachingProtocol,
+    options: EpisodeOptions,
+    draws: Draws,
+) -> list[Sample]:
+    """Returns a sample for each episode, `num_generations` of each question."""
+    limits = EpisodeLimits(
+        prompt=protocol.limits.prompt, new=protocol.limits.policy, turns=options.max_turns
+    )
+    members = [
+        (question, place, member)
+        for question, place in zip(questions, places, strict=True)
+        for member in range(protocol.num_generations)
+    ]
+    starts = [
+        Start(question, functools.partial(draws.seed_of, place, _EPISODES, member))
+        for question, place, member in members
+    ]
+    found = episodes.run(options, starts, policy, limits, draws.sampling)
+    return [
+        Sample(
+            question=question,
+            completion=episode.completion,
+            place=place,
+            member=member,
+            messages=episode.messages,
+            facts=episode.facts,
+        )
+        for (question, place, member), episode in zip(members, found, strict=True)
     ]
 
 

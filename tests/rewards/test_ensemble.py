@@ -86,7 +86,7 @@ def test_consistency_rules_change_what_was_worked_by_hand(given, expected, rules
     found, applied = consistent(given, RULES)
     assert found == pytest.approx(expected)
     assert [rule.split()[0] for rule in applied] == rules
-    assert aggregate(found) == pytest.approx(sum(expected.values()) / len(expected))
+    assert aggregate(found, {}) == pytest.approx(sum(expected.values()) / len(expected))
 
 
 def test_a_rule_can_be_switched_off():
@@ -104,4 +104,4 @@ def test_the_order_of_judges_changes_nothing():
 
 
 def test_no_judge_is_no_score():
-    assert aggregate({}) is None
+    assert aggregate({}, {}) is None

@@ -17,6 +17,12 @@ def completion(text: str, num_tokens: int = 2, finish: str = "stop", prompt="p")
     return Completion((1,) * len(prompt), (5,) * num_tokens, zeros, zeros, finish, text, 0)
 
 
+def encode_turn(messages, ended_by=None) -> tuple[int, ...]:
+    """Returns the tokens after the last answer: `|text`, with another bar before the next turn."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    return tuple(map(ord, "".join(f"|{m['content']}" for m in messages[last + 1 :]) + "|"))
+
+
 class Script:
     """A model of one token a character, which answers as `say(prompt, member)` does."""
 
@@ -40,7 +46,11 @@ class Script:
     def model(self) -> ChatModel:
         """The script as the protocol sees a model."""
         return ChatModel(
-            lambda text: tuple(map(ord, text)), self._generate, self._context, 0x110000
+            lambda text: tuple(map(ord, text)),
+            self._generate,
+            self._context,
+            0x110000,
+            encode_turn,
         )
 
     def _generate(self, requests, sampling):
