@@ -10,7 +10,7 @@ import operator
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 _IMPORT_ERRORS = (
@@ -82,6 +82,14 @@ def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[An
     """
     try:
         return function(*args, **kwargs), ""
+    except (Exception, SystemExit) as error:  # noqa: BLE001  users' code may raise anything
+        return None, describe(error)
+
+
+async def attempt_async(work: Awaitable[Any]) -> tuple[Any, str]:
+    """Awaits a user's async function; returns what `attempt` does."""
+    try:
+        return await work, ""
     except (Exception, SystemExit) as error:  # noqa: BLE001  users' code may raise anything
         return None, describe(error)
 

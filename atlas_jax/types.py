@@ -245,7 +245,7 @@ class Sample(NamedTuple):
     messages: tuple[Message, ...] = ()
     """The whole conversation of an episode; () without one."""
     facts: Mapping[str, Any] = {}
-    """What the function of an episode noted for rewards, such as the outcome of a game."""
+    """Notes of an episode's function for rewards, such as the outcome of a game."""
 
     @property
     def answer(self) -> Completion:

@@ -169,7 +169,8 @@ class Watch:
     def arrive(self, place: str = "") -> None:
         """Records that this process has reached a point that all processes reach."""
         with self._lock:
-            arrivals, place = self._note.arrivals + 1, place or self._note.place
+            arrivals = self._note.arrivals + 1
+            place = place or self._note.place
             self._note = self._note._replace(arrivals=arrivals, place=place)
 
     def leave(self) -> None:

@@ -199,7 +199,8 @@ def _begin(
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in content:
-        start, end = end, end + num_bytes(tensor, dtype)
+        start = end
+        end = end + num_bytes(tensor, dtype)
         header[tensor.name] = {
             "dtype": stored[dtype_of(tensor.name, dtype)], "shape": list(tensor.shape),
             "data_offsets": [start, end],

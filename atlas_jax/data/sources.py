@@ -30,10 +30,13 @@ _NO_ROWS = (_SAVED, "dataset_info.json", "dataset_infos.json", "dataset_dict.jso
 _NUM_SHOWN = 5
 _NUM_LOOKED_AT = 1000
 """Rows of a file that `check` looks at; a few unusable ones may stand first."""
-LESSONS, QUESTIONS = "lessons", "questions"
+LESSONS = "lessons"
+QUESTIONS = "questions"
 """The fields of `SessionRows`."""
 # Tags that keep the random streams of one seed apart.
-_DRAW_STREAM, _SPLIT_STREAM, _ORDER_STREAM = 1, 2, 3
+_DRAW_STREAM = 1
+_SPLIT_STREAM = 2
+_ORDER_STREAM = 3
 
 
 class Row(NamedTuple):
@@ -202,14 +205,17 @@ def unfold(rows: Rows, part: str, needed: str = "") -> Rows:
     Raises:
         ValueError: if the sessions hold none at all.
     """
-    unfolded, num_sessions, num_parts = [], 0, 0
+    unfolded = []
+    num_sessions = 0
+    num_parts = 0
     for row in rows.rows:
         if row.session is None:
             unfolded.append(row)
             continue
         found = [f for f in getattr(row.session, part) if not needed or f[needed]]
         unfolded += [Row(f"{row.name} {part}[{i}]", fields) for i, fields in enumerate(found)]
-        num_sessions, num_parts = num_sessions + 1, num_parts + len(found)
+        num_sessions = num_sessions + 1
+        num_parts = num_parts + len(found)
     if num_sessions:
         logging.info("%d sessions hold %d %s", num_sessions, num_parts, part)
     if num_sessions and not unfolded:
@@ -297,7 +303,8 @@ def _held_out_by_function(config: DataConfig) -> Rows | None:
 def _gathered(
     name_of_all: str, records: Iterable[tuple[str, dict[str, Any] | SessionRows | str]]
 ) -> Rows:
-    rows, rejected = [], []
+    rows = []
+    rejected = []
     for name, value in records:
         if isinstance(value, str):
             rejected.append(f"{name}: {value}")

@@ -121,8 +121,10 @@ def _yarn(frequencies: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
     first = pair(rope.beta_fast)
     last = pair(rope.beta_slow)
     if rope.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, head_dim - 1)
     width = last - first or 0.001
     divided = np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / width, 0.0, 1.0)
     return divided * frequencies / rope.factor + (1 - divided) * frequencies
@@ -135,7 +137,8 @@ def rotate(x: Float[Array, "B T N H"], angles: Rotation) -> Float[Array, "B T N 
     """
     half = angles.cos.shape[-1]
     low, high, passed = jnp.split(x, (half, 2 * half), axis=-1)
-    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    low = low.astype(jnp.float32)
+    high = high.astype(jnp.float32)
     cos = angles.cos[:, :, None]
     sin = angles.sin[:, :, None]
     rotated = [low * cos - high * sin, high * cos + low * sin]
@@ -198,7 +201,8 @@ class Attention(nnx.Module):
         key = self.k(x)
         value = self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
+            key = self.k_norm(key)
         key = rotate(key, angles)
         return self.o(attend(rotate(query, angles), key, value)), KeysValues(key, value)
 

@@ -93,7 +93,8 @@ def parse(text: str) -> Module:
 
 def _instruction(name: str, text: str) -> Instruction:
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    shape, text = text[:end], text[end:].lstrip()
+    shape = text[:end]
+    text = text[end:].lstrip()
     opening = text.index("(")
     closing = _closing(text, opening)
     inside = text[opening + 1 : closing]

@@ -86,7 +86,8 @@ class Feed:
 
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns a batch of new completions, scored."""
-        parts, config = self._parts, self._parts.config
+        parts = self._parts
+        config = self._parts.config
         version = int(state.step)
         policy = parts.backend.publish(state.params, version)
         published = time.perf_counter()
@@ -159,7 +160,8 @@ class Feed:
 
         Groups that teach nothing are replaced by later ones while `refill_rounds` last.
         """
-        wanted, process = self._parts.layout.questions, jax.process_index()
+        wanted = self._parts.layout.questions
+        process = jax.process_index()
         shares = _shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
         # Without refills this may run in the prefetching thread, where no collective may stand;
@@ -189,7 +191,12 @@ class Feed:
         parts = self._parts
         places = range(first, first + count)
         config = parts.config
-        sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p)
+        sampling = Sampling(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+        )
         samples = teaching.run(
             [parts.order.at(i) for i in places],
             places,
@@ -258,8 +265,10 @@ class Feed:
             values |= measures.of_efficiency(samples)
         values["rollout/trained_frac"] = sum(s.trains for s in samples), len(samples)
         values = metrics.sum_over_processes(values)
-        (without, total), (skipped, _) = values["reward/failed_frac"], values["reward/skipped_frac"]
-        failed, possible = without - skipped, total - skipped
+        (without, total) = values["reward/failed_frac"]
+        (skipped, _) = values["reward/skipped_frac"]
+        failed = without - skipped
+        possible = total - skipped
         if failed > reward.max_failed_frac * possible:
             reasons = [reason(s.reward) for s in samples if s.reward.is_outage]
             raise DependencyError(
@@ -310,7 +319,8 @@ def _mix(alpha: float, reference: Params, params: Params) -> Params:
     """Returns `(1 - alpha) reference + alpha params`."""
 
     def one(r: jax.Array, p: jax.Array) -> jax.Array:
-        old, new = fetch(r), fetch(p).astype(r.dtype)
+        old = fetch(r)
+        new = fetch(p).astype(r.dtype)
         return put_back(((1 - alpha) * old + alpha * new).astype(r.dtype), r)
 
     return jax.tree.map(one, reference, params)

@@ -85,7 +85,8 @@ class VllmBackend:
 
     def metrics(self) -> Metrics:
         """Returns the metrics of the last push, once."""
-        metrics, self._metrics = self._metrics, {}
+        metrics = self._metrics
+        self._metrics = {}
         return metrics
 
     def close(self) -> None:

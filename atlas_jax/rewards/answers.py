@@ -265,7 +265,8 @@ def _conclusion(text: str) -> str | None:
 
 def _is_answer(answer: str, truth: str) -> bool:
     """Returns whether an extracted answer, or a statement in it, is the ground truth."""
-    wanted, given = choices.option(truth), choices.option(answer)
+    wanted = choices.option(truth)
+    given = choices.option(answer)
     if wanted and given:
         return given.agrees(wanted)
     if wanted and (led := choices.led_by(answer) or (choices.chosen(answer) or "").lower()):

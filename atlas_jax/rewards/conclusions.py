@@ -197,7 +197,8 @@ def _last_value(sentence: str) -> str | None:
     if not numbers_found:
         return None
     last = (behind or numbers_found)[-1]
-    before, after = text[max(0, last.start() - 80) : last.start()], text[last.end() :][:80]
+    before = text[max(0, last.start() - 80) : last.start()]
+    after = text[last.end() :][:80]
     if _NOT_THE.search(before[-40:]) or _DENIED.match(after) or _NOTHING.search(before):
         return None
     if re.search(r"(?:^|[^\d) ] )(?:negative|minus) $", before[-20:].lower()):
@@ -227,7 +228,8 @@ def _leads(first: re.Match[str], last: re.Match[str], text: str) -> bool:
 
 def _compound(text: str, last: re.Match[str]) -> str | None:
     """Returns a date, or an amount in two units, that ends with a number."""
-    start, end = max(0, last.start() - 40), last.end() + 14
+    start = max(0, last.start() - 40)
+    end = last.end() + 14
     for match in _DATE.finditer(text, start, end):
         if match.start() <= last.start() < match.end():
             return match[0]

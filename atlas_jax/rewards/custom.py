@@ -192,7 +192,8 @@ class _Coroutines:
         return loop
 
     async def _one(self, samples: Sequence[Sample]) -> FunctionResult:
-        function, form = self._function, self._form
+        function = self._function
+        form = self._form
         arguments, error = sockets.attempt(forms.arguments, function, form, samples)
         if error:
             return FunctionResult([], error)

@@ -56,7 +56,8 @@ _CLOSERS = {"(": ")", "[": "]", "{": "}"}
 
 def same(answer: str, truth: str) -> bool:
     """Returns whether two answers are equal."""
-    given, target = read(answer), read(truth)
+    given = read(answer)
+    target = read(truth)
     if not target and not isinstance(target, Fraction):
         return False
     if isinstance(given, Fraction) and isinstance(target, Fraction):
@@ -180,7 +181,9 @@ def _in_brackets(text: str, depth: int) -> tuple[Any, ...] | None:
         return _set(_items(inner), depth) if _is_whole(f"{{{inner}}}") else None
     if text[:1] not in tuple(_CLOSERS) or text[-1:] not in (")", "]", "}") or not _is_whole(text):
         return None
-    start, inner, end = text[0], text[1:-1], text[-1]
+    start = text[0]
+    inner = text[1:-1]
+    end = text[-1]
     items = _items(inner)
     if start == "{":
         return _key(inner, depth + 1) if end == "}" else None
@@ -244,7 +247,8 @@ def _relation(text: str, depth: int) -> tuple[Any, ...] | None:
         return None
     if signs[0][0] == ">":
         signs = [sign.replace(">", "<") for sign in reversed(signs)]
-        keys, sides = keys[::-1], sides[::-1]
+        keys = keys[::-1]
+        sides = sides[::-1]
     if any(sign[0] == ">" for sign in signs):
         return None
     is_variable = [re.fullmatch(r"\\?[A-Za-z]+", side) is not None for side in sides]

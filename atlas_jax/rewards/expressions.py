@@ -75,7 +75,8 @@ def _tokens(text: str) -> list[str]:
         match = _TOKEN.match(text, at)
         if match is None:
             raise NotAnExpressionError
-        at, (number, name, sign) = match.end(), match.groups()
+        at = match.end()
+        (number, name, sign) = match.groups()
         if number or sign:
             tokens.append({"**": "^", "×": "*", "÷": "/"}.get(sign, number or sign))
             continue
@@ -159,7 +160,8 @@ class _ExpressionParser:
             if operator == "/":
                 if divided and both:
                     raise NotAnExpressionError  # a date
-                divided, factor = True, _raised(factor, Fraction(-1))
+                divided = True
+                factor = _raised(factor, Fraction(-1))
             elif both and not _is_power_of_ten(factor):
                 self.is_arithmetic = True
             total = _multiplied(total, factor)
@@ -294,7 +296,8 @@ def _multiplied(left: Sum, right: Sum) -> Sum:
     number = _number(right)
     if number is not None and len(left) > 1:
         return _scaled(left, number) if number else {}
-    (factors, size), (more, other) = _one_term(left), _one_term(right)
+    (factors, size) = _one_term(left)
+    (more, other) = _one_term(right)
     powers = dict(factors)
     for base, exponent in more:
         powers[base] = powers.get(base, Fraction(0)) + exponent

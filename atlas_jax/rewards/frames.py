@@ -58,7 +58,8 @@ _CONDITION = re.compile(r"\b(?:set|if|when|where|until|whether|than|not)\b[^.\n]
 
 def says_so(text: str, start: int, end: int) -> bool:
     """Returns whether a text explicitly calls the mention at `start:end` the answer."""
-    before, after = text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]
+    before = text[max(0, start - _BEFORE) : start]
+    after = text[end : end + _AFTER]
     if _OPEN.match(after):
         return False
     if _NAMED.search(before) or _SAID_OF_IT.match(after):
@@ -75,7 +76,8 @@ def concludes(text: str, start: int, end: int, units: Collection[str]) -> bool:
         end: the end of the mention.
         units: words that may follow the mention, those of the question.
     """
-    before, after = text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]
+    before = text[max(0, start - _BEFORE) : start]
+    after = text[end : end + _AFTER]
     if not _FOUND.search(before):
         return False
     unit = re.match(r" ([^\W\d_]{2,})", after)

@@ -267,7 +267,8 @@ def parse(text: str, model: str, temperature: float) -> Opinion | Unreadable:
     known = {_share(value["uncertainty"]) for value in verdicts if "uncertainty" in value}
     if len(scores) > 1 or len(known) > 1:
         return Unreadable(f"several verdicts that differ, of scores {sorted(map(str, scores))}")
-    (score,), uncertainty = scores, known.pop() if known else None
+    (score,) = scores
+    uncertainty = known.pop() if known else None
     if score is None or uncertainty is None:
         shown = json.dumps({k: verdicts[-1].get(k) for k in _STATED})[:120]
         return Unreadable(f"score and uncertainty are not numbers from 0 to 1: {shown}")
@@ -305,7 +306,8 @@ def _verdicts(text: str) -> tuple[list[dict[str, Any]], str]:
     outside = text
     for _, first, end in objects:
         outside = outside[:first] + " " * (end - first) + outside[end:]
-    first, last = 0, len(text)
+    first = 0
+    last = len(text)
     for tag in _THOUGHT.finditer(outside):
         # Text before the end of a thought belongs to it, even if the thought's begin is missing.
         first, last = (tag.end(), len(text)) if tag[1] else (first, min(last, tag.start()))

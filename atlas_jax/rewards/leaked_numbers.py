@@ -145,7 +145,8 @@ def _mentions(text: str) -> Iterator[_Mention]:
 
 def _counts(mention: _Mention, text: str, question: Asked, numbered: set[int]) -> bool:
     """Returns whether a mention of the answer gives it away."""
-    start, end = mention.start, mention.end
+    start = mention.start
+    end = mention.end
     if start in numbered:
         return False
     before = text[max(0, start - _FACT_CHARS) : start]
@@ -163,7 +164,8 @@ def _counts(mention: _Mention, text: str, question: Asked, numbered: set[int]) -
 
 
 def _is_framed(mention: _Mention, text: str, question: Asked) -> bool:
-    start, end = mention.start, mention.end
+    start = mention.start
+    end = mention.end
     if frames.says_so(text, start, end) or frames.stands_alone(text, start, end):
         return True
     if mention.value in (0, 1) and frames.is_condition(text, start):
@@ -173,7 +175,8 @@ def _is_framed(mention: _Mention, text: str, question: Asked) -> bool:
 
 def _is_fact(mention: _Mention, text: str) -> bool:
     """Returns whether a number is a fact about units, such as 60 minutes an hour."""
-    start, end = mention.start, mention.end
+    start = mention.start
+    end = mention.end
     behind = text[end : end + 12].lstrip(" -")
     around = text[max(0, start - _FACT_CHARS) : end + _FACT_CHARS]
     if mention.value == 100 and (behind[:1] == "%" or re.search(r"\bper ?cent|%", around, re.I)):

@@ -213,7 +213,8 @@ def _tells_letter(text: str, letter: str) -> bool:
             continue
         if frames.stands_alone(text, start, end) or frames.says_so(text, start, end):
             return True
-        before, after = text[max(0, start - _BEFORE) : start], text[end : end + _BEFORE]
+        before = text[max(0, start - _BEFORE) : start]
+        after = text[end : end + _BEFORE]
         if _CHOOSES.search(before) and not _GOES_ON.match(after):
             return True
     return False

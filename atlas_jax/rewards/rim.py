@@ -51,6 +51,11 @@ _NO_LESSON = Opinion(
 )
 """The opinion on an absent lesson, which needs no judge."""
 
+_UNHEARD = Verdict(
+    opinion=_NO_LESSON, samples=(), spread=0.0, escalation="", failures=(), num_asked=0
+)
+"""The verdict of a judge that had to look at a lesson where none was written."""
+
 _CLOSE_SECS = 5.0
 """Longest that closing the connections may hold up the caller."""
 
@@ -154,7 +159,8 @@ class RIMReward:
         """
         fields: dict[str, str] = {}
         for name, value in evidence.items():
-            field, text = _field(name), _one(name, value)
+            field = _field(name)
+            text = _one(name, value)
             if fields.setdefault(field, text) != text:
                 raise ValueError(f"{name} is given under two names, with two values; give it once")
         case = judges.Case(
@@ -199,7 +205,7 @@ class RIMReward:
         """Returns what one judge says of one case, the arbiter asked where it must be."""
         priced = self._transport.is_priced
         if judges.lacks_lesson(name, case, self.config):
-            return _Hearing(Verdict(_NO_LESSON, (), 0.0, "", (), 0), _total([], priced), False)
+            return _Hearing(_UNHEARD, _total([], priced), False)
         messages = judges.messages(name, case, self.config)
         temperatures = self.config.temperatures
         answers = await _asked(pool, messages, temperatures)
@@ -217,11 +223,19 @@ class RIMReward:
             messages = judges.arbiter_messages(name, case, samples, reason, self.config)
             temperature = self.config.arbiter_temperature
             last = await pool.ask("large_model", messages, temperature)
-            answers, calls = [*answers, last], [*calls, last]
+            answers = [*answers, last]
+            calls = [*calls, last]
             opinion = last.opinion or opinion
         failures = tuple(a.failure for a in answers if not a.opinion)
         spread = ensemble.spread(samples)
-        verdict = Verdict(opinion, samples, spread, reason, failures, len(answers))
+        verdict = Verdict(
+            opinion=opinion,
+            samples=samples,
+            spread=spread,
+            escalation=reason,
+            failures=failures,
+            num_asked=len(answers),
+        )
         retryable = opinion is None and any(a.later for a in answers)
         return _Hearing(verdict, _total(calls, priced), retryable)
 

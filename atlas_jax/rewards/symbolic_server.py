@@ -29,7 +29,8 @@ def main() -> None:
     pool = pebble.ProcessPool(max_workers=1, context=multiprocessing.get_context("fork"))
     # A fork inherits the state of stream locks, so no stream may be used by two threads. This
     # thread alone reads the input, and it writes without a stream.
-    source, sys.stdin = sys.stdin, None
+    source = sys.stdin
+    sys.stdin = None
     os.write(1, b"ready\n")
     for line in source:
         future = pool.schedule(_verify, args=json.loads(line), timeout=LIMIT_SECS)

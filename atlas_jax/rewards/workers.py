@@ -43,7 +43,7 @@ class Workers:
         self._settings = worker_program.WorkerSettings(
             reference=reference, timeout_secs=timeout_secs, num_workers=num_workers, path=[]
         )
-        self._program: _Program | None = None
+        self._program: _RunningProgram | None = None
         self._lock = threading.Lock()
 
     def run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
@@ -67,7 +67,7 @@ class Workers:
 
     def _run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
         if self._program is None:
-            self._program = _Program(
+            self._program = _RunningProgram(
                 self._settings._replace(path=[p or os.getcwd() for p in sys.path])
             )
         outcomes: dict[int, FunctionResult] = {}
@@ -89,7 +89,7 @@ class Workers:
         return [outcomes.get(number) or FunctionResult([], error) for number in range(len(calls))]
 
 
-class _Program:
+class _RunningProgram:
     """The running program, and what it has said so far."""
 
     def __init__(self, settings: worker_program.WorkerSettings) -> None:

@@ -21,21 +21,18 @@ import concurrent.futures
 import contextlib
 import functools
 import json
-import os
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from atlas_jax import progress, stopping
+from atlas_jax import progress, sockets, stopping
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Message, Question
 
 _LOOK_SECS = 0.5  # between two looks for a request to stop
 _GRACE_SECS = 5.0  # that the event loop has to notice a timeout
-_MAX_CHARS = 300  # of what an error says
 
 
 class ConversationFullError(Exception):
@@ -56,7 +53,7 @@ class EpisodeLimits(NamedTuple):
     turns: int
 
 
-class Start(NamedTuple):
+class EpisodeStart(NamedTuple):
     """The beginning of one episode."""
 
     question: Question
@@ -82,7 +79,7 @@ class EpisodePolicy:
 
     def __init__(
         self,
-        start: Start,
+        start: EpisodeStart,
         model: ChatModel,
         limits: EpisodeLimits,
         generate: Callable[[Request], Awaitable[Completion]],
@@ -212,7 +209,8 @@ class EpisodePolicy:
             ConversationFullError: if it does not fit.
             EpisodeFailedError: if it cannot be asked.
         """
-        limits, number = self._limits, len(self._turns)
+        limits = self._limits
+        number = len(self._turns)
         last = self._turns[-1][1] if self._turns else None
         stopped = last is not None and last.finish_reason == "stop"
         between = self._model.encode_turn(
@@ -223,7 +221,8 @@ class EpisodePolicy:
         if last is None:
             if len(between) > limits.prompt:
                 self._fail(f"skipped: prompt of {len(between)} tokens exceeds {limits.prompt}")
-            self._prompt, between = between, ()
+            self._prompt = between
+            between = ()
         before = [token for ids, turn in self._turns for token in (*ids, *turn.token_ids)]
         room = limits.new - len(before) - len(between)
         if room < 1 or number >= limits.turns:
@@ -260,7 +259,7 @@ class EpisodeOptions(NamedTuple):
 
 def run(
     options: EpisodeOptions,
-    starts: Sequence[Start],
+    starts: Sequence[EpisodeStart],
     model: ChatModel,
     limits: EpisodeLimits,
     sampling: Sampling,
@@ -311,7 +310,7 @@ class _Talks:
     def __init__(
         self,
         options: EpisodeOptions,
-        starts: Sequence[Start],
+        starts: Sequence[EpisodeStart],
         model: ChatModel,
         limits: EpisodeLimits,
     ) -> None:
@@ -352,12 +351,13 @@ class _Talks:
 
     async def _talk(self, number: int) -> None:
         policy = self._policies[number]
+        work = self._led(policy, self._starts[number].question)
         try:
-            episode = await self._led(policy, self._starts[number].question)
+            episode, error = await sockets.attempt_async(work)
         except asyncio.CancelledError:
-            episode = policy.failed("error: it was cancelled")
-        except (Exception, SystemExit) as error:  # noqa: BLE001  users' code may raise anything
-            episode = policy.failed(f"error: {_told(error)}")
+            error = "it was cancelled"
+        if error:
+            episode = policy.failed(f"error: {error}")
         self._ended[number] = self._ended[number] or episode
         self._notify()
 
@@ -412,14 +412,6 @@ class _Talks:
             why = f"it took more than {self._options.timeout_secs:g} s between two turns"
             self._ended[number] = self._policies[number].failed(f"error: {why}")
             self._tasks[number].cancel()
-
-
-def _told(error: BaseException) -> str:
-    """Returns an error of a user's code, and where it was raised, in one line."""
-    said = " ".join(str(error).split())[:_MAX_CHARS]
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {said}{where}"
 
 
 def _result(

@@ -47,7 +47,8 @@ def ask(
     alone = None
     if earlier is not None:
         alone = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
-    draws, places = teaching.Draws(sampling, 0), range(len(questions))
+    draws = teaching.Draws(sampling, 0)
+    places = range(len(questions))
     return teaching.run(questions, places, policy, student, protocol, draws, alone)
 
 
@@ -89,7 +90,8 @@ def mcnemar(improved: int, degraded: int) -> float:
 
     The exact test of McNemar (Psychometrika 12, 1947): the smaller count under Binomial(n, 1/2).
     """
-    changed, fewer = improved + degraded, min(improved, degraded)
+    changed = improved + degraded
+    fewer = min(improved, degraded)
     tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
     return min(1.0, 2 * tail)
 

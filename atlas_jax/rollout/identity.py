@@ -86,7 +86,8 @@ def check_frozen(url: str, start: ServerStart, name: str, source: hf.Source) -> 
 
 def _other_model(served: hf.Source, wanted: hf.Source) -> str:
     """Returns the differences between two models on disk; "" if none."""
-    ours, theirs = from_hf(wanted.config), from_hf(served.config)
+    ours = from_hf(wanted.config)
+    theirs = from_hf(served.config)
     if ours != theirs:
         return "their config.json describe different architectures"
     shapes = [hf.stored_shapes(source, ours.tie_embeddings) for source in (served, wanted)]

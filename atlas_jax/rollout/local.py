@@ -386,7 +386,8 @@ def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _P
     prompts = [[i for i in range(p * share, (p + 1) * share) if alive[i]] for p in range(parts)]
     height = distributed.max_over_processes(max(map(len, prompts)))
     width = distributed.max_over_processes(max(map(len, alive)))
-    height, width = bucket(max(height, 1)), bucket(max(width, 1))
+    height = bucket(max(height, 1))
+    width = bucket(max(width, 1))
     if 2 * height * width > share * len(places[0]):  # not worth the copy of the cache
         return grid, places
     # Column 0 selects a prompt of the device's part, the others select rows of that prompt. Idle

@@ -18,7 +18,7 @@ import numpy as np
 from atlas_jax.data.examples import fill
 from atlas_jax.rollout import episodes
 from atlas_jax.rollout.engine import ChatModel, Request
-from atlas_jax.rollout.episodes import EpisodeLimits, EpisodeOptions, Start
+from atlas_jax.rollout.episodes import EpisodeLimits, EpisodeOptions, EpisodeStart
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Question, Sample
 
@@ -135,7 +135,8 @@ def _alone(
     draws: Draws,
 ) -> list[tuple[Completion, Completion]]:
     """Returns the student's answer and its approach to each question, from one call."""
-    templates, limits = protocol.templates, protocol.limits
+    templates = protocol.templates
+    limits = protocol.limits
     requests = [
         Request(student.encode(_fill(template, q, {})), limit, draws.seed_of(place, stream))
         for template, limit, stream in (
@@ -193,7 +194,7 @@ def _converse(
         for member in range(protocol.num_generations)
     ]
     starts = [
-        Start(question, functools.partial(draws.seed_of, place, _EPISODES, member))
+        EpisodeStart(question, functools.partial(draws.seed_of, place, _EPISODES, member))
         for question, place, member in members
     ]
     found = episodes.run(options, starts, policy, limits, draws.sampling)

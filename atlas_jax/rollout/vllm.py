@@ -118,7 +118,15 @@ class VllmEngine:
             return _failed(request, f"written by weights {sorted(unknown)} that failed their probe")
         text = self.tokenizer.decode(tokens[: len(tokens) - stopped], skip_special_tokens=True)
         version = min(versions[label] for label in labels) if versions else 0
-        return Completion(request.prompt_ids, tokens, (), logprobs, reason, text, version)
+        return Completion(
+            prompt_ids=request.prompt_ids,
+            token_ids=tokens,
+            logprobs=(),
+            untruncated_logprobs=logprobs,
+            finish_reason=reason,
+            text=text,
+            weights_version=version,
+        )
 
 
 def payload(
@@ -148,4 +156,4 @@ def payload(
 
 
 def _failed(request: Request, why: str) -> Completion:
-    return Completion(request.prompt_ids, (), (), (), f"error: {why}", "", -1)
+    return Completion.failed(f"error: {why}", request.prompt_ids)

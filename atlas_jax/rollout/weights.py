@@ -196,7 +196,8 @@ class DiskSync:
             for j, completion in enumerate(push.probes.get(server, ())):
                 tokens[i, j] = completion.token_ids
                 logprobs[i, j] = completion.untruncated_logprobs
-        tokens, logprobs = distributed.from_main(tokens), distributed.from_main(logprobs)
+        tokens = distributed.from_main(tokens)
+        logprobs = distributed.from_main(logprobs)
         answered = [not np.isnan(own).any() for own in logprobs]
         if not any(answered):
             return {}

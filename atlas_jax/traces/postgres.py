@@ -211,7 +211,8 @@ def explained(error: psycopg.Error, url: str) -> Exception:
     where = shown(url)
     if password := parsed(url).get("password"):
         text = text.replace(password, masking.HIDDEN)
-    first, text = text.partition("\n")[0], " ".join(masking.hide(text).split())
+    first = text.partition("\n")[0]
+    text = " ".join(masking.hide(text).split())
     if state == "42P01":
         return ValueError(
             f"{where} is not a database of the Atlas SDK ({masking.hide(first)}); check the name "

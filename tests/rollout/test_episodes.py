@@ -16,6 +16,7 @@ from atlas_jax import logprobs, losses, stopping
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.packing import collate_policy
+from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import ChatModel
@@ -436,7 +437,7 @@ def _logprobs(decoder, per_row, params, batch: PolicyBatch):
     shared = batch.sequence_ids if per_row > 1 else None
     hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
     head = logprobs.Head(decoder.sharding, 16, 1.0, with_entropy=False)
-    return logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)[0]
+    return policy_logprobs(hidden, decoder.output_table(params), batch, head)[0]
 
 
 # Options.
