@@ -61,7 +61,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         if not outcome.stopped:
             final = run.export(outcome.state.params)
             done = int(outcome.state.step)
-            metrics.write_trainer_state(config, final, done, num_steps, train.num_steps(1))
+            metrics.write_trainer_state(config, final, done, num_steps, float(train.num_steps(1)))
             _report(outcome, final)
     return not outcome.stopped
 

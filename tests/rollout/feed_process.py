@@ -40,7 +40,7 @@ def asked() -> list[Question]:
     """Returns questions: a third have a prompt that does not fit, a third no right answer."""
     found = questions(12)
     for i in range(4, 8):
-        found[i] = found[i]._replace(question=f"q{i} " + "which is long " * 5)
+        found[i] = found[i]._replace(text=f"q{i} " + "which is long " * 5)
         found[i + 4] = found[i + 4]._replace(ground_truth="never")
     return found
 

@@ -90,7 +90,7 @@ def asked(server, path=capabilities.GENERATE):
 def test_servers_serve_what_was_pushed_and_the_trainer_computes_one_batch(link, old, new):
     with link(3) as (served_by, servers):
         calls = []
-        score = served_by.sync._probe.score
+        score = served_by.sync._probe.logprobs
 
         def counted(params, prompt, ids):
             calls.append(ids.shape)
