@@ -310,6 +310,7 @@ def _policy_terms(
         # Selections before and after the exponential: unused entries may overflow, and the gradient
         # through an overflow is 0 * inf = NaN.
         free = jnp.exp(jnp.where(clipped, 0.0, log_ratio))
+        # The minimum of ratio * advantage and bound * advantage, by the selection above.
         terms = -jnp.where(clipped, bound, free) * advantages
     mean = _sequence_mean_sum if per_sequence else _token_sum
     return terms, {

@@ -1,1 +1,1 @@
-"""One module for each training algorithm, each the only place that chooses its parts."""
+"""Recipes `sft` and `grpo`, each the only place that chooses its parts, and the parts of GRPO."""

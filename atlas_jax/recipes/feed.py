@@ -165,7 +165,7 @@ class Feed:
         shares = _shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
         # Without refills this may run in the prefetching thread, where no collective may stand;
-        # validation forbids refills beside `max_staleness`.
+        # `RolloutConfig.check` forbids refills beside `max_staleness`.
         agree = distributed.together(*_LEAVE) if refills else contextlib.nullcontext()
         with agree:
             collected = self._ask(policy, position + sum(shares[:process]), shares[process])
