@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ml_collections import ConfigDict
@@ -249,13 +250,17 @@ def _frozen(cls: type[T], values: Any, prefix: str, former: dict[str, Any]) -> T
     return cls(**fields)
 
 
-def validate(config: TrainConfig) -> None:
+def validate(config: TrainConfig, given_rewards: Sequence[Any] = ()) -> None:
     """Checks options that can be checked before JAX starts.
+
+    Args:
+        config: the run.
+        given_rewards: rewards of a caller from Python, in place of `reward.names`.
 
     Raises:
         ValueError: names the option, its value and what to write instead.
     """
-    config.check()
+    config.check(given_rewards)
     if config.judges:
         check_rim(config.judges)
 

@@ -24,7 +24,8 @@ _NULL_VALUES = {
     "max_steps": -1, "eval_steps": 0, "save_steps": 0, "save_total_limit": 0, "top_k": 0,
     "min_p": 0.0, "train_batch_size": 0, "gradient_accumulation_steps": 0, "max_grad_norm": 0.0,
     "data.dataset_max_samples": 0, "data.max_sessions": 0, "data.min_reward": 0.0,
-    "data.eval_split_ratio": 0.0, "rollout.max_answer_tokens": 0, "rollout.eval_limit": 0,
+    "data.eval_split_ratio": 0.0, "rollout.max_answer_tokens": 0,
+    "teaching.max_answer_tokens": 0, "rollout.eval_limit": 0,
 }  # fmt: skip
 """Numbers that mean "none" where an option is a number."""
 _BRACKETS = re.compile(r"\s*[\[(](.*)[\])]\s*", re.DOTALL)

@@ -44,7 +44,7 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
         ValueError: says what is wrong, its value, and what to write instead.
         OSError: for files that cannot be read or written, or a database that cannot be reached.
     """
-    config_lib.validate(config)
+    config_lib.validate(config, given.rewards)
     config_lib.check_environment(config)
     check_output(config.output_dir)
     if config.asks_servers:

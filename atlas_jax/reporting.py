@@ -161,10 +161,9 @@ class Function:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Calls it with the step and its metrics."""
-        try:
-            self._function(step, dict(values))
-        except _MISTAKES as error:
-            logging.exception("report_to=%s fails at step %d: %r", self._name, step, error)
+        _, error = sockets.attempt(self._function, step, dict(values))
+        if error:
+            logging.error("report_to=%s fails at step %d: %s", self._name, step, error)
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Does nothing."""
@@ -189,12 +188,12 @@ def check(report_to: Sequence[str]) -> None:
     for name in report_to:
         if sockets.is_reference(name):
             sockets.resolve(name, "report_to")
-        elif name not in _SERVICES:
+        elif name not in (*_SERVICES, "none"):
             raise ValueError(
                 f"report_to has {name!r}; use some of {', '.join(_SERVICES)}, "
                 f"package.module:function, or none{nearest(name, _SERVICES)}"
             )
-        elif not _installed(name):
+        elif name != "none" and not _installed(name):
             raise ValueError(
                 f"report_to={name} needs the package {name}; install it with pip install -e "
                 f'".[report]" (or pip install {name}), or leave it out of report_to'
@@ -210,6 +209,7 @@ def open_services(config: TrainConfig, start_step: int) -> list[Service]:
     return [
         Function(name) if sockets.is_reference(name) else _SERVICES[name](config, start_step)
         for name in config.report_to
+        if name != "none"
     ]
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from atlas_jax import masking
 from atlas_jax.config import ALGORITHMS, defaults, schema
 from atlas_jax.overrides import unknown
+from atlas_jax.types import FROM_CALLER
 
 _VARIABLES = {"data.db_url": "ATLAS_DATABASE_URL"}
 """Options that the environment may hold in their place."""
@@ -48,7 +49,10 @@ class SavedConfig(NamedTuple):
                 way = f" (or the variable {variable})" if variable else ""
                 missing.append(f"--config.{name}=…{way}")
         if missing:
-            raise ValueError(f"{self.path} keeps no secrets; give again {', '.join(missing)}")
+            raise ValueError(
+                f"{self.path} keeps no secrets and no rows from Python; give again "
+                f"{', '.join(missing)}"
+            )
 
 
 def load(path: str) -> SavedConfig:
@@ -70,6 +74,9 @@ def load(path: str) -> SavedConfig:
     config = defaults(schema(values["algorithm"]))
     hidden: list[str] = []
     _fill(path, config, config, values, "", hidden)
+    for name in ("dataset_path", "eval_path"):
+        if config.data[name] == FROM_CALLER:
+            hidden.append(f"data.{name}")
     return SavedConfig(path, config, tuple(hidden))
 
 

@@ -28,10 +28,7 @@ from ml_collections import ConfigDict
 
 from atlas_jax import cli, masking, preflight
 from atlas_jax import config as config_lib
-from atlas_jax.types import Address, Given
-
-_FROM_CALLER = "given to train.run"
-"""Value of the data options in a run whose rows are no files."""
+from atlas_jax.types import FROM_CALLER, NOTHING_GIVEN, Address, Given
 
 
 def main() -> None:
@@ -46,7 +43,7 @@ def main() -> None:
         cli.no_more_words(argv[1:])
         config = config_lib.freeze(cli.needed(config_flag))
         address = Address(coordinator.value, num_processes.value, process_id.value)
-        code = 0 if run(config, address=address) else stopping.EXIT_CODE
+        code = 0 if _run(config, NOTHING_GIVEN, address) else stopping.EXIT_CODE
         stopping.end_soon(code)
         sys.exit(code)
 
@@ -85,7 +82,7 @@ def run(
         ValueError: for options, models and data that cannot be used.
         OSError: for files that cannot be read or written.
     """
-    masking.mask_logs()
+    stopping.reset()  # a request of an earlier run in this process must not stop this one
     if isinstance(config, ConfigDict):
         config = config_lib.freeze(config)
     given = Given(
@@ -93,14 +90,19 @@ def run(
         rows=None if rows is None else tuple(rows),
         eval_rows=None if eval_rows is None else tuple(eval_rows),
     )
-    config = _without_files(config, given)
+    return _run(_without_files(config, given), given, address or Address())
+
+
+def _run(config: config_lib.TrainConfig, given: Given, address: Address) -> bool:
+    """Checks the config, starts JAX and trains; see `run`."""
+    masking.mask_logs()
     preflight.check(config, given=given)
     # What imports JAX comes after the checks, which need none and take little time.
     from atlas_jax import devices, hosts
     from atlas_jax.recipes import grpo, sft
 
     recipes: dict[str, Callable[[Any, Given], bool]] = {"sft": sft.run, "grpo": grpo.run}
-    with hosts.joined(config.hosts, address or Address()):
+    with hosts.joined(config.hosts, address):
         devices.check()
         return recipes[config.algorithm](config, given)
 
@@ -121,9 +123,9 @@ def _without_files(config: config_lib.TrainConfig, given: Given) -> config_lib.T
             raise ValueError(f"{name} are empty; give at least one dict, or leave them out")
     changes: dict[str, Any] = {}
     if given.rows is not None:
-        changes |= {"dataset_path": _FROM_CALLER, "db_url": "", "source": ""}
+        changes |= {"dataset_path": FROM_CALLER, "db_url": "", "source": ""}
     if given.eval_rows is not None:
-        changes["eval_path"] = _FROM_CALLER
+        changes["eval_path"] = FROM_CALLER
     if changes and config.data.format == "session":
         raise ValueError(
             "rows are given and data.format='session' is read from files; use data.format="

@@ -47,6 +47,9 @@ class Given(NamedTuple):
     """Dicts to evaluate on in place of files; None reads `data`."""
 
 
+FROM_CALLER = "given to train.run"
+"""Value of the data options in a run whose rows are no files."""
+
 NOTHING_GIVEN = Given()
 """Nothing from a caller: a command's run takes everything from its config."""
 

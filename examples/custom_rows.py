@@ -1,7 +1,7 @@
 """Rows of one's own: sums up to 9, made when the run starts.
 
     atlas-train --config rlvr_gsm8k --config.data.dataset_path=none
-      --config.data.source=examples.custom_rows:rows
+      --config.data.eval_path=none --config.data.source=examples.custom_rows:rows
 
 `rows` may read any source: a table, a service, another library's data set. It must give the same
 rows each time, or a run that was stopped does not continue.

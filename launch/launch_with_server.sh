@@ -37,12 +37,12 @@ values=$("$python" "$root/tools/read_config.py" "$names" --check_devices "$train
 { read -r teacher; read -r student; read -r output; read -r protocol; read -r sync; } <<<"$values"
 count=$((servers / DEVICES_PER_SERVER)) share=0.9
 half=$(((count + 1) / 2))
-[ "$protocol" != direct ] || half=$count
+[ "$protocol" = teaching ] || half=$count
 roles=()
 for ((i = 0; i < count; i++)); do
   if [ "$i" -lt "$half" ]; then roles+=(teacher); else roles+=(student); fi
 done
-if [ "$protocol" != direct ] && [ "$count" = 1 ]; then roles+=(student) share=0.45; fi
+if [ "$protocol" = teaching ] && [ "$count" = 1 ]; then roles+=(student) share=0.45; fi
 for i in "${!roles[@]}"; do
   ! (exec 3<>"/dev/tcp/127.0.0.1/$((PORT + i))") 2>/dev/null ||
     usage "port $((PORT + i)) is taken; set PORT to the first of ${#roles[@]} free ones"

@@ -371,3 +371,24 @@ def test_every_recipe_says_on_what_how_long_and_with_what_result_it_ran():
         doc = ast.get_docstring(ast.parse(path.read_text())) or ""
         said = all(word in doc for word in ("Hardware:", "Time:", "Result:"))
         assert said or "Hardware, time and result: not run yet" in doc, path
+
+
+def test_rewards_from_python_take_the_place_of_the_names():
+    def brevity(sample):
+        return 0.0
+
+    options = {"rollout.protocol": "direct", "reward.names": ("teaching_gain",)}
+    draft = config.defaults(config.GRPOConfig)
+    draft.update_from_flattened_dict(options)
+    draft.model_name_or_path = draft.output_dir = draft.data.dataset_path = "x"
+    draft.output_dir = "y"
+    made = config.freeze(draft)
+    with pytest.raises(ValueError, match="teaching_gain compares a student's answers"):
+        config.validate(made)
+    config.validate(made, [brevity])
+    with pytest.raises(ValueError, match=r"rewards=.*'exact_mach'.*did you mean 'exact_match'"):
+        config.validate(made, ["exact_mach"])
+    draft.reward.weights = (1.0, 0.5)
+    config.validate(config.freeze(draft), [brevity, "exact_match"])
+    with pytest.raises(ValueError, match=r"reward.weights=.* for \('brevity',\); give one weight"):
+        config.validate(config.freeze(draft), [brevity])

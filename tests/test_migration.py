@@ -172,8 +172,8 @@ def test_a_secret_that_a_saved_config_does_not_hold_must_be_given_again(tmp_path
     with pytest.raises(ValueError) as error:
         saved_config.load(path).check(["seed"])
     assert str(error.value) == (
-        f"{path} keeps no secrets; give again --config.data.db_url=… (or the variable "
-        "ATLAS_DATABASE_URL)"
+        f"{path} keeps no secrets and no rows from Python; give again --config.data.db_url=… "
+        "(or the variable ATLAS_DATABASE_URL)"
     )
     saved_config.load(path).check(["data.db_url"])
     monkeypatch.setenv("ATLAS_DATABASE_URL", "postgresql://user:new@localhost/x")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -166,7 +167,18 @@ def check_templates(config: GRPOConfig) -> None:
 class QuestionOrder:
     """Order of the questions: a new permutation in every epoch."""
 
-    def __init__(self, questions: Sequence[Question], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, questions: Sequence[Question], seed: int, shuffle: bool, hashes_rows: bool = False
+    ) -> None:
+        """Keeps the questions.
+
+        Args:
+            questions: those of the dataset.
+            seed: root of the permutations.
+            shuffle: False asks in the order of the dataset.
+            hashes_rows: True if the whole rows matter, as they do to functions of the user's.
+        """
+        self._hashes_rows = hashes_rows
         self._questions = questions
         self._seed = seed
         self._shuffle = shuffle
@@ -189,6 +201,9 @@ class QuestionOrder:
         digest = hashlib.sha256(f"{self._seed} {self._shuffle}".encode())
         for question in self._questions:
             digest.update(repr(question[:3]).encode())
+            if self._hashes_rows:
+                row = json.dumps(question.row, sort_keys=True, default=str)
+                digest.update(row.encode())
         return digest.hexdigest()[:16]
 
 

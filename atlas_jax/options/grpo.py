@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -121,6 +122,11 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         return super().functions | {option: name for option, name in named.items() if ":" in name}
 
     @property
+    def has_episodes(self) -> bool:
+        """True if a function of the user's own leads the conversations."""
+        return ":" in self.rollout.protocol
+
+    @property
     def reward_functions(self) -> tuple[str, ...]:
         """Rewards that are functions of the user's own, `package.module:function`."""
         return self.reward.functions
@@ -145,13 +151,13 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         """Options of the judges; None if none are asked."""
         return self.reward.rim if "rim" in self.reward.parts else None
 
-    def check(self) -> None:
+    def check(self, given_rewards: Sequence[Any] = ()) -> None:
         """Checks each option, and those that must fit each other.
 
         Raises:
             ValueError: names the options, their values and what to write instead.
         """
-        super().check()
+        super().check(given_rewards)
         if self.packing:
             raise ValueError("packing=True is for SFT; GRPO rows hold a prompt and its completions")
         if self.sync_ref_model and not self.beta:
@@ -162,10 +168,10 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
                 "--config.rollout.protocol=direct to train without a student"
             )
         self.rollout.check()
-        self.reward.check()
+        self.reward.check(given_rewards)
         self._check_sampling()
         if not self.rollout.has_student:
-            self._check_alone()
+            self._check_alone(given_rewards)
 
     def _check_sampling(self) -> None:
         """Checks how tokens are drawn against where they are drawn and what weights draw them."""
@@ -182,7 +188,7 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
                 "sequence"
             )
 
-    def _check_alone(self) -> None:
+    def _check_alone(self, given_rewards: Sequence[Any]) -> None:
         """Checks that no reward needs a student, who takes part in the teaching protocol alone."""
         protocol = f"protocol={self.rollout.protocol}"
         names = self.judges.need_student if self.judges else ()
@@ -192,7 +198,7 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
                 "judge; leave accuracy alone on in reward.rim.active_judges, and let judges of "
                 "your own see question, ground_truth and answer alone"
             )
-        if "teaching_gain" in self.reward.parts:
+        if "teaching_gain" in self.reward.rules(given_rewards):
             raise ValueError(
                 f"the reward teaching_gain compares a student's answers, and {protocol} has no "
                 "student; use reward.names=('exact_match',)"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from atlas_jax import sockets
+from atlas_jax.options import fields
 from atlas_jax.options.fields import (
     Fraction,
     NonNegative,
@@ -68,6 +69,16 @@ class RewardConfig:
         """The rewards that are functions of the user's own."""
         return tuple(filter(sockets.is_reference, self.parts))
 
+    def rules(self, given: Sequence[Any] = ()) -> tuple[Any, ...]:
+        """Returns the rewards that are added up: names, and functions of a caller from Python.
+
+        Args:
+            given: rewards of that caller, in place of `names`.
+        """
+        if not given:
+            return self.parts
+        return (*given, "rim") if "rim" in self.parts else tuple(given)
+
     def needs_truth(self, given: Sequence[Any] = ()) -> bool:
         """Returns true if a question without a ground truth cannot be scored.
 
@@ -77,17 +88,22 @@ class RewardConfig:
         names = [rule for rule in given or self.parts if isinstance(rule, str)]
         return any(name != "rim" and not sockets.is_reference(name) for name in names)
 
-    def check(self) -> None:
+    def check(self, given: Sequence[Any] = ()) -> None:
         """Checks the options together.
+
+        Args:
+            given: rewards of a caller from Python, in place of `names`.
 
         Raises:
             ValueError: names the options, their values and what to write instead.
         """
-        if self.weights and len(self.weights) != len(self.parts):
+        if self.weights and len(self.weights) != len(self.rules(given)):
+            rules = tuple(getattr(rule, "__name__", rule) for rule in self.rules(given))
             raise ValueError(
-                f"reward.weights={self.weights} for {self.parts}; give one weight for each name, "
-                "or none"
+                f"reward.weights={self.weights} for {rules}; give one weight for each name, or none"
             )
+        for name in (rule for rule in given if isinstance(rule, str)):
+            fields.check("rewards", (name,), fields.hints(RewardConfig)["names"])
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(
                 f"reward.names={self.names} must name each reward once, and one at least"

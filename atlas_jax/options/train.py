@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -191,8 +192,11 @@ class TrainConfig:
         """Options of the judges; None if none are asked."""
         return None
 
-    def check(self) -> None:
+    def check(self, given_rewards: Sequence[Any] = ()) -> None:
         """Checks each option, and those that must fit each other.
+
+        Args:
+            given_rewards: rewards of a caller from Python, in place of `reward.names`.
 
         Raises:
             ValueError: names the options, their values and what to write instead.

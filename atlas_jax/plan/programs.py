@@ -16,6 +16,7 @@ from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.plan.targets import CompiledSharding, Target
 from atlas_jax.recipes import grpo, sft
+from atlas_jax.recipes.layout import longest_row
 from atlas_jax.rollout import local
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding
@@ -112,7 +113,7 @@ def _grpo(
     plan = compute.plan
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
     layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
-    longest = config.max_prompt_length + layout.per_row * config.max_new_tokens
+    longest = longest_row(config, layout.per_row)
     length = min(b for b in layout.buckets if b >= longest)
     rows = plan.global_rows // layout.per_row // plan.microbatches
     batch = _batch(PolicyBatch, (plan.microbatches, rows, length), sharding)

@@ -59,7 +59,8 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         if config.student:
             student = open_student(config, run.compute)
         layout = fit_attention(layout, run.decoder, config.attn_implementation)
-        order = asked.QuestionOrder(train, config.seed, config.data.shuffle)
+        sees_rows = bool(given.rewards or config.reward_functions or config.has_episodes)
+        order = asked.QuestionOrder(train, config.seed, config.data.shuffle, sees_rows)
         distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
         num_steps = config.max_steps
         if num_steps == -1:

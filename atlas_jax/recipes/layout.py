@@ -45,7 +45,7 @@ def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layou
     if config.rollout.share_prompt:
         common = math.gcd(size, plan.device_rows)
         fitting = [
-            k for k in range(1, common + 1) if common % k == 0 and _longest_row(config, k) <= room
+            k for k in range(1, common + 1) if common % k == 0 and longest_row(config, k) <= room
         ]
         per_row = max(fitting)
     buckets = capped_buckets(config.data.length_buckets, room)
@@ -57,7 +57,7 @@ def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layou
     )
 
 
-def _longest_row(config: GRPOConfig, per_row: int) -> int:
+def longest_row(config: GRPOConfig, per_row: int) -> int:
     """Returns the most tokens that a row of `per_row` completions may have.
 
     Episodes of one question may begin with different prompts, of which each then stands in the row.

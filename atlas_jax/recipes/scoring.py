@@ -33,7 +33,7 @@ def make_reward(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> Rew
         ValueError: for a function that cannot be a reward, and for another number of weights.
     """
     reward = config.reward
-    rules = _rules(config, given_functions)
+    rules = config.reward.rules(given_functions)
     weights = reward.weights or (1.0,) * len(rules)
     if len(weights) != len(rules):
         raise ValueError(
@@ -53,7 +53,7 @@ def make_reward(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> Rew
 def labels(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> tuple[str, ...]:
     """Returns the short name of each reward, for metrics and records; see `make_reward`."""
     names = []
-    for rule in _rules(config, given_functions):
+    for rule in config.reward.rules(given_functions):
         name = rule if isinstance(rule, str) else _name(rule)
         others = (f"{name}_{i}" for i in itertools.count(2))
         names.append(next(n for n in itertools.chain([name], others) if n not in names))
@@ -63,12 +63,6 @@ def labels(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> tuple[st
 def _name(function: UserFunction) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     return name if name.isidentifier() else "function"  # that of a lambda is no word
-
-
-def _rules(config: GRPOConfig, given_functions: Sequence[Rule]) -> tuple[Rule, ...]:
-    if not given_functions:
-        return config.reward.parts
-    return (*given_functions, "rim") if "rim" in config.reward.parts else tuple(given_functions)
 
 
 def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -197,7 +197,7 @@ class _Coroutines:
         arguments, error = sockets.attempt(forms.arguments, function, form, samples)
         if error:
             return FunctionResult([], error)
-        task = asyncio.ensure_future(_awaited(function(**arguments)))
+        task = asyncio.ensure_future(sockets.attempt_async(function(**arguments)))
         try:
             # Unlike `wait_for` it tells the function's own TimeoutError from ours.
             done, _ = await asyncio.wait([task], timeout=self._timeout_secs)
@@ -207,9 +207,10 @@ class _Coroutines:
             return FunctionResult([], forms.overdue(self._timeout_secs))
         if task.cancelled():
             return FunctionResult([], "it was cancelled by itself")
-        if raised := task.exception():
-            return FunctionResult([], sockets.describe(raised))
-        result, error = sockets.attempt(forms.checked, form, task.result(), len(samples))
+        said, error = task.result()
+        if error:
+            return FunctionResult([], error)
+        result, error = sockets.attempt(forms.checked, form, said, len(samples))
         return FunctionResult([], error) if error else result
 
     def _outcome(self, future: concurrent.futures.Future[FunctionResult]) -> FunctionResult:
@@ -234,10 +235,6 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 def _stop(loop: asyncio.AbstractEventLoop) -> None:
     with contextlib.suppress(RuntimeError):  # it is closed already
         loop.call_soon_threadsafe(loop.stop)
-
-
-async def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    return await coroutine
 
 
 def _wait(futures: Sequence[concurrent.futures.Future[Any]], end: float) -> None:

@@ -94,7 +94,11 @@ def consistent(
 
 
 def reported(verdicts: Iterable[Verdict]) -> list[str]:
-    """Returns the faults of a lesson that more than half of all first opinions report."""
+    """Returns the faults of a lesson that more than half of the first opinions report.
+
+    Args:
+        verdicts: those of the judges that see the lesson.
+    """
     votes = [sample.gives_away for verdict in verdicts for sample in verdict.samples]
     found = 2 * sum(votes) > len(votes)
     return ["judges say that it gives the answer away or speaks to them"] if found else []

@@ -244,11 +244,18 @@ class RIMReward:
         verdicts = {name: hearing.verdict for name, hearing in hearings.items()}
         stated = {name: v.opinion.score for name, v in verdicts.items() if v.opinion}
         scores, applied = ensemble.consistent(stated, self.config.consistency_rules)
-        unheard = {name: hearing for name, hearing in hearings.items() if name not in stated}
-        score = None if unheard else ensemble.aggregate(scores, self.config.weights)
+        weights = self.config.weights
+        # A judge without weight only reports: its silence takes no score away.
+        unheard = {
+            name: hearing
+            for name, hearing in hearings.items()
+            if name not in stated and weights.get(name, 1.0)
+        }
+        score = None if unheard else ensemble.aggregate(scores, weights)
         rules = self.config.anti_gaming
         found = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
-        found += ensemble.reported(verdicts.values()) if rules.ask_judges else []
+        witnesses = [v for n, v in verdicts.items() if "lesson" in judges.find(n, self.config).sees]
+        found += ensemble.reported(witnesses) if rules.ask_judges else []
         usages = [hearing.usage for hearing in hearings.values()]
         details: dict[str, Any] = {
             "judges": {n: _record(v, scores.get(n)) for n, v in verdicts.items()},

@@ -292,7 +292,8 @@ def run(
             if not model.goes_on(bool(turns)):
                 break
             written = model.generate([turn.request for turn in turns], sampling)
-            next_turns = talks.resume(turns, [group[0] for group in written])
+            if not is_blocked:  # else nobody would await the next turns
+                next_turns = talks.resume(turns, [group[0] for group in written])
     return talks.ended()
 
 

@@ -199,8 +199,9 @@ def _taught(samples: Sequence[Sample]) -> bool:
 def _measure(samples: Sequence[Sample], taught: bool) -> Metrics:
     if taught:
         return measures.of_teaching(samples)
-    right = sum(is_right(r.completion, r.question.ground_truth) for r in samples)
-    return {"accuracy": (right, len(samples))}
+    known = [s for s in samples if s.question.ground_truth]
+    right = sum(is_right(s.completion, s.question.ground_truth) for s in known)
+    return {"accuracy": (right, len(known))}
 
 
 def _right(sample: Sample, which: str) -> bool:

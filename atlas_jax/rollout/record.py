@@ -20,7 +20,7 @@ def write(directory: str, step: int, process: int, samples: Sequence[Sample]) ->
         return
     path = pathlib.Path(directory) / "rollouts" / f"step_{step:06d}_process_{process}.jsonl"
     lines = (json.dumps(as_record(step, s), ensure_ascii=False) + "\n" for s in samples)
-    write_whole(path, "".join(lines))
+    write_whole(path, _writable("".join(lines)))
 
 
 def drop_after(directory: str, step: int) -> None:
@@ -69,7 +69,12 @@ def lessons_table(samples: Sequence[Sample], count: int = 4) -> str:
             _summary(sample.reward),
         )
         lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
-    return "\n".join(lines)
+    return _writable("\n".join(lines))
+
+
+def _writable(text: str) -> str:
+    """Returns a text with "?" for halves of surrogate pairs, which tools and rewards may write."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _summary(reward: Reward) -> str:

@@ -146,3 +146,13 @@ def test_the_fingerprint_tells_questions_and_orders_apart():
     ]
     assert len(set(prints)) == len(prints)
     assert QuestionOrder(list(QUESTIONS), 3, True).fingerprint == prints[0]
+
+
+def test_rows_count_in_the_fingerprint_where_functions_see_them():
+    def order(tests, hashes_rows):
+        question = Question("0", "Add.", "", {}, row={"tests": tests})
+        return QuestionOrder([question], 3, True, hashes_rows).fingerprint
+
+    assert order(["a"], True) != order(["b"], True)
+    assert order(["a"], True) == order(["a"], True)
+    assert order(["a"], False) == order(["b"], False)

@@ -15,7 +15,14 @@ import pytest
 from atlas_jax import config as config_lib
 from atlas_jax import endpoints
 from atlas_jax.configs import rim_config
-from atlas_jax.options.judges import ActiveJudges, AntiGaming, JudgeLimits, JudgeModel, RIMConfig
+from atlas_jax.options.judges import (
+    ActiveJudges,
+    AntiGaming,
+    JudgeLimits,
+    JudgeModel,
+    JudgeWeights,
+    RIMConfig,
+)
 from atlas_jax.rewards import RIMReward, transport
 from atlas_jax.rewards.judges import Case
 from atlas_jax.rewards.transport import ReplayError
@@ -660,3 +667,11 @@ def test_it_is_imported_without_jax():
     heavy = "{'jax', 'flax', 'torch', 'transformers'}"
     code = f"import sys, atlas_jax.rewards as r; r.RIMReward; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_judge_without_weight_takes_no_score_away(server, tmp_path):
+    silent = "nothing of a process"
+    config = options(server, tmp_path, silent, silent, judge_weights=JudgeWeights(process=0.0))
+    (reward,) = RIMReward(config).judge(cases(1, "unheard"))
+    assert reward.details["judges"]["process"]["score"] is None
+    assert reward.value == reward.details["judges"]["helpfulness"]["score"] is not None

@@ -447,3 +447,14 @@ def test_a_protocol_that_is_no_async_function_is_refused():
     rollout = RolloutConfig(protocol="json:dumps")
     with pytest.raises(ValueError, match="json:dumps is no async function; write async def ask"):
         chat_models.make_protocol(dataclasses.replace(GRPOConfig(), rollout=rollout), 2)
+
+
+def test_halves_of_surrogate_pairs_are_written_as_question_marks(tmp_path):
+    """A tool may say what no file can hold; the record of the other samples must not be lost."""
+    said = Message(role="user", content="a\ud800b")
+    sample = Sample(questions(1)[0], Completion.failed("error: x"), messages=(said,))
+    record.write(str(tmp_path), 1, 0, [sample])
+    [path] = (tmp_path / "rollouts").iterdir()
+    assert json.loads(path.read_text())["messages"][0]["content"] == "a?b"
+    shown = sample._replace(teaching="a\ud800b")
+    assert "a?b" in record.lessons_table([shown])
