@@ -132,8 +132,9 @@ class Training:
         """
         config = self.run.config
         first = self.first_step
+        writer = metrics.open_writer(config, first)  # a service of `report_to` may refuse
         directory.commit(config, self.run.model.files, self.start.started)
-        return metrics.open_writer(config, first)
+        return writer
 
     def train(
         self,
