@@ -45,7 +45,7 @@ def wait_for(path, text, process, secs=300):
 @pytest.mark.parametrize("secs", [0.0, 1.0, 3.5])
 def test_a_signal_in_the_first_seconds_is_answered_in_a_line(inputs, tmp_path, number, secs):
     """From when the process answers signals; before, Python itself still starts."""
-    process = started(inputs, tmp_path)
+    process = started(inputs, tmp_path, "--config.max_steps=100000")  # not done in a few seconds
     while not answers(process.pid, signal.SIGTERM):
         assert process.poll() is None
         time.sleep(0.01)
