@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from tests import tiny
+from tests import judge_server, tiny
 from tests.tokenizers import chatml_tokenizer
 
 COMMANDS = {
@@ -48,7 +48,9 @@ def venv(request, wheel, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
     alone = [] if request.param else ["--no-deps", "--no-index"]
     pip = [sys.executable, "-m", "pip", "--quiet", "--python", path / "bin/python"]
-    subprocess.run([*pip, "install", *alone, wheel], check=True)
+    # By PYTHONPATH pip would see this checkout, and take the package for installed.
+    bare = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([*pip, "install", *alone, wheel], check=True, env=bare)
     if not request.param:
         (packages,) = path.glob("lib/python*/site-packages")
         theirs = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
@@ -162,3 +164,80 @@ def test_a_recipe_trains_on_the_shipped_rows(venv, tmp_path, model, config, step
     assert json.loads((tmp_path / "out/config.json").read_text())["learning_rate"] == rate
     run(venv, tmp_path, "atlas-convert", "out/final", "start")
     assert (tmp_path / "start/checkpoints/0").is_dir()
+
+
+MINE = '''
+"""Code of a user: a report, a judge that sees answers alone, and a config with every socket."""
+
+import json
+
+from atlas_jax.configs.run import rlvr_gsm8k
+from atlas_jax.rewards import Judge
+
+BREVITY = Judge(name="brevity", prompt="Is the answer short?", sees=("question", "answer"))
+
+
+def report(step, values):
+    with open("reported.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\\n")
+
+
+def get_config(argument=None):
+    c = rlvr_gsm8k.get_config(argument)
+    c.data.dataset_path = c.data.eval_path = ""
+    c.data.source = "examples.custom_rows:rows"
+    c.rollout.protocol = "examples.calculator_episode:ask"
+    c.rollout.max_turns = 2
+    c.loss_type = "examples.custom_loss:reinforce"
+    c.reward.kind = "mixed"
+    c.reward.names = ("exact_match", "examples.custom_reward:compiles", "mine:brevity")
+    c.reward.rim.judges = ("mine:BREVITY",)
+    judges = c.reward.rim.active_judges
+    judges.helpfulness = judges.process = judges.diagnostic = False
+    c.reward.rim.cache_dir = ""
+    c.report_to = ("mine:report",)
+    c.max_prompt_length, c.max_new_tokens, c.max_seq_length = 512, 24, 1200
+    c.data.length_buckets = (600, 1200)
+    c.num_generations = c.per_device_train_batch_size = 2
+    c.train_batch_size, c.max_steps, c.beta, c.save_steps, c.eval_steps = 2, 1, 0.0, 0, 0
+    return c
+
+
+def brevity(sample):
+    return 1.0 / (1 + len(sample.completion.text))
+'''
+
+
+def test_every_socket_takes_code_from_outside_the_package(venv, model, tmp_path):
+    """One step of GRPO with the examples and a module of the user's, by the wheel alone."""
+    shutil.copytree("examples", tmp_path / "examples")
+    (tmp_path / "mine.py").write_text(MINE)
+    with judge_server.running() as server:
+        judges = [
+            f"--config.reward.rim.{size}_model.{name}={value}"
+            for size in ("small", "large")
+            for name, value in (
+                ("base_url", server.url), ("model", "agreeing"), ("api_key_env", ""),
+                ("input_price", 0), ("output_price", 0),
+            )
+        ]  # fmt: skip
+        run(
+            venv, tmp_path, "atlas-train", "--config=mine.py",
+            f"--config.model_name_or_path={model}", "--config.output_dir=out", *judges,
+        )  # fmt: skip
+    lines = (tmp_path / "reported.jsonl").read_text().splitlines()
+    values = {k: v for line in lines for k, v in json.loads(line).items()}
+    own = {
+        "reward/exact_match", "reward/compiles", "reward/brevity", "rim_rewards/brevity",
+        "rollout/turns", "policy/mean_logprob",
+    }  # fmt: skip
+    assert own <= values.keys()
+    assert values["reward/error_frac"] == 0
+    assert 0 < values["reward/brevity"] <= 1
+    [sample, *_] = (
+        json.loads(line)
+        for path in (tmp_path / "out/rollouts").iterdir()
+        for line in path.read_text().splitlines()
+    )
+    assert sample["messages"][0]["content"].startswith(sample["question"])
+    assert sample["reward_details"]["rim"]["judges"]["brevity"]["score"] is not None
