@@ -22,11 +22,6 @@ from atlas_jax.config import TrainConfig, masked, nearest
 from atlas_jax.files import write_whole
 from atlas_jax.types import Service
 
-_MISTAKES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-
 
 class TensorBoard:
     """Event files in the run's directory."""
