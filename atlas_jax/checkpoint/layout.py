@@ -16,6 +16,8 @@ from typing import Any
 import safetensors
 from absl import logging
 
+from atlas_jax.wording import shorten
+
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """dtypes of weights: the name in safetensors, and the name in NumPy."""
 
@@ -320,9 +322,9 @@ def is_model(directory: pathlib.Path) -> bool:
     return isinstance(content, dict) and "model_type" in content
 
 
-def some(found: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Returns the first names of a list, and the number of the others, as a text."""
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "") or "none"
+    return ", ".join(shorten(names, 5)) or "none"
 
 
 def _hint(path: pathlib.Path) -> str:

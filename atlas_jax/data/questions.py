@@ -26,10 +26,10 @@ from atlas_jax.data import shapes
 from atlas_jax.data.examples import PLACEHOLDER, check_encodable
 from atlas_jax.data.sources import QUESTIONS, Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.types import Question
+from atlas_jax.wording import shorten
 
 _QUESTION = ("prompt", "problem_text", "question", "problem", "instruction", "query", "input")
 _GROUND_TRUTH = ("ground_truth", "answer", "solution")
-_NUM_SHOWN = 5
 _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 
 
@@ -72,7 +72,7 @@ def parse_questions(
         first = f"; the first: {rejected[0]}" if rejected else ""
         raise ValueError(f"the dataset has no usable question; look at data.dataset_path{first}")
     if rejected:
-        shown = "; ".join(rejected[:_NUM_SHOWN]) + ("; …" if len(rejected) > _NUM_SHOWN else "")
+        shown = "; ".join(shorten(rejected, 5))
         logging.warning("%d of %d questions are left out: %s", len(rejected), len(rows.rows), shown)
     return questions
 
