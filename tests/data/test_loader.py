@@ -234,12 +234,13 @@ def test_report_counts_and_names_every_row():
     )
     report = loader.build(named, config, ChatTemplate(TOKENIZER), HostRows(1)).report
     assert (report.rows, report.examples) == (6, 2)
-    assert report.empty == ("t:1",)
-    assert report.masked == ("t:2",)
-    assert report.truncated == ("t:3",)
-    assert report.rejected[0] == "t:9: is not JSON"
-    assert report.rejected[1].startswith("t:4: lacks messages; it has question")
-    assert (report.no_stop, report.split, report.other_prompt) == ((), (), ())
+    unreadable, unknown = report.notes["rejected"]
+    assert unreadable == "t:9: is not JSON"
+    assert unknown.startswith("t:4: lacks messages; it has question")
+    assert {note: names for note, names in report.notes.items() if names} == {
+        "rejected": (unreadable, unknown), "empty": ("t:1",), "masked": ("t:2",),
+        "truncated": ("t:3",),
+    }  # fmt: skip
     # "y" and its stop token, and the example that was cut: 40 tokens less its prompt.
     prompt = TOKENIZER("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     assert report.trained_tokens == 2 + 40 - len(prompt)
