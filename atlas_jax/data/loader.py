@@ -258,13 +258,18 @@ class Batches(Iterator[Batch]):
         """Returns the position, for JSON: the next step and the data's fingerprint."""
         return {"step": self._step, "fingerprint": self._dataset.fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         """Continues with the batch that was the next one when `state` was taken.
 
+        Args:
+            state: from `get_state`.
+            allow_other_data: whether the step is kept though the data or their order are others.
+
         Raises:
-            ValueError: if the state is from other data or other settings of their order.
+            ValueError: if the state is from other data or other settings of their order, unless
+                they are allowed.
         """
-        if state["fingerprint"] != self._dataset.fingerprint:
+        if state["fingerprint"] != self._dataset.fingerprint and not allow_other_data:
             raise ValueError(
                 f"the checkpoint at step {state['step']} is from data {state['fingerprint']}, this "
                 f"run has {self._dataset.fingerprint}: the examples, the tokenizer, the seed, the "

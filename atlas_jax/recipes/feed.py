@@ -126,14 +126,18 @@ class Feed:
         """Returns the position in the questions."""
         return {"position": self._position, "fingerprint": self._parts.order.fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         """Continues after the questions that were asked when `state` was taken.
 
+        Args:
+            state: from `get_state`.
+            allow_other_data: whether the position is kept though the questions are others.
+
         Raises:
-            ValueError: if the state is from other questions.
+            ValueError: if the state is from other questions, unless they are allowed.
         """
         fingerprint = self._parts.order.fingerprint
-        if state["fingerprint"] != fingerprint:
+        if state["fingerprint"] != fingerprint and not allow_other_data:
             raise ValueError(
                 f"the checkpoint is from questions {state['fingerprint']}, this run has "
                 f"{fingerprint}: the dataset, the seed or data.shuffle differ; restore them, or "

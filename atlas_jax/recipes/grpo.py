@@ -92,7 +92,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         feed = Feed(parts, reference)
         stack.callback(feed.close)
         if training.position:
-            feed.set_state(training.position)
+            feed.set_state(training.position, allow_other_data=config.data.refresh)
         # 6. Training, and its end: everything that generates is closed before the export.
         outcome = training.train(
             make_loss(run.decoder, config, layout.per_row),

@@ -217,17 +217,14 @@ def _check_same_start(config: TrainConfig, before: Started, now: Started) -> Non
             )
 
 
-def data_state(config: TrainConfig, start: Start, fingerprint: str) -> dict[str, Any]:
-    """Returns the position in the data to continue from; empty at the beginning.
-
-    After `data.refresh` the data may differ; the position is kept anyway, under the fingerprint of
-    the data as they are.
+def check_same_data(config: TrainConfig, start: Start, fingerprint: str) -> None:
+    """Checks that a run continues on the data that it was started with, or after `data.refresh`.
 
     Raises:
         ValueError: if the checkpoint is of other data; names the options that differ.
     """
     if not start.data or start.data["fingerprint"] == fingerprint or config.data.refresh:
-        return start.data and start.data | {"fingerprint": fingerprint}
+        return
     options = directory.changed(config)
     cause = f"these options differ: {options}" if options else "the rows or the tokenizer differ"
     raise ValueError(

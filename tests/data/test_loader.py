@@ -189,6 +189,16 @@ def test_state_of_other_data_is_refused(changes):
         build().batches().set_state(state)
 
 
+def test_a_position_in_other_data_is_kept_where_they_are_allowed():
+    old = build(seed=1).batches()
+    next(old)
+    dataset = build()
+    new = dataset.batches()
+    new.set_state(old.get_state(), allow_other_data=True)
+    assert same(next(new), dataset.batch(1))
+    assert new.get_state() == {"step": 2, "fingerprint": dataset.fingerprint}
+
+
 def test_fingerprint_changes_with_a_row_and_with_its_mask():
     def fingerprint(fields, completion_only=True):
         data = dataclasses.replace(CONFIG.data, completion_only=completion_only)
