@@ -73,9 +73,12 @@ def replaced(
         for name in theirs:
             _carry_over(target / name, new / name)
         marker = {
-            "format": _FORMAT, "tool": "atlas_jax", "kind": kind, "source": source,
+            "format": _FORMAT,
+            "tool": "atlas_jax",
+            "kind": kind,
+            "source": source,
             "files": written,
-        }  # fmt: skip
+        }
         (new / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 

@@ -235,17 +235,17 @@ def _questions(
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    most = config.data.max_rejected_frac
+    max_rejected = config.data.max_rejected_frac
     needs_truth = config.reward.needs_truth(given.rewards)
     fields = config.rollout.question_fields
     columns = vars(config.data.columns)
-    train = asked.parse_questions(rows, most, needs_truth, fields, columns)
+    train = asked.parse_questions(rows, max_rejected, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:
         check_truths(train)
     if held_out is None:
         return train, None
-    questions = asked.parse_questions(held_out, most, needs_truth, fields, columns)
+    questions = asked.parse_questions(held_out, max_rejected, needs_truth, fields, columns)
     return train, questions[: config.rollout.eval_limit or None]
 
 

@@ -110,8 +110,9 @@ def _current(config: DataConfig, output_dir: str) -> bool:
     before = _description(latest)["query"]
     now = _asked(config)
     if before != now:
-        changed = ", ".join(f"{k}={before.get(k)} (now {v})" for k, v in now.items()
-                            if before.get(k) != v)  # fmt: skip
+        changed = ", ".join(
+            f"{k}={before.get(k)} (now {v})" for k, v in now.items() if before.get(k) != v
+        )
         raise ValueError(
             f"{latest.with_suffix('.parquet')} was read with {changed}; restore that, read the "
             "database again with data.refresh=true, or choose another output_dir"
