@@ -60,6 +60,7 @@ def replaced(
     target = files.resolved(directory)
     with files.replace_directory(target) as new:
         yield new
+        # The fingerprints come before the user's files, which are not this program's to replace.
         written = {name: _fingerprint(new / name) for name in _names(new)}
         theirs = check(
             directory, kind, unmarked

@@ -87,6 +87,7 @@ def _open(
     tokenizer_name: str = "",
 ) -> Model:
     path = hf.resolve(name)
+    # The headers of the files alone: what cannot be trained is refused before weights are read.
     source = hf.open_source(path)
     tokenizer = vocabulary.load_tokenizer(tokenizer_name or path)
     architecture = from_hf(source.config)

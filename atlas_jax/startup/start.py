@@ -77,7 +77,9 @@ def begin(
         params = load_origin(now.origin, config, model, decoder)
         logging.info("training begins with %s", _named(now.origin))
         return Start(compute.state(params, optimizer), {}, now)
+    # A run of a version that wrote no `start.json` began as the options of this command say.
     before = directory.started(config.output_dir) or now._replace(origin=find_origin(config))
+    # Before Orbax reads: its errors would name arrays instead of the option that changed.
     _check_same_start(config, before, now)
     if not checkpoints.has_training_state(latest):  # made by atlas-convert
         params = checkpoints.restore_params(latest, _abstract(decoder))
@@ -141,6 +143,7 @@ def load_origin(origin: Origin, config: TrainConfig, model: Model, decoder: Deco
     if stored.exists():
         _check_same_model(origin, json.loads(stored.read_text()), decoder)
     checkpoints = manager.Checkpoints(origin.path, create=False)
+    # A reference may rest in another dtype than the parameters that were saved.
     frozen = decoder is not model.decoder
     params = checkpoints.restore_params(origin.step, _abstract(decoder), cast=frozen)
     checkpoints.close()

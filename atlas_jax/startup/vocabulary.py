@@ -128,6 +128,7 @@ def check_ids(
 
 def digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a short hash of a tokenizer's vocabulary and chat template."""
+    # The vocabulary is a dict whose order may change between releases of the library.
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
