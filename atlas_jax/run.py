@@ -89,6 +89,7 @@ class Run:
                 data, or if there are no weights to begin with.
         """
         optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
+        # The optimizer first, since its state is restored into the shapes that it has.
         begun = start.begin(self.compute, self.model, optimizer, self.checkpoints, student)
         start.check_same_data(self.config, begun, fingerprint)
         return Training(

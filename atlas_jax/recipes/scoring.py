@@ -89,6 +89,7 @@ def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
 def _judges(config: GRPOConfig) -> RewardFn:
     from atlas_jax.rewards import RIMReward  # needs an HTTP client, and no other reward does
 
+    # A file for each process, since processes may not write one file at the same time.
     account = f"{config.output_dir}/judges_spent_process_{jax.process_index()}.json"
     return RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
 
@@ -123,6 +124,7 @@ def retry_outages(
     """
     samples = list(samples)
     for secs in options.retry_waits_secs:
+        # Counted over all processes before each wait, so that all wait or none.
         places = [i for i, s in enumerate(samples) if _is_retryable(s.reward)]
         failed, total, retryable = _count_over_processes(samples, len(places))
         if not retryable or failed <= options.max_failed_frac * total:

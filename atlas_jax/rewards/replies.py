@@ -57,6 +57,7 @@ def key_of(parts: Sequence[str], messages: Sequence[Message]) -> str:
         messages: the conversation.
     """
     texts = [text for m in messages for text in (m["role"], m["content"])]
+    # The lengths keep the parts apart: the same characters divided otherwise are another call.
     content = "".join(f"{len(part)}:{part}" for part in [*parts, *texts])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
