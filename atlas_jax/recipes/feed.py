@@ -116,6 +116,7 @@ class Feed:
         if config.num_iterations > 1:
             batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
         jax.block_until_ready(batch)
+        values["perf/real_token_frac"] = num_tokens, batch.tokens.size
         values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
         values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = collected.reward_secs, 1
