@@ -82,9 +82,13 @@ def load(path: str) -> SavedConfig:
 
 
 def _fill(
-    path: str, root: ConfigDict, group: ConfigDict, values: Mapping[str, Any], prefix: str,
+    path: str,
+    root: ConfigDict,
+    group: ConfigDict,
+    values: Mapping[str, Any],
+    prefix: str,
     hidden: list[str],
-) -> None:  # fmt: skip
+) -> None:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in group:

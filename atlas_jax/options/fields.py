@@ -54,8 +54,10 @@ JsonObject = Annotated[str, Meta(extra={"rule": "a JSON object, or empty"})]
 
 def choices_or_function(*names: str) -> Meta:
     """Returns the rule for one of `names`, or a function as `package.module:function`."""
-    return Meta(pattern=rf"^(?:{'|'.join(map(re.escape, names))}|{FUNCTION})$",
-                extra={"choices": (*names, "package.module:function")})  # fmt: skip
+    return Meta(
+        pattern=rf"^(?:{'|'.join(map(re.escape, names))}|{FUNCTION})$",
+        extra={"choices": (*names, "package.module:function")},
+    )
 
 
 def function_reference() -> Meta:
@@ -66,9 +68,10 @@ def function_reference() -> Meta:
 def some_of(*names: str) -> Meta:
     """Returns the rule for `none`, or some of `names` with commas between them."""
     one = f"(?:{'|'.join(map(re.escape, names))})"
-    return Meta(pattern=rf"^(?:none|{one}(?:,{one})*)$",
-                extra={"parts": names,
-                       "rule": f"none, or some of {', '.join(names)} with commas"})  # fmt: skip
+    return Meta(
+        pattern=rf"^(?:none|{one}(?:,{one})*)$",
+        extra={"parts": names, "rule": f"none, or some of {', '.join(names)} with commas"},
+    )
 
 
 def hints(schema: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         batches = train.batches(training.first_step)
         stack.callback(batches.close)
         if training.position:
-            batches.set_state(training.position)
+            batches.set_state(training.position, allow_other_data=config.data.refresh)
         # 4. Nothing can refuse the run any more: what is in the directory may be replaced.
         writer = training.committed()
         stack.callback(writer.close)

@@ -36,12 +36,12 @@ from atlas_jax.config import TrainConfig, masked
 from atlas_jax.data import sources
 from atlas_jax.files import write_whole
 from atlas_jax.types import ENVIRONMENT
+from atlas_jax.wording import shorten
 
 _LOCK = ".lock"
 _HOLDER = ".run.json"
 _CONFIG = "config.json"
 _START = "start.json"
-_NUM_SHOWN = 8
 _VARIABLES = ("CUDA_", "JAX_", "LIBTPU_", "NCCL_", "XLA_")
 """Beginnings of the variables that XLA, CUDA and NCCL read."""
 
@@ -153,9 +153,8 @@ def changed(config: TrainConfig) -> str:
     before = _flat(before)
     now = _flat(json.loads(_config_text(config)))
     names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
-    parts = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names[:_NUM_SHOWN]]
-    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    return ", ".join(parts) + more
+    changes = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names]
+    return ", ".join(shorten(changes, 8))
 
 
 def _config_text(config: TrainConfig) -> str:
