@@ -14,9 +14,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, loop, losses, metrics, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length, collate_policy, row_tokens, split_rows
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.prefetch import Prefetcher
 from atlas_jax.recipes.scoring import reason, retry_outages, score

@@ -11,9 +11,9 @@ import jax
 from absl import logging
 
 from atlas_jax import distributed, logprobs, loop, metrics, step
-from atlas_jax.config import SFTConfig
 from atlas_jax.data import chat, loader, sources, tokenized
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import SFTConfig
 from atlas_jax.run import Run
 from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.startup import directory, vocabulary

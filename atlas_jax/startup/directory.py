@@ -32,9 +32,9 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf, manager
-from atlas_jax.config import TrainConfig, masked
 from atlas_jax.data import sources
 from atlas_jax.files import write_whole
+from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.types import ENVIRONMENT
 from atlas_jax.wording import shorten
 
