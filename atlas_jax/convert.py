@@ -31,10 +31,10 @@ from absl import logging
 
 from atlas_jax import files as files_lib
 from atlas_jax.checkpoint import exports, hf, layout, manager
-from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import MeshConfig
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.startup.vocabulary import load_tokenizer
 from atlas_jax.step import abstract as abstract_tree

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from absl import logging
@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from atlas_jax import distributed, metrics, stopping
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
-from atlas_jax.profiling import Profile
+from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Metrics, Params
+
+if TYPE_CHECKING:
+    from atlas_jax.profiling import Profile
 
 _UNLOGGED = "metrics"
 """Key in a checkpoint's `data` for the metrics of the steps since the last line of the log."""
@@ -143,7 +145,7 @@ class _LoopState:
         self._job = job
         self._feed = feed
         self._pending: _Pending | None = None
-        self._profile = Profile(job.config)
+        self._profile = _profile(job.config)
 
     @property
     def number(self) -> int:
@@ -167,13 +169,15 @@ class _LoopState:
         # No earlier step is in flight then, so making the batch belongs to the time of this one.
         if feed.samples_policy:
             self.log.start_clock()
-        self._profile.before(step)
+        if self._profile:
+            self._profile.before(step)
         given = feed.next(self.state, _pause)
         # The vote is queued before the step and read after it, so that no device waits for the
         # host.
         stop_anywhere = distributed.vote(stopping.requested())
         self.state, values = self._job.train_step(self.state, given.batch)
-        self._profile.after(step, self.state)
+        if self._profile:
+            self._profile.after(step, self.state)
         distributed.arrive(f"step {step}")
         # The metrics of the step before are read while the devices compute this one.
         self._fetch()
@@ -199,7 +203,8 @@ class _LoopState:
 
     def end(self) -> None:
         """Saves the state, and waits until it is written, however long that takes."""
-        self._profile.close()
+        if self._profile:
+            self._profile.close()
         self._fetch()
         self._save()
         distributed.arrive(f"the checkpoint of step {self.number}")
@@ -234,6 +239,14 @@ class _LoopState:
             self.log.start_clock()
         else:
             self.log.write(self.number, values)
+
+
+def _profile(config: TrainConfig) -> Profile | None:
+    if not config.profile_steps or not distributed.is_main():
+        return None
+    from atlas_jax.profiling import Profile  # only `profile_steps` asks for it
+
+    return Profile(config)
 
 
 def _due(step: int, every: int) -> bool:

@@ -21,8 +21,8 @@ import jax
 
 from atlas_jax import loop, metrics, step
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import TrainConfig
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.startup import directory, start
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, export, open_model

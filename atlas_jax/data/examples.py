@@ -20,9 +20,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import shapes
 from atlas_jax.data.sources import Row, Rows, check_rejected
+from atlas_jax.options.data import DataConfig, LessonsConfig
 from atlas_jax.types import Message
 
 FIELDS = {

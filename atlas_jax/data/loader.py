@@ -26,12 +26,12 @@ import grain
 import numpy as np
 from absl import logging
 
-from atlas_jax.config import TrainConfig
 from atlas_jax.data import chat, examples
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
 from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Batch, Example
 from atlas_jax.wording import shorten
 

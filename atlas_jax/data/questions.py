@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from atlas_jax.config import GRPOConfig, flat
 from atlas_jax.data import shapes
 from atlas_jax.data.examples import check_encodable, check_template
 from atlas_jax.data.sources import QUESTIONS, Row, Rows, check_rejected, epoch_order, unfold
+from atlas_jax.options.fields import flat
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.types import Question
 from atlas_jax.wording import shorten
 

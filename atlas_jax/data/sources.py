@@ -19,9 +19,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import extras
-from atlas_jax.config import DataConfig
 from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
+from atlas_jax.options.data import DataConfig
 from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
 from atlas_jax.wording import shorten
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from atlas_jax import step
-from atlas_jax.config import GRPOConfig, TrainConfig
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.plan.targets import CompiledSharding, Target
 from atlas_jax.recipes import grpo, sft
 from atlas_jax.recipes.layout import longest_row

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import ModelConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.plan.estimate import Measured, OutOfMemory, device_bytes
 from atlas_jax.plan.programs import PlannedRun
 from atlas_jax.plan.targets import Target

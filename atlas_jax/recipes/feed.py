@@ -14,9 +14,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, loop, losses, metrics, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length, collate_policy, row_tokens, split_rows
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.prefetch import Prefetcher
 from atlas_jax.recipes.scoring import reason, retry_outages, score
@@ -121,6 +121,7 @@ class Feed:
             batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
         # Without waiting, the time of these log-probabilities would count as the training step's.
         jax.block_until_ready(batch)
+        values["perf/real_token_frac"] = num_tokens, batch.tokens.size
         values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
         values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = collected.reward_secs, 1

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import distributed, logprobs, losses, metrics, policy_logprobs, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout

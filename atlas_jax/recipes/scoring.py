@@ -12,7 +12,8 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, sockets
-from atlas_jax.config import GRPOConfig, RewardConfig
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.reward import RewardConfig
 from atlas_jax.rewards import verifiable
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardFn, Sample

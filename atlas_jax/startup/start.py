@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding
 
 from atlas_jax import distributed, step
 from atlas_jax.checkpoint import hf, layout, manager
-from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.sharding import fetch
 from atlas_jax.startup import directory, vocabulary
 from atlas_jax.startup.compute import Compute

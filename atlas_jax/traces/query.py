@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atlas_jax.config import DataConfig
+from atlas_jax.options.data import DataConfig
 from atlas_jax.traces.schema import AtlasSessionTrace
 from atlas_jax.traces.values import as_time
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from atlas_jax.config import DataConfig
+from atlas_jax.options.data import DataConfig
 from atlas_jax.traces.query import Query
 from atlas_jax.traces.schema import AtlasSessionTrace, AtlasStepTrace
 from atlas_jax.traces.values import as_text

@@ -16,8 +16,8 @@ from typing import Any
 from absl import logging
 
 from atlas_jax import extras
-from atlas_jax.config import DataConfig
 from atlas_jax.files import replace_atomically, write_whole
+from atlas_jax.options.data import DataConfig
 from atlas_jax.traces import parser, postgres
 from atlas_jax.traces.query import Query
 from atlas_jax.traces.schema import AtlasSessionTrace

@@ -213,6 +213,9 @@ def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prom
     given = feed.next(state_of(0), time.sleep)
     written = (2 + 1) + (4 + 1)  # two texts with their stop tokens
     assert given.num_tokens == updates * 2 * (prompts * len("direct q0") + written)
+    tokens, positions = given.metrics["perf/real_token_frac"]
+    assert tokens == 2 * (prompts * len("direct q0") + written)
+    assert positions == given.batch.segment_ids.size > tokens
 
 
 def with_long(feed, count):

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from atlas_jax import config as config_lib
-from atlas_jax.config import BatchPlan, GRPOConfig, RolloutConfig
+from atlas_jax.config import GRPOConfig, RolloutConfig
 from atlas_jax.configs.run import teacher_rcl
+from atlas_jax.options.train import BatchPlan, batch_plan
 from atlas_jax.recipes.layout import make_layout
 
 BASE = GRPOConfig(model_name_or_path="m", student_model="s", output_dir="o")
@@ -21,13 +22,13 @@ def test_sizes_that_cannot_work_name_ones_that_can(rows, device_rows):
         gradient_accumulation_steps=rows // device_rows,
     )
     with pytest.raises(ValueError, match="do not divide into groups of num_generations=8") as error:
-        make_layout(draft, config_lib.batch_plan(draft, 1), 1)
+        make_layout(draft, batch_plan(draft, 1), 1)
     advice = str(error.value).partition("train_batch_size=")[2]
     named = [int(word) for word in advice.replace(",", " ").split() if word.isdigit()]
     assert named
     for size in named:
         changed = dataclasses.replace(draft, train_batch_size=size, gradient_accumulation_steps=0)
-        layout = make_layout(changed, config_lib.batch_plan(changed, 1), 1)
+        layout = make_layout(changed, batch_plan(changed, 1), 1)
         assert layout.questions * 8 == size
     assert "gradient_accumulation_steps=0" in str(error.value)
 
@@ -50,7 +51,7 @@ def test_a_row_holds_as_many_completions_as_fit_and_divide():
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_the_recipe_of_the_guide_asks_four_questions_on_any_number_of_devices(devices):
     recipe = config_lib.freeze(teacher_rcl.get_config())
-    plan = config_lib.batch_plan(recipe, devices)
+    plan = batch_plan(recipe, devices)
     layout = make_layout(recipe, plan, devices)
     assert layout.questions == 4
     assert plan.global_rows == 128
@@ -64,4 +65,4 @@ def test_the_recipe_of_the_guide_asks_four_questions_on_any_number_of_devices(de
 def test_six_devices_get_the_sizes_that_also_hold_whole_groups():
     recipe = config_lib.freeze(teacher_rcl.get_config())
     with pytest.raises(ValueError, match=r"over the 6 devices.*set train_batch_size=96 or 192"):
-        config_lib.batch_plan(recipe, 6)
+        batch_plan(recipe, 6)
