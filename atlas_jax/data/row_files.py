@@ -44,6 +44,7 @@ def expanded(path: str) -> list[str]:
     Raises:
         ValueError: if it means none.
     """
+    # The name of a file may itself hold brackets.
     if os.path.exists(os.path.expanduser(path)) or not glob.has_magic(path):
         return [path]
     found = sorted(glob.glob(os.path.expanduser(path), recursive=True))
@@ -101,6 +102,7 @@ def _opened(file: str) -> Any:
 def _json(path: str, file: str) -> Records:
     """Reads one object a line, or an array of objects, alone or as `data` of an object."""
     with _opened(file) as content:
+        # Only the first character tells an array, which has no row in a line, from rows.
         beginning = content.read(_BEGINNING).lstrip(b"\xef\xbb\xbf \t\r\n")
     lines = _lines(path, file)
     if path.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
@@ -163,6 +165,7 @@ def _separated(path: str, file: str, delimiter: str) -> Records:
     """Reads a table of texts; cells that are empty count as absent."""
     csv.field_size_limit(_LONGEST_CELL)  # of 128 KiB otherwise; conversations are longer
     with _opened(file) as content:
+        # Spreadsheets put a byte order mark before the name of the first column.
         text = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(content))
         try:
             table = csv.DictReader(text, delimiter=delimiter)

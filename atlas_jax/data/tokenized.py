@@ -118,11 +118,11 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def remove_others(directory: str, kept: Collection[pathlib.Path | None]) -> None:
+def remove_others(directory: str, wanted: Collection[pathlib.Path | None]) -> None:
     """Removes the cache files of other fingerprints from a directory."""
     for path in pathlib.Path(directory).glob("tokens-*.npz"):
         # Only files of this program: the directory may hold others of the user's.
-        if path not in kept and _FILE.fullmatch(path.name) and _is_ours(path):
+        if path not in wanted and _FILE.fullmatch(path.name) and _is_ours(path):
             path.unlink(missing_ok=True)
             logging.info("removed %s, which holds the tokens of other rows or options", path)
 
