@@ -66,9 +66,8 @@ def gather(numbers: np.ndarray) -> np.ndarray:
     arrive()
     if jax.process_count() == 1:
         return numbers[None]
-    content = np.frombuffer(
-        np.ascontiguousarray(numbers).tobytes(), np.uint8
-    )  # as bytes, because JAX would cast float64
+    # As bytes, because JAX would cast float64.
+    content = np.frombuffer(np.ascontiguousarray(numbers).tobytes(), np.uint8)
     found = multihost_utils.process_allgather(content)
     return found.view(numbers.dtype).reshape(-1, *numbers.shape)
 

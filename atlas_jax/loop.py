@@ -79,12 +79,10 @@ class Job(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
-    healthy: Mapping[str, tuple[float, float]] = MappingProxyType(
-        {}
-    )  # metric -> range without a warning
-    restored: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # `data` of the checkpoint that the run resumes from
+    healthy: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    """Metric -> range without a warning."""
+    restored: Mapping[str, Any] = MappingProxyType({})
+    """`data` of the checkpoint that the run resumes from."""
 
 
 class Outcome(NamedTuple):
@@ -319,9 +317,8 @@ class _Log:
         sums = metrics.add({}, values)
         means = metrics.means(sums)
         for name in ("loss/total", "optim/grad_norm"):
-            if sums[name][1] and not math.isfinite(
-                means[name]
-            ):  # a weight of 0: nothing was trained
+            # With a weight of 0 nothing was trained, and the mean is NaN without a fault.
+            if sums[name][1] and not math.isfinite(means[name]):
                 good = self._job.checkpoints.latest()
                 where = (
                     "there is no checkpoint yet"

@@ -148,9 +148,8 @@ class ReplyCache:
         if not is_read_only:
             file.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when replies are removed
             file.execute(_TABLE)
-        file.execute(
-            "SELECT number, key, text, is_cut FROM replies LIMIT 1"
-        )  # fails if the file is not such a cache
+        # Fails if the file is not such a cache.
+        file.execute("SELECT number, key, text, is_cut FROM replies LIMIT 1")
         return file
 
     def _trim(self, file: sqlite3.Connection) -> None:
