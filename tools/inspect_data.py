@@ -20,7 +20,7 @@ from absl import app
 from atlas_jax import cli
 from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig, GRPOConfig, TrainConfig
-from atlas_jax.data import chat, loader, questions, sources
+from atlas_jax.data import chat, loader, questions, session_rows, sources
 from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.data.sources import Rows
 from atlas_jax.traces import files
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
         print_counts(data)
     with tempfile.TemporaryDirectory() as folder:
         if data.db_url:
-            sources.check_sessions(data, folder)
-            sources.take_snapshot(data, folder)
+            session_rows.check_sessions(data, folder)
+            session_rows.take_snapshot(data, folder)
         loose = dataclasses.replace(data, max_rejected_frac=1.0)
         rows, held_out = sources.load_rows(loose, config.seed, folder)
     print(f"{len(rows.rows)} rows to train on, {len(held_out.rows) if held_out else 0} held out")

@@ -6,6 +6,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from atlas_jax import sockets
 from atlas_jax.data.chat_template import ChatTemplate
@@ -13,10 +14,12 @@ from atlas_jax.data.questions import check_templates
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.options.rollout import RolloutConfig
 from atlas_jax.rollout.engine import ChatModel, EncodeTurn
-from atlas_jax.rollout.episodes import EpisodeOptions
 from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Params
+
+if TYPE_CHECKING:
+    from atlas_jax.rollout.episodes import EpisodeOptions
 
 
 def local(
@@ -159,6 +162,8 @@ def _episode_options(rollout: RolloutConfig) -> EpisodeOptions | None:
     """
     if not sockets.is_reference(rollout.protocol):
         return None
+    from atlas_jax.rollout.episodes import EpisodeOptions  # the built-in protocols hold none
+
     ask = sockets.resolve(rollout.protocol, "rollout.protocol")
     if not inspect.iscoroutinefunction(ask):
         raise ValueError(
