@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from atlas_jax import config_files
 from atlas_jax.options.data import ColumnsConfig, DataConfig, LessonsConfig
+from atlas_jax.options.descriptions import nearest
 from atlas_jax.options.fields import Emptied, Words, check, flat, hints, moved, moved_to
 from atlas_jax.options.train import (
     HostsConfig,
@@ -27,7 +28,6 @@ from atlas_jax.options.train import (
     SFTConfig,
     TrainConfig,
 )
-from atlas_jax.options.wording import nearest
 
 if TYPE_CHECKING:
     from atlas_jax.options.grpo import GRPOConfig, TeachingConfig
@@ -110,11 +110,13 @@ def defaults(schema: type[TrainConfig]) -> ConfigDict:
 
     def as_dict(group: Any) -> ConfigDict:
         values = {name: getattr(group, name) for name in hints(type(group))}
-        return ConfigDict({
-            name: as_dict(value) if dataclasses.is_dataclass(value) else value
-            for name, value in values.items()
-            if not moved_to(hints(type(group))[name])
-        })  # fmt: skip
+        return ConfigDict(
+            {
+                name: as_dict(value) if dataclasses.is_dataclass(value) else value
+                for name, value in values.items()
+                if not moved_to(hints(type(group))[name])
+            }
+        )
 
     config = as_dict(schema())
     for former, present in moved(schema).items():
@@ -200,13 +202,13 @@ def freeze(config: ConfigDict, expected: type[TrainConfig] = TrainConfig) -> Tra
         ValueError: for an unknown algorithm or option, another schema than the expected one, or a
             value that its option does not allow.
     """
-    found = schema(config.algorithm)
-    if not issubclass(found, expected):
+    config_class = schema(config.algorithm)
+    if not issubclass(config_class, expected):
         raise ValueError(
             f"--config has algorithm={config.algorithm!r}; use a run file with algorithm="
             f"{expected().algorithm!r}"
         )
-    return _frozen(found, config, "", _former_values(found, config))
+    return _frozen(config_class, config, "", _former_values(config_class, config))
 
 
 def _former_values(cls: type[TrainConfig], config: ConfigDict) -> dict[str, Any]:
@@ -222,15 +224,15 @@ def _former_values(cls: type[TrainConfig], config: ConfigDict) -> dict[str, Any]
 
 
 def _frozen(cls: type[T], values: Any, prefix: str, former: dict[str, Any]) -> T:
-    known = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not isinstance(values, ConfigDict):
-        some = ", ".join(list(known)[:3])
+        some = ", ".join(list(defaults)[:3])
         raise ValueError(f"{prefix[:-1]}={values!r} must be a group of options ({some}, …)")
     for name in values:
-        if name not in known:
-            raise ValueError(f"unknown option {prefix}{name}{nearest(name, known)}")
+        if name not in defaults:
+            raise ValueError(f"unknown option {prefix}{name}{nearest(name, defaults)}")
     fields: dict[str, Any] = {}
-    for name, default in known.items():
+    for name, default in defaults.items():
         hint = hints(cls)[name]
         if dataclasses.is_dataclass(default):
             fields[name] = _frozen(type(default), values[name], f"{prefix}{name}.", former)

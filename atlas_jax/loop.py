@@ -267,16 +267,19 @@ class _Log:
         self._mark = time.perf_counter()
         self.last: dict[str, float] = {}
         self.progress = tqdm(
-            total=job.num_steps, initial=start, unit="step", disable=not distributed.is_main(),
-            dynamic_ncols=True, mininterval=1.0, desc=job.config.algorithm,
-        )  # fmt: skip
+            total=job.num_steps,
+            initial=start,
+            unit="step",
+            disable=not distributed.is_main(),
+            dynamic_ncols=True,
+            mininterval=1.0,
+            desc=job.config.algorithm,
+        )
 
     def unlogged(self) -> dict[str, Any]:
         """Returns the sums since the last line, for JSON; a resumed run continues them."""
         total = {k: [float(x) for x in v] for k, v in self._total.items()}
-        return {
-            "total": total, "secs": self._secs, "tokens": self._tokens, "flops": self._flops,
-        }  # fmt: skip
+        return {"total": total, "secs": self._secs, "tokens": self._tokens, "flops": self._flops}
 
     def has_evaluation(self, step: int) -> bool:
         """Returns whether the step was evaluated; every process gets the same answer."""

@@ -89,7 +89,8 @@ class Run:
 
         Args:
             num_steps: steps of the whole run.
-            fingerprint: hash of the data, which must be those of the checkpoint.
+            fingerprint: hash of the data, which must be those of the checkpoint, but for
+                `data.refresh`.
             updates_per_step: updates of the optimizer in one step.
             student: GRPO's frozen student, where this process reads its weights.
 
@@ -99,13 +100,13 @@ class Run:
         """
         optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
         start = self._start(optimizer, student)
+        _check_same_data(self.config, start, fingerprint)
         return Training(
             run=self,
             num_steps=num_steps,
             updates_per_step=updates_per_step,
             optimizer=optimizer,
             start=start,
-            position=_data_state(self.config, start, fingerprint),
         )
 
     def _start(self, optimizer: step.Optimizer, student: Model | None) -> Start:
@@ -172,8 +173,11 @@ class Training:
     updates_per_step: int
     optimizer: step.Optimizer
     start: Start
-    position: dict[str, Any]
-    """Position in the data to continue from; empty at the beginning."""
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Position in the data to continue from; empty at the beginning."""
+        return self.start.data
 
     @property
     def first_step(self) -> int:
@@ -254,17 +258,14 @@ def _check_same_start(config: TrainConfig, before: Started, now: Started) -> Non
             )
 
 
-def _data_state(config: TrainConfig, start: Start, fingerprint: str) -> dict[str, Any]:
-    """Returns the position in the data to continue from; empty at the beginning.
-
-    After `data.refresh` the data may differ; the position is kept anyway, under the fingerprint of
-    the data as they are.
+def _check_same_data(config: TrainConfig, start: Start, fingerprint: str) -> None:
+    """Checks that a run continues on the data that it was started with, or after `data.refresh`.
 
     Raises:
         ValueError: if the checkpoint is of other data; names the options that differ.
     """
     if not start.data or start.data["fingerprint"] == fingerprint or config.data.refresh:
-        return start.data and start.data | {"fingerprint": fingerprint}
+        return
     options = directory.changed(config)
     cause = f"these options differ: {options}" if options else "the rows or the tokenizer differ"
     raise ValueError(

@@ -22,12 +22,12 @@ from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
 from atlas_jax.options.data import DataConfig
 from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
+from atlas_jax.wording import shorten
 
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 """The name of one file of a hub dataset."""
 SAVED = "state.json"
 """A file of the directories that `datasets` writes with `save_to_disk`."""
-_NUM_SHOWN = 5
 LESSONS = "lessons"
 QUESTIONS = "questions"
 """The fields of `SessionRows`."""
@@ -149,11 +149,10 @@ def check_rejected(rejected: list[str], num_rows: int, max_frac: float) -> None:
     """
     if not rejected or len(rejected) <= max_frac * num_rows:
         return
-    shown = "\n".join(f"  {reason}" for reason in rejected[:_NUM_SHOWN])
-    rest = f"\n  and {len(rejected) - _NUM_SHOWN} more" if len(rejected) > _NUM_SHOWN else ""
+    shown = "\n".join(f"  {reason}" for reason in shorten(rejected, 5))
     raise ValueError(
         f"{len(rejected)} of {num_rows} dataset rows cannot be used, more than "
-        f"data.max_rejected_frac={max_frac} allows:\n{shown}{rest}\n"
+        f"data.max_rejected_frac={max_frac} allows:\n{shown}\n"
         "repair or remove them, or raise --config.data.max_rejected_frac to leave them out"
     )
 

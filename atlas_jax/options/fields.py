@@ -52,8 +52,10 @@ JsonObject = Annotated[str, Meta(extra={"rule": "a JSON object, or empty"})]
 
 def choices_or_function(*names: str) -> Meta:
     """Returns the rule for one of `names`, or a function as `package.module:function`."""
-    return Meta(pattern=rf"^(?:{'|'.join(map(re.escape, names))}|{FUNCTION})$",
-                extra={"choices": (*names, "package.module:function")})  # fmt: skip
+    return Meta(
+        pattern=rf"^(?:{'|'.join(map(re.escape, names))}|{FUNCTION})$",
+        extra={"choices": (*names, "package.module:function")},
+    )
 
 
 def function_reference() -> Meta:
@@ -64,9 +66,10 @@ def function_reference() -> Meta:
 def some_of(*names: str) -> Meta:
     """Returns the rule for `none`, or some of `names` with commas between them."""
     one = f"(?:{'|'.join(map(re.escape, names))})"
-    return Meta(pattern=rf"^(?:none|{one}(?:,{one})*)$",
-                extra={"parts": names,
-                       "rule": f"none, or some of {', '.join(names)} with commas"})  # fmt: skip
+    return Meta(
+        pattern=rf"^(?:none|{one}(?:,{one})*)$",
+        extra={"parts": names, "rule": f"none, or some of {', '.join(names)} with commas"},
+    )
 
 
 def hints(schema: Any) -> dict[str, Any]:
@@ -168,9 +171,9 @@ def check(name: str, value: Any, hint: Any) -> Any:
     try:
         value = msgspec.convert(value, hint)
     except msgspec.ValidationError:
-        from atlas_jax.options import wording  # for errors and for the documentation
+        from atlas_jax.options import descriptions  # for errors and for the documentation
 
-        raise ValueError(wording.refusal(name, value, hint)) from None
+        raise ValueError(descriptions.refusal(name, value, hint)) from None
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{name}={value} must be finite")

@@ -113,7 +113,7 @@ def _grpo(
     hosts = target.num_devices // target.devices_a_host
     plan = compute.plan
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
-    layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
+    layout = grpo.fit_attention(layout, decoder)
     longest = longest_row(config, layout.per_row)
     length = min(b for b in layout.buckets if b >= longest)
     rows = plan.global_rows // layout.per_row // plan.microbatches

@@ -139,8 +139,12 @@ def retry_outages(
         first = next((reason(samples[i].reward) for i in places), "another process knows")
         logging.warning(
             "%d of %d samples have no score; asking again for %d of them in %g s; the first: %s",
-            failed, total, retryable, secs, first,
-        )  # fmt: skip
+            failed,
+            total,
+            retryable,
+            secs,
+            first,
+        )
         pause(secs)
         with distributed.together(StopRequestedError):
             again = score(reward, [samples[i] for i in places])

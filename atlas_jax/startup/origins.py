@@ -20,6 +20,7 @@ from atlas_jax.sharding import fetch
 from atlas_jax.startup.directory import Origin, Started
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Params
+from atlas_jax.wording import shorten
 
 
 def find(config: TrainConfig) -> Origin:
@@ -127,7 +128,8 @@ def _check_same_model(origin: Origin, stored: dict[str, Any], decoder: Decoder) 
     if different:
         raise ValueError(
             f"{origin} is of another model than model_name_or_path: "
-            f"{', '.join(different[:4])}; set model_name_or_path to the model that it was made with"
+            f"{', '.join(shorten(different, 4))}; set model_name_or_path to the model that it was "
+            "made with"
         )
 
 
