@@ -37,7 +37,7 @@ from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import MeshConfig
 from atlas_jax.sharding import Sharding, make_mesh
-from atlas_jax.startup.vocabulary import load_tokenizer
+from atlas_jax.startup.model import load_tokenizer
 from atlas_jax.step import abstract as abstract_tree
 from atlas_jax.types import Params
 

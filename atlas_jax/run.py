@@ -25,10 +25,10 @@ from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import TrainConfig
-from atlas_jax.startup import directory, vocabulary
+from atlas_jax.startup import directory
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.directory import Origin, Started
-from atlas_jax.startup.model import Model, export, open_model
+from atlas_jax.startup.model import Model, export, open_model, tokenizer_digest
 from atlas_jax.types import Params
 
 
@@ -127,7 +127,7 @@ class Run:
         now = Started(
             origin=Origin(config.model_name_or_path),
             weights=hf.digest(self.model.source),
-            tokenizer=vocabulary.digest(self.model.files.tokenizer),
+            tokenizer=tokenizer_digest(self.model.files.tokenizer),
             student=hf.digest(student.source) if student else "",
             date=self.model.template.date.isoformat(),
         )

@@ -91,12 +91,12 @@ def print_examples(config: TrainConfig, rows: Rows) -> None:
     """Prints conversations as the tokenizer renders them."""
     # What imports JAX comes late: questions and counts need none.
     from atlas_jax.checkpoint import hf
-    from atlas_jax.startup import vocabulary
+    from atlas_jax.startup import model as models
 
     path = hf.resolve(config.model_name_or_path)
-    tokenizer = vocabulary.load_tokenizer(config.tokenizer_name_or_path or path)
+    tokenizer = models.load_tokenizer(config.tokenizer_name_or_path or path)
     template = ChatTemplate(tokenizer, read_options(config.chat_template_kwargs))
-    stop_ids = vocabulary.stop_ids(hf.open_source(path), tokenizer)
+    stop_ids = models.stop_ids(hf.open_source(path), tokenizer)
     dataset = loader.build(rows, config, template, loader.HostRows(1), stop_ids)
     report = dataset.report
     print(f"{report.examples} examples, {report.tokens} tokens, {report.trained_tokens} trained")
