@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from atlas_jax import config_files
 from atlas_jax.options.data import ColumnsConfig, DataConfig, LessonsConfig
+from atlas_jax.options.descriptions import nearest
 from atlas_jax.options.fields import Emptied, Words, check, flat, hints, moved, moved_to
 from atlas_jax.options.train import (
     HostsConfig,
@@ -27,7 +28,6 @@ from atlas_jax.options.train import (
     SFTConfig,
     TrainConfig,
 )
-from atlas_jax.options.wording import nearest
 
 if TYPE_CHECKING:
     from atlas_jax.options.grpo import GRPOConfig, TeachingConfig

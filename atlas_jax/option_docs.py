@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from atlas_jax import config as config_lib
-from atlas_jax.options import fields, wording
+from atlas_jax.options import descriptions, fields
 
 
 class Entry(NamedTuple):
@@ -63,7 +63,7 @@ def entries(pattern: str = "") -> list[Entry]:
     ]
     if not result:
         known = [name.rpartition(".")[2] for name in by_name]
-        nearest = wording.nearest(pattern, [*by_name, *known])
+        nearest = descriptions.nearest(pattern, [*by_name, *known])
         raise ValueError(f"--options {pattern}: no option has this name{nearest}")
     groups = list(dict.fromkeys(("", *(entry.group for entry in result))))
     return sorted(result, key=lambda entry: groups.index(entry.group))
@@ -86,7 +86,7 @@ def _entries(group: Any, prefix: str, former: dict[str, str]) -> Iterator[Entry]
                 meaning += f" Also accepted as `{former[full]}`."
             yield Entry(
                 name=full,
-                allowed=wording.allowed(hint),
+                allowed=descriptions.allowed(hint),
                 default=_shown(value),
                 meaning=meaning,
                 former=former.get(full, ""),

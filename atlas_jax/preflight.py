@@ -19,7 +19,7 @@ from atlas_jax import config as config_lib
 from atlas_jax import extras, reporting, sockets
 from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, RIMConfig, TrainConfig
-from atlas_jax.data import examples, questions, sources
+from atlas_jax.data import examples, questions, row_checks, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
 from atlas_jax.options.train import batch_plan
@@ -63,7 +63,10 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     check_data(config, given)
     if num_devices:
         _check_division(config, num_devices)
-    sources.check_sessions(config.data, config.output_dir)
+    if config.data.db_url or config.data.format == "session":
+        from atlas_jax.data import session_rows  # a run on files knows no sessions
+
+        session_rows.check_sessions(config.data, config.output_dir)
 
 
 def check_output(directory: str) -> None:
@@ -305,14 +308,14 @@ def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     for name in ("rows", "eval_rows"):
         rows = getattr(given, name)
         if rows is not None:
-            sources.check_records(sources.given_records(name, rows), use)
+            row_checks.check_records(sources.given_records(name, rows), use)
     if config.data.source and given.rows is None:
-        sources.check_function(config.data.source, use)
+        row_checks.check_function(config.data.source, use)
     for option, rows in (("dataset_path", given.rows), ("eval_path", given.eval_rows)):
         path = getattr(config.data, option)
         if path and rows is None:
             try:
-                sources.check(config.data, path, use)
+                row_checks.check(config.data, path, use)
             except ValueError as error:
                 raise ValueError(f"data.{option}: {error}") from None
 

@@ -19,8 +19,8 @@ from absl import logging
 
 from atlas_jax import sockets
 from atlas_jax.files import write_whole
+from atlas_jax.options.descriptions import nearest
 from atlas_jax.options.train import TrainConfig, masked
-from atlas_jax.options.wording import nearest
 from atlas_jax.types import Service
 
 

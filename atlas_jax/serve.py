@@ -36,7 +36,7 @@ from typing import IO, Any, NoReturn
 from absl import logging
 
 from atlas_jax import keeper, server_token
-from atlas_jax.checkpoint import layout
+from atlas_jax.checkpoint import diagnosis, layout
 from atlas_jax.rollout import capabilities
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -115,7 +115,7 @@ def check_model(model: str, more: Sequence[str] = ()) -> None:
         if path.suffix != ".gguf":
             raise ValueError(f"the model {model} is a file; give a directory in HF layout")
         return
-    layout.check_adapter(path)
+    diagnosis.check_adapter(path)
     flags = {word.partition("=")[0].replace("_", "-") for word in more}
     missing = []
     if not any((path / name).exists() for name in ("config.json", "params.json")):

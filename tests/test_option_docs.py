@@ -7,7 +7,7 @@ from typing import Annotated
 import pytest
 
 from atlas_jax import config, option_docs
-from atlas_jax.options import fields, wording
+from atlas_jax.options import descriptions, fields
 from tests.test_cli import run
 
 OPTIONS = ("-m", "atlas_jax.train")
@@ -77,7 +77,7 @@ def test_options_are_printed_without_jax():
 def test_a_function_of_the_users_own_can_be_a_choice():
     rule = fields.choices_or_function("grpo", "dapo")
     hint = Annotated[str, rule]
-    assert wording.allowed(hint) == "one of grpo, dapo, package.module:function"
+    assert descriptions.allowed(hint) == "one of grpo, dapo, package.module:function"
     for value in ("dapo", "my_package.losses:mine"):
         assert fields.check("loss_type", value, hint) == value
     for value in ("dap", "my package:mine", "grpo,dapo", "module:"):

@@ -10,13 +10,13 @@ import torch
 
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
-from atlas_jax.data.packing import collate_policy
 from atlas_jax.losses import policy_loss
 from atlas_jax.models.attention import can_share_prompts
 from atlas_jax.models.splash import splash
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.recipes.layout import Layout
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.sharding import make_mesh
 from atlas_jax.types import Completion, PolicyBatch, Question, Sample
 from tests import tiny

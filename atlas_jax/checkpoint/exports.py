@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from atlas_jax import files
 from atlas_jax.checkpoint import layout
@@ -117,27 +117,6 @@ def check(directory: str | os.PathLike[str], kind: str, unmarked: Sequence[str] 
             "move it away, or name another directory"
         )
     return [name for name in names if name not in written]
-
-
-def check_apart(directory: str | os.PathLike[str], sources: Iterable[pathlib.Path]) -> None:
-    """Checks that an export's target and its sources neither are nor contain each other.
-
-    Args:
-        directory: the target.
-        sources: the files and directories that are read; targets of their links count too.
-
-    Raises:
-        ValueError: if two overlap; the message names both.
-    """
-    target = files.resolved(directory)
-    for source in sources:
-        parts = [source, *source.iterdir()] if source.is_dir() else [source]
-        for part in map(files.resolved, parts):
-            if part == target or part in target.parents or target in part.parents:
-                raise ValueError(
-                    f"{directory} cannot be written while {source} is read, because one is the "
-                    "other or lies inside it; name a directory elsewhere"
-                )
 
 
 def _check_unmarked(

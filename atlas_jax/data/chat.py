@@ -18,7 +18,7 @@ trained as they are rendered there.
 
 A turn is trained as the template renders it. A row is rejected if the rendered turn omits the
 assistant's words, its reasoning, or the name of a tool that it calls. A message is text, even if it
-names special tokens (`control_tokens`). Plain texts need no template, and special tokens in them
+names special tokens (`chat_template`). Plain texts need no template, and special tokens in them
 are special tokens.
 """
 
@@ -86,7 +86,7 @@ class Rendered(NamedTuple):
     templated: bool
     """True if the text came from a chat template, which writes the special tokens itself."""
     covered: bool = False
-    """True if names of special tokens in messages are covered in the text (`control_tokens`)."""
+    """True if names of special tokens in messages are covered in the text (`chat_template`)."""
     notes: tuple[str, ...] = ()
     reason: str = ""
     """Reason for its rejection."""

@@ -171,9 +171,9 @@ def check(name: str, value: Any, hint: Any) -> Any:
     try:
         value = msgspec.convert(value, hint)
     except msgspec.ValidationError:
-        from atlas_jax.options import wording  # for errors and for the documentation
+        from atlas_jax.options import descriptions  # for errors and for the documentation
 
-        raise ValueError(wording.refusal(name, value, hint)) from None
+        raise ValueError(descriptions.refusal(name, value, hint)) from None
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{name}={value} must be finite")

@@ -15,7 +15,7 @@ from absl import logging
 
 from atlas_jax import distributed, loop, losses, metrics, step
 from atlas_jax.data import questions as asked
-from atlas_jax.data.packing import bucket_length, collate_policy, row_tokens, split_rows
+from atlas_jax.data.packing import bucket_length
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.prefetch import Prefetcher
@@ -23,6 +23,7 @@ from atlas_jax.recipes.scoring import reason, retry_outages, score
 from atlas_jax.rewards.pricing import price_leaks
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Backend, ChatModel
+from atlas_jax.rollout.rows import collate_policy, row_tokens, split_rows
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.stopping import StopRequestedError
@@ -273,8 +274,10 @@ class Feed:
         if self._parts.protocol.episode:
             values |= measures.of_episodes(samples)
         if self._parts.backend.student:
-            values |= measures.of_teaching(samples)
-            values |= measures.of_efficiency(samples)
+            from atlas_jax.rollout import teaching_measures  # compares answers with the truth
+
+            values |= teaching_measures.of_teaching(samples)
+            values |= teaching_measures.of_efficiency(samples)
         values["rollout/trained_frac"] = sum(s.trains for s in samples), len(samples)
         values = metrics.sum_over_processes(values)
         (without, total) = values["reward/failed_frac"]

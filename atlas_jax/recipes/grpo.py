@@ -28,8 +28,7 @@ from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.recipes.scoring import labels, make_reward
-from atlas_jax.rewards.truths import check_truths
-from atlas_jax.rollout import evaluation, record
+from atlas_jax.rollout import record
 from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.run import Run, Training
@@ -242,6 +241,8 @@ def _questions(
     train = asked.parse_questions(rows, max_rejected, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:
+        from atlas_jax.rewards.truths import check_truths  # compares as the rewards do
+
         check_truths(train)
     if held_out is None:
         return train, None
@@ -253,6 +254,7 @@ def make_evaluate(
     parts: Parts, questions: list[Question]
 ) -> Callable[[step.TrainState], dict[str, float]]:
     """Returns the metrics of greedy answers to held-out questions as a function of the state."""
+    from atlas_jax.rollout import evaluation  # a run without held-out questions needs none
 
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
         policy = parts.backend.publish(state.params, int(state.step))

@@ -16,8 +16,9 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import SFTConfig
 from atlas_jax.run import Run
 from atlas_jax.sharding import Sharding, to_global
-from atlas_jax.startup import directory, vocabulary
+from atlas_jax.startup import directory
 from atlas_jax.startup.compute import Compute
+from atlas_jax.startup.model import check_ids
 from atlas_jax.types import NOTHING_GIVEN, Batch, Given, LossSum, Metrics, Params
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
@@ -144,7 +145,7 @@ def _datasets(
     )
     train = build(rows, layout=layout)
     vocab_size = model.decoder.config.vocab_size
-    vocabulary.check_ids(tokenizer, train.tokens, vocab_size)
+    check_ids(tokenizer, train.tokens, vocab_size)
     distributed.check_same(train.fingerprint, "its training rows differ from those of process 0")
     sample = chat.render_sample(tokenizer, train.example(0))
     logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
@@ -153,7 +154,7 @@ def _datasets(
     eval_rows = run.compute.sharding.num_replicas * plan.device_rows
     layout = loader.HostRows(eval_rows, *process)
     other = build(held_out, layout=layout, training=False)
-    vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
+    check_ids(tokenizer, other.tokens, vocab_size)
     return train, other
 
 

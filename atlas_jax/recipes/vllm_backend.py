@@ -18,13 +18,13 @@ from absl import logging
 
 from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
-from atlas_jax.data.packing import collate_policy
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.capabilities import ServerStart
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions, in_memory

@@ -20,8 +20,8 @@ from absl import logging
 
 from atlas_jax import sockets, stopping
 from atlas_jax.rewards import forms
+from atlas_jax.rewards.combined import failure
 from atlas_jax.rewards.forms import Form, FunctionResult, UserFunction
-from atlas_jax.rewards.verifiable import failure
 from atlas_jax.rewards.workers import Workers
 from atlas_jax.types import Reward, RewardFn, Sample
 

@@ -24,9 +24,9 @@ from atlas_jax import config as config_lib
 from atlas_jax import progress, stopping
 from atlas_jax.options.judges import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
+from atlas_jax.rewards.combined import failure
 from atlas_jax.rewards.ensemble import Opinion, Verdict
 from atlas_jax.rewards.transport import MAX_HOLD_SECS, CallBatch, CallResult, Transport
-from atlas_jax.rewards.verifiable import failure
 from atlas_jax.types import Message, Reward, Sample
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import numpy as np
 
 from atlas_jax import metrics
 from atlas_jax.rewards.verifiable import is_right
-from atlas_jax.rollout import measures, teaching
+from atlas_jax.rollout import teaching, teaching_measures
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Metrics, Question, Sample
@@ -53,7 +53,7 @@ def ask(
 
 
 def summary(samples: Sequence[Sample], taught: bool) -> dict[str, float]:
-    """Returns the metrics of `measures.of_teaching`, or the accuracy of direct answers.
+    """Returns the metrics of `teaching_measures.of_teaching`, or the accuracy of direct answers.
 
     They are over the samples of all processes, each of which calls this with its own.
     """
@@ -201,7 +201,7 @@ def _taught(samples: Sequence[Sample]) -> bool:
 
 def _measure(samples: Sequence[Sample], taught: bool) -> Metrics:
     if taught:
-        return measures.of_teaching(samples)
+        return teaching_measures.of_teaching(samples)
     known = [s for s in samples if s.question.ground_truth]
     right = sum(is_right(s.completion, s.question.ground_truth) for s in known)
     return {"accuracy": (right, len(known))}

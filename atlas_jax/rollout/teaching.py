@@ -11,16 +11,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from atlas_jax.data.examples import fill
-from atlas_jax.rollout import episodes
 from atlas_jax.rollout.engine import ChatModel, Request
-from atlas_jax.rollout.episodes import EpisodeLimits, EpisodeOptions, EpisodeStart
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Question, Sample
+
+if TYPE_CHECKING:
+    from atlas_jax.rollout.episodes import EpisodeOptions
 
 _LESSON = re.compile(r"<teaching>(.*?)</teaching>", re.DOTALL)
 _BASELINE, _PROBE, _LESSONS, _GUIDED, _EPISODES = range(5)  # streams of random numbers
@@ -186,7 +187,9 @@ def _converse(
     draws: Draws,
 ) -> list[Sample]:
     """Returns a sample for each episode, `num_generations` of each question."""
-    limits = EpisodeLimits(
+    from atlas_jax.rollout import episodes  # only a protocol of the user's own has them
+
+    limits = episodes.EpisodeLimits(
         prompt=protocol.limits.prompt, new=protocol.limits.policy, turns=options.max_turns
     )
     members = [
@@ -195,7 +198,7 @@ def _converse(
         for member in range(protocol.num_generations)
     ]
     starts = [
-        EpisodeStart(question, functools.partial(draws.seed_of, place, _EPISODES, member))
+        episodes.EpisodeStart(question, functools.partial(draws.seed_of, place, _EPISODES, member))
         for question, place, member in members
     ]
     finished = episodes.run(options, starts, policy, limits, draws.sampling)

@@ -32,7 +32,6 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf, manager
-from atlas_jax.data import sources
 from atlas_jax.files import write_whole
 from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.types import ENVIRONMENT
@@ -53,6 +52,9 @@ class Origin(NamedTuple):
     """A model directory or hub id, or the directory of another run."""
     step: int | None = None
     """The checkpoint of that run; None for a model."""
+
+    def __str__(self) -> str:
+        return self.path if self.step is None else f"{self.path}/checkpoints/{self.step}"
 
 
 class Started(NamedTuple):
@@ -92,7 +94,7 @@ def opened(config: TrainConfig) -> Iterator[None]:
         _check_shared(directory)
         stack.enter_context(_log(directory))
         if distributed.is_main():
-            sources.take_snapshot(config.data, config.output_dir)
+            _take_snapshot(config)
         # The others read the snapshot that process 0 has just written.
         distributed.barrier("the data's snapshot")
         try:
@@ -101,6 +103,13 @@ def opened(config: TrainConfig) -> Iterator[None]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
                 raise
             raise OSError(error.errno, error.strerror, config.output_dir) from error
+
+
+def _take_snapshot(config: TrainConfig) -> None:
+    if config.data.db_url:
+        from atlas_jax.data import session_rows  # a run on files knows no database
+
+        session_rows.take_snapshot(config.data, config.output_dir)
 
 
 def commit(config: TrainConfig, files: hf.ModelFiles, started: Started) -> None:
