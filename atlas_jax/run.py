@@ -18,10 +18,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+from absl import logging
 
 from atlas_jax import loop, metrics, step
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.config import TrainConfig
+from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.startup import directory, start
 from atlas_jax.startup.compute import Compute
@@ -56,6 +58,7 @@ class Run:
         compute = Compute.of(config, devices)
         with directory.opened(config):
             opened = open_model(compute)
+            _log_attention(config, opened.decoder)
             yield cls(compute, opened, Checkpoints(config.output_dir, config.save_total_limit))
 
     @property
@@ -167,3 +170,8 @@ class Training:
             restored=self.start.data,
         )
         return loop.run(job, self.start.state, feed)
+
+
+def _log_attention(config: TrainConfig, decoder: Decoder) -> None:
+    longest = max(config.longest_sequence, config.max_seq_length)
+    logging.info("%s", attention.describe(decoder.attention, longest))

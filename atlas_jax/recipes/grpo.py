@@ -22,17 +22,17 @@ from atlas_jax import distributed, logprobs, losses, metrics, policy_logprobs, s
 from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
+from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
-from atlas_jax.recipes.layout import Layout, make_layout
+from atlas_jax.recipes.layout import Layout, make_layout, row_bounds
 from atlas_jax.recipes.scoring import labels, make_reward
 from atlas_jax.rewards.truths import check_truths
 from atlas_jax.rollout import evaluation, record
 from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.run import Run, Training
-from atlas_jax.sharding import platform
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
 from atlas_jax.types import NOTHING_GIVEN, Given, LossSum, Metrics, Params, PolicyBatch, Question
@@ -58,7 +58,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         student = None
         if config.student:
             student = open_student(config, run.compute)
-        layout = fit_attention(layout, run.decoder, config.attn_implementation)
+        layout = fit_attention(layout, run.decoder)
         sees_rows = bool(given.rewards or config.reward_functions or config.has_episodes)
         order = asked.QuestionOrder(train, config.seed, config.data.shuffle, sees_rows)
         distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
@@ -111,16 +111,15 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
     return not outcome.stopped
 
 
-def fit_attention(layout: Layout, decoder: Decoder, attention: str) -> Layout:
+def fit_attention(layout: Layout, decoder: Decoder) -> Layout:
     """Returns the layout with a prompt for each completion where attention cannot share one.
 
-    Splash attention cannot, and a window that is shorter than a row would count the places of
-    other completions.
+    A window that is shorter than a row would count the places of other completions.
     """
     config = decoder.config
     window = config.window if any(config.local_layers) else 0
-    splash = platform(decoder.sharding.mesh) == "tpu" and attention != "xla"
-    if layout.per_row == 1 or not (splash or 0 < window < layout.buckets[-1]):
+    shares = attention.shares_prompts(decoder.attention)
+    if layout.per_row == 1 or (shares and not 0 < window < layout.buckets[-1]):
         return layout
     logging.info("each completion gets a row with its prompt: its attention cannot share one")
     return layout._replace(per_row=1)
@@ -173,7 +172,8 @@ def _logprobs(
     with_entropy: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     shared = batch.sequence_ids if per_row > 1 else None
-    hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
+    rows = batch.tokens, batch.positions, batch.segment_ids, shared
+    hidden = decoder.hidden(params, *rows, row_bounds(config, per_row))
     head = logprobs.Head(
         sharding=decoder.sharding,
         chunk_size=config.loss_chunk_size,
