@@ -1,5 +1,7 @@
 """Every implementation of attention computes what a mask in float32 computes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,17 @@ def test_positions_see_themselves_and_what_came_before_in_their_own_sequence():
         [1, 1, 1, 1, 0, 0],
         [1, 1, 0, 0, 1, 0],
     ]
+
+
+@pytest.mark.parametrize(
+    "attend,length,says",
+    [
+        (attention.Cudnn(None, True), 8192, "without a mask"),
+        (attention.Cudnn(None, True, "jax is old"), 8192, "since jax is old: 134 MB for each row"),
+        (attention.xla, 2048, "^attention of XLA$"),
+        (attention.xla, 4096, "in blocks of keys"),
+        (attention.Splash(None), 4096, "^splash attention$"),
+    ],
+)
+def test_a_run_says_what_computes_its_attention(attend, length, says):
+    assert re.search(says, attention.describe(attend, length))
