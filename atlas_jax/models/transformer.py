@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from atlas_jax import sharding as shd
-from atlas_jax.models import vocab
+from atlas_jax.models import attention, vocab
 from atlas_jax.models.attention import AttentionFn
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.layers import (
@@ -35,7 +35,7 @@ from atlas_jax.models.layers import (
     rms_norm,
     rotation,
 )
-from atlas_jax.types import Params
+from atlas_jax.types import UNKNOWN, Params, RowBounds
 
 # Elementwise results are recomputed by every policy: writing them out costs more (on two CPU cores
 # 14 % of a step's time and 1.8 GiB for SmolLM2-135M).
@@ -153,6 +153,7 @@ class Decoder:
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         sequence_ids: Int[Array, "B T"] | None = None,
+        bounds: RowBounds = UNKNOWN,
     ) -> Float[Array, "B T D"]:
         """Returns the last hidden states after the final norm, in the compute dtype.
 
@@ -163,11 +164,12 @@ class Decoder:
             segment_ids: segments, within which positions attend; 0 is padding.
             sequence_ids: sequences that share a prompt (`types.PolicyBatch`), or None. Positions of
                 a sequence other than 0 are seen by that sequence only.
+            bounds: what is known of the rows, with which flash kernels need no mask.
         """
+        over_rows = attention.over(self.attention, segment_ids, sequence_ids, bounds)
 
         def attend(window: int, *qkv: jax.Array) -> jax.Array:
-            scale = self.config.score_scale
-            return self.attention(*qkv, segment_ids, sequence_ids, scale=scale, window=window)
+            return over_rows(*qkv, scale=self.config.score_scale, window=window)
 
         def step(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, None]:
             return self.layer(scanned, checkpoint_name(x, "kept"), angles, attend)[0], None

@@ -14,6 +14,9 @@ _KERNELS = {
 """Number of matrix products of T x T x head size for each head in a fused attention kernel."""
 
 
+_OFFSETS = 6  # operand of cuDNN's kernels with the first place of each segment
+
+
 def count(jaxpr: Any) -> float:
     """Returns the operations of matrix products and of attention kernels, over all devices.
 
@@ -61,9 +64,16 @@ def _kernel(name: str, params: dict[str, Any]) -> str:
 def _attention(kernel: str, equation: Any) -> float:
     """Returns the operations of an attention kernel.
 
-    The query is `[B, T, N, H]` for cuDNN, and `[B, N, T, H]` or `[N, T, H]` for splash.
+    The query is `[B, T, N, H]` for cuDNN, and `[B, N, T, H]` or `[N, T, H]` for splash. Packed rows
+    of cuDNN are counted as if their segments were equally long.
     """
-    query = max((v.aval.shape for v in equation.invars), key=math.prod)
-    rows, *others, size = (1, *query) if len(query) == 3 else query
-    length, heads = others if kernel.startswith("dot") else reversed(others)
+    shapes = [v.aval.shape for v in equation.invars]
+    if kernel.startswith("dot"):
+        rows, length, heads, size = shapes[0]
+        keys = shapes[1][1]
+        offsets = shapes[_OFFSETS]
+        pairs = length * keys / (offsets[1] - 1 if len(offsets) == 2 else 1)
+        return _KERNELS[kernel] * rows * heads * pairs * size
+    query = max(shapes, key=math.prod)
+    rows, heads, length, size = (1, *query) if len(query) == 3 else query
     return _KERNELS[kernel] * 2.0 * rows * heads * length * length * size / 2

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from atlas_jax import step
+from atlas_jax.data.packing import whole_blocks
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.grpo import GRPOConfig
@@ -22,7 +23,10 @@ from atlas_jax.rollout import local
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import Batch, PolicyBatch
+from atlas_jax.types import Batch, PolicyBatch, RowBounds
+
+_EXAMPLE = 1024
+"""Tokens of an example of packed rows, on which the memory of attention depends."""
 
 _NUM_UPDATES = 1000
 """Length of the schedule, which changes no program."""
@@ -90,9 +94,11 @@ def _sft(
     run: PlannedRun, compute: Compute, config: TrainConfig, optimizer: step.Optimizer, *_: Any
 ) -> PlannedRun:
     plan = compute.plan
-    length = config.longest_sequence
+    length = whole_blocks(config.longest_sequence)
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length
-    loss = sft.make_loss(run.decoder, config.loss_chunk_size)
+    segments = -(-length // _EXAMPLE) if config.packing else 1
+    bounds = RowBounds(segments=max(segments, 2) if config.packing else 1)
+    loss = sft.make_loss(run.decoder, config.loss_chunk_size, bounds)
     train = compute.train_step(loss, run.decoder, optimizer)
     num_tokens = plan.global_rows * length
     flops = num_tokens * run.decoder.config.flops_per_token(length)
