@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from atlas_jax.config import GRPOConfig, RolloutConfig, SFTConfig, TrainConfig
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.rollout import RolloutConfig
+from atlas_jax.options.train import SFTConfig, TrainConfig
 from atlas_jax.plan import planner, report
 from atlas_jax.plan.planner import Assumptions
 from atlas_jax.plan.report import Plan

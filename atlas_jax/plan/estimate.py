@@ -138,6 +138,7 @@ def measure(
 def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) -> Memory:
     argument = program.arguments[0]
     trains = isinstance(argument, type(run.state))
+    stays = argument is run.state.params or any(argument is t for t in run.resident.values())
     params = device_bytes(run.state.params)
     opt_state = device_bytes(run.state.opt_state)
     held = sum((device_bytes(tree) for tree in run.resident.values()), 0.0)
@@ -164,7 +165,8 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
                 lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
             )
         )
-    inputs = params + opt_state if trains else device_bytes(argument)
+    # What stays between programs has columns of its own; all else that is given is temporary.
+    inputs = params + opt_state if trains else device_bytes(argument) if stays else 0.0
     held_in_host = (device_bytes(t, host=True) for t in (run.state, *run.resident.values()))
     host = sum(held_in_host, 0.0)
     host += analysis.host_temp_size_in_bytes

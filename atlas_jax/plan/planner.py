@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from atlas_jax.config import TrainConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.plan import architectures, estimate, programs, rates, targets
 from atlas_jax.plan.report import Plan
 
