@@ -53,35 +53,35 @@ def _grpo(model: str, completions: int) -> GRPOConfig:
     )
 
 
+def _small(name: str, config: TrainConfig, program: str, segments: int = 1) -> Case:
+    return Case(name=name, config=config, target="h100:1", program=program, segments=segments)
+
+
 def cases() -> list[Case]:
     """Returns the rows of the table."""
+    group = _grpo(_SMALL, 16)
     small = [
-        Case("SFT 8 x 4,096", _sft(_SMALL, 8, 4096), "h100:1", "train"),
-        Case(
-            "SFT 8 x 4,096, 8 segments", _sft(_SMALL, 8, 4096, packing=True), "h100:1", "train", 8
-        ),
-        Case(
-            "SFT 1 x 8,192, 8 segments", _sft(_SMALL, 1, 8192, packing=True), "h100:1", "train", 8
-        ),
-        Case(
-            "SFT 1 x 65,536, 32 segments",
-            _sft(_SMALL, 1, 65536, packing=True),
-            "h100:1",
-            "train",
-            32,
-        ),
-        Case("GRPO update, 1,024 + 16 x 512", _grpo(_SMALL, 16), "h100:1", "update"),
-        Case("log-probabilities of that row", _grpo(_SMALL, 16), "h100:1", "logprobs"),
-        Case("decode, 64 rows", _grpo(_SMALL, 64), "h100:1", "decode"),
-        Case("decode, 256 rows", _grpo(_SMALL, 256), "h100:1", "decode"),
+        _small("SFT 8 x 4,096", _sft(_SMALL, 8, 4096), "train"),
+        _small("SFT 8 x 4,096, 8 segments", _sft(_SMALL, 8, 4096, packing=True), "train", 8),
+        _small("SFT 1 x 8,192, 8 segments", _sft(_SMALL, 1, 8192, packing=True), "train", 8),
+        _small("SFT 1 x 65,536, 32 segments", _sft(_SMALL, 1, 65536, packing=True), "train", 32),
+        _small("GRPO update, 1,024 + 16 x 512", group, "update"),
+        _small("log-probabilities of that row", group, "logprobs"),
+        _small("decode, 64 rows", _grpo(_SMALL, 64), "decode"),
+        _small("decode, 256 rows", _grpo(_SMALL, 256), "decode"),
     ]
     accumulated = _sft(_LARGE, 1, 4096, gradient_accumulation_steps=8)
     large = [
-        Case("8B SFT 8 x 4,096 in turn", accumulated, target, "train")
+        Case(name="8B SFT 8 x 4,096 in turn", config=accumulated, target=target, program="train")
         for target in ("h100:8", "v5e:4x4", "v5p:2x2x4")
     ]
-    large.append(Case("8B decode, 16 rows a device", _grpo(_LARGE, 16), "h100:8", "decode"))
-    return small + large
+    decode = Case(
+        name="8B decode, 16 rows a device",
+        config=_grpo(_LARGE, 16),
+        target="h100:8",
+        program="decode",
+    )
+    return [*small, *large, decode]
 
 
 def plans(rates_file: str) -> Iterator[tuple[Case, Plan]]:
@@ -101,7 +101,7 @@ def line(case: Case, plan: Plan) -> str:
     """Returns a row in Markdown."""
     [figures] = [report.figures(p) for p in plan.programs]
     if "message" in figures:
-        return f"| {case.name} | {case.target} | {figures['message']} |" + " |" * 11
+        return f"| {case.name} | {case.target} | refused: {figures['message']} |" + " |" * 11
     largest = figures["largest_temporary"]
     cells = [
         case.name,

@@ -117,8 +117,7 @@ def measure(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm[^.]*", str(error))
-        return OutOfMemory(program.name, used[0] if used else str(error).splitlines()[0])
+        return OutOfMemory(program.name, _refusal(str(error)))
     spent = time.perf_counter() - begin
     module = hlo.parse(compiled.as_text())
     cost = _cost(
@@ -133,6 +132,15 @@ def measure(
         model_flops=program.model_flops,
         compile_secs=spent,
     )
+
+
+def _refusal(message: str) -> str:
+    """Returns how much memory a program needs of how much, from the compiler's error."""
+    used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", message)
+    needs = re.search(r"memory required [^(]*\(([\d.]+\w)\) exceeds [^(]*\(([\d.]+\w)\)", message)
+    if used or not needs:
+        return used[0] if used else message.splitlines()[0]
+    return f"needs {needs[1]} of {needs[2]} HBM"
 
 
 def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) -> Memory:
@@ -227,7 +235,7 @@ def _cost(
     )
 
 
-class _Attention(NamedTuple):
+class _AttentionWork(NamedTuple):
     """Attention kernels of a program on a device."""
 
     flops: float
@@ -239,7 +247,7 @@ class _Attention(NamedTuple):
 
 def _attention(
     calls: list[tuple[AttentionCall, float]], program: Program, rates: Rates
-) -> _Attention:
+) -> _AttentionWork:
     """Returns what the calls compute, each as often as it runs.
 
     Plain XLA operations, which are no calls, compute every pair of a row.
@@ -247,7 +255,7 @@ def _attention(
     content = program.content
     length = sum(content.parts)
     if not calls:
-        return _Attention(0.0, 0.0, length**2 / pairs.needed(content) if length else 0.0, 0.0)
+        return _AttentionWork(0.0, 0.0, length**2 / pairs.needed(content) if length else 0.0, 0.0)
     total = vain = secs = computed = seen = 0.0
     for call, times in calls:
         done = times * pairs.operations(call, content, 1)
@@ -257,7 +265,7 @@ def _attention(
         secs += times * pairs.operations(call, content) / rates.flops[call.kind]
         computed += times * pairs.computed_by(call, content)
         seen += times * each
-    return _Attention(total, vain, computed / seen, secs)
+    return _AttentionWork(total, vain, computed / seen, secs)
 
 
 def axes_of(group: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -30,7 +30,7 @@ class Kernel(NamedTuple):
     flops: float
     num_bytes: float
     call: AttentionCall | None = None
-    """What it computes, if it is one of attention."""
+    """Attention that it computes; None for another kernel."""
 
 
 class Spent(NamedTuple):

@@ -10,7 +10,7 @@ from atlas_jax.plan.report import Plan
 
 
 class Assumptions(NamedTuple):
-    """What a plan is told beside the config."""
+    """Assumptions of a plan that the config does not hold."""
 
     model_config: str = ""
     """A `config.json` of the model that is trained; empty looks for its own."""

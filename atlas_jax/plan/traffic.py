@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from atlas_jax.plan.hlo import (
@@ -141,15 +142,19 @@ def largest_temporary(module: Module) -> Array:
     for name, _, fused in executed(module):
         if fused:
             continue
-        body = module.computations[name]
         results = given if name == module.entry else set()
-        for one in filter(is_kernel, body.values()):
-            for place, (kind, dims, layout) in enumerate(arrays(result_shape(body, one))):
-                shape = f"{kind}[{','.join(map(str, dims))}]"
-                size = in_memory(shape + layout)
-                if size > best.num_bytes and (one.name, place) not in results:
-                    best = Array(shape, size)
+        for place, array in _made(module.computations[name]):
+            if array.num_bytes > best.num_bytes and place not in results:
+                best = array
     return best
+
+
+def _made(body: dict[str, Instruction]) -> Iterator[tuple[tuple[str, int], Array]]:
+    """Yields the arrays that a computation makes, each with its instruction and its place there."""
+    for one in filter(is_kernel, body.values()):
+        for place, (kind, dims, layout) in enumerate(arrays(result_shape(body, one))):
+            shape = f"{kind}[{','.join(map(str, dims))}]"
+            yield (one.name, place), Array(shape, in_memory(shape + layout))
 
 
 def _origin(body: dict[str, Instruction], name: str) -> tuple[str, int]:
