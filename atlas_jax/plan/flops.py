@@ -104,15 +104,20 @@ def _splash(name: str, params: dict[str, Any]) -> str:
 
 
 def _call(kernel: str, equation: Any) -> AttentionCall:
-    """Returns what a splash kernel computes, in the blocks that are on or below the diagonal.
+    """Returns what a splash kernel computes: of causal rows the blocks on or below the diagonal.
 
-    The query, its first array of floats, is `[B, N, T, H]` or `[N, T, H]`. Segment ids, which the
-    kernel compares in every block, and a window are not seen here.
+    The query, its first array of floats, is `[B, N, T, H]` or `[N, T, H]`. Fewer keys than queries
+    are a prompt that all of them see. A window shows in the number of blocks that a block meets, so
+    it is counted in whole blocks. Segment ids save no block.
     """
     floats = (v.aval.shape for v in equation.invars if v.aval.dtype.kind not in "iub")
     query, key, *_ = floats
     rows, heads, length, size = (1, *query)[-4:]
-    blocks = equation.params["grid_mapping"].block_mappings[0].block_shape
+    mapping = equation.params["grid_mapping"]
+    last = mapping.block_mappings[0].block_shape[-2]
+    block = getattr(last, "block_size", last)
+    met = mapping.grid[-1]
+    causal = key[-2] == length
     forward = kernel == "splash_mha_fwd"
     return AttentionCall(
         kind="attention_forward" if forward else "attention_backward",
@@ -122,7 +127,8 @@ def _call(kernel: str, equation: Any) -> AttentionCall:
         keys=key[-2],
         head_dim=size,
         num_products=_SPLASH[kernel],
-        causal=True,
+        causal=causal,
         packed=False,
-        block=getattr(blocks[-2], "block_size", blocks[-2]),
+        window=(met - 1) * block + 1 if causal and met * block < length else 0,
+        block=block,
     )

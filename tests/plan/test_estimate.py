@@ -200,3 +200,17 @@ def test_kernels_of_tpu_attention_count_as_their_products(rows):
     assert [call.kind for call, _ in calls].count("attention_backward") == 2
     # 512 positions in blocks of 512, or 256 in blocks of 256: the kernel computes the whole square.
     assert all(pairs.computed_by(c, content) == rows * heads * length**2 for c, _ in calls)
+
+
+def test_a_window_of_tpu_attention_saves_the_blocks_that_it_does_not_touch():
+    length = 2048
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    query = jax.ShapeDtypeStruct((1, length, 2, 128), "float32")
+
+    def attend(query, key, value):
+        ids = jnp.ones((1, length), jnp.int32)
+        return splash(query, key, value, ids, scale=1.0, mesh=mesh, window=600)
+
+    _, [(call, times)] = flops.work(jax.make_jaxpr(attend)(query, query, query).jaxpr, 1)
+    seen = 1 + 2 + 3 + 3  # blocks of keys that hold one of the last 600 of each block's queries
+    assert times == 1 and pairs.computed_by(call, pairs.even(length, 1)) == 2 * seen * 512**2
