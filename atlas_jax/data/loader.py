@@ -46,7 +46,7 @@ Table: TypeAlias = list[list[int]] | np.ndarray
 """Indices of the examples of each row: lists if rows are packed, else an array of one column."""
 
 _SEGMENTS = 8
-"""Steps of `TokenDataset.max_segments`."""
+"""Steps of `segment_bound`."""
 
 
 class HostRows(NamedTuple):
@@ -210,7 +210,7 @@ class TokenDataset:
         if not self._order.packing:
             return 1
         with self._lock:
-            return _SEGMENTS * (max(map(len, self._epoch_rows(0))) // _SEGMENTS + 1)
+            return segment_bound(max(map(len, self._epoch_rows(0))))
 
     def num_tokens(self, step: int) -> int:
         """Returns the number of tokens of a step over all processes, without padding."""
@@ -307,6 +307,14 @@ class Batches(Iterator[Batch]):
     def close(self) -> None:
         """Ends the prefetching threads."""
         self._reader.close()
+
+
+def segment_bound(most: int) -> int:
+    """Returns the segments that attention has room for in rows of `most` of them.
+
+    There is some room for other epochs, whose rows are packed otherwise.
+    """
+    return _SEGMENTS * (most // _SEGMENTS + 1)
 
 
 def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int, most: int = 0) -> Table:
