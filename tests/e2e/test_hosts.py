@@ -283,7 +283,7 @@ def test_episodes_on_two_processes_equal_one(grpo_inputs, request, tmp_path, mon
     (tmp_path / "tools_of_mine.py").write_text(EPISODES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     options = GRPO | {
-        "rollout.protocol": "tools_of_mine:ask", "rollout.episode_timeout_secs": 4.0,
+        "rollout.protocol": "tools_of_mine:ask", "rollout.episode_timeout_secs": 2.0,
         "rollout.max_turns": 8, "max_new_tokens": 24, "max_seq_length": 64,
         "data.length_buckets": "(64,)", "reward.max_failed_frac": 0.9,
     }  # fmt: skip

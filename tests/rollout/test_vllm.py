@@ -148,7 +148,7 @@ def talked(vllm_server, old, tmp_path_factory):
 
         encode_turn = chat_models.turn_encoder(old.model.template, "")
         policy = ChatModel(lambda text: (), generate, 512, engine.vocab_size, encode_turn)
-        how = protocol(kind="m:ask", size=4, policy=80)
+        how = protocol(size=4, policy=80)
         how = how._replace(episode=EpisodeOptions(converse, 20.0, 8))
         draws = teaching.Draws(SAMPLING, 0)
         samples = teaching.run(questions(4), range(4), policy, None, how, draws)
