@@ -72,8 +72,9 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         stack.callback(writer.close)
         if distributed.is_main():
             record.drop_after(config.output_dir, training.first_step)
-        # 5. The backend. Closed in reverse: the feed, which asks it, then the backend, then the
-        #    writer, which both write to.
+        # 5. The backend. Closed in reverse: the feed, which asks it, then the rewards, the backend,
+        #    what the feed was still making, and the writer.
+        last = stack.enter_context(contextlib.ExitStack())
         backend = _make_backend(config, run.model, student)
         stack.callback(backend.close)
         parts = Parts(
@@ -82,13 +83,14 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             order=order,
             backend=backend,
             protocol=protocol,
-            reward=make_reward(config, given.rewards),
+            reward=make_reward(config, stack, given.rewards),
             logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,
             given_labels=labels(config, given.rewards) if given.rewards else (),
         )
         feed = Feed(parts, reference)
+        last.callback(feed.join)
         stack.callback(feed.close)
         if training.position:
             feed.set_state(training.position, allow_other_data=config.data.refresh)
