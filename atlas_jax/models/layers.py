@@ -171,9 +171,40 @@ class Projection(nnx.Module):
         kernel's gradient over tokens, which takes a fifth of a step's time on two CPU cores.
         """
         size = math.prod(self.inner)
-        y = x.reshape(-1, size) @ self.kernel[...].reshape(size, -1)
+        y = _product(x.reshape(-1, size), self.kernel[...].reshape(size, -1))
         y = y.reshape(*x.shape[:2], *self.outer)
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
+
+
+def _product(x: Float[Array, "M I"], kernel: Float[Array, "I O"]) -> Float[Array, "M O"]:
+    """Returns `x @ kernel` in the dtype of `x`, with a gradient in the dtype of the kernel."""
+    return x @ kernel if x.dtype == kernel.dtype else _mixed_product(x, kernel)
+
+
+@jax.custom_vjp
+def _mixed_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel.astype(x.dtype)
+
+
+def _mixed_product_fwd(
+    x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _mixed_product(x, kernel), (x, kernel)
+
+
+def _mixed_product_bwd(
+    operands: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns both gradients; that of the kernel leaves its product unrounded.
+
+    A sum over devices takes place in the dtype of the product's result, whatever follows it.
+    """
+    x, kernel = operands
+    d_kernel = jnp.einsum("mi,mo->io", x, g, preferred_element_type=kernel.dtype)
+    return g @ kernel.astype(x.dtype).T, d_kernel
+
+
+_mixed_product.defvjp(_mixed_product_fwd, _mixed_product_bwd)
 
 
 class Attention(nnx.Module):

@@ -86,6 +86,8 @@ class Decoder:
         attention: the attention implementation.
         param_dtype: the dtype of parameters between steps.
         compute_dtype: the dtype of activations, and of weights in matrix products.
+        gradient_dtype: the dtype of the gradients of layers as they are summed over devices; not
+            narrower than `compute_dtype`.
         remat: key of `REMAT_POLICIES`.
     """
 
@@ -94,6 +96,7 @@ class Decoder:
     attention: AttentionFn
     param_dtype: jnp.dtype = FLOAT32
     compute_dtype: jnp.dtype = FLOAT32
+    gradient_dtype: jnp.dtype = FLOAT32
     remat: str = "none"
 
     @functools.cached_property
@@ -248,7 +251,8 @@ class Decoder:
         """
         config = self.config
         params, (is_local, rotates) = scanned
-        params = shd.gather(self.sharding, params, self._layer_dims, self.compute_dtype)
+        dtypes = self.compute_dtype, self.gradient_dtype
+        params = shd.gather(self.sharding, params, self._layer_dims, *dtypes)
         block = nnx.merge(self._block[0], nnx.State(params))
         full, local = (functools.partial(attend, window) for window in (0, config.window))
         if config.rope_layers:

@@ -100,6 +100,10 @@ class ModelOptions:
     """Data type of activations and of the weights in matrix products; `auto` is bfloat16 on
     accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32.
     `float32` means full float32 products, not TF32 or bfloat16 passes."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type in which the gradients of layers are summed over devices. `bfloat16` halves the
+    bytes that this sends, and rounds each device's gradient where `compute_dtype` is bfloat16.
+    Microbatches are summed in float32 in any case."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights in `final/`; `auto` stores each tensor in the data type that it has
     in the files of `model_name_or_path`, whatever their `config.json` says."""

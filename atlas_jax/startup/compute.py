@@ -104,6 +104,7 @@ class Compute:
             ),
             param_dtype=param_dtype,
             compute_dtype=dtype,
+            gradient_dtype=jnp.promote_types(dtype, config.model.gradient_dtype),
             remat=config.gradient_checkpointing,
         )
         decoder.placements()  # raises for parameters that do not divide
