@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
+from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, Rope
-from atlas_jax.models.splash import splash
 from atlas_jax.plan import estimate, flops, hlo, programs, report, search
 from atlas_jax.plan.targets import Device, Target
 from atlas_jax.sharding import make_mesh
@@ -153,7 +153,7 @@ def test_kernels_of_tpu_attention_count_as_their_products(rows):
 
     def total(query, key, value):
         ids = jnp.ones((rows, length), jnp.int32)
-        return splash(query, key, value, ids, scale=1.0, mesh=mesh).sum()
+        return attention.Splash(mesh)(query, key, value, ids, scale=1.0).sum()
 
     traced = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(query, key, key)
     by_hand = (2 + 3 + 4) * 2 * rows * heads * length * length * size / 2
