@@ -30,7 +30,7 @@ from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import sft
 from atlas_jax.sharding import to_global
-from atlas_jax.startup import vocabulary
+from atlas_jax.startup import model as models
 from atlas_jax.startup.compute import Compute
 from atlas_jax.types import Batch, Params
 
@@ -141,7 +141,7 @@ def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
     if args.packing:
         config = _config(args)
         rows, _ = sources.load_rows(config.data, config.seed)
-        tokenizer = vocabulary.load_tokenizer(args.model)
+        tokenizer = models.load_tokenizer(args.model)
         packed = loader.build(rows, config, ChatTemplate(tokenizer), loader.HostRows(args.batch))
         return [packed.batch(i) for i in range(args.steps)]
     rng = np.random.default_rng(0)

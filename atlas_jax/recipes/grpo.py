@@ -19,17 +19,16 @@ import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import distributed, logprobs, losses, metrics, policy_logprobs, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
 from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout, row_bounds
 from atlas_jax.recipes.scoring import labels, make_reward
-from atlas_jax.rewards.truths import check_truths
-from atlas_jax.rollout import evaluation, record
+from atlas_jax.rollout import record
 from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.run import Run, Training
@@ -92,7 +91,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         feed = Feed(parts, reference)
         stack.callback(feed.close)
         if training.position:
-            feed.set_state(training.position)
+            feed.set_state(training.position, allow_other_data=config.data.refresh)
         # 6. Training, and its end: everything that generates is closed before the export.
         outcome = training.train(
             make_loss(run.decoder, config, layout.per_row),
@@ -114,7 +113,8 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
 def fit_attention(layout: Layout, decoder: Decoder) -> Layout:
     """Returns the layout with a prompt for each completion where attention cannot share one.
 
-    A window that is shorter than a row would count the places of other completions.
+    Some implementations cannot, and a window that is shorter than a row would count the places of
+    other completions.
     """
     config = decoder.config
     window = config.window if any(config.local_layers) else 0
@@ -235,17 +235,19 @@ def _questions(
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    most = config.data.max_rejected_frac
+    max_rejected = config.data.max_rejected_frac
     needs_truth = config.reward.needs_truth(given.rewards)
     fields = config.rollout.question_fields
     columns = vars(config.data.columns)
-    train = asked.parse_questions(rows, most, needs_truth, fields, columns)
+    train = asked.parse_questions(rows, max_rejected, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:
+        from atlas_jax.rewards.truths import check_truths  # compares as the rewards do
+
         check_truths(train)
     if held_out is None:
         return train, None
-    questions = asked.parse_questions(held_out, most, needs_truth, fields, columns)
+    questions = asked.parse_questions(held_out, max_rejected, needs_truth, fields, columns)
     return train, questions[: config.rollout.eval_limit or None]
 
 
@@ -253,6 +255,7 @@ def make_evaluate(
     parts: Parts, questions: list[Question]
 ) -> Callable[[step.TrainState], dict[str, float]]:
     """Returns the metrics of greedy answers to held-out questions as a function of the state."""
+    from atlas_jax.rollout import evaluation  # a run without held-out questions needs none
 
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
         policy = parts.backend.publish(state.params, int(state.step))

@@ -12,8 +12,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, sockets
-from atlas_jax.config import GRPOConfig, RewardConfig
-from atlas_jax.rewards import verifiable
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.reward import RewardConfig
+from atlas_jax.rewards import combined
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardFn, Sample
 
@@ -40,7 +41,7 @@ def make_reward(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> Rew
             f"reward.weights={weights} for {labels(config, given_functions)}; give one weight for "
             "each, or none"
         )
-    return verifiable.combine(
+    return combined.combine(
         {
             label: (_make(rule, label, config), weight)
             for rule, label, weight in zip(
@@ -66,29 +67,38 @@ def _name(function: UserFunction) -> str:
 
 
 def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
-    """Returns one of the rewards that are added up."""
+    """Returns one of the rewards that are added up; each imports what it alone needs."""
     reward = config.reward
     built_in: dict[Rule, Callable[[], RewardFn]] = {
-        "exact_match": verifiable.exact_match,
-        "teaching_gain": functools.partial(
-            verifiable.teaching_gain,
-            reward.efficiency_weight,
-            reward.degradation_penalty,
-        ),
+        "exact_match": _exact_match,
+        "teaching_gain": functools.partial(_teaching_gain, reward),
         "rim": functools.partial(_judges, config),
     }
     if isinstance(rule, str) and rule in built_in:
         return built_in[rule]()
-    from atlas_jax.rewards import custom  # most runs have no functions of a user
+    from atlas_jax.rewards import custom
 
     if isinstance(rule, str):
         return custom.by_reference(rule, label, reward.timeout_secs, reward.num_workers)
     return custom.by_object(rule, label, reward.timeout_secs)
 
 
-def _judges(config: GRPOConfig) -> RewardFn:
-    from atlas_jax.rewards import RIMReward  # needs an HTTP client, and no other reward does
+def _exact_match() -> RewardFn:
+    from atlas_jax.rewards import verifiable
 
+    return verifiable.exact_match()
+
+
+def _teaching_gain(reward: RewardConfig) -> RewardFn:
+    from atlas_jax.rewards import verifiable
+
+    return verifiable.teaching_gain(reward.efficiency_weight, reward.degradation_penalty)
+
+
+def _judges(config: GRPOConfig) -> RewardFn:
+    from atlas_jax.rewards.rim import RIMReward
+
+    # A file for each process, since processes may not write one file at the same time.
     account = f"{config.output_dir}/judges_spent_process_{jax.process_index()}.json"
     return RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
 
@@ -123,6 +133,7 @@ def retry_outages(
     """
     samples = list(samples)
     for secs in options.retry_waits_secs:
+        # Counted over all processes before each wait, so that all wait or none.
         places = [i for i, s in enumerate(samples) if _is_retryable(s.reward)]
         failed, total, retryable = _count_over_processes(samples, len(places))
         if not retryable or failed <= options.max_failed_frac * total:
@@ -130,8 +141,12 @@ def retry_outages(
         first = next((reason(samples[i].reward) for i in places), "another process knows")
         logging.warning(
             "%d of %d samples have no score; asking again for %d of them in %g s; the first: %s",
-            failed, total, retryable, secs, first,
-        )  # fmt: skip
+            failed,
+            total,
+            retryable,
+            secs,
+            first,
+        )
         pause(secs)
         with distributed.together(StopRequestedError):
             again = score(reward, [samples[i] for i in places])

@@ -20,8 +20,8 @@ from absl import logging
 
 from atlas_jax import sockets, stopping
 from atlas_jax.rewards import forms
+from atlas_jax.rewards.combined import failure
 from atlas_jax.rewards.forms import Form, FunctionResult, UserFunction
-from atlas_jax.rewards.verifiable import failure
 from atlas_jax.rewards.workers import Workers
 from atlas_jax.types import Reward, RewardFn, Sample
 
@@ -180,6 +180,7 @@ class _Coroutines:
             finally:
                 for future in futures:
                     future.cancel()
+            # Whoever did not end in time may block the loop, so the next batch gets another one.
             if any(future.cancelled() for future in futures):
                 _stop(loop)
                 self._loop = None

@@ -24,9 +24,9 @@ from atlas_jax import config as config_lib
 from atlas_jax import progress, stopping
 from atlas_jax.options.judges import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
+from atlas_jax.rewards.combined import failure
 from atlas_jax.rewards.ensemble import Opinion, Verdict
 from atlas_jax.rewards.transport import MAX_HOLD_SECS, CallBatch, CallResult, Transport
-from atlas_jax.rewards.verifiable import failure
 from atlas_jax.types import Message, Reward, Sample
 
 T = TypeVar("T")
@@ -137,6 +137,7 @@ class RIMReward:
         Raises:
             StopRequestedError: if the run is to stop; calls in flight are given up.
         """
+        # The other processes wait meanwhile, and must not take this one for stuck.
         with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
             return _in_thread(self._judge(cases))
 
@@ -210,6 +211,7 @@ class RIMReward:
         temperatures = self.config.temperatures
         answers = await _asked(pool, messages, temperatures)
         calls = list(answers)
+        # If no sample came, the model is away, and the whole case is asked for again after a wait.
         if any(a.opinion for a in answers):
             missing = [i for i, a in enumerate(answers) if a.later]
             again = await _asked(pool, messages, [temperatures[i] for i in missing])
@@ -225,6 +227,7 @@ class RIMReward:
             last = await pool.ask("large_model", messages, temperature)
             answers = [*answers, last]
             calls = [*calls, last]
+            # An arbiter that does not answer leaves the decision with the samples.
             opinion = last.opinion or opinion
         failures = tuple(a.failure for a in answers if not a.opinion)
         spread = ensemble.spread(samples)
@@ -253,19 +256,20 @@ class RIMReward:
         }
         score = None if unheard else ensemble.aggregate(scores, weights)
         rules = self.config.anti_gaming
-        found = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
+        faults = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
         witnesses = [v for n, v in verdicts.items() if "lesson" in judges.find(n, self.config).sees]
-        found += ensemble.reported(witnesses) if rules.ask_judges else []
+        faults += ensemble.reported(witnesses) if rules.ask_judges else []
         usages = [hearing.usage for hearing in hearings.values()]
         details: dict[str, Any] = {
             "judges": {n: _record(v, scores.get(n)) for n, v in verdicts.items()},
             "rules": applied,
-            "gaming": found,
+            "gaming": faults,
             **_total(usages, self._transport.is_priced)._asdict(),
         }
         if score is None:
             name, hearing = next(iter(unheard.items()))
             why = f"the judge {name} did not speak: {hearing.verdict.failures[0]}"
+            # One judge that will never speak makes another attempt useless.
             retryable = all(hearing.is_retryable for hearing in unheard.values())
             details = {"unscored": why, **details}
             return Reward(value=None, details=details, is_retryable=retryable)
@@ -285,11 +289,11 @@ def _field(name: str) -> str:
     Raises:
         TypeError: for a name that is not known.
     """
-    found = _EVIDENCE.get(name) or _EVIDENCE.get(name.removesuffix("s"))
-    if found is None:
+    field = _EVIDENCE.get(name) or _EVIDENCE.get(name.removesuffix("s"))
+    if field is None:
         nearest = difflib.get_close_matches(name, _EVIDENCE, 1, 0.0)
         raise TypeError(f"evaluate() takes no {name}; did you mean {nearest[0]}?")
-    return found
+    return field
 
 
 def _one(name: str, value: str | Sequence[str] | None) -> str:

@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from atlas_jax.checkpoint import gguf
 from atlas_jax.data import chat
-from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.data.control_tokens import ControlTokens
+from atlas_jax.data.chat_template import ChatTemplate, ControlTokens
 from atlas_jax.data.examples import Conversation, PlainText
 from atlas_jax.recipes.chat_models import encoder
 from tests import words

@@ -15,7 +15,7 @@ from atlas_jax import config as config_lib
 from atlas_jax import sockets, stopping
 from atlas_jax.recipes import scoring
 from atlas_jax.rewards import custom, forms
-from atlas_jax.rewards.verifiable import combine
+from atlas_jax.rewards.combined import combine
 from atlas_jax.types import Completion, Question, Sample
 
 MODULE = """

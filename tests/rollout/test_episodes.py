@@ -15,13 +15,13 @@ import pytest
 from atlas_jax import logprobs, losses, stopping
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig
 from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.data.packing import collate_policy
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.episodes import ConversationFullError, EpisodeOptions
 from atlas_jax.rollout.local import LocalEngine, goes_on
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Completion, Message, PolicyBatch, Question, Sample
