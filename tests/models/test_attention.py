@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention, passes, segments
 from atlas_jax.models.chunked import Chunked
+from atlas_jax.sharding import make_mesh
 from tests.models.attention_cases import arrays, by_mask, errors, packed, shared
+
+ONE = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
 
 EXACT = 1e-5  # relative error in norm, float32
 ROUNDED = {"out": 5e-3, "dq": 2e-2, "dk": 2e-2, "dv": 2e-2}  # bfloat16
@@ -145,11 +149,11 @@ def test_positions_see_themselves_and_what_came_before_in_their_own_sequence():
 @pytest.mark.parametrize(
     "attend,length,says",
     [
-        (attention.Cudnn(None, True), 8192, "without a mask"),
-        (attention.Cudnn(None, True, "jax is old"), 8192, "since jax is old: 134 MB for each row"),
+        (attention.Cudnn(ONE, True), 8192, "without a mask"),
+        (attention.Cudnn(ONE, True, "jax is old"), 8192, "since jax is old: 134 MB for each row"),
         (attention.xla, 2048, "^attention of XLA$"),
         (attention.xla, 4096, "in blocks of keys"),
-        (attention.Splash(None), 4096, "^splash attention$"),
+        (attention.Splash(ONE), 4096, "^splash attention$"),
     ],
 )
 def test_a_run_says_what_computes_its_attention(attend, length, says):

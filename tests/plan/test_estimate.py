@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
+from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, Rope
-from atlas_jax.models.splash import splash
 from atlas_jax.plan import estimate, flops, hlo, pairs, programs, rates, report, search
 from atlas_jax.plan.targets import Device, Target
 from atlas_jax.sharding import make_mesh
@@ -188,7 +188,7 @@ def test_kernels_of_tpu_attention_count_as_their_products(rows):
 
     def total(query, key, value):
         ids = jnp.ones((rows, length), jnp.int32)
-        return splash(query, key, value, ids, scale=1.0, mesh=mesh).sum()
+        return attention.Splash(mesh)(query, key, value, ids, scale=1.0).sum()
 
     traced = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(query, key, key)
     content = pairs.even(length, 1)
@@ -209,7 +209,7 @@ def test_a_window_of_tpu_attention_saves_the_blocks_that_it_does_not_touch():
 
     def attend(query, key, value):
         ids = jnp.ones((1, length), jnp.int32)
-        return splash(query, key, value, ids, scale=1.0, mesh=mesh, window=600)
+        return attention.Splash(mesh)(query, key, value, ids, scale=1.0, window=600)
 
     _, [(call, times)] = flops.work(jax.make_jaxpr(attend)(query, query, query).jaxpr, 1)
     seen = 1 + 2 + 3 + 3  # blocks of keys that hold one of the last 600 of each block's queries
