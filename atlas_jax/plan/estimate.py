@@ -130,7 +130,10 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
                 lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
             )
         )
-    inputs = params + opt_state if trains else device_bytes(argument)
+    # The weights that generation reads are a copy, so they count among the temporaries.
+    counted = (run.state.params, *run.resident.values())
+    beside = device_bytes(argument) if any(argument is tree for tree in counted) else 0.0
+    inputs = params + opt_state if trains else beside
     held_in_host = (device_bytes(t, host=True) for t in (run.state, *run.resident.values()))
     host = sum(held_in_host, 0.0)
     host += analysis.host_temp_size_in_bytes

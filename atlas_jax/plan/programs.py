@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from atlas_jax import step
 from atlas_jax.config import GRPOConfig, TrainConfig
+from atlas_jax.models import cache as kv
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.plan.targets import CompiledSharding, Target
@@ -185,7 +186,7 @@ def _generation(
     share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
     prompts = parts << (share.bit_length() - 1)
     prompts = min(prompts, parts * local.bucket(-(-completions // samples // parts)))
-    length = local.bucket(config.max_prompt_length)
+    length = local.prompt_room(config.max_prompt_length)
     sampling = Sampling(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -193,16 +194,22 @@ def _generation(
         min_p=config.min_p,
     )
     static = decoder, (0,), sampling
-    inputs = local.GridInputs(
-        prompts=_rows((prompts, length), jnp.int32, sharding),
+    asked = local.Prompts(
+        tokens=_rows((prompts, length), jnp.int32, sharding),
         lengths=_rows((prompts,), jnp.int32, sharding),
-        limits=_rows((prompts, samples), jnp.int32, sharding),
-        keys=_rows((prompts, samples, 2), jnp.uint32, sharding),
     )
-    held = 1 << (config.max_new_tokens - 1).bit_length()
+    rows = local.Rows(
+        limits=_rows((prompts, samples), jnp.int32, sharding),
+        seeds=_rows((prompts, samples), jnp.uint32, sharding),
+        streams=_rows((prompts, samples), jnp.int32, sharding),
+    )
+    weights = kv.weight_shapes(decoder)
+    inputs = params, weights, asked, rows
+    held = local.last_room(config.max_new_tokens)
     room = local.first_room(config.max_new_tokens)
-    grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), params, inputs)
-    grid = step.abstract(grid, local.placements(sharding))
+    grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), *inputs)
+    places = local.placements(sharding)
+    grid = jax.tree.map(step.abstract, grid, jax.tree.broadcast(places, grid))
     forward = decoder.config.flops_per_token(length) / 3
     each = decoder.config.flops_per_token(2 * (length + held)) / 3
     rounds = -(-completions // (samples * prompts))
@@ -210,14 +217,14 @@ def _generation(
         Program(
             name="prefill",
             function=jax.jit(functools.partial(local.start, *static, room)),
-            arguments=(params, inputs),
+            arguments=inputs,
             model_flops=prompts * length * forward,
             times=rounds,
         ),
         Program(
             name=f"decode {local.CHUNK} tokens",
             function=jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
-            arguments=(params, grid),
+            arguments=(weights, grid),
             model_flops=local.CHUNK * prompts * samples * each,
             times=rounds * -(-config.max_new_tokens // local.CHUNK),
         ),
