@@ -210,7 +210,7 @@ class Decoder:
 
     @property
     def kinds(self) -> list[tuple[bool, bool]]:
-        """Whether each layer is local, and whether it rotates."""
+        """Flags of each layer: whether it is local, and whether it rotates."""
         size = self.config.num_layers
         local = self.config.local_layers or (False,) * size
         return list(zip(local, self.config.rope_layers or (True,) * size, strict=True))

@@ -194,11 +194,11 @@ def _generation(
         min_p=config.min_p,
     )
     static = decoder, (0,), sampling
-    asked = local.Prompts(
+    asked = local.GridPrompts(
         tokens=_rows((prompts, length), jnp.int32, sharding),
         lengths=_rows((prompts,), jnp.int32, sharding),
     )
-    rows = local.Rows(
+    rows = local.GridRows(
         limits=_rows((prompts, samples), jnp.int32, sharding),
         seeds=_rows((prompts, samples), jnp.uint32, sharding),
         streams=_rows((prompts, samples), jnp.int32, sharding),

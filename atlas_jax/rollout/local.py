@@ -36,15 +36,15 @@ _FEW = 16  # rows of a device below which a smaller grid is not worth a compilat
 _ROOM = 128  # tokens that the cache of a prompt holds at least, and of a new row at most
 
 
-class Prompts(NamedTuple):
+class GridPrompts(NamedTuple):
     """The prompts of a new grid, on the devices."""
 
     tokens: jax.Array  # [P, S] int32, right-padded
     lengths: jax.Array  # [P] int32
 
 
-class Rows(NamedTuple):
-    """What is known of each row before it is decoded; arrays on the devices."""
+class GridRows(NamedTuple):
+    """Options of each row of a new grid; arrays on the devices."""
 
     limits: jax.Array  # [P, G] int32, tokens that a row may have
     seeds: jax.Array  # [P, G] uint32, of the row's request
@@ -55,7 +55,7 @@ class _Grid(NamedTuple):
     """Rows that are being decoded, `[P, G]`; arrays on the devices."""
 
     cache: kv.KVCache
-    rows: Rows
+    rows: GridRows
     tokens: jax.Array  # [P, G] int32, sampled last and not yet in the cache
     alive: jax.Array  # [P, G] bool
     time: jax.Array  # [] int32, the number of `tokens`, counted from 0
@@ -264,8 +264,8 @@ def start(
     room: int,
     params: Params,
     weights: Params,
-    prompts: Prompts,
-    rows: Rows,
+    prompts: GridPrompts,
+    rows: GridRows,
 ) -> tuple[_Grid, _Chunk]:
     """Runs the prompts and samples the first token of each row.
 
@@ -405,13 +405,13 @@ def _filled(pieces: list[_Piece], count: int, width: int) -> list[_Piece]:
     return [_Piece(p.request, p.rows + [idle] * (width - len(p.rows))) for p in pieces]
 
 
-def _prompts(pieces: list[_Piece], sharding: Sharding) -> Prompts:
+def _prompts(pieces: list[_Piece], sharding: Sharding) -> GridPrompts:
     """Returns the prompts on the devices, padded to one length."""
     longest = distributed.max_over_processes(max(len(p.request.prompt_ids) for p in pieces))
     tokens = np.zeros((len(pieces), prompt_room(longest)), np.int32)
     for i, piece in enumerate(pieces):
         tokens[i, : len(piece.request.prompt_ids)] = piece.request.prompt_ids
-    return Prompts(place_rows(tokens, sharding), _lengths(pieces, sharding))
+    return GridPrompts(place_rows(tokens, sharding), _lengths(pieces, sharding))
 
 
 def _lengths(pieces: list[_Piece], sharding: Sharding) -> jax.Array:
@@ -419,12 +419,12 @@ def _lengths(pieces: list[_Piece], sharding: Sharding) -> jax.Array:
     return place_rows(np.asarray([len(p.request.prompt_ids) for p in pieces], np.int32), sharding)
 
 
-def _rows(pieces: list[_Piece], sharding: Sharding) -> Rows:
+def _rows(pieces: list[_Piece], sharding: Sharding) -> GridRows:
     """Returns the rows on the devices."""
     limits = np.asarray([[r.limit for r in p.rows] for p in pieces], np.int32)
     seeds = np.asarray([[p.request.seed] * len(p.rows) for p in pieces], np.uint32)
     streams = np.asarray([[r.stream for r in p.rows] for p in pieces], np.int32)
-    return Rows(*(place_rows(x, sharding) for x in (limits, seeds, streams)))
+    return GridRows(*(place_rows(x, sharding) for x in (limits, seeds, streams)))
 
 
 def _fitted(
