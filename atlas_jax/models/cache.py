@@ -3,37 +3,131 @@
 Rows form a grid `[P, G]`: G continuations of each of P prompts. A prompt is run and stored once,
 whatever G is. All rows sample in lockstep: after t tokens, row (p, g) is at position
 `lengths[p] + t`, and the keys and values of its completion fill the first t entries of its cache.
+
+Layers are unrolled, and each layer's weights and cache are arrays of their own. A scan would copy
+every layer's slice of them for every token, which is most of what a token reads.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from atlas_jax.models.attention import MASKED
 from atlas_jax.models.layers import KeysValues
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.sharding import BATCH_AXES, Sharding
 from atlas_jax.types import Params
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer; scans run over the leading dim L of each array."""
+    """Keys and values, a list with an entry for each layer."""
 
-    prompt: KeysValues  # [L, P, K, S, H], right-padded
-    own: KeysValues  # [L, P, G, K, C, H], of the completion's tokens
+    prompt: list[KeysValues]  # [P, K, S, H], right-padded
+    own: list[KeysValues]  # [P, G, K, C, H], of the completion's tokens
     lengths: jax.Array  # [P] int32, tokens of each prompt
 
 
+def capacity(cache: KVCache) -> int:
+    """Returns C, the number of a completion's tokens that fit into the cache."""
+    return cache.own[0].keys.shape[3]
+
+
+def placements(sharding: Sharding) -> KVCache:
+    """Returns the placement of a cache: rows over the batch axes, heads over `tensor`."""
+    prompt = NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES, "tensor"))
+    own = NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
+    return KVCache(prompt, own, sharding.rows())  # type: ignore[arg-type]  # prefixes of a tree
+
+
+def resident(decoder: Decoder) -> Decoder:
+    """Returns the decoder of the weights that `weights` gives.
+
+    They are in the compute dtype, whole on every device but for the axis `tensor`.
+    """
+    sharding = dataclasses.replace(decoder.sharding, mode="replicated", offload="none")
+    return dataclasses.replace(decoder, sharding=sharding, param_dtype=decoder.compute_dtype)
+
+
+def weights(decoder: Decoder, params: Params) -> Params:
+    """Returns the parameters as `decode` reads them: cast, gathered, and `layers` as a list.
+
+    A device needs the space for it beside the parameters. Tables that are already as wanted are not
+    copied.
+
+    Args:
+        decoder: the decoder of the parameters.
+        params: the parameters, placed as between steps.
+    """
+    layers = [_layer(decoder, params["layers"], i) for i in range(decoder.config.num_layers)]
+    rest = {name: x for name, x in params.items() if name != "layers"}
+    places = resident(decoder).placements()
+    cast = {name: _placed(x, decoder.compute_dtype, places[name]) for name, x in rest.items()}
+    # The final norm computes in float32, from the scale as it is.
+    return cast | {"layers": layers, "norm": params["norm"]}
+
+
+def weight_shapes(decoder: Decoder) -> Params:
+    """Returns shapes, dtypes and places of what `weights` gives."""
+    here = resident(decoder)
+    places = here.placements()
+    shapes = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), here.shapes, places
+    )
+    layer = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype, sharding=_unstacked(s.sharding)),
+        shapes["layers"],
+    )
+    norm = jax.ShapeDtypeStruct(shapes["norm"].shape, decoder.param_dtype, sharding=places["norm"])
+    return shapes | {"layers": [layer] * decoder.config.num_layers, "norm": norm}
+
+
+def _unstacked(place: NamedSharding) -> NamedSharding:
+    """Returns the placement of one layer of an array that is placed so."""
+    return NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(decoder: Decoder, stacked: Params, number: jax.Array) -> Params:
+    """Returns one layer's weights."""
+
+    def one(x: jax.Array, place: NamedSharding) -> jax.Array:
+        x = jax.lax.dynamic_index_in_dim(x, number, keepdims=False).astype(decoder.compute_dtype)
+        return jax.lax.with_sharding_constraint(x, _unstacked(place))
+
+    return jax.tree.map(one, stacked, resident(decoder).placements()["layers"])
+
+
+def _placed(x: jax.Array, dtype: jnp.dtype, place: NamedSharding) -> jax.Array:
+    if x.dtype == dtype and x.sharding.is_equivalent_to(place, x.ndim):
+        return x
+    return _cast(x, dtype, place)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cast(x: jax.Array, dtype: jnp.dtype, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x.astype(dtype), place)
+
+
 def prefill(
-    decoder: Decoder, params: Params, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]
-) -> tuple[Float[Array, "P D"], KeysValues]:
-    """Runs right-padded prompts through the decoder.
+    decoder: Decoder,
+    params: Params,
+    tokens: Int[Array, "P S"],
+    lengths: Int[Array, " P"],
+    places: int,
+) -> tuple[Float[Array, "P D"], list[KeysValues]]:
+    """Runs right-padded prompts through the decoder, with parameters as between steps.
 
     Returns:
-        The hidden state at each prompt's last token, and the prompts' keys and values.
+        The hidden state at each prompt's last token, and the prompts' keys and values, padded to so
+        many places.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
@@ -44,14 +138,89 @@ def prefill(
             *qkv, segment_ids, None, scale=decoder.config.score_scale, window=window
         )
 
-    x, cached = jax.lax.scan(
+    x, stacked = jax.lax.scan(
         lambda x, layer: decoder.layer(layer, x, angles, attend),
         decoder.embed(params, tokens),
         decoder.stacked(params),
     )
-    cached = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), cached)
+    more = places - tokens.shape[1]
+
+    def one(number: int, x: jax.Array) -> jax.Array:
+        return jnp.pad(jnp.swapaxes(x[number], 1, 2), [(0, 0), (0, 0), (0, more), (0, 0)])
+
+    layers = range(decoder.config.num_layers)
+    cached = [jax.tree.map(functools.partial(one, i), stacked) for i in layers]
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return decoder.norm(params, last)[:, 0], cached
+
+
+def begun(
+    prompt: list[KeysValues], lengths: Int[Array, " P"], samples: int, places: int
+) -> KVCache:
+    """Returns the cache of `samples` completions of each prompt, with empty `places` for each."""
+
+    def empty(x: jax.Array) -> jax.Array:
+        return jnp.zeros((x.shape[0], samples, x.shape[1], places, x.shape[3]), x.dtype)
+
+    return KVCache(prompt, jax.tree.map(empty, prompt), lengths)
+
+
+def grown(cache: KVCache, places: int) -> KVCache:
+    """Returns the cache with a capacity of `places`; the arrays of `cache.own` are deleted."""
+    own = [_replaced(functools.partial(_padded, places), layer) for layer in cache.own]
+    return cache._replace(own=own)
+
+
+def selected(
+    cache: KVCache, taken: Int[Array, "Q W"], lengths: Int[Array, " Q"], sharding: Sharding
+) -> KVCache:
+    """Returns the cache of some prompts and of some of their rows; that of the others is deleted.
+
+    Args:
+        cache: the cache, whose arrays are deleted.
+        taken: for each prompt of the result its number among the prompts of the same device, and
+            the numbers of its rows.
+        lengths: the lengths of the prompts of the result.
+        sharding: the placement of both.
+    """
+    take = functools.partial(_taken, sharding, taken)
+    layers = [_replaced(take, layer) for layer in zip(cache.prompt, cache.own, strict=True)]
+    prompt, own = (list(kind) for kind in zip(*layers, strict=True))
+    return KVCache(prompt, own, lengths)
+
+
+def _replaced(function: Callable[[Any], Any], layer: Any) -> Any:
+    """Returns `function(layer)` and deletes the layer: two caches would not fit at once."""
+    new = function(layer)
+    jax.tree.map(lambda x: x.delete(), layer)
+    return new
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _padded(places: int, own: KeysValues) -> KeysValues:
+    more = places - own.keys.shape[3]
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, more * (dim == 3)) for dim in range(5)]), own)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _taken(sharding: Sharding, taken: jax.Array, layer: Any) -> Any:
+    """Returns one layer's cache, as `selected` does."""
+    # Indexing within a part, by `vmap`, keeps every prompt on its device; a gather over the whole
+    # grid would communicate.
+    parts = sharding.num_replicas
+    prompts = taken[:, 0].reshape(parts, -1)
+    rows = taken[:, 1:]
+
+    def of_prompts(x: jax.Array) -> jax.Array:  # [P, ...]
+        split = x.reshape(parts, -1, *x.shape[1:])
+        return jax.vmap(lambda x, i: x[i])(split, prompts).reshape(-1, *x.shape[1:])
+
+    def of_rows(x: jax.Array) -> jax.Array:  # [P, G, ...]
+        return jax.vmap(lambda x, i: x[i])(of_prompts(x), rows)
+
+    prompt, own = layer
+    taken_layer = jax.tree.map(of_prompts, prompt), jax.tree.map(of_rows, own)
+    return jax.lax.with_sharding_constraint(taken_layer, tuple(placements(sharding)[:2]))
 
 
 def decode(
@@ -63,71 +232,77 @@ def decode(
 ) -> tuple[Float[Array, "P G D"], KVCache]:
     """Runs one token of each row: the one that was sampled at step `time`.
 
+    Args:
+        decoder: the decoder, see `resident`.
+        params: its parameters, from `weights`.
+        cache: the cache; its entries before `time` are filled.
+        tokens: the token of each row.
+        time: the number of the tokens, counted from 0.
+
     Returns:
         The hidden states at that token, and the cache with its keys and values at entry `time`.
     """
     positions = jnp.broadcast_to(cache.lengths[:, None] + time, tokens.shape)
     angles = decoder.angles(positions)
+    x = decoder.embed(params, tokens)
+    filled: list[KeysValues] = []
 
-    def step(x: jax.Array, scanned: tuple) -> tuple[jax.Array, KeysValues]:
-        layer, prompt, completion_cache = scanned
+    def attend(window: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        # The new entries are written before they are read: otherwise the cache before and after
+        # would both be alive, and the write be a copy of all of it.
+        at = len(filled)
+        new = zip(cache.own[at], (key, value), strict=True)
+        own = KeysValues(*(_put(held, x, time) for held, x in new))
+        filled.append(own)
+        return _attend(decoder, cache.lengths, time, (cache.prompt[at], own), window, query)
 
-        def attend(window: int, *qkv: jax.Array) -> jax.Array:
-            return _attend(decoder, cache.lengths, time, prompt, completion_cache, window, qkv)
-
-        return decoder.layer(layer, x, angles, attend)
-
-    # The scan only reads the cache and returns the new entries, which are then written for all
-    # layers at once. A cache carried through the scan would be copied in every layer.
-    scanned = (decoder.stacked(params), cache.prompt, cache.own)
-    x, new = jax.lax.scan(step, decoder.embed(params, tokens), scanned)
-    completion_cache = jax.tree.map(lambda c, n: _put(c, n, time), cache.own, new)
-    return decoder.norm(params, x), cache._replace(own=completion_cache)
+    for layer, kind in zip(params["layers"], decoder.kinds, strict=True):
+        x, _ = decoder.layer((layer, kind), x, angles, attend)
+    return decoder.norm(params, x), cache._replace(own=filled)
 
 
 def _put(cache: jax.Array, new: jax.Array, time: jax.Array) -> jax.Array:
-    """Writes `new [L, P, G, K, H]` as entry `time` of `cache [L, P, G, K, C, H]`."""
-    return jax.lax.dynamic_update_slice(cache, new[..., None, :], (0, 0, 0, 0, time, 0))
+    """Writes `new [P, G, K, H]` as entry `time` of `cache [P, G, K, C, H]`."""
+    return jax.lax.dynamic_update_slice(cache, new[..., None, :], (0, 0, 0, time, 0))
 
 
 def _attend(
     decoder: Decoder,
     lengths: jax.Array,
     time: jax.Array,
-    prompt: KeysValues,
-    own: KeysValues,
+    cached: tuple[KeysValues, KeysValues],
     window: int,
-    qkv: tuple[jax.Array, ...],
+    query: jax.Array,
 ) -> jax.Array:
-    """Attends to the prompt, to the row's own earlier tokens, and to the new token itself."""
-    query, key, value = qkv
+    """Attends to the prompt and to the row's own tokens up to the new one."""
+    prompt, own = cached
     p, g, n, h = query.shape
-    # Three score blocks and one softmax over all of them: concatenating the keys instead would
-    # copy the prompt's cache once for each of the G rows.
-    query = query.reshape(p, g, key.shape[2], -1, h)
+    query = query.reshape(p, g, prompt.keys.shape[1], -1, h)
+    # Two blocks of scores and one softmax over both: concatenating the keys instead would copy the
+    # prompt's cache once for each of the G rows.
     wide = {"preferred_element_type": jnp.float32}
-    scores = [
-        jnp.einsum("pgkrh,pksh->pgkrs", query, prompt.keys, **wide),
-        jnp.einsum("pgkrh,pgkch->pgkrc", query, own.keys, **wide),
-        jnp.einsum("pgkrh,pgkh->pgkr", query, key, **wide)[..., None],
-    ]
-    scores = [x * decoder.config.score_scale for x in scores]
-    length = prompt.keys.shape[2]
-    held = own.keys.shape[3]
-    place = jnp.arange(length)
-    number = jnp.arange(held)
+    before = jnp.einsum("pgkrh,pksh->pkgrs", query, prompt.keys, **wide)
+    since = jnp.einsum("pgkrh,pgkch->pgkrc", query, own.keys, **wide)
+    place = jnp.arange(before.shape[-1])
+    number = jnp.arange(since.shape[-1])
     in_prompt = place < lengths[:, None]  # [P, S]
-    in_own = number < time
+    in_own = number <= time
     if window:
         in_prompt &= lengths[:, None] + time - place < window
         in_own &= time - number < window
-    scores[0] = jnp.where(in_prompt[:, None, None, None], scores[0], MASKED)
-    scores[1] = jnp.where(in_own, scores[1], MASKED)
-    weights = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1).astype(value.dtype)
-    of_prompt, of_own, of_self = jnp.split(weights, (length, length + held), axis=-1)
-    out = (
-        jnp.einsum("pgkrs,pksh->pgkrh", of_prompt, prompt.values)
-        + jnp.einsum("pgkrc,pgkch->pgkrh", of_own, own.values)
-        + of_self * value[:, :, :, None]
-    )
-    return out.reshape(p, g, n, h)
+    scale = decoder.config.score_scale
+    before = jnp.where(in_prompt[:, None, None, None], before * scale, MASKED)
+    since = jnp.where(in_own, since * scale, MASKED)
+    top = jnp.maximum(jnp.max(before, -1, keepdims=True), _swap(jnp.max(since, -1, keepdims=True)))
+    before = jnp.exp(before - top)
+    since = jnp.exp(since - _swap(top))
+    total = _swap(jnp.sum(before, -1, keepdims=True)) + jnp.sum(since, -1, keepdims=True)
+    dtype = query.dtype
+    out = jnp.einsum("pkgrs,pksh->pgkrh", before.astype(dtype), prompt.values, **wide)
+    out += jnp.einsum("pgkrc,pgkch->pgkrh", since.astype(dtype), own.values, **wide)
+    return (out / total).astype(dtype).reshape(p, g, n, h)
+
+
+def _swap(x: jax.Array) -> jax.Array:
+    """Exchanges the dims K and G."""
+    return jnp.swapaxes(x, 1, 2)

@@ -228,14 +228,19 @@ class Decoder:
 
         They are each layer's parameters, whether it is local, and whether it rotates.
         """
+        local, rotates = zip(*self.kinds, strict=True)
+        return params["layers"], (np.asarray(local), np.asarray(rotates))
+
+    @property
+    def kinds(self) -> list[tuple[bool, bool]]:
+        """Flags of each layer: whether it is local, and whether it rotates."""
         size = self.config.num_layers
         local = self.config.local_layers or (False,) * size
-        rotates = self.config.rope_layers or (True,) * size
-        return params["layers"], (np.asarray(local), np.asarray(rotates))
+        return list(zip(local, self.config.rope_layers or (True,) * size, strict=True))
 
     def layer(
         self,
-        scanned: tuple[Params, tuple[jax.Array, jax.Array]],
+        scanned: tuple[Params, tuple[jax.Array | bool, jax.Array | bool]],
         x: Float[Array, "B T D"],
         angles: tuple[Rotation, Rotation],
         attend: Callable[..., jax.Array],
@@ -243,11 +248,12 @@ class Decoder:
         """Runs one layer of `stacked`, whose parameters are gathered for it alone.
 
         Args:
-            scanned: one layer's part of `stacked`.
+            scanned: one layer's part of `stacked`, or its parameters and its `kinds`.
             x: the layer's input.
             angles: the rotary angles, from `angles`.
             attend: the attention `(window, query, key, value) -> [B, T, N, H]`; window 0 sees
-                everything. If only some layers are local, the choice is made on the device.
+                everything. If only some layers are local, the choice is made on the device unless
+                the layer's kind is known.
         """
         config = self.config
         params, (is_local, rotates) = scanned
@@ -257,7 +263,9 @@ class Decoder:
         full, local = (functools.partial(attend, window) for window in (0, config.window))
         if config.rope_layers:
             angles = _where(rotates, angles[0]), _where(rotates, angles[1])
-        if not any(config.local_layers):
+        if isinstance(is_local, bool):
+            x, cached = block(x, angles[is_local], local if is_local else full)
+        elif not any(config.local_layers):
             x, cached = block(x, angles[0], full)
         elif all(config.local_layers):
             x, cached = block(x, angles[1], local)
@@ -275,7 +283,7 @@ class Decoder:
         return jax.lax.with_sharding_constraint(x, where)
 
 
-def _where(rotates: jax.Array, angles: Rotation) -> Rotation:
+def _where(rotates: jax.Array | bool, angles: Rotation) -> Rotation:
     """Returns the angles, or angles of zero for a layer that does not rotate."""
     return Rotation(jnp.where(rotates, angles.cos, 1.0), jnp.where(rotates, angles.sin, 0.0))
 

@@ -146,7 +146,6 @@ def _refusal(message: str) -> str:
 def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) -> Memory:
     argument = program.arguments[0]
     trains = isinstance(argument, type(run.state))
-    stays = argument is run.state.params or any(argument is t for t in run.resident.values())
     params = device_bytes(run.state.params)
     opt_state = device_bytes(run.state.opt_state)
     held = sum((device_bytes(tree) for tree in run.resident.values()), 0.0)
@@ -172,8 +171,11 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
                 lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
             )
         )
-    # What stays between programs has columns of its own; all else that is given is temporary.
-    inputs = params + opt_state if trains else device_bytes(argument) if stays else 0.0
+    # What stays between programs has columns of its own; all else that is given is temporary. The
+    # weights that generation reads are a copy, so they are.
+    counted = (run.state.params, *run.resident.values())
+    beside = device_bytes(argument) if any(argument is tree for tree in counted) else 0.0
+    inputs = params + opt_state if trains else beside
     held_in_host = (device_bytes(t, host=True) for t in (run.state, *run.resident.values()))
     host = sum(held_in_host, 0.0)
     host += analysis.host_temp_size_in_bytes

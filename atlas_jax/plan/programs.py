@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from atlas_jax import step
 from atlas_jax.data.loader import segment_bound
 from atlas_jax.data.packing import whole_blocks
+from atlas_jax.models import cache as kv
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.grpo import GRPOConfig
@@ -280,7 +281,7 @@ def _generation(config: GRPOConfig, asked: _Asked, hosts: int) -> list[Program]:
     share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
     prompts = parts << (share.bit_length() - 1)
     prompts = min(prompts, parts * local.bucket(-(-asked.prompts // parts)))
-    length = local.bucket(asked.prompt_tokens)
+    length = local.prompt_room(asked.prompt_tokens)
     sampling = Sampling(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -288,16 +289,22 @@ def _generation(config: GRPOConfig, asked: _Asked, hosts: int) -> list[Program]:
         min_p=config.min_p,
     )
     static = decoder, (0,), sampling
-    inputs = local.GridInputs(
-        prompts=_rows((prompts, length), jnp.int32, sharding),
+    questions = local.GridPrompts(
+        tokens=_rows((prompts, length), jnp.int32, sharding),
         lengths=_rows((prompts,), jnp.int32, sharding),
-        limits=_rows((prompts, samples), jnp.int32, sharding),
-        keys=_rows((prompts, samples, 2), jnp.uint32, sharding),
     )
-    held = 1 << (asked.new_tokens - 1).bit_length()
+    rows = local.GridRows(
+        limits=_rows((prompts, samples), jnp.int32, sharding),
+        seeds=_rows((prompts, samples), jnp.uint32, sharding),
+        streams=_rows((prompts, samples), jnp.int32, sharding),
+    )
+    weights = kv.weight_shapes(decoder)
+    inputs = params, weights, questions, rows
+    held = local.last_room(asked.new_tokens)
     room = local.first_room(asked.new_tokens)
-    grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), params, inputs)
-    grid = step.abstract(grid, local.placements(sharding))
+    grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), *inputs)
+    places = local.placements(sharding)
+    grid = jax.tree.map(step.abstract, grid, jax.tree.broadcast(places, grid))
     each = decoder.config.flops_per_token(2 * (length + held)) / 3
     rounds = -(-asked.prompts // prompts)
     content = even(length, 1)
@@ -305,7 +312,7 @@ def _generation(config: GRPOConfig, asked: _Asked, hosts: int) -> list[Program]:
         Program(
             name=f"{asked.name}prefill",
             function=jax.jit(functools.partial(local.start, *static, room)),
-            arguments=(params, inputs),
+            arguments=inputs,
             model_flops=flops.forward(decoder.config, prompts, content),
             times=rounds,
             content=content,
@@ -313,7 +320,7 @@ def _generation(config: GRPOConfig, asked: _Asked, hosts: int) -> list[Program]:
         Program(
             name=f"{asked.name}decode {local.CHUNK}",
             function=jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
-            arguments=(params, grid),
+            arguments=(weights, grid),
             model_flops=local.CHUNK * prompts * samples * each,
             times=rounds * -(-asked.new_tokens // local.CHUNK),
         ),

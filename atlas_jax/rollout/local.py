@@ -1,9 +1,12 @@
 """Generation inside the training process, from the sharded training parameters.
 
 Prompts are run once, then tokens are decoded in chunks. After a chunk, finished rows are dropped if
-that at least halves the grid, so a long answer does not keep finished rows computing. Below a few
-rows nothing is gained, because a step then takes the time of reading the weights. Lengths and
-numbers of rows are rounded up (`bucket`), and each combination is compiled once.
+the others fit into a quarter of the grid, so a long answer does not keep finished rows computing.
+Below a few rows nothing is gained, because a step then takes the time of reading the weights.
+
+Each shape of the grid is compiled once, which takes long, so there are few: the cache holds a power
+of two of a prompt's tokens, the cache of completions grows and the grid shrinks by factors of four,
+and the grid shrinks only when its cache grows or has its final size.
 """
 
 from __future__ import annotations
@@ -16,42 +19,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from atlas_jax import distributed, stopping
 from atlas_jax.models import cache as kv
 from atlas_jax.models import vocab
-from atlas_jax.models.layers import KeysValues
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling, draw
-from atlas_jax.sharding import BATCH_AXES, Sharding, from_global, place_rows
+from atlas_jax.sharding import Sharding, from_global, place_rows
 from atlas_jax.types import Completion, Params
 
 CHUNK = 32
 """Number of tokens between two checks for finished rows."""
 _SHORTEST = 32  # smallest bucket of prompt lengths
 _FEW = 16  # rows of a device below which a smaller grid is not worth a compilation
-_ROOM = 128  # largest number of tokens that the first cache of a row holds
+_ROOM = 128  # tokens that the cache of a prompt holds at least, and of a new row at most
 
 
-class GridInputs(NamedTuple):
-    """Inputs of a new grid, on the devices."""
+class GridPrompts(NamedTuple):
+    """The prompts of a new grid, on the devices."""
 
-    prompts: jax.Array  # [P, S] int32, right-padded
+    tokens: jax.Array  # [P, S] int32, right-padded
     lengths: jax.Array  # [P] int32
+
+
+class GridRows(NamedTuple):
+    """Options of each row of a new grid; arrays on the devices."""
+
     limits: jax.Array  # [P, G] int32, tokens that a row may have
-    keys: jax.Array  # [P, G, 2] uint32, root of each row's random numbers
+    seeds: jax.Array  # [P, G] uint32, of the row's request
+    streams: jax.Array  # [P, G] int32, number of the row in its group
 
 
 class _Grid(NamedTuple):
     """Rows that are being decoded, `[P, G]`; arrays on the devices."""
 
     cache: kv.KVCache
+    rows: GridRows
     tokens: jax.Array  # [P, G] int32, sampled last and not yet in the cache
     alive: jax.Array  # [P, G] bool
-    limits: jax.Array  # [P, G] int32, tokens that a row may have
-    keys: jax.Array  # [P, G, 2] uint32, root of each row's random numbers
     time: jax.Array  # [] int32, the number of `tokens`, counted from 0
 
 
@@ -68,6 +74,7 @@ class _RowState:
     """The completion of one row so far."""
 
     limit: int = 0
+    stream: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     untruncated: list[float] = dataclasses.field(default_factory=list)
@@ -84,8 +91,16 @@ class _RowState:
             self.done = int(token) in stop_ids or len(self.tokens) >= self.limit
 
 
-_Places = list[list[_RowState]]
-"""Rows of this process's part of the grid, by prompt."""
+class _Piece(NamedTuple):
+    """Rows of one prompt of the grid: those of a request, or a part of them."""
+
+    request: Request
+    rows: list[_RowState]
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Numbers of the rows that go on."""
+        return [i for i, row in enumerate(self.rows) if not row.done]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +143,17 @@ class LocalEngine:
             self._check(request)
         samples = distributed.max_over_processes(max((r.num_samples for r in requests), default=1))
         size = self._prompts_at_once(samples)
+        count = distributed.max_over_processes(len(requests))
+        weights = kv.weights(self.decoder, params) if count else {}
         done: list[list[Completion]] = []
-        for first in range(0, distributed.max_over_processes(len(requests)), size):
+        for first in range(0, count, size):
             part = requests[first : first + size]
-            done += self._run(params, version, part, samples, sampling)
+            groups = [[_RowState(r.max_tokens, i) for i in range(samples)] for r in part]
+            self._decode(params, weights, _pieces(part, groups, self.decoder.sharding), sampling)
+            done += [
+                [self._completion(request, row, version) for row in rows]
+                for request, rows in zip(part, groups, strict=True)
+            ]
         return done
 
     def _prompts_at_once(self, samples: int) -> int:
@@ -153,36 +175,25 @@ class LocalEngine:
                 "limit of new tokens"
             )
 
-    def _run(
-        self,
-        params: Params,
-        version: int,
-        requests: Sequence[Request],
-        samples: int,
-        sampling: Sampling,
-    ) -> list[list[Completion]]:
-        """Returns the completions of one grid, which may have no requests of this process."""
+    def _decode(
+        self, params: Params, weights: Params, pieces: list[_Piece], sampling: Sampling
+    ) -> None:
+        """Completes the rows of one grid, which may have none of this process."""
         sharding = self.decoder.sharding
-        groups = [[_RowState(r.max_tokens) for _ in range(samples)] for r in requests]
-        places = _fill(groups, _prompts(len(groups), sharding), samples)
         static = self.decoder, self.stop_ids, sampling
-        longest = distributed.max_over_processes(max((r.max_tokens for r in requests), default=1))
-        grid, chunk = start(
-            *static, first_room(longest), params, _inputs(requests, places, sharding)
-        )
+        limits = [row.limit for piece in pieces for row in piece.rows]
+        longest = distributed.max_over_processes(max(limits, default=1))
+        prompts, rows = _prompts(pieces, sharding), _rows(pieces, sharding)
+        grid, chunk = start(*static, first_room(longest), params, weights, prompts, rows)
         while True:
             # A row that has finished decodes on to the end of the chunk; `extend` ignores that.
-            for rows, sampled in zip(places, _host(chunk), strict=True):
-                for row, *columns in zip(rows, *sampled, strict=True):
+            for piece, sampled in zip(pieces, _host(chunk), strict=True):
+                for row, *columns in zip(piece.rows, *sampled, strict=True):
                     row.extend(columns, self.stop_ids)
-            if not goes_on(any(not r.done for rows in groups for r in rows)):
+            if not goes_on(any(piece.unfinished for piece in pieces)):
                 break
-            grid, places = _shrink(grid, places, sharding)
-            grid, chunk = decode(*static, params, _with_room(grid))
-        return [
-            [self._completion(request, row, version) for row in rows]
-            for request, rows in zip(requests, groups, strict=True)
-        ]
+            grid, pieces = _fitted(grid, pieces, longest, sharding)
+            grid, chunk = decode(*static, weights, grid)
 
     def _completion(self, request: Request, row: _RowState, version: int) -> Completion:
         if not np.isfinite(row.untruncated).all():
@@ -223,9 +234,19 @@ def goes_on(unfinished: bool) -> bool:
     return bool(flags[:, 0].any())
 
 
+def prompt_room(longest: int) -> int:
+    """Returns the length to which prompts of at most `longest` tokens are padded."""
+    return bucket(max(longest, _SHORTEST))
+
+
 def first_room(longest: int) -> int:
     """Returns the number of tokens in the first cache of rows of at most `longest` tokens."""
-    return min(_power_of_two(max(longest, CHUNK)), _ROOM)
+    return min(last_room(longest), _ROOM)
+
+
+def last_room(longest: int) -> int:
+    """Returns the number of tokens in the last cache of rows of at most `longest` tokens."""
+    return _power_of_two(max(longest, CHUNK))
 
 
 def bucket(number: int) -> int:
@@ -242,29 +263,37 @@ def start(
     sampling: Sampling,
     room: int,
     params: Params,
-    inputs: GridInputs,
+    weights: Params,
+    prompts: GridPrompts,
+    rows: GridRows,
 ) -> tuple[_Grid, _Chunk]:
     """Runs the prompts and samples the first token of each row.
 
-    The completions' cache has room for `room` tokens, a multiple of `CHUNK`.
+    Args:
+        decoder: the decoder of `params`.
+        stop_ids: the tokens that end a text.
+        sampling: the options of sampling.
+        room: the number of tokens that the completions' cache has room for.
+        params: the parameters as they are between steps.
+        weights: the parameters from `cache.weights`.
+        prompts: the prompts.
+        rows: the rows.
     """
-    limits = inputs.limits
-    size = limits.shape[1]
-    hidden, prompt_cache = kv.prefill(decoder, params, inputs.prompts, inputs.lengths)
+    size = rows.limits.shape[1]
+    # Prompts are padded little where they are run, and more in the cache, with which `decode` is
+    # compiled: that takes longer, and the places that are not used cost less.
+    places = _power_of_two(max(prompts.tokens.shape[1], _ROOM))
+    hidden, prompt_cache = kv.prefill(decoder, params, *prompts, places)
     hidden = jnp.broadcast_to(hidden[:, None], (hidden.shape[0], size, hidden.shape[1]))
-    empty = jax.tree.map(
-        lambda x: jnp.zeros((*x.shape[:2], size, x.shape[2], room, x.shape[4]), x.dtype),
-        prompt_cache,
-    )
     grid = _Grid(
-        cache=kv.KVCache(prompt_cache, empty, inputs.lengths),
-        tokens=jnp.zeros(limits.shape, jnp.int32),
-        alive=limits > 0,
-        limits=limits,
-        keys=inputs.keys,
+        cache=kv.begun(prompt_cache, prompts.lengths, size, room),
+        rows=rows,
+        tokens=jnp.zeros(rows.limits.shape, jnp.int32),
+        alive=rows.limits > 0,
         time=jnp.int32(-1),
     )
-    grid, drawn = _sample(decoder, stop_ids, sampling, params, grid, hidden)
+    here = kv.resident(decoder)
+    grid, drawn = _sample(here, stop_ids, sampling, weights, grid, hidden)
     return _placed(decoder, grid, jax.tree.map(lambda x: x[..., None], drawn))
 
 
@@ -273,19 +302,23 @@ def decode(
     decoder: Decoder,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
-    params: Params,
+    weights: Params,
     grid: _Grid,
 ) -> tuple[_Grid, _Chunk]:
-    """Samples `CHUNK` tokens of each row, or fewer if all rows end before."""
+    """Samples `CHUNK` tokens of each row, or fewer if all rows end before.
+
+    The arguments are those of `start`.
+    """
+    here = kv.resident(decoder)
 
     def more(carry: tuple[jax.Array, _Grid, _Chunk]) -> jax.Array:
         return (carry[0] < CHUNK) & jnp.any(carry[1].alive)
 
     def step(carry: tuple[jax.Array, _Grid, _Chunk]) -> tuple[jax.Array, _Grid, _Chunk]:
         count, grid, chunk = carry
-        hidden, cache = kv.decode(decoder, params, grid.cache, grid.tokens, grid.time)
+        hidden, cache = kv.decode(here, weights, grid.cache, grid.tokens, grid.time)
         grid = grid._replace(cache=cache)
-        grid, drawn = _sample(decoder, stop_ids, sampling, params, grid, hidden)
+        grid, drawn = _sample(here, stop_ids, sampling, weights, grid, hidden)
         chunk = jax.tree.map(lambda c, d: c.at[..., count].set(d), chunk, drawn)
         return count + 1, grid, chunk
 
@@ -299,17 +332,8 @@ def decode(
 def placements(sharding: Sharding) -> Any:
     """Returns the placement of a grid's arrays: rows over the batch axes, heads over `tensor`."""
     rows: Any = sharding.rows()
-    prompt: Any = NamedSharding(sharding.mesh, PartitionSpec(None, BATCH_AXES, "tensor"))
-    own: Any = NamedSharding(sharding.mesh, PartitionSpec(None, BATCH_AXES, None, "tensor"))
     everywhere: Any = sharding.replicated
-    return _Grid(
-        cache=kv.KVCache(KeysValues(prompt, prompt), KeysValues(own, own), rows),
-        tokens=rows,
-        alive=rows,
-        limits=rows,
-        keys=rows,
-        time=everywhere,
-    )
+    return _Grid(cache=kv.placements(sharding), rows=rows, tokens=rows, alive=rows, time=everywhere)
 
 
 def _placed(decoder: Decoder, grid: _Grid, chunk: _Chunk) -> tuple[_Grid, _Chunk]:
@@ -328,145 +352,154 @@ def _sample(
     decoder: Decoder,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
-    params: Params,
+    weights: Params,
     grid: _Grid,
     hidden: jax.Array,
 ) -> tuple[_Grid, _Chunk]:
     """Draws the next token of each row from the hidden states `[P, G, D]`."""
     time = grid.time + 1
-    logits = vocab.logits(hidden, decoder.output_table(params), decoder.sharding)
-    keys = jax.vmap(jax.vmap(lambda key: _fold_in(key, time)))(grid.keys)
+    rows = grid.rows
+    logits = vocab.logits(hidden, decoder.output_table(weights), decoder.sharding)
+    keys = jax.vmap(jax.vmap(functools.partial(_key, time)))(rows.seeds, rows.streams)
     drawn = draw(logits, keys, sampling)
-    stopped = jnp.isin(drawn.tokens, jnp.asarray(stop_ids, jnp.int32)) | (time + 1 >= grid.limits)
+    stopped = jnp.isin(drawn.tokens, jnp.asarray(stop_ids, jnp.int32)) | (time + 1 >= rows.limits)
     grid = grid._replace(tokens=drawn.tokens, alive=grid.alive & ~stopped, time=time)
     return grid, _Chunk(*drawn)
 
 
-def _fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), number))
+def _key(time: jax.Array, seed: jax.Array, stream: jax.Array) -> jax.Array:
+    """Returns the random key of a row's token."""
+    root = jax.random.fold_in(jax.random.key(seed), stream)
+    return jax.random.key_data(jax.random.fold_in(root, time))
 
 
-def _inputs(requests: Sequence[Request], places: _Places, sharding: Sharding) -> GridInputs:
-    """Returns prompts, limits and keys of the rows on devices."""
-    own = max((len(r.prompt_ids) for r in requests), default=1)
-    longest = distributed.max_over_processes(own)
-    tokens = np.zeros((len(places), bucket(max(longest, _SHORTEST))), np.int32)
-    lengths = np.ones(len(places), np.int32)
-    seeds = np.zeros(len(places), np.uint32)
-    for i, request in enumerate(requests):
-        tokens[i, : len(request.prompt_ids)] = request.prompt_ids
-        lengths[i] = len(request.prompt_ids)
-        seeds[i] = request.seed
-    size = len(places[0])
-    limits = np.asarray([[row.limit for row in rows] for rows in places], np.int32)
-    roots = _keys(jnp.asarray(np.repeat(seeds, size)), jnp.tile(jnp.arange(size), len(seeds)))
-    keys = np.asarray(roots).reshape(len(places), size, -1)
-    return GridInputs(*(place_rows(x, sharding) for x in (tokens, lengths, limits, keys)))
+def _pieces(
+    requests: Sequence[Request], groups: list[list[_RowState]], sharding: Sharding
+) -> list[_Piece]:
+    """Returns the grid's prompts in this process, as many on each device, with equally many rows.
+
+    Where there are fewer requests than devices, the rows of each are spread over several.
+    """
+    parts = sharding.local_replicas
+    count = distributed.max_over_processes(len(requests))
+    samples = distributed.max_over_processes(max(map(len, groups), default=1))
+    spread = min(_power_of_two(parts // count + 1) // 2 or 1, _power_of_two(samples))
+    width = -(-samples // spread)
+    pieces = [
+        _Piece(request, rows[first : first + width])
+        for request, rows in zip(requests, groups, strict=True)
+        for first in range(0, samples, width)
+    ]
+    height = bucket(-(-count * -(-samples // width) // parts))
+    return _filled(pieces, parts * height, width)
 
 
-@jax.jit
-def _keys(seeds: jax.Array, streams: jax.Array) -> jax.Array:
-    def root(seed: jax.Array, stream: jax.Array) -> jax.Array:
-        return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), stream))
+def _filled(pieces: list[_Piece], count: int, width: int) -> list[_Piece]:
+    """Returns the pieces with `width` rows each, and as many more as make `count`.
 
-    return jax.vmap(root)(seeds, streams)
+    The rows that are added have finished.
+    """
+    nothing = Request((0,), 0, 0)
+    pieces = pieces + [_Piece(nothing, [])] * (count - len(pieces))
+    idle = _RowState(done=True)
+    return [_Piece(p.request, p.rows + [idle] * (width - len(p.rows))) for p in pieces]
 
 
-def _shrink(grid: _Grid, places: _Places, sharding: Sharding) -> tuple[_Grid, _Places]:
-    """Drops finished rows if that at least halves the grid; rows stay on their device."""
+def _prompts(pieces: list[_Piece], sharding: Sharding) -> GridPrompts:
+    """Returns the prompts on the devices, padded to one length."""
+    longest = distributed.max_over_processes(max(len(p.request.prompt_ids) for p in pieces))
+    tokens = np.zeros((len(pieces), prompt_room(longest)), np.int32)
+    for i, piece in enumerate(pieces):
+        tokens[i, : len(piece.request.prompt_ids)] = piece.request.prompt_ids
+    return GridPrompts(place_rows(tokens, sharding), _lengths(pieces, sharding))
+
+
+def _lengths(pieces: list[_Piece], sharding: Sharding) -> jax.Array:
+    """Returns the lengths of the prompts on the devices."""
+    return place_rows(np.asarray([len(p.request.prompt_ids) for p in pieces], np.int32), sharding)
+
+
+def _rows(pieces: list[_Piece], sharding: Sharding) -> GridRows:
+    """Returns the rows on the devices."""
+    limits = np.asarray([[r.limit for r in p.rows] for p in pieces], np.int32)
+    seeds = np.asarray([[p.request.seed] * len(p.rows) for p in pieces], np.uint32)
+    streams = np.asarray([[r.stream for r in p.rows] for p in pieces], np.int32)
+    return GridRows(*(place_rows(x, sharding) for x in (limits, seeds, streams)))
+
+
+def _fitted(
+    grid: _Grid, pieces: list[_Piece], longest: int, sharding: Sharding
+) -> tuple[_Grid, list[_Piece]]:
+    """Drops finished rows where that pays, and makes room in the cache for the next chunk."""
+    room = kv.capacity(grid.cache)
+    final = last_room(longest)
+    full = int(grid.time) + CHUNK > room
+    if full or room == final:
+        grid, pieces = _shrunk(grid, pieces, sharding)
+    if full:
+        grid = grid._replace(cache=kv.grown(grid.cache, min(4 * room, final)))
+    return grid, pieces
+
+
+def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Grid, list[_Piece]]:
+    """Drops finished rows if the others fit into a quarter of the grid; they stay on their device.
+
+    The rows of a prompt that do not fit beside each other get several copies of it.
+    """
     # The grid is split over devices by prompt, so that each device has `share` consecutive prompts.
     parts = sharding.local_replicas
-    share = len(places) // parts
-    if share * len(places[0]) <= _FEW:
-        return grid, places
-    # The new grid stays a rectangle on every device: the device with the most unfinished prompts
-    # decides its height, and the prompt with the most unfinished rows decides its width. Shapes are
-    # those of compiled programs, so all processes must agree on them.
-    alive = [[i for i, row in enumerate(rows) if not row.done] for rows in places]
-    prompts = [[i for i in range(p * share, (p + 1) * share) if alive[i]] for p in range(parts)]
-    height = distributed.max_over_processes(max(map(len, prompts)))
-    width = distributed.max_over_processes(max(map(len, alive)))
-    height = bucket(max(height, 1))
-    width = bucket(max(width, 1))
-    if 2 * height * width > share * len(places[0]):  # not worth the copy of the cache
-        return grid, places
+    share = len(pieces) // parts
+    height, width = share, len(pieces[0].rows)
+    kept = None
+    while height * width > _FEW:
+        height, width = (height, -(-width // 4)) if width > 1 else (-(-height // 4), 1)
+        packed = [_packed(pieces, range(p * share, (p + 1) * share), width) for p in range(parts)]
+        # Shapes are those of compiled programs, so all processes must agree on them.
+        if distributed.max_over_processes(max(map(len, packed))) > height:
+            break
+        kept = height, width, packed
+    if kept is None:
+        return grid, pieces
+    height, width, packed = kept
     # Column 0 selects a prompt of the device's part, the others select rows of that prompt. Idle
     # cells select prompt 0 and row 0: they are computed, and ignored because their state is done.
     selection = np.zeros((parts * height, 1 + width), np.int32)
-    remaining: _Places = [[_RowState(done=True)] * width for _ in range(parts * height)]
-    for part, chosen in enumerate(prompts):
-        for j, i in enumerate(chosen, part * height):
+    remaining: list[_Piece] = []
+    for part, chosen in enumerate(packed):
+        for j, (i, numbers) in enumerate(chosen, part * height):
             selection[j, 0] = i - part * share
-            selection[j, 1 : 1 + len(alive[i])] = alive[i]
-            remaining[j] = ([places[i][k] for k in alive[i]] + remaining[j])[:width]
+            selection[j, 1 : 1 + len(numbers)] = numbers
+        here = [_Piece(pieces[i].request, [pieces[i].rows[k] for k in n]) for i, n in chosen]
+        remaining += _filled(here, height, width)
+    lengths = _lengths(remaining, sharding)
+    tokens = [[row.tokens[-1] if row.tokens else 0 for row in p.rows] for p in remaining]
     # Without this mask the copies in idle cells would keep the loop on the devices running.
-    is_alive = np.asarray([[not row.done for row in rows] for rows in remaining])
-    moved = _take(sharding, grid, place_rows(selection, sharding))
-    return moved._replace(alive=place_rows(is_alive, sharding)), remaining
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _take(sharding: Sharding, grid: _Grid, taken: jax.Array) -> _Grid:
-    """Returns the grid of the selected prompts of each part, with their selected rows."""
-    # Indexing within a part, by `vmap`, keeps every prompt on its device; a gather over the whole
-    # grid would communicate.
-    parts = sharding.num_replicas
-    prompts = taken[:, 0].reshape(parts, -1)
-    rows = taken[:, 1:]
-
-    def of_prompts(x: jax.Array) -> jax.Array:  # [P, ...]
-        split = x.reshape(parts, -1, *x.shape[1:])
-        return jax.vmap(lambda x, i: x[i])(split, prompts).reshape(-1, *x.shape[1:])
-
-    def of_rows(x: jax.Array) -> jax.Array:  # [P, G, ...]
-        return jax.vmap(lambda x, i: x[i])(of_prompts(x), rows)
-
-    cache = kv.KVCache(
-        jax.tree.map(jax.vmap(of_prompts), grid.cache.prompt),
-        jax.tree.map(jax.vmap(of_rows), grid.cache.own),
-        of_prompts(grid.cache.lengths),
+    alive = [[not row.done for row in p.rows] for p in remaining]
+    grid = _Grid(
+        cache=kv.selected(grid.cache, place_rows(selection, sharding), lengths, sharding),
+        rows=_rows(remaining, sharding),
+        tokens=place_rows(np.asarray(tokens, np.int32), sharding),
+        alive=place_rows(np.asarray(alive), sharding),
+        time=grid.time,
     )
-    fewer = grid._replace(
-        cache=cache,
-        tokens=of_rows(grid.tokens),
-        alive=of_rows(grid.alive),
-        limits=of_rows(grid.limits),
-        keys=of_rows(grid.keys),
-    )
-    return jax.lax.with_sharding_constraint(fewer, placements(sharding))
+    return grid, remaining
 
 
-def _with_room(grid: _Grid) -> _Grid:
-    """Doubles the completions' cache if the next chunk would not fit."""
-    held = grid.cache.own.keys.shape[4]
-    if int(grid.time) + CHUNK <= held:
-        return grid
-    return grid._replace(cache=grid.cache._replace(own=_double(grid.cache.own)))
+def _packed(pieces: list[_Piece], part: range, width: int) -> list[tuple[int, list[int]]]:
+    """Returns the unfinished rows of a device as prompts of at most `width` rows.
 
-
-@jax.jit
-def _double(cache: Any) -> Any:
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, x.shape[4] if dim == 4 else 0) for dim in range(x.ndim)])
-
-    return jax.tree.map(one, cache)
+    Each is the number of the prompt, and the numbers of its rows.
+    """
+    return [
+        (i, pieces[i].unfinished[first : first + width])
+        for i in part
+        for first in range(0, len(pieces[i].unfinished), width)
+    ]
 
 
 def _host(chunk: _Chunk) -> list[tuple[np.ndarray, ...]]:
     """Returns this process's rows of each array, by prompt."""
     return list(zip(*map(from_global, chunk), strict=True))
-
-
-def _fill(groups: _Places, count: int, size: int) -> _Places:
-    """Returns the groups, extended to `count` by groups of finished rows."""
-    idle = [[_RowState(done=True)] * size for _ in range(count - len(groups))]
-    return groups + idle
-
-
-def _prompts(count: int, sharding: Sharding) -> int:
-    """Returns the number of the grid's prompts in this process, for `count` real ones."""
-    parts = sharding.local_replicas
-    return parts * bucket(distributed.max_over_processes(-(-count // parts)))
 
 
 def _power_of_two(number: int) -> int:

@@ -17,6 +17,7 @@ import transformers
 from atlas_jax import logprobs, stopping
 from atlas_jax.checkpoint import gguf
 from atlas_jax.config import MeshConfig
+from atlas_jax.models import cache as kv
 from atlas_jax.models.config import from_hf
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.rollout import local
@@ -355,21 +356,24 @@ def test_processes_leave_generation_together_when_one_is_to_stop(tmp_path):
 def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, caplog):
     """The rows' own cache is split as the prompts' is, and a shape is compiled once."""
     engine, params = engine_of("qwen3", mesh)
-    sharding, places = engine.decoder.sharding, [[local._RowState(97)] * 4 for _ in range(8)]
+    sharding = engine.decoder.sharding
+    groups = [[local._RowState(97, i) for i in range(4)] for _ in range(8)]
     requests = [Request(p, 97, i, 4) for i, p in enumerate(prompts((5,) * 8))]
     static = engine.decoder, (), sampling
-    inputs = local._inputs(requests, places, sharding)
-    grid, chunk = local.start(*static, local.first_room(97), params, inputs)
+    pieces = local._pieces(requests, groups, sharding)
+    inputs = local._prompts(pieces, sharding), local._rows(pieces, sharding)
+    weights = kv.weights(engine.decoder, params)
+    grid, chunk = local.start(*static, local.first_room(97), params, weights, *inputs)
     heads, share = (1, 2) if mesh == "2x2x2" else (2, 1)  # of a device: of 2 heads, of 8 prompts
-    for kept in grid.cache.own:
-        assert kept.shape == (3, 8, 4, 2, 128, 32)
-        assert kept.sharding.shard_shape(kept.shape) == (3, share, 4, heads, 128, 32)
-    for kept in grid.cache.prompt:
-        assert kept.sharding.shard_shape(kept.shape) == (3, share, heads, 32, 32)
+    for kept in jax.tree.leaves(grid.cache.own):
+        assert kept.shape == (8, 4, 2, 128, 32)
+        assert kept.sharding.shard_shape(kept.shape) == (share, 4, heads, 128, 32)
+    for kept in jax.tree.leaves(grid.cache.prompt):
+        assert kept.sharding.shard_shape(kept.shape) == (share, heads, 128, 32)
     for array in chunk:  # also the log-probabilities of greedy choices, which are a constant
         assert array.sharding.shard_shape(array.shape) == (share, 4, 1)
     local.decode.clear_cache()
-    local._take.clear_cache()
+    kv._taken.clear_cache()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         engine.generate(params, 0, requests, sampling)
     assert caplog.text.count("Finished XLA compilation of jit(decode)") == 1
@@ -377,9 +381,73 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
     few = [r._replace(max_tokens=20 + 60 * (i == 0)) for i, r in enumerate(requests * 8)]
     with jax.log_compiles(), caplog.at_level("WARNING"):
         engine.generate(params, 0, few, sampling)
-    assert "Finished XLA compilation of jit(_take)" in caplog.text  # rows were dropped
-    shapes = 1 if mesh == "eight" else 2  # there the smaller grid is like the one before
-    assert caplog.text.count("Finished XLA compilation of jit(decode)") == shapes
+    assert "Finished XLA compilation of jit(_taken)" in caplog.text  # rows were dropped
+    assert caplog.text.count("Finished XLA compilation of jit(decode)") == 2
+
+
+@pytest.mark.parametrize("mesh", ["eight", "2x2x2"])
+def test_rows_spread_over_devices_are_those_of_one_device(engine_of, mesh):
+    requests = [Request(p, 150, i, 6) for i, p in enumerate(prompts(LENGTHS[:2]))]
+    engine, params = engine_of("qwen3", mesh)
+    groups = [[local._RowState(150, i) for i in range(6)] for _ in requests]
+    pieces = local._pieces(requests, groups, engine.decoder.sharding)
+    parts, width = (8, 2) if mesh == "eight" else (4, 3)  # of 2 groups of 6, no device without
+    assert [len(piece.rows) for piece in pieces] == [width] * parts
+    assert all(piece.unfinished for piece in pieces[: 2 * -(-6 // width)])
+    assert sampled(engine, params, requests) == sampled(*engine_of("qwen3"), requests)
+
+
+def test_a_grown_cache_holds_what_the_old_one_held_and_replaces_it(engine_of):
+    engine, params = engine_of("qwen3", "2x2x2")
+    decoder = engine.decoder
+    requests = [Request(p, 300, i, 2) for i, p in enumerate(prompts())]
+    groups = [[local._RowState(300, i) for i in range(2)] for _ in requests]
+    pieces = local._pieces(requests, groups, decoder.sharding)
+    weights = kv.weights(decoder, params)
+    inputs = local._prompts(pieces, decoder.sharding), local._rows(pieces, decoder.sharding)
+    grid, _ = local.start(decoder, (), GREEDY, local.first_room(300), params, weights, *inputs)
+    begun = grid.cache
+    grid, _ = local.decode(decoder, (), GREEDY, weights, grid)
+    assert all(x.is_deleted() for x in jax.tree.leaves(begun))  # no second cache while decoding
+    old = grid.cache
+    held = jax.device_get(old.own)
+    assert kv.capacity(old) == 128
+    new = kv.grown(old, 512)
+    assert kv.capacity(new) == 512
+    assert all(x.is_deleted() for x in jax.tree.leaves(old.own))
+    for before, after in zip(jax.tree.leaves(held), jax.tree.leaves(new.own), strict=True):
+        assert np.any(before[..., :32, :])
+        np.testing.assert_array_equal(after[..., :128, :], before)
+        assert not np.any(after[..., 128:, :])
+        assert after.sharding.shard_shape(after.shape) == (2, 2, 1, 512, 32)
+    taken = jax.device_put(np.asarray([[1, 1]] * 4, np.int32), decoder.sharding.rows())
+    kept = jax.device_get(new)
+    few = kv.selected(new, taken, old.lengths[1::2], decoder.sharding)
+    assert all(x.is_deleted() for x in jax.tree.leaves((new.prompt, new.own)))
+    for part in range(4):  # the second prompt of each device, its second row
+        found = jax.tree.map(lambda x, at=part: np.asarray(x)[at], (few.prompt, few.own))
+        wanted = jax.tree.map(lambda x, at=part: x[2 * at + 1], (kept.prompt, kept.own))
+        jax.tree.map(np.testing.assert_array_equal, found[0], wanted[0])
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[1]), found[1], wanted[1])
+
+
+def test_ten_steps_of_prompts_and_answers_of_any_length_compile_at_most_12_programs(
+    engine_of, caplog
+):
+    engine, params = engine_of("qwen3")
+    config = dataclasses.replace(engine.decoder.config, max_positions=2048)
+    decoder = dataclasses.replace(engine.decoder, config=config)
+    stops = tuple(range(100, 108))  # at temperature 3 about each 50th token
+    engine = dataclasses.replace(engine, decoder=decoder, stop_ids=stops)
+    rng = np.random.default_rng(0)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for step in range(10):
+            sizes = np.clip(rng.lognormal(np.log(60), 0.5, 4), 5, 500).astype(int)
+            asked = [Request(p, 300, step, 32) for p in prompts(sizes, seed=step)]
+            found = engine.generate(params, 0, asked, Sampling(3.0))
+            assert len({len(c.token_ids) for group in found for c in group}) > 10
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    assert len(compiled) <= 12, compiled
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from atlas_jax.rollout.sampling import Sampling, draw
+from atlas_jax.rollout.sampling import Sampling, _nucleus, draw
 
 DRAWS = 20000
 LEAST = 1e-4  # p-value; the seeds are fixed, so a test that passes goes on passing
@@ -25,8 +25,8 @@ SAMPLINGS = [
 
 
 @jax.jit(static_argnums=2)
-def drawn(logits, keys, sampling):
-    return draw(logits, keys, sampling)
+def drawn(logits, keys, options):
+    return draw(logits, keys, options)
 
 
 def keys(*shape, seed=0):
@@ -168,3 +168,32 @@ def test_different_keys_draw_different_tokens():
     logits = np.zeros((1, 1, 1000), np.float32)
     tokens = [int(drawn(logits, keys(1, 1, seed=s), Sampling()).tokens[0, 0]) for s in range(20)]
     assert len(set(tokens)) > 15
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0, 30.0])  # from equal ones to one alone
+def test_a_nucleus_is_the_one_that_sorting_gives(top_p, scale):
+    """Its sum reaches top_p and without its least likely tokens does not, to float precision."""
+    logits = random_logits(8, 3000, scale, seed=1)
+    probs = np.asarray(jax.nn.softmax(logits, axis=-1))
+    found = np.asarray(jax.jit(_nucleus)(probs[:, None], top_p))[:, 0]
+    for row, threshold in zip(probs, found, strict=True):
+        assert threshold in row
+        falling = np.sort(row)[::-1]
+        sums = np.cumsum(np.float64(falling))
+        expected = falling[np.argmax(sums >= top_p)]
+        kept = np.float64(row[row >= threshold]).sum()
+        more = np.float64(row[row > threshold]).sum()
+        assert kept >= top_p - 1e-6
+        assert more < top_p + 1e-6
+        assert threshold == expected or min(abs(kept - top_p), abs(more - top_p)) < 1e-6
+
+
+def test_a_nucleus_takes_eight_passes_over_the_vocabulary():
+    jaxpr = jax.make_jaxpr(_nucleus)(np.ones((2, 3, 500), np.float32), 0.9).jaxpr
+    (loop,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    assert loop.params["length"] <= 8
+    body = loop.params["jaxpr"].jaxpr.eqns
+    wide = [e for e in body if any(500 in v.aval.shape for v in e.invars if hasattr(v, "aval"))]
+    ends = [e for e in wide if all(500 not in v.aval.shape for v in e.outvars)]
+    assert [e.primitive.name for e in ends] == ["reduce"]  # of all its sums at once
