@@ -31,10 +31,10 @@ from absl import logging
 
 from atlas_jax import files as files_lib
 from atlas_jax.checkpoint import exports, hf, layout, manager
-from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import MeshConfig
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.startup.vocabulary import load_tokenizer
 from atlas_jax.step import abstract as abstract_tree
@@ -62,14 +62,19 @@ def main() -> None:
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", *layout.DTYPES.values()),
+        "--dtype",
+        default="auto",
+        choices=("auto", *layout.DTYPES.values()),
         help="of exported tensors; auto (default): of each tensor as it was stored in the model "
         "that the training began with",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max_shard_size", type=int, default=5_000_000_000, metavar="BYTES",
+        "--max_shard_size",
+        type=int,
+        default=5_000_000_000,
+        metavar="BYTES",
         help="of tensors in one file (default %(default)s)",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     if args.max_shard_size <= 0:
         parser.error(f"--max_shard_size is {args.max_shard_size}, but must be positive")

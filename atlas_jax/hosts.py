@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.options.model import HostsConfig
+from atlas_jax.options.train import HostsConfig
 from atlas_jax.types import Address
 from atlas_jax.watch import Watch, WatchLimits
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from absl import logging
@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from atlas_jax import distributed, metrics, stopping
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
-from atlas_jax.profiling import Profile
+from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Metrics, Params
+
+if TYPE_CHECKING:
+    from atlas_jax.profiling import Profile
 
 _UNLOGGED = "metrics"
 """Key in a checkpoint's `data` for the metrics of the steps since the last line of the log."""
@@ -143,7 +145,7 @@ class _LoopState:
         self._job = job
         self._feed = feed
         self._pending: _Pending | None = None
-        self._profile = Profile(job.config)
+        self._profile = _profile(job.config)
 
     @property
     def number(self) -> int:
@@ -166,11 +168,13 @@ class _LoopState:
         feed = self._feed
         if feed.samples_policy:
             self.log.start_clock()
-        self._profile.before(step)
+        if self._profile:
+            self._profile.before(step)
         given = feed.next(self.state, _pause)
         stop_anywhere = distributed.vote(stopping.requested())
         self.state, values = self._job.train_step(self.state, given.batch)
-        self._profile.after(step, self.state)
+        if self._profile:
+            self._profile.after(step, self.state)
         distributed.arrive(f"step {step}")
         self._fetch()
         length = given.batch.tokens.shape[-1]
@@ -193,7 +197,8 @@ class _LoopState:
 
     def end(self) -> None:
         """Saves the state, and waits until it is written, however long that takes."""
-        self._profile.close()
+        if self._profile:
+            self._profile.close()
         self._fetch()
         self._save()
         distributed.arrive(f"the checkpoint of step {self.number}")
@@ -228,6 +233,14 @@ class _LoopState:
             self.log.write(self.number, values)
 
 
+def _profile(config: TrainConfig) -> Profile | None:
+    if not config.profile_steps or not distributed.is_main():
+        return None
+    from atlas_jax.profiling import Profile  # only `profile_steps` asks for it
+
+    return Profile(config)
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -254,16 +267,19 @@ class _Log:
         self._mark = time.perf_counter()
         self.last: dict[str, float] = {}
         self.progress = tqdm(
-            total=job.num_steps, initial=start, unit="step", disable=not distributed.is_main(),
-            dynamic_ncols=True, mininterval=1.0, desc=job.config.algorithm,
-        )  # fmt: skip
+            total=job.num_steps,
+            initial=start,
+            unit="step",
+            disable=not distributed.is_main(),
+            dynamic_ncols=True,
+            mininterval=1.0,
+            desc=job.config.algorithm,
+        )
 
     def unlogged(self) -> dict[str, Any]:
         """Returns the sums since the last line, for JSON; a resumed run continues them."""
         total = {k: [float(x) for x in v] for k, v in self._total.items()}
-        return {
-            "total": total, "secs": self._secs, "tokens": self._tokens, "flops": self._flops,
-        }  # fmt: skip
+        return {"total": total, "secs": self._secs, "tokens": self._tokens, "flops": self._flops}
 
     def has_evaluation(self, step: int) -> bool:
         """Returns whether the step was evaluated; every process gets the same answer."""

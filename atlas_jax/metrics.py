@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from atlas_jax import distributed
-from atlas_jax.config import TrainConfig
 from atlas_jax.files import write_whole
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Metrics, Service
 
 # Dense bfloat16 peak of one device in FLOP/s, from the manufacturers' data sheets.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atlas_jax.config import TrainConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Params
 
 

@@ -22,6 +22,7 @@ from atlas_jax.config import GRPOConfig, RIMConfig, TrainConfig
 from atlas_jax.data import examples, questions, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
+from atlas_jax.options.train import batch_plan
 from atlas_jax.recipes.layout import make_layout
 from atlas_jax.rewards import forms
 from atlas_jax.types import NOTHING_GIVEN, Given
@@ -279,7 +280,7 @@ def _check_lessons(config: TrainConfig) -> None:
 def _check_division(config: TrainConfig, num_devices: int) -> None:
     """Checks that rows and groups divide over the devices."""
     data, fsdp, _ = config.mesh.shape(num_devices)
-    plan = config_lib.batch_plan(config, data * fsdp)
+    plan = batch_plan(config, data * fsdp)
     checks: dict[str, Callable[..., Any]] = {"sft": lambda *_: None, "grpo": make_layout}
     checks[config.algorithm](config, plan, data * fsdp)
 

@@ -18,8 +18,9 @@ from typing import Any
 from absl import logging
 
 from atlas_jax import sockets
-from atlas_jax.config import TrainConfig, masked, nearest
 from atlas_jax.files import write_whole
+from atlas_jax.options.train import TrainConfig, masked
+from atlas_jax.options.wording import nearest
 from atlas_jax.types import Service
 
 

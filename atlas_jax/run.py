@@ -21,8 +21,8 @@ import jax
 
 from atlas_jax import loop, metrics, step
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import TrainConfig
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.startup import directory, start
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, export, open_model
@@ -79,7 +79,8 @@ class Run:
 
         Args:
             num_steps: steps of the whole run.
-            fingerprint: hash of the data, which must be those of the checkpoint.
+            fingerprint: hash of the data, which must be those of the checkpoint, but for
+                `data.refresh`.
             updates_per_step: updates of the optimizer in one step.
             student: GRPO's frozen student, where this process reads its weights.
 
@@ -89,13 +90,13 @@ class Run:
         """
         optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
         begun = start.begin(self.compute, self.model, optimizer, self.checkpoints, student)
+        start.check_same_data(self.config, begun, fingerprint)
         return Training(
             run=self,
             num_steps=num_steps,
             updates_per_step=updates_per_step,
             optimizer=optimizer,
             start=begun,
-            position=start.data_state(self.config, begun, fingerprint),
         )
 
     def export(self, params: Params) -> str:
@@ -112,8 +113,11 @@ class Training:
     updates_per_step: int
     optimizer: step.Optimizer
     start: Start
-    position: dict[str, Any]
-    """Position in the data to continue from; empty at the beginning."""
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Position in the data to continue from; empty at the beginning."""
+        return self.start.data
 
     @property
     def first_step(self) -> int:

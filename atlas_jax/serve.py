@@ -258,11 +258,11 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
         token: the token that the server requires; "" for none.
     """
     caches = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    cpu = {} if has_gpu() else {
+    cpu = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # servers and trainer share the cores
         "TORCHDYNAMO_DISABLE": "1",  # otherwise the first request waits for a compiler
-    }  # fmt: skip
+    }
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and reload
         "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # no hidden grammar
@@ -276,7 +276,7 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "TORCHINDUCTOR_CACHE_DIR": str(caches),  # persistent, unlike other temporary files
     }
-    return cpu | default | dict(inherited) | fixed | guard
+    return ({} if has_gpu() else cpu) | default | dict(inherited) | fixed | guard
 
 
 def wait_healthy(
@@ -409,13 +409,17 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--python", default="", help="interpreter that has vLLM")
     parser.add_argument(
-        "--token-file", default="", metavar="FILE",
+        "--token-file",
+        default="",
+        metavar="FILE",
         help="holds the token that all routes but /health ask for; made if it does not exist",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--follow", default="", metavar="FILE",
+        "--follow",
+        default="",
+        metavar="FILE",
         help="file that names a directory; vLLM is started again with it whenever it changes",
-    )  # fmt: skip
+    )
     parser.add_argument("--start-timeout", type=float, default=1800.0, help="seconds")
     options, more = parser.parse_known_args(argv)
     if any(re.match("--api[-_]key(=|$)", word) for word in more):

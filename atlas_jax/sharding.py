@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.config import MeshConfig
+from atlas_jax.options.train import MeshConfig
 
 T = TypeVar("T")
 

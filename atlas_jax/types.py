@@ -47,6 +47,9 @@ class Given(NamedTuple):
     """Dicts to evaluate on in place of files; None reads `data`."""
 
 
+ENVIRONMENT = "environment"
+"""Part of a run's `config.json` that is no option: JAX, devices and variables of the process."""
+
 FROM_CALLER = "given to train.run"
 """Value of the data options in a run whose rows are no files."""
 

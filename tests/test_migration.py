@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from atlas_jax import config, migration, overrides, saved_config
+from atlas_jax.options.train import masked
 
 ENTRIES = (*migration.OPTIONS, *migration.WORDS)
 OURS = set(config.all_options())
@@ -152,7 +153,7 @@ def saved(tmp_path, **changes):
     with draft.unlocked():
         draft.update_from_flattened_dict(changes)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.masked(config.freeze(draft))))
+    path.write_text(json.dumps(masked(config.freeze(draft))))
     return str(path), config.freeze(draft)
 
 

@@ -12,6 +12,7 @@ from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
 from atlas_jax.data.packing import collate_policy
 from atlas_jax.losses import policy_loss
+from atlas_jax.models.attention import can_share_prompts
 from atlas_jax.models.splash import splash
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes.grpo import fit_attention
@@ -301,10 +302,11 @@ def test_splash_refuses_shared_prompts():
     heads, ids = jnp.zeros((1, 128, 1, 128)), jnp.ones((1, 128), jnp.int32)
     with pytest.raises(ValueError, match=r"set rollout\.share_prompt=false"):
         splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
+    assert not can_share_prompts(functools.partial(splash, mesh=mesh))
 
 
 def test_a_window_shorter_than_a_row_gives_each_completion_its_own_prompt(tmp_path):
     layout = Layout(questions=1, per_row=4, microbatches=1, buckets=(64, 128))
     for family, per_row in (("gemma3", 1), ("mistral_window", 1), ("qwen3", 4)):
         decoder, _ = tiny.load(tiny.save(family, tmp_path / family), devices=ONE)
-        assert fit_attention(layout, decoder, "auto").per_row == per_row
+        assert fit_attention(layout, decoder).per_row == per_row

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from atlas_jax import files
 from atlas_jax.checkpoint import layout
+from atlas_jax.wording import shorten
 
 MARKER = ".atlas_jax_export.json"
 """Name of the marker file; neither transformers nor vLLM read it."""
@@ -66,15 +67,18 @@ def replaced(
         taken = [name for name in theirs if name in written]
         if taken:
             raise ValueError(
-                f"{directory} holds {_listed(taken)}, which an export did not write but this one "
-                "would; move it away"
+                f"{directory} holds {', '.join(shorten(taken, 5))}, which an export did not write "
+                "but this one would; move it away"
             )
         for name in theirs:
             _carry_over(target / name, new / name)
         marker = {
-            "format": _FORMAT, "tool": "atlas_jax", "kind": kind, "source": source,
+            "format": _FORMAT,
+            "tool": "atlas_jax",
+            "kind": kind,
+            "source": source,
             "files": written,
-        }  # fmt: skip
+        }
         (new / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
@@ -109,8 +113,8 @@ def check(directory: str | os.PathLike[str], kind: str, unmarked: Sequence[str] 
     changed = [n for n in names if n in written and _fingerprint(target / n) != written[n]]
     if changed:
         raise ValueError(
-            f"{directory} holds {_listed(changed)}, changed since it was exported; move it away, "
-            "or name another directory"
+            f"{directory} holds {', '.join(shorten(changed, 5))}, changed since it was exported; "
+            "move it away, or name another directory"
         )
     return [name for name in names if name not in written]
 
@@ -144,7 +148,7 @@ def _check_unmarked(
     if foreign:
         raise ValueError(
             f"{directory} is not empty and no earlier export of its kind: it holds "
-            f"{_listed(foreign)}; name another directory, or move this away"
+            f"{', '.join(shorten(foreign, 5))}; name another directory, or move this away"
         )
 
 
@@ -193,7 +197,3 @@ def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:
     """Links a user's file into the new directory."""
     new.parent.mkdir(parents=True, exist_ok=True)
     files.link_or_copy(old, new)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

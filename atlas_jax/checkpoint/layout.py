@@ -16,6 +16,8 @@ from typing import Any
 import safetensors
 from absl import logging
 
+from atlas_jax.wording import shorten
+
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """dtypes of weights: the name in safetensors, and the name in NumPy."""
 
@@ -181,10 +183,10 @@ def indexed(index: pathlib.Path) -> list[pathlib.Path]:
     return sorted({index.parent / str(file) for file in files.values()})
 
 
-def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Path]:
+def _numbered(path: pathlib.Path, candidates: list[pathlib.Path]) -> list[pathlib.Path]:
     """Returns the only complete set of numbered shards."""
     sets: dict[int, list[pathlib.Path]] = collections.defaultdict(list)
-    for file in found:
+    for file in candidates:
         if match := _SHARD.fullmatch(file.name):
             sets[int(match[2])].append(file)
     whole = [files for total, files in sets.items() if len(files) == total]
@@ -192,12 +194,12 @@ def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Pat
         return whole[0]
     if not sets and (other := foreign(path)):
         raise ValueError(other)
-    if not found:
+    if not candidates:
         raise ValueError(f"{path} has no *.safetensors file, nor other weights{_hint(path)}")
+    names = some([file.name for file in candidates])
     raise ValueError(
-        f"{path} has neither {WHOLE} nor {INDEX}, and {some([file.name for file in found])} is no "
-        "whole set of numbered shards; download the model again, or name its one file "
-        f"{WHOLE}"
+        f"{path} has neither {WHOLE} nor {INDEX}, and {names} is no whole set of numbered "
+        f"shards; download the model again, or name its one file {WHOLE}"
     )
 
 
@@ -320,9 +322,9 @@ def is_model(directory: pathlib.Path) -> bool:
     return isinstance(content, dict) and "model_type" in content
 
 
-def some(found: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Returns the first names of a list, and the number of the others, as a text."""
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "") or "none"
+    return ", ".join(shorten(names, 5)) or "none"
 
 
 def _hint(path: pathlib.Path) -> str:

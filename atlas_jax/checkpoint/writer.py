@@ -202,9 +202,10 @@ def _begin(
         start = end
         end = end + num_bytes(tensor, dtype)
         header[tensor.name] = {
-            "dtype": stored[dtype_of(tensor.name, dtype)], "shape": list(tensor.shape),
+            "dtype": stored[dtype_of(tensor.name, dtype)],
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
-        }  # fmt: skip
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream = stack.enter_context(path.open("wb"))

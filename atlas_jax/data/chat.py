@@ -373,11 +373,11 @@ def _turn_end(render: _Render, history: Sequence[Message], question: Sequence[Me
     """Returns the text that the template writes after an answer, last message or not."""
     ends = []
     for after in ([], question):
-        zero, one = (
+        with_zero, with_one = (
             render([*history, Message(role="assistant", content=content), *after])
             for content in "01"
         )
-        ends.append(zero[_common_length(zero, one) + 1 :])
+        ends.append(with_zero[_common_length(with_zero, with_one) + 1 :])
     return ends[0][: _common_length(*ends)]
 
 

@@ -17,12 +17,12 @@ is null counts as absent, because columnar files write null for missing fields.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import shapes
 from atlas_jax.data.sources import Row, Rows, check_rejected
+from atlas_jax.options.data import DataConfig, LessonsConfig
 from atlas_jax.types import Message
 
 FIELDS = {
@@ -39,7 +39,7 @@ _TEMPLATE_FIELDS = {
     "lesson_template": ("approach", "diagnosis", "teaching"),
 }
 NO_LESSONS = LessonsConfig()
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 class Conversation(NamedTuple):
@@ -189,18 +189,39 @@ def check_templates(lessons: LessonsConfig) -> None:
     Raises:
         ValueError: if no field fills a placeholder.
     """
-    for option, known in _TEMPLATE_FIELDS.items():
-        for name in PLACEHOLDER.findall(getattr(lessons, option)):
-            if name not in known:
-                raise ValueError(
-                    f"teaching.{option} has the unknown field {{{name}}}; it may use "
-                    f"{', '.join(f'{{{field}}}' for field in known)}"
-                )
+    for option, fields in _TEMPLATE_FIELDS.items():
+        check_template(f"teaching.{option}", getattr(lessons, option), fields)
+
+
+def check_template(
+    option: str, template: str, fields: Sequence[str], needed: Sequence[str] = ()
+) -> None:
+    """Checks the placeholders of a template.
+
+    Args:
+        option: the template's option, for errors.
+        template: the text with placeholders; an empty one is not checked here.
+        fields: names that a placeholder may have.
+        needed: those of them that it must have.
+
+    Raises:
+        ValueError: if a placeholder is unknown, or a needed one is missing.
+    """
+    placeholders = _PLACEHOLDER.findall(template)
+    shown = ", ".join(f"{{{name}}}" for name in fields)
+    for name in placeholders:
+        if name not in fields:
+            raise ValueError(f"{option} has the unknown field {{{name}}}; it may use {shown}")
+    for name in needed:
+        if name not in placeholders:
+            raise ValueError(
+                f"{option}={template!r} lacks {{{name}}}; the model would never see the {name}"
+            )
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Returns `template` with `{name}` replaced by `values[name]`; braces in values are kept."""
-    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def _prompt_completion(name: str, prompt: Any, completion: Any) -> Sample:

@@ -19,25 +19,24 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import numpy as np
 from absl import logging
 
-from atlas_jax.config import TrainConfig
 from atlas_jax.data import chat, examples
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
 from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Batch, Example
+from atlas_jax.wording import shorten
 
 Table: TypeAlias = list[list[int]] | np.ndarray
 """Indices of the examples of each row: lists if rows are packed, else an array of one column."""
-
-_NUM_SHOWN = 5
 
 
 class HostRows(NamedTuple):
@@ -60,21 +59,14 @@ class DataOrder(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Statistics of the rows; a tuple holds the names of the rows with a note of `chat.NOTES`."""
+    """Statistics of the rows."""
 
     rows: int
     examples: int
     tokens: int
     trained_tokens: int
-    rejected: tuple[str, ...]
-    """`name: reason` of rows that are unreadable, of no known format, or refused by a template."""
-    empty: tuple[str, ...]
-    masked: tuple[str, ...]
-    truncated: tuple[str, ...]
-    no_stop: tuple[str, ...]
-    split: tuple[str, ...]
-    other_prompt: tuple[str, ...]
-    unseen: tuple[str, ...]
+    notes: Mapping[str, tuple[str, ...]]
+    """Note of `chat.NOTES` -> names of the rows with it; of rejected rows, `name: reason`."""
 
 
 _LOST = ("empty", "masked", "truncated")
@@ -266,13 +258,18 @@ class Batches(Iterator[Batch]):
         """Returns the position, for JSON: the next step and the data's fingerprint."""
         return {"step": self._step, "fingerprint": self._dataset.fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         """Continues with the batch that was the next one when `state` was taken.
 
+        Args:
+            state: from `get_state`.
+            allow_other_data: whether the step is kept though the data or their order are others.
+
         Raises:
-            ValueError: if the state is from other data or other settings of their order.
+            ValueError: if the state is from other data or other settings of their order, unless
+                they are allowed.
         """
-        if state["fingerprint"] != self._dataset.fingerprint:
+        if state["fingerprint"] != self._dataset.fingerprint and not allow_other_data:
             raise ValueError(
                 f"the checkpoint at step {state['step']} is from data {state['fingerprint']}, this "
                 f"run has {self._dataset.fingerprint}: the examples, the tokenizer, the seed, the "
@@ -321,7 +318,7 @@ def _check_layout(layout: HostRows) -> None:
 
 def _report(num_rows: int, rejected: list[str], tokenized: Tokenized) -> Report:
     tokens, loss_mask, offsets = tokenized.sequences
-    names = {
+    notes = {
         note: tuple(r.name for r in tokenized.remarks if note in r.notes) for note in chat.NOTES
     }
     return Report(
@@ -329,7 +326,7 @@ def _report(num_rows: int, rejected: list[str], tokenized: Tokenized) -> Report:
         examples=len(offsets) - 1,
         tokens=len(tokens),
         trained_tokens=int(loss_mask.sum()),
-        **{**names, "rejected": tuple(rejected)},
+        notes=notes | {"rejected": tuple(rejected)},
     )
 
 
@@ -338,16 +335,15 @@ def _log(report: Report) -> None:
         "%d rows -> %d examples, %d tokens, %d of them trained",
         *(report.rows, report.examples, report.tokens, report.trained_tokens),
     )
-    for note, meaning in chat.NOTES.items():
-        names = getattr(report, note)
+    for note, names in report.notes.items():
         if names:
-            shown = ", ".join(names[:_NUM_SHOWN]) + (", …" if len(names) > _NUM_SHOWN else "")
-            logging.warning("%d %s (%s): %s", len(names), note, meaning, shown)
+            shown = ", ".join(shorten(names, 5))
+            logging.warning("%d %s (%s): %s", len(names), note, chat.NOTES[note], shown)
 
 
 def _check_not_empty(report: Report) -> None:
     if not report.examples:
-        counts = ", ".join(f"{len(getattr(report, note))} {note}" for note in chat.NOTES)
+        counts = ", ".join(f"{len(names)} {note}" for note, names in report.notes.items())
         raise ValueError(
             f"no example is left of {report.rows} rows: {counts}; look at the rows and at "
             "data.format, raise max_seq_length if they are masked, or set "

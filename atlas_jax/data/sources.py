@@ -19,15 +19,15 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import extras
-from atlas_jax.config import DataConfig
 from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
+from atlas_jax.options.data import DataConfig
 from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
+from atlas_jax.wording import shorten
 
 _HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 _SAVED = "state.json"  # is in what `datasets` wrote with `save_to_disk`
 _NO_ROWS = (_SAVED, "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-_NUM_SHOWN = 5
 _NUM_LOOKED_AT = 1000
 """Rows of a file that `check` looks at; a few unusable ones may stand first."""
 LESSONS = "lessons"
@@ -235,11 +235,10 @@ def check_rejected(rejected: list[str], num_rows: int, max_frac: float) -> None:
     """
     if not rejected or len(rejected) <= max_frac * num_rows:
         return
-    shown = "\n".join(f"  {reason}" for reason in rejected[:_NUM_SHOWN])
-    rest = f"\n  and {len(rejected) - _NUM_SHOWN} more" if len(rejected) > _NUM_SHOWN else ""
+    shown = "\n".join(f"  {reason}" for reason in shorten(rejected, 5))
     raise ValueError(
         f"{len(rejected)} of {num_rows} dataset rows cannot be used, more than "
-        f"data.max_rejected_frac={max_frac} allows:\n{shown}{rest}\n"
+        f"data.max_rejected_frac={max_frac} allows:\n{shown}\n"
         "repair or remove them, or raise --config.data.max_rejected_frac to leave them out"
     )
 

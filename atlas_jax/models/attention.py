@@ -60,6 +60,12 @@ def select(name: str, mesh: Mesh | AbstractMesh, packed: bool, dtype: jnp.dtype)
     return functools.partial(cudnn, packed=packed) if name == "cudnn" else xla
 
 
+def can_share_prompts(attention: AttentionFn) -> bool:
+    """Returns whether an implementation takes `sequence_ids`; the masks of splash have none."""
+    function = attention.func if isinstance(attention, functools.partial) else attention
+    return function.__name__ != "splash"
+
+
 def visible(
     segment_ids: Int[Array, "B T"], sequence_ids: Int[Array, "B T"] | None, window: int
 ) -> Bool[Array, "B 1 T T"]:

@@ -182,7 +182,7 @@ class Decoder:
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the inputs of the first layer."""
-        x = vocab.lookup(params["embed"], tokens, self.sharding).astype(self.compute_dtype)
+        x = vocab.lookup(params["embed"], tokens, self.sharding, self.compute_dtype)
         return x * jnp.asarray(self.config.embed_scale, self.compute_dtype)
 
     def norm(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atlas_jax.config import TrainConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.plan import architectures, estimate, programs, targets
 from atlas_jax.plan.report import Plan
 

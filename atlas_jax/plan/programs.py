@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from atlas_jax import step
-from atlas_jax.config import GRPOConfig, TrainConfig
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.plan.targets import CompiledSharding, Target
 from atlas_jax.recipes import grpo, sft
 from atlas_jax.recipes.layout import longest_row
@@ -112,7 +113,7 @@ def _grpo(
     hosts = target.num_devices // target.devices_a_host
     plan = compute.plan
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
-    layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
+    layout = grpo.fit_attention(layout, decoder)
     longest = longest_row(config, layout.per_row)
     length = min(b for b in layout.buckets if b >= longest)
     rows = plan.global_rows // layout.per_row // plan.microbatches

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import ModelConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.plan.estimate import Measured, OutOfMemory, device_bytes
 from atlas_jax.plan.programs import PlannedRun
 from atlas_jax.plan.targets import Target
@@ -133,8 +133,11 @@ def table(plan: Plan, config: TrainConfig) -> str:
         free = device.memory_bytes - m.total
         cells = "".join(f"{v / _GIB:>8.2f}" for v in (*values, free, m.host))
         lines.append(f"{program.name:<18}{cells}")
-    lines += ["", f"{'a run, a device':<18}{'TFLOP':>9}{'mem GB':>9}{'sent GB by axis':>26}"
-              f"{'arith s':>9}{'mem s':>9}{'comm s':>9}{'runs':>6}"]  # fmt: skip
+    lines += [
+        "",
+        f"{'a run, a device':<18}{'TFLOP':>9}{'mem GB':>9}{'sent GB by axis':>26}"
+        f"{'arith s':>9}{'mem s':>9}{'comm s':>9}{'runs':>6}",
+    ]
     for program in plan.programs:
         if isinstance(program, Measured):
             lines.append(_cost_line(program))
@@ -174,12 +177,14 @@ def _summary(plan: Plan, config: TrainConfig) -> list[str]:
 
 def row(plan: Plan) -> str:
     """Returns one line of a comparison of targets."""
-    known = [p for p in plan.programs if isinstance(p, Measured)]
-    total = sum(p.cost.flops * p.times for p in known) / 1e12
-    traffic = sum(p.cost.traffic_bytes * p.times for p in known) / 1e9
-    sent = sum(sum(p.cost.wire_bytes.values()) * p.times for p in known) / 1e9
-    times = [sum(getattr(p.cost, k) * p.times for p in known)
-             for k in ("compute_secs", "memory_secs", "network_secs")]  # fmt: skip
+    measured = [p for p in plan.programs if isinstance(p, Measured)]
+    total = sum(p.cost.flops * p.times for p in measured) / 1e12
+    traffic = sum(p.cost.traffic_bytes * p.times for p in measured) / 1e9
+    sent = sum(sum(p.cost.wire_bytes.values()) * p.times for p in measured) / 1e9
+    times = [
+        sum(getattr(p.cost, k) * p.times for p in measured)
+        for k in ("compute_secs", "memory_secs", "network_secs")
+    ]
     peak = f"{plan.peak_bytes / _GIB:.1f}" if math.isfinite(plan.peak_bytes) else "refused"
     cells = (f"{total:.4g}", f"{traffic:.4g}", f"{sent:.4g}", *(f"{t:.3g}" for t in times))
     verdict = "fits" if plan.fits else "does not fit"

@@ -53,14 +53,27 @@ _AMPERE = (
     "cuda_compute_capability { major: 8 }"
 )
 
+_SHEET = (
+    # name, platform, GiB, TFLOP/s, TB/s of memory, GB/s of links, GB/s of the network, compiled as
+    ("h100", "gpu", 79.1, 989, 3.35, 450, 50, _HOPPER),
+    ("h200", "gpu", 139.8, 989, 4.8, 450, 50, _HOPPER),
+    ("a100-80g", "gpu", 79.1, 312, 2.04, 300, 25, _AMPERE),
+    ("a100-40g", "gpu", 39.4, 312, 1.56, 300, 25, _AMPERE),
+    ("v5e", "tpu", 15.75, 197, 0.82, 90, 90, "v5e"),
+    ("v5p", "tpu", 95.0, 459, 2.77, 180, 180, "v5p"),
+    ("v6e", "tpu", 31.25, 918, 1.64, 180, 180, "v6e"),
+)
 DEVICES = {
-    "h100": Device("gpu", 79.1 * _GIB, 989e12, 3.35e12, 450e9, 50e9, _HOPPER),
-    "h200": Device("gpu", 139.8 * _GIB, 989e12, 4.8e12, 450e9, 50e9, _HOPPER),
-    "a100-80g": Device("gpu", 79.1 * _GIB, 312e12, 2.04e12, 300e9, 25e9, _AMPERE),
-    "a100-40g": Device("gpu", 39.4 * _GIB, 312e12, 1.56e12, 300e9, 25e9, _AMPERE),
-    "v5e": Device("tpu", 15.75 * _GIB, 197e12, 0.82e12, 90e9, 90e9, "v5e"),
-    "v5p": Device("tpu", 95.0 * _GIB, 459e12, 2.77e12, 180e9, 180e9, "v5p"),
-    "v6e": Device("tpu", 31.25 * _GIB, 918e12, 1.64e12, 180e9, 180e9, "v6e"),
+    name: Device(
+        platform=platform,
+        memory_bytes=gib * _GIB,
+        peak_flops=teraflops * 1e12,
+        memory_bandwidth=terabytes * 1e12,
+        link_bandwidth=link * 1e9,
+        network_bandwidth=network * 1e9,
+        compiled_as=compiled_as,
+    )
+    for name, platform, gib, teraflops, terabytes, link, network, compiled_as in _SHEET
 }
 
 GPUS_A_HOST = 8

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Callable, Sequence
 
 from atlas_jax import sockets
-from atlas_jax.config import GRPOConfig, RolloutConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.rollout import RolloutConfig
 from atlas_jax.rollout.engine import ChatModel, EncodeTurn
 from atlas_jax.rollout.episodes import EpisodeOptions
 from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates

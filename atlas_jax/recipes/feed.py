@@ -14,9 +14,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, loop, losses, metrics, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length, collate_policy, row_tokens, split_rows
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.prefetch import Prefetcher
 from atlas_jax.recipes.scoring import reason, retry_outages, score
@@ -119,6 +119,7 @@ class Feed:
         if config.num_iterations > 1:
             batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
         jax.block_until_ready(batch)
+        values["perf/real_token_frac"] = num_tokens, batch.tokens.size
         values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
         values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = collected.reward_secs, 1
@@ -129,14 +130,18 @@ class Feed:
         """Returns the position in the questions."""
         return {"position": self._position, "fingerprint": self._parts.order.fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         """Continues after the questions that were asked when `state` was taken.
 
+        Args:
+            state: from `get_state`.
+            allow_other_data: whether the position is kept though the questions are others.
+
         Raises:
-            ValueError: if the state is from other questions.
+            ValueError: if the state is from other questions, unless they are allowed.
         """
         fingerprint = self._parts.order.fingerprint
-        if state["fingerprint"] != fingerprint:
+        if state["fingerprint"] != fingerprint and not allow_other_data:
             raise ValueError(
                 f"the checkpoint is from questions {state['fingerprint']}, this run has "
                 f"{fingerprint}: the dataset, the seed or data.shuffle differ; restore them, or "
@@ -220,13 +225,13 @@ class Feed:
         """Returns the samples with their advantages, and with whether they train."""
         config = self._parts.config
         rewards = [math.nan if s.reward.value is None else s.reward.value for s in samples]
-        own = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
+        own_rewards = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
         shares = _shares(self._parts.layout.questions)
         # Scales may be taken over the batch, so the advantages are those of all processes.
-        everyone = distributed.gather_rows(own, shares)  # [questions of the step, G]
+        everyone = distributed.gather_rows(own_rewards, shares)  # [questions of the step, G]
         first = sum(shares[: jax.process_index()])
         advantages = losses.group_advantages(everyone, config.scale_rewards)
-        advantages = advantages[first : first + len(own)].ravel()
+        advantages = advantages[first : first + len(own_rewards)].ravel()
         return [
             sample._replace(advantage=float(advantage), trains=self._trains(sample))
             for sample, advantage in zip(samples, advantages, strict=True)

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import distributed, logprobs, losses, metrics, policy_logprobs, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
+from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout, make_layout
@@ -32,7 +33,6 @@ from atlas_jax.rollout import evaluation, record
 from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.run import Run, Training
-from atlas_jax.sharding import platform
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
 from atlas_jax.types import NOTHING_GIVEN, Given, LossSum, Metrics, Params, PolicyBatch, Question
@@ -58,7 +58,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         student = None
         if config.student:
             student = open_student(config, run.compute)
-        layout = fit_attention(layout, run.decoder, config.attn_implementation)
+        layout = fit_attention(layout, run.decoder)
         sees_rows = bool(given.rewards or config.reward_functions or config.has_episodes)
         order = asked.QuestionOrder(train, config.seed, config.data.shuffle, sees_rows)
         distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
@@ -94,7 +94,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         last.callback(feed.join)
         stack.callback(feed.close)
         if training.position:
-            feed.set_state(training.position)
+            feed.set_state(training.position, allow_other_data=config.data.refresh)
         # 6. Training, and its end: everything that generates is closed before the export.
         outcome = training.train(
             make_loss(run.decoder, config, layout.per_row),
@@ -113,16 +113,16 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
     return not outcome.stopped
 
 
-def fit_attention(layout: Layout, decoder: Decoder, attention: str) -> Layout:
+def fit_attention(layout: Layout, decoder: Decoder) -> Layout:
     """Returns the layout with a prompt for each completion where attention cannot share one.
 
-    Splash attention cannot, and a window that is shorter than a row would count the places of
+    Some implementations cannot, and a window that is shorter than a row would count the places of
     other completions.
     """
     config = decoder.config
     window = config.window if any(config.local_layers) else 0
-    splash = platform(decoder.sharding.mesh) == "tpu" and attention != "xla"
-    if layout.per_row == 1 or not (splash or 0 < window < layout.buckets[-1]):
+    fits = attention.can_share_prompts(decoder.attention)
+    if layout.per_row == 1 or (fits and not 0 < window < layout.buckets[-1]):
         return layout
     logging.info("each completion gets a row with its prompt: its attention cannot share one")
     return layout._replace(per_row=1)
@@ -237,17 +237,17 @@ def _questions(
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    most = config.data.max_rejected_frac
+    max_rejected = config.data.max_rejected_frac
     needs_truth = config.reward.needs_truth(given.rewards)
     fields = config.rollout.question_fields
     columns = vars(config.data.columns)
-    train = asked.parse_questions(rows, most, needs_truth, fields, columns)
+    train = asked.parse_questions(rows, max_rejected, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:
         check_truths(train)
     if held_out is None:
         return train, None
-    questions = asked.parse_questions(held_out, most, needs_truth, fields, columns)
+    questions = asked.parse_questions(held_out, max_rejected, needs_truth, fields, columns)
     return train, questions[: config.rollout.eval_limit or None]
 
 

@@ -6,8 +6,9 @@ import math
 from typing import NamedTuple
 
 from atlas_jax import sockets
-from atlas_jax.config import BatchPlan, GRPOConfig, multiples_near
 from atlas_jax.data.packing import capped_buckets
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.train import BatchPlan, multiples_near
 
 
 class Layout(NamedTuple):

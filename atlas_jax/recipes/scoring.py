@@ -13,7 +13,8 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, sockets
-from atlas_jax.config import GRPOConfig, RewardConfig
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.reward import RewardConfig
 from atlas_jax.rewards import symbolic, verifiable
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardFn, Sample
@@ -130,8 +131,12 @@ def retry_outages(
         first = next((reason(samples[i].reward) for i in places), "another process knows")
         logging.warning(
             "%d of %d samples have no score; asking again for %d of them in %g s; the first: %s",
-            failed, total, retryable, secs, first,
-        )  # fmt: skip
+            failed,
+            total,
+            retryable,
+            secs,
+            first,
+        )
         pause(secs)
         with distributed.together(StopRequestedError):
             again = score(reward, [samples[i] for i in places])

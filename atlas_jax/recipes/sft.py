@@ -11,9 +11,9 @@ import jax
 from absl import logging
 
 from atlas_jax import distributed, logprobs, loop, metrics, step
-from atlas_jax.config import SFTConfig
 from atlas_jax.data import chat, loader, sources, tokenized
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import SFTConfig
 from atlas_jax.run import Run
 from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.startup import directory, vocabulary
@@ -43,7 +43,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         batches = train.batches(training.first_step)
         stack.callback(batches.close)
         if training.position:
-            batches.set_state(training.position)
+            batches.set_state(training.position, allow_other_data=config.data.refresh)
         # 4. Nothing can refuse the run any more: what is in the directory may be replaced.
         writer = training.committed()
         stack.callback(writer.close)
@@ -81,7 +81,9 @@ class _RowFeed(NamedTuple):
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns the next batch; it does not depend on the state."""
         placed = to_global(next(self.batches), self.sharding, self.microbatches)
-        return loop.StepInput(placed, self.batches.num_tokens, {})
+        num_tokens = self.batches.num_tokens
+        share: Metrics = {"perf/real_token_frac": (num_tokens, placed.tokens.size)}
+        return loop.StepInput(placed, num_tokens, share)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the data."""

@@ -18,8 +18,8 @@ from absl import logging
 
 from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data.packing import collate_policy
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.capabilities import ServerStart

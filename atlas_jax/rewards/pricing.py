@@ -34,13 +34,15 @@ def _price_group(group: Sequence[Sample], penalty: float) -> list[Sample]:
     reasons = [_gaming(sample) for sample in group]
     honest = [
         sample.reward.value
-        for sample, found in zip(group, reasons, strict=True)
-        if sample.reward.value is not None and not found
+        for sample, reason in zip(group, reasons, strict=True)
+        if sample.reward.value is not None and not reason
     ]
     floor = min(honest, default=None)
     return [
-        sample._replace(reward=_lowered(sample.reward, found, floor, penalty)) if found else sample
-        for sample, found in zip(group, reasons, strict=True)
+        sample._replace(reward=_lowered(sample.reward, reason, floor, penalty))
+        if reason
+        else sample
+        for sample, reason in zip(group, reasons, strict=True)
     ]
 
 

@@ -261,14 +261,14 @@ class RIMReward:
         }
         score = None if unheard else ensemble.aggregate(scores, weights)
         rules = self.config.anti_gaming
-        found = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
+        faults = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
         witnesses = [v for n, v in verdicts.items() if "lesson" in judges.find(n, self.config).sees]
-        found += ensemble.reported(witnesses) if rules.ask_judges else []
+        faults += ensemble.reported(witnesses) if rules.ask_judges else []
         usages = [hearing.usage for hearing in hearings.values()]
         details: dict[str, Any] = {
             "judges": {n: _record(v, scores.get(n)) for n, v in verdicts.items()},
             "rules": applied,
-            "gaming": found,
+            "gaming": faults,
             **_total(usages, self._transport.is_priced)._asdict(),
         }
         if score is None:
@@ -293,11 +293,11 @@ def _field(name: str) -> str:
     Raises:
         TypeError: for a name that is not known.
     """
-    found = _EVIDENCE.get(name) or _EVIDENCE.get(name.removesuffix("s"))
-    if found is None:
+    field = _EVIDENCE.get(name) or _EVIDENCE.get(name.removesuffix("s"))
+    if field is None:
         nearest = difflib.get_close_matches(name, _EVIDENCE, 1, 0.0)
         raise TypeError(f"evaluate() takes no {name}; did you mean {nearest[0]}?")
-    return found
+    return field
 
 
 def _one(name: str, value: str | Sequence[str] | None) -> str:

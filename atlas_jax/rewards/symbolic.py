@@ -117,8 +117,12 @@ class _Checker:
                 logging.warning(
                     "math-verify gave up on %d of %d answers, which count as not right; the last: "
                     "%.80r for %.80r (%s)",
-                    self.num_given_up, self._num_asked, answer, truth, reply or "it died",
-                )  # fmt: skip
+                    self.num_given_up,
+                    self._num_asked,
+                    answer,
+                    truth,
+                    reply or "it died",
+                )
         return False
 
     def _ask(self, answer: str, truth: str) -> str:

@@ -101,12 +101,12 @@ def report(samples: Sequence[Sample], seed: int = 0) -> dict[str, Any]:
 
     `compared` are the questions that the student answered alone and taught.
     """
-    found = intervals(samples, seed)
+    by_metric = intervals(samples, seed)
     result: dict[str, Any] = {
         "questions": len(samples),
         "metrics": {
             name: {k: v if math.isfinite(v) else None for k, v in interval._asdict().items()}
-            for name, interval in found.items()
+            for name, interval in by_metric.items()
         },
     }
     counted = _measure(samples, _taught(samples))

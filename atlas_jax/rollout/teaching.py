@@ -196,7 +196,7 @@ def _converse(
         EpisodeStart(question, functools.partial(draws.seed_of, place, _EPISODES, member))
         for question, place, member in members
     ]
-    found = episodes.run(options, starts, policy, limits, draws.sampling)
+    finished = episodes.run(options, starts, policy, limits, draws.sampling)
     return [
         Sample(
             question=question,
@@ -206,7 +206,7 @@ def _converse(
             messages=episode.messages,
             facts=episode.facts,
         )
-        for (question, place, member), episode in zip(members, found, strict=True)
+        for (question, place, member), episode in zip(members, finished, strict=True)
     ]
 
 

@@ -4,7 +4,7 @@
 `commit`, after everything that can refuse the run has been checked, so that a failed attempt leaves
 the files of the run that is there as they were:
 
-    config.json   the resolved options, without secrets
+    config.json   the resolved options, without secrets, and the environment that they ran in
     model/        configuration and tokenizer, which make the checkpoints convertible
     start.json    the weights that training began with
 
@@ -32,15 +32,18 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf, manager
-from atlas_jax.config import TrainConfig, masked
 from atlas_jax.data import sources
 from atlas_jax.files import write_whole
+from atlas_jax.options.train import TrainConfig, masked
+from atlas_jax.types import ENVIRONMENT
+from atlas_jax.wording import shorten
 
 _LOCK = ".lock"
 _HOLDER = ".run.json"
 _CONFIG = "config.json"
 _START = "start.json"
-_NUM_SHOWN = 8
+_VARIABLES = ("CUDA_", "JAX_", "LIBTPU_", "NCCL_", "XLA_")
+"""Beginnings of the variables that XLA, CUDA and NCCL read."""
 
 
 class Origin(NamedTuple):
@@ -100,7 +103,7 @@ def commit(config: TrainConfig, files: hf.ModelFiles, started: Started) -> None:
     """Writes what describes the run, when nothing can refuse it any more."""
     if distributed.is_main():
         directory = pathlib.Path(config.output_dir)
-        write_whole(directory / _CONFIG, _config_text(config))
+        write_whole(directory / _CONFIG, _text({**masked(config), ENVIRONMENT: _environment()}))
         hf.write_run_files(str(directory / manager.MODEL_FILES), files)
         values = started._asdict() | {"origin": started.origin._asdict()}
         write_whole(directory / _START, json.dumps(values, indent=2) + "\n")
@@ -145,16 +148,28 @@ def changed(config: TrainConfig) -> str:
     path = pathlib.Path(config.output_dir) / _CONFIG
     if not path.exists():
         return ""
-    before = _flat(json.loads(path.read_text()))
+    before = json.loads(path.read_text())
+    before.pop(ENVIRONMENT, None)
+    before = _flat(before)
     now = _flat(json.loads(_config_text(config)))
     names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
-    parts = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names[:_NUM_SHOWN]]
-    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    return ", ".join(parts) + more
+    changes = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names]
+    return ", ".join(shorten(changes, 8))
 
 
 def _config_text(config: TrainConfig) -> str:
-    return json.dumps(masked(config), indent=2) + "\n"
+    return _text(masked(config))
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _environment() -> dict[str, str]:
+    """Returns what the speed and the rounding of a run depend on besides its options."""
+    chosen = {n: v for n, v in sorted(os.environ.items()) if n.startswith(_VARIABLES)}
+    device = jax.devices()[0].device_kind
+    return {"jax": jax.__version__, "devices": f"{jax.device_count()} x {device}", **chosen}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,10 +10,10 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import exports, hf
-from atlas_jax.config import TrainConfig
 from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.models.config import ModelConfig, from_hf, ignored
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.startup import directory, vocabulary
 from atlas_jax.startup.compute import Compute
 from atlas_jax.types import Params

@@ -14,15 +14,16 @@ from jax.sharding import NamedSharding
 
 from atlas_jax import distributed, step
 from atlas_jax.checkpoint import hf, layout, manager
-from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.sharding import fetch
 from atlas_jax.startup import directory, vocabulary
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.directory import Origin, Started
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Params
+from atlas_jax.wording import shorten
 
 
 class Start(NamedTuple):
@@ -195,7 +196,8 @@ def _check_same_model(origin: Origin, stored: dict[str, Any], decoder: Decoder) 
     if different:
         raise ValueError(
             f"{_named(origin)} is of another model than model_name_or_path: "
-            f"{', '.join(different[:4])}; set model_name_or_path to the model that it was made with"
+            f"{', '.join(shorten(different, 4))}; set model_name_or_path to the model that it was "
+            "made with"
         )
 
 
@@ -215,17 +217,14 @@ def _check_same_start(config: TrainConfig, before: Started, now: Started) -> Non
             )
 
 
-def data_state(config: TrainConfig, start: Start, fingerprint: str) -> dict[str, Any]:
-    """Returns the position in the data to continue from; empty at the beginning.
-
-    After `data.refresh` the data may differ; the position is kept anyway, under the fingerprint of
-    the data as they are.
+def check_same_data(config: TrainConfig, start: Start, fingerprint: str) -> None:
+    """Checks that a run continues on the data that it was started with, or after `data.refresh`.
 
     Raises:
         ValueError: if the checkpoint is of other data; names the options that differ.
     """
     if not start.data or start.data["fingerprint"] == fingerprint or config.data.refresh:
-        return start.data and start.data | {"fingerprint": fingerprint}
+        return
     options = directory.changed(config)
     cause = f"these options differ: {options}" if options else "the rows or the tokenizer differ"
     raise ValueError(

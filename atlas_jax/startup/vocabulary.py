@@ -81,12 +81,12 @@ def _check_encoding(
     Some releases of transformers 5 rebuilt the tokenizers of some models from their class and lost
     spaces (transformers issues 45488 and 48206).
     """
-    if (found := _encoded(tokenizer)) != expected:
+    if (ids := _encoded(tokenizer)) != expected:
         import transformers
 
         raise ValueError(
             f"transformers {transformers.__version__} loads another tokenizer than {file} "
-            f"describes: of {CHECK_TEXT[:20]!r}… it makes the ids {found}, not {expected}; install "
+            f"describes: of {CHECK_TEXT[:20]!r}… it makes the ids {ids}, not {expected}; install "
             "another release of transformers"
         )
 

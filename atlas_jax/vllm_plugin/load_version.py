@@ -52,12 +52,12 @@ class LoadVersion:
         On a CPU, where packed copies cannot be read, they include the tensors that the last
         `load_version` passed to the model.
         """
-        own = {
+        loaded = {
             name: checksum(parameter.detach())
             for name, parameter in self.get_model().named_parameters()
             if parameter.numel()
         }
-        return own | getattr(self, "loaded_checksums", {})
+        return loaded | getattr(self, "loaded_checksums", {})
 
 
 def _noted(

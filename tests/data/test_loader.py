@@ -189,6 +189,16 @@ def test_state_of_other_data_is_refused(changes):
         build().batches().set_state(state)
 
 
+def test_a_position_in_other_data_is_kept_where_they_are_allowed():
+    old = build(seed=1).batches()
+    next(old)
+    dataset = build()
+    new = dataset.batches()
+    new.set_state(old.get_state(), allow_other_data=True)
+    assert same(next(new), dataset.batch(1))
+    assert new.get_state() == {"step": 2, "fingerprint": dataset.fingerprint}
+
+
 def test_fingerprint_changes_with_a_row_and_with_its_mask():
     def fingerprint(fields, completion_only=True):
         data = dataclasses.replace(CONFIG.data, completion_only=completion_only)
@@ -234,12 +244,13 @@ def test_report_counts_and_names_every_row():
     )
     report = loader.build(named, config, ChatTemplate(TOKENIZER), HostRows(1)).report
     assert (report.rows, report.examples) == (6, 2)
-    assert report.empty == ("t:1",)
-    assert report.masked == ("t:2",)
-    assert report.truncated == ("t:3",)
-    assert report.rejected[0] == "t:9: is not JSON"
-    assert report.rejected[1].startswith("t:4: lacks messages; it has question")
-    assert (report.no_stop, report.split, report.other_prompt) == ((), (), ())
+    unreadable, unknown = report.notes["rejected"]
+    assert unreadable == "t:9: is not JSON"
+    assert unknown.startswith("t:4: lacks messages; it has question")
+    assert {note: names for note, names in report.notes.items() if names} == {
+        "rejected": (unreadable, unknown), "empty": ("t:1",), "masked": ("t:2",),
+        "truncated": ("t:3",),
+    }  # fmt: skip
     # "y" and its stop token, and the example that was cut: 40 tokens less its prompt.
     prompt = TOKENIZER("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     assert report.trained_tokens == 2 + 40 - len(prompt)

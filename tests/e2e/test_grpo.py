@@ -14,8 +14,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from atlas_jax import config as config_lib
-from atlas_jax.config import BatchPlan, GRPOConfig, RewardConfig, RolloutConfig
+from atlas_jax.config import GRPOConfig, RewardConfig, RolloutConfig
 from atlas_jax.configs.run import teacher_rcl
+from atlas_jax.options.train import BatchPlan, batch_plan
 from atlas_jax.recipes import grpo, local_backend
 from atlas_jax.startup.compute import Compute
 from tests import processes, words
@@ -365,13 +366,13 @@ def test_sizes_that_cannot_work_name_ones_that_can(rows, device_rows):
         gradient_accumulation_steps=rows // device_rows,
     )
     with pytest.raises(ValueError, match="do not divide into groups of num_generations=8") as error:
-        grpo.make_layout(draft, config_lib.batch_plan(draft, 1), 1)
+        grpo.make_layout(draft, batch_plan(draft, 1), 1)
     advice = str(error.value).partition("train_batch_size=")[2]
     named = [int(word) for word in advice.replace(",", " ").split() if word.isdigit()]
     assert named
     for size in named:
         changed = dataclasses.replace(draft, train_batch_size=size, gradient_accumulation_steps=0)
-        layout = grpo.make_layout(changed, config_lib.batch_plan(changed, 1), 1)
+        layout = grpo.make_layout(changed, batch_plan(changed, 1), 1)
         assert layout.questions * 8 == size
     assert "gradient_accumulation_steps=0" in str(error.value)
 
@@ -394,7 +395,7 @@ def test_a_row_holds_as_many_completions_as_fit_and_divide():
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_the_recipe_of_the_guide_asks_four_questions_on_any_number_of_devices(devices):
     recipe = config_lib.freeze(teacher_rcl.get_config())
-    plan = config_lib.batch_plan(recipe, devices)
+    plan = batch_plan(recipe, devices)
     layout = grpo.make_layout(recipe, plan, devices)
     assert layout.questions == 4
     assert plan.global_rows == 128
@@ -408,7 +409,7 @@ def test_the_recipe_of_the_guide_asks_four_questions_on_any_number_of_devices(de
 def test_six_devices_get_the_sizes_that_also_hold_whole_groups():
     recipe = config_lib.freeze(teacher_rcl.get_config())
     with pytest.raises(ValueError, match=r"over the 6 devices.*set train_batch_size=96 or 192"):
-        config_lib.batch_plan(recipe, 6)
+        batch_plan(recipe, 6)
 
 
 def test_a_student_without_enough_positions_is_refused(inputs):

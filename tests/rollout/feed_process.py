@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from atlas_jax import config as config_lib
 from atlas_jax import distributed, metrics
 from atlas_jax.config import GRPOConfig, HostsConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.hosts import joined
+from atlas_jax.options.train import batch_plan
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.local_backend import LocalBackend
@@ -62,7 +62,7 @@ def make(output: pathlib.Path, num_questions: int, text: Callable[[str, int], st
     )
     output.mkdir(parents=True, exist_ok=True)
     sharding = Sharding(make_mesh(MeshConfig()), "fsdp", "none")
-    plan = config_lib.batch_plan(config, sharding.num_replicas)
+    plan = batch_plan(config, sharding.num_replicas)
     parts = Parts(
         config=config,
         layout=grpo.make_layout(config, plan, sharding.num_replicas),

@@ -107,6 +107,15 @@ def test_other_questions_are_refused_on_resume(tmp_path):
         make_feed(tmp_path, useful, count=7).set_state(saved)
 
 
+def test_other_questions_are_asked_from_the_same_position_where_they_are_allowed(tmp_path):
+    feed = make_feed(tmp_path, useful)
+    feed.next(state_of(0), time.sleep)
+    other = make_feed(tmp_path / "other", useful, count=7)
+    other.set_state(feed.get_state(), allow_other_data=True)
+    assert other.get_state()["position"] == feed.get_state()["position"]
+    assert other.get_state()["fingerprint"] != feed.get_state()["fingerprint"]
+
+
 @pytest.mark.parametrize("allowed", [0.25, 0.24])
 def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
     def reward(samples):
@@ -199,6 +208,9 @@ def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prom
     given = feed.next(state_of(0), time.sleep)
     written = (2 + 1) + (4 + 1)  # two texts with their stop tokens
     assert given.num_tokens == updates * 2 * (prompts * len("direct q0") + written)
+    tokens, positions = given.metrics["perf/real_token_frac"]
+    assert tokens == 2 * (prompts * len("direct q0") + written)
+    assert positions == given.batch.segment_ids.size > tokens
 
 
 def with_long(feed, count):

@@ -15,7 +15,7 @@ from atlas_jax import distributed
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
 from atlas_jax.hosts import joined
-from atlas_jax.options.model import HostsConfig
+from atlas_jax.options.train import HostsConfig
 from atlas_jax.recipes import grpo, vllm_backend
 from atlas_jax.rollout import versions
 from atlas_jax.startup.compute import Compute
