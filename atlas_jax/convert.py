@@ -156,6 +156,7 @@ def _to_checkpoint(src: str, path: pathlib.Path, dst: str, dtype: str) -> str:
             "every dtype in float32; leave it out"
         )
     check_apart(dst, [path])
+    # Before the weights are read, which may take minutes.
     exports.check(dst, _KIND)
     source = hf.open_source(str(path))
     files = hf.model_files(source, load_tokenizer(str(path)))

@@ -79,12 +79,10 @@ class Job(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
-    healthy: Mapping[str, tuple[float, float]] = MappingProxyType(
-        {}
-    )  # metric -> range without a warning
-    restored: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # `data` of the checkpoint that the run resumes from
+    healthy: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    """Metric -> range without a warning."""
+    restored: Mapping[str, Any] = MappingProxyType({})
+    """`data` of the checkpoint that the run resumes from."""
 
 
 class Outcome(NamedTuple):
@@ -166,16 +164,20 @@ class _LoopState:
         """
         config = self._job.config
         feed = self._feed
+        # No earlier step is in flight then, so making the batch belongs to the time of this one.
         if feed.samples_policy:
             self.log.start_clock()
         if self._profile:
             self._profile.before(step)
         given = feed.next(self.state, _pause)
+        # The vote is queued before the step and read after it, so that no device waits for the
+        # host.
         stop_anywhere = distributed.vote(stopping.requested())
         self.state, values = self._job.train_step(self.state, given.batch)
         if self._profile:
             self._profile.after(step, self.state)
         distributed.arrive(f"step {step}")
+        # The metrics of the step before are read while the devices compute this one.
         self._fetch()
         length = given.batch.tokens.shape[-1]
         self._pending = _Pending(
@@ -184,7 +186,9 @@ class _LoopState:
         stop = stop_anywhere()
         last = stop or step == self._job.num_steps
         save = last or _due(step, config.save_steps)
+        # A run that is to stop has no time to evaluate; `catch_up` does it when the run continues.
         evaluate = (last and not stop) or _due(step, config.eval_steps)
+        # No state is saved, evaluated or sampled before its loss is known to be finite.
         if save or evaluate or feed.samples_policy:
             self._fetch()
         # The checkpoint comes first, so that a failing evaluation does not lose the step.
@@ -212,11 +216,13 @@ class _LoopState:
 
     def _save(self) -> None:
         checkpoints = self._job.checkpoints
+        # `end` saves too, perhaps a step that was due by itself.
         if checkpoints.latest() == self.number:
             return
         data = self._feed.get_state() | {_UNLOGGED: self.log.unlogged()}
         with stopping.saving():
             checkpoints.save(self.state, data, masked(self._job.config), self._feed.get_reference())
+        # The time of saving belongs to no step.
         self.log.start_clock()
 
     def _evaluate(self) -> None:
@@ -291,6 +297,7 @@ class _Log:
 
     def fetch(self, pending: _Pending) -> None:
         """Waits for the metrics of one step, checks them, and writes them if a line is due."""
+        # This waits for the devices, so the clock is read after it.
         values = jax.device_get(pending.metrics)
         now = time.perf_counter()
         self._secs.append(now - self._mark)
@@ -310,9 +317,8 @@ class _Log:
         sums = metrics.add({}, values)
         means = metrics.means(sums)
         for name in ("loss/total", "optim/grad_norm"):
-            if sums[name][1] and not math.isfinite(
-                means[name]
-            ):  # a weight of 0: nothing was trained
+            # With a weight of 0 nothing was trained, and the mean is NaN without a fault.
+            if sums[name][1] and not math.isfinite(means[name]):
                 good = self._job.checkpoints.latest()
                 where = (
                     "there is no checkpoint yet"
@@ -321,6 +327,7 @@ class _Log:
                         f"the last good checkpoint is {self._job.checkpoints.directory / str(good)}"
                     )
                 )
+                # Checkpoints of earlier steps may still be on their way to the disk.
                 self._job.checkpoints.close()
                 raise RuntimeError(
                     f"{name} is {means[name]} at step {step}; {where}. Lower learning_rate (now "

@@ -87,6 +87,7 @@ def apply(config: ConfigDict, options: Sequence[Option]) -> list[str]:
             option = option._replace(name=foreign.same_as)
         value = read(option, config)
         if isinstance(value, tuple):
+            # A list may be given item by item, in several flags.
             several[option.name] = value = several.get(option.name, ()) + value
         *groups, last = option.name.split(".")
         _get(config, ".".join(groups))[last] = value

@@ -43,6 +43,7 @@ def policy_logprobs(
         batch: the batch of the hidden states; a row's completions follow its prompt.
         head: the options.
     """
+    # The first token of each completion is predicted by the end of the prompt that they share.
     before = _predecessors(batch.sequence_ids, batch.segment_ids)
     hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
     return token_logprobs(hidden, table, Labels(batch.tokens, batch.loss_mask), head)
@@ -58,6 +59,8 @@ def _predecessors(
     return jnp.maximum(jnp.where(begins, prompt, here) - 1, 0)
 
 
+# By itself, JAX would keep the logits `[B, T, V]` for the backward pass; they are computed again in
+# chunks instead.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], labels: Labels, head: Head
@@ -120,10 +123,12 @@ def _token_logprobs_bwd(
 
         start = jnp.zeros_like(hidden), jnp.zeros(rows.table.shape, jnp.float32)
         d_hidden, d_table = each_chunk(labels.mask, head, chunk, start)
+        # Each device has seen its part of the vocabulary only.
         d_hidden = jax.lax.psum(d_hidden, "tensor")
         return d_hidden, rows.table_gradient(d_table, split, table)
 
     d_hidden, d_table = local(hidden, table, labels, log_partition, g[0])
+    # Labels are integers and booleans, whose cotangents have this dtype.
     none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
     return d_hidden, d_table, Labels(none, none)
 

@@ -45,6 +45,7 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
         ValueError: says what is wrong, its value, and what to write instead.
         OSError: for files that cannot be read or written, or a database that cannot be reached.
     """
+    # Options first, files then, the database last: each step takes longer than the one before.
     config_lib.validate(config, given.rewards)
     config_lib.check_environment(config)
     check_output(config.output_dir)
@@ -88,6 +89,7 @@ def check_output_file(path: str) -> None:
 
 def _check_writable(directory: str, room_bytes: int = _ROOM_BYTES) -> None:
     path = pathlib.Path(directory).absolute()
+    # Nothing is made: a refused run must leave no directory.
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not existing.is_dir():
         where = directory if existing == path else f"{directory} cannot be made: {existing}"

@@ -182,6 +182,7 @@ def find_token(options: argparse.Namespace) -> str:
         logging.info("the token of the server is VLLM_API_KEY")
         return token
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    # Whoever reaches the server could replace its weights, so other hosts need a token.
     default = "" if options.host in _LOOPBACK else pathlib.Path(cache, "atlas_jax/server_token")
     path = options.token_file or default
     if not path:
@@ -276,6 +277,7 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "TORCHINDUCTOR_CACHE_DIR": str(caches),  # persistent, unlike other temporary files
     }
+    # The user's variables replace the defaults, but not what the trainer relies on.
     return ({} if has_gpu() else cpu) | default | dict(inherited) | fixed | guard
 
 
@@ -299,6 +301,7 @@ def wait_healthy(
     end = time.monotonic() + timeout_secs
     while process.poll() is None:
         with contextlib.suppress(OSError), _open(urllib.request.Request(f"{url}/health"), 5.0):
+            # Another program may have taken the port since it was checked.
             if is_ours():
                 return True
         if time.monotonic() > end:
@@ -442,10 +445,12 @@ class VllmProcess:
         self._more = more
         self._stopped = False
         self._process: subprocess.Popen[bytes] | None = None
+        # vLLM itself would say the same, but only after minutes.
         check_model(followed(options), more)
         check_port(options.host, options.port)
         self._python = find_python(options.python)
         self._token = find_token(options)
+        # If the keeper is killed, vLLM's processes become children of this one, which ends them.
         keeper.adopt_orphans()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             # Under nohup the end of the terminal must not end the server.

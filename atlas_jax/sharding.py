@@ -54,6 +54,7 @@ def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
+        # Within one slice JAX's order suits the network, unless it spreads `tensor` over processes.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         if _tensor_is_local(grid):
             return grid

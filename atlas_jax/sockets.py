@@ -106,7 +106,9 @@ def describe(error: BaseException) -> str:
 def _imported(name: str) -> Any:
     """Returns a module, which may lie in the working directory."""
     added = [] if os.getcwd() in sys.path or "" in sys.path else [os.getcwd()]
+    # At the end of the path, where a file of the user's hides no installed module.
     sys.path.extend(added)
+    # The file may be newer than the last listing of its directory.
     importlib.invalidate_caches()
     return importlib.import_module(name)
 

@@ -270,5 +270,5 @@ RewardFn = Callable[[Sequence[Sample]], list[Reward]]
 Params = dict[str, Any]
 """A pure nested dict of arrays: the whole model, or anything of the same structure."""
 
-Metrics = dict[str, Any]
+Metrics = dict[str, tuple[Any, Any]]
 """`area/name` -> `(sum, weight)` until written; the value is `sum / weight`. See `metrics`."""

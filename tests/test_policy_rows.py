@@ -20,6 +20,7 @@ from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.sharding import make_mesh
 from atlas_jax.types import Completion, PolicyBatch, Question, Sample
 from tests import tiny
+from tests.compare import close
 from tests.policy_reference import OPTIONS
 
 ONE = jax.devices()[:1]
@@ -110,12 +111,6 @@ def evaluate(model, batch, per_row, share=True):
         compiled(model[0], per_row, share, model[1], batch)
     )
     return found, entropy, (loss, weight), grads
-
-
-def close(a, b, tolerance=1e-5):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, atol=tolerance * max(np.abs(y).max(), 1e-30), rtol=0)
 
 
 def same_completions(found, found_batch, per_row, expected, expected_batch, expected_per_row):

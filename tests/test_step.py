@@ -14,6 +14,7 @@ from atlas_jax.policy_logprobs import token_logprobs
 from atlas_jax.recipes import sft
 from atlas_jax.sharding import Sharding, make_mesh, to_global
 from tests import tiny
+from tests.compare import close
 
 ONE = jax.devices()[:1]
 MESHES = {
@@ -26,12 +27,6 @@ MESHES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     return tiny.save("smollm2", tmp_path_factory.mktemp("model"))
-
-
-def close(a, b, rtol):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, atol=rtol * max(np.abs(y).max(), 1e-30), rtol=0)
 
 
 def value_and_grad(decoder, params, rows, chunk=16):

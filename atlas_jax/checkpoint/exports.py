@@ -60,10 +60,10 @@ def replaced(
     target = files.resolved(directory)
     with files.replace_directory(target) as new:
         yield new
+        # The fingerprints come before the user's files, which are not this program's to replace.
         written = {name: _fingerprint(new / name) for name in _names(new)}
-        theirs = check(
-            directory, kind, unmarked
-        )  # again: the user may have written here meanwhile, for minutes
+        # Again, because the user may have written here in the minutes since.
+        theirs = check(directory, kind, unmarked)
         taken = [name for name in theirs if name in written]
         if taken:
             raise ValueError(

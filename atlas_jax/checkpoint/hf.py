@@ -173,6 +173,7 @@ def load(source: Source, decoder: Decoder) -> Params:
     Raises:
         ValueError: if tensors are missing, unknown or of another shape; the message names them.
     """
+    # All names first: reading takes minutes, after which one wrong name would be a late error.
     _check(source, decoder)
     placements = decoder.placements()
     params: Params = {}
@@ -344,6 +345,7 @@ def export(
         writer.write(params, decoder, partial, files.dtype, shards, lambda _: main)
     if main:
         logging.info("wrote %s", directory)
+    # The others must not report an export that process 0 has not finished.
     distributed.barrier(f"export {directory}")
 
 

@@ -120,6 +120,8 @@ class Checkpoints:
             ValueError: if parameters or optimizer have another layout or dtype.
         """
         others = {"step": abstract.step, "opt_state": abstract.opt_state}
+        # Parameters first: of a run of another model they name what differs, while its optimizer
+        # state differs as a consequence.
         self.check(step, "params", abstract.params)
         self.check(step, "train", others)
         stored = self._manager.restore(

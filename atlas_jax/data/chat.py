@@ -462,10 +462,12 @@ def _encode_one(part: Rendered, encoding: Encoding, options: MaskOptions) -> Enc
     is_stop = np.zeros(len(tokens), bool)
     for stop_id in options.stop_ids:
         is_stop |= tokens == stop_id
+    # One flat iterator, because a list of pairs of a long text takes much memory.
     edges = itertools.chain.from_iterable(encoding.offsets)
     covered = token_spans(np.fromiter(edges, np.int64, 2 * len(tokens)).reshape(-1, 2))
     turns = [_turn_mask(covered, span, added) for span in part.spans]
     notes = list(part.notes)
+    # Looked for before the cut, which may take the stop token of the last turn away.
     if not all((turn & is_stop).any() for turn in turns):
         notes.append("no_stop")
     if options.completion_only:

@@ -328,6 +328,7 @@ class ControlTokens:
     def _copy(self) -> Tokenizer:
         """The tokenizer with other names for its special tokens, and the same ids."""
         content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        # The copy must return every token of a text; lengths are cut elsewhere.
         content["truncation"] = content["padding"] = None
         other = {name: chr(_STAND_INS + i) * len(name) for name, i in self._numbers.items()}
         for token in content["added_tokens"]:
@@ -343,6 +344,7 @@ class ControlTokens:
         if model.get("unk_token"):
             model["unk_token"] = other.get(model["unk_token"], model["unk_token"])
         if "merges" in model:
+            # Merges that lead to a renamed piece would name what the vocabulary no longer has.
             pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
             model["merges"] = [p for p in pairs if other.keys().isdisjoint((*p, "".join(p)))]
         return Tokenizer.from_str(json.dumps(content))

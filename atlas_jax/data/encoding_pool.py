@@ -118,6 +118,7 @@ def _helped(
         finally:
             for worker in workers:
                 worker.dismiss()
+                # Collects the exit code, or the process would stay as a zombie.
                 worker.process.communicate()
 
 

@@ -113,6 +113,7 @@ def build(
     tokenized = tokenize(template, samples, options, token_dir)
     remarks = tokenized.remarks
     rejected += [f"{r.name}: {r.reason}" for r in remarks if "rejected" in r.notes]
+    # Rows that lose their answer would make the run look as if it had trained on them.
     lost = [f"{r.name}: {chat.NOTES[note]}" for r in remarks for note in _LOST if note in r.notes]
     check_rejected(rejected + lost, len(rows.rows), config.data.max_rejected_frac)
     report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, tokenized)
@@ -276,6 +277,7 @@ class Batches(Iterator[Batch]):
                 "batch size, max_seq_length, packing or shuffle differ; restore them, or start "
                 "with a new output_dir and resume_from"
             )
+        # The threads may have read ahead from the old position.
         self.close()
         self._step = state["step"]
         self._reader = self._dataset.read(self._step, self._stop_step)
@@ -293,6 +295,7 @@ def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int) -> Table:
         order: the settings, for shuffling and packing.
         epoch: the epoch, counted from 0, which determines the permutation.
     """
+    # Packing follows the permutation, so every epoch has other neighbours in its rows.
     indices = epoch_order(len(lengths), epoch, order.seed, order.shuffle)
     if not order.packing:
         return indices[:, None]

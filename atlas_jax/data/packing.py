@@ -49,6 +49,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
                 f"example {example} has {length} tokens and does not fit into a row of "
                 f"{row_length}; cut it, or use longer rows"
             )
+        # The smallest room that fits, which leaves the large ones to long examples.
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
             row = len(rows)

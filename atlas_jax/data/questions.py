@@ -183,6 +183,7 @@ class QuestionOrder:
         """Short hash of the questions and of the settings of their order."""
         digest = hashlib.sha256(f"{self._seed} {self._shuffle}".encode())
         for question in self._questions:
+            # Identifier, text and truth; the other fields may change without another question.
             digest.update(repr(question[:3]).encode())
             if self._hashes_rows:
                 row = json.dumps(question.row, sort_keys=True, default=str)

@@ -42,6 +42,7 @@ def expanded(path: str) -> list[str]:
     Raises:
         ValueError: if it means none.
     """
+    # The name of a file may itself hold brackets.
     if os.path.exists(os.path.expanduser(path)) or not glob.has_magic(path):
         return [path]
     found = sorted(glob.glob(os.path.expanduser(path), recursive=True))
@@ -109,6 +110,7 @@ def opened(file: str) -> Any:
 def _json(path: str, file: str) -> Records:
     """Reads one object a line, or an array of objects, alone or as `data` of an object."""
     with opened(file) as content:
+        # Only the first character tells an array, which has no row in a line, from rows.
         beginning = content.read(_BEGINNING).lstrip(b"\xef\xbb\xbf \t\r\n")
     lines = _lines(path, file)
     if path.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):

@@ -89,10 +89,12 @@ def load_rows(
         held_out = _read(other, config.eval_path, "")
     else:
         held_out = _held_out_by_function(config)
+    # Listed before the check below, which may end the run because of them.
     if output_dir and is_main:
         _list_rejected(f"{output_dir}/rejected.jsonl", rows, held_out)
     for part in filter(None, (rows, held_out)):
         check_rejected(part.rejected, len(part.rows) + len(part.rejected), config.max_rejected_frac)
+    # Drawn before the split, so that rows held out count too.
     rows = draw(rows, config.dataset_max_samples, seed)
     if config.eval_split_ratio and held_out is None:
         return split(rows, config.eval_split_ratio, seed)
@@ -162,6 +164,7 @@ def draw(rows: Rows, count: int, seed: int) -> Rows:
     if not 0 < count < len(rows.rows):
         return rows
     rng = np.random.default_rng((seed, _DRAW_STREAM))
+    # In the order of the files: without shuffling the order is the user's.
     chosen = np.sort(rng.permutation(len(rows.rows))[:count])
     return rows._replace(rows=[rows.rows[i] for i in chosen])
 

@@ -24,6 +24,7 @@ def _separated(path: str, file: str, delimiter: str) -> Records:
     """Reads a table of texts; cells that are empty count as absent."""
     csv.field_size_limit(_LONGEST_CELL)  # of 128 KiB otherwise; conversations are longer
     with opened(file) as content:
+        # Spreadsheets put a byte order mark before the name of the first column.
         text = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(content))
         try:
             table = csv.DictReader(text, delimiter=delimiter)

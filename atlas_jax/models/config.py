@@ -236,8 +236,8 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=hf["num_key_value_heads"] or heads,
-        head_dim=hf.get("head_dim")
-        or width // heads,  # some config classes read it without defining it
+        # Some config classes read it without defining it.
+        head_dim=hf.get("head_dim") or width // heads,
         max_positions=_max_positions(hf),
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=bool(hf["tie_word_embeddings"]),

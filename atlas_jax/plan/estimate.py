@@ -89,6 +89,7 @@ def measure(run: PlannedRun, program: Program, target: Target) -> Measured | Out
             raise
         used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm[^.]*", str(error))
         return OutOfMemory(program.name, used[0] if used else str(error).splitlines()[0])
+    # Counted before compilation, since XLA's own analysis counts the body of a loop once.
     total = flops.count(traced.jaxpr.jaxpr) / target.num_devices
     cost = _cost(hlo.parse(compiled.as_text()), total, run, target)
     memory = _memory(run, program, compiled.memory_analysis(), target)
@@ -113,9 +114,8 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
         - analysis.alias_size_in_bytes
     )
     used += analysis.temp_size_in_bytes
-    if (
-        target.device.platform == "tpu"
-    ):  # a TPU's temporaries share memory, so their sum is too high
+    # The temporaries of a TPU share memory, so their sum is too high.
+    if target.device.platform == "tpu":
         used = min(used, analysis.peak_memory_in_bytes)
     grads = 0.0
     if trains:
@@ -152,6 +152,7 @@ def _cost(module: hlo.Module, num_flops: float, run: PlannedRun, target: Target)
     for collective in hlo.collectives(module):
         sent[axes_of(collective.group, tuple(run.mesh.devices.shape))] += collective.wire_bytes
         hosts = {place // target.devices_a_host for place in collective.group}
+        # The slowest link of a group sets the pace of all its members.
         speed = device.network_bandwidth if len(hosts) > 1 else device.link_bandwidth
         network += collective.wire_bytes / speed
     traffic = hlo.memory_traffic(module)

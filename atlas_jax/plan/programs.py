@@ -69,6 +69,7 @@ def build(
     Raises:
         ValueError: for a mesh, batch or model that the run itself would refuse.
     """
+    # The classes of a run itself, so that the plan compiles the programs that the run will.
     compute = Compute.of(config, devices, CompiledSharding)
     decoder = compute.decoder(architecture)
     optimizer = compute.optimizer(decoder, _NUM_UPDATES)
@@ -115,6 +116,7 @@ def _grpo(
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
     layout = grpo.fit_attention(layout, decoder)
     longest = longest_row(config, layout.per_row)
+    # The longest row, because the plan must hold for every batch.
     length = min(b for b in layout.buckets if b >= longest)
     rows = plan.global_rows // layout.per_row // plan.microbatches
     batch = _batch(PolicyBatch, (plan.microbatches, rows, length), sharding)

@@ -90,13 +90,16 @@ class Feed:
         parts = self._parts
         config = self._parts.config
         version = int(state.step)
+        # The weights go out before anything is asked, so that every new batch begins with them.
         policy = parts.backend.publish(state.params, version)
         published = time.perf_counter()
+        # A process that gives up must tell the others, which would wait for it further down.
         with distributed.together(*_LEAVE):
             made = self._prefetcher.take(policy, self._position)
         collected: Collected = made.batch
         wait_secs = time.perf_counter() - published
         samples = retry_outages(parts.reward, collected.samples, config.reward, pause)
+        # A leak costs reward before the rewards of a group are compared.
         samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
         # The record is written before the samples are counted, so that a run that ends for too
         # many failures leaves them to be looked at.
@@ -106,6 +109,7 @@ class Feed:
         # The position advances only now: if anything above raises, the step that is repeated asks
         # the same questions.
         self._position = made.position
+        # Nor may the reference move before: the repeated step would mix it a second time.
         self._sync_reference(version, state.params)
         start = time.perf_counter()
         rows = self._rows(samples)
@@ -116,6 +120,7 @@ class Feed:
         # With one update a step, the update itself computes the log-probabilities before it.
         if config.num_iterations > 1:
             batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
+        # Without waiting, the time of these log-probabilities would count as the training step's.
         jax.block_until_ready(batch)
         values["perf/real_token_frac"] = num_tokens, batch.tokens.size
         values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
@@ -182,6 +187,7 @@ class Feed:
             counts = distributed.gather(np.asarray(len(idle)))
             if not counts.any():
                 break
+            # Processes take new questions in turn, so that none is asked twice.
             first = position + int(counts[:process].sum())
             with distributed.together(*_LEAVE):
                 more = self._ask(policy, first, len(idle))
@@ -218,6 +224,7 @@ class Feed:
     def _weigh(self, samples: Sequence[Sample]) -> list[Sample]:
         """Returns the samples with their advantages, and with whether they train."""
         config = self._parts.config
+        # A sample without a score is NaN, which the statistics of its group leave out.
         rewards = [math.nan if s.reward.value is None else s.reward.value for s in samples]
         own_rewards = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
         shares = _shares(self._parts.layout.questions)
@@ -275,6 +282,8 @@ class Feed:
         values = metrics.sum_over_processes(values)
         (without, total) = values["reward/failed_frac"]
         (skipped, _) = values["reward/skipped_frac"]
+        # What was skipped would be skipped again. Only outages may end the run, since the same
+        # command can continue after them.
         failed = without - skipped
         possible = total - skipped
         if failed > reward.max_failed_frac * possible:
@@ -317,6 +326,7 @@ def _exchanged(rows: PolicyBatch, counts: Sequence[int]) -> PolicyBatch:
 
 def _collate(samples: Sequence[Sample], layout: Layout) -> PolicyBatch:
     """Returns the rows of this process's samples, of a length that all processes have."""
+    # A process without samples calls too: the length is that of the longest row of all.
     longest = max(map(row_tokens, split_rows(samples, layout.per_row)), default=0)
     length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
     return collate_policy(samples, layout.per_row, length)

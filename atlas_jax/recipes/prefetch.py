@@ -46,12 +46,17 @@ class Prefetcher:
         """Returns the batch that begins at `position`, and has the next ones made with `policy`."""
         if not self._depth:
             return self._one(policy, position)
+        # The thread starts here, because the position is that of the checkpoint, if there is one.
         if self._worker is None:
+            # One thread: each batch begins with the question after the last one of the batch
+            # before.
             self._worker = ThreadPoolExecutor(1, "rollouts")
             self._end = position
         if not self._waiting:
             self._submit(policy)
         made = stopping.result(self._waiting.popleft())
+        # Only now: a batch that is begun with the newest policy is at most `depth` steps old when
+        # it is trained on.
         while len(self._waiting) < self._depth:
             self._submit(policy)
         return made

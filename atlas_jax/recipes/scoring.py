@@ -98,6 +98,7 @@ def _teaching_gain(reward: RewardConfig) -> RewardFn:
 def _judges(config: GRPOConfig) -> RewardFn:
     from atlas_jax.rewards.rim import RIMReward
 
+    # A file for each process, since processes may not write one file at the same time.
     account = f"{config.output_dir}/judges_spent_process_{jax.process_index()}.json"
     return RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
 
@@ -132,6 +133,7 @@ def retry_outages(
     """
     samples = list(samples)
     for secs in options.retry_waits_secs:
+        # Counted over all processes before each wait, so that all wait or none.
         places = [i for i, s in enumerate(samples) if _is_retryable(s.reward)]
         failed, total, retryable = _count_over_processes(samples, len(places))
         if not retryable or failed <= options.max_failed_frac * total:

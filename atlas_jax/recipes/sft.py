@@ -49,6 +49,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         writer = training.committed()
         stack.callback(writer.close)
         kept = [d.token_path for d in (train, held_out) if d is not None]
+        # Not earlier: a refused command must leave the tokens of the run that is there.
         tokenized.remove_others(directory.tokens(config), kept)
         # 5. Training, and its end.
         loss = make_loss(run.decoder, config.loss_chunk_size)

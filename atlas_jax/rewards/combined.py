@@ -28,6 +28,7 @@ def combine(rewards: Mapping[str, tuple[RewardFn, float]]) -> RewardFn:
         )
 
     def score(samples: Sequence[Sample]) -> list[Reward]:
+        # Each reward gets all samples at one time, since judges ask for them together.
         columns = {name: _checked(name, reward, samples) for name, (reward, _) in rewards.items()}
         rows = (
             {name: results[i] for name, results in columns.items()} for i in range(len(samples))

@@ -180,6 +180,7 @@ class _Coroutines:
             finally:
                 for future in futures:
                     future.cancel()
+            # Whoever did not end in time may block the loop, so the next batch gets another one.
             if any(future.cancelled() for future in futures):
                 _stop(loop)
                 self._loop = None

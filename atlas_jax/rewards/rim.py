@@ -137,6 +137,7 @@ class RIMReward:
         Raises:
             StopRequestedError: if the run is to stop; calls in flight are given up.
         """
+        # The other processes wait meanwhile, and must not take this one for stuck.
         with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
             return _in_thread(self._judge(cases))
 
@@ -210,6 +211,7 @@ class RIMReward:
         temperatures = self.config.temperatures
         answers = await _asked(pool, messages, temperatures)
         calls = list(answers)
+        # If no sample came, the model is away, and the whole case is asked for again after a wait.
         if any(a.opinion for a in answers):
             missing = [i for i, a in enumerate(answers) if a.later]
             again = await _asked(pool, messages, [temperatures[i] for i in missing])
@@ -225,6 +227,7 @@ class RIMReward:
             last = await pool.ask("large_model", messages, temperature)
             answers = [*answers, last]
             calls = [*calls, last]
+            # An arbiter that does not answer leaves the decision with the samples.
             opinion = last.opinion or opinion
         failures = tuple(a.failure for a in answers if not a.opinion)
         spread = ensemble.spread(samples)
@@ -266,6 +269,7 @@ class RIMReward:
         if score is None:
             name, hearing = next(iter(unheard.items()))
             why = f"the judge {name} did not speak: {hearing.verdict.failures[0]}"
+            # One judge that will never speak makes another attempt useless.
             retryable = all(hearing.is_retryable for hearing in unheard.values())
             details = {"unscored": why, **details}
             return Reward(value=None, details=details, is_retryable=retryable)

@@ -72,12 +72,15 @@ def intervals(samples: Sequence[Sample], seed: int = 0) -> dict[str, Interval]:
     table = np.asarray([[one[name] for name in names] for one in each], float)  # [N, metrics, 2]
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), size=_RESAMPLES)
+    # Sums and weights are drawn together: the ratio of the sums is the metric, not a mean of
+    # ratios.
     sums = np.einsum("rn,nmk->rmk", drawn, table)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = sums[..., 0] / sums[..., 1]
         values = table.sum(0)[:, 0] / table.sum(0)[:, 1]
     result = {}
     for i, name in enumerate(names):
+        # A draw may hold no question to which the metric applies.
         known = ratios[:, i][np.isfinite(ratios[:, i])]
         low, high = np.quantile(known, (0.025, 0.975)) if known.size else (math.nan, math.nan)
         key = name.removeprefix("teaching/")

@@ -83,9 +83,11 @@ def _fill_policy_row(batch: PolicyBatch, row: int, members: Sequence[Sample]) ->
         start = end
         end += len(tokens)
         batch.tokens[row, start:end] = tokens
+        # Every completion continues the prompt, as if the others were not there.
         batch.positions[row, start:end] = len(prompt) + np.arange(end - start)
         batch.sequence_ids[row, start:end] = number
         if sample.trains:
+            # Own tokens may begin with the rest of the prompt, which is not trained.
             first = end - completion.num_tokens
             sampled = np.asarray(completion.sampled or (True,) * completion.num_tokens, bool)
             logprobs = np.where(sampled, completion.untruncated_logprobs, 0.0)

@@ -146,6 +146,7 @@ def _alone(
         )
         for q, place in zip(questions, places, strict=True)
     ]
+    # One call, so that both kinds of text fill the same rows of the engine.
     written = [group[0] for group in _ask(student, requests, draws.sampling, student.context)]
     return list(zip(written[: len(questions)], written[len(questions) :], strict=True))
 
@@ -226,6 +227,7 @@ def _guide(
     for sample in taught:
         template = protocol.templates.with_teaching
         prompt = _fill(template, sample.question, {"teaching": sample.teaching})
+        # Each lesson is answered with random numbers of its own, or its luck would be its group's.
         number = sample.place * protocol.num_generations + sample.member
         seed = draws.seed_of(number, _GUIDED)
         requests.append(Request(student.encode(prompt), protocol.limits.answer, seed))
@@ -238,6 +240,7 @@ def _guide(
 
 def _untaught(sample: Sample, protocol: TeachingProtocol) -> Completion | None:
     """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
+    # A lesson that failed must not count as one without effect, as the baseline would.
     if sample.completion.is_failed:
         return Completion.failed(sample.completion.finish_reason)
     if protocol.missing_teaching == "unscored":

@@ -82,16 +82,20 @@ def opened(config: TrainConfig) -> Iterator[None]:
             named with the directory.
     """
     text = _config_text(config)
+    # Before anything is written: processes with other options would wait for each other for ever.
     distributed.check_same(text, "its options differ from those of process 0; give all the same")
     directory = pathlib.Path(config.output_dir)
+    # Before the first program is compiled; JAX looks at this option only then.
     jax.config.update("jax_compilation_cache_dir", _compilation_cache(config))
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             stack.enter_context(_locked(directory))
+        # The lock comes first, since its file holds the number that the processes compare.
         _check_shared(directory)
         stack.enter_context(_log(directory))
         if distributed.is_main():
             _take_snapshot(config)
+        # The others read the snapshot that process 0 has just written.
         distributed.barrier("the data's snapshot")
         try:
             yield
@@ -206,6 +210,7 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
         write_whole(directory / _HOLDER, json.dumps(holder | {"id": secrets.randbits(63)}) + "\n")
         yield
     finally:
+        # Before the lock is released: the next run writes its own.
         (directory / _HOLDER).unlink(missing_ok=True)
         lock.release()
 
@@ -214,6 +219,7 @@ def _acquired(directory: pathlib.Path) -> filelock.BaseFileLock:
     path = str(directory / _LOCK)
     # A soft lock is a file with host, process and start time, for file systems without locks.
     for kind in (filelock.FileLock, filelock.SoftFileLock):
+        # A run that waited for another one would look as if it hung.
         lock = kind(path, timeout=0)
         try:
             lock.acquire()

@@ -104,6 +104,7 @@ def _open(
     tokenizer_name: str = "",
 ) -> Model:
     path = hf.resolve(name)
+    # The headers of the files alone: what cannot be trained is refused before weights are read.
     source = hf.open_source(path)
     tokenizer = load_tokenizer(tokenizer_name or path)
     architecture = from_hf(source.config)
@@ -253,6 +254,7 @@ def check_ids(
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a short hash of a tokenizer's vocabulary and chat template."""
+    # The vocabulary is a dict whose order may change between releases of the library.
     content = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

@@ -75,6 +75,7 @@ def load(origin: Origin, config: TrainConfig, model: Model, decoder: Decoder) ->
     if stored.exists():
         _check_same_model(origin, json.loads(stored.read_text()), decoder)
     checkpoints = manager.Checkpoints(origin.path, create=False)
+    # A reference may rest in another dtype than the parameters that were saved.
     frozen = decoder is not model.decoder
     params = checkpoints.restore_params(
         origin.step, step.abstract(decoder.shapes, decoder.placements()), cast=frozen

@@ -56,6 +56,7 @@ def to_records(
         fate = "other" if not query.matches(session) else "repeated" if key in seen else "kept"
         counts[fate] += 1
         if fate == "other":
+            # Told at the end, where filters that match nothing are corrected.
             counts[f"review_status {status}"] += 1
         if fate == "kept":
             seen.add(key)

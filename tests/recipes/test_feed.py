@@ -115,8 +115,9 @@ def test_other_questions_are_asked_from_the_same_position_where_they_are_allowed
     assert other.get_state()["fingerprint"] != feed.get_state()["fingerprint"]
 
 
-@pytest.mark.parametrize("allowed", [0.25, 0.24])
-def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
+def with_one_unscored(tmp_path, allowed):
+    """A feed of four samples, one of which gets no score; `allowed` is `max_failed_frac`."""
+
     def reward(samples):
         scores = (
             None if (r.question.id, r.completion.text) == ("id1", "1") else 0.0 for r in samples
@@ -125,14 +126,19 @@ def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
 
     options = dataclasses.replace(CONFIG.reward, max_failed_frac=allowed)
     config = dataclasses.replace(CONFIG, reward=options)
-    feed = make_feed(tmp_path, useful, reward, config)
-    if allowed == 0.25:
-        given = feed.next(state_of(0), time.sleep)
-        assert given.metrics["reward/failed_frac"] == (1, 4)
-        assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, True, False]
-        mask = np.asarray(given.batch.loss_mask) & (np.asarray(given.batch.sequence_ids) == 2)
-        assert mask.any(axis=-1).tolist() == [[True, False]]
-        return
+    return make_feed(tmp_path, useful, reward, config)
+
+
+def test_a_sample_without_a_score_does_not_train(tmp_path):
+    given = with_one_unscored(tmp_path, 0.25).next(state_of(0), time.sleep)
+    assert given.metrics["reward/failed_frac"] == (1, 4)
+    assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, True, False]
+    mask = np.asarray(given.batch.loss_mask) & (np.asarray(given.batch.sequence_ids) == 2)
+    assert mask.any(axis=-1).tolist() == [[True, False]]
+
+
+def test_too_many_samples_without_a_score_stop_the_run(tmp_path):
+    feed = with_one_unscored(tmp_path, 0.24)
     with pytest.raises(RuntimeError, match=r"1 of 4 samples(?s:.*)max_failed_frac=0.24.*why"):
         feed.next(state_of(0), time.sleep)
     assert len(recorded(tmp_path, 1)) == 4  # to look at
