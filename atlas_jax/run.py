@@ -100,8 +100,8 @@ class Run:
             ValueError: if the run in `output_dir` was started with another model, optimizer or
                 data, or if there are no weights to begin with.
         """
-        optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
         # The optimizer first, since its state is restored into the shapes that it has.
+        optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
         start = self._start(optimizer, student)
         _check_same_data(self.config, start, fingerprint)
         return Training(
@@ -144,6 +144,7 @@ class Run:
             params = self._first_params(now.origin)
             logging.info("training begins with %s", now.origin)
             return Start(self.compute.state(params, optimizer), {}, now)
+        # A run of a version that wrote no `start.json` began as the options of this command say.
         before = before or now
         # Before Orbax reads: its errors would name arrays instead of the option that changed.
         _check_same_start(config, before, now)

@@ -18,7 +18,8 @@ OTHERS = (
 )  # fmt: skip
 """Of other recipes and other rows."""
 CHOSEN = {
-    "atlas_jax.config", "atlas_jax.config_files", "atlas_jax.data.encoding_pool",
+    "atlas_jax.checkpoint.diagnosis", "atlas_jax.config", "atlas_jax.config_files",
+    "atlas_jax.data.encoding_pool", "atlas_jax.startup.origins",
     "atlas_jax.data.hub_rows", "atlas_jax.data.row_functions", "atlas_jax.data.session_rows",
     "atlas_jax.data.tables", "atlas_jax.extras", "atlas_jax.hosts", "atlas_jax.models.splash",
     "atlas_jax.offload", "atlas_jax.options.descriptions", "atlas_jax.profiling",
@@ -26,14 +27,15 @@ CHOSEN = {
 }  # fmt: skip
 """Of what a command, an option, a kind of row, an error or the number of processes asks for."""
 BOUNDS = {
-    "recipes.sft": (45, 6_550),
-    "recipes.grpo": (87, 11_000),
+    "recipes.sft": (40, 5_900),
+    "recipes.grpo": (62, 7_650),
 }
 """Modules and code lines that importing a recipe reaches, at most; lines rounded up.
 
-Every run of SFT uses what is left: rows and tokens (1,900 lines), checkpoints and export (1,050),
-the model (750), options (650) and the start of a run (600). GRPO has the checks of answers and of
-gaming beside it (2,600), since its feed and its measures import them under every reward."""
+Every run of SFT uses what is left: rows and tokens (1,550 lines), checkpoints and export (950), the
+model and its sharding (1,000), the start of a run (600), options (400), and the loop with its step,
+metrics and stop (850). GRPO adds questions, samples, rewards, rows and the loss, and the options of
+judges, which stand in its config."""
 
 REACHED = """
 import sys
