@@ -23,6 +23,7 @@ from absl import logging
 from atlas_jax import distributed, loop, metrics, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
+from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import TrainConfig
 from atlas_jax.startup import directory
@@ -66,6 +67,7 @@ class Run:
         compute = Compute.of(config, devices)
         with directory.opened(config):
             opened = open_model(compute)
+            _log_attention(config, opened.decoder)
             yield cls(compute, opened, Checkpoints(config.output_dir, config.save_total_limit))
 
     @property
@@ -132,6 +134,7 @@ class Run:
             student=hf.digest(student.source) if student else "",
             date=self.model.template.date.isoformat(),
         )
+        # A run of a version that wrote no `start.json` began as the options of this command say.
         before = directory.started(config.output_dir) if latest is not None else None
         if before is None and config.resume_from:
             from atlas_jax.startup import origins  # of other runs
@@ -276,3 +279,8 @@ def _check_same_data(config: TrainConfig, start: Start, fingerprint: str) -> Non
         f"now {fingerprint}): {cause}; restore them, or name a new output_dir and "
         f"resume_from={config.output_dir}, which takes the weights alone"
     )
+
+
+def _log_attention(config: TrainConfig, decoder: Decoder) -> None:
+    longest = max(config.longest_sequence, config.max_seq_length)
+    logging.info("%s", attention.describe(decoder.attention, longest))

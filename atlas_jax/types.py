@@ -116,6 +116,24 @@ class Batch(NamedTuple):
     loss_mask: Array  # [B, T] bool, true where this token, as a target, is trained on
 
 
+class RowBounds(NamedTuple):
+    """What a program may rely on of its rows, so that attention needs no mask; 0 if not known.
+
+    On flash kernels a row that does not keep to them gives NaN, which ends a run.
+    """
+
+    segments: int = 0
+    """Most segments of a row; a prompt and each of its completions count."""
+    longest: int = 0
+    """Most tokens of a segment."""
+    prompt: int = 0
+    """Most tokens of a prompt that completions share."""
+
+
+UNKNOWN = RowBounds()
+"""Bounds of rows of which nothing is known."""
+
+
 class PolicyBatch(NamedTuple):
     """A rectangle of prompts and the completions that were sampled from them.
 

@@ -613,20 +613,46 @@ def test_a_signal_while_servers_start_ends_them(together, grpo_inputs, tmp_path,
     assert not run.left()
 
 
-def test_servers_of_a_node_are_gone_when_their_script_is(gpu_host, grpo_inputs, tmp_path):
-    """SIGTERM comes twice, as where each of two servers is ended by a signal to their one step."""
+TWICE = """trap() {
+  if [ "$*:${twice:-}" = "- EXIT:" ]; then twice=1; kill -INT $$; fi
+  builtin trap "$@"
+}
+"""
+"""What BASH_ENV names: SIGINT comes to a script that is about to end its jobs."""
+
+
+def test_ctrl_c_again_as_servers_are_about_to_be_ended_leaves_none(together, grpo_inputs, tmp_path):
+    model = grpo_inputs / "model"
+    (tmp_path / "twice.sh").write_text(TWICE)
+    words = (f"model_name_or_path={model}", f"student_model={model}")
+    run = together("2", "1", GRPO, *words, STUB_WAITS="1", BASH_ENV=str(tmp_path / "twice.sh"))
+    run.wait_until(lambda: len(list((tmp_path / "stub").glob("worker_*"))) == 2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(WAIT_SECS) == 130
+    assert not run.left()
+
+
+@pytest.mark.parametrize(
+    ("number", "again", "code"), [(signal.SIGTERM, "", 143), (signal.SIGINT, TWICE, 130)]
+)
+def test_servers_of_a_node_are_gone_when_their_script_is(
+    gpu_host, grpo_inputs, tmp_path, number, again, code
+):
+    """A signal comes twice, as where each of two servers is ended by one to their one step."""
     python, _ = vllm_stub.write(tmp_path / "stub")
+    (tmp_path / "twice.sh").write_text(again)
     env = gpu_host | {
         "ATLAS_VLLM_PYTHON": python, "STUB_FOLDER": str(tmp_path / "stub"), "STUB_WHEEL": "gpu",
         "DEVICES_PER_SERVER": "4", "PORT": str(free_ports()),
+        "BASH_ENV": str(tmp_path / "twice.sh"),
     }  # fmt: skip
     words = ["launch/servers.sh", "8", "--model", grpo_inputs / "model"]
     with processes.started([{"args": words, "env": env}], tmp_path / "logs") as run:
         run.wait_until(lambda: len(list((tmp_path / "stub").glob("worker_*"))) == 2)
-        run.processes[0].send_signal(signal.SIGTERM)
+        run.processes[0].send_signal(number)
         time.sleep(1)
-        run.processes[0].send_signal(signal.SIGTERM)
-        assert run.wait(WAIT_SECS) == [143]
+        run.processes[0].send_signal(number)
+        assert run.wait(WAIT_SECS) == [code]
         assert not any(map(alive, stub_processes(tmp_path)))
 
 

@@ -31,8 +31,8 @@ def test_each_foreign_name_has_one_answer_and_is_no_option_here():
 
 ELSEWHERE = {
     "rollouts/", "checkpoints/", "final/", "training.log", "FILE.py", "db_url", "sft", "grpo",
-    "atlas-plan", "atlas-convert", "atlas-serve", "launch_with_server.sh", "none", "dots", "full",
-    "token", "sequence", "constant", "linear", "cosine", "local", "auto", "float32",
+    "atlas-plan", "atlas-convert", "atlas-serve", "launch_with_server.sh", "none", "dots", "mlp",
+    "full", "token", "sequence", "constant", "linear", "cosine", "local", "auto", "float32",
     "hf upload NAME OUTPUT_DIR/final",
 }  # fmt: skip
 

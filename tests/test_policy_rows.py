@@ -11,13 +11,10 @@ import torch
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
 from atlas_jax.losses import policy_loss
-from atlas_jax.models.attention import can_share_prompts
-from atlas_jax.models.splash import splash
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.rollout.rows import collate_policy
-from atlas_jax.sharding import make_mesh
 from atlas_jax.types import Completion, PolicyBatch, Question, Sample
 from tests import tiny
 from tests.compare import close
@@ -290,14 +287,6 @@ def test_gradients_equal_plain_computation_at_a_temperature(one):
 
     found, expected = (jax.jit(jax.grad(f, (0, 1)))(hidden, table) for f in (ours, plain))
     close(found, expected)
-
-
-def test_splash_refuses_shared_prompts():
-    mesh = make_mesh(MeshConfig(fsdp=1), ONE)
-    heads, ids = jnp.zeros((1, 128, 1, 128)), jnp.ones((1, 128), jnp.int32)
-    with pytest.raises(ValueError, match=r"set rollout\.share_prompt=false"):
-        splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
-    assert not can_share_prompts(functools.partial(splash, mesh=mesh))
 
 
 def test_a_window_shorter_than_a_row_gives_each_completion_its_own_prompt(tmp_path):

@@ -44,7 +44,7 @@ def main() -> None:
         each.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
         each.add_argument("--steps", type=int, default=6)
         each.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-        each.add_argument("--remat", default="none", choices=["none", "dots", "full"])
+        each.add_argument("--remat", default="none", choices=["none", "dots", "mlp", "full"])
         each.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn", "splash"])
         each.add_argument("--chunk", type=int, default=1024, help="loss_chunk_size")
     sft_parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")

@@ -346,6 +346,7 @@ class ControlTokens:
         if "merges" in model:
             # Merges that lead to a renamed piece would name what the vocabulary no longer has.
             pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+            # Merges that lead to a renamed piece would name what the vocabulary no longer has.
             model["merges"] = [p for p in pairs if other.keys().isdisjoint((*p, "".join(p)))]
         return Tokenizer.from_str(json.dumps(content))
 

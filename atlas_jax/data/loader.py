@@ -14,6 +14,7 @@ and every step has the same shape.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import json
 import math
@@ -28,7 +29,13 @@ from absl import logging
 
 from atlas_jax.data import chat, examples
 from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
+from atlas_jax.data.packing import (
+    bucket_length,
+    capped_buckets,
+    collate,
+    pack_best_fit,
+    whole_blocks,
+)
 from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
 from atlas_jax.options.train import TrainConfig
@@ -37,6 +44,9 @@ from atlas_jax.wording import shorten
 
 Table: TypeAlias = list[list[int]] | np.ndarray
 """Indices of the examples of each row: lists if rows are packed, else an array of one column."""
+
+_SEGMENTS = 8
+"""Steps of `segment_bound`."""
 
 
 class HostRows(NamedTuple):
@@ -180,7 +190,7 @@ class TokenDataset:
     def batch(self, step: int) -> Batch:
         """Returns this process's rows of one step, counted from the first step of epoch 0."""
         rows = self._step_rows(step)
-        length = self._order.max_seq_length
+        length = whole_blocks(self._order.max_seq_length)
         if not self._order.packing:
             # The length depends on the rows of all processes, so that all have the same shape.
             length = bucket_length(
@@ -190,6 +200,17 @@ class TokenDataset:
         first = self._layout.process_index * share
         mine = [[self.example(int(i)) for i in row] for row in rows[first : first + share]]
         return collate(mine + [[]] * (share - len(mine)), length)
+
+    @functools.cached_property
+    def max_segments(self) -> int:
+        """Most examples of a row: as many as in the first epoch, rounded up, and a few more.
+
+        Programs are compiled for it, and the rows of later epochs keep to it.
+        """
+        if not self._order.packing:
+            return 1
+        with self._lock:
+            return segment_bound(max(map(len, self._epoch_rows(0))))
 
     def num_tokens(self, step: int) -> int:
         """Returns the number of tokens of a step over all processes, without padding."""
@@ -232,7 +253,8 @@ class TokenDataset:
             # Two epochs are kept, because at the border of two epochs the prefetching threads read
             # from both.
             self._rows = {e: rows for e, rows in self._rows.items() if abs(e - epoch) == 1}
-            self._rows[epoch] = epoch_rows(self._lengths, self._order, epoch)
+            most = self.max_segments if epoch and self._order.packing else 0
+            self._rows[epoch] = epoch_rows(self._lengths, self._order, epoch, most)
         return self._rows[epoch]
 
 
@@ -287,19 +309,28 @@ class Batches(Iterator[Batch]):
         self._reader.close()
 
 
-def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int) -> Table:
+def segment_bound(most: int) -> int:
+    """Returns the segments that attention has room for in rows of `most` of them.
+
+    There is some room for other epochs, whose rows are packed otherwise.
+    """
+    return _SEGMENTS * (most // _SEGMENTS + 1)
+
+
+def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int, most: int = 0) -> Table:
     """Returns the examples of each row of an epoch, every example exactly once.
 
     Args:
         lengths: the number of tokens of each example, [examples].
         order: the settings, for shuffling and packing.
         epoch: the epoch, counted from 0, which determines the permutation.
+        most: most examples of a row; 0 for any.
     """
     # Packing follows the permutation, so every epoch has other neighbours in its rows.
     indices = epoch_order(len(lengths), epoch, order.seed, order.shuffle)
     if not order.packing:
         return indices[:, None]
-    rows = pack_best_fit(lengths[indices], order.max_seq_length)
+    rows = pack_best_fit(lengths[indices], order.max_seq_length, most)
     return [indices[row].tolist() for row in rows]
 
 

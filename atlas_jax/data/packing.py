@@ -20,13 +20,28 @@ import numpy as np
 
 from atlas_jax.types import Batch, Example
 
+_BLOCK = 128  # positions
+
 
 def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
-    """Returns the buckets below `max_seq_length`, ascending, and that length itself."""
-    return (*sorted({bucket for bucket in buckets if bucket < max_seq_length}), max_seq_length)
+    """Returns the buckets below `max_seq_length`, ascending, and its `whole_blocks`."""
+    return (
+        *sorted({bucket for bucket in buckets if bucket < max_seq_length}),
+        whole_blocks(max_seq_length),
+    )
 
 
-def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
+def whole_blocks(length: int) -> int:
+    """Returns the positions of a row for `length` tokens: from one block on, blocks of 128.
+
+    Flash kernels compute blocks, and cuDNN's backward pass may give NaN for a half one.
+    """
+    return length if length < _BLOCK else -(-length // _BLOCK) * _BLOCK
+
+
+def pack_best_fit(
+    lengths: Sequence[int] | np.ndarray, row_length: int, most: int = 0
+) -> list[list[int]]:
     """Returns the examples of each row, as indices into `lengths`, in order of arrival.
 
     Among rows with the same room, the one that was filled last is taken.
@@ -34,6 +49,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
     Args:
         lengths: the number of tokens of each example, at least 1.
         row_length: the number of tokens of a row.
+        most: the number of examples that a row may hold; 0 for any.
 
     Raises:
         ValueError: if an example is longer than a row.
@@ -61,7 +77,8 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
             if not with_room[room]:
                 del with_room[room], rooms[place]
         rows[row].append(example)
-        _add_room(rooms, with_room, row, int(room - length))
+        if len(rows[row]) != most:
+            _add_room(rooms, with_room, row, int(room - length))
     return rows
 
 

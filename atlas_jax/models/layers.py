@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from atlas_jax.models.config import ModelConfig, Rope
@@ -197,14 +198,20 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Returns the attention of every position to those that `attend` lets it see."""
-        query = self.q(x)
-        key = self.k(x)
-        value = self.v(x)
+        query = _kept(self.q(x))
+        key = _kept(self.k(x))
+        value = _kept(self.v(x))
         if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query)
             key = self.k_norm(key)
         key = rotate(key, angles)
-        return self.o(attend(rotate(query, angles), key, value)), KeysValues(key, value)
+        out = self.o(attend(rotate(query, angles), key, value))
+        return _kept(out), KeysValues(key, value)
+
+
+def _kept(projection: jax.Array) -> jax.Array:
+    """Names a projection of attention for the policy that keeps those."""
+    return checkpoint_name(projection, "attention_projection")
 
 
 def _head_norm(config: ModelConfig, heads: int, dim: str) -> Norm | None:

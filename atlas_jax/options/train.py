@@ -164,11 +164,12 @@ class TrainConfig:
     same. 0 is the product of `per_device_train_batch_size`, `gradient_accumulation_steps` and the
     devices."""
     gradient_checkpointing: Annotated[
-        Literal["none", "dots", "full"], Words((("true", "full"), ("false", "none")))
+        Literal["none", "dots", "mlp", "full"], Words((("true", "full"), ("false", "none")))
     ] = "full"
-    """Recomputation in the backward pass: `none` computes no matrix product twice, `dots`
-    recomputes attention, `full` keeps one vector per token and layer and recomputes the rest.
-    `true` and `false` mean `full` and `none`."""
+    """Recomputation in the backward pass, in order of memory: `none` computes no matrix product
+    twice, `dots` also recomputes the scores of `xla` attention, `mlp` the MLP but no attention, and
+    `full` all but attention. What attention returns is kept by each, except with
+    `offload=activations`. `true` and `false` mean `full` and `none`."""
     attn_implementation: Annotated[
         Literal["auto", "xla", "cudnn", "splash"], Words((("flash_attention_2", "auto"),))
     ] = "auto"

@@ -79,14 +79,6 @@ def stop_tokens(model: Model) -> tuple[int, ...]:
     return model.stop_ids
 
 
-def encoder(template: ChatTemplate, system_prompt: str) -> Callable[[str], tuple[int, ...]]:
-    """Returns a user's message -> prompt ids, under the chat template if the tokenizer has one.
-
-    It may be called from several threads.
-    """
-    return asking(turn_encoder(template, system_prompt))
-
-
 def asking(encode_turn: EncodeTurn) -> Callable[[str], tuple[int, ...]]:
     """Returns a user's message -> the prompt of a conversation that it begins."""
     return lambda text: encode_turn([Message(role="user", content=text)])
@@ -219,7 +211,6 @@ def make_protocol(config: GRPOConfig, num_generations: int) -> TeachingProtocol:
         prompt=config.max_prompt_length,
     )
     return TeachingProtocol(
-        kind=config.rollout.protocol,
         templates=templates,
         limits=limits,
         num_generations=num_generations,

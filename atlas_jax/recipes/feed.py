@@ -41,6 +41,9 @@ _LEAVE = StopRequestedError, DependencyError
 """Reasons to give up a batch, in all processes together; a stop counts before an outage."""
 
 
+_JOIN_SECS = 5.0
+
+
 class Parts(NamedTuple):
     """The parts of a step that stay the same while the run trains."""
 
@@ -159,6 +162,10 @@ class Feed:
     def close(self) -> None:
         """Gives up batches that are being made."""
         self._prefetcher.close()
+
+    def join(self) -> None:
+        """Waits for the thread that makes batches, when all that it asks has been closed."""
+        self._prefetcher.join(_JOIN_SECS)
 
     def _sync_reference(self, version: int, params: Params) -> None:
         config = self._parts.config

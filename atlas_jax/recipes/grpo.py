@@ -26,7 +26,7 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
-from atlas_jax.recipes.layout import Layout, make_layout
+from atlas_jax.recipes.layout import Layout, make_layout, row_bounds
 from atlas_jax.recipes.scoring import labels, make_reward
 from atlas_jax.rollout import record
 from atlas_jax.rollout.engine import Backend
@@ -72,8 +72,9 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         stack.callback(writer.close)
         if distributed.is_main():
             record.drop_after(config.output_dir, training.first_step)
-        # 5. The backend. Closed in reverse: the feed, which asks it, then the backend, then the
-        #    writer, which both write to.
+        # 5. The backend. Closed in reverse: the feed, which asks it, then the rewards, the backend,
+        #    what the feed was still making, and the writer.
+        last = stack.enter_context(contextlib.ExitStack())
         backend = _make_backend(config, run.model, student)
         stack.callback(backend.close)
         parts = Parts(
@@ -82,13 +83,14 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             order=order,
             backend=backend,
             protocol=protocol,
-            reward=make_reward(config, given.rewards),
+            reward=make_reward(config, stack, given.rewards),
             logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,
             given_labels=labels(config, given.rewards) if given.rewards else (),
         )
         feed = Feed(parts, reference)
+        last.callback(feed.join)
         stack.callback(feed.close)
         if training.position:
             feed.set_state(training.position, allow_other_data=config.data.refresh)
@@ -118,8 +120,8 @@ def fit_attention(layout: Layout, decoder: Decoder) -> Layout:
     """
     config = decoder.config
     window = config.window if any(config.local_layers) else 0
-    fits = attention.can_share_prompts(decoder.attention)
-    if layout.per_row == 1 or (fits and not 0 < window < layout.buckets[-1]):
+    shares = attention.shares_prompts(decoder.attention)
+    if layout.per_row == 1 or (shares and not 0 < window < layout.buckets[-1]):
         return layout
     logging.info("each completion gets a row with its prompt: its attention cannot share one")
     return layout._replace(per_row=1)
@@ -172,7 +174,8 @@ def _logprobs(
     with_entropy: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     shared = batch.sequence_ids if per_row > 1 else None
-    hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
+    rows = batch.tokens, batch.positions, batch.segment_ids, shared
+    hidden = decoder.hidden(params, *rows, row_bounds(config, per_row))
     head = logprobs.Head(
         sharding=decoder.sharding,
         chunk_size=config.loss_chunk_size,

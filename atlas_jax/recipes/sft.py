@@ -19,7 +19,16 @@ from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.startup import directory
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import check_ids
-from atlas_jax.types import NOTHING_GIVEN, Batch, Given, LossSum, Metrics, Params
+from atlas_jax.types import (
+    NOTHING_GIVEN,
+    UNKNOWN,
+    Batch,
+    Given,
+    LossSum,
+    Metrics,
+    Params,
+    RowBounds,
+)
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
 """Success by the ATLAS training guide: upper bounds of the last logged step."""
@@ -48,11 +57,12 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         # 4. Nothing can refuse the run any more: what is in the directory may be replaced.
         writer = training.committed()
         stack.callback(writer.close)
-        kept = [d.token_path for d in (train, held_out) if d is not None]
+        datasets = [d for d in (train, held_out) if d is not None]
         # Not earlier: a refused command must leave the tokens of the run that is there.
-        tokenized.remove_others(directory.tokens(config), kept)
+        tokenized.remove_others(directory.tokens(config), [d.token_path for d in datasets])
         # 5. Training, and its end.
-        loss = make_loss(run.decoder, config.loss_chunk_size)
+        bounds = RowBounds(segments=max(d.max_segments for d in datasets))
+        loss = make_loss(run.decoder, config.loss_chunk_size, bounds)
         outcome = training.train(
             loss,
             _RowFeed(batches, run.compute.sharding, plan.microbatches),
@@ -95,11 +105,12 @@ class _RowFeed(NamedTuple):
         """There is no reference model."""
 
 
-def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
+def make_loss(decoder: Decoder, chunk_size: int, bounds: RowBounds = UNKNOWN) -> step.LossFn:
     """Returns the cross entropy of a batch as a function of the parameters."""
 
     def loss(params: Params, batch: Batch) -> tuple[LossSum, Metrics]:
-        hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
+        rows = batch.tokens, batch.positions, batch.segment_ids
+        hidden = decoder.hidden(params, *rows, bounds=bounds)
         table = decoder.output_table(params)
         head = logprobs.Head(decoder.sharding, chunk_size)
         return logprobs.cross_entropy(hidden, table, batch, head), {}

@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import threading
-from collections.abc import Coroutine, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from atlas_jax import config as config_lib
 from atlas_jax import progress, stopping
+from atlas_jax.event_loop import EventLoopThread
 from atlas_jax.options.judges import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
 from atlas_jax.rewards.combined import failure
 from atlas_jax.rewards.ensemble import Opinion, Verdict
 from atlas_jax.rewards.transport import MAX_HOLD_SECS, CallBatch, CallResult, Transport
 from atlas_jax.types import Message, Reward, Sample
-
-T = TypeVar("T")
 
 _EVIDENCE = {
     "ground_truth": "ground_truth",
@@ -55,9 +53,6 @@ _UNHEARD = Verdict(
     opinion=_NO_LESSON, samples=(), spread=0.0, escalation="", failures=(), num_asked=0
 )
 """The verdict of a judge that had to look at a lesson where none was written."""
-
-_CLOSE_SECS = 5.0
-"""Longest that closing the connections may hold up the caller."""
 
 
 class RIMEvaluation(NamedTuple):
@@ -119,6 +114,7 @@ class RIMReward:
         config_lib.check_rim(self.config)
         self.names = self.config.judge_names
         self._transport = Transport(self.config, share, ledger_path)
+        self._loops: set[EventLoopThread] = set()
 
     def __call__(self, samples: Sequence[Sample]) -> list[Reward]:
         """Returns the reward of each sample; one whose texts failed is not scored."""
@@ -135,11 +131,23 @@ class RIMReward:
         """Returns the reward of each case.
 
         Raises:
+            CancelledError: of concurrent.futures, if the reward is closed meanwhile.
             StopRequestedError: if the run is to stop; calls in flight are given up.
         """
-        # The other processes wait meanwhile, and must not take this one for stuck.
-        with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
-            return _in_thread(self._judge(cases))
+        loop = EventLoopThread("judges")
+        self._loops.add(loop)
+        try:
+            # The other processes wait meanwhile, and must not take this one for stuck.
+            with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
+                return stopping.result(loop.submit(self._judge(cases)))
+        finally:
+            loop.close()
+            self._loops.discard(loop)
+
+    def close(self) -> None:
+        """Gives up the calls that other threads have in flight; the reward may be used again."""
+        for loop in list(self._loops):
+            loop.close()
 
     def evaluate(
         self, prompt: str, response: str, **evidence: str | Sequence[str] | None
@@ -302,40 +310,6 @@ def _one(name: str, value: str | Sequence[str] | None) -> str:
     if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name}={texts!r:.200} must be one text, since there is one answer")
     return texts[0] if texts else ""
-
-
-def _in_thread(work: Coroutine[Any, Any, T]) -> T:
-    """Returns the result of a coroutine, which an event loop in a thread of its own runs.
-
-    The thread is a daemon, so that calls which do not end do not hold up the end of the process.
-
-    Raises:
-        StopRequestedError: if the run is to stop; the coroutine is cancelled.
-    """
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=_serve, args=(loop,), name="judges", daemon=True)
-    thread.start()
-    try:
-        return stopping.result(asyncio.run_coroutine_threadsafe(work, loop))
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(_CLOSE_SECS)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Runs an event loop until it is stopped, then what its tasks do when they are cancelled."""
-
-    async def end(tasks: set[asyncio.Task[Any]]) -> None:
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    loop.run_forever()
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        if not task.cancelling():  # a second time would interrupt its cleaning up
-            task.cancel()
-    loop.run_until_complete(end(tasks))
-    loop.run_until_complete(loop.shutdown_default_executor())
-    loop.close()
 
 
 def _failure(sample: Sample) -> Reward | None:

@@ -49,7 +49,6 @@ class Limits(NamedTuple):
 class TeachingProtocol(NamedTuple):
     """The texts and limits with which a group of samples is made."""
 
-    kind: str  # teaching or direct
     templates: Templates
     limits: Limits
     num_generations: int

@@ -94,7 +94,14 @@ class Compute:
         decoder = Decoder(
             architecture,
             sharding,
-            attention.select(config.attn_implementation, sharding.mesh, config.packing, dtype),
+            attention.select(
+                config.attn_implementation,
+                sharding.mesh,
+                config.packing,
+                dtype,
+                architecture.head_dim,
+                architecture.window,
+            ),
             param_dtype=param_dtype,
             compute_dtype=dtype,
             remat=config.gradient_checkpointing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -67,8 +68,8 @@ def make(output: pathlib.Path, num_questions: int, text: Callable[[str, int], st
         layout=grpo.make_layout(config, plan, sharding.num_replicas),
         order=QuestionOrder(asked(), 0, False),
         backend=LocalBackend(lambda params, version: Script(text, version=version).model, None),
-        protocol=protocol(kind="direct", size=GROUP, policy=48, prompt=16),
-        reward=grpo.make_reward(config),
+        protocol=protocol(size=GROUP, policy=48, prompt=16),
+        reward=grpo.make_reward(config, contextlib.ExitStack()),
         logprobs_fn=lambda params, batch: batch.rollout_logprobs,
         sharding=sharding,
         writer=metrics.MetricWriter(str(output), 0, enabled=False),

@@ -69,7 +69,7 @@ def test_texts_have_the_limits_of_their_kind():
 
 def test_without_a_student_the_policy_answers():
     policy = Script(lambda prompt, member: f"{member}")
-    how = protocol(kind="direct")
+    how = protocol()
     groups = by_question(teaching.run(questions(2), range(2), policy.model, None, how, DRAWS))
     assert policy.prompts == ["direct q0", "direct q1"]
     assert [[r.answer.text for r in group] for group in groups] == [["0", "1", "2"]] * 2
