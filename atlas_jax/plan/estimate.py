@@ -256,7 +256,8 @@ def _attention(
     content = program.content
     length = sum(content.parts)
     if not calls:
-        return _AttentionWork(0.0, 0.0, length**2 / pairs.needed(content) if length else 0.0, 0.0)
+        ratio = length**2 / pairs.needed(content) if length else 0.0
+        return _AttentionWork(flops=0.0, flops_in_vain=0.0, ratio=ratio, secs=0.0)
     total = vain = secs = computed = seen = 0.0
     for call, times in calls:
         done = times * pairs.operations(call, content, 1)
@@ -266,7 +267,7 @@ def _attention(
         secs += times * pairs.operations(call, content) / rates.flops[call.kind]
         computed += times * pairs.computed_by(call, content)
         seen += times * each
-    return _AttentionWork(total, vain, computed / seen, secs)
+    return _AttentionWork(flops=total, flops_in_vain=vain, ratio=computed / seen, secs=secs)
 
 
 def axes_of(group: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -50,7 +50,8 @@ def of(
     moved = traffic.of(module, body, one)
     call = _attention(one)
     if call:
-        return Kernel(call.kind, operations(call, content), moved, call)
+        flops = operations(call, content)
+        return Kernel(kind=call.kind, flops=flops, num_bytes=moved, call=call)
     flops = _dots(module, body, one)
     return Kernel("products" if flops else "memory", flops, moved)
 

@@ -49,4 +49,4 @@ def plan(
     run = programs.build(config, target, devices, architecture, student, assumptions.segments)
     chosen = [program for program in run.programs if program.name.startswith(only)]
     measured = [estimate.measure(run, program, target, speeds) for program in chosen]
-    return Plan(target, run, measured, speeds)
+    return Plan(target=target, run=run, programs=measured, rates=speeds)
