@@ -117,7 +117,7 @@ class Batch(NamedTuple):
 
 
 class RowBounds(NamedTuple):
-    """What a program may rely on of its rows, so that attention needs no mask; 0 if not known.
+    """Bounds of a program's rows, by which attention needs no mask; 0 where nothing is known.
 
     On flash kernels a row that does not keep to them gives NaN, which ends a run.
     """
