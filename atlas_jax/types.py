@@ -117,7 +117,7 @@ class Batch(NamedTuple):
 
 
 class RowBounds(NamedTuple):
-    """What a program may rely on of its rows, so that attention needs no mask; 0 if not known.
+    """Limits of rows that a program may rely on, so that attention needs no mask; 0 if not known.
 
     On flash kernels a row that does not keep to them gives NaN, which ends a run.
     """
