@@ -113,11 +113,11 @@ def _local(
     if not is_known():
         return _public(scaled, key, value, ids, window, interpret)
     near = min((w for w in (window, bounds.longest) if 0 < w < length), default=0)
-    causal = Splash(near, room=length, causal=True, interpret=interpret)
+    causal = SplashKernel(near, room=length, causal=True, interpret=interpret)
     if sequences is None:
         return passes.attend((causal,), scaled, key, value, (Pass(Ids(ids, ids)),))
     room = segments.prompt_room(bounds, length, min(BLOCK, length))
-    prompt = Splash(0, room=room, causal=False, interpret=interpret)
+    prompt = SplashKernel(0, room=room, causal=False, interpret=interpret)
     return passes.attend((causal, prompt), scaled, key, value, segments.passes(ids, sequences))
 
 
@@ -138,7 +138,7 @@ def _public(
 
 
 @dataclasses.dataclass(frozen=True)
-class Splash:
+class SplashKernel:
     """The kernel, see `passes.Kernel`; its rows are `Ids`, and its query is scaled.
 
     Attributes:
