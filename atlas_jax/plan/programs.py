@@ -211,7 +211,7 @@ def _generation(
     places = local.placements(sharding)
     grid = jax.tree.map(step.abstract, grid, jax.tree.broadcast(places, grid))
     forward = decoder.config.flops_per_token(length) / 3
-    each = decoder.config.flops_per_token(2 * (length + held)) / 3
+    each = decoder.config.flops_per_token(2 * (local.cached_room(length) + held)) / 3
     rounds = -(-completions // (samples * prompts))
     return [
         Program(
