@@ -33,7 +33,8 @@ CHUNK = 32
 """Number of tokens between two checks for finished rows."""
 _SHORTEST = 32  # smallest bucket of prompt lengths
 _FEW = 16  # rows of a device below which a smaller grid is not worth a compilation
-_ROOM = 128  # tokens that the cache of a prompt holds at least, and of a new row at most
+_SHORTEST_CACHED = 64  # least number of a prompt's tokens that the cache has room for
+_ROOM = 128  # largest number of tokens that the first cache of a row holds
 
 
 class GridPrompts(NamedTuple):
@@ -241,7 +242,7 @@ def prompt_room(longest: int) -> int:
 
 def cached_room(length: int) -> int:
     """Returns the places that the cache has for prompts that are padded to `length`."""
-    return _power_of_two(max(length, _ROOM))
+    return _power_of_two(max(length, _SHORTEST_CACHED))
 
 
 def first_room(longest: int) -> int:
