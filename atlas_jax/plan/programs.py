@@ -305,7 +305,7 @@ def _generation(config: GRPOConfig, asked: _Asked, hosts: int) -> list[Program]:
     grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), *inputs)
     places = local.placements(sharding)
     grid = jax.tree.map(step.abstract, grid, jax.tree.broadcast(places, grid))
-    each = decoder.config.flops_per_token(2 * (length + held)) / 3
+    each = decoder.config.flops_per_token(2 * (local.cached_room(length) + held)) / 3
     rounds = -(-asked.prompts // prompts)
     content = even(length, 1)
     return [

@@ -33,7 +33,8 @@ CHUNK = 32
 """Number of tokens between two checks for finished rows."""
 _SHORTEST = 32  # smallest bucket of prompt lengths
 _FEW = 16  # rows of a device below which a smaller grid is not worth a compilation
-_ROOM = 128  # tokens that the cache of a prompt holds at least, and of a new row at most
+_SHORTEST_CACHED = 64  # least number of a prompt's tokens that the cache has room for
+_ROOM = 128  # largest number of tokens that the first cache of a row holds
 
 
 class GridPrompts(NamedTuple):
@@ -239,6 +240,11 @@ def prompt_room(longest: int) -> int:
     return bucket(max(longest, _SHORTEST))
 
 
+def cached_room(length: int) -> int:
+    """Returns the places that the cache has for prompts that are padded to `length`."""
+    return _power_of_two(max(length, _SHORTEST_CACHED))
+
+
 def first_room(longest: int) -> int:
     """Returns the number of tokens in the first cache of rows of at most `longest` tokens."""
     return min(last_room(longest), _ROOM)
@@ -282,7 +288,7 @@ def start(
     size = rows.limits.shape[1]
     # Prompts are padded little where they are run, and more in the cache, with which `decode` is
     # compiled: that takes longer, and the places that are not used cost less.
-    places = _power_of_two(max(prompts.tokens.shape[1], _ROOM))
+    places = cached_room(prompts.tokens.shape[1])
     hidden, prompt_cache = kv.prefill(decoder, params, *prompts, places)
     hidden = jnp.broadcast_to(hidden[:, None], (hidden.shape[0], size, hidden.shape[1]))
     grid = _Grid(

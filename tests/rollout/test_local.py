@@ -369,7 +369,7 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
         assert kept.shape == (8, 4, 2, 128, 32)
         assert kept.sharding.shard_shape(kept.shape) == (share, 4, heads, 128, 32)
     for kept in jax.tree.leaves(grid.cache.prompt):
-        assert kept.sharding.shard_shape(kept.shape) == (share, heads, 128, 32)
+        assert kept.sharding.shard_shape(kept.shape) == (share, heads, 64, 32)
     for array in chunk:  # also the log-probabilities of greedy choices, which are a constant
         assert array.sharding.shard_shape(array.shape) == (share, 4, 1)
     local.decode.clear_cache()
