@@ -309,28 +309,28 @@ class Batches(Iterator[Batch]):
         self._reader.close()
 
 
-def segment_bound(most: int) -> int:
-    """Returns the segments that attention has room for in rows of `most` of them.
+def segment_bound(segments: int) -> int:
+    """Returns the segments that attention has room for in rows of so many.
 
     There is some room for other epochs, whose rows are packed otherwise.
     """
-    return _SEGMENTS * (most // _SEGMENTS + 1)
+    return _SEGMENTS * (segments // _SEGMENTS + 1)
 
 
-def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int, most: int = 0) -> Table:
+def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int, max_examples: int = 0) -> Table:
     """Returns the examples of each row of an epoch, every example exactly once.
 
     Args:
         lengths: the number of tokens of each example, [examples].
         order: the settings, for shuffling and packing.
         epoch: the epoch, counted from 0, which determines the permutation.
-        most: most examples of a row; 0 for any.
+        max_examples: most examples of a row; 0 for any.
     """
     # Packing follows the permutation, so every epoch has other neighbours in its rows.
     indices = epoch_order(len(lengths), epoch, order.seed, order.shuffle)
     if not order.packing:
         return indices[:, None]
-    rows = pack_best_fit(lengths[indices], order.max_seq_length, most)
+    rows = pack_best_fit(lengths[indices], order.max_seq_length, max_examples)
     return [indices[row].tolist() for row in rows]
 
 

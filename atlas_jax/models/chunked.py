@@ -24,7 +24,7 @@ _NO_KEY = -3  # segment of keys that fill up the last block; no query has it
 
 @dataclasses.dataclass(frozen=True)
 class Chunked:
-    """The kernel, see `passes.Kernel`; its rows are `Ids`.
+    """The kernel, see `passes.FlashKernel`; its rows are `Ids`.
 
     Attributes:
         scale: factor of the scores.
@@ -78,7 +78,7 @@ class Chunked:
         statistics: Float[Array, "B N T"],
         gradient: Float[Array, "B T N H"],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the gradients, see `passes.Kernel`; arXiv:2307.08691, algorithm 2."""
+        """Returns the gradients, see `passes.FlashKernel`; arXiv:2307.08691, algorithm 2."""
         query, key, value = qkv
         groups = key.shape[2]
         grouped = _grouped(query, groups)

@@ -96,7 +96,7 @@ def _capability(mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-class Layout(NamedTuple):
+class PackedLayout(NamedTuple):
     """Segments of a device's rows, computed once for all layers."""
 
     starts: Int[Array, " S"]
@@ -124,7 +124,7 @@ def layout(
     sequence_ids: Int[Array, "B T"] | None,
     bounds: RowBounds,
     mesh: Mesh | AbstractMesh,
-) -> Layout:
+) -> PackedLayout:
     """Returns the segments of rows for the kernels of this module.
 
     Args:
@@ -139,7 +139,9 @@ def layout(
     return jax.shard_map(one, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*inputs)
 
 
-def _layout(segment_ids: jax.Array, sequence_ids: jax.Array | None, bounds: RowBounds) -> Layout:
+def _layout(
+    segment_ids: jax.Array, sequence_ids: jax.Array | None, bounds: RowBounds
+) -> PackedLayout:
     num_rows, length = segment_ids.shape
     size = num_rows * max(bounds.segments, 2)  # of one segment cuDNN wants no offsets
     mine = segments.own(segment_ids, sequence_ids)
@@ -160,7 +162,7 @@ def _layout(segment_ids: jax.Array, sequence_ids: jax.Array | None, bounds: RowB
         prompt = jnp.sum(held & (sequence_ids == 0), axis=1)
         completion = segments.sees_prompt(segment_ids, sequence_ids) & (prompt > 0)[:, None]
         fits &= (prompt <= segments.prompt_room(bounds, length))[:, None]
-    return Layout(
+    return PackedLayout(
         starts=starts.astype(jnp.int32),
         lengths=(lasts - starts + 1).astype(jnp.int32),
         slot=slot,
@@ -177,7 +179,7 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    rows: Layout | None,
+    rows: PackedLayout | None,
     *,
     scale: float,
     window: int,
@@ -202,13 +204,13 @@ def attend(
     length = query.shape[1]
     window = window if window < length else 0
     heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
-    kernels: tuple[passes.Kernel, ...] = (Causal(scale, window),)
+    kernels: tuple[passes.FlashKernel, ...] = (Causal(scale, window),)
     if rows is not None:
         kernels = (Segments(scale, window),)
         if rows.completion is not None:
             kernels = (*kernels, Prompt(scale, segments.prompt_room(bounds, length)))
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, rows: Layout | None) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, rows: PackedLayout | None) -> jax.Array:
         if rows is not None and q.size >= _MOST_OFFSET:
             raise ValueError(
                 f"a device has {q.shape[0]} rows of {length} tokens, {q.size} numbers of queries, "
@@ -228,7 +230,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class Causal:
-    """Rows of one segment, see `passes.Kernel`; padding at their end is seen by nobody before."""
+    """Rows of one segment, see `passes.FlashKernel`; nobody sees the padding at their end."""
 
     scale: float
     window: int
@@ -236,7 +238,7 @@ class Causal:
     def forward(
         self, query: jax.Array, key: jax.Array, value: jax.Array, rows: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         return _forward((query, key, value), self._static())
 
     def backward(
@@ -247,7 +249,7 @@ class Causal:
         statistics: jax.Array,
         gradient: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         return _backward(qkv, (statistics, output, gradient), self._static())
 
     def _static(self) -> dict[str, Any]:
@@ -256,15 +258,15 @@ class Causal:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Causal attention within segments, see `passes.Kernel`; its rows are a `Layout`."""
+    """Causal attention within segments, see `passes.FlashKernel`; its rows are a `PackedLayout`."""
 
     scale: float
     window: int
 
     def forward(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, rows: Layout
+        self, query: jax.Array, key: jax.Array, value: jax.Array, rows: PackedLayout
     ) -> tuple[jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         output, statistics = _forward(
             (query, key, value), self._static(), *_packed(query, key, rows)
         )
@@ -277,12 +279,12 @@ class Segments:
     def backward(
         self,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
-        rows: Layout,
+        rows: PackedLayout,
         output: jax.Array,
         statistics: jax.Array,
         gradient: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         query, key, _ = qkv
         by_token = jnp.swapaxes(statistics, 1, 2).reshape(-1, query.shape[2])
         token = rows.starts[:, None] + jnp.arange(query.shape[1])
@@ -300,7 +302,7 @@ class Segments:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Attention to the first tokens of a row, the prompt that it shares; rows are a `Layout`.
+    """Attention to the first tokens of a row, the prompt that it shares; rows are a `PackedLayout`.
 
     Queries of the prompt are computed too, and their results are not read.
 
@@ -313,21 +315,21 @@ class Prompt:
     room: int
 
     def forward(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, rows: Layout
+        self, query: jax.Array, key: jax.Array, value: jax.Array, rows: PackedLayout
     ) -> tuple[jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         qkv = query, key[:, : self.room], value[:, : self.room]
         return _forward(qkv, self._static(), *self._lengths(rows))
 
     def backward(
         self,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
-        rows: Layout,
+        rows: PackedLayout,
         output: jax.Array,
         statistics: jax.Array,
         gradient: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         query, key, value = qkv
         results = statistics, output, gradient
         cut = query, key[:, : self.room], value[:, : self.room]
@@ -339,7 +341,7 @@ class Prompt:
         of_key, of_value = (jnp.pad(jnp.where(inside, x, 0), more) for x in of_prompt)
         return of_query, of_key, of_value
 
-    def _lengths(self, rows: Layout) -> tuple[jax.Array, jax.Array]:
+    def _lengths(self, rows: PackedLayout) -> tuple[jax.Array, jax.Array]:
         """Returns lengths of queries and of keys; at least 1, since cuDNN divides by their sum."""
         return jnp.maximum(rows.tokens, 1), jnp.clip(rows.prompt, 1, self.room)
 
@@ -347,7 +349,7 @@ class Prompt:
         return _static(self.scale, fused.MaskType.PADDING, 0)
 
 
-def _packed(query: jax.Array, key: jax.Array, rows: Layout) -> tuple[jax.Array, ...]:
+def _packed(query: jax.Array, key: jax.Array, rows: PackedLayout) -> tuple[jax.Array, ...]:
     """Returns the lengths `[B, M]` and offsets `[B, M + 1]`, which cuDNN reads as one list.
 
     Offsets count numbers, not tokens. Segments of all rows stand one after the other, as

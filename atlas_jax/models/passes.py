@@ -36,7 +36,7 @@ NOTHING = -1e30
 
 
 @runtime_checkable
-class Kernel(Protocol):
+class FlashKernel(Protocol):
     """One flash attention kernel with its static settings; it is hashable."""
 
     def forward(
@@ -66,7 +66,7 @@ class Pass(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
-    kernels: tuple[Kernel, ...],
+    kernels: tuple[FlashKernel, ...],
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
@@ -85,7 +85,7 @@ def attend(
 
 
 def _forward(
-    kernels: tuple[Kernel, ...],
+    kernels: tuple[FlashKernel, ...],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -114,7 +114,7 @@ def _merge(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Arr
 
 
 def _backward(
-    kernels: tuple[Kernel, ...], residuals: tuple[Any, ...], gradient: jax.Array
+    kernels: tuple[FlashKernel, ...], residuals: tuple[Any, ...], gradient: jax.Array
 ) -> tuple[Any, ...]:
     query, key, value, passes, output, statistics = residuals
     grads = []

@@ -139,7 +139,7 @@ def _public(
 
 @dataclasses.dataclass(frozen=True)
 class SplashKernel:
-    """The kernel, see `passes.Kernel`; its rows are `Ids`, and its query is scaled.
+    """The kernel, see `passes.FlashKernel`; its rows are `Ids`, and its query is scaled.
 
     Attributes:
         window: most positions that a query sees, itself included; 0 for all. Causal only.
@@ -156,7 +156,7 @@ class SplashKernel:
     def forward(
         self, query: jax.Array, key: jax.Array, value: jax.Array, rows: Ids
     ) -> tuple[jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         q, k, v = self._heads_first(query, key, value)
         kernel = self._kernel(query)
         infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
@@ -176,7 +176,7 @@ class SplashKernel:
         statistics: jax.Array,
         gradient: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `passes.Kernel`."""
+        """See `passes.FlashKernel`."""
         kernel = self._kernel(qkv[0])
         out, of_out = (jnp.swapaxes(x, 1, 2) for x in (output, gradient))
 

@@ -16,7 +16,7 @@ _SMALL = "Qwen/Qwen3-0.6B"
 _LARGE = "Qwen/Qwen3-8B"
 
 
-class Case(NamedTuple):
+class PlannedCase(NamedTuple):
     """One row of the table."""
 
     name: str
@@ -53,11 +53,13 @@ def _grpo(model: str, completions: int) -> GRPOConfig:
     )
 
 
-def _small(name: str, config: TrainConfig, program: str, segments: int = 1) -> Case:
-    return Case(name=name, config=config, target="h100:1", program=program, segments=segments)
+def _small(name: str, config: TrainConfig, program: str, segments: int = 1) -> PlannedCase:
+    return PlannedCase(
+        name=name, config=config, target="h100:1", program=program, segments=segments
+    )
 
 
-def cases() -> list[Case]:
+def cases() -> list[PlannedCase]:
     """Returns the rows of the table."""
     group = _grpo(_SMALL, 16)
     small = [
@@ -72,10 +74,12 @@ def cases() -> list[Case]:
     ]
     accumulated = _sft(_LARGE, 1, 4096, gradient_accumulation_steps=8)
     large = [
-        Case(name="8B SFT 8 x 4,096 in turn", config=accumulated, target=target, program="train")
+        PlannedCase(
+            name="8B SFT 8 x 4,096 in turn", config=accumulated, target=target, program="train"
+        )
         for target in ("h100:8", "v5e:4x4", "v5p:2x2x4")
     ]
-    decode = Case(
+    decode = PlannedCase(
         name="8B decode, 16 rows a device",
         config=_grpo(_LARGE, 16),
         target="h100:8",
@@ -84,7 +88,7 @@ def cases() -> list[Case]:
     return [*small, *large, decode]
 
 
-def plans(rates_file: str) -> Iterator[tuple[Case, Plan]]:
+def plans(rates_file: str) -> Iterator[tuple[PlannedCase, Plan]]:
     """Yields each row with its plan, compiled one after the other."""
     for case in cases():
         assumptions = Assumptions(segments=case.segments, rates_file=rates_file)
@@ -97,7 +101,7 @@ GiB | step s | MFU | compiled in s |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def line(case: Case, plan: Plan) -> str:
+def line(case: PlannedCase, plan: Plan) -> str:
     """Returns a row in Markdown."""
     [figures] = [report.figures(p) for p in plan.programs]
     if "message" in figures:
@@ -120,7 +124,7 @@ def line(case: Case, plan: Plan) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def as_json(case: Case, plan: Plan) -> dict[str, Any]:
+def as_json(case: PlannedCase, plan: Plan) -> dict[str, Any]:
     """Returns a row as JSON, in bytes, seconds and operations of one device."""
     [figures] = [report.figures(p) for p in plan.programs]
     known = {

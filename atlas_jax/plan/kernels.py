@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     """Attention that it computes; None for another kernel."""
 
 
-class Spent(NamedTuple):
+class DeviceTime(NamedTuple):
     """Time of a device in one run of a program, in seconds."""
 
     total: float
@@ -155,7 +155,7 @@ class _Timeline:
         self.by_kind["communication"] += max(end - self.clock, 0.0)
         self.clock = max(self.clock, end)
 
-    def add(self, inner: Spent, times: float) -> None:
+    def add(self, inner: DeviceTime, times: float) -> None:
         self.clock += times * inner.total
         self.count += times * inner.num_kernels
         for kind, spent in inner.by_kind.items():
@@ -164,7 +164,7 @@ class _Timeline:
 
 def run(
     module: Module, content: RowContent, rates: Rates, speed: Callable[[tuple[int, ...]], float]
-) -> Spent:
+) -> DeviceTime:
     """Returns the time of a program: its instructions in the order of the compiler's schedule.
 
     Args:
@@ -174,7 +174,7 @@ def run(
         speed: a group of devices -> bytes a second between them.
     """
 
-    def one_computation(name: str) -> Spent:
+    def one_computation(name: str) -> DeviceTime:
         body = module.computations[name]
         line = _Timeline()
         for one in body.values():
@@ -193,7 +193,7 @@ def run(
                     line.add(one_computation(called), times)
         for name in list(line.ends):
             line.wait(name)
-        return Spent(line.clock, dict(line.by_kind), line.count)
+        return DeviceTime(line.clock, dict(line.by_kind), line.count)
 
     return one_computation(module.entry)
 

@@ -192,7 +192,7 @@ def _grpo(
             )
         )
     if config.rollout.backend == "local":
-        policy = _Asked(
+        policy = _Requests(
             name="",
             decoder=decoder,
             params=run.state.params,
@@ -230,7 +230,7 @@ def _completions(config: GRPOConfig, per_row: int) -> RowContent:
     return RowContent((config.max_new_tokens,) * per_row, config.max_prompt_length)
 
 
-class _Asked(NamedTuple):
+class _Requests(NamedTuple):
     """One call of local generation."""
 
     name: str
@@ -247,12 +247,12 @@ class _Asked(NamedTuple):
     """Longest completion."""
 
 
-def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) -> list[_Asked]:
+def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) -> list[_Requests]:
     """Returns what the student is asked: each question alone and for its approach, each lesson.
 
     A question is taken to be as long as the teacher's prompt may be, a lesson to come on top of it.
     """
-    alone = _Asked(
+    alone = _Requests(
         name="alone ",
         decoder=decoder,
         params=params,
@@ -271,7 +271,7 @@ def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) 
     return [alone, guided]
 
 
-def _generation(config: GRPOConfig, asked: _Asked, hosts: int) -> list[Program]:
+def _generation(config: GRPOConfig, asked: _Requests, hosts: int) -> list[Program]:
     """Returns the programs that run prompts, and that decode when the longest rows are full."""
     decoder = asked.decoder
     params = asked.params
