@@ -4,9 +4,9 @@ Prompts are run once, then tokens are decoded in chunks. After a chunk, finished
 the others fit into a quarter of the grid, so a long answer does not keep finished rows computing.
 Below a few rows nothing is gained, because a step then takes the time of reading the weights.
 
-Each shape of the grid is compiled once, which takes long, so there are few: the cache has a power of
-two of places for a prompt, 64 or at least 256, the cache of completions grows and the grid shrinks by factors of four,
-and the grid shrinks only when its cache grows or has its final size.
+Each shape of the grid is compiled once, which takes long, so there are few: a prompt has a power of
+two of places in the cache, 64 or at least 256, the cache of completions grows and the grid shrinks
+by factors of four, and the grid shrinks only when its cache grows or has its final size.
 """
 
 from __future__ import annotations
