@@ -284,7 +284,9 @@ def _recipes() -> list[str]:
             doc = ast.get_docstring(ast.parse(file.read())) or ""
         lines.append(f"  {name:<18} {doc.splitlines()[0]}")
     return [
-        *lines, "",
+        *lines,
+        "",
         "options: --config.NAME=VALUE. docs/options.md lists them, and --options [PATTERN] prints "
-        "them;", "docs/migration.md has the names of other trainers.",
-    ]  # fmt: skip
+        "them;",
+        "docs/migration.md has the names of other trainers.",
+    ]

@@ -2,7 +2,8 @@
 
 A config file calls `defaults(SFTConfig)`, which returns a locked `ConfigDict` with every field, and
 changes what differs; `train.py` calls `freeze` on the result, which gives back the frozen
-dataclass of `options`, and `validate` on that.
+dataclass of `options`, and `validate` on that. The code of a run has its options already, and
+imports `options` alone.
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, overload
 
 from ml_collections import ConfigDict
 
-from atlas_jax import masking
+from atlas_jax import config_files
 from atlas_jax.options.data import ColumnsConfig, DataConfig, LessonsConfig
-from atlas_jax.options.fields import flat, hints, moved, moved_to, nearest, option, read
-from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
-from atlas_jax.options.train import SFTConfig, TrainConfig
+from atlas_jax.options.descriptions import nearest
+from atlas_jax.options.fields import Emptied, Words, check, flat, hints, moved, moved_to
+from atlas_jax.options.train import (
+    HostsConfig,
+    MeshConfig,
+    ModelOptions,
+    SFTConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from atlas_jax.options.grpo import GRPOConfig, TeachingConfig
@@ -95,18 +102,6 @@ def all_options() -> dict[str, Any]:
     return options
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """Division of the rows of one optimizer step."""
-
-    global_rows: int
-    """Rows an optimizer step, over all devices."""
-    microbatches: int
-    """Sequential forward passes an optimizer step."""
-    device_rows: int
-    """Rows in one forward pass on each device of the `data` and `fsdp` axes."""
-
-
 def defaults(schema: type[TrainConfig]) -> ConfigDict:
     """Returns a locked `ConfigDict` with every field of `schema`, for a config file to change.
 
@@ -115,11 +110,13 @@ def defaults(schema: type[TrainConfig]) -> ConfigDict:
 
     def as_dict(group: Any) -> ConfigDict:
         values = {name: getattr(group, name) for name in hints(type(group))}
-        return ConfigDict({
-            name: as_dict(value) if dataclasses.is_dataclass(value) else value
-            for name, value in values.items()
-            if not moved_to(hints(type(group))[name])
-        })  # fmt: skip
+        return ConfigDict(
+            {
+                name: as_dict(value) if dataclasses.is_dataclass(value) else value
+                for name, value in values.items()
+                if not moved_to(hints(type(group))[name])
+            }
+        )
 
     config = as_dict(schema())
     for former, present in moved(schema).items():
@@ -129,7 +126,7 @@ def defaults(schema: type[TrainConfig]) -> ConfigDict:
     return config.lock()
 
 
-def _at(config: ConfigDict, name: str) -> Any:
+def _at(config: Any, name: str) -> Any:
     """Returns the option or group of that name; the whole config for ""."""
     return functools.reduce(getattr, name.split("."), config) if name else config
 
@@ -162,8 +159,6 @@ def apply_parts(config: ConfigDict, argument: str | None, **parts: str) -> Confi
 
 
 def _apply(folder: str, name: str, config: ConfigDict) -> None:
-    from atlas_jax import config_files  # a run that has its config reads no file of one
-
     names = config_files.shipped(folder)
     if name in names or "." in name:
         config_files.run(name, "apply", config, folder=folder)
@@ -184,8 +179,6 @@ def read_rim(reference: str) -> RIMConfig:
     Raises:
         ValueError: if the file is missing, or sets unknown options.
     """
-    from atlas_jax import config_files
-
     grpo = __getattr__("GRPOConfig")
     draft = defaults(grpo)
     config_files.run(reference, "apply", draft, folder="")
@@ -209,13 +202,13 @@ def freeze(config: ConfigDict, expected: type[TrainConfig] = TrainConfig) -> Tra
         ValueError: for an unknown algorithm or option, another schema than the expected one, or a
             value that its option does not allow.
     """
-    found = schema(config.algorithm)
-    if not issubclass(found, expected):
+    config_class = schema(config.algorithm)
+    if not issubclass(config_class, expected):
         raise ValueError(
             f"--config has algorithm={config.algorithm!r}; use a run file with algorithm="
             f"{expected().algorithm!r}"
         )
-    return _frozen(found, config, "", _former_values(found, config))
+    return _frozen(config_class, config, "", _former_values(config_class, config))
 
 
 def _former_values(cls: type[TrainConfig], config: ConfigDict) -> dict[str, Any]:
@@ -231,15 +224,15 @@ def _former_values(cls: type[TrainConfig], config: ConfigDict) -> dict[str, Any]
 
 
 def _frozen(cls: type[T], values: Any, prefix: str, former: dict[str, Any]) -> T:
-    known = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not isinstance(values, ConfigDict):
-        some = ", ".join(list(known)[:3])
+        some = ", ".join(list(defaults)[:3])
         raise ValueError(f"{prefix[:-1]}={values!r} must be a group of options ({some}, …)")
     for name in values:
-        if name not in known:
-            raise ValueError(f"unknown option {prefix}{name}{nearest(name, known)}")
+        if name not in defaults:
+            raise ValueError(f"unknown option {prefix}{name}{nearest(name, defaults)}")
     fields: dict[str, Any] = {}
-    for name, default in known.items():
+    for name, default in defaults.items():
         hint = hints(cls)[name]
         if dataclasses.is_dataclass(default):
             fields[name] = _frozen(type(default), values[name], f"{prefix}{name}.", former)
@@ -286,66 +279,33 @@ def check_environment(config: TrainConfig) -> None:
             endpoints.api_key(endpoint)
 
 
-def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
-    """Returns how one optimizer step is divided over `num_replicas` (the data and fsdp axes).
-
-    With `train_batch_size` alone, a device has as many rows at one time as divide its share and are
-    at most `per_device_train_batch_size`.
-
-    Raises:
-        ValueError: if the three batch sizes contradict each other, or the devices have no equal
-            shares; names the nearest sizes that fit.
-    """
-    limit = config.per_device_train_batch_size
-    total = config.train_batch_size
-    if config.gradient_accumulation_steps or not total:
-        steps = config.gradient_accumulation_steps or 1
-        rows = limit * num_replicas * steps
-        if total not in (0, rows):
-            raise ValueError(
-                f"train_batch_size={total} is not per_device_train_batch_size={limit} x "
-                f"gradient_accumulation_steps={steps} x {num_replicas} devices = {rows}; use "
-                f"{rows}, or set one of train_batch_size and gradient_accumulation_steps to 0, "
-                "which infers it"
-            )
-        return BatchPlan(rows, steps, limit)
-    if total % num_replicas:
-        raise ValueError(
-            f"train_batch_size={total} does not divide over the {num_replicas} devices of "
-            f"mesh.data x mesh.fsdp; set train_batch_size="
-            f"{multiples_near(total, num_replicas, config.group_size)}"
-        )
-    share = total // num_replicas
-    device_rows = max(k for k in range(1, limit + 1) if share % k == 0)
-    return BatchPlan(total, share // device_rows, device_rows)
+def option(schema: type[Any], name: str) -> tuple[Any, Any]:
+    """Returns the annotation and the default of an option by its whole name."""
+    group, _, last = name.rpartition(".")
+    owner = type(_at(schema, group)) if group else schema
+    return hints(owner)[last], _at(schema, name)
 
 
-def multiples_near(number: int, *divisors: int) -> str:
-    """Returns, as words, the common multiples of `divisors` below and above `number`."""
-    unit = math.lcm(*divisors)
-    below = number // unit * unit
-    return f"{below} or {below + unit}" if below else f"{unit}"
+def read(name: str, value: Any, hint: Any, default: Any) -> Any:
+    """Returns a value that a user wrote, other words for it understood; raises as `check` does."""
+    rules = get_args(hint) if get_origin(hint) is Annotated else ()
+    word = str(value).lower()
+    for rule in rules:
+        if isinstance(rule, Words):
+            value = dict(rule.values).get(word, value)
+    is_emptied = default == "" or any(isinstance(rule, Emptied) for rule in rules)
+    if is_emptied and word in ("none", "null"):
+        return ""
+    if get_origin(hint) is tuple and isinstance(value, tuple | list):
+        value = _items(value)
+    return check(name, value, hint)
 
 
-def masked(config: TrainConfig) -> dict[str, Any]:
-    """Returns the config as a JSON-ready nested dict, without passwords and keys."""
-
-    def mask(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: mask(k, v) for k, v in value.items()}
-        if isinstance(value, tuple):
-            return [mask(name, v) for v in value]
-        if isinstance(value, str) and value and masking.is_secret_name(name):
-            return masking.HIDDEN
-        return masking.hide(value) if isinstance(value, str) else value
-
-    return mask("", _present(dataclasses.asdict(config), moved(type(config))))
+_BRACKETS = re.compile(r"[\[(](.*)[\])]", re.DOTALL)
 
 
-def _present(values: dict[str, Any], former: dict[str, str], prefix: str = "") -> dict[str, Any]:
-    """Returns nested values without the former names of options."""
-    return {
-        name: _present(value, former, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in values.items()
-        if prefix + name not in former
-    }
+def _items(values: Sequence[Any]) -> Sequence[Any]:
+    """Returns the items of a list, also of one that a flag brought as one text in brackets."""
+    if len(values) == 1 and isinstance(values[0], str) and (m := _BRACKETS.fullmatch(values[0])):
+        return [item.strip(" \"'") for item in m[1].split(",") if item.strip()]
+    return values

@@ -24,19 +24,20 @@ import logging as python_logging
 import pathlib
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import files as files_lib
 from atlas_jax.checkpoint import exports, hf, layout, manager
-from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import MeshConfig
 from atlas_jax.sharding import Sharding, make_mesh
-from atlas_jax.startup.vocabulary import load_tokenizer
+from atlas_jax.startup.model import load_tokenizer
 from atlas_jax.step import abstract as abstract_tree
 from atlas_jax.types import Params
 
@@ -62,14 +63,19 @@ def main() -> None:
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST")
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", *layout.DTYPES.values()),
+        "--dtype",
+        default="auto",
+        choices=("auto", *layout.DTYPES.values()),
         help="of exported tensors; auto (default): of each tensor as it was stored in the model "
         "that the training began with",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max_shard_size", type=int, default=5_000_000_000, metavar="BYTES",
+        "--max_shard_size",
+        type=int,
+        default=5_000_000_000,
+        metavar="BYTES",
         help="of tensors in one file (default %(default)s)",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     if args.max_shard_size <= 0:
         parser.error(f"--max_shard_size is {args.max_shard_size}, but must be positive")
@@ -113,7 +119,7 @@ def convert(src: str, dst: str, dtype: str, max_shard_size: int) -> str:
     if checkpoint is None and path.suffix != ".gguf":
         return _to_checkpoint(src, path, dst, dtype)
     if checkpoint is None:
-        exports.check_apart(dst, [path])
+        check_apart(dst, [path])
         exports.check(dst, "model")
         model = hf.open_source(str(path))
         files = hf.model_files(model, load_tokenizer(str(path)))
@@ -122,9 +128,9 @@ def convert(src: str, dst: str, dtype: str, max_shard_size: int) -> str:
     else:
         run, step = checkpoint
         inside = [run / "checkpoints", run / manager.MODEL_FILES]
-        exports.check_apart(dst, [run] if path == run else inside)
+        check_apart(dst, [run] if path == run else inside)
         exports.check(dst, "model")
-        files = hf.read_files(str(run / manager.MODEL_FILES), load_tokenizer)
+        files = read_files(str(run / manager.MODEL_FILES))
         decoder = _decoder(files)
         params = _restore(run, step, decoder)
         src = f"{src} (step {step})"
@@ -149,7 +155,8 @@ def _to_checkpoint(src: str, path: pathlib.Path, dst: str, dtype: str) -> str:
             f"--dtype {dtype} is for exports, but {src} becomes a training checkpoint, which holds "
             "every dtype in float32; leave it out"
         )
-    exports.check_apart(dst, [path])
+    check_apart(dst, [path])
+    # Before the weights are read, which may take minutes.
     exports.check(dst, _KIND)
     source = hf.open_source(str(path))
     files = hf.model_files(source, load_tokenizer(str(path)))
@@ -170,6 +177,42 @@ def _said(files: hf.ModelFiles, dtype: str) -> str:
         files.dtype
         if isinstance(files.dtype, str)
         else " and ".join(sorted({*files.dtype.values()}))
+    )
+
+
+def check_apart(directory: str | os.PathLike[str], sources: Iterable[pathlib.Path]) -> None:
+    """Checks that an export's target and its sources neither are nor contain each other.
+
+    Args:
+        directory: the target.
+        sources: the files and directories that are read; targets of their links count too.
+
+    Raises:
+        ValueError: if two overlap; the message names both.
+    """
+    target = files_lib.resolved(directory)
+    for source in sources:
+        parts = [source, *source.iterdir()] if source.is_dir() else [source]
+        for part in map(files_lib.resolved, parts):
+            if part == target or part in target.parents or target in part.parents:
+                raise ValueError(
+                    f"{directory} cannot be written while {source} is read, because one is the "
+                    "other or lies inside it; name a directory elsewhere"
+                )
+
+
+def read_files(directory: str, load: Callable[[str], Any] = load_tokenizer) -> hf.ModelFiles:
+    """Returns the files that `hf.write_run_files` wrote."""
+    path = pathlib.Path(directory)
+    config = layout.read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    dtypes = path / hf.DTYPES_FILE
+    said = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return hf.ModelFiles(
+        config=config,
+        generation_config=layout.read_json(generation) if generation.exists() else {},
+        tokenizer=load(directory),
+        dtype=layout.read_json(dtypes) if dtypes.exists() else said.removeprefix("torch."),
     )
 
 

@@ -8,11 +8,15 @@ import shutil
 import subprocess
 
 import jax
+from absl import logging
 
 WANTED = "ATLAS_DEVICES"
 """Environment variable with the number of devices on this host that the launcher was asked for."""
 
 _SECS = 60.0
+
+_OLDEST_JAX = (0, 11, 1)
+"""First JAX whose attention on GPUs is right with segments and makes no gradient of a mask."""
 
 
 def check() -> None:
@@ -34,6 +38,8 @@ def check() -> None:
                     f'needs for them with pip install -e ".[{extra}]", or set JAX_PLATFORMS=cpu to '
                     "train on the CPU"
                 )
+    if problem := old_jax(platform):
+        logging.warning("%s", problem)
     wanted = os.environ.get(WANTED, "")
     if wanted and wanted != str(count):
         raise ValueError(
@@ -41,6 +47,21 @@ def check() -> None:
             "on this host; ask for that many, or look at CUDA_VISIBLE_DEVICES and at what "
             "nvidia-smi lists"
         )
+
+
+def old_jax(platform: str) -> str:
+    """Returns what to say of a JAX that is too old for GPUs or TPUs; "" if it is not.
+
+    Args:
+        platform: kind of the devices: `cpu`, `gpu` or `tpu`.
+    """
+    if platform == "cpu" or jax.__version_info__ >= _OLDEST_JAX:
+        return ""
+    extra = {"gpu": "cuda"}.get(platform, platform)
+    return (
+        f"jax {jax.__version__} is slow on a {platform.upper()}: 0.11.1 is needed, and Python 3.12 "
+        f'for it; make the environment anew with pip install -e ".[{extra}]"'
+    )
 
 
 def _count_gpus() -> int:

@@ -66,9 +66,8 @@ def gather(numbers: np.ndarray) -> np.ndarray:
     arrive()
     if jax.process_count() == 1:
         return numbers[None]
-    content = np.frombuffer(
-        np.ascontiguousarray(numbers).tobytes(), np.uint8
-    )  # as bytes, because JAX would cast float64
+    # As bytes, because JAX would cast float64.
+    content = np.frombuffer(np.ascontiguousarray(numbers).tobytes(), np.uint8)
     found = multihost_utils.process_allgather(content)
     return found.view(numbers.dtype).reshape(-1, *numbers.shape)
 
@@ -101,6 +100,7 @@ def gather_texts(text: str) -> list[str]:
 
     Every process must call it.
     """
+    # A collective needs the same shape in every process, so texts are padded.
     content = np.zeros(_TEXT_BYTES, np.uint8)
     encoded = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
     content[: encoded.size] = encoded
@@ -146,5 +146,6 @@ def check_same(text: str, problem: str) -> None:
     Raises:
         ValueError: in every process, with the numbers of the processes that differ.
     """
+    # The texts may be longer than what processes exchange, so their digests are compared.
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     check_all(bool((gather(digest)[0] == digest).all()), problem)

@@ -141,12 +141,12 @@ def _check_key(name: str, endpoint: Endpoint) -> None:
     if owner is None:
         return
     host = (url.host or "").rstrip(".")
-    own = _url(owner.base_url).host or ""
-    if url.scheme != "https" or (host != own and not host.endswith(f".{own}")):
+    provider_host = _url(owner.base_url).host or ""
+    if url.scheme != "https" or (host != provider_host and not host.endswith(f".{provider_host}")):
         raise ValueError(
             f"{name} would send {variable} to {masking.hide(endpoint.base_url)}, but that key "
-            f"belongs to https://{own} alone; leave {name}.api_key_env empty, or name the variable "
-            "of this server's own key"
+            f"belongs to https://{provider_host} alone; leave {name}.api_key_env empty, or name "
+            "the variable of this server's own key"
         )
 
 

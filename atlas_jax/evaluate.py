@@ -102,18 +102,20 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     )
     questions = questions[: limit or None]
     check_truths(questions)
-    computes = [Compute.of(one) for one in configs]
+    computes = [Compute.of(teacher_config) for teacher_config in configs]
     models = [open_frozen(each, each.config.model_name_or_path) for each in computes]
     student = None
     if config.student:
         student = local_backend.load_student(config, grpo.open_student(config, computes[0]))
     answers: list[list[Sample]] = []
-    for one, model in zip(configs, models, strict=True):
-        logging.info("teacher %d: %s", len(answers) + 1, one.model_name_or_path)
+    for teacher_config, model in zip(configs, models, strict=True):
+        logging.info("teacher %d: %s", len(answers) + 1, teacher_config.model_name_or_path)
         answers.append(
             evaluation.ask(
                 questions,
-                local_backend.load_chat_model(one, model, one.teaching.system_prompt),
+                local_backend.load_chat_model(
+                    teacher_config, model, teacher_config.teaching.system_prompt
+                ),
                 student,
                 protocol,
                 Sampling(0.0),
@@ -123,14 +125,14 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     results = [evaluation.report(samples, seed) for samples in answers]
     teachers = [
         {
-            "teacher": one.model_name_or_path,
+            "teacher": teacher_config.model_name_or_path,
             **result,
             "samples": [record.as_record(0, sample) for sample in samples],
         }
-        for one, result, samples in zip(configs, results, answers, strict=True)
+        for teacher_config, result, samples in zip(configs, results, answers, strict=True)
     ]
-    found = {"student": config.student_model if student else None, "teachers": teachers}
-    write_whole(output, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    report = {"student": config.student_model if student else None, "teachers": teachers}
+    write_whole(output, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     logging.info("\n%s\n\n%s", evaluation.table(results), evaluation.examples(answers))
     logging.info("written: %s", output)
 

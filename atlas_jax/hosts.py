@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from atlas_jax import distributed
-from atlas_jax.options.model import HostsConfig
+from atlas_jax.options.train import HostsConfig
 from atlas_jax.types import Address
 from atlas_jax.watch import Watch, WatchLimits
 
@@ -52,12 +52,14 @@ def joined(hosts: HostsConfig, address: Address) -> Iterator[None]:
             watch.fail(error)
 
     with contextlib.ExitStack() as stack:
+        # Unlike a callback, it is handed the error, of which the others are told.
         stack.push(part)
         yield
 
 
 def _with_environment(address: Address) -> Address:
     host, total, index = (os.environ.get(name, "") for name in _ENVIRONMENT)
+    # Process 0 counts as given, so a negative number stands for none.
     full = Address(
         address.coordinator or host,
         address.num_processes or int(total or 0),

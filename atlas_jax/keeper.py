@@ -96,6 +96,7 @@ def clear(directory: str) -> None:
     for path in pathlib.Path(directory).glob("vllm_dist_*"):
         for memory in pathlib.Path("/dev/shm").glob(f"{path.name}-*"):
             memory.unlink(missing_ok=True)
+    # Last, because the names above are found in it.
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -159,6 +160,7 @@ def main(directory: str, command: list[str]) -> int:
     while child.poll() is None and _is_wanted():
         pass
     if child.poll() is None:
+        # vLLM frees its shared memory and its sockets only if it may end by itself.
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(GRACE_SECS)

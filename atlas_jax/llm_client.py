@@ -162,6 +162,7 @@ class Client:
         self._proxy = _proxy(self.base_url) if self._options.trust_env else None
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._api_key}"} if self._api_key else {},
+            # The throttle alone limits the requests in flight.
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(
                 total=self._options.timeout_secs, sock_connect=self._options.connect_timeout_secs
@@ -247,6 +248,7 @@ class Client:
         end = time.monotonic() + self._options.timeout_secs
         while True:
             async with self._throttle.place() as sent:
+                # Inside the place: what ended the calls before may have come while this one waited.
                 self._check(url)
                 tries.left -= 1
                 tries.made += 1
@@ -285,6 +287,7 @@ class Client:
         secs = busy.wait or self._backoff(self._throttle.num_refusals + 1)
         secs = min(secs, self._options.max_backoff_secs)
         now = time.monotonic()
+        # Counted from the end of the pause: silence that the server asked for is no fault of it.
         self._busy_since = min(self._busy_since, now + secs)
         if now - self._busy_since > self._options.timeout_secs:
             self._given_up = f"{busy.failure.body}: nothing else for {now - self._busy_since:.0f} s"
@@ -354,6 +357,7 @@ class Client:
             _BusyError: if the server reports too many requests.
             _PausedError: if the server is a paused vLLM server.
         """
+        # Some servers repeat the key in their refusal, which goes into logs.
         shown = body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
         if status == 503 and any(sign in body for sign in _PAUSED):
             raise _PausedError(UnavailableError(url, status, shown))
@@ -461,6 +465,7 @@ def _proxy(base_url: str) -> str | None:
     """Returns the proxy of the environment for an address; None for one on this host."""
     url = yarl.URL(base_url)
     host = url.host or ""
+    # A proxy would look for the server on its own host.
     if host in ("localhost", "::1") or host.startswith("127."):
         return None
     if urllib.request.proxy_bypass(f"{host}:{url.port}"):

@@ -2,9 +2,9 @@
 
 Logits of all positions, `[B, T, V]`, are never materialised, forward or backward. Logits of
 positions that are not trained (prompts, padding) are not computed. The derivative of
-`cross_entropy` is known up to a factor, so its gradients are computed in the forward pass. The
-vocabulary may be split over `tensor`, and rows are split over `data` and `fsdp`. The gradient of
-the table is summed over devices once, after the last chunk.
+`cross_entropy` is known up to a factor, so its gradients are computed in the forward pass. Rows
+are split over `data` and `fsdp`, and the vocabulary over `tensor` and usually `fsdp`
+(`vocab.OutputRows`). The gradient of the table is summed over devices once, after the last chunk.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from atlas_jax.models.vocab import DIMS, local_ids
-from atlas_jax.sharding import BATCH_AXES, Sharding, all_gather, sum_over_rows
+from atlas_jax.models.vocab import DIMS, OutputRows
+from atlas_jax.sharding import BATCH_AXES, Sharding
 from atlas_jax.types import Batch, LossSum
 
 ROWS = PartitionSpec(BATCH_AXES)
@@ -121,26 +121,25 @@ def _masked_sum_fwd(
     def local(
         hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        whole = all_gather(table, stored, hidden.dtype)
+        rows = OutputRows.of(table, head.sharding, hidden)
 
         def chunk(at: jax.Array, sums: Sums) -> Sums:
             total, d_hidden, d_table = sums
-            h = take(hidden, at)
-            ids = take(targets, at)
-            g = take(mask, at).astype(jnp.float32)
-            logits = scaled_logits(h, whole, head)
-            log_partition = _logsumexp(logits)
-            found = g * (_pick(logits, ids) - log_partition)
-            d_h, more = chunk_gradients(logits, log_partition, (h, ids, g), whole, head)
-            return total + jnp.sum(found), put(d_hidden, at, d_h), d_table + more
+            inputs = rows.gather(take(hidden, at)), rows.gather(take(targets, at))
+            g = rows.gather(take(mask, at)).astype(jnp.float32)
+            logits = scaled_logits(inputs[0], rows, head)
+            log_partition = _logsumexp(logits, rows)
+            found = g * (_pick(logits, inputs[1], rows) - log_partition)
+            d_h, more = chunk_gradients(logits, log_partition, (*inputs, g), rows, head)
+            return total + jnp.sum(rows.own(found)), put(d_hidden, at, d_h), d_table + more
 
         # The table's gradient is a sum over all positions, so it is accumulated in float32; each
         # hidden state gets its gradient from one chunk only.
-        start = jnp.float32(0), jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
+        start = jnp.float32(0), jnp.zeros_like(hidden), jnp.zeros(rows.table.shape, jnp.float32)
         total, d_hidden, d_table = each_chunk(mask, head, chunk, start)
         d_hidden = jax.lax.psum(d_hidden, "tensor")
         total = jax.lax.psum(total, BATCH_AXES)
-        return total, d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
+        return total, d_hidden, rows.table_gradient(d_table, split, table)
 
     # The gradients are the residuals of the backward pass.
     total, *gradients = local(hidden, table, labels.targets, labels.mask)
@@ -175,17 +174,18 @@ def logprobs_and_entropy(
     def local(
         hidden: jax.Array, table: jax.Array, targets: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, ...]:
-        table = all_gather(table, stored, hidden.dtype)
+        rows = OutputRows.of(table, head.sharding, hidden)
 
         def chunk(at: jax.Array, results: Sums) -> Sums:
-            logits = scaled_logits(take(hidden, at), table, head)
-            log_partition = _logsumexp(logits)
+            logits = scaled_logits(rows.gather(take(hidden, at)), rows, head)
+            log_partition = _logsumexp(logits, rows)
             entropy = jnp.zeros_like(log_partition)
             if head.with_entropy:
                 mean = jnp.sum(jnp.exp(logits - log_partition[:, None]) * logits, axis=-1)
-                entropy = log_partition - jax.lax.psum(mean, "tensor")
-            found = _pick(logits, take(targets, at)) - log_partition, entropy, log_partition
-            return tuple(put(x, at, new) for x, new in zip(results, found, strict=True))
+                entropy = log_partition - jax.lax.psum(mean, rows.axes)
+            logprobs = _pick(logits, rows.gather(take(targets, at)), rows) - log_partition
+            found = logprobs, entropy, log_partition
+            return tuple(put(x, at, rows.own(new)) for x, new in zip(results, found, strict=True))
 
         start = (jnp.zeros(targets.shape, jnp.float32),) * 3
         return each_chunk(mask, head, chunk, start)
@@ -197,41 +197,42 @@ def chunk_gradients(
     logits: jax.Array,
     log_partition: jax.Array,
     inputs: tuple[jax.Array, jax.Array, jax.Array],
-    table: jax.Array,
+    rows: OutputRows,
     head: Head,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of `g log softmax` at the targets, for hidden states and table.
+    """Returns the gradients of `g log softmax` at the targets, for own hidden states and `rows`.
 
     The derivative of `log softmax` at target y with respect to the logits is one-hot(y) - softmax.
+    `inputs` are the hidden states, targets and `g` of the gathered positions.
     """
     hidden, targets, g = inputs
-    ids, found = local_ids(targets, table.shape[0])
-    is_target = (jnp.arange(table.shape[0]) == ids[:, None]) & found[:, None]
+    ids, found = rows.ids(targets)
+    is_target = (jnp.arange(logits.shape[-1]) == ids[:, None]) & found[:, None]
     softmax = jnp.exp(logits - log_partition[:, None])
     d_logits = (is_target - softmax) * (g / head.temperature)[:, None]
     d_logits = d_logits.astype(hidden.dtype)
     d_table = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-    return d_logits @ table, d_table
+    return rows.hidden_gradient(d_logits), d_table
 
 
-def scaled_logits(hidden: jax.Array, table: jax.Array, head: Head) -> jax.Array:
+def scaled_logits(hidden: jax.Array, rows: OutputRows, head: Head) -> jax.Array:
     """Returns the logits, divided by the temperature."""
-    logits = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
+    logits = rows.logits(hidden)
     return logits if head.temperature == 1.0 else logits / head.temperature
 
 
-def _logsumexp(logits: jax.Array) -> jax.Array:
-    """Returns the log-partition function over a vocabulary that is split over `tensor`."""
-    top = jax.lax.pmax(jnp.max(logits, axis=-1), "tensor")
-    total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), "tensor")
+def _logsumexp(logits: jax.Array, rows: OutputRows) -> jax.Array:
+    """Returns the log-partition function over the vocabulary that `rows` is a part of."""
+    top = jax.lax.pmax(jnp.max(logits, axis=-1), rows.axes)
+    total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), rows.axes)
     return top + jnp.log(total)
 
 
-def _pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def _pick(logits: jax.Array, targets: jax.Array, rows: OutputRows) -> jax.Array:
     """Returns the logit of each target, from the device that holds it."""
-    ids, found = local_ids(targets, logits.shape[-1])
+    ids, found = rows.ids(targets)
     picked = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return jax.lax.psum(jnp.where(found, picked, 0), "tensor")
+    return jax.lax.psum(jnp.where(found, picked, 0), rows.axes)
 
 
 def take(x: Shaped[Array, "B T ..."], at: Int[Array, " N"]) -> Shaped[Array, "N ..."]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from absl import logging
@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from atlas_jax import distributed, metrics, stopping
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import TrainConfig, masked
 from atlas_jax.metrics import MetricWriter
-from atlas_jax.profiling import Profile
+from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Metrics, Params
+
+if TYPE_CHECKING:
+    from atlas_jax.profiling import Profile
 
 _UNLOGGED = "metrics"
 """Key in a checkpoint's `data` for the metrics of the steps since the last line of the log."""
@@ -77,12 +79,10 @@ class Job(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
-    healthy: Mapping[str, tuple[float, float]] = MappingProxyType(
-        {}
-    )  # metric -> range without a warning
-    restored: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # `data` of the checkpoint that the run resumes from
+    healthy: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    """Metric -> range without a warning."""
+    restored: Mapping[str, Any] = MappingProxyType({})
+    """`data` of the checkpoint that the run resumes from."""
 
 
 class Outcome(NamedTuple):
@@ -143,7 +143,7 @@ class _LoopState:
         self._job = job
         self._feed = feed
         self._pending: _Pending | None = None
-        self._profile = Profile(job.config)
+        self._profile = _profile(job.config)
 
     @property
     def number(self) -> int:
@@ -164,14 +164,20 @@ class _LoopState:
         """
         config = self._job.config
         feed = self._feed
+        # No earlier step is in flight then, so making the batch belongs to the time of this one.
         if feed.samples_policy:
             self.log.start_clock()
-        self._profile.before(step)
+        if self._profile:
+            self._profile.before(step)
         given = feed.next(self.state, _pause)
+        # The vote is queued before the step and read after it, so that no device waits for the
+        # host.
         stop_anywhere = distributed.vote(stopping.requested())
         self.state, values = self._job.train_step(self.state, given.batch)
-        self._profile.after(step, self.state)
+        if self._profile:
+            self._profile.after(step, self.state)
         distributed.arrive(f"step {step}")
+        # The metrics of the step before are read while the devices compute this one.
         self._fetch()
         length = given.batch.tokens.shape[-1]
         self._pending = _Pending(
@@ -180,7 +186,9 @@ class _LoopState:
         stop = stop_anywhere()
         last = stop or step == self._job.num_steps
         save = last or _due(step, config.save_steps)
+        # A run that is to stop has no time to evaluate; `catch_up` does it when the run continues.
         evaluate = (last and not stop) or _due(step, config.eval_steps)
+        # No state is saved, evaluated or sampled before its loss is known to be finite.
         if save or evaluate or feed.samples_policy:
             self._fetch()
         # The checkpoint comes first, so that a failing evaluation does not lose the step.
@@ -193,7 +201,8 @@ class _LoopState:
 
     def end(self) -> None:
         """Saves the state, and waits until it is written, however long that takes."""
-        self._profile.close()
+        if self._profile:
+            self._profile.close()
         self._fetch()
         self._save()
         distributed.arrive(f"the checkpoint of step {self.number}")
@@ -207,11 +216,13 @@ class _LoopState:
 
     def _save(self) -> None:
         checkpoints = self._job.checkpoints
+        # `end` saves too, perhaps a step that was due by itself.
         if checkpoints.latest() == self.number:
             return
         data = self._feed.get_state() | {_UNLOGGED: self.log.unlogged()}
         with stopping.saving():
             checkpoints.save(self.state, data, masked(self._job.config), self._feed.get_reference())
+        # The time of saving belongs to no step.
         self.log.start_clock()
 
     def _evaluate(self) -> None:
@@ -226,6 +237,14 @@ class _LoopState:
             self.log.start_clock()
         else:
             self.log.write(self.number, values)
+
+
+def _profile(config: TrainConfig) -> Profile | None:
+    if not config.profile_steps or not distributed.is_main():
+        return None
+    from atlas_jax.profiling import Profile  # only `profile_steps` asks for it
+
+    return Profile(config)
 
 
 def _due(step: int, every: int) -> bool:
@@ -254,16 +273,19 @@ class _Log:
         self._mark = time.perf_counter()
         self.last: dict[str, float] = {}
         self.progress = tqdm(
-            total=job.num_steps, initial=start, unit="step", disable=not distributed.is_main(),
-            dynamic_ncols=True, mininterval=1.0, desc=job.config.algorithm,
-        )  # fmt: skip
+            total=job.num_steps,
+            initial=start,
+            unit="step",
+            disable=not distributed.is_main(),
+            dynamic_ncols=True,
+            mininterval=1.0,
+            desc=job.config.algorithm,
+        )
 
     def unlogged(self) -> dict[str, Any]:
         """Returns the sums since the last line, for JSON; a resumed run continues them."""
         total = {k: [float(x) for x in v] for k, v in self._total.items()}
-        return {
-            "total": total, "secs": self._secs, "tokens": self._tokens, "flops": self._flops,
-        }  # fmt: skip
+        return {"total": total, "secs": self._secs, "tokens": self._tokens, "flops": self._flops}
 
     def has_evaluation(self, step: int) -> bool:
         """Returns whether the step was evaluated; every process gets the same answer."""
@@ -275,6 +297,7 @@ class _Log:
 
     def fetch(self, pending: _Pending) -> None:
         """Waits for the metrics of one step, checks them, and writes them if a line is due."""
+        # This waits for the devices, so the clock is read after it.
         values = jax.device_get(pending.metrics)
         now = time.perf_counter()
         self._secs.append(now - self._mark)
@@ -294,9 +317,8 @@ class _Log:
         sums = metrics.add({}, values)
         means = metrics.means(sums)
         for name in ("loss/total", "optim/grad_norm"):
-            if sums[name][1] and not math.isfinite(
-                means[name]
-            ):  # a weight of 0: nothing was trained
+            # With a weight of 0 nothing was trained, and the mean is NaN without a fault.
+            if sums[name][1] and not math.isfinite(means[name]):
                 good = self._job.checkpoints.latest()
                 where = (
                     "there is no checkpoint yet"
@@ -305,6 +327,7 @@ class _Log:
                         f"the last good checkpoint is {self._job.checkpoints.directory / str(good)}"
                     )
                 )
+                # Checkpoints of earlier steps may still be on their way to the disk.
                 self._job.checkpoints.close()
                 raise RuntimeError(
                     f"{name} is {means[name]} at step {step}; {where}. Lower learning_rate (now "

@@ -154,6 +154,7 @@ def policy_loss(
 
     terms, metrics = _policy_terms(logprobs, old, batch.advantages, members, options)
     if options.importance_sampling != "none":
+        # It corrects for the engine, whose numbers differ from the trainer's for equal weights.
         weights, found = _importance_weights(old - batch.rollout_logprobs, members, options)
         terms = weights * terms
         metrics |= found
@@ -161,6 +162,7 @@ def policy_loss(
     metrics["loss/policy"] = total, weight
     metrics |= _distances(logprobs, batch, members)
     if batch.ref_logprobs is not None:
+        # Measured without `beta` too, so that a run without a penalty still shows its drift.
         kl = _k3(batch.ref_logprobs - logprobs)
         metrics["loss/kl"] = _add_up(kl, members, options)
         if options.beta != 0:
@@ -191,6 +193,7 @@ def group_advantages(
     """
     _one_of("scale_rewards", scale_rewards)
     rewards = rewards.astype(np.float64)
+    # Infinity less a mean is NaN, which would reach every parameter.
     infinite = np.argwhere(np.isinf(rewards))
     if infinite.size:
         group, member = infinite[0]
@@ -300,6 +303,7 @@ def _policy_terms(
     log_ratio = logprobs - old
     if per_sequence:
         log_ratio = _sequence_sum(_over_length(log_ratio, members), members)
+    # Gradients go through `free` or `logprobs` alone, which the selections below keep finite.
     ratio = jax.lax.stop_gradient(jnp.exp(log_ratio))
     bound = jnp.clip(ratio, 1 - options.epsilon_low, 1 + options.epsilon_high)
     if options.loss_type == "cispo":
@@ -331,6 +335,7 @@ def _importance_weights(
     """
     per_sequence = options.importance_sampling == "sequence"
     mean = _sequence_mean_sum if per_sequence else _token_sum
+    # The cap keeps one unlikely token from outweighing the rest of the batch.
     raw = jnp.exp(_sequence_sum(log_weights, members) if per_sequence else log_weights)
     weights = jnp.minimum(raw, options.importance_sampling_cap)
     capped = (raw > options.importance_sampling_cap).astype(jnp.float32)

@@ -112,6 +112,8 @@ METRICS: dict[str, Metric] = {
     "perf/tokens_per_sec_per_device": Metric("tokens per second", "Tokens that the updates read, "
         "without padding. GRPO counts a prompt as often as rows hold it, and all for each of "
         "`num_iterations` updates."),
+    "perf/real_token_frac": Metric(_SHARE, "Positions of the rows that hold a token; the rest is "
+        "padding, which costs as much as a token does."),
     "perf/mfu": Metric(_SHARE, "Share of the device's bfloat16 peak that the model's own "
         "arithmetic uses. Recomputation is not counted, the output head is counted for all tokens. "
         "It is written only where the peak is known."),

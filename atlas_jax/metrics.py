@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from atlas_jax import distributed
-from atlas_jax.config import TrainConfig
 from atlas_jax.files import write_whole
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Metrics, Service
 
 # Dense bfloat16 peak of one device in FLOP/s, from the manufacturers' data sheets.
@@ -50,6 +50,7 @@ def add(total: Metrics, metrics: Metrics) -> Metrics:
 
 def sum_over_processes(metrics: Metrics) -> Metrics:
     """Returns the metrics of all processes combined; every process has the same names."""
+    # The numbers travel without names, so every process must have the same order.
     names = sorted(metrics)
     found = distributed.gather(np.asarray([metrics[name] for name in names], np.float64))
     return {name: _combined(name, found[:, i].tolist()) for i, name in enumerate(names)}
@@ -92,8 +93,10 @@ class MetricWriter:
         """Writes scalars of one step."""
         if not self._enabled:
             return
+        # JSON has no NaN, which stands for a metric without any sample.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
+        # A killed run keeps every line that it has logged.
         self._file.flush()
         for service in self._services:
             service.write(step, values)

@@ -64,7 +64,7 @@ OPTIONS: tuple[Foreign, ...] = (
             "write `mesh.data`, `mesh.fsdp` and `mesh.tensor`; servers take `--tensor-parallel-size`"),
     Foreign("offload_untrained_models disable_student_offloading",
             "write `offload=reference` for the reference model; the student stays on the devices, or on servers of its own"),
-    Foreign("gradient_checkpointing_kwargs", "nothing to set: `gradient_checkpointing` takes `none`, `dots` or `full`", changes_nothing=True),
+    Foreign("gradient_checkpointing_kwargs", "nothing to set: `gradient_checkpointing` takes `none`, `dots`, `mlp` or `full`", changes_nothing=True),
     Foreign("activation_offloading", "write `offload=activations`"),
     Foreign("auto_find_batch_size", "there is no search for a batch size here; `atlas-plan` computes what fits", absent=True),
     Foreign("ddp_timeout", "write `hosts.stall_timeout_secs`"),
@@ -176,7 +176,7 @@ WORDS: tuple[Foreign, ...] = (
 ITEMS: tuple[tuple[str, str], ...] = (
     ("`scripts/launch.sh 8 configs/run/teacher_sft.yaml`", "`launch/launch.sh 8 configs/run/teacher_sft.py`: a config is a Python file, or the name of a shipped one (`teacher_sft`)"),
     ("`+offload`", "the same, or `offload=optimizer`; also `params`, `activations`, `reference`, with commas"),
-    ("`gradient_checkpointing=true`", "the same (`full`); also `dots` and `none`"),
+    ("`gradient_checkpointing=true`", "the same (`full`); also `mlp`, `dots` and `none`"),
     ("`attn_implementation=flash_attention_2`", "the same; it means `auto`: cuDNN on NVIDIA, splash on TPU"),
     ("`python trainers/vllm_server.py --model … --port 8765`", "`atlas-serve --model … --port 8765`, with vLLM's own flags"),
     ("`scripts/launch_with_server.sh 4 4 configs/run/teacher_rcl.yaml`", "`launch/launch_with_server.sh 4 4 configs/run/teacher_rcl.py`. The guide gives both orders of the two numbers; the first is servers, and the script says which device does what"),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from atlas_jax.config import TrainConfig
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Params
 
 
@@ -68,6 +68,7 @@ def in_float32(
         return inner.init(wide(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        # Weight decay is a product of parameters and learning rate, too small for bfloat16.
         wide_params = None if params is None else wide(params)
         return inner.update(wide(updates), state, wide_params, **extra)
 

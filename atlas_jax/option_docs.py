@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from atlas_jax import config as config_lib
-from atlas_jax.options import fields
+from atlas_jax.options import descriptions, fields
 
 
 class Entry(NamedTuple):
@@ -51,20 +51,20 @@ def entries(pattern: str = "") -> list[Entry]:
         raise ValueError(f"--options {pattern}: {error}; write a regular expression") from None
     schemas = {name: config_lib.schema(name) for name in config_lib.ALGORITHMS}
     owners: dict[str, list[str]] = {}
-    found: dict[str, Entry] = {}
+    by_name: dict[str, Entry] = {}
     for algorithm, schema in schemas.items():
         for entry in _entries(schema(), "", _former(schema)):
             owners.setdefault(entry.name, []).append(algorithm)
-            found[entry.name] = entry
+            by_name[entry.name] = entry
     result = [
         entry._replace(recipes="" if owners[name] == list(schemas) else ", ".join(owners[name]))
-        for name, entry in found.items()
+        for name, entry in by_name.items()
         if (search(name) or search(entry.former)) and name != "algorithm"
     ]
     if not result:
-        known = [name.rpartition(".")[2] for name in found]
-        raise ValueError(f"--options {pattern}: no option has this name"
-                         f"{fields.nearest(pattern, [*found, *known])}")  # fmt: skip
+        known = [name.rpartition(".")[2] for name in by_name]
+        nearest = descriptions.nearest(pattern, [*by_name, *known])
+        raise ValueError(f"--options {pattern}: no option has this name{nearest}")
     groups = list(dict.fromkeys(("", *(entry.group for entry in result))))
     return sorted(result, key=lambda entry: groups.index(entry.group))
 
@@ -86,7 +86,7 @@ def _entries(group: Any, prefix: str, former: dict[str, str]) -> Iterator[Entry]
                 meaning += f" Also accepted as `{former[full]}`."
             yield Entry(
                 name=full,
-                allowed=fields.allowed(hint),
+                allowed=descriptions.allowed(hint),
                 default=_shown(value),
                 meaning=meaning,
                 former=former.get(full, ""),

@@ -78,15 +78,16 @@ def apply(config: ConfigDict, options: Sequence[Option]) -> list[str]:
     several: dict[str, tuple[Any, ...]] = {}
     for option in options:
         if not _has(config, option.name):
-            found = migration.find(option.name)
-            if found is None or not found.accepts(option.value):
+            foreign = migration.find(option.name)
+            if foreign is None or not foreign.accepts(option.value):
                 raise ValueError(unknown(option.name, config))
-            notes.append(f"{option.name}={option.value}: {found.answer}")
-            if not found.same_as:
+            notes.append(f"{option.name}={option.value}: {foreign.answer}")
+            if not foreign.same_as:
                 continue
-            option = option._replace(name=found.same_as)
+            option = option._replace(name=foreign.same_as)
         value = read(option, config)
         if isinstance(value, tuple):
+            # A list may be given item by item, in several flags.
             several[option.name] = value = several.get(option.name, ()) + value
         *groups, last = option.name.split(".")
         _get(config, ".".join(groups))[last] = value
@@ -201,12 +202,12 @@ def _has(config: ConfigDict, name: str) -> bool:
 
 def _get(config: ConfigDict, name: str) -> Any:
     """Returns a value or a group of a config; None if there is no such option."""
-    found: Any = config
+    value: Any = config
     for part in name.split(".") if name else ():
-        if not isinstance(found, ConfigDict) or part not in found:
+        if not isinstance(value, ConfigDict) or part not in value:
             return None
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
 def _names(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -25,8 +25,7 @@ from atlas_jax.logprobs import (
     scaled_logits,
     take,
 )
-from atlas_jax.models.vocab import DIMS
-from atlas_jax.sharding import all_gather, sum_over_rows
+from atlas_jax.models.vocab import DIMS, OutputRows
 from atlas_jax.types import PolicyBatch
 
 
@@ -44,6 +43,7 @@ def policy_logprobs(
         batch: the batch of the hidden states; a row's completions follow its prompt.
         head: the options.
     """
+    # The first token of each completion is predicted by the end of the prompt that they share.
     before = _predecessors(batch.sequence_ids, batch.segment_ids)
     hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
     return token_logprobs(hidden, table, Labels(batch.tokens, batch.loss_mask), head)
@@ -59,6 +59,8 @@ def _predecessors(
     return jnp.maximum(jnp.where(begins, prompt, here) - 1, 0)
 
 
+# By itself, JAX would keep the logits `[B, T, V]` for the backward pass; they are computed again in
+# chunks instead.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], labels: Labels, head: Head
@@ -105,22 +107,28 @@ def _token_logprobs_bwd(
     def local(
         hidden: jax.Array, table: jax.Array, labels: Labels, log_partition: jax.Array, g: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        whole = all_gather(table, stored, hidden.dtype)
+        rows = OutputRows.of(table, sharding, hidden)
 
         def chunk(at: jax.Array, sums: Sums) -> Sums:
             d_hidden, d_table = sums
-            h = take(hidden, at)
-            inputs = h, take(labels.targets, at), take(g, at)
-            logits = scaled_logits(h, whole, head)
-            d_h, more = chunk_gradients(logits, take(log_partition, at), inputs, whole, head)
+
+            def gathered(x: jax.Array) -> jax.Array:
+                return rows.gather(take(x, at))
+
+            inputs = gathered(hidden), gathered(labels.targets), gathered(g)
+            logits = scaled_logits(inputs[0], rows, head)
+            known = gathered(log_partition)
+            d_h, more = chunk_gradients(logits, known, inputs, rows, head)
             return put(d_hidden, at, d_h), d_table + more
 
-        start = jnp.zeros_like(hidden), jnp.zeros(whole.shape, jnp.float32)
+        start = jnp.zeros_like(hidden), jnp.zeros(rows.table.shape, jnp.float32)
         d_hidden, d_table = each_chunk(labels.mask, head, chunk, start)
+        # Each device has seen its part of the vocabulary only.
         d_hidden = jax.lax.psum(d_hidden, "tensor")
-        return d_hidden, sum_over_rows(d_table, split).astype(table.dtype)
+        return d_hidden, rows.table_gradient(d_table, split, table)
 
     d_hidden, d_table = local(hidden, table, labels, log_partition, g[0])
+    # Labels are integers and booleans, whose cotangents have this dtype.
     none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
     return d_hidden, d_table, Labels(none, none)
 

@@ -19,9 +19,10 @@ from atlas_jax import config as config_lib
 from atlas_jax import extras, reporting, sockets
 from atlas_jax.checkpoint import layout
 from atlas_jax.config import GRPOConfig, RIMConfig, TrainConfig
-from atlas_jax.data import examples, questions, sources
+from atlas_jax.data import examples, questions, row_checks, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
+from atlas_jax.options.train import batch_plan
 from atlas_jax.recipes.layout import make_layout
 from atlas_jax.rewards import forms
 from atlas_jax.types import NOTHING_GIVEN, Given
@@ -44,6 +45,7 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
         ValueError: says what is wrong, its value, and what to write instead.
         OSError: for files that cannot be read or written, or a database that cannot be reached.
     """
+    # Options first, files then, the database last: each step takes longer than the one before.
     config_lib.validate(config, given.rewards)
     config_lib.check_environment(config)
     check_output(config.output_dir)
@@ -61,7 +63,10 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     check_data(config, given)
     if num_devices:
         _check_division(config, num_devices)
-    sources.check_sessions(config.data, config.output_dir)
+    if config.data.db_url or config.data.format == "session":
+        from atlas_jax.data import session_rows  # a run on files knows no sessions
+
+        session_rows.check_sessions(config.data, config.output_dir)
 
 
 def check_output(directory: str) -> None:
@@ -84,6 +89,7 @@ def check_output_file(path: str) -> None:
 
 def _check_writable(directory: str, room_bytes: int = _ROOM_BYTES) -> None:
     path = pathlib.Path(directory).absolute()
+    # Nothing is made: a refused run must leave no directory.
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not existing.is_dir():
         where = directory if existing == path else f"{directory} cannot be made: {existing}"
@@ -279,7 +285,7 @@ def _check_lessons(config: TrainConfig) -> None:
 def _check_division(config: TrainConfig, num_devices: int) -> None:
     """Checks that rows and groups divide over the devices."""
     data, fsdp, _ = config.mesh.shape(num_devices)
-    plan = config_lib.batch_plan(config, data * fsdp)
+    plan = batch_plan(config, data * fsdp)
     checks: dict[str, Callable[..., Any]] = {"sft": lambda *_: None, "grpo": make_layout}
     checks[config.algorithm](config, plan, data * fsdp)
 
@@ -302,14 +308,14 @@ def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     for name in ("rows", "eval_rows"):
         rows = getattr(given, name)
         if rows is not None:
-            sources.check_records(sources.given_records(name, rows), use)
+            row_checks.check_records(sources.given_records(name, rows), use)
     if config.data.source and given.rows is None:
-        sources.check_function(config.data.source, use)
+        row_checks.check_function(config.data.source, use)
     for option, rows in (("dataset_path", given.rows), ("eval_path", given.eval_rows)):
         path = getattr(config.data, option)
         if path and rows is None:
             try:
-                sources.check(config.data, path, use)
+                row_checks.check(config.data, path, use)
             except ValueError as error:
                 raise ValueError(f"data.{option}: {error}") from None
 

@@ -8,17 +8,16 @@ from typing import Any
 import jax
 from absl import logging
 
-from atlas_jax import distributed
-from atlas_jax.config import TrainConfig
+from atlas_jax.options.train import TrainConfig
 
 
 class Profile:
     """Traces the steps of `profile_steps`, first and last, into `output_dir/profile`."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Starts nothing yet; processes other than the first never do."""
-        wanted = config.profile_steps if distributed.is_main() else ()
-        self._steps = range(wanted[0], wanted[1] + 1) if wanted else range(0)
+        """Starts nothing yet."""
+        first, last = config.profile_steps
+        self._steps = range(first, last + 1)
         self._directory = str(pathlib.Path(config.output_dir) / "profile")
         self._running = False
 

@@ -18,8 +18,9 @@ from typing import Any
 from absl import logging
 
 from atlas_jax import sockets
-from atlas_jax.config import TrainConfig, masked, nearest
 from atlas_jax.files import write_whole
+from atlas_jax.options.descriptions import nearest
+from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.types import Service
 
 
@@ -69,6 +70,10 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases, which a continued run goes on with.
 
+    The service refuses values of a step below its own count, as those of steps that are done again
+    after an older checkpoint. The step is therefore a metric, against which the others are drawn
+    (`define_metric` of wandb); a step that was done twice has two values.
+
     The environment configures it: WANDB_PROJECT, WANDB_NAME, WANDB_MODE and so on.
     """
 
@@ -95,11 +100,13 @@ class Wandb:
             raise ValueError(
                 f"report_to=wandb: {said}; log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
         logging.info("Weights & Biases: %s", self._run.url or f"offline, in {self._run.dir}")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Logs scalars."""
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, "step": step})
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Logs nothing: `rollouts/` holds the texts."""
@@ -111,6 +118,8 @@ class Wandb:
 
 class Trackio:
     """A run of trackio, which a continued run goes on with.
+
+    A step that was done twice, after an older checkpoint, has two values.
 
     TRACKIO_PROJECT and TRACKIO_SPACE_ID in the environment say where it lies.
     """

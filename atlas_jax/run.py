@@ -15,19 +15,30 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from absl import logging
 
-from atlas_jax import loop, metrics, step
+from atlas_jax import distributed, loop, metrics, step
+from atlas_jax.checkpoint import hf
 from atlas_jax.checkpoint.manager import Checkpoints
-from atlas_jax.config import TrainConfig
+from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.startup import directory, start
+from atlas_jax.options.train import TrainConfig
+from atlas_jax.startup import directory
 from atlas_jax.startup.compute import Compute
-from atlas_jax.startup.model import Model, export, open_model
-from atlas_jax.startup.start import Start
+from atlas_jax.startup.directory import Origin, Started
+from atlas_jax.startup.model import Model, export, open_model, tokenizer_digest
 from atlas_jax.types import Params
+
+
+class Start(NamedTuple):
+    """Where training begins."""
+
+    state: step.TrainState
+    data: dict[str, Any]  # what the checkpoint says of data and metrics; empty at the beginning
+    started: Started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Run:
         compute = Compute.of(config, devices)
         with directory.opened(config):
             opened = open_model(compute)
+            _log_attention(config, opened.decoder)
             yield cls(compute, opened, Checkpoints(config.output_dir, config.save_total_limit))
 
     @property
@@ -79,7 +91,8 @@ class Run:
 
         Args:
             num_steps: steps of the whole run.
-            fingerprint: hash of the data, which must be those of the checkpoint.
+            fingerprint: hash of the data, which must be those of the checkpoint, but for
+                `data.refresh`.
             updates_per_step: updates of the optimizer in one step.
             student: GRPO's frozen student, where this process reads its weights.
 
@@ -87,16 +100,70 @@ class Run:
             ValueError: if the run in `output_dir` was started with another model, optimizer or
                 data, or if there are no weights to begin with.
         """
+        # The optimizer first, since its state is restored into the shapes that it has.
         optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
-        begun = start.begin(self.compute, self.model, optimizer, self.checkpoints, student)
+        start = self._start(optimizer, student)
+        _check_same_data(self.config, start, fingerprint)
         return Training(
             run=self,
             num_steps=num_steps,
             updates_per_step=updates_per_step,
             optimizer=optimizer,
-            start=begun,
-            position=start.data_state(self.config, begun, fingerprint),
+            start=start,
         )
+
+    def _start(self, optimizer: step.Optimizer, student: Model | None) -> Start:
+        """Returns the state to train from.
+
+        A run that has a checkpoint continues from its newest one: parameters, optimizer, step and
+        position in the data. A new run takes the parameters of `resume_from`, or of
+        `model_name_or_path`, and nothing else.
+        """
+        config = self.config
+        latest = self.checkpoints.latest()
+        distributed.check_same(
+            str(latest),
+            f"sees {latest} as the newest checkpoint of {self.checkpoints.directory}, unlike "
+            "process 0; look whether all hosts share that directory",
+        )
+        decoder = self.model.decoder
+        now = Started(
+            origin=Origin(config.model_name_or_path),
+            weights=hf.digest(self.model.source),
+            tokenizer=tokenizer_digest(self.model.files.tokenizer),
+            student=hf.digest(student.source) if student else "",
+            date=self.model.template.date.isoformat(),
+        )
+        # A run of a version that wrote no `start.json` began as the options of this command say.
+        before = directory.started(config.output_dir) if latest is not None else None
+        if before is None and config.resume_from:
+            from atlas_jax.startup import origins  # of other runs
+
+            now = now._replace(origin=origins.find(config))
+        if latest is None:
+            params = self._first_params(now.origin)
+            logging.info("training begins with %s", now.origin)
+            return Start(self.compute.state(params, optimizer), {}, now)
+        # A run of a version that wrote no `start.json` began as the options of this command say.
+        before = before or now
+        # Before Orbax reads: its errors would name arrays instead of the option that changed.
+        _check_same_start(config, before, now)
+        if not self.checkpoints.has_training_state(latest):  # made by atlas-convert
+            params = self.checkpoints.restore_params(
+                latest, step.abstract(decoder.shapes, decoder.placements())
+            )
+            return Start(self.compute.state(params, optimizer), {}, before)
+        restored = self.checkpoints.restore(latest, self.compute.abstract_state(decoder, optimizer))
+        logging.info("continuing %s at step %d", self.checkpoints.directory, latest)
+        return Start(restored.state, restored.data, before)
+
+    def _first_params(self, origin: Origin) -> Params:
+        """Returns the weights that a new run begins with."""
+        if not self.config.resume_from:
+            return hf.load(self.model.source, self.decoder)
+        from atlas_jax.startup import origins
+
+        return origins.load(origin, self.config, self.model, self.decoder)
 
     def export(self, params: Params) -> str:
         """Writes `final/` and returns its path."""
@@ -112,8 +179,11 @@ class Training:
     updates_per_step: int
     optimizer: step.Optimizer
     start: Start
-    position: dict[str, Any]
-    """Position in the data to continue from; empty at the beginning."""
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Position in the data to continue from; empty at the beginning."""
+        return self.start.data
 
     @property
     def first_step(self) -> int:
@@ -121,9 +191,18 @@ class Training:
         return int(self.start.state.step)
 
     def reference(self, frozen: Decoder) -> Params:
-        """Returns the weights that the run began with, see `start.reference`."""
+        """Returns the weights that the run began with, see `origins.reference`."""
+        from atlas_jax.startup import origins  # SFT has no reference
+
         run = self.run
-        return start.reference(run.config, run.model, frozen, run.checkpoints, self.start)
+        return origins.reference(
+            run.config,
+            run.model,
+            frozen,
+            run.checkpoints,
+            self.start.started,
+            self.start.state.params,
+        )
 
     def committed(self) -> metrics.MetricWriter:
         """Writes what describes the run, and returns the writer of its metrics.
@@ -167,3 +246,41 @@ class Training:
             restored=self.start.data,
         )
         return loop.run(job, self.start.state, feed)
+
+
+def _check_same_start(config: TrainConfig, before: Started, now: Started) -> None:
+    """Checks that the run in `output_dir` was started with the models of this command."""
+    for name, digest, other in (
+        ("model_name_or_path", before.weights, now.weights),
+        ("the tokenizer", before.tokenizer, now.tokenizer),
+        ("student_model", before.student, now.student),
+    ):
+        if digest and other and digest != other:
+            options = directory.changed(config)
+            raise ValueError(
+                f"output_dir={config.output_dir} holds a run of another model: {name} is not what "
+                f"the run was started with{f' ({options})' if options else ''}; restore it, or "
+                "name a new output_dir"
+            )
+
+
+def _check_same_data(config: TrainConfig, start: Start, fingerprint: str) -> None:
+    """Checks that a run continues on the data that it was started with, or after `data.refresh`.
+
+    Raises:
+        ValueError: if the checkpoint is of other data; names the options that differ.
+    """
+    if not start.data or start.data["fingerprint"] == fingerprint or config.data.refresh:
+        return
+    options = directory.changed(config)
+    cause = f"these options differ: {options}" if options else "the rows or the tokenizer differ"
+    raise ValueError(
+        f"output_dir={config.output_dir} holds a run on other data ({start.data['fingerprint']}, "
+        f"now {fingerprint}): {cause}; restore them, or name a new output_dir and "
+        f"resume_from={config.output_dir}, which takes the weights alone"
+    )
+
+
+def _log_attention(config: TrainConfig, decoder: Decoder) -> None:
+    longest = max(config.longest_sequence, config.max_seq_length)
+    logging.info("%s", attention.describe(decoder.attention, longest))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from atlas_jax import masking
 from atlas_jax.config import ALGORITHMS, defaults, schema
 from atlas_jax.overrides import unknown
-from atlas_jax.types import FROM_CALLER
+from atlas_jax.types import ENVIRONMENT, FROM_CALLER
 
 _VARIABLES = {"data.db_url": "ATLAS_DATABASE_URL"}
 """Options that the environment may hold in their place."""
@@ -71,6 +71,7 @@ def load(path: str) -> SavedConfig:
         raise ValueError(
             f"{path} is no run's config.json: its algorithm is none of {', '.join(ALGORITHMS)}"
         )
+    values.pop(ENVIRONMENT, None)
     config = defaults(schema(values["algorithm"]))
     hidden: list[str] = []
     _fill(path, config, config, values, "", hidden)
@@ -81,9 +82,13 @@ def load(path: str) -> SavedConfig:
 
 
 def _fill(
-    path: str, root: ConfigDict, group: ConfigDict, values: Mapping[str, Any], prefix: str,
+    path: str,
+    root: ConfigDict,
+    group: ConfigDict,
+    values: Mapping[str, Any],
+    prefix: str,
     hidden: list[str],
-) -> None:  # fmt: skip
+) -> None:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in group:

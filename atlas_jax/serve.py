@@ -36,7 +36,7 @@ from typing import IO, Any, NoReturn
 from absl import logging
 
 from atlas_jax import keeper, server_token
-from atlas_jax.checkpoint import layout
+from atlas_jax.checkpoint import diagnosis, layout
 from atlas_jax.rollout import capabilities
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -115,7 +115,7 @@ def check_model(model: str, more: Sequence[str] = ()) -> None:
         if path.suffix != ".gguf":
             raise ValueError(f"the model {model} is a file; give a directory in HF layout")
         return
-    layout.check_adapter(path)
+    diagnosis.check_adapter(path)
     flags = {word.partition("=")[0].replace("_", "-") for word in more}
     missing = []
     if not any((path / name).exists() for name in ("config.json", "params.json")):
@@ -182,6 +182,7 @@ def find_token(options: argparse.Namespace) -> str:
         logging.info("the token of the server is VLLM_API_KEY")
         return token
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    # Whoever reaches the server could replace its weights, so other hosts need a token.
     default = "" if options.host in _LOOPBACK else pathlib.Path(cache, "atlas_jax/server_token")
     path = options.token_file or default
     if not path:
@@ -258,11 +259,11 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
         token: the token that the server requires; "" for none.
     """
     caches = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    cpu = {} if has_gpu() else {
+    cpu = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # servers and trainer share the cores
         "TORCHDYNAMO_DISABLE": "1",  # otherwise the first request waits for a compiler
-    }  # fmt: skip
+    }
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and reload
         "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # no hidden grammar
@@ -276,7 +277,8 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "TORCHINDUCTOR_CACHE_DIR": str(caches),  # persistent, unlike other temporary files
     }
-    return cpu | default | dict(inherited) | fixed | guard
+    # The user's variables replace the defaults, but not what the trainer relies on.
+    return ({} if has_gpu() else cpu) | default | dict(inherited) | fixed | guard
 
 
 def wait_healthy(
@@ -299,6 +301,7 @@ def wait_healthy(
     end = time.monotonic() + timeout_secs
     while process.poll() is None:
         with contextlib.suppress(OSError), _open(urllib.request.Request(f"{url}/health"), 5.0):
+            # Another program may have taken the port since it was checked.
             if is_ours():
                 return True
         if time.monotonic() > end:
@@ -409,13 +412,17 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--python", default="", help="interpreter that has vLLM")
     parser.add_argument(
-        "--token-file", default="", metavar="FILE",
+        "--token-file",
+        default="",
+        metavar="FILE",
         help="holds the token that all routes but /health ask for; made if it does not exist",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--follow", default="", metavar="FILE",
+        "--follow",
+        default="",
+        metavar="FILE",
         help="file that names a directory; vLLM is started again with it whenever it changes",
-    )  # fmt: skip
+    )
     parser.add_argument("--start-timeout", type=float, default=1800.0, help="seconds")
     options, more = parser.parse_known_args(argv)
     if any(re.match("--api[-_]key(=|$)", word) for word in more):
@@ -438,10 +445,12 @@ class VllmProcess:
         self._more = more
         self._stopped = False
         self._process: subprocess.Popen[bytes] | None = None
+        # vLLM itself would say the same, but only after minutes.
         check_model(followed(options), more)
         check_port(options.host, options.port)
         self._python = find_python(options.python)
         self._token = find_token(options)
+        # If the keeper is killed, vLLM's processes become children of this one, which ends them.
         keeper.adopt_orphans()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             # Under nohup the end of the terminal must not end the server.

@@ -30,6 +30,7 @@ def read(path: str | os.PathLike[str]) -> str:
         ValueError: if other users can read it, or it holds no token.
     """
     with open(path, encoding="utf-8", errors="replace") as file:
+        # Of the open file, which nobody can exchange before it is read.
         status = os.fstat(file.fileno())
         text = file.read(_MOST).strip()
     if status.st_mode & 0o077 or status.st_uid not in (os.getuid(), 0):

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.config import MeshConfig
+from atlas_jax.options.train import MeshConfig
 
 T = TypeVar("T")
 
@@ -54,6 +54,7 @@ def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
+        # Within one slice JAX's order suits the network, unless it spreads `tensor` over processes.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         if _tensor_is_local(grid):
             return grid
@@ -168,15 +169,19 @@ class Sharding:
                 )
 
 
-def gather(sharding: Sharding, tree: Any, dims: Any, dtype: jnp.dtype) -> Any:
-    """Returns parameters cast to `dtype`, then gathered over `fsdp`; their gradients are split.
+def gather(
+    sharding: Sharding, tree: Any, dims: Any, dtype: jnp.dtype, gradient_dtype: jnp.dtype
+) -> Any:
+    """Returns parameters rounded to `dtype`, then gathered over `fsdp`; their gradients are split.
 
-    The cast comes first, so the gather moves half-precision bytes. Without explicit constraints in
-    both directions, GSPMD could gather all layers at once, or keep gradients whole.
+    The rounding comes first, so the gather moves half-precision bytes. Without explicit constraints
+    in both directions, GSPMD could gather all layers at once, or keep gradients whole. The result
+    has the dtype `gradient_dtype`, hence so has its gradient, which is summed over devices in it.
     """
 
     def one(param: jax.Array, axes: Dims) -> jax.Array:
-        return _gather(param, dtype, sharding.gathered(axes), sharding.optimizer(axes, False))
+        dtypes = dtype, gradient_dtype
+        return _gather(param, dtypes, sharding.gathered(axes), sharding.optimizer(axes, False))
 
     return jax.tree.map(one, tree, dims)
 
@@ -198,21 +203,25 @@ def put_back(new: jax.Array, old: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(
-    param: jax.Array, dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding
+    param: jax.Array, dtypes: tuple[jnp.dtype, ...], whole: NamedSharding, split: NamedSharding
 ) -> jax.Array:
-    param = fetch(param)
-    return jax.lax.with_sharding_constraint(param.astype(dtype), whole)
+    param = fetch(param).astype(dtypes[0])
+    return jax.lax.with_sharding_constraint(param, whole).astype(dtypes[1])
 
 
 def _gather_fwd(
-    param: jax.Array, dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding
+    param: jax.Array, dtypes: tuple[jnp.dtype, ...], whole: NamedSharding, split: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
     like = put_back(jnp.zeros((0,), param.dtype), param)
-    return _gather(param, dtype, whole, split), like
+    return _gather(param, dtypes, whole, split), like
 
 
 def _gather_bwd(
-    dtype: jnp.dtype, whole: NamedSharding, split: NamedSharding, like: jax.Array, g: jax.Array
+    dtypes: tuple[jnp.dtype, ...],
+    whole: NamedSharding,
+    split: NamedSharding,
+    like: jax.Array,
+    g: jax.Array,
 ) -> tuple[jax.Array]:
     g = jax.lax.with_sharding_constraint(g.astype(like.dtype), split)
     return (put_back(g, like),)

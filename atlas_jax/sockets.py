@@ -37,13 +37,13 @@ def resolve(name: str, option: str) -> Callable[..., Any]:
     Raises:
         ValueError: the reference is malformed, its import fails, or it refers to no callable.
     """
-    found = resolve_object(name, option)
-    if not callable(found):
+    target = resolve_object(name, option)
+    if not callable(target):
         attribute = name.partition(":")[2]
         raise ValueError(
-            f"{option}={name}: {attribute} is a {type(found).__name__}; it must be callable"
+            f"{option}={name}: {attribute} is a {type(target).__name__}; it must be callable"
         )
-    return found
+    return target
 
 
 def resolve_object(name: str, option: str) -> Any:
@@ -106,7 +106,9 @@ def describe(error: BaseException) -> str:
 def _imported(name: str) -> Any:
     """Returns a module, which may lie in the working directory."""
     added = [] if os.getcwd() in sys.path or "" in sys.path else [os.getcwd()]
+    # At the end of the path, where a file of the user's hides no installed module.
     sys.path.extend(added)
+    # The file may be newer than the last listing of its directory.
     importlib.invalidate_caches()
     return importlib.import_module(name)
 

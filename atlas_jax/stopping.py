@@ -130,8 +130,10 @@ def training() -> Iterator[None]:
     A request outlives the block, so that threads which are still working give up too. The next run
     resets it.
     """
+    # A request to stop the last run of this process, such as a notebook, is not one for this run.
     reset()
     listener = None
+    # Python sets signal handlers in the main thread only.
     if not _process.owned and threading.current_thread() is threading.main_thread():
         listener = _Listener()
         listener.start()

@@ -25,6 +25,7 @@ class Pace:
 
     async def wait(self, units: float = 1.0) -> None:
         """Waits until the rate allows these units."""
+        # Unused time counts for at most a second, or a pause would be followed by a burst.
         start = max(self._free_at, time.monotonic() - 1.0)
         self._free_at = start + units * self._secs_per_unit
         await asyncio.sleep(max(0.0, start - time.monotonic()))
@@ -141,11 +142,13 @@ class Throttle:
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[float]:
         """Waits for a place for one request, and yields the time at which it is sent."""
+        # Before the queue: a place must not be held while the rate delays the request.
         await self._requests.wait()
         turn = asyncio.get_running_loop().create_future()
         with self._lock:
             if not self._in_flight and not self._waiting:
                 self._rate.idle(time.monotonic() - self._idle_since)
+            # In the queue before anything is dealt, so that requests keep their order.
             self._waiting[turn] = None
             self._deal()
         try:
@@ -153,6 +156,7 @@ class Throttle:
             yield time.monotonic()
         finally:
             with self._lock:
+                # Cancelled before it had a place, so there is none to give back.
                 if turn in self._waiting:
                     del self._waiting[turn]
                 else:
@@ -172,7 +176,9 @@ class Throttle:
         with self._lock:
             now = time.monotonic()
             self._held_until = max(self._held_until, now + secs)
+            # An earlier request was sent under the limit that has been lowered already.
             if sent >= self._lowered_at:
+                # What was really in flight was too much, whatever the limit allowed.
                 self._refused_limit = min(self._limit, self._in_flight)
                 self._limit = max(self._refused_limit / 2, 1.0)
                 self._lowered_at = now

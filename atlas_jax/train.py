@@ -44,6 +44,7 @@ def main() -> None:
         config = config_lib.freeze(cli.needed(config_flag))
         address = Address(coordinator.value, num_processes.value, process_id.value)
         code = 0 if _run(config, NOTHING_GIVEN, address) else stopping.EXIT_CODE
+        # Threads that hang in a request must not keep the process and its devices.
         stopping.end_soon(code)
         sys.exit(code)
 
@@ -95,6 +96,7 @@ def run(
 
 def _run(config: config_lib.TrainConfig, given: Given, address: Address) -> bool:
     """Checks the config, starts JAX and trains; see `run`."""
+    # First, because errors of the checks may quote an address with a password.
     masking.mask_logs()
     preflight.check(config, given=given)
     # What imports JAX comes after the checks, which need none and take little time.

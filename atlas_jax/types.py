@@ -47,6 +47,9 @@ class Given(NamedTuple):
     """Dicts to evaluate on in place of files; None reads `data`."""
 
 
+ENVIRONMENT = "environment"
+"""Part of a run's `config.json` that is no option: JAX, devices and variables of the process."""
+
 FROM_CALLER = "given to train.run"
 """Value of the data options in a run whose rows are no files."""
 
@@ -111,6 +114,24 @@ class Batch(NamedTuple):
     positions: Array  # [B, T] int32, restarting at 0 in each segment
     segment_ids: Array  # [B, T] int32, 0 is padding
     loss_mask: Array  # [B, T] bool, true where this token, as a target, is trained on
+
+
+class RowBounds(NamedTuple):
+    """Bounds of a program's rows, by which attention needs no mask; 0 where nothing is known.
+
+    On flash kernels a row that does not keep to them gives NaN, which ends a run.
+    """
+
+    segments: int = 0
+    """Most segments of a row; a prompt and each of its completions count."""
+    longest: int = 0
+    """Most tokens of a segment."""
+    prompt: int = 0
+    """Most tokens of a prompt that completions share."""
+
+
+UNKNOWN = RowBounds()
+"""Bounds of rows of which nothing is known."""
 
 
 class PolicyBatch(NamedTuple):
@@ -267,5 +288,5 @@ RewardFn = Callable[[Sequence[Sample]], list[Reward]]
 Params = dict[str, Any]
 """A pure nested dict of arrays: the whole model, or anything of the same structure."""
 
-Metrics = dict[str, Any]
+Metrics = dict[str, tuple[Any, Any]]
 """`area/name` -> `(sum, weight)` until written; the value is `sum / weight`. See `metrics`."""

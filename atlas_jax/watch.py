@@ -163,6 +163,7 @@ class Watch:
 
     def start(self) -> None:
         """Starts the watch, which runs until the process ends."""
+        # Two threads, since a call to a service that is cut off may block the first one.
         for loop in (self._tell_and_judge, self._watch_service):
             threading.Thread(target=loop, daemon=True, name=f"watch{loop.__name__}").start()
 
@@ -175,6 +176,7 @@ class Watch:
 
     def leave(self) -> None:
         """Records that this process has finished, and ends the watch."""
+        # Before the note: this process must not judge others that are slower to end.
         self._over.set()
         self._tell(left=True)
 
@@ -199,6 +201,7 @@ class Watch:
             verdict=f"process {self._process} on {host} failed: {type(error).__name__}: "
             f"{first_line}"
         )
+        # In a thread, so that the caller still unwinds and writes its own error.
         threading.Thread(target=self._exit, daemon=True).start()
 
     def _tell(self, **changes: Any) -> None:

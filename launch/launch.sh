@@ -23,6 +23,7 @@ if [ -n "$has_driver" ] && [ "${JAX_PLATFORMS:-}" != cpu ]; then
   need_gpus "$devices" "training"
   CUDA_VISIBLE_DEVICES=$(join "${gpus[@]:0:devices}")
   export CUDA_VISIBLE_DEVICES
+  fast_gpus
 elif [ "${JAX_PLATFORMS:-}" = cpu ] || ! has_tpu; then
   export JAX_PLATFORMS=cpu
   fast_cpu

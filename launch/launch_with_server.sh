@@ -62,6 +62,7 @@ stop() {
   interrupted=yes
   if [ -z "$training" ]; then
     say "SIG$1: ending the servers; training has not started"
+    end_jobs  # a further signal that finds the EXIT trap begun would end that trap
     exit $((128 + $2))
   fi
   local words="SIG$1: training is told to save and end, then the servers end; this may take a while"

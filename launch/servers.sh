@@ -22,9 +22,10 @@ find_gpus
 read -ra more <<<"${VLLM_FLAGS:-}"
 
 trap end_jobs EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-trap 'exit 129' HUP
+# Not by the EXIT trap alone: a further signal that finds it begun would end it.
+trap 'end_jobs; exit 130' INT
+trap 'end_jobs; exit 143' TERM
+trap 'end_jobs; exit 129' HUP
 for ((i = 0; i < devices / each; i++)); do
   flags=(--port $((PORT + i)))
   if [ -n "$has_driver" ]; then

@@ -116,8 +116,9 @@ def test_what_the_documented_commands_leave_is_not_offered_for_a_commit():
 
 EXTRAS = {
     "checkpoint/gguf.py": "gguf",
+    "data/hub_rows.py": "datasets",
     "data/row_files.py": "datasets",
-    "data/sources.py": "datasets",
+    "data/tables.py": "datasets",
     "endpoints.py": "judges",
     "reporting.py": "report",
     "llm_client.py": "judges",

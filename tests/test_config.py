@@ -10,6 +10,7 @@ import pytest
 
 from atlas_jax import config
 from atlas_jax.config import MeshConfig, SFTConfig
+from atlas_jax.options.train import batch_plan, masked
 from atlas_jax.sharding import make_mesh
 
 BASE = SFTConfig(
@@ -197,7 +198,7 @@ def test_two_names_with_two_values_are_refused():
 
 
 def test_a_written_config_has_no_former_names():
-    written = config.masked(config.GRPOConfig(max_probe_tokens=4))
+    written = masked(config.GRPOConfig(max_probe_tokens=4))
     assert written["teaching"]["max_probe_tokens"] == 4
     assert "max_probe_tokens" not in written and "system_prompt" not in written["data"]
 
@@ -234,7 +235,7 @@ def test_a_possible_config_is_accepted():
 )
 def test_batch_sizes_are_completed(sizes, expected):
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size")
-    plan = config.batch_plan(
+    plan = batch_plan(
         dataclasses.replace(BASE, **dict(zip(names, sizes, strict=True))), num_replicas=8
     )
     assert (plan.global_rows, plan.microbatches, plan.device_rows) == expected
@@ -254,7 +255,7 @@ def test_batch_sizes_that_do_not_divide_name_the_nearest(total, accumulation, me
         BASE, train_batch_size=total, gradient_accumulation_steps=accumulation
     )
     with pytest.raises(ValueError, match=message):
-        config.batch_plan(changed, num_replicas=8)
+        batch_plan(changed, num_replicas=8)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8, 64])
@@ -264,7 +265,7 @@ def test_batch_sizes_that_do_not_divide_name_the_nearest(total, accumulation, me
 def test_the_recipes_have_the_same_batch_on_any_number_of_devices(run, rows, devices):
     module = __import__(f"atlas_jax.configs.run.{run}", fromlist=["get_config"])
     recipe = config.freeze(module.get_config())
-    plan = config.batch_plan(recipe, devices)
+    plan = batch_plan(recipe, devices)
     assert plan.global_rows == rows
     assert plan.device_rows <= recipe.per_device_train_batch_size
     assert plan.microbatches * plan.device_rows * devices == rows
@@ -289,7 +290,7 @@ def test_a_mesh_that_does_not_use_all_devices_is_refused():
 )
 def test_secrets_are_masked(url, shown):
     changed = dataclasses.replace(BASE, data=config.DataConfig(db_url=url))
-    assert config.masked(changed)["data"]["db_url"] == shown
+    assert masked(changed)["data"]["db_url"] == shown
 
 
 @pytest.mark.parametrize("run", ["teacher_sft", "teacher_rcl", "quickstart_sft", "quickstart_grpo"])

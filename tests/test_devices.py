@@ -1,9 +1,11 @@
 """A host whose GPUs JAX does not use; `nvidia-smi` is a stand-in that lists eight."""
 
 import os
+import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from atlas_jax import devices
@@ -99,3 +101,17 @@ def test_chips_of_tpus_are_counted_and_other_accelerators_are_not(tmp_path):
     for i in range(4):
         (tmp_path / "dev" / f"accel{i}").touch()
     assert devices._count_tpus(str(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    "platform,version,says",
+    [
+        ("gpu", (0, 11, 0), r"0\.11\.1 is needed, and Python 3\.12 .*\[cuda\]"),
+        ("tpu", (0, 10, 2), r"slow on a TPU.*\[tpu\]"),
+        ("gpu", (0, 11, 1), "^$"),
+        ("cpu", (0, 10, 2), "^$"),
+    ],
+)
+def test_a_jax_that_is_too_old_for_the_devices_is_named(monkeypatch, platform, version, says):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert re.search(says, devices.old_jax(platform))

@@ -60,15 +60,16 @@ def test_sft_and_grpo_of_jsonl_files_need_no_extra(folder):
     code = f"""{SETUP}
 preflight.check(config(sft))
 preflight.check(config(grpo))
+import contextlib
 from atlas_jax.checkpoint import hf
 from atlas_jax.data import sources
 from atlas_jax.recipes import grpo as _, scoring, sft as _
-from atlas_jax.startup import vocabulary
+from atlas_jax.startup import model as models
 for algorithm in (sft, grpo):
     rows, _ = sources.load_rows(config(algorithm).data, 0)
     assert len(rows.rows) == 1
-hf.open_source(folder + "/model"), vocabulary.load_tokenizer(folder + "/model")
-scoring.make_reward(config(grpo))
+hf.open_source(folder + "/model"), models.load_tokenizer(folder + "/model")
+scoring.make_reward(config(grpo), contextlib.ExitStack())
 from atlas_jax.rewards import find_gaming, is_correct
 assert is_correct("The answer is \\\\boxed{{2}}.", "2")
 """

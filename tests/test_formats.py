@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from atlas_jax import optim, step
 from atlas_jax.config import MeshConfig, ModelOptions, SFTConfig
-from atlas_jax.models import attention, vocab
+from atlas_jax.models import attention, layers, vocab
 from atlas_jax.models.config import from_hf
 from atlas_jax.recipes import sft
-from atlas_jax.sharding import Sharding, make_mesh, to_global
+from atlas_jax.sharding import Sharding, gather, make_mesh, to_global
 from atlas_jax.startup.compute import Compute
 from tests import tiny
 
@@ -104,9 +105,37 @@ def test_a_token_that_stands_often_keeps_its_whole_gradient():
     tokens = jnp.full((1, 4000), 3)
 
     def total(table):
-        return vocab.lookup(table, tokens, sharding).astype(jnp.float32).sum()
+        return vocab.lookup(table, tokens, sharding, table.dtype).astype(jnp.float32).sum()
 
     assert float(jax.grad(total)(table)[3, 0]) == 4000
+
+
+@pytest.mark.parametrize(("gradient_dtype", "exact"), [("float32", True), ("bfloat16", False)])
+def test_gradients_are_summed_over_devices_in_their_dtype(gradient_dtype, exact):
+    """Eight devices have 256 and seven times 1, whose sum of 263 is no bfloat16 number."""
+    sharding = Sharding(make_mesh(MeshConfig(fsdp=8)))
+    dims = {"kernel": ("embed", None), "bias": (None,)}
+    module = layers.Projection((8,), (4,), dims["kernel"], True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(module)
+    params = {
+        name: jax.device_put(x, sharding.params(dims[name]))
+        for name, x in nnx.to_pure_dict(state).items()
+    }
+    scale = jnp.where(jnp.arange(8) == 0, 256, 1).astype(jnp.bfloat16)
+    x = jax.device_put(jnp.broadcast_to(scale[:, None, None], (8, 1, 8)), sharding.rows())
+
+    def total(params):
+        dtypes = jnp.dtype("bfloat16"), jnp.dtype(gradient_dtype)
+        gathered = gather(sharding, params, dims, *dtypes)
+        y = nnx.merge(graph, nnx.State(gathered))(x)
+        assert y.dtype == jnp.bfloat16
+        return y.astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(total))(params)
+    assert gradients["kernel"].dtype == jnp.float32
+    assert bool(jnp.all(gradients["kernel"] == 263)) == exact
+    np.testing.assert_allclose(gradients["kernel"], 263, rtol=2**-6)
+    np.testing.assert_array_equal(gradients["bias"], 8)
 
 
 def test_gradients_of_microbatches_are_added_in_float32():

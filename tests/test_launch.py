@@ -54,7 +54,10 @@ SCONTROL = """#!/usr/bin/env bash
 if [ "$1" = show ]; then printf '%s\\n' localhost localhost localhost; exit; fi
 echo "$@" >>"$SCONTROL_LOG"
 """
-DRIVER = '#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: of a test"; done\n'
+DRIVER = """#!/bin/sh
+if [ "$1" = --query-gpu=compute_cap ]; then echo "${COMPUTE_CAPABILITY:-9.0}"; exit; fi
+for i in 0 1 2 3 4 5 6 7; do echo "GPU $i: of a test"; done
+"""
 
 
 def write_programs(folder, **programs):
@@ -83,7 +86,10 @@ def environment(tmp_path):
 def gpu_host(tmp_path):
     """The environment of a host with eight GPUs, as its driver says."""
     path = write_programs(tmp_path / "gpu", nvidia_smi=DRIVER)
-    removed = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "VLLM_API_KEY")
+    removed = (
+        "JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS",
+        "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "VLLM_API_KEY",
+    )  # fmt: skip
     return {k: v for k, v in os.environ.items() if k not in removed} | {"PATH": path}
 
 
@@ -216,6 +222,38 @@ def test_n_takes_the_first_of_the_gpus_that_may_be_used(gpu_host, visible, taken
         assert found["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
         assert found["ATLAS_DEVICES"] == "2"
         assert "JAX_PLATFORMS" not in found
+
+
+def test_xla_knows_every_flag_that_gpus_get(gpu_host):
+    with trainer("2", SFT, env=gpu_host) as (_, found):
+        assert "--xla_gpu_enable_pipelined_all_gather=true" in found["XLA_FLAGS"].split()
+        assert float(found["XLA_CLIENT_MEM_FRACTION"]) == 0.92
+        assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    # XLA ends a process that has a flag it does not know, whatever the device.
+    for flags, known in ((found["XLA_FLAGS"], True), ("--xla_gpu_of_no_version=1", False)):
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        program = [sys.executable, "-c", "import jax; jax.devices()"]
+        done = subprocess.run(program, env=environment, capture_output=True, check=False)
+        assert (done.returncode == 0) == known, done.stderr
+
+
+def test_what_the_caller_sets_for_gpus_wins(gpu_host):
+    mine = "--xla_gpu_enable_pipelined_all_gather=false"
+    env = gpu_host | {
+        "XLA_FLAGS": mine, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", "COMPUTE_CAPABILITY": "8.0",
+    }  # fmt: skip
+    with trainer("1", SFT, env=env) as (_, found):
+        assert found["XLA_FLAGS"].endswith(f" {mine}")
+        assert "XLA_CLIENT_MEM_FRACTION" not in found
+        assert "CUDA_DEVICE_MAX_CONNECTIONS" not in found  # of Hopper alone
+    env = gpu_host | {"XLA_CLIENT_MEM_FRACTION": "0.6", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    with trainer("1", SFT, env=env) as (_, found):
+        assert found["XLA_CLIENT_MEM_FRACTION"] == "0.6"
+        assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    twice = [f"--xla_force_host_platform_device_count={n}" for n in (2, 3)]
+    environment = os.environ | {"XLA_FLAGS": " ".join(twice), "JAX_PLATFORMS": "cpu"}
+    program = "import jax; print(jax.device_count())"
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment) == b"3\n"
 
 
 @pytest.mark.parametrize(
@@ -575,20 +613,35 @@ def test_a_signal_while_servers_start_ends_them(together, grpo_inputs, tmp_path,
     assert not run.left()
 
 
-def test_servers_of_a_node_are_gone_when_their_script_is(gpu_host, grpo_inputs, tmp_path):
-    """SIGTERM comes twice, as where each of two servers is ended by a signal to their one step."""
+TWICE = """trap() {
+  if [ "$*:${twice:-}" = "- EXIT:" ]; then twice=1; kill -INT $$; fi
+  builtin trap "$@"
+}
+"""
+"""What BASH_ENV names: SIGINT comes to a script that is about to end its jobs."""
+
+
+@pytest.mark.parametrize(
+    ("number", "again", "code"), [(signal.SIGTERM, "", 143), (signal.SIGINT, TWICE, 130)]
+)
+def test_servers_of_a_node_are_gone_when_their_script_is(
+    gpu_host, grpo_inputs, tmp_path, number, again, code
+):
+    """A signal comes twice, as where each of two servers is ended by one to their one step."""
     python, _ = vllm_stub.write(tmp_path / "stub")
+    (tmp_path / "twice.sh").write_text(again)
     env = gpu_host | {
         "ATLAS_VLLM_PYTHON": python, "STUB_FOLDER": str(tmp_path / "stub"), "STUB_WHEEL": "gpu",
         "DEVICES_PER_SERVER": "4", "PORT": str(free_ports()),
+        "BASH_ENV": str(tmp_path / "twice.sh"),
     }  # fmt: skip
     words = ["launch/servers.sh", "8", "--model", grpo_inputs / "model"]
     with processes.started([{"args": words, "env": env}], tmp_path / "logs") as run:
         run.wait_until(lambda: len(list((tmp_path / "stub").glob("worker_*"))) == 2)
-        run.processes[0].send_signal(signal.SIGTERM)
+        run.processes[0].send_signal(number)
         time.sleep(1)
-        run.processes[0].send_signal(signal.SIGTERM)
-        assert run.wait(WAIT_SECS) == [143]
+        run.processes[0].send_signal(number)
+        assert run.wait(WAIT_SECS) == [code]
         assert not any(map(alive, stub_processes(tmp_path)))
 
 

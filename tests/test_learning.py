@@ -1,5 +1,6 @@
 """What can only be learnt from the reward is learnt: an answer, and what helps a student."""
 
+import contextlib
 import json
 
 import jax
@@ -74,7 +75,7 @@ def train(options, num_steps):
                 chat_models.local(run.model, "", options.rollout.max_rows), student
             ),
             protocol=chat_models.make_protocol(options, options.num_generations),
-            reward=grpo.make_reward(options),
+            reward=grpo.make_reward(options, contextlib.ExitStack()),
             logprobs_fn=grpo.make_logprobs_fn(run.decoder, options, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
+from atlas_jax.models.vocab import lookup
 from atlas_jax.policy_logprobs import token_logprobs
 from atlas_jax.sharding import BATCH_AXES, Sharding, make_mesh
 from atlas_jax.types import Batch
@@ -15,6 +17,7 @@ MESHES = {
     "one": (MeshConfig(), jax.devices()[:1]),
     "fsdp8": (MeshConfig(fsdp=8), None),
     "2x2x2": (MeshConfig(data=2, fsdp=2, tensor=2), None),
+    "1x4x2": (MeshConfig(fsdp=4, tensor=2), None),
 }
 
 
@@ -40,16 +43,27 @@ def test_cross_entropy_by_hand():
     np.testing.assert_allclose(d_hidden[0, :, 0], [expected, expected, 0.0], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("mesh", "vocab"),
+    [
+        ("one", 96),
+        ("fsdp8", 96),  # the table is gathered, as the devices' 168 positions are more
+        ("2x2x2", 96),
+        ("fsdp8", 498),  # split over fsdp: seven devices have 63 rows, the last one 57
+        ("2x2x2", 498),
+        ("1x4x2", 400),
+        ("1x4x2", 362),  # three devices of each part have 46 rows, the fourth 43
+    ],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("trained", [0.0, 0.3, 1.0])
-def test_the_sum_equals_plain_computation(mesh, temperature, trained):
+def test_the_sum_equals_plain_computation(mesh, vocab, temperature, trained):
     """In value and in gradients, for any factor, mask, and mesh, whatever untrained rows hold."""
     sharding = Sharding(make_mesh(*MESHES[mesh]))
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(8, 21, 16)), jnp.float32)
-    table = jnp.asarray(rng.normal(size=(96, 16)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 96, hidden.shape[:2]))
+    table = jnp.asarray(rng.normal(size=(vocab, 16)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, hidden.shape[:2]))
     mask = jnp.asarray(rng.random(targets.shape) < trained)
     ahead = logprobs.Labels(targets, mask)
     head = logprobs.Head(sharding, 8, temperature)
@@ -71,6 +85,48 @@ def test_the_sum_equals_plain_computation(mesh, temperature, trained):
         found = jax.jit(jax.value_and_grad(ours, (0, 1)))(unread, table)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "zero1", "replicated"])
+def test_entropy_and_logprobs_equal_plain_computation_however_the_table_rests(mode):
+    sharding = Sharding(make_mesh(*MESHES["1x4x2"]), mode)
+    rng = np.random.default_rng(1)
+    hidden = rng.normal(size=(8, 21, 16), scale=0.2).astype(np.float32)
+    table = rng.normal(size=(362, 16)).astype(np.float32)
+    targets = rng.integers(0, 362, hidden.shape[:2])
+    mask = rng.random(targets.shape) < 0.5
+    head = logprobs.Head(sharding, 8, 0.7, with_entropy=True)
+    placed = jax.device_put(table, sharding.params(("vocab", "embed")))
+    found = jax.jit(lambda *x: token_logprobs(*x, logprobs.Labels(targets, mask), head))
+    ours = found(hidden, placed)
+    plain = scipy.special.log_softmax(hidden.astype(np.float64) @ table.T / 0.7, axis=-1)
+    picked = np.take_along_axis(plain, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(ours[0], np.where(mask, picked, 0), rtol=1e-5, atol=1e-5)
+    entropy = -(np.exp(plain) * plain).sum(-1)
+    np.testing.assert_allclose(ours[1], np.where(mask, entropy, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mesh", ["fsdp8", "2x2x2", "1x4x2"])
+def test_no_device_holds_a_float32_table_or_gradient_of_full_height(mesh, fused):
+    sharding = Sharding(make_mesh(*MESHES[mesh]))
+    vocab, width = 4096, 64
+    place = sharding.params(("vocab", "embed"))
+    table = jax.ShapeDtypeStruct((vocab, width), jnp.float32, sharding=place)
+    tokens = jax.ShapeDtypeStruct((8, 21), jnp.int32, sharding=sharding.rows())
+    head = logprobs.Head(sharding, 8)
+
+    def loss(table, tokens):
+        hidden = lookup(table, tokens, sharding, jnp.dtype("bfloat16"))
+        labels = logprobs.Labels(tokens, tokens > 0)
+        if fused:
+            return logprobs.masked_sum(hidden, table, labels, head)
+        return token_logprobs(hidden, table, labels, head)[0].sum()
+
+    text = jax.jit(jax.grad(loss), out_shardings=place).lower(table, tokens).compile().as_text()
+    height, part = place.shard_shape(table.shape)
+    assert f"f32[{height},{part}]" in text
+    assert f"[{height},{width}]" not in text
 
 
 @pytest.mark.parametrize(("mesh", "chunks"), [("one", 4), ("fsdp8", 3), ("2x2x2", 4)])

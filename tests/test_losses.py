@@ -7,6 +7,7 @@ import pytest
 
 from atlas_jax.losses import group_advantages, policy_loss
 from atlas_jax.types import PolicyBatch
+from tests.compare import close
 from tests.policy_reference import LOSS_TYPES, NUMBERS, OPTIONS, ROWS, differences, make, reference
 
 
@@ -18,13 +19,6 @@ def loss_and_grad(logprobs, batch, options):
 
     (value, (weight, metrics)), grad = jax.value_and_grad(total, has_aux=True)(logprobs)
     return (value, weight), metrics, grad
-
-
-def close(found, expected, tolerance=1e-5):
-    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
-    for x, y in zip(found, expected, strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * max(1, np.abs(y).max()))
 
 
 def one_token(logprob, advantage, rollout=None, old=None, ref=None):

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from atlas_jax.config import DataConfig, GRPOConfig, RewardConfig, RIMConfig, masked
+from atlas_jax.config import DataConfig, GRPOConfig, RewardConfig, RIMConfig
 from atlas_jax.llm_client import ServerError
 from atlas_jax.masking import HIDDEN, hide
 from atlas_jax.options.judges import JudgeModel
+from atlas_jax.options.train import masked
 
 # No letter of these stands anywhere else in the texts below.
 LETTERS = "QZXJKV"

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from atlas_jax import config, migration, overrides, saved_config
+from atlas_jax.options.train import masked
 
 ENTRIES = (*migration.OPTIONS, *migration.WORDS)
 OURS = set(config.all_options())
@@ -30,8 +31,8 @@ def test_each_foreign_name_has_one_answer_and_is_no_option_here():
 
 ELSEWHERE = {
     "rollouts/", "checkpoints/", "final/", "training.log", "FILE.py", "db_url", "sft", "grpo",
-    "atlas-plan", "atlas-convert", "atlas-serve", "launch_with_server.sh", "none", "dots", "full",
-    "token", "sequence", "constant", "linear", "cosine", "local", "auto", "float32",
+    "atlas-plan", "atlas-convert", "atlas-serve", "launch_with_server.sh", "none", "dots", "mlp",
+    "full", "token", "sequence", "constant", "linear", "cosine", "local", "auto", "float32",
     "hf upload NAME OUTPUT_DIR/final",
 }  # fmt: skip
 
@@ -152,7 +153,7 @@ def saved(tmp_path, **changes):
     with draft.unlocked():
         draft.update_from_flattened_dict(changes)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.masked(config.freeze(draft))))
+    path.write_text(json.dumps(masked(config.freeze(draft))))
     return str(path), config.freeze(draft)
 
 

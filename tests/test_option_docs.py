@@ -7,7 +7,7 @@ from typing import Annotated
 import pytest
 
 from atlas_jax import config, option_docs
-from atlas_jax.options import fields
+from atlas_jax.options import descriptions, fields
 from tests.test_cli import run
 
 OPTIONS = ("-m", "atlas_jax.train")
@@ -29,7 +29,7 @@ def test_every_option_is_told_once():
 
 def test_every_option_has_an_own_default_that_it_allows():
     for name, value in config.all_options().items():
-        hint, default = fields.option(config.GRPOConfig, name)
+        hint, default = config.option(config.GRPOConfig, name)
         assert (name, default) == (name, value)
         assert fields.check(name, value, hint) == value
 
@@ -77,7 +77,7 @@ def test_options_are_printed_without_jax():
 def test_a_function_of_the_users_own_can_be_a_choice():
     rule = fields.choices_or_function("grpo", "dapo")
     hint = Annotated[str, rule]
-    assert fields.allowed(hint) == "one of grpo, dapo, package.module:function"
+    assert descriptions.allowed(hint) == "one of grpo, dapo, package.module:function"
     for value in ("dapo", "my_package.losses:mine"):
         assert fields.check("loss_type", value, hint) == value
     for value in ("dap", "my package:mine", "grpo,dapo", "module:"):

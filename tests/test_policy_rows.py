@@ -10,15 +10,14 @@ import torch
 
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
-from atlas_jax.data.packing import collate_policy
 from atlas_jax.losses import policy_loss
-from atlas_jax.models.splash import splash
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.recipes.layout import Layout
-from atlas_jax.sharding import make_mesh
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.types import Completion, PolicyBatch, Question, Sample
 from tests import tiny
+from tests.compare import close
 from tests.policy_reference import OPTIONS
 
 ONE = jax.devices()[:1]
@@ -109,12 +108,6 @@ def evaluate(model, batch, per_row, share=True):
         compiled(model[0], per_row, share, model[1], batch)
     )
     return found, entropy, (loss, weight), grads
-
-
-def close(a, b, tolerance=1e-5):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, atol=tolerance * max(np.abs(y).max(), 1e-30), rtol=0)
 
 
 def same_completions(found, found_batch, per_row, expected, expected_batch, expected_per_row):
@@ -296,15 +289,8 @@ def test_gradients_equal_plain_computation_at_a_temperature(one):
     close(found, expected)
 
 
-def test_splash_refuses_shared_prompts():
-    mesh = make_mesh(MeshConfig(fsdp=1), ONE)
-    heads, ids = jnp.zeros((1, 128, 1, 128)), jnp.ones((1, 128), jnp.int32)
-    with pytest.raises(ValueError, match=r"set rollout\.share_prompt=false"):
-        splash(heads, heads, heads, ids, ids, scale=1.0, mesh=mesh)
-
-
 def test_a_window_shorter_than_a_row_gives_each_completion_its_own_prompt(tmp_path):
     layout = Layout(questions=1, per_row=4, microbatches=1, buckets=(64, 128))
     for family, per_row in (("gemma3", 1), ("mistral_window", 1), ("qwen3", 4)):
         decoder, _ = tiny.load(tiny.save(family, tmp_path / family), devices=ONE)
-        assert fit_attention(layout, decoder, "auto").per_row == per_row
+        assert fit_attention(layout, decoder).per_row == per_row

@@ -18,19 +18,24 @@ OTHERS = (
 )  # fmt: skip
 """Of other recipes and other rows."""
 CHOSEN = {
-    "atlas_jax.data.encoding_pool", "atlas_jax.data.row_functions", "atlas_jax.hosts",
-    "atlas_jax.models.splash", "atlas_jax.offload", "atlas_jax.reporting", "atlas_jax.watch",
+    "atlas_jax.checkpoint.diagnosis", "atlas_jax.config", "atlas_jax.config_files",
+    "atlas_jax.data.encoding_pool", "atlas_jax.startup.origins",
+    "atlas_jax.data.hub_rows", "atlas_jax.data.row_functions", "atlas_jax.data.session_rows",
+    "atlas_jax.data.tables", "atlas_jax.extras", "atlas_jax.hosts", "atlas_jax.models.splash",
+    "atlas_jax.offload", "atlas_jax.options.descriptions", "atlas_jax.profiling",
+    "atlas_jax.reporting", "atlas_jax.watch",
 }  # fmt: skip
-"""Of what an option, the size of a dataset or the number of processes asks for."""
+"""Of what a command, an option, a kind of row, an error or the number of processes asks for."""
 BOUNDS = {
-    "recipes.sft": (47, 6_700),
-    "recipes.grpo": (84, 10_850),
+    "recipes.sft": (43, 6_300),
+    "recipes.grpo": (65, 8_100),
 }
 """Modules and code lines that importing a recipe reaches, at most; lines rounded up.
 
-Every run of SFT uses what is left: rows and tokens (1,900 lines), checkpoints and export (1,050),
-the model (750), options (650) and the start of a run (600). GRPO has the checks of answers and of
-gaming beside it (2,600), since its feed and its measures import them under every reward."""
+Every run of SFT uses what is left: rows and tokens (1,550 lines), checkpoints and export (950), the
+model and its sharding (1,350), the start of a run (600), options (400), and the loop with its step,
+metrics and stop (850). GRPO adds questions, samples, rewards, rows and the loss, and the options of
+judges, which stand in its config."""
 
 REACHED = """
 import sys
@@ -53,22 +58,64 @@ def test_sft_of_a_jsonl_file_reaches_neither_sessions_nor_gguf_nor_judges(tmp_pa
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     modules = reached(
-        "from atlas_jax.config import DataConfig\n"
+        "from atlas_jax.data import examples\n"
+        "from atlas_jax.options.data import DataConfig\n"
         "from atlas_jax.recipes import sft\n"
         "rows, _ = sft.sources.load_rows(DataConfig(dataset_path=sys.argv[1]), 0)\n"
-        "assert len(rows.rows) == 1",
+        "[row] = rows.rows\n"
+        "examples.to_sample(row, DataConfig())",
         path,
     )
     assert "atlas_jax.recipes.sft" in modules
     assert not HEAVY & modules
     assert not {name for name in modules if name.startswith(OTHERS)}
-    assert not CHOSEN & modules
+    assert not {*CHOSEN, "atlas_jax.data.shapes"} & modules
+
+
+GRPO_WITH_A_FUNCTION = """
+import contextlib
+
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.recipes import grpo, scoring
+from atlas_jax.rewards.pricing import price_leaks
+from atlas_jax.rollout import measures
+from atlas_jax.types import Completion, Question, Sample
+
+answer = Completion((1,), (2,), (0.0,), (0.0,), "stop", "four", 0)
+samples = [Sample(Question("q", "2+2?", "4", {}), answer, member=i) for i in range(2)]
+reward = scoring.make_reward(GRPOConfig(), contextlib.ExitStack(), (lambda sample: 0.5,))
+samples = price_leaks(scoring.score(reward, samples), 0.5)
+assert [sample.reward.value for sample in samples] == [0.5, 0.5]
+assert measures.of_rewards(samples, ("function",))["reward/mean"] == (1.0, 2)
+"""
+
+
+def test_grpo_with_a_reward_of_the_user_imports_no_check_of_answers():
+    modules = reached(GRPO_WITH_A_FUNCTION)
+    rewards = {name for name in modules if name.startswith("atlas_jax.rewards.")}
+    others = {"combined", "custom", "dialect", "forms", "pricing", "worker_program", "workers"}
+    assert rewards - {f"atlas_jax.rewards.{name}" for name in others} == set()
+    assert not HEAVY & modules
+    late = {"atlas_jax.rollout.episodes", "atlas_jax.rollout.evaluation"}
+    assert not {*late, "atlas_jax.rollout.teaching_measures"} & modules
+
+
+@pytest.mark.parametrize("name", ["exact_match", "teaching_gain"])
+def test_a_rule_that_compares_answers_imports_their_checks(name):
+    modules = reached(
+        "import contextlib\n"
+        "from atlas_jax.options.grpo import GRPOConfig\n"
+        "from atlas_jax.options.reward import RewardConfig\n"
+        "from atlas_jax.recipes import scoring\n"
+        f"config = GRPOConfig(reward=RewardConfig(names=({name!r},)))\n"
+        "scoring.make_reward(config, contextlib.ExitStack())"
+    )
+    assert {"atlas_jax.rewards.answers", "atlas_jax.rewards.equality"} <= modules
 
 
 def test_grpo_reaches_judges_and_servers_only_where_they_are_asked():
     modules = reached("import atlas_jax.recipes.grpo")
-    assert "atlas_jax.rewards.verifiable" in modules
-    assert not (HEAVY - {"num2words"}) & modules
+    assert not HEAVY & modules
     servers = {"atlas_jax.llm_client", "atlas_jax.rewards.rim", "atlas_jax.rollout.vllm"}
     assert not servers & modules
     assert not {*CHOSEN, "atlas_jax.recipes.local_backend", "atlas_jax.rollout.local"} & modules

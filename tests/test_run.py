@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from atlas_jax import config, train
+from atlas_jax import config, saved_config, train
 from tests import words
 
 PROGRAM = """
@@ -52,9 +52,18 @@ def test_a_program_trains_on_rows_of_its_own_and_the_same_call_continues(model, 
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/total" in line] == [1, 2]
     assert [line["step"] for line in lines if "eval/loss" in line] == [1, 2]
+    # A question, "answer", the completion and the end of the text in each row of 16.
+    assert [line["perf/real_token_frac"] for line in lines if "loss/total" in line] == [4 / 16] * 2
     assert (output / "final" / "model.safetensors").exists()
     log = (output / "training.log").read_text()
     assert f"continuing {output}/checkpoints at step 1" in log
+    assert "XLA_FLAGS" not in log  # no option of the run, so that no change of it is reported
+    written = json.loads((output / "config.json").read_text())["environment"]
+    assert written["XLA_FLAGS"] == environment["XLA_FLAGS"]
+    assert written["devices"] == "1 x cpu"
+    again = saved_config.load(str(output / "config.json"))
+    assert again.config.max_steps == 2
+    assert again.hidden == ("data.dataset_path", "data.eval_path")
 
 
 def options(model, output, schema, **changes):

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from atlas_jax import logprobs, optim, step
 from atlas_jax.config import MeshConfig, SFTConfig
+from atlas_jax.models import attention
 from atlas_jax.policy_logprobs import token_logprobs
 from atlas_jax.recipes import sft
 from atlas_jax.sharding import Sharding, make_mesh, to_global
 from tests import tiny
+from tests.compare import close
 
 ONE = jax.devices()[:1]
 MESHES = {
@@ -26,12 +29,6 @@ MESHES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     return tiny.save("smollm2", tmp_path_factory.mktemp("model"))
-
-
-def close(a, b, rtol):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, atol=rtol * max(np.abs(y).max(), 1e-30), rtol=0)
 
 
 def value_and_grad(decoder, params, rows, chunk=16):
@@ -100,6 +97,7 @@ def test_meshes_agree(saved, reference, name, mode):
         dict(microbatches=4),
         dict(remat="full"),
         dict(remat="dots"),
+        dict(remat="mlp"),
         dict(offload="optimizer"),
         dict(offload="optimizer,params"),
         dict(remat="full", offload="activations"),
@@ -108,6 +106,30 @@ def test_meshes_agree(saved, reference, name, mode):
 )
 def test_ways_to_save_memory_change_nothing(saved, reference, options):
     close(trained(saved, *MESHES["one"], **options), reference, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("remat", "again"), [("none", 0), ("dots", 1), ("mlp", 1 + 2), ("full", 1 + 6)]
+)
+def test_a_policy_computes_again_what_it_says(saved, remat, again):
+    """A layer has seven matrices and two products of attention, each three times in a step.
+
+    Scores are computed again by all but `none`, gate and up by `mlp`, and q, k, v, o by `full`. The
+    backward pass needs neither the MLP's output nor, again, that of attention.
+    """
+    decoder, params = tiny.load(saved, devices=ONE, remat=remat)
+
+    def attend(*args, **options):
+        return checkpoint_name(attention.xla(*args, **options), "attention_out")
+
+    decoder = dataclasses.replace(decoder, attention=attend)
+    rows = tiny.batch([[20]], width=20)
+
+    def total(params):
+        return tiny.hidden(decoder, params, rows).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(params)
+    assert str(jaxpr).count(" dot_general[") == 3 * 9 + again
 
 
 def test_microbatches_over_a_mesh_change_nothing(saved, reference):

@@ -12,22 +12,22 @@ import sentencepiece
 import transformers
 
 from atlas_jax.checkpoint import hf
-from atlas_jax.startup import vocabulary
+from atlas_jax.startup import model as startup_model
 from tests.tokenizers import SENTENCES, chatml_tokenizer
 
 
 def test_a_tokenizer_that_differs_from_its_file_is_refused_with_both_lists(tmp_path, monkeypatch):
     chatml_tokenizer().save_pretrained(tmp_path)
-    tokenizer = vocabulary.load_tokenizer(str(tmp_path))
+    tokenizer = startup_model.load_tokenizer(str(tmp_path))
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["pre_tokenizer"]["add_prefix_space"] = True  # as some releases of transformers do
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    changed = vocabulary.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    both = [list(changed.encode(vocabulary.CHECK_TEXT, add_special_tokens=False).ids),
-            tokenizer(vocabulary.CHECK_TEXT, add_special_tokens=False).input_ids]  # fmt: skip
+    changed = startup_model.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    both = [list(changed.encode(startup_model.CHECK_TEXT, add_special_tokens=False).ids),
+            tokenizer(startup_model.CHECK_TEXT, add_special_tokens=False).input_ids]  # fmt: skip
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: tokenizer)
     with pytest.raises(ValueError, match="loads another tokenizer than") as found:
-        vocabulary.load_tokenizer(str(tmp_path))
+        startup_model.load_tokenizer(str(tmp_path))
     assert all(str(ids) in str(found.value) for ids in both)
 
 
@@ -35,13 +35,13 @@ def test_added_tokens_may_lie_beyond_the_model_but_rows_may_not_have_them():
     tokenizer = chatml_tokenizer()
     size = len(tokenizer)
     tokenizer.add_tokens(["<image>"])
-    vocabulary.check_size(tokenizer, size)
-    vocabulary.check_ids(tokenizer, np.arange(size), size)
-    vocabulary.check_ids(tokenizer, np.zeros(0, int), size)
+    startup_model.check_size(tokenizer, size)
+    startup_model.check_ids(tokenizer, np.arange(size), size)
+    startup_model.check_ids(tokenizer, np.zeros(0, int), size)
     with pytest.raises(ValueError, match=f"the rows contain '<image>', whose id {size} has no row"):
-        vocabulary.check_ids(tokenizer, np.asarray([1, size]), size)
+        startup_model.check_ids(tokenizer, np.asarray([1, size]), size)
     with pytest.raises(ValueError, match=f"ids up to {size - 1}, but the model's vocab_size is 20"):
-        vocabulary.check_size(tokenizer, 20)
+        startup_model.check_size(tokenizer, 20)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_stop_tokens_are_those_of_the_first_file_that_names_some(config, generat
     source, tokenizer = mock.Mock(hf.Source), chatml_tokenizer()
     source.config, source.generation_config = config, generation
     tokenizer.eos_token_id = eos
-    assert vocabulary.stop_ids(source, tokenizer) == expected
+    assert startup_model.stop_ids(source, tokenizer) == expected
 
 
 @pytest.mark.parametrize("ids", ["x", [3, "x"], 3.5, True, [[3]]])
@@ -67,7 +67,7 @@ def test_stop_tokens_that_are_no_whole_numbers_are_named(ids):
     source = mock.Mock(hf.Source)
     source.config, source.generation_config = {}, {"eos_token_id": ids}
     with pytest.raises(ValueError, match=r"eos_token_id=.* must be whole numbers"):
-        vocabulary.stop_ids(source, chatml_tokenizer())
+        startup_model.stop_ids(source, chatml_tokenizer())
 
 
 PIECES = {
@@ -108,14 +108,14 @@ def sentencepiece_directory(path, kind, **options):
 def test_a_directory_with_sentencepiece_alone_loads_and_so_does_its_export(kind, options, tmp_path):
     template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     pieces = sentencepiece_directory(tmp_path / "model", kind, chat_template=template, **options)
-    tokenizer = vocabulary.load_tokenizer(str(tmp_path / "model"))
+    tokenizer = startup_model.load_tokenizer(str(tmp_path / "model"))
     assert tokenizer.is_fast
     assert tokenizer.chat_template == template
     files = hf.ModelFiles({"model_type": "llama"}, {}, tokenizer, "float32")
     hf.write_files(str(tmp_path / "out"), files)
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    again = vocabulary.load_tokenizer(str(tmp_path / "out"))
-    for text in (vocabulary.CHECK_TEXT, "It is  four.\n", "é 😀"):
+    again = startup_model.load_tokenizer(str(tmp_path / "out"))
+    for text in (startup_model.CHECK_TEXT, "It is  four.\n", "é 😀"):
         for found in (tokenizer, exported, again):
             assert found(text, add_special_tokens=False).input_ids == pieces.encode(text)
         assert exported(text).input_ids == tokenizer(text).input_ids
@@ -128,8 +128,8 @@ def test_a_sentencepiece_model_that_transformers_makes_another_of_is_refused(tmp
     for name in ("AutoTokenizer", "PreTrainedTokenizerFast"):
         monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda _: chatml_tokenizer())
     with pytest.raises(ValueError, match=r"another tokenizer than .*tokenizer\.model") as found:
-        vocabulary.load_tokenizer(str(tmp_path / "model"))
-    assert str(pieces.encode(vocabulary.CHECK_TEXT)) in str(found.value)
+        startup_model.load_tokenizer(str(tmp_path / "model"))
+    assert str(pieces.encode(startup_model.CHECK_TEXT)) in str(found.value)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,6 @@ def test_a_directory_without_a_tokenizer_is_one_line(files, message, tmp_path):
     for name, text in files.items():
         pathlib.Path(tmp_path, name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)) as found:
-        vocabulary.load_tokenizer(str(tmp_path))
+        startup_model.load_tokenizer(str(tmp_path))
     assert "\n" not in str(found.value)
     assert str(tmp_path) in str(found.value)

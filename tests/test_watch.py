@@ -69,7 +69,7 @@ WORKER = """
 import os, signal, sys, time
 from absl import logging
 from atlas_jax import distributed
-from atlas_jax.options.model import HostsConfig
+from atlas_jax.options.train import HostsConfig
 from atlas_jax.hosts import joined
 from atlas_jax.types import Address
 logging.set_verbosity(logging.INFO)

@@ -30,7 +30,7 @@ from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.recipes import sft
 from atlas_jax.sharding import to_global
-from atlas_jax.startup import vocabulary
+from atlas_jax.startup import model as models
 from atlas_jax.startup.compute import Compute
 from atlas_jax.types import Batch, Params
 
@@ -44,7 +44,7 @@ def main() -> None:
         each.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
         each.add_argument("--steps", type=int, default=6)
         each.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-        each.add_argument("--remat", default="none", choices=["none", "dots", "full"])
+        each.add_argument("--remat", default="none", choices=["none", "dots", "mlp", "full"])
         each.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn", "splash"])
         each.add_argument("--chunk", type=int, default=1024, help="loss_chunk_size")
     sft_parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
@@ -141,7 +141,7 @@ def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
     if args.packing:
         config = _config(args)
         rows, _ = sources.load_rows(config.data, config.seed)
-        tokenizer = vocabulary.load_tokenizer(args.model)
+        tokenizer = models.load_tokenizer(args.model)
         packed = loader.build(rows, config, ChatTemplate(tokenizer), loader.HostRows(args.batch))
         return [packed.batch(i) for i in range(args.steps)]
     rng = np.random.default_rng(0)

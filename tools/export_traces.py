@@ -9,7 +9,6 @@ Approved sessions only, unless told otherwise; newest first. A kill leaves the o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ from typing import Any
 import _checkout  # noqa: F401  (comes first: see there)
 
 from atlas_jax import cli, extras
+from atlas_jax.files import replace_atomically
 from atlas_jax.traces.query import Query
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -83,16 +83,15 @@ def write(path: pathlib.Path, lines: Iterator[str]) -> int:
     with extras.importing("postgres", "an export of sessions"):
         import pyarrow
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, total = path.with_name(f"{path.name}.partial"), 0
-    with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(
-            pyarrow.output_stream(str(partial), compression=_COMPRESSION.get(path.suffix))
-        )
+    total = 0
+    compression = _COMPRESSION.get(path.suffix)
+    with (
+        replace_atomically(path) as partial,
+        pyarrow.output_stream(str(partial), compression=compression) as stream,
+    ):
         for line in lines:
             stream.write(f"{line}\n".encode())
             total += 1
-    partial.replace(path)
     return total
 
 

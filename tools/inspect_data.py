@@ -20,7 +20,7 @@ from absl import app
 from atlas_jax import cli
 from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig, GRPOConfig, TrainConfig
-from atlas_jax.data import chat, loader, questions, sources
+from atlas_jax.data import chat, loader, questions, session_rows, sources
 from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.data.sources import Rows
 from atlas_jax.traces import files
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
         print_counts(data)
     with tempfile.TemporaryDirectory() as folder:
         if data.db_url:
-            sources.check_sessions(data, folder)
-            sources.take_snapshot(data, folder)
+            session_rows.check_sessions(data, folder)
+            session_rows.take_snapshot(data, folder)
         loose = dataclasses.replace(data, max_rejected_frac=1.0)
         rows, held_out = sources.load_rows(loose, config.seed, folder)
     print(f"{len(rows.rows)} rows to train on, {len(held_out.rows) if held_out else 0} held out")
@@ -91,12 +91,12 @@ def print_examples(config: TrainConfig, rows: Rows) -> None:
     """Prints conversations as the tokenizer renders them."""
     # What imports JAX comes late: questions and counts need none.
     from atlas_jax.checkpoint import hf
-    from atlas_jax.startup import vocabulary
+    from atlas_jax.startup import model as models
 
     path = hf.resolve(config.model_name_or_path)
-    tokenizer = vocabulary.load_tokenizer(config.tokenizer_name_or_path or path)
+    tokenizer = models.load_tokenizer(config.tokenizer_name_or_path or path)
     template = ChatTemplate(tokenizer, read_options(config.chat_template_kwargs))
-    stop_ids = vocabulary.stop_ids(hf.open_source(path), tokenizer)
+    stop_ids = models.stop_ids(hf.open_source(path), tokenizer)
     dataset = loader.build(rows, config, template, loader.HostRows(1), stop_ids)
     report = dataset.report
     print(f"{report.examples} examples, {report.tokens} tokens, {report.trained_tokens} trained")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 OPENINGS = ("What", "Whether", "How", "Of", "For", "That", "Behind", "Those", "From")
 IDIOMS = ("behind", "lacks", "there is not", "there is no")
+ENTRIES = ("apply", "get_config")
 VAGUE = ("found", "known", "kept", "most", "own", "rest", "one")
 _DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef
 _BLOCKS = (
@@ -320,14 +321,25 @@ def _is_annotated(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def _public(source: Source) -> Iterator[tuple[bool, Hit]]:
-    """Yields each public module, class, function and method with whether it is documented."""
+    """Yields each public module, class, function and method with whether it is documented.
+
+    Signatures of one function's overloads count as that function. A config file is one function,
+    which the docstring of its module describes.
+    """
     waiting: list[ast.Module | ast.ClassDef] = [source.tree]
     yield ast.get_docstring(source.tree) is not None, Hit(source.path, 1, "module")
     while waiting:
         for node in waiting.pop().body:
             if isinstance(node, _DEFINITIONS | ast.ClassDef) and not node.name.startswith("_"):
+                if _is_overload(node) or ("configs" in source.path.parts and node.name in ENTRIES):
+                    continue
                 yield ast.get_docstring(node) is not None, Hit(source.path, node.lineno, node.name)
                 waiting += [node] if isinstance(node, ast.ClassDef) else []
+
+
+def _is_overload(node: ast.AST) -> bool:
+    marks = getattr(node, "decorator_list", [])
+    return any(ast.unparse(mark).split(".")[-1] == "overload" for mark in marks)
 
 
 def _where(sources: list[Source], counts: Callable[[ast.AST], bool]) -> list[Hit]:

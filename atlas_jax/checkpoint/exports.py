@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from atlas_jax import files
 from atlas_jax.checkpoint import layout
+from atlas_jax.wording import shorten
 
 MARKER = ".atlas_jax_export.json"
 """Name of the marker file; neither transformers nor vLLM read it."""
@@ -59,22 +60,25 @@ def replaced(
     target = files.resolved(directory)
     with files.replace_directory(target) as new:
         yield new
+        # The fingerprints come before the user's files, which are not this program's to replace.
         written = {name: _fingerprint(new / name) for name in _names(new)}
-        theirs = check(
-            directory, kind, unmarked
-        )  # again: the user may have written here meanwhile, for minutes
+        # Again, because the user may have written here in the minutes since.
+        theirs = check(directory, kind, unmarked)
         taken = [name for name in theirs if name in written]
         if taken:
             raise ValueError(
-                f"{directory} holds {_listed(taken)}, which an export did not write but this one "
-                "would; move it away"
+                f"{directory} holds {', '.join(shorten(taken, 5))}, which an export did not write "
+                "but this one would; move it away"
             )
         for name in theirs:
             _carry_over(target / name, new / name)
         marker = {
-            "format": _FORMAT, "tool": "atlas_jax", "kind": kind, "source": source,
+            "format": _FORMAT,
+            "tool": "atlas_jax",
+            "kind": kind,
+            "source": source,
             "files": written,
-        }  # fmt: skip
+        }
         (new / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
@@ -109,31 +113,10 @@ def check(directory: str | os.PathLike[str], kind: str, unmarked: Sequence[str] 
     changed = [n for n in names if n in written and _fingerprint(target / n) != written[n]]
     if changed:
         raise ValueError(
-            f"{directory} holds {_listed(changed)}, changed since it was exported; move it away, "
-            "or name another directory"
+            f"{directory} holds {', '.join(shorten(changed, 5))}, changed since it was exported; "
+            "move it away, or name another directory"
         )
     return [name for name in names if name not in written]
-
-
-def check_apart(directory: str | os.PathLike[str], sources: Iterable[pathlib.Path]) -> None:
-    """Checks that an export's target and its sources neither are nor contain each other.
-
-    Args:
-        directory: the target.
-        sources: the files and directories that are read; targets of their links count too.
-
-    Raises:
-        ValueError: if two overlap; the message names both.
-    """
-    target = files.resolved(directory)
-    for source in sources:
-        parts = [source, *source.iterdir()] if source.is_dir() else [source]
-        for part in map(files.resolved, parts):
-            if part == target or part in target.parents or target in part.parents:
-                raise ValueError(
-                    f"{directory} cannot be written while {source} is read, because one is the "
-                    "other or lies inside it; name a directory elsewhere"
-                )
 
 
 def _check_unmarked(
@@ -144,7 +127,7 @@ def _check_unmarked(
     if foreign:
         raise ValueError(
             f"{directory} is not empty and no earlier export of its kind: it holds "
-            f"{_listed(foreign)}; name another directory, or move this away"
+            f"{', '.join(shorten(foreign, 5))}; name another directory, or move this away"
         )
 
 
@@ -193,7 +176,3 @@ def _carry_over(old: pathlib.Path, new: pathlib.Path) -> None:
     """Links a user's file into the new directory."""
     new.parent.mkdir(parents=True, exist_ok=True)
     files.link_or_copy(old, new)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -88,6 +88,7 @@ class GGUFSource:
         """
         values = _dequantised(self._tensors[name])
         projection = name.split(".")[-2]
+        # llama.cpp's converter reorders these two projections for this architecture alone.
         if self.config["model_type"] == "llama" and projection in ("q_proj", "k_proj"):
             heads = "num_attention_heads" if projection == "q_proj" else "num_key_value_heads"
             return _halves_from_pairs(values, self.config[heads])
@@ -180,6 +181,7 @@ def _told_by_tensors(arch: str, tensors: Mapping[str, ReaderTensor]) -> dict[str
     """Returns the config options that only the tensors tell: vocabulary, ties, biases, dtype."""
     if "model.embed_tokens.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing; the file holds no language model")
+    # Matrices only, since norms are float32 in files of every dtype.
     stored = {t.tensor_type.name for t in tensors.values() if len(t.shape) == 2}
     plain = {"F32": "float32", "F16": "float16"}
     config = {

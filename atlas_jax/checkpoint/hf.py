@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -29,7 +29,8 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
 
 _DOWNLOADS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-_DTYPES_FILE = "dtypes.json"
+DTYPES_FILE = "dtypes.json"
+"""File of `write_run_files` with the dtype of each tensor, where they differ."""
 
 
 @runtime_checkable
@@ -172,6 +173,7 @@ def load(source: Source, decoder: Decoder) -> Params:
     Raises:
         ValueError: if tensors are missing, unknown or of another shape; the message names them.
     """
+    # All names first: reading takes minutes, after which one wrong name would be a late error.
     _check(source, decoder)
     placements = decoder.placements()
     params: Params = {}
@@ -343,6 +345,7 @@ def export(
         writer.write(params, decoder, partial, files.dtype, shards, lambda _: main)
     if main:
         logging.info("wrote %s", directory)
+    # The others must not report an export that process 0 has not finished.
     distributed.barrier(f"export {directory}")
 
 
@@ -374,22 +377,7 @@ def write_run_files(directory: str, files: ModelFiles) -> None:
     with exports.replaced(directory, "run", "", exports.UNMARKED_FILES) as partial:
         write_files(str(partial), files)
         if not isinstance(files.dtype, str):
-            (partial / _DTYPES_FILE).write_text(json.dumps(files.dtype, indent=2) + "\n")
-
-
-def read_files(directory: str, load_tokenizer: Callable[[str], Any]) -> ModelFiles:
-    """Returns the files that `write_run_files` wrote."""
-    path = pathlib.Path(directory)
-    config = layout.read_json(path / "config.json")
-    generation = path / "generation_config.json"
-    dtypes = path / _DTYPES_FILE
-    said = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return ModelFiles(
-        config=config,
-        generation_config=layout.read_json(generation) if generation.exists() else {},
-        tokenizer=load_tokenizer(directory),
-        dtype=layout.read_json(dtypes) if dtypes.exists() else said.removeprefix("torch."),
-    )
+            (partial / DTYPES_FILE).write_text(json.dumps(files.dtype, indent=2) + "\n")
 
 
 def _shards(

@@ -1,7 +1,7 @@
-"""Model directories: their weight files, and diagnoses of directories that cannot be trained.
+"""Model directories: their weight files, and checks from file names and headers alone.
 
-The weight files are those that transformers would load. A directory that cannot be trained is
-diagnosed from file names and headers alone. Imports no JAX.
+The weight files are those that transformers would load. `diagnosis` names what else a directory
+may be. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import safetensors
 from absl import logging
 
+from atlas_jax.wording import shorten
+
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """dtypes of weights: the name in safetensors, and the name in NumPy."""
 
@@ -27,44 +29,6 @@ WHOLE = "model.safetensors"
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _POINTER = b"version https://git-lfs"
-_BASE = "merge it into its base model{} (peft: merge_and_unload, save_pretrained); give the result"
-_SAVE = "load it with transformers and save_pretrained, which writes safetensors"
-_CONVERT = "give that model in Hugging Face layout; transformers has a script that converts it"
-_SOURCE = "give the model that it was made of"
-_WRITE = "write a Hugging Face model of it"
-_FOREIGN = (
-    ("model_index.json", "a diffusers pipeline", "give a language model"),
-    ("consolidated*.pth", "a checkpoint in Meta's original layout", _CONVERT),
-    ("consolidated*.safetensors", "a checkpoint in Mistral's own layout", _CONVERT),
-    ("*.gguf", "GGUF files", "give one of them instead of their directory"),
-    ("pytorch_model*.bin", "pickled PyTorch weights", _SAVE),
-    ("flax_model*.msgpack", "Flax weights", _SAVE),
-    ("tf_model*.h5", "TensorFlow weights", _SAVE),
-    ("*.onnx", "an ONNX export", _SOURCE),
-    ("onnx/*.onnx", "an ONNX export", _SOURCE),
-    ("openvino_model*.xml", "an OpenVINO export", _SOURCE),
-    ("*.engine", "a TensorRT engine", _SOURCE),
-    ("*.mlmodelc", "a Core ML export", _SOURCE),
-    ("*.mlpackage", "a Core ML export", _SOURCE),
-    ("*.tflite", "a LiteRT export", _SOURCE),
-    ("weights*.npz", "an MLX model in its old format", _SOURCE),
-    ("*.distcp", "a distributed PyTorch checkpoint", _WRITE),
-    ("*/*.distcp", "a distributed PyTorch checkpoint", _WRITE),
-    ("*zero_pp_rank_*", "a DeepSpeed checkpoint", _WRITE),
-    ("*/*zero_pp_rank_*", "a DeepSpeed checkpoint", _WRITE),
-    ("mp_rank_*", "a Megatron or DeepSpeed checkpoint", _WRITE),
-    ("*/mp_rank_*", "a Megatron or DeepSpeed checkpoint", _WRITE),
-    ("*.nemo", "a NeMo archive", _WRITE),
-    ("_CHECKPOINT_METADATA", "an Orbax checkpoint", "give a run, or its checkpoints/STEP"),
-    ("*.pth", "pickled PyTorch weights", _SAVE),
-    ("*.ckpt", "pickled PyTorch weights", _SAVE),
-    ("*model*.bin", "pickled PyTorch weights", _SAVE),
-    ("*model*.pt", "pickled PyTorch weights", _SAVE),
-)
-"""Diagnosis and advice for a directory without safetensors weights, by a file that it has."""
-
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
-             "pytorch_lora_weights.safetensors")  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _QUANTISED_TENSORS = re.compile(
@@ -83,11 +47,14 @@ def check(path: pathlib.Path) -> list[pathlib.Path]:
         ValueError: if the directory is something else, a file is damaged or missing, or the model
             cannot be trained.
     """
-    check_adapter(path)
+    usual = (path / WHOLE).exists() or (path / INDEX).exists()
+    if not usual or (path / "adapter_config.json").exists():
+        from atlas_jax.checkpoint import diagnosis  # most directories are models
+
+        diagnosis.check_adapter(path)
     config = path / "config.json"
     if not config.exists():
-        if found := foreign(path):
-            raise ValueError(found)
+        check_foreign(path)
         raise ValueError(f"{path} is no model: it has no config.json{_hint(path)}")
     content = read_json(config)
     if "model_type" not in content:
@@ -105,31 +72,6 @@ def check(path: pathlib.Path) -> list[pathlib.Path]:
         with open_file(file) as tensors:
             check_tensors(file, tensors)
     return files
-
-
-def check_adapter(path: pathlib.Path) -> None:
-    """Checks that a path is a directory, and not one with an adapter.
-
-    Raises:
-        ValueError: if it is not; the message names the adapter's base model.
-    """
-    if path.is_file():
-        raise ValueError(f"{path} is a file; give the directory that holds it")
-    file = path / "adapter_config.json"
-    if file.exists():
-        content = read_json(file)
-        kind = str(content.get("peft_type") or content.get("fine_tune_type") or "LoRA")
-        kind = "LoRA" if kind.lower() == "lora" else kind
-        base = content.get("base_model_name_or_path") or content.get("model") or ""
-        raise ValueError(
-            f"{path} holds a {kind} adapter ({file.name}), not a whole model; "
-            f"{_BASE.format(f' {base}' if base else '')}"
-        )
-    held = [name for name in _ADAPTERS if (path / name).exists()]
-    if held and not (path / WHOLE).exists() and not (path / INDEX).exists():
-        raise ValueError(
-            f"{path} holds an adapter ({held[0]}), not a whole model; {_BASE.format('')}"
-        )
 
 
 def has_weights(path: pathlib.Path) -> bool:
@@ -181,33 +123,36 @@ def indexed(index: pathlib.Path) -> list[pathlib.Path]:
     return sorted({index.parent / str(file) for file in files.values()})
 
 
-def _numbered(path: pathlib.Path, found: list[pathlib.Path]) -> list[pathlib.Path]:
+def _numbered(path: pathlib.Path, candidates: list[pathlib.Path]) -> list[pathlib.Path]:
     """Returns the only complete set of numbered shards."""
     sets: dict[int, list[pathlib.Path]] = collections.defaultdict(list)
-    for file in found:
+    for file in candidates:
         if match := _SHARD.fullmatch(file.name):
             sets[int(match[2])].append(file)
     whole = [files for total, files in sets.items() if len(files) == total]
     if len(whole) == 1 and len(sets) == 1:
         return whole[0]
-    if not sets and (other := foreign(path)):
-        raise ValueError(other)
-    if not found:
+    if not sets:
+        check_foreign(path)
+    if not candidates:
         raise ValueError(f"{path} has no *.safetensors file, nor other weights{_hint(path)}")
+    names = some([file.name for file in candidates])
     raise ValueError(
-        f"{path} has neither {WHOLE} nor {INDEX}, and {some([file.name for file in found])} is no "
-        "whole set of numbered shards; download the model again, or name its one file "
-        f"{WHOLE}"
+        f"{path} has neither {WHOLE} nor {INDEX}, and {names} is no whole set of numbered "
+        f"shards; download the model again, or name its one file {WHOLE}"
     )
 
 
-def foreign(path: pathlib.Path) -> str:
-    """Returns the diagnosis of a directory without safetensors weights; "" if it is unknown."""
-    for pattern, what, advice in _FOREIGN:
-        if file := next(path.glob(pattern), None):
-            name = file.relative_to(path)
-            return f"{path} holds {what} ({name}) and no safetensors of a model; {advice}"
-    return ""
+def check_foreign(path: pathlib.Path) -> None:
+    """Checks a directory without weights that can be read for files of other tools.
+
+    Raises:
+        ValueError: names the tool, and what to do.
+    """
+    from atlas_jax.checkpoint import diagnosis
+
+    if found := diagnosis.foreign(path):
+        raise ValueError(found)
 
 
 def open_file(file: pathlib.Path) -> Any:
@@ -320,9 +265,9 @@ def is_model(directory: pathlib.Path) -> bool:
     return isinstance(content, dict) and "model_type" in content
 
 
-def some(found: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Returns the first names of a list, and the number of the others, as a text."""
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if found[5:] else "") or "none"
+    return ", ".join(shorten(names, 5)) or "none"
 
 
 def _hint(path: pathlib.Path) -> str:

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from atlas_jax.step import TrainState
 from atlas_jax.types import Params
+from atlas_jax.wording import shorten
 
 MODEL_FILES = "model"
 """Directory of a run with `config.json` and the tokenizer, for `atlas-convert`."""
@@ -30,7 +31,6 @@ MODEL_FILES = "model"
 _ITEMS = ("params", "train", "data", "config", "reference")
 _MOMENT = re.compile(r"\.(mu|nu)\..*")  # an optimizer moment of one parameter
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
-_NUM_SHOWN = 4
 
 
 class Restored(NamedTuple):
@@ -120,6 +120,8 @@ class Checkpoints:
             ValueError: if parameters or optimizer have another layout or dtype.
         """
         others = {"step": abstract.step, "opt_state": abstract.opt_state}
+        # Parameters first: of a run of another model they name what differs, while its optimizer
+        # state differs as a consequence.
         self.check(step, "params", abstract.params)
         self.check(step, "train", others)
         stored = self._manager.restore(
@@ -242,8 +244,7 @@ def _difference(item: str, stored: Mapping[str, ArraySpec], wanted: Mapping[str,
 def _shown(these: Mapping[str, ArraySpec], others: Mapping[str, ArraySpec]) -> str:
     """Returns the arrays that `others` do not have, or have in another shape, as a text."""
     different = [f"{n} {a}" for n, a in sorted(these.items()) if others.get(n) != a]
-    more = f" and {len(different) - _NUM_SHOWN} more" if len(different) > _NUM_SHOWN else ""
-    return ", ".join(different[:_NUM_SHOWN]) + more or "nothing else"
+    return ", ".join(shorten(different, 4)) or "nothing else"
 
 
 def _layout(arrays: Mapping[str, ArraySpec]) -> str:

@@ -135,6 +135,7 @@ class _WeightFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After another error the files are given up, so their end is not written.
         if kind is None:
             self._try(self._finish)
             self._try(self._stack.close)
@@ -144,6 +145,7 @@ class _WeightFiles:
     def write(self, number: int, value: jax.Array) -> None:
         """Appends a tensor to a file, if this process writes that one."""
         self._stopped |= self._stoppable and stopping.requested()
+        # Every process goes through all tensors even after an error: each one is gathered by all.
         if number in self._streams and not self._stopped:
             content = np.asarray(value).view(np.uint8).data
             self._try(lambda: self._streams[number].write(content))
@@ -180,7 +182,9 @@ class _WeightFiles:
     def _finish(self) -> None:
         for stream in self._streams.values():
             stream.flush()
+            # Errors of the disk would otherwise come after the directory has its name, or never.
             os.fsync(stream.fileno())
+        # The index is last: with it the files count as a whole model.
         if len(self._files) > 1 and self._mine(0):
             _write_index(self._directory, self._files, self._dtype)
 
@@ -202,10 +206,12 @@ def _begin(
         start = end
         end = end + num_bytes(tensor, dtype)
         header[tensor.name] = {
-            "dtype": stored[dtype_of(tensor.name, dtype)], "shape": list(tensor.shape),
+            "dtype": stored[dtype_of(tensor.name, dtype)],
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
-        }  # fmt: skip
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Readers map the file into memory, so the numbers begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     stream = stack.enter_context(path.open("wb"))
     stream.write(len(text).to_bytes(8, "little") + text)
@@ -239,8 +245,10 @@ def _values(
         parts = [names.leaf(params, path) for path in entry.paths]
         one = _one(entry, dtype_of(name, dtype), decoder.sharding.replicated)
         value, checksum = one(parts, np.int32(i))
+        # The copy of one tensor runs while the devices gather the next ones.
         value.copy_to_host_async()
         waiting.append((value, checksum))
+        # Each waiting tensor is whole on every device, so few may wait.
         if len(waiting) > _AHEAD:
             yield waiting.popleft()
     yield from waiting

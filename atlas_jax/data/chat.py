@@ -18,7 +18,7 @@ trained as they are rendered there.
 
 A turn is trained as the template renders it. A row is rejected if the rendered turn omits the
 assistant's words, its reasoning, or the name of a tool that it calls. A message is text, even if it
-names special tokens (`control_tokens`). Plain texts need no template, and special tokens in them
+names special tokens (`chat_template`). Plain texts need no template, and special tokens in them
 are special tokens.
 """
 
@@ -86,7 +86,7 @@ class Rendered(NamedTuple):
     templated: bool
     """True if the text came from a chat template, which writes the special tokens itself."""
     covered: bool = False
-    """True if names of special tokens in messages are covered in the text (`control_tokens`)."""
+    """True if names of special tokens in messages are covered in the text (`chat_template`)."""
     notes: tuple[str, ...] = ()
     reason: str = ""
     """Reason for its rejection."""
@@ -373,11 +373,11 @@ def _turn_end(render: _Render, history: Sequence[Message], question: Sequence[Me
     """Returns the text that the template writes after an answer, last message or not."""
     ends = []
     for after in ([], question):
-        zero, one = (
+        with_zero, with_one = (
             render([*history, Message(role="assistant", content=content), *after])
             for content in "01"
         )
-        ends.append(zero[_common_length(zero, one) + 1 :])
+        ends.append(with_zero[_common_length(with_zero, with_one) + 1 :])
     return ends[0][: _common_length(*ends)]
 
 
@@ -462,10 +462,12 @@ def _encode_one(part: Rendered, encoding: Encoding, options: MaskOptions) -> Enc
     is_stop = np.zeros(len(tokens), bool)
     for stop_id in options.stop_ids:
         is_stop |= tokens == stop_id
+    # One flat iterator, because a list of pairs of a long text takes much memory.
     edges = itertools.chain.from_iterable(encoding.offsets)
     covered = token_spans(np.fromiter(edges, np.int64, 2 * len(tokens)).reshape(-1, 2))
     turns = [_turn_mask(covered, span, added) for span in part.spans]
     notes = list(part.notes)
+    # Looked for before the cut, which may take the stop token of the last turn away.
     if not all((turn & is_stop).any() for turn in turns):
         notes.append("no_stop")
     if options.completion_only:

@@ -118,23 +118,25 @@ def _helped(
         finally:
             for worker in workers:
                 worker.dismiss()
+                # Collects the exit code, or the process would stay as a zombie.
                 worker.process.communicate()
 
 
 def _start() -> subprocess.Popen[bytes]:
     # This process repeats and reports errors of a worker, so its standard error is dropped. A
     # session of its own keeps Ctrl-C from it.
+    alone = {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return subprocess.Popen(
         [sys.executable, "-P", "-m", _MODULE],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "TOKENIZERS_PARALLELISM": "false",
-        },
+        env=os.environ | alone,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def _serve(worker: _Helper, queue: _Queue, done: dict[int, list[chat.Encoded]], task: Task) -> None:

@@ -17,12 +17,11 @@ is null counts as absent, because columnar files write null for missing fields.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from atlas_jax.config import DataConfig, LessonsConfig
-from atlas_jax.data import shapes
 from atlas_jax.data.sources import Row, Rows, check_rejected
+from atlas_jax.options.data import ColumnsConfig, DataConfig, LessonsConfig
 from atlas_jax.types import Message
 
 FIELDS = {
@@ -39,7 +38,8 @@ _TEMPLATE_FIELDS = {
     "lesson_template": ("approach", "diagnosis", "teaching"),
 }
 NO_LESSONS = LessonsConfig()
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_OUR_COLUMNS = ColumnsConfig()
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 class Conversation(NamedTuple):
@@ -116,9 +116,9 @@ def to_sample(row: Row, config: DataConfig, lessons: LessonsConfig = NO_LESSONS)
     Raises:
         ValueError: if the row cannot be used; the message does not name the row.
     """
-    fields = shapes.renamed(row.fields, vars(config.columns))
-    if not all(name in fields for name in FIELDS["teaching"]):
-        fields = shapes.training_row(fields)
+    fields = row.fields
+    if config.columns != _OUR_COLUMNS or not _is_ours(fields):
+        fields = _converted(fields, config.columns)
     kind = row_format(fields, config.format)
     if kind == "messages":
         sample: Sample = Conversation(row.name, _messages(fields["messages"], "messages"))
@@ -136,6 +136,35 @@ def to_sample(row: Row, config: DataConfig, lessons: LessonsConfig = NO_LESSONS)
     if kind not in ("teaching", "session"):
         sample = sample._replace(tools=_tools(fields.get("tools")))
     return _with_system_prompt(sample, lessons.system_prompt)
+
+
+def _is_ours(fields: Mapping[str, Any]) -> bool:
+    """Tells a row that is nothing but two texts, or messages of plain text with our roles."""
+    if fields.keys() == {"prompt", "completion"}:
+        # A text that begins like this may be the JSON of messages.
+        return all(isinstance(v, str) and not v.lstrip().startswith("[") for v in fields.values())
+    messages = fields.get("messages")
+    return (
+        fields.keys() == {"messages"}
+        and isinstance(messages, list)
+        and all(
+            isinstance(message, dict)
+            and message.keys() == {"role", "content"}
+            and message["role"] in _ROLES
+            and isinstance(message["content"], str)
+            for message in messages
+        )
+    )
+
+
+def _converted(fields: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, Any]:
+    """Returns the fields of a row in our form, with our names."""
+    from atlas_jax.data import shapes  # of other tools, and of rows with more than texts
+
+    renamed = shapes.renamed(fields, vars(columns))
+    if all(name in renamed for name in FIELDS["teaching"]):
+        return renamed
+    return shapes.training_row(renamed)
 
 
 def trained_turns(sample: Conversation) -> list[int]:
@@ -189,18 +218,39 @@ def check_templates(lessons: LessonsConfig) -> None:
     Raises:
         ValueError: if no field fills a placeholder.
     """
-    for option, known in _TEMPLATE_FIELDS.items():
-        for name in PLACEHOLDER.findall(getattr(lessons, option)):
-            if name not in known:
-                raise ValueError(
-                    f"teaching.{option} has the unknown field {{{name}}}; it may use "
-                    f"{', '.join(f'{{{field}}}' for field in known)}"
-                )
+    for option, fields in _TEMPLATE_FIELDS.items():
+        check_template(f"teaching.{option}", getattr(lessons, option), fields)
+
+
+def check_template(
+    option: str, template: str, fields: Sequence[str], needed: Sequence[str] = ()
+) -> None:
+    """Checks the placeholders of a template.
+
+    Args:
+        option: the template's option, for errors.
+        template: the text with placeholders; an empty one is not checked here.
+        fields: names that a placeholder may have.
+        needed: those of them that it must have.
+
+    Raises:
+        ValueError: if a placeholder is unknown, or a needed one is missing.
+    """
+    placeholders = _PLACEHOLDER.findall(template)
+    shown = ", ".join(f"{{{name}}}" for name in fields)
+    for name in placeholders:
+        if name not in fields:
+            raise ValueError(f"{option} has the unknown field {{{name}}}; it may use {shown}")
+    for name in needed:
+        if name not in placeholders:
+            raise ValueError(
+                f"{option}={template!r} lacks {{{name}}}; the model would never see the {name}"
+            )
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Returns `template` with `{name}` replaced by `values[name]`; braces in values are kept."""
-    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def _prompt_completion(name: str, prompt: Any, completion: Any) -> Sample:
@@ -291,6 +341,8 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
 def _arguments(value: Any) -> Any:
     if not isinstance(value, str):
         return _without_nulls({} if value is None else value)
+    from atlas_jax.data import shapes  # it has been imported for a row with calls
+
     try:
         found = shapes.from_json(value or "{}", "arguments")
     except ValueError:
@@ -307,6 +359,8 @@ def _without_nulls(value: Any) -> Any:
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     """Returns the tools of a row, which may be JSON text."""
     if isinstance(value, str):
+        from atlas_jax.data import shapes
+
         value = shapes.from_json(value, "tools") if value.strip() else None
     if value is None:
         return ()

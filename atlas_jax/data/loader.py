@@ -14,30 +14,39 @@ and every step has the same shape.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import json
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import grain
 import numpy as np
 from absl import logging
 
-from atlas_jax.config import TrainConfig
 from atlas_jax.data import chat, examples
 from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.data.packing import bucket_length, capped_buckets, collate, pack_best_fit
+from atlas_jax.data.packing import (
+    bucket_length,
+    capped_buckets,
+    collate,
+    pack_best_fit,
+    whole_blocks,
+)
 from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
+from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Batch, Example
+from atlas_jax.wording import shorten
 
 Table: TypeAlias = list[list[int]] | np.ndarray
 """Indices of the examples of each row: lists if rows are packed, else an array of one column."""
 
-_NUM_SHOWN = 5
+_SEGMENTS = 8
+"""Steps of `segment_bound`."""
 
 
 class HostRows(NamedTuple):
@@ -60,21 +69,14 @@ class DataOrder(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Statistics of the rows; a tuple holds the names of the rows with a note of `chat.NOTES`."""
+    """Statistics of the rows."""
 
     rows: int
     examples: int
     tokens: int
     trained_tokens: int
-    rejected: tuple[str, ...]
-    """`name: reason` of rows that are unreadable, of no known format, or refused by a template."""
-    empty: tuple[str, ...]
-    masked: tuple[str, ...]
-    truncated: tuple[str, ...]
-    no_stop: tuple[str, ...]
-    split: tuple[str, ...]
-    other_prompt: tuple[str, ...]
-    unseen: tuple[str, ...]
+    notes: Mapping[str, tuple[str, ...]]
+    """Note of `chat.NOTES` -> names of the rows with it; of rejected rows, `name: reason`."""
 
 
 _LOST = ("empty", "masked", "truncated")
@@ -121,6 +123,7 @@ def build(
     tokenized = tokenize(template, samples, options, token_dir)
     remarks = tokenized.remarks
     rejected += [f"{r.name}: {r.reason}" for r in remarks if "rejected" in r.notes]
+    # Rows that lose their answer would make the run look as if it had trained on them.
     lost = [f"{r.name}: {chat.NOTES[note]}" for r in remarks for note in _LOST if note in r.notes]
     check_rejected(rejected + lost, len(rows.rows), config.data.max_rejected_frac)
     report = _report(len(rows.rows) + len(rows.rejected), rows.rejected + rejected, tokenized)
@@ -187,7 +190,7 @@ class TokenDataset:
     def batch(self, step: int) -> Batch:
         """Returns this process's rows of one step, counted from the first step of epoch 0."""
         rows = self._step_rows(step)
-        length = self._order.max_seq_length
+        length = whole_blocks(self._order.max_seq_length)
         if not self._order.packing:
             # The length depends on the rows of all processes, so that all have the same shape.
             length = bucket_length(
@@ -197,6 +200,17 @@ class TokenDataset:
         first = self._layout.process_index * share
         mine = [[self.example(int(i)) for i in row] for row in rows[first : first + share]]
         return collate(mine + [[]] * (share - len(mine)), length)
+
+    @functools.cached_property
+    def max_segments(self) -> int:
+        """Most examples of a row: as many as in the first epoch, rounded up, and a few more.
+
+        Programs are compiled for it, and the rows of later epochs keep to it.
+        """
+        if not self._order.packing:
+            return 1
+        with self._lock:
+            return segment_bound(max(map(len, self._epoch_rows(0))))
 
     def num_tokens(self, step: int) -> int:
         """Returns the number of tokens of a step over all processes, without padding."""
@@ -239,7 +253,8 @@ class TokenDataset:
             # Two epochs are kept, because at the border of two epochs the prefetching threads read
             # from both.
             self._rows = {e: rows for e, rows in self._rows.items() if abs(e - epoch) == 1}
-            self._rows[epoch] = epoch_rows(self._lengths, self._order, epoch)
+            most = self.max_segments if epoch and self._order.packing else 0
+            self._rows[epoch] = epoch_rows(self._lengths, self._order, epoch, most)
         return self._rows[epoch]
 
 
@@ -266,19 +281,25 @@ class Batches(Iterator[Batch]):
         """Returns the position, for JSON: the next step and the data's fingerprint."""
         return {"step": self._step, "fingerprint": self._dataset.fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         """Continues with the batch that was the next one when `state` was taken.
 
+        Args:
+            state: from `get_state`.
+            allow_other_data: whether the step is kept though the data or their order are others.
+
         Raises:
-            ValueError: if the state is from other data or other settings of their order.
+            ValueError: if the state is from other data or other settings of their order, unless
+                they are allowed.
         """
-        if state["fingerprint"] != self._dataset.fingerprint:
+        if state["fingerprint"] != self._dataset.fingerprint and not allow_other_data:
             raise ValueError(
                 f"the checkpoint at step {state['step']} is from data {state['fingerprint']}, this "
                 f"run has {self._dataset.fingerprint}: the examples, the tokenizer, the seed, the "
                 "batch size, max_seq_length, packing or shuffle differ; restore them, or start "
                 "with a new output_dir and resume_from"
             )
+        # The threads may have read ahead from the old position.
         self.close()
         self._step = state["step"]
         self._reader = self._dataset.read(self._step, self._stop_step)
@@ -288,18 +309,28 @@ class Batches(Iterator[Batch]):
         self._reader.close()
 
 
-def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int) -> Table:
+def segment_bound(segments: int) -> int:
+    """Returns the segments that attention has room for in rows of so many.
+
+    There is some room for other epochs, whose rows are packed otherwise.
+    """
+    return _SEGMENTS * (segments // _SEGMENTS + 1)
+
+
+def epoch_rows(lengths: np.ndarray, order: DataOrder, epoch: int, max_examples: int = 0) -> Table:
     """Returns the examples of each row of an epoch, every example exactly once.
 
     Args:
         lengths: the number of tokens of each example, [examples].
         order: the settings, for shuffling and packing.
         epoch: the epoch, counted from 0, which determines the permutation.
+        max_examples: most examples of a row; 0 for any.
     """
+    # Packing follows the permutation, so every epoch has other neighbours in its rows.
     indices = epoch_order(len(lengths), epoch, order.seed, order.shuffle)
     if not order.packing:
         return indices[:, None]
-    rows = pack_best_fit(lengths[indices], order.max_seq_length)
+    rows = pack_best_fit(lengths[indices], order.max_seq_length, max_examples)
     return [indices[row].tolist() for row in rows]
 
 
@@ -321,7 +352,7 @@ def _check_layout(layout: HostRows) -> None:
 
 def _report(num_rows: int, rejected: list[str], tokenized: Tokenized) -> Report:
     tokens, loss_mask, offsets = tokenized.sequences
-    names = {
+    notes = {
         note: tuple(r.name for r in tokenized.remarks if note in r.notes) for note in chat.NOTES
     }
     return Report(
@@ -329,7 +360,7 @@ def _report(num_rows: int, rejected: list[str], tokenized: Tokenized) -> Report:
         examples=len(offsets) - 1,
         tokens=len(tokens),
         trained_tokens=int(loss_mask.sum()),
-        **{**names, "rejected": tuple(rejected)},
+        notes=notes | {"rejected": tuple(rejected)},
     )
 
 
@@ -338,16 +369,15 @@ def _log(report: Report) -> None:
         "%d rows -> %d examples, %d tokens, %d of them trained",
         *(report.rows, report.examples, report.tokens, report.trained_tokens),
     )
-    for note, meaning in chat.NOTES.items():
-        names = getattr(report, note)
+    for note, names in report.notes.items():
         if names:
-            shown = ", ".join(names[:_NUM_SHOWN]) + (", …" if len(names) > _NUM_SHOWN else "")
-            logging.warning("%d %s (%s): %s", len(names), note, meaning, shown)
+            shown = ", ".join(shorten(names, 5))
+            logging.warning("%d %s (%s): %s", len(names), note, chat.NOTES[note], shown)
 
 
 def _check_not_empty(report: Report) -> None:
     if not report.examples:
-        counts = ", ".join(f"{len(getattr(report, note))} {note}" for note in chat.NOTES)
+        counts = ", ".join(f"{len(names)} {note}" for note, names in report.notes.items())
         raise ValueError(
             f"no example is left of {report.rows} rows: {counts}; look at the rows and at "
             "data.format, raise max_seq_length if they are masked, or set "

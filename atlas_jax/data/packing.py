@@ -14,20 +14,34 @@ Five examples of 5, 3, 4, 3 and 5 tokens, in rows of 10:
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from atlas_jax.types import Batch, Completion, Example, PolicyBatch, Sample
+from atlas_jax.types import Batch, Example
+
+_BLOCK = 128  # positions
 
 
 def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
-    """Returns the buckets below `max_seq_length`, ascending, and that length itself."""
-    return (*sorted({bucket for bucket in buckets if bucket < max_seq_length}), max_seq_length)
+    """Returns the buckets below `max_seq_length`, ascending, and its `whole_blocks`."""
+    return (
+        *sorted({bucket for bucket in buckets if bucket < max_seq_length}),
+        whole_blocks(max_seq_length),
+    )
 
 
-def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
+def whole_blocks(length: int) -> int:
+    """Returns the positions of a row for `length` tokens: from one block on, blocks of 128.
+
+    Flash kernels compute blocks, and cuDNN's backward pass may give NaN for a half one.
+    """
+    return length if length < _BLOCK else -(-length // _BLOCK) * _BLOCK
+
+
+def pack_best_fit(
+    lengths: Sequence[int] | np.ndarray, row_length: int, most: int = 0
+) -> list[list[int]]:
     """Returns the examples of each row, as indices into `lengths`, in order of arrival.
 
     Among rows with the same room, the one that was filled last is taken.
@@ -35,6 +49,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
     Args:
         lengths: the number of tokens of each example, at least 1.
         row_length: the number of tokens of a row.
+        most: the number of examples that a row may hold; 0 for any.
 
     Raises:
         ValueError: if an example is longer than a row.
@@ -50,6 +65,7 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
                 f"example {example} has {length} tokens and does not fit into a row of "
                 f"{row_length}; cut it, or use longer rows"
             )
+        # The smallest room that fits, which leaves the large ones to long examples.
         place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
             row = len(rows)
@@ -61,7 +77,8 @@ def pack_best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[
             if not with_room[room]:
                 del with_room[room], rooms[place]
         rows[row].append(example)
-        _add_room(rooms, with_room, row, int(room - length))
+        if len(rows[row]) != most:
+            _add_room(rooms, with_room, row, int(room - length))
     return rows
 
 
@@ -118,87 +135,3 @@ def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
             batch.loss_mask[row, start + 1 : end] = example.loss_mask[1:]
             start = end
     return batch
-
-
-def collate_policy(samples: Sequence[Sample], per_row: int, length: int) -> PolicyBatch:
-    """Returns completions as rows, `per_row` of them after one copy of their prompt.
-
-    Where prompts of one row differ, their common beginning stands once, and the rest of each prompt
-    before its completion. Only sampled tokens are trained.
-
-    Args:
-        samples: the members of each question together; all questions have equally many.
-        per_row: completions of a row; it divides the members of a question.
-        length: tokens of a row.
-
-    Raises:
-        ValueError: if a row does not fit.
-    """
-    rows = split_rows(samples, per_row)
-    shape = (len(rows), length)
-    batch = PolicyBatch(
-        tokens=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        segment_ids=np.zeros(shape, np.int32),
-        sequence_ids=np.zeros(shape, np.int32),
-        loss_mask=np.zeros(shape, bool),
-        advantages=np.zeros(shape, np.float32),
-        rollout_logprobs=np.zeros(shape, np.float32),
-    )
-    for row, members in enumerate(rows):
-        needed = row_tokens(members)
-        if needed > length:
-            raise ValueError(f"row {row} holds {needed} tokens, but has room for {length}")
-        _fill_policy_row(batch, row, members)
-    return batch
-
-
-def split_rows(samples: Sequence[Sample], per_row: int) -> list[Sequence[Sample]]:
-    """Returns the samples of each row, `per_row` of one question."""
-    return [samples[first : first + per_row] for first in range(0, len(samples), per_row)]
-
-
-def row_tokens(members: Sequence[Sample]) -> int:
-    """Returns the tokens of a row of one prompt and these completions."""
-    shared = len(_shared_prompt(members))
-    return shared + sum(len(_own_tokens(s.completion, shared)) for s in members)
-
-
-def _shared_prompt(members: Sequence[Sample]) -> tuple[int, ...]:
-    """Returns the beginning that the prompts of a row's completions have in common."""
-    prompts = [s.completion.prompt_ids for s in members if s.completion.token_ids]
-    if not prompts:
-        return members[0].completion.prompt_ids
-    same = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return tuple(tokens[0] for tokens in same)
-
-
-def _own_tokens(completion: Completion, shared: int) -> tuple[int, ...]:
-    """Returns the tokens of a completion that follow the first `shared` ones of its prompt."""
-    if not completion.token_ids:
-        return ()
-    return completion.prompt_ids[shared:] + completion.token_ids
-
-
-def _fill_policy_row(batch: PolicyBatch, row: int, members: Sequence[Sample]) -> None:
-    """Writes the prompt and the completions of `members` into one row of the batch."""
-    prompt = _shared_prompt(members)
-    end = len(prompt)
-    batch.tokens[row, :end] = prompt
-    batch.positions[row, :end] = np.arange(end)
-    batch.segment_ids[row, : row_tokens(members)] = 1
-    for number, sample in enumerate(members, start=1):
-        completion = sample.completion
-        tokens = _own_tokens(completion, len(prompt))
-        start = end
-        end += len(tokens)
-        batch.tokens[row, start:end] = tokens
-        batch.positions[row, start:end] = len(prompt) + np.arange(end - start)
-        batch.sequence_ids[row, start:end] = number
-        if sample.trains:
-            first = end - completion.num_tokens
-            sampled = np.asarray(completion.sampled or (True,) * completion.num_tokens, bool)
-            logprobs = np.where(sampled, completion.untruncated_logprobs, 0.0)
-            batch.loss_mask[row, first:end] = sampled
-            batch.advantages[row, first:end] = np.where(sampled, sample.advantage, 0.0)
-            batch.rollout_logprobs[row, first:end] = logprobs

@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from atlas_jax.config import GRPOConfig, flat
 from atlas_jax.data import shapes
-from atlas_jax.data.examples import PLACEHOLDER, check_encodable
+from atlas_jax.data.examples import check_encodable, check_template
 from atlas_jax.data.sources import QUESTIONS, Row, Rows, check_rejected, epoch_order, unfold
+from atlas_jax.options.fields import flat
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.types import Question
+from atlas_jax.wording import shorten
 
 _QUESTION = ("prompt", "problem_text", "question", "problem", "instruction", "query", "input")
 _GROUND_TRUTH = ("ground_truth", "answer", "solution")
-_NUM_SHOWN = 5
 _HIDDEN = re.compile(r"ground_truth|answer|solution")  # never shown to a model
 
 
@@ -72,7 +73,7 @@ def parse_questions(
         first = f"; the first: {rejected[0]}" if rejected else ""
         raise ValueError(f"the dataset has no usable question; look at data.dataset_path{first}")
     if rejected:
-        shown = "; ".join(rejected[:_NUM_SHOWN]) + ("; …" if len(rejected) > _NUM_SHOWN else "")
+        shown = "; ".join(shorten(rejected, 5))
         logging.warning("%d of %d questions are left out: %s", len(rejected), len(rows.rows), shown)
     return questions
 
@@ -122,24 +123,6 @@ def to_question(
     )
 
 
-def check_template(option: str, template: str, known: Sequence[str], needed: Sequence[str]) -> None:
-    """Checks the placeholders of a template.
-
-    Raises:
-        ValueError: if a placeholder is unknown, or a needed one is missing.
-    """
-    placeholders = PLACEHOLDER.findall(template)
-    shown = ", ".join(f"{{{name}}}" for name in known)
-    for name in placeholders:
-        if name not in known:
-            raise ValueError(f"{option} has the unknown field {{{name}}}; it may use {shown}")
-    for name in needed:
-        if name not in placeholders:
-            raise ValueError(
-                f"{option}={template!r} lacks {{{name}}}; the model would never see the {name}"
-            )
-
-
 def check_templates(config: GRPOConfig) -> None:
     """Checks the templates of the protocol.
 
@@ -147,7 +130,7 @@ def check_templates(config: GRPOConfig) -> None:
         ValueError: if a template has an unknown field, or a needed one is missing.
     """
     rollout = config.rollout
-    known = ("question", *config.rollout.question_fields)
+    fields = ("question", *rollout.question_fields)
     checks: dict[str, tuple[str, ...]]
     if not rollout.has_student:
         checks = {"rollout.direct_template": ()} if rollout.protocol == "direct" else {}
@@ -158,10 +141,10 @@ def check_templates(config: GRPOConfig) -> None:
             "teaching.student_with_teaching_template": ("teaching",),
         }
         template = config.teaching.teacher_template
-        check_template("teaching.teacher_template", template, (*known, "approach"), ("question",))
+        check_template("teaching.teacher_template", template, (*fields, "approach"), ("question",))
     for option, more in checks.items():
         template = flat(config)[option]
-        check_template(option, template, (*known, *more), ("question", *more))
+        check_template(option, template, (*fields, *more), ("question", *more))
 
 
 class QuestionOrder:
@@ -200,6 +183,7 @@ class QuestionOrder:
         """Short hash of the questions and of the settings of their order."""
         digest = hashlib.sha256(f"{self._seed} {self._shuffle}".encode())
         for question in self._questions:
+            # Identifier, text and truth; the other fields may change without another question.
             digest.update(repr(question[:3]).encode())
             if self._hashes_rows:
                 row = json.dumps(question.row, sort_keys=True, default=str)

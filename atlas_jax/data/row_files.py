@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, JSON, CSV, TSV, Parquet and Arrow, compressed or not.
+"""Files of rows: JSON lines and JSON, compressed or not, and those of `tables`.
 
 A file is told by its name. Each reader yields a name for every row, which errors use, and its
 fields, or in their place why it is rejected.
@@ -6,7 +6,6 @@ fields, or in their place why it is rejected.
 
 from __future__ import annotations
 
-import csv
 import glob
 import gzip
 import io
@@ -14,28 +13,27 @@ import json
 import os
 import pathlib
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from atlas_jax import extras
-
 Records = Iterator[tuple[str, dict[str, Any] | str]]
 
+_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+"""Kinds that may be compressed as a whole."""
+_KINDS = (*_TEXTS, ".parquet", ".arrow")
 _COMPRESSED = (".gz", ".zst")
 _BEGINNING = 64  # bytes that tell an array from lines
-_LONGEST_CELL = 2**31 - 1  # of a table, in characters; the most that every platform takes
 _JSON_ERRORS = (ValueError, RecursionError)
 
 
 def is_known(path: str) -> bool:
     """Returns whether the name is that of a file of a known kind."""
-    return _kind(path) in _READERS
+    return _kind(path) in _KINDS
 
 
 def kinds() -> str:
     """Returns the endings that file names may have, for an error."""
-    return f"{', '.join(_READERS)}, some of them with {' or '.join(_COMPRESSED)} behind"
+    return f"{', '.join(_KINDS)}, some of them with {' or '.join(_COMPRESSED)} behind"
 
 
 def expanded(path: str) -> list[str]:
@@ -44,6 +42,7 @@ def expanded(path: str) -> list[str]:
     Raises:
         ValueError: if it means none.
     """
+    # The name of a file may itself hold brackets.
     if os.path.exists(os.path.expanduser(path)) or not glob.has_magic(path):
         return [path]
     found = sorted(glob.glob(os.path.expanduser(path), recursive=True))
@@ -66,7 +65,7 @@ def read(path: str) -> Records:
         ValueError: for a file of an unknown kind, or one that cannot be read at all.
     """
     kind = _kind(path)
-    if kind not in _READERS:
+    if kind not in _KINDS:
         raise ValueError(
             f"dataset file {path} is of an unknown kind; its name must end in one of {kinds()}"
         )
@@ -74,9 +73,17 @@ def read(path: str) -> Records:
     if not os.access(file, os.R_OK):
         raise ValueError(f"dataset file {path} may not be read; look at its permissions")
     try:
-        yield from _READERS[kind](path, file)
+        yield from _reader(kind)(path, file)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"dataset file {path} is damaged ({error}); write it again") from error
+
+
+def _reader(kind: str) -> Callable[[str, str], Records]:
+    if kind in (".jsonl", ".json"):
+        return _json
+    from atlas_jax.data import tables
+
+    return tables.READERS[kind]
 
 
 def _kind(path: str) -> str:
@@ -86,11 +93,13 @@ def _kind(path: str) -> str:
     return name.suffix
 
 
-def _opened(file: str) -> Any:
-    """Opens a file for bytes, which text mode would break at characters that JSON may hold."""
+def opened(file: str) -> Any:
+    """Opens a file for bytes, decompressed; text mode would break lines within JSON texts."""
     if file.lower().endswith(".gz"):
         return gzip.open(file)
     if file.lower().endswith(".zst"):
+        from atlas_jax import extras
+
         with extras.importing("datasets", f"the compressed file {file}"):
             import pyarrow
 
@@ -100,7 +109,8 @@ def _opened(file: str) -> Any:
 
 def _json(path: str, file: str) -> Records:
     """Reads one object a line, or an array of objects, alone or as `data` of an object."""
-    with _opened(file) as content:
+    with opened(file) as content:
+        # Only the first character tells an array, which has no row in a line, from rows.
         beginning = content.read(_BEGINNING).lstrip(b"\xef\xbb\xbf \t\r\n")
     lines = _lines(path, file)
     if path.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
@@ -113,7 +123,7 @@ def _json(path: str, file: str) -> Records:
 
 
 def _lines(path: str, file: str) -> Records:
-    with _opened(file) as lines:
+    with opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{path}:{number}", _object(line)
@@ -134,7 +144,7 @@ def _why(error: Exception) -> str:
 
 
 def _array(path: str, file: str) -> Records:
-    with _opened(file) as content:
+    with opened(file) as content:
         try:
             value = json.load(content)
         except _JSON_ERRORS as error:
@@ -150,88 +160,3 @@ def _array(path: str, file: str) -> Records:
     for number, row in enumerate(rows, start=1):
         is_row = isinstance(row, dict)
         yield f"{path}[{number}]", row if is_row else f"is a JSON {type(row).__name__}, no object"
-
-
-def _cells(row: dict[Any, Any]) -> dict[str, Any] | str:
-    """Returns the cells of a line that are not empty, or why the line is rejected."""
-    if None in row or None in row.values():
-        return "has another number of cells than the first line"
-    return {name: cell for name, cell in row.items() if cell != ""}
-
-
-def _separated(path: str, file: str, delimiter: str) -> Records:
-    """Reads a table of texts; cells that are empty count as absent."""
-    csv.field_size_limit(_LONGEST_CELL)  # of 128 KiB otherwise; conversations are longer
-    with _opened(file) as content:
-        text = (line.decode("utf-8-sig" if i == 0 else "utf-8") for i, line in enumerate(content))
-        try:
-            table = csv.DictReader(text, delimiter=delimiter)
-            twice = [name for name, n in Counter(table.fieldnames or ()).items() if n > 1]
-            if twice:
-                raise ValueError(
-                    f"dataset file {path} has the column {twice[0]!r} more than once; rename one"
-                )
-            for number, row in enumerate(table, start=1):
-                yield f"{path}:{number}", _cells(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"dataset file {path} is no table of texts ({error})") from error
-
-
-def _csv(path: str, file: str) -> Records:
-    return _separated(path, file, ",")
-
-
-def _tsv(path: str, file: str) -> Records:
-    return _separated(path, file, "\t")
-
-
-def _parquet(path: str, file: str) -> Records:
-    with extras.importing("datasets", f"the Parquet file {path}"):
-        import pyarrow
-        import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(
-            f"dataset file {path} is not a Parquet file ({error}); write it again"
-        ) from error
-    with table:
-        yield from _batches(path, table.iter_batches())
-
-
-def _arrow(path: str, file: str) -> Records:
-    """Reads a file of Arrow's stream or file format, as `datasets` writes them."""
-    with extras.importing("datasets", f"the Arrow file {path}"):
-        import pyarrow
-
-    with pyarrow.memory_map(file) as source:
-        try:
-            table = pyarrow.ipc.open_stream(source).read_all()
-        except pyarrow.ArrowInvalid:
-            try:
-                table = pyarrow.ipc.open_file(source).read_all()
-            except pyarrow.ArrowInvalid as error:
-                raise ValueError(f"dataset file {path} is not an Arrow file ({error})") from error
-        yield from _batches(path, table.to_batches())
-
-
-def _batches(path: str, batches: Any) -> Records:
-    number = 0
-    for batch in batches:
-        for fields in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", fields
-
-
-_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
-"""Kinds that may be compressed as a whole."""
-
-_READERS: dict[str, Callable[[str, str], Records]] = {
-    ".jsonl": _json,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}

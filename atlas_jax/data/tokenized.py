@@ -93,6 +93,7 @@ def tokenize(
     if cached := _load(path, key):
         return cached
     path.parent.mkdir(parents=True, exist_ok=True)
+    # One process tokenizes for all; the others then find the file.
     with _locked(path.with_name(_LOCK)):
         if cached := _load(path, key):
             return cached
@@ -117,10 +118,11 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def remove_others(directory: str, kept: Collection[pathlib.Path | None]) -> None:
+def remove_others(directory: str, wanted: Collection[pathlib.Path | None]) -> None:
     """Removes the cache files of other fingerprints from a directory."""
     for path in pathlib.Path(directory).glob("tokens-*.npz"):
-        if path not in kept and _FILE.fullmatch(path.name) and _is_ours(path):
+        # Only files of this program: the directory may hold others of the user's.
+        if path not in wanted and _FILE.fullmatch(path.name) and _is_ours(path):
             path.unlink(missing_ok=True)
             logging.info("removed %s, which holds the tokens of other rows or options", path)
 
@@ -219,6 +221,7 @@ def _load(path: pathlib.Path, key: str) -> Tokenized | None:
             header = _values(file["header"])
             sequences = Sequences(*(file[name] for name in Sequences._fields))
             remarks = [Remark(n, tuple(notes), why) for n, notes, why in _values(file["remarks"])]
+        # The name has only a part of the key, so the whole key is compared.
         if header != [_FORMAT, key] or not _is_whole(sequences):
             raise ValueError("its content is another")
     except _BROKEN as error:

@@ -217,19 +217,18 @@ def _refuse_uncomputed(options: dict[str, Any], family: str) -> None:
 def _read(hf: dict[str, Any], family: str) -> ModelConfig:
     heads = hf["num_attention_heads"]
     width = hf["hidden_size"]
-    own = {name: hf[name] for name in _defaults(family)}
-    activation = own.get("hidden_activation", own.get("hidden_act"))
+    options = {name: hf[name] for name in _defaults(family)}
+    activation = options.get("hidden_activation", options.get("hidden_act"))
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f"activation {activation!r} is not supported; use one of {', '.join(_ACTIVATIONS)}"
         )
-    window, local_layers = _local(own, family)
-    rotated = tuple(map(bool, own.get("no_rope_layers", ())))[: hf["num_hidden_layers"]]
-    bias = bool(own.get("attention_bias"))
+    window, local_layers = _local(options, family)
+    rotated = tuple(map(bool, options.get("no_rope_layers", ())))[: hf["num_hidden_layers"]]
+    bias = bool(options.get("attention_bias"))
+    mlp_bias = bool(options.get("mlp_bias"))
+    biases: dict[str, Any] = {"qkv_bias": bias, "output_bias": bias, "mlp_bias": mlp_bias}
     by_layer = "sliding_attention" in hf["rope_parameters"]
-    fields: dict[str, Any] = {
-        "qkv_bias": bias, "output_bias": bias, "mlp_bias": bool(own.get("mlp_bias")),
-    }  # fmt: skip
     return ModelConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=width,
@@ -237,8 +236,8 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
         num_layers=hf["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=hf["num_key_value_heads"] or heads,
-        head_dim=hf.get("head_dim")
-        or width // heads,  # some config classes read it without defining it
+        # Some config classes read it without defining it.
+        head_dim=hf.get("head_dim") or width // heads,
         max_positions=_max_positions(hf),
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=bool(hf["tie_word_embeddings"]),
@@ -248,7 +247,7 @@ def _read(hf: dict[str, Any], family: str) -> ModelConfig:
         local_layers=local_layers,
         rope_layers=() if all(rotated) else rotated,
         activation=_ACTIVATIONS[activation],
-        **(fields | _scales(own) | _FAMILIES[family]),
+        **(biases | _scales(options) | _FAMILIES[family]),
     )
 
 

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from atlas_jax import sharding as shd
-from atlas_jax.models import vocab
+from atlas_jax.models import attention, vocab
 from atlas_jax.models.attention import AttentionFn
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.layers import (
@@ -35,17 +35,35 @@ from atlas_jax.models.layers import (
     rms_norm,
     rotation,
 )
-from atlas_jax.types import Params
+from atlas_jax.types import UNKNOWN, Params, RowBounds
 
-# Elementwise results are recomputed by every policy: writing them out costs more (on two CPU cores
-# 14 % of a step's time and 1.8 GiB for SmolLM2-135M).
+
+def _attention(prim: Any, *_: Any, **params: Any) -> bool:
+    """Returns whether an operation's result is the output or the statistics of attention.
+
+    cuDNN's kernel returns both, without names.
+    """
+    kept = ("attention_out", "attention_stats")
+    return prim.name.startswith("dot_product_attention_fwd") or params.get("name") in kept
+
+
+_policies = jax.checkpoint_policies
+
+# Every policy keeps what attention returns, which is small beside the time that computing it again
+# takes. Elementwise results are recomputed by every policy: writing them out costs more (on two CPU
+# cores 14 % of a step's time and 1.8 GiB for SmolLM2-135M).
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.dots_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.save_from_both_policies(_policies.dots_saveable, _attention),
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _attention
+    ),
+    "mlp": _policies.save_from_both_policies(
+        _policies.save_only_these_names("attention_projection"), _attention
+    ),
+    "full": _attention,
 }
 
-_KEPT_IN_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+_KEPT_IN_HOST = _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=["kept"],
     offload_src="device",
@@ -68,6 +86,8 @@ class Decoder:
         attention: the attention implementation.
         param_dtype: the dtype of parameters between steps.
         compute_dtype: the dtype of activations, and of weights in matrix products.
+        gradient_dtype: the dtype of the gradients of layers as they are summed over devices; not
+            narrower than `compute_dtype`.
         remat: key of `REMAT_POLICIES`.
     """
 
@@ -76,6 +96,7 @@ class Decoder:
     attention: AttentionFn
     param_dtype: jnp.dtype = FLOAT32
     compute_dtype: jnp.dtype = FLOAT32
+    gradient_dtype: jnp.dtype = FLOAT32
     remat: str = "none"
 
     @functools.cached_property
@@ -153,6 +174,7 @@ class Decoder:
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         sequence_ids: Int[Array, "B T"] | None = None,
+        bounds: RowBounds = UNKNOWN,
     ) -> Float[Array, "B T D"]:
         """Returns the last hidden states after the final norm, in the compute dtype.
 
@@ -163,11 +185,12 @@ class Decoder:
             segment_ids: segments, within which positions attend; 0 is padding.
             sequence_ids: sequences that share a prompt (`types.PolicyBatch`), or None. Positions of
                 a sequence other than 0 are seen by that sequence only.
+            bounds: what is known of the rows, with which flash kernels need no mask.
         """
+        over_rows = attention.over(self.attention, segment_ids, sequence_ids, bounds)
 
         def attend(window: int, *qkv: jax.Array) -> jax.Array:
-            scale = self.config.score_scale
-            return self.attention(*qkv, segment_ids, sequence_ids, scale=scale, window=window)
+            return over_rows(*qkv, scale=self.config.score_scale, window=window)
 
         def step(x: jax.Array, scanned: tuple[Params, Any]) -> tuple[jax.Array, None]:
             return self.layer(scanned, checkpoint_name(x, "kept"), angles, attend)[0], None
@@ -182,7 +205,7 @@ class Decoder:
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns the inputs of the first layer."""
-        x = vocab.lookup(params["embed"], tokens, self.sharding).astype(self.compute_dtype)
+        x = vocab.lookup(params["embed"], tokens, self.sharding, self.compute_dtype)
         return x * jnp.asarray(self.config.embed_scale, self.compute_dtype)
 
     def norm(self, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -234,7 +257,8 @@ class Decoder:
         """
         config = self.config
         params, (is_local, rotates) = scanned
-        params = shd.gather(self.sharding, params, self._layer_dims, self.compute_dtype)
+        dtypes = self.compute_dtype, self.gradient_dtype
+        params = shd.gather(self.sharding, params, self._layer_dims, *dtypes)
         block = nnx.merge(self._block[0], nnx.State(params))
         full, local = (functools.partial(attend, window) for window in (0, config.window))
         if config.rope_layers:

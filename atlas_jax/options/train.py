@@ -1,14 +1,16 @@
-"""Options of every recipe, and of SFT, which has no others."""
+"""Options of every recipe, with those of devices and model, and of SFT, which has no others."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
+from atlas_jax import masking
 from atlas_jax.options.data import DataConfig, LessonsConfig
 from atlas_jax.options.fields import (
     Fraction,
@@ -20,13 +22,93 @@ from atlas_jax.options.fields import (
     PositiveInt,
     Words,
     check_values,
+    moved,
     some_of,
     take_moved,
 )
-from atlas_jax.options.model import HostsConfig, MeshConfig, ModelOptions
 
 if TYPE_CHECKING:
     from atlas_jax.options.judges import RIMConfig
+
+
+AxisSize = Annotated[
+    int, Meta(ge=-1, extra={"rule": "above 0, or -1 for all devices that are left"})
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+
+    data: AxisSize = 1
+    """Number of replicas of the model. The rows of a batch are split over them."""
+    fsdp: AxisSize = -1
+    """Number of parts that parameters, gradients and optimizer state are split into. The rows of a
+    batch are split over them too."""
+    tensor: AxisSize = 1
+    """Number of parts that attention heads, hidden units and the vocabulary are split into."""
+
+    def check(self) -> None:
+        """Checks the sizes together.
+
+        Raises:
+            ValueError: names the sizes.
+        """
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ValueError(f"mesh sizes {sizes} must be positive, and one of them at most -1")
+
+    def shape(self, num_devices: int) -> tuple[int, int, int]:
+        """Returns the sizes of the axes `data`, `fsdp` and `tensor` over so many devices.
+
+        Raises:
+            ValueError: if they do not multiply to the number of devices.
+        """
+        sizes = (self.data, self.fsdp, self.tensor)
+        fixed = math.prod(size for size in sizes if size != -1)
+        if num_devices % fixed or (-1 not in sizes and fixed != num_devices):
+            raise ValueError(
+                f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not use "
+                f"{num_devices} devices exactly; set one size to -1 and let the others divide "
+                f"{num_devices}"
+            )
+        data, fsdp, tensor = (num_devices // fixed if size == -1 else size for size in sizes)
+        return data, fsdp, tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """Times for which the processes of a run wait for each other before they end with an error."""
+
+    start_timeout_secs: PositiveInt = 300
+    """Seconds that processes wait at the start until the last one is there."""
+    heartbeat_timeout_secs: PositiveInt = 100
+    """Seconds without a heartbeat after which a process counts as dead."""
+    stall_timeout_secs: PositiveInt = 1800
+    """Seconds that processes wait for a live one at a point that all must reach."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Number formats and files of the model; its `config.json` says what it is."""
+
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the parameters between steps. `bfloat16` halves their memory; updates are still
+    computed in float32 and added with stochastic rounding, and gradient sums, norms and the second
+    moment stay float32."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of activations and of the weights in matrix products; `auto` is bfloat16 on
+    accelerators and float32 on CPU. Norms, logits, losses and log-probabilities are float32.
+    `float32` means full float32 products, not TF32 or bfloat16 passes."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type in which the gradients of layers are summed over devices. `bfloat16` halves the
+    bytes that this sends, and rounds each device's gradient where `compute_dtype` is bfloat16.
+    Microbatches are summed in float32 in any case."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights in `final/`; `auto` stores each tensor in the data type that it has
+    in the files of `model_name_or_path`, whatever their `config.json` says."""
+    max_shard_size: PositiveInt = 5_000_000_000
+    """Bytes of a safetensors file above which an export is split over several files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +168,12 @@ class TrainConfig:
     same. 0 is the product of `per_device_train_batch_size`, `gradient_accumulation_steps` and the
     devices."""
     gradient_checkpointing: Annotated[
-        Literal["none", "dots", "full"], Words((("true", "full"), ("false", "none")))
+        Literal["none", "dots", "mlp", "full"], Words((("true", "full"), ("false", "none")))
     ] = "full"
-    """Recomputation in the backward pass: `none` computes no matrix product twice, `dots`
-    recomputes attention, `full` keeps one vector per token and layer and recomputes the rest.
-    `true` and `false` mean `full` and `none`."""
+    """Recomputation in the backward pass, in order of memory: `none` computes no matrix product
+    twice, `dots` also recomputes the scores of `xla` attention, `mlp` the MLP but no attention, and
+    `full` all but attention. What attention returns is kept by each, except with
+    `offload=activations`. `true` and `false` mean `full` and `none`."""
     attn_implementation: Annotated[
         Literal["auto", "xla", "cudnn", "splash"], Words((("flash_attention_2", "auto"),))
     ] = "auto"
@@ -242,3 +325,80 @@ class SFTConfig(TrainConfig):
     """Supervised fine-tuning: cross entropy on what the assistant writes."""
 
     algorithm: str = "sft"
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """Division of the rows of one optimizer step."""
+
+    global_rows: int
+    """Rows an optimizer step, over all devices."""
+    microbatches: int
+    """Sequential forward passes an optimizer step."""
+    device_rows: int
+    """Rows in one forward pass on each device of the `data` and `fsdp` axes."""
+
+
+def batch_plan(config: TrainConfig, num_replicas: int) -> BatchPlan:
+    """Returns how one optimizer step is divided over `num_replicas` (the data and fsdp axes).
+
+    With `train_batch_size` alone, a device has as many rows at one time as divide its share and are
+    at most `per_device_train_batch_size`.
+
+    Raises:
+        ValueError: if the three batch sizes contradict each other, or the devices have no equal
+            shares; names the nearest sizes that fit.
+    """
+    limit = config.per_device_train_batch_size
+    total = config.train_batch_size
+    if config.gradient_accumulation_steps or not total:
+        steps = config.gradient_accumulation_steps or 1
+        rows = limit * num_replicas * steps
+        if total not in (0, rows):
+            raise ValueError(
+                f"train_batch_size={total} is not per_device_train_batch_size={limit} x "
+                f"gradient_accumulation_steps={steps} x {num_replicas} devices = {rows}; use "
+                f"{rows}, or set one of train_batch_size and gradient_accumulation_steps to 0, "
+                "which infers it"
+            )
+        return BatchPlan(rows, steps, limit)
+    if total % num_replicas:
+        raise ValueError(
+            f"train_batch_size={total} does not divide over the {num_replicas} devices of "
+            f"mesh.data x mesh.fsdp; set train_batch_size="
+            f"{multiples_near(total, num_replicas, config.group_size)}"
+        )
+    share = total // num_replicas
+    device_rows = max(k for k in range(1, limit + 1) if share % k == 0)
+    return BatchPlan(total, share // device_rows, device_rows)
+
+
+def multiples_near(number: int, *divisors: int) -> str:
+    """Returns, as words, the common multiples of `divisors` below and above `number`."""
+    unit = math.lcm(*divisors)
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"
+
+
+def masked(config: TrainConfig) -> dict[str, Any]:
+    """Returns the config as a JSON-ready nested dict, without passwords and keys."""
+
+    def mask(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: mask(k, v) for k, v in value.items()}
+        if isinstance(value, tuple):
+            return [mask(name, v) for v in value]
+        if isinstance(value, str) and value and masking.is_secret_name(name):
+            return masking.HIDDEN
+        return masking.hide(value) if isinstance(value, str) else value
+
+    return mask("", _present(dataclasses.asdict(config), moved(type(config))))
+
+
+def _present(values: dict[str, Any], former: dict[str, str], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values without the former names of options."""
+    return {
+        name: _present(value, former, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if prefix + name not in former
+    }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from atlas_jax.plan import flops, hlo
+from atlas_jax.plan import flops, hlo, kernels, pairs, traffic
+from atlas_jax.plan.pairs import AttentionCall
 from atlas_jax.plan.programs import PlannedRun, Program
-from atlas_jax.plan.targets import Target
+from atlas_jax.plan.rates import Rates, published
+from atlas_jax.plan.targets import Target, as_if_present
+from atlas_jax.plan.traffic import Array
 from atlas_jax.sharding import AXES
 
 
@@ -36,20 +40,32 @@ class Memory(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Work of a device in one run of a program, and lower bounds of its time."""
+    """Work of a device in one run of a program, and its time."""
 
     flops: float
+    """Operations that the program computes."""
+    flops_needed: float
+    """Operations that the model needs, nothing twice."""
+    flops_recomputed: float
+    """Operations that are computed again, without those of pairs that do not see each other. Where
+    attention is no kernel of its own, such pairs count here."""
+    attention_pairs: float
+    """Pairs of query and key that attention computes, in its kernel's blocks, over those that see
+    each other; 0 for programs without rows."""
     traffic_bytes: float
     wire_bytes: dict[str, float]
     """Bytes sent, by mesh axis."""
+    largest_temporary: Array
+    kernels: float
+    """Number of kernels that are started; on a TPU of instructions."""
     compute_secs: float
     memory_secs: float
     network_secs: float
-
-    @property
-    def secs(self) -> float:
-        """The longest of the three times: data sheet's speeds, perfect overlap."""
-        return max(self.compute_secs, self.memory_secs, self.network_secs)
+    secs: float
+    """On a GPU the kernels one after the other, and what communication they do not hide; elsewhere
+    the longest of the three times, as if each were hidden by the others."""
+    secs_by_kind: dict[str, float]
+    """Parts of `secs` on a GPU, by kind of kernel."""
 
 
 class Measured(NamedTuple):
@@ -60,7 +76,9 @@ class Measured(NamedTuple):
     memory: Memory
     cost: Cost
     model_flops: float
-    """FLOPs of the model over all devices."""
+    """FLOPs that the model needs, over all devices."""
+    compile_secs: float
+    """Seconds that tracing and compiling took."""
 
 
 class OutOfMemory(NamedTuple):
@@ -79,18 +97,32 @@ def device_bytes(tree: Any, host: bool = False) -> float:
     return float(total)
 
 
-def measure(run: PlannedRun, program: Program, target: Target) -> Measured | OutOfMemory:
-    """Compiles a program, and returns its memory and the cost of its operations."""
-    traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
+def measure(
+    run: PlannedRun, program: Program, target: Target, rates: Rates | None = None
+) -> Measured | OutOfMemory:
+    """Compiles a program, and returns its memory and the cost of its operations.
+
+    Args:
+        run: the run of the program.
+        program: the program.
+        target: the devices.
+        rates: rates at which they work; None takes those of the data sheet.
+    """
+    begin = time.perf_counter()
+    with as_if_present(target):
+        traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
+        lowered = traced.lower()
     try:
-        compiled = traced.lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm[^.]*", str(error))
-        return OutOfMemory(program.name, used[0] if used else str(error).splitlines()[0])
-    total = flops.count(traced.jaxpr.jaxpr) / target.num_devices
-    cost = _cost(hlo.parse(compiled.as_text()), total, run, target)
+        return OutOfMemory(program.name, _refusal(str(error)))
+    spent = time.perf_counter() - begin
+    module = hlo.parse(compiled.as_text())
+    cost = _cost(
+        module, traced.jaxpr.jaxpr, run, program, target, rates or published(target.device)
+    )
     memory = _memory(run, program, compiled.memory_analysis(), target)
     return Measured(
         name=program.name,
@@ -98,7 +130,17 @@ def measure(run: PlannedRun, program: Program, target: Target) -> Measured | Out
         memory=memory,
         cost=cost,
         model_flops=program.model_flops,
+        compile_secs=spent,
     )
+
+
+def _refusal(message: str) -> str:
+    """Returns how much memory a program needs of how much, from the compiler's error."""
+    used = re.search(r"Used [\d.]+\w? of [\d.]+\w? hbm", message)
+    needs = re.search(r"memory required [^(]*\(([\d.]+\w)\) exceeds [^(]*\(([\d.]+\w)\)", message)
+    if used or not needs:
+        return used[0] if used else message.splitlines()[0]
+    return f"needs {needs[1]} of {needs[2]} HBM"
 
 
 def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) -> Memory:
@@ -113,9 +155,8 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
         - analysis.alias_size_in_bytes
     )
     used += analysis.temp_size_in_bytes
-    if (
-        target.device.platform == "tpu"
-    ):  # a TPU's temporaries share memory, so their sum is too high
+    # The temporaries of a TPU share memory, so their sum is too high.
+    if target.device.platform == "tpu":
         used = min(used, analysis.peak_memory_in_bytes)
     grads = 0.0
     if trains:
@@ -130,7 +171,8 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
                 lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
             )
         )
-    # The weights that generation reads are a copy, so they count among the temporaries.
+    # What stays between programs has columns of its own; all else that is given is temporary. The
+    # weights that generation reads are a copy, so they are.
     counted = (run.state.params, *run.resident.values())
     beside = device_bytes(argument) if any(argument is tree for tree in counted) else 0.0
     inputs = params + opt_state if trains else beside
@@ -148,24 +190,84 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
     )
 
 
-def _cost(module: hlo.Module, num_flops: float, run: PlannedRun, target: Target) -> Cost:
-    device = target.device
+def _cost(
+    module: hlo.Module,
+    jaxpr: Any,
+    run: PlannedRun,
+    program: Program,
+    target: Target,
+    rates: Rates,
+) -> Cost:
+    def speed(group: tuple[int, ...]) -> float:
+        hosts = {place // target.devices_a_host for place in group}
+        return rates.network if len(hosts) > 1 else rates.link
+
     sent: dict[str, float] = defaultdict(float)
     network = 0.0
     for collective in hlo.collectives(module):
         sent[axes_of(collective.group, tuple(run.mesh.devices.shape))] += collective.wire_bytes
-        hosts = {place // target.devices_a_host for place in collective.group}
-        speed = device.network_bandwidth if len(hosts) > 1 else device.link_bandwidth
-        network += collective.wire_bytes / speed
-    traffic = hlo.memory_traffic(module)
+        network += collective.wire_bytes / speed(collective.group)
+    on_gpu = target.device.platform == "gpu"
+    if on_gpu:
+        products, calls = kernels.work(module, program.content)
+    else:
+        products, calls = flops.work(jaxpr, target.num_devices)
+    attention = _attention(calls, program, rates)
+    traffic_bytes = traffic.memory_traffic(module)
+    compute = products / rates.flops["products"] + attention.secs
+    memory = traffic_bytes / rates.memory
+    spent = kernels.run(module, program.content, rates, speed) if on_gpu else None
+    needed = program.model_flops / target.num_devices
+    total = products + attention.flops
     return Cost(
-        flops=num_flops,
-        traffic_bytes=traffic,
+        flops=total,
+        flops_needed=needed,
+        flops_recomputed=max(total - needed - attention.flops_in_vain, 0.0),
+        attention_pairs=attention.ratio,
+        traffic_bytes=traffic_bytes,
         wire_bytes=dict(sent),
-        compute_secs=num_flops / device.peak_flops,
-        memory_secs=traffic / device.memory_bandwidth,
+        largest_temporary=traffic.largest_temporary(module),
+        kernels=spent.num_kernels if spent else traffic.num_kernels(module),
+        compute_secs=compute,
+        memory_secs=memory,
         network_secs=network,
+        secs=spent.total if spent else max(compute, memory, network),
+        secs_by_kind=spent.by_kind if spent else {},
     )
+
+
+class _AttentionWork(NamedTuple):
+    """Attention kernels of a program on a device."""
+
+    flops: float
+    flops_in_vain: float
+    """Part of `flops` for pairs that do not see each other."""
+    ratio: float
+    secs: float
+
+
+def _attention(
+    calls: list[tuple[AttentionCall, float]], program: Program, rates: Rates
+) -> _AttentionWork:
+    """Returns what the calls compute, each as often as it runs.
+
+    Plain XLA operations, which are no calls, compute every pair of a row.
+    """
+    content = program.content
+    length = sum(content.parts)
+    if not calls:
+        ratio = length**2 / pairs.needed(content) if length else 0.0
+        return _AttentionWork(flops=0.0, flops_in_vain=0.0, ratio=ratio, secs=0.0)
+    total = vain = secs = computed = seen = 0.0
+    for call, times in calls:
+        done = times * pairs.operations(call, content, 1)
+        each = pairs.needed_by(call, content)
+        total += done
+        vain += done * (1 - each / pairs.computed_by(call, content, 1))
+        secs += times * pairs.operations(call, content) / rates.flops[call.kind]
+        computed += times * pairs.computed_by(call, content)
+        seen += times * each
+    return _AttentionWork(flops=total, flops_in_vain=vain, ratio=computed / seen, secs=secs)
 
 
 def axes_of(group: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Communication and memory traffic of a device, from the text of a compiled program.
+"""Computations and communication of a device, from the text of a compiled program.
 
 A loop counts as often as it runs, or as it can run at most if that depends on data. A loop whose
 number of runs is not in the text counts once.
@@ -23,14 +23,17 @@ _BYTES: dict[str, float] = {
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)")
+CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(
     r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
 )
-_FREE = frozenset({
+FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "after-all", "partition-id", "iota", "opt-barrier",
+    "call", "call-start", "async-start", "after-all", "partition-id", "replica-id", "iota",
+    "opt-barrier",
 })  # fmt: skip
+"""Instructions that take no time of their own; what they call is counted by itself."""
+_COMBINING = ("reduce", "scatter", "sort", "reduce-window", "map", "custom-call")
 
 WIRE: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda size, n: size * (n - 1),
@@ -119,19 +122,28 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"a bracket does not close in {text[:80]!r}")
 
 
+def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Yields dtype, dims and layout of each array of a shape."""
+    for kind, dims, layout in _ARRAY.findall(shape):
+        if kind in _BYTES:
+            yield kind, tuple(int(d) for d in dims.split(",") if d), layout
+
+
 def num_bytes(shape: str) -> float:
     """Returns the bytes of a shape, in any memory."""
-    total = 0.0
-    for kind, dims, _ in _ARRAY.findall(shape):
-        if kind in _BYTES:
-            total += _BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
-    return total
+    return sum((_BYTES[kind] * math.prod(dims) for kind, dims, _ in arrays(shape)), 0.0)
 
 
-def _in_memory(shape: str) -> float:
+def in_memory(shape: str) -> float:
     """Returns the bytes of a shape in device memory; 0 in host memory or on a TPU's core."""
-    arrays = [m for m in _ARRAY.finditer(shape) if not re.search(r"S\([15]\)", m[3] or "")]
-    return sum((num_bytes(m[0]) for m in arrays), 0.0)
+    return sum(
+        (
+            _BYTES[kind] * math.prod(dims)
+            for kind, dims, layout in arrays(shape)
+            if not re.search(r"S\([15]\)", layout)
+        ),
+        0.0,
+    )
 
 
 def executed(module: Module) -> Iterator[tuple[str, float, bool]]:
@@ -141,27 +153,29 @@ def executed(module: Module) -> Iterator[tuple[str, float, bool]]:
         name, times, fused = work.pop()
         yield name, times, fused
         for instruction in module.computations[name].values():
-            count = times * (_trips(module, instruction) if instruction.opcode == "while" else 1.0)
-            inside = fused or instruction.opcode == "fusion"
-            if instruction.opcode in (
-                "reduce",
-                "scatter",
-                "sort",
-                "reduce-window",
-                "map",
-                "custom-call",
-            ):
-                continue  # computations of reductions combine two numbers
-            if instruction.opcode.startswith(("all-reduce", "reduce-scatter")):
-                continue
-            work += [
-                (c, count, inside)
-                for c in _CALLED.findall(instruction.rest)
-                if c in module.computations
-            ]
-            for several, single in _BRANCHES.findall(instruction.rest):
-                names = re.findall(r"[\w.\-]+", several) or [single]
-                work += [(c, count / len(names), inside) for c in names]
+            inside = fused or instruction.opcode.startswith("fusion")
+            work += [(c, times * runs, inside) for c, runs in called(module, instruction)]
+
+
+def called(module: Module, instruction: Instruction) -> Iterator[tuple[str, float]]:
+    """Yields the computations that an instruction calls, and how often it runs each.
+
+    Each branch of a conditional counts as its share. Computations that combine two numbers are left
+    out.
+    """
+    if instruction.opcode in _COMBINING or instruction.opcode.startswith(
+        ("all-reduce", "reduce-scatter")
+    ):
+        return
+    runs = float(_trips(module, instruction) if instruction.opcode == "while" else 1)
+    for name in CALLED.findall(instruction.rest):
+        if name in module.computations:
+            yield name, runs
+    for several, single in _BRANCHES.findall(instruction.rest):
+        names = re.findall(r"[\w.\-]+", several) or [single]
+        share = 1 / len(names) if several else 1 / 2  # `true_computation` and `false_computation`
+        for name in names:
+            yield name, share
 
 
 def _trips(module: Module, loop: Instruction) -> int:
@@ -173,10 +187,20 @@ def _trips(module: Module, loop: Instruction) -> int:
     if not condition:
         return 1
     body = list(module.computations[condition[1]].values())
-    called = (c for one in body for c in _CALLED.findall(one.rest) if c in module.computations)
+    called = (c for one in body for c in CALLED.findall(one.rest) if c in module.computations)
     body += [one for c in called for one in module.computations[c].values()]
     bounds = {i.inside for i in body if i.opcode == "constant" and i.inside.isdigit()}
     return max(int(bounds.pop()), 1) if len(bounds) == 1 else 1
+
+
+def wire_bytes(body: dict[str, Instruction], instruction: Instruction) -> float:
+    """Returns the bytes that a device sends in one run of an instruction; 0 if it sends none."""
+    opcode = instruction.opcode.removesuffix("-start")
+    group = first_group(instruction.rest) if opcode in WIRE else ()
+    if len(group) < 2:
+        return 0.0
+    size = sum(num_bytes(body[o].shape) for o in instruction.operands if o in body)
+    return WIRE[opcode](size, len(group))
 
 
 def collectives(module: Module) -> list[Collective]:
@@ -199,8 +223,7 @@ def collectives(module: Module) -> list[Collective]:
             group = first_group(instruction.rest)
             if len(group) < 2:
                 continue
-            size = sum(num_bytes(body[o].shape) for o in instruction.operands if o in body)
-            sent[opcode, group] += times * WIRE[opcode](size, len(group))
+            sent[opcode, group] += times * wire_bytes(body, instruction)
             runs[opcode, group] += times
     return [Collective(*key, sent[key], runs[key]) for key in sent]
 
@@ -240,58 +263,3 @@ def _ordered(text: str) -> np.ndarray:
     axes = re.search(r"T\(([\d,]+)\)", text)
     devices = np.arange(math.prod(dims)).reshape(dims)
     return devices.transpose([int(a) for a in axes[1].split(",")]) if axes else devices
-
-
-def memory_traffic(module: Module) -> float:
-    """Returns the bytes that a device reads from and writes to its memory.
-
-    Each instruction reads its operands and writes its result once. If it reads or updates a slice
-    in place, only the slice counts.
-    """
-    total = 0.0
-    for name, times, fused in executed(module):
-        if fused:
-            continue
-        body = module.computations[name]
-        for one in body.values():
-            if one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):
-                total += times * _traffic(module, body, one)
-    return total
-
-
-def _traffic(module: Module, body: dict[str, Instruction], instruction: Instruction) -> float:
-    shapes = [body[o].shape if o in body else "" for o in instruction.operands]
-    if instruction.opcode == "dynamic-slice":
-        return 2 * _in_memory(instruction.shape)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * _in_memory(shapes[1])
-    called = _CALLED.search(instruction.rest)
-    if instruction.opcode != "fusion" or not called:
-        return _in_memory(instruction.shape) + sum(map(_in_memory, shapes), 0.0)
-    inner = module.computations[called[1]]
-    total = 0.0
-    for parameter in (i for i in inner.values() if i.opcode == "parameter"):
-        whole = _in_memory(parameter.shape)
-        total += min(whole, _touched(inner, parameter.name, whole))
-    updates = [i for i in inner.values() if i.opcode == "dynamic-update-slice"]
-    written = _in_memory(instruction.shape)
-    for update in updates:
-        written -= _in_memory(update.shape) - _in_memory(inner[update.operands[1]].shape)
-    return total + max(written, 0.0)
-
-
-def _touched(inner: dict[str, Instruction], name: str, whole: float) -> float:
-    """Returns the bytes of the value `name` that a fused computation reads."""
-    total = 0.0
-    for user in inner.values():
-        if name not in user.operands:
-            continue
-        if user.opcode == "bitcast":
-            total += _touched(inner, user.name, whole)
-        elif user.opcode == "dynamic-slice" and user.operands[0] == name:
-            total += num_bytes(user.shape)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            total += num_bytes(inner[user.operands[1]].shape)
-        else:
-            total += whole
-    return total

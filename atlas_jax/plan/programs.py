@@ -11,10 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from atlas_jax import step
-from atlas_jax.config import GRPOConfig, TrainConfig
+from atlas_jax.data.loader import segment_bound
+from atlas_jax.data.packing import whole_blocks
 from atlas_jax.models import cache as kv
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.train import TrainConfig
+from atlas_jax.plan import flops
+from atlas_jax.plan.pairs import RowContent, even
 from atlas_jax.plan.targets import CompiledSharding, Target
 from atlas_jax.recipes import grpo, sft
 from atlas_jax.recipes.layout import longest_row
@@ -22,7 +27,7 @@ from atlas_jax.rollout import local
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import Batch, PolicyBatch
+from atlas_jax.types import Batch, PolicyBatch, RowBounds
 
 _NUM_UPDATES = 1000
 """Length of the schedule, which changes no program."""
@@ -40,6 +45,8 @@ class Program(NamedTuple):
     """Floating-point operations that the model itself needs, over all devices; nothing twice."""
     times: int = 1
     """Number of times that a step runs it."""
+    content: RowContent = RowContent(())
+    """Texts of a row; none where a program has no rows, as in decoding."""
 
 
 class PlannedRun(NamedTuple):
@@ -55,6 +62,8 @@ class PlannedRun(NamedTuple):
     """Trees that stay beside the training state: the reference, a student in this process."""
     num_tokens: int
     """Positions of rows in a step."""
+    segments: int
+    """Texts in a packed row."""
 
 
 def build(
@@ -63,12 +72,25 @@ def build(
     devices: list[jax.Device],
     architecture: ModelConfig,
     student: ModelConfig | None,
+    segments: int = 1,
 ) -> PlannedRun:
     """Returns the programs of a run on `devices`.
 
+    Args:
+        config: of the run.
+        target: what to compile for.
+        devices: the devices of the target.
+        architecture: of the model that is trained.
+        student: architecture of the frozen student; None if there is none.
+        segments: texts of equal length in each packed row.
+
     Raises:
-        ValueError: for a mesh, batch or model that the run itself would refuse.
+        ValueError: for a mesh, batch or model that the run itself would refuse, or for several
+            segments in rows that are not packed.
     """
+    if segments != 1 and not (config.packing and config.algorithm == "sft"):
+        raise ValueError(f"segments={segments} of rows that are not packed; set packing=true")
+    # The classes of a run itself, so that the plan compiles the programs that the run will.
     compute = Compute.of(config, devices, CompiledSharding)
     decoder = compute.decoder(architecture)
     optimizer = compute.optimizer(decoder, _NUM_UPDATES)
@@ -80,6 +102,7 @@ def build(
         programs=[],
         resident={},
         num_tokens=0,
+        segments=segments,
     )
     recipes: dict[str, Callable[..., PlannedRun]] = {"sft": _sft, "grpo": _grpo}
     return recipes[config.algorithm](run, compute, config, optimizer, student, target)
@@ -89,14 +112,21 @@ def _sft(
     run: PlannedRun, compute: Compute, config: TrainConfig, optimizer: step.Optimizer, *_: Any
 ) -> PlannedRun:
     plan = compute.plan
-    length = config.longest_sequence
+    length = whole_blocks(config.longest_sequence)
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length
-    loss = sft.make_loss(run.decoder, config.loss_chunk_size)
+    bounds = RowBounds(segments=segment_bound(run.segments) if config.packing else 1)
+    loss = sft.make_loss(run.decoder, config.loss_chunk_size, bounds)
     train = compute.train_step(loss, run.decoder, optimizer)
     num_tokens = plan.global_rows * length
-    flops = num_tokens * run.decoder.config.flops_per_token(length)
+    content = even(length, run.segments)
     batch = _batch(Batch, shape, compute.sharding)
-    program = Program(name="train", function=train, arguments=(run.state, batch), model_flops=flops)
+    program = Program(
+        name="train",
+        function=train,
+        arguments=(run.state, batch),
+        model_flops=3 * flops.forward(run.decoder.config, plan.global_rows, content),
+        content=content,
+    )
     return run._replace(programs=[program], num_tokens=num_tokens)
 
 
@@ -113,8 +143,9 @@ def _grpo(
     hosts = target.num_devices // target.devices_a_host
     plan = compute.plan
     layout = grpo.make_layout(config, plan, sharding.num_replicas)
-    layout = grpo.fit_attention(layout, decoder, config.attn_implementation)
+    layout = grpo.fit_attention(layout, decoder)
     longest = longest_row(config, layout.per_row)
+    # The longest row, because the plan must hold for every batch.
     length = min(b for b in layout.buckets if b >= longest)
     rows = plan.global_rows // layout.per_row // plan.microbatches
     batch = _batch(PolicyBatch, (plan.microbatches, rows, length), sharding)
@@ -122,7 +153,8 @@ def _grpo(
     if config.num_iterations > 1:
         batch = batch._replace(old_logprobs=batch.rollout_logprobs)
     num_tokens = plan.microbatches * rows * length
-    flops = num_tokens * decoder.config.flops_per_token(length)
+    content = _completions(config, layout.per_row)
+    forward = flops.forward(decoder.config, plan.microbatches * rows, content)
     loss = grpo.make_loss(decoder, config, layout.per_row)
     train = compute.train_step(loss, decoder, optimizer, config.num_iterations)
     programs = [
@@ -130,7 +162,8 @@ def _grpo(
             name="update",
             function=train,
             arguments=(run.state, batch),
-            model_flops=flops * config.num_iterations,
+            model_flops=3 * forward * config.num_iterations,
+            content=content,
         )
     ]
     resident: dict[str, Any] = {}
@@ -144,7 +177,8 @@ def _grpo(
                 name="logprobs",
                 function=score,
                 arguments=(resident["reference"], plain),
-                model_flops=flops / 3,
+                model_flops=forward,
+                content=content,
             )
         )
     if config.num_iterations > 1:
@@ -153,14 +187,26 @@ def _grpo(
                 name="old logprobs",
                 function=score,
                 arguments=(run.state.params, plain),
-                model_flops=flops / 3,
+                model_flops=forward,
+                content=content,
             )
         )
     if config.rollout.backend == "local":
-        programs += _generation(config, decoder, run.state.params, plan.global_rows, hosts)
+        policy = _Requests(
+            name="",
+            decoder=decoder,
+            params=run.state.params,
+            prompts=layout.questions,
+            samples=config.num_generations,
+            prompt_tokens=config.max_prompt_length,
+            new_tokens=config.max_new_tokens,
+        )
+        programs += _generation(config, policy, hosts)
         if student is not None:
             frozen = compute.frozen_decoder(student)
             resident["student"] = step.abstract(frozen.shapes, frozen.placements())
+            for asked in _student(config, frozen, resident["student"], layout.questions):
+                programs += _generation(config, asked, hosts)
     return run._replace(programs=programs, resident=resident, num_tokens=num_tokens)
 
 
@@ -176,17 +222,66 @@ def _batch(cls: type[Any], shape: tuple[int, ...], sharding: Sharding) -> Any:
     return cls(**{name: array(kinds.get(name, jnp.int32)) for name in needed})
 
 
-def _generation(
-    config: GRPOConfig, decoder: Decoder, params: Any, completions: int, hosts: int
-) -> list[Program]:
+def _completions(config: GRPOConfig, per_row: int) -> RowContent:
+    """Returns a row of the longest completions, with their shared prompt or with their own."""
+    own = config.max_prompt_length + config.max_new_tokens
+    if per_row == 1 or config.has_episodes:
+        return RowContent((own,) * per_row)
+    return RowContent((config.max_new_tokens,) * per_row, config.max_prompt_length)
+
+
+class _Requests(NamedTuple):
+    """One call of local generation."""
+
+    name: str
+    """Prefix of its programs' names."""
+    decoder: Decoder
+    params: Any
+    prompts: int
+    """Number of prompts, over all devices."""
+    samples: int
+    """Completions of each prompt."""
+    prompt_tokens: int
+    """Longest prompt."""
+    new_tokens: int
+    """Longest completion."""
+
+
+def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) -> list[_Requests]:
+    """Returns what the student is asked: each question alone and for its approach, each lesson.
+
+    A question is taken to be as long as the teacher's prompt may be, a lesson to come on top of it.
+    """
+    alone = _Requests(
+        name="alone ",
+        decoder=decoder,
+        params=params,
+        prompts=2 * questions,
+        samples=1,
+        prompt_tokens=config.max_prompt_length,
+        new_tokens=max(config.answer_tokens, config.teaching.max_probe_tokens),
+    )
+    longest = decoder.config.max_positions - config.answer_tokens
+    guided = alone._replace(
+        name="guided ",
+        prompts=questions * config.num_generations,
+        prompt_tokens=min(config.max_prompt_length + config.max_new_tokens, longest),
+        new_tokens=config.answer_tokens,
+    )
+    return [alone, guided]
+
+
+def _generation(config: GRPOConfig, asked: _Requests, hosts: int) -> list[Program]:
     """Returns the programs that run prompts, and that decode when the longest rows are full."""
+    decoder = asked.decoder
+    params = asked.params
     sharding = decoder.sharding
-    samples = config.num_generations
+    samples = asked.samples
     parts = sharding.num_replicas
     share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
     prompts = parts << (share.bit_length() - 1)
-    prompts = min(prompts, parts * local.bucket(-(-completions // samples // parts)))
-    length = local.prompt_room(config.max_prompt_length)
+    prompts = min(prompts, parts * local.bucket(-(-asked.prompts // parts)))
+    length = local.prompt_room(asked.prompt_tokens)
     sampling = Sampling(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -194,7 +289,7 @@ def _generation(
         min_p=config.min_p,
     )
     static = decoder, (0,), sampling
-    asked = local.GridPrompts(
+    questions = local.GridPrompts(
         tokens=_rows((prompts, length), jnp.int32, sharding),
         lengths=_rows((prompts,), jnp.int32, sharding),
     )
@@ -204,29 +299,30 @@ def _generation(
         streams=_rows((prompts, samples), jnp.int32, sharding),
     )
     weights = kv.weight_shapes(decoder)
-    inputs = params, weights, asked, rows
-    held = local.last_room(config.max_new_tokens)
-    room = local.first_room(config.max_new_tokens)
+    inputs = params, weights, questions, rows
+    held = local.last_room(asked.new_tokens)
+    room = local.first_room(asked.new_tokens)
     grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), *inputs)
     places = local.placements(sharding)
     grid = jax.tree.map(step.abstract, grid, jax.tree.broadcast(places, grid))
-    forward = decoder.config.flops_per_token(length) / 3
     each = decoder.config.flops_per_token(2 * (local.cached_room(length) + held)) / 3
-    rounds = -(-completions // (samples * prompts))
+    rounds = -(-asked.prompts // prompts)
+    content = even(length, 1)
     return [
         Program(
-            name="prefill",
+            name=f"{asked.name}prefill",
             function=jax.jit(functools.partial(local.start, *static, room)),
             arguments=inputs,
-            model_flops=prompts * length * forward,
+            model_flops=flops.forward(decoder.config, prompts, content),
             times=rounds,
+            content=content,
         ),
         Program(
-            name=f"decode {local.CHUNK} tokens",
+            name=f"{asked.name}decode {local.CHUNK}",
             function=jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
             arguments=(weights, grid),
             model_flops=local.CHUNK * prompts * samples * each,
-            times=rounds * -(-config.max_new_tokens // local.CHUNK),
+            times=rounds * -(-asked.new_tokens // local.CHUNK),
         ),
     ]
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from atlas_jax.config import TrainConfig
 from atlas_jax.models.config import ModelConfig
-from atlas_jax.plan.estimate import Measured, OutOfMemory, device_bytes
+from atlas_jax.options.train import TrainConfig
+from atlas_jax.plan.estimate import Measured, OutOfMemory
 from atlas_jax.plan.programs import PlannedRun
+from atlas_jax.plan.rates import PUBLISHED, Rates
 from atlas_jax.plan.targets import Target
 
 _GIB = 2**30
 ASSUMPTIONS = (
-    "Times are lower bounds for rows that are full and trained throughout: the longest of "
-    "arithmetic, memory traffic and communication at the data sheet's speeds, each hidden behind "
-    "the others. The head skips what is not trained. Runtime, host and (GPU) workspaces that "
-    "libraries take by themselves are not counted; a GPU program's memory is arguments plus "
-    "temporaries, a TPU's the compiler's peak."
+    "Rows are taken to be full and trained throughout. On a GPU a step is its kernels one after "
+    "the other, each as long as its operations, its bytes or its start take, and the communication "
+    "that no kernel hides; on a TPU the longest of arithmetic, memory and communication. Runtime, "
+    "host and (GPU) workspaces that libraries take by themselves are not counted; a GPU program's "
+    "memory is arguments plus temporaries, a TPU's the compiler's peak."
 )
 
 
@@ -27,11 +28,12 @@ class Plan(NamedTuple):
     target: Target
     run: PlannedRun
     programs: list[Measured | OutOfMemory]
+    rates: Rates
 
     @property
     def fits(self) -> bool:
         """True if every program fits."""
-        limit = self.target.device.memory_bytes
+        limit = self.target.usable_bytes
         return all(isinstance(p, Measured) and p.memory.total <= limit for p in self.programs)
 
     @property
@@ -54,23 +56,43 @@ class Plan(NamedTuple):
         return sum(p.model_flops * p.times for p in known) / (secs * peak) if secs else 0.0
 
 
+def figures(program: Measured | OutOfMemory) -> dict[str, Any]:
+    """Returns what is known of one run of a program on a device.
+
+    Operations, bytes, GiB of memory and seconds; `message` if the compiler refuses it.
+    """
+    if isinstance(program, OutOfMemory):
+        return program._asdict()
+    cost = program.cost._asdict()
+    return {
+        "name": program.name,
+        "times": program.times,
+        "model_flops": program.model_flops,
+        **{k: cost[k] for k in ("flops", "flops_needed", "flops_recomputed", "attention_pairs")},
+        "bytes": program.cost.traffic_bytes,
+        "collective_bytes": program.cost.wire_bytes,
+        "largest_temporary": program.cost.largest_temporary._asdict(),
+        **{k: cost[k] for k in ("kernels", "compute_secs", "memory_secs", "network_secs")},
+        "estimated_secs": program.cost.secs,
+        "secs_by_kind": program.cost.secs_by_kind,
+        "peak_gib": program.memory.total / _GIB,
+        "memory": program.memory._asdict() | {"total": program.memory.total},
+        "compile_secs": program.compile_secs,
+    }
+
+
 def as_json(plan: Plan, config: TrainConfig) -> dict[str, Any]:
     """Returns everything that the table shows, in bytes, seconds and operations."""
-    programs = []
     length = config.longest_generation
-    for program in plan.programs:
-        if isinstance(program, OutOfMemory):
-            programs.append(program._asdict())
-            continue
-        cost = program.cost._asdict() | {"secs": program.cost.secs}
-        memory = program.memory._asdict() | {"total": program.memory.total}
-        programs.append(program._asdict() | {"cost": cost, "memory": memory})
     return {
         "target": plan.target.name,
         "mesh": dict(plan.run.mesh.shape),
         "memory_bytes": plan.target.device.memory_bytes,
+        "usable_bytes": plan.target.usable_bytes,
         "fits": plan.fits,
-        "programs": programs,
+        "segments": plan.run.segments,
+        "rates": plan.rates._asdict(),
+        "programs": [figures(program) for program in plan.programs],
         "step_secs": plan.step_secs,
         "mfu": plan.mfu,
         "tokens": plan.run.num_tokens,
@@ -115,26 +137,29 @@ def vllm(architecture: ModelConfig, length: int) -> dict[str, float]:
 
 def table(plan: Plan, config: TrainConfig) -> str:
     """Returns the plan for a person."""
-    device = plan.target.device
     run = plan.run
     mesh = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items() if v > 1) or "one device"
     lines = [
         f"{config.model_name_or_path} ({num_params(run) / 1e9:.2f}B) on {plan.target.name}: {mesh}",
         "",
-        f"{'GiB a device':<18}{'params':>8}{'optim':>8}{'grads':>8}{'other':>8}{'temp':>8}"
+        f"{'GiB a device':<20}{'params':>8}{'optim':>8}{'grads':>8}{'other':>8}{'temp':>8}"
         f"{'total':>8}{'free':>8}{'host':>8}",
     ]
     for program in plan.programs:
         if isinstance(program, OutOfMemory):
-            lines.append(f"{program.name:<18}does not fit: {program.message}")
+            lines.append(f"{program.name:<20}does not fit: {program.message}")
             continue
         m = program.memory
         values = (m.params, m.optimizer, m.gradients, m.resident, m.temporaries, m.total)
-        free = device.memory_bytes - m.total
+        free = plan.target.usable_bytes - m.total
         cells = "".join(f"{v / _GIB:>8.2f}" for v in (*values, free, m.host))
-        lines.append(f"{program.name:<18}{cells}")
-    lines += ["", f"{'a run, a device':<18}{'TFLOP':>9}{'mem GB':>9}{'sent GB by axis':>26}"
-              f"{'arith s':>9}{'mem s':>9}{'comm s':>9}{'runs':>6}"]  # fmt: skip
+        lines.append(f"{program.name:<20}{cells}")
+    lines += [
+        "",
+        f"{'a run, a device':<20}{'TFLOP':>9}{'needed':>9}{'again':>9}{'pairs':>7}"
+        f"{'mem GB':>9}{'kernels':>9}{'arith s':>9}{'mem s':>9}{'comm s':>9}{'s':>9}"
+        f"{'runs':>6}  sent GB by axis; largest temporary",
+    ]
     for program in plan.programs:
         if isinstance(program, Measured):
             lines.append(_cost_line(program))
@@ -145,17 +170,25 @@ def table(plan: Plan, config: TrainConfig) -> str:
 def _cost_line(program: Measured) -> str:
     c = program.cost
     sent = " ".join(f"{k} {v / 1e9:.3g}" for k, v in c.wire_bytes.items()) or "0"
+    largest = c.largest_temporary
     return (
-        f"{program.name:<18}{c.flops / 1e12:>9.3g}{c.traffic_bytes / 1e9:>9.3g}{sent:>26}"
-        f"{c.compute_secs:>9.3g}{c.memory_secs:>9.3g}{c.network_secs:>9.3g}{program.times:>6}"
+        f"{program.name:<20}{c.flops / 1e12:>9.3g}{c.flops_needed / 1e12:>9.3g}"
+        f"{c.flops_recomputed / 1e12:>9.3g}{c.attention_pairs:>7.3g}{c.traffic_bytes / 1e9:>9.3g}"
+        f"{c.kernels:>9.0f}{c.compute_secs:>9.3g}{c.memory_secs:>9.3g}{c.network_secs:>9.3g}"
+        f"{c.secs:>9.3g}{program.times:>6}  {sent}; {largest.shape} "
+        f"{largest.num_bytes / _GIB:.2f} GiB"
     )
 
 
 def _summary(plan: Plan, config: TrainConfig) -> list[str]:
     run = plan.run
+    is_bound = plan.rates.source == PUBLISHED
+    at_least = " at least" if is_bound else ""
+    at_most = " at most" if is_bound else ""
     lines = [
-        f"step {plan.step_secs:.3g} s at least, {run.num_tokens} positions, MFU {plan.mfu:.0%} at "
-        "most",
+        f"step {plan.step_secs:.3g} s{at_least}, {run.num_tokens} positions, MFU {plan.mfu:.0%}"
+        f"{at_most}; rates: {plan.rates.source}",
+        _memory_line(plan),
         f"disk: {checkpoint_bytes(run) / _GIB:.1f} GiB a checkpoint, "
         f"{num_params(run) * 2 / _GIB:.1f} GiB final/ in bfloat16",
     ]
@@ -172,14 +205,25 @@ def _summary(plan: Plan, config: TrainConfig) -> list[str]:
     return lines
 
 
+def _memory_line(plan: Plan) -> str:
+    """Returns the memory of a device, and how much of it JAX takes."""
+    whole = plan.target.device.memory_bytes
+    usable = plan.target.usable_bytes
+    share = "all of it" if usable == whole else f"{usable / whole:.0%} of it, {usable / _GIB:.1f}"
+    how = "" if plan.target.device.platform == "tpu" else "; XLA_CLIENT_MEM_FRACTION sets the share"
+    return f"memory: {whole / _GIB:.1f} GiB a device, JAX takes {share}{how}"
+
+
 def row(plan: Plan) -> str:
     """Returns one line of a comparison of targets."""
-    known = [p for p in plan.programs if isinstance(p, Measured)]
-    total = sum(p.cost.flops * p.times for p in known) / 1e12
-    traffic = sum(p.cost.traffic_bytes * p.times for p in known) / 1e9
-    sent = sum(sum(p.cost.wire_bytes.values()) * p.times for p in known) / 1e9
-    times = [sum(getattr(p.cost, k) * p.times for p in known)
-             for k in ("compute_secs", "memory_secs", "network_secs")]  # fmt: skip
+    measured = [p for p in plan.programs if isinstance(p, Measured)]
+    total = sum(p.cost.flops * p.times for p in measured) / 1e12
+    traffic = sum(p.cost.traffic_bytes * p.times for p in measured) / 1e9
+    sent = sum(sum(p.cost.wire_bytes.values()) * p.times for p in measured) / 1e9
+    times = [
+        sum(getattr(p.cost, k) * p.times for p in measured)
+        for k in ("compute_secs", "memory_secs", "network_secs")
+    ]
     peak = f"{plan.peak_bytes / _GIB:.1f}" if math.isfinite(plan.peak_bytes) else "refused"
     cells = (f"{total:.4g}", f"{traffic:.4g}", f"{sent:.4g}", *(f"{t:.3g}" for t in times))
     verdict = "fits" if plan.fits else "does not fit"
@@ -190,4 +234,3 @@ def row(plan: Plan) -> str:
 HEADER = """\
 | target | GiB | TFLOP | memory GB | sent GB | arithmetic s | memory s | comm. s | step s | MFU | |
 |---|---|---|---|---|---|---|---|---|---|---|"""
-__all__ = ["ASSUMPTIONS", "HEADER", "Plan", "as_json", "device_bytes", "row", "table", "vllm"]

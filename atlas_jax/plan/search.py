@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from atlas_jax.config import TrainConfig, batch_plan
+from atlas_jax.options.train import TrainConfig, batch_plan
 from atlas_jax.plan.report import Plan
 
 

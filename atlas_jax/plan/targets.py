@@ -8,13 +8,16 @@ for a TPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
@@ -29,7 +32,7 @@ class Device:
 
     platform: str
     memory_bytes: float
-    """Bytes of memory that programs may use."""
+    """Bytes of memory that the device has for programs."""
     peak_flops: float
     """FLOPs a second in bfloat16."""
     memory_bandwidth: float
@@ -53,14 +56,27 @@ _AMPERE = (
     "cuda_compute_capability { major: 8 }"
 )
 
+_SHEET = (
+    # name, platform, GiB, TFLOP/s, TB/s of memory, GB/s of links, GB/s of the network, compiled as
+    ("h100", "gpu", 79.1, 989, 3.35, 450, 50, _HOPPER),
+    ("h200", "gpu", 139.8, 989, 4.8, 450, 50, _HOPPER),
+    ("a100-80g", "gpu", 79.1, 312, 2.04, 300, 25, _AMPERE),
+    ("a100-40g", "gpu", 39.4, 312, 1.56, 300, 25, _AMPERE),
+    ("v5e", "tpu", 15.75, 197, 0.82, 90, 90, "v5e"),
+    ("v5p", "tpu", 95.0, 459, 2.77, 180, 180, "v5p"),
+    ("v6e", "tpu", 31.25, 918, 1.64, 180, 180, "v6e"),
+)
 DEVICES = {
-    "h100": Device("gpu", 79.1 * _GIB, 989e12, 3.35e12, 450e9, 50e9, _HOPPER),
-    "h200": Device("gpu", 139.8 * _GIB, 989e12, 4.8e12, 450e9, 50e9, _HOPPER),
-    "a100-80g": Device("gpu", 79.1 * _GIB, 312e12, 2.04e12, 300e9, 25e9, _AMPERE),
-    "a100-40g": Device("gpu", 39.4 * _GIB, 312e12, 1.56e12, 300e9, 25e9, _AMPERE),
-    "v5e": Device("tpu", 15.75 * _GIB, 197e12, 0.82e12, 90e9, 90e9, "v5e"),
-    "v5p": Device("tpu", 95.0 * _GIB, 459e12, 2.77e12, 180e9, 180e9, "v5p"),
-    "v6e": Device("tpu", 31.25 * _GIB, 918e12, 1.64e12, 180e9, 180e9, "v6e"),
+    name: Device(
+        platform=platform,
+        memory_bytes=gib * _GIB,
+        peak_flops=teraflops * 1e12,
+        memory_bandwidth=terabytes * 1e12,
+        link_bandwidth=link * 1e9,
+        network_bandwidth=network * 1e9,
+        compiled_as=compiled_as,
+    )
+    for name, platform, gib, teraflops, terabytes, link, network, compiled_as in _SHEET
 }
 
 GPUS_A_HOST = 8
@@ -80,10 +96,70 @@ class Target:
         return math.prod(self.shape)
 
     @property
+    def usable_bytes(self) -> float:
+        """Bytes of a device that JAX takes: of a GPU the share that the environment says.
+
+        Raises:
+            ValueError: for a share that JAX would refuse.
+        """
+        gpu = self.device.platform == "gpu"
+        return self.device.memory_bytes * (memory_share(os.environ) if gpu else 1.0)
+
+    @property
     def devices_a_host(self) -> int:
         """Number of devices connected at `link_bandwidth`; for a TPU, all of the slice."""
         gpu = self.device.platform == "gpu"
         return min(GPUS_A_HOST, self.num_devices) if gpu else self.num_devices
+
+
+_SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_DEFAULT_SHARE = 0.75
+
+
+def memory_share(environment: Mapping[str, str]) -> float:
+    """Returns the share of a GPU's memory that JAX takes in an environment.
+
+    Raises:
+        ValueError: for a share that is no number above 0, or that is given twice.
+    """
+    given = {name: environment[name] for name in _SHARES if environment.get(name)}
+    if len(given) == 2:
+        raise ValueError(f"{' and '.join(_SHARES)} are both set; unset the latter, a former name")
+    for name, text in given.items():
+        try:
+            share = float(text)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}={text} is no share of the memory; write one such as 0.92")
+        return share
+    return _DEFAULT_SHARE
+
+
+@contextlib.contextmanager
+def as_if_present(target: Target) -> Iterator[None]:
+    """Lets JAX trace attention for a GPU that is not there.
+
+    Its check of what cuDNN can do asks the GPU of this process for its compute capability. Where
+    there is none, heads above 128 and packed rows would be refused. JAX has no parameter for it, so
+    its function is replaced, for as long as the program is traced.
+    """
+    if target.device.platform != "gpu":
+        yield
+        return
+    major = re.search(r"major: (\d+)", target.device.compiled_as)
+    assert major
+    capability = (int(major[1]), 0)
+
+    def has(wanted: str) -> bool:
+        return capability >= tuple(int(n) for n in wanted.split("."))
+
+    original = fused_attention_stablehlo.check_compute_capability
+    fused_attention_stablehlo.check_compute_capability = has
+    try:
+        yield
+    finally:
+        fused_attention_stablehlo.check_compute_capability = original
 
 
 def parse(name: str) -> Target:

@@ -6,16 +6,23 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from atlas_jax import sockets
-from atlas_jax.config import GRPOConfig, RolloutConfig
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.rollout import RolloutConfig
 from atlas_jax.rollout.engine import ChatModel, EncodeTurn
-from atlas_jax.rollout.episodes import EpisodeOptions
 from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Params
+
+if TYPE_CHECKING:
+    from atlas_jax.rollout.episodes import EpisodeOptions
+
+_MARKER = "Answer probe."
+"""Text that stands for the last answer, to find what a template writes after it."""
 
 
 def local(
@@ -72,21 +79,13 @@ def stop_tokens(model: Model) -> tuple[int, ...]:
     return model.stop_ids
 
 
-def encoder(template: ChatTemplate, system_prompt: str) -> Callable[[str], tuple[int, ...]]:
-    """Returns a user's message -> prompt ids, under the chat template if the tokenizer has one.
-
-    It may be called from several threads.
-    """
-    return asking(turn_encoder(template, system_prompt))
-
-
 def asking(encode_turn: EncodeTurn) -> Callable[[str], tuple[int, ...]]:
     """Returns a user's message -> the prompt of a conversation that it begins."""
     return lambda text: encode_turn([Message(role="user", content=text)])
 
 
 def turn_encoder(template: ChatTemplate, system_prompt: str) -> EncodeTurn:
-    """Returns a conversation -> the prompt of the model's next turn, see `ChatTemplate.turn_ids`.
+    """Returns a conversation -> the prompt of the model's next turn, see `turn_ids`.
 
     The system prompt precedes a conversation that has none of its own. The function may be called
     from several threads.
@@ -98,9 +97,80 @@ def turn_encoder(template: ChatTemplate, system_prompt: str) -> EncodeTurn:
         if system_prompt and messages[0]["role"] != "system":
             messages.insert(0, Message(role="system", content=system_prompt))
         with lock:
-            return template.turn_ids(messages, ended_by)
+            return turn_ids(template, messages, ended_by)
 
     return encode
+
+
+def prompt_ids(template: ChatTemplate, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Returns the tokens of a conversation with the generation prompt.
+
+    A message is text, even if it names special tokens. Without a chat template the messages are
+    joined, with an empty line between them.
+
+    Raises:
+        Exception: one of `chat_template.errors`, from the template.
+    """
+    messages = template.fitted(messages) if template.tokenizer.chat_template else messages
+    covered = template.control_tokens.cover_messages(messages)
+    if template.tokenizer.chat_template:
+        text = template(covered, add_generation_prompt=True)
+        adds = False
+    else:
+        text = "\n\n".join(m["content"] for m in covered)
+        adds = True
+    if covered != messages:
+        return tuple(template.control_tokens.encode(text, adds).ids)
+    return tuple(template.tokenizer(text, add_special_tokens=adds).input_ids)
+
+
+def turn_ids(
+    template: ChatTemplate, messages: Sequence[Message], ended_by: int | None = None
+) -> tuple[int, ...]:
+    """Returns the tokens of a conversation after its last answer, with the generation prompt.
+
+    They are the text that the template writes after that answer, tokenized on its own: the end
+    of the turn, and the messages that follow. The answer's own tokens are not among them,
+    because those that were sampled need not be those of its text. Without an answer, they are
+    the whole prompt.
+
+    Args:
+        template: the chat template.
+        messages: the conversation from its beginning.
+        ended_by: the stop token that was sampled at the end of the answer; where the template
+            ends a turn with it, it is not repeated.
+
+    Raises:
+        Exception: one of `chat_template.errors`, from the template.
+        ValueError: if the template leaves out the answer, or a message after it.
+    """
+    if all(m["role"] != "assistant" for m in messages):
+        return prompt_ids(template, messages)
+    messages = template.fitted(messages) if template.tokenizer.chat_template else list(messages)
+    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    covered = template.control_tokens.cover_messages(messages)
+    marker = _MARKER
+    while any(marker in str(m["content"]) for m in covered):
+        marker += "!"
+    answer = Message(role="assistant", content=marker)
+    shown = [*covered[:last], answer, *covered[last + 1 :]]
+    if template.tokenizer.chat_template:
+        text = template(shown, add_generation_prompt=True)
+    else:
+        text = "\n\n".join(m["content"] for m in shown)
+    _, found, text = text.rpartition(marker)
+    for message in covered[last + 1 :]:
+        if not found or message["content"].strip() not in text:
+            raise ValueError(
+                f"the chat template of {template.tokenizer.name_or_path} leaves out what follows "
+                f"an answer as a message of the role {message['role']}; use the role user"
+            )
+    if ended_by is not None:
+        name = str(template.tokenizer.convert_ids_to_tokens(ended_by))
+        text = text.lstrip().removeprefix(name) if text.lstrip().startswith(name) else text
+    if covered != messages:
+        return tuple(template.control_tokens.encode(text).ids)
+    return tuple(template.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def check_student(config: GRPOConfig, student: ChatModel) -> ChatModel:
@@ -141,7 +211,6 @@ def make_protocol(config: GRPOConfig, num_generations: int) -> TeachingProtocol:
         prompt=config.max_prompt_length,
     )
     return TeachingProtocol(
-        kind=config.rollout.protocol,
         templates=templates,
         limits=limits,
         num_generations=num_generations,
@@ -158,6 +227,8 @@ def _episode_options(rollout: RolloutConfig) -> EpisodeOptions | None:
     """
     if not sockets.is_reference(rollout.protocol):
         return None
+    from atlas_jax.rollout.episodes import EpisodeOptions  # the built-in protocols hold none
+
     ask = sockets.resolve(rollout.protocol, "rollout.protocol")
     if not inspect.iscoroutinefunction(ask):
         raise ValueError(

@@ -14,15 +14,16 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, loop, losses, metrics, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
-from atlas_jax.data.packing import bucket_length, collate_policy, row_tokens, split_rows
+from atlas_jax.data.packing import bucket_length
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.prefetch import Prefetcher
 from atlas_jax.recipes.scoring import reason, retry_outages, score
 from atlas_jax.rewards.pricing import price_leaks
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import Backend, ChatModel
+from atlas_jax.rollout.rows import collate_policy, row_tokens, split_rows
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.stopping import StopRequestedError
@@ -38,6 +39,9 @@ from atlas_jax.types import (
 
 _LEAVE = StopRequestedError, DependencyError
 """Reasons to give up a batch, in all processes together; a stop counts before an outage."""
+
+
+_JOIN_SECS = 5.0
 
 
 class Parts(NamedTuple):
@@ -89,13 +93,16 @@ class Feed:
         parts = self._parts
         config = self._parts.config
         version = int(state.step)
+        # The weights go out before anything is asked, so that every new batch begins with them.
         policy = parts.backend.publish(state.params, version)
         published = time.perf_counter()
+        # A process that gives up must tell the others, which would wait for it further down.
         with distributed.together(*_LEAVE):
             made = self._prefetcher.take(policy, self._position)
         collected: Collected = made.batch
         wait_secs = time.perf_counter() - published
         samples = retry_outages(parts.reward, collected.samples, config.reward, pause)
+        # A leak costs reward before the rewards of a group are compared.
         samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
         # The record is written before the samples are counted, so that a run that ends for too
         # many failures leaves them to be looked at.
@@ -105,6 +112,7 @@ class Feed:
         # The position advances only now: if anything above raises, the step that is repeated asks
         # the same questions.
         self._position = made.position
+        # Nor may the reference move before: the repeated step would mix it a second time.
         self._sync_reference(version, state.params)
         start = time.perf_counter()
         rows = self._rows(samples)
@@ -115,7 +123,9 @@ class Feed:
         # With one update a step, the update itself computes the log-probabilities before it.
         if config.num_iterations > 1:
             batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
+        # Without waiting, the time of these log-probabilities would count as the training step's.
         jax.block_until_ready(batch)
+        values["perf/real_token_frac"] = num_tokens, batch.tokens.size
         values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
         values["perf/wait_secs"] = wait_secs, 1
         values["perf/score_secs"] = collected.reward_secs, 1
@@ -126,14 +136,18 @@ class Feed:
         """Returns the position in the questions."""
         return {"position": self._position, "fingerprint": self._parts.order.fingerprint}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any], *, allow_other_data: bool = False) -> None:
         """Continues after the questions that were asked when `state` was taken.
 
+        Args:
+            state: from `get_state`.
+            allow_other_data: whether the position is kept though the questions are others.
+
         Raises:
-            ValueError: if the state is from other questions.
+            ValueError: if the state is from other questions, unless they are allowed.
         """
         fingerprint = self._parts.order.fingerprint
-        if state["fingerprint"] != fingerprint:
+        if state["fingerprint"] != fingerprint and not allow_other_data:
             raise ValueError(
                 f"the checkpoint is from questions {state['fingerprint']}, this run has "
                 f"{fingerprint}: the dataset, the seed or data.shuffle differ; restore them, or "
@@ -148,6 +162,10 @@ class Feed:
     def close(self) -> None:
         """Gives up batches that are being made."""
         self._prefetcher.close()
+
+    def join(self) -> None:
+        """Waits for the thread that makes batches, when all that it asks has been closed."""
+        self._prefetcher.join(_JOIN_SECS)
 
     def _sync_reference(self, version: int, params: Params) -> None:
         config = self._parts.config
@@ -176,6 +194,7 @@ class Feed:
             counts = distributed.gather(np.asarray(len(idle)))
             if not counts.any():
                 break
+            # Processes take new questions in turn, so that none is asked twice.
             first = position + int(counts[:process].sum())
             with distributed.together(*_LEAVE):
                 more = self._ask(policy, first, len(idle))
@@ -212,14 +231,15 @@ class Feed:
     def _weigh(self, samples: Sequence[Sample]) -> list[Sample]:
         """Returns the samples with their advantages, and with whether they train."""
         config = self._parts.config
+        # A sample without a score is NaN, which the statistics of its group leave out.
         rewards = [math.nan if s.reward.value is None else s.reward.value for s in samples]
-        own = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
+        own_rewards = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
         shares = _shares(self._parts.layout.questions)
         # Scales may be taken over the batch, so the advantages are those of all processes.
-        everyone = distributed.gather_rows(own, shares)  # [questions of the step, G]
+        everyone = distributed.gather_rows(own_rewards, shares)  # [questions of the step, G]
         first = sum(shares[: jax.process_index()])
         advantages = losses.group_advantages(everyone, config.scale_rewards)
-        advantages = advantages[first : first + len(own)].ravel()
+        advantages = advantages[first : first + len(own_rewards)].ravel()
         return [
             sample._replace(advantage=float(advantage), trains=self._trains(sample))
             for sample, advantage in zip(samples, advantages, strict=True)
@@ -261,12 +281,16 @@ class Feed:
         if self._parts.protocol.episode:
             values |= measures.of_episodes(samples)
         if self._parts.backend.student:
-            values |= measures.of_teaching(samples)
-            values |= measures.of_efficiency(samples)
+            from atlas_jax.rollout import teaching_measures  # compares answers with the truth
+
+            values |= teaching_measures.of_teaching(samples)
+            values |= teaching_measures.of_efficiency(samples)
         values["rollout/trained_frac"] = sum(s.trains for s in samples), len(samples)
         values = metrics.sum_over_processes(values)
         (without, total) = values["reward/failed_frac"]
         (skipped, _) = values["reward/skipped_frac"]
+        # What was skipped would be skipped again. Only outages may end the run, since the same
+        # command can continue after them.
         failed = without - skipped
         possible = total - skipped
         if failed > reward.max_failed_frac * possible:
@@ -309,6 +333,7 @@ def _exchanged(rows: PolicyBatch, counts: Sequence[int]) -> PolicyBatch:
 
 def _collate(samples: Sequence[Sample], layout: Layout) -> PolicyBatch:
     """Returns the rows of this process's samples, of a length that all processes have."""
+    # A process without samples calls too: the length is that of the longest row of all.
     longest = max(map(row_tokens, split_rows(samples, layout.per_row)), default=0)
     length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
     return collate_policy(samples, layout.per_row, length)

@@ -19,20 +19,19 @@ import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import distributed, logprobs, losses, metrics, policy_logprobs, step
-from atlas_jax.config import GRPOConfig
 from atlas_jax.data import questions as asked
 from atlas_jax.data import sources
+from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.feed import Feed, Parts
-from atlas_jax.recipes.layout import Layout, make_layout
+from atlas_jax.recipes.layout import Layout, make_layout, row_bounds
 from atlas_jax.recipes.scoring import labels, make_reward
-from atlas_jax.rewards.truths import check_truths
-from atlas_jax.rollout import evaluation, record
+from atlas_jax.rollout import record
 from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.run import Run, Training
-from atlas_jax.sharding import platform
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
 from atlas_jax.types import NOTHING_GIVEN, Given, LossSum, Metrics, Params, PolicyBatch, Question
@@ -58,7 +57,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         student = None
         if config.student:
             student = open_student(config, run.compute)
-        layout = fit_attention(layout, run.decoder, config.attn_implementation)
+        layout = fit_attention(layout, run.decoder)
         sees_rows = bool(given.rewards or config.reward_functions or config.has_episodes)
         order = asked.QuestionOrder(train, config.seed, config.data.shuffle, sees_rows)
         distributed.check_same(order.fingerprint, "its questions differ from those of process 0")
@@ -73,8 +72,9 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         stack.callback(writer.close)
         if distributed.is_main():
             record.drop_after(config.output_dir, training.first_step)
-        # 5. The backend. Closed in reverse: the feed, which asks it, then the backend, then the
-        #    writer, which both write to.
+        # 5. The backend. Closed in reverse: the feed, which asks it, then the rewards, the backend,
+        #    what the feed was still making, and the writer.
+        last = stack.enter_context(contextlib.ExitStack())
         backend = _make_backend(config, run.model, student)
         stack.callback(backend.close)
         parts = Parts(
@@ -83,16 +83,17 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             order=order,
             backend=backend,
             protocol=protocol,
-            reward=make_reward(config, given.rewards),
+            reward=make_reward(config, stack, given.rewards),
             logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,
             given_labels=labels(config, given.rewards) if given.rewards else (),
         )
         feed = Feed(parts, reference)
+        last.callback(feed.join)
         stack.callback(feed.close)
         if training.position:
-            feed.set_state(training.position)
+            feed.set_state(training.position, allow_other_data=config.data.refresh)
         # 6. Training, and its end: everything that generates is closed before the export.
         outcome = training.train(
             make_loss(run.decoder, config, layout.per_row),
@@ -111,16 +112,16 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
     return not outcome.stopped
 
 
-def fit_attention(layout: Layout, decoder: Decoder, attention: str) -> Layout:
+def fit_attention(layout: Layout, decoder: Decoder) -> Layout:
     """Returns the layout with a prompt for each completion where attention cannot share one.
 
-    Splash attention cannot, and a window that is shorter than a row would count the places of
+    Some implementations cannot, and a window that is shorter than a row would count the places of
     other completions.
     """
     config = decoder.config
     window = config.window if any(config.local_layers) else 0
-    splash = platform(decoder.sharding.mesh) == "tpu" and attention != "xla"
-    if layout.per_row == 1 or not (splash or 0 < window < layout.buckets[-1]):
+    shares = attention.shares_prompts(decoder.attention)
+    if layout.per_row == 1 or (shares and not 0 < window < layout.buckets[-1]):
         return layout
     logging.info("each completion gets a row with its prompt: its attention cannot share one")
     return layout._replace(per_row=1)
@@ -173,7 +174,8 @@ def _logprobs(
     with_entropy: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     shared = batch.sequence_ids if per_row > 1 else None
-    hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids, shared)
+    rows = batch.tokens, batch.positions, batch.segment_ids, shared
+    hidden = decoder.hidden(params, *rows, row_bounds(config, per_row))
     head = logprobs.Head(
         sharding=decoder.sharding,
         chunk_size=config.loss_chunk_size,
@@ -235,17 +237,19 @@ def _questions(
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
-    most = config.data.max_rejected_frac
+    max_rejected = config.data.max_rejected_frac
     needs_truth = config.reward.needs_truth(given.rewards)
     fields = config.rollout.question_fields
     columns = vars(config.data.columns)
-    train = asked.parse_questions(rows, most, needs_truth, fields, columns)
+    train = asked.parse_questions(rows, max_rejected, needs_truth, fields, columns)
     logging.info("%d questions; the first: %s", len(train), train[0].text)
     if needs_truth:
+        from atlas_jax.rewards.truths import check_truths  # compares as the rewards do
+
         check_truths(train)
     if held_out is None:
         return train, None
-    questions = asked.parse_questions(held_out, most, needs_truth, fields, columns)
+    questions = asked.parse_questions(held_out, max_rejected, needs_truth, fields, columns)
     return train, questions[: config.rollout.eval_limit or None]
 
 
@@ -253,6 +257,7 @@ def make_evaluate(
     parts: Parts, questions: list[Question]
 ) -> Callable[[step.TrainState], dict[str, float]]:
     """Returns the metrics of greedy answers to held-out questions as a function of the state."""
+    from atlas_jax.rollout import evaluation  # a run without held-out questions needs none
 
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
         policy = parts.backend.publish(state.params, int(state.step))

@@ -6,8 +6,10 @@ import math
 from typing import NamedTuple
 
 from atlas_jax import sockets
-from atlas_jax.config import BatchPlan, GRPOConfig, multiples_near
 from atlas_jax.data.packing import capped_buckets
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.train import BatchPlan, multiples_near
+from atlas_jax.types import RowBounds
 
 
 class Layout(NamedTuple):
@@ -64,3 +66,20 @@ def longest_row(config: GRPOConfig, per_row: int) -> int:
     """
     prompts = per_row if sockets.is_reference(config.rollout.protocol) else 1
     return prompts * config.max_prompt_length + per_row * config.max_new_tokens
+
+
+def row_bounds(config: GRPOConfig, per_row: int) -> RowBounds:
+    """Returns what is known of rows of `per_row` completions.
+
+    Turns of an episode are as long as what its tools say, so their lengths are not known.
+    """
+    if per_row == 1:
+        return RowBounds(segments=1)
+    if sockets.is_reference(config.rollout.protocol):
+        return RowBounds(segments=per_row + 1)
+    return RowBounds(
+        segments=per_row + 1,
+        # What completions do not share of their prompts stands before each of them.
+        longest=config.max_prompt_length + config.max_new_tokens,
+        prompt=config.max_prompt_length,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from atlas_jax.checkpoint import hf
-from atlas_jax.config import GRPOConfig
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.startup.model import Model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,17 +42,25 @@ class Prefetcher:
         self._end = 0
         self._worker: ThreadPoolExecutor | None = None
         self._waiting: collections.deque[Future[Prefetched]] = collections.deque()
+        self._taken: list[Future[Prefetched]] = []
+        """The batch that was asked for last, which may not be done if the run is to stop."""
 
     def take(self, policy: ChatModel, position: int) -> Prefetched:
         """Returns the batch that begins at `position`, and has the next ones made with `policy`."""
         if not self._depth:
             return self._one(policy, position)
+        # The thread starts here, because the position is that of the checkpoint, if there is one.
         if self._worker is None:
+            # One thread: each batch begins with the question after the last one of the batch
+            # before.
             self._worker = ThreadPoolExecutor(1, "rollouts")
             self._end = position
         if not self._waiting:
             self._submit(policy)
-        made = stopping.result(self._waiting.popleft())
+        self._taken = [self._waiting.popleft()]
+        made = stopping.result(self._taken[0])
+        # Only now: a batch that is begun with the newest policy is at most `depth` steps old when
+        # it is trained on.
         while len(self._waiting) < self._depth:
             self._submit(policy)
         return made
@@ -74,3 +83,8 @@ class Prefetcher:
         """Cancels the batches that have not begun."""
         if self._worker is not None:
             self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def join(self, secs: float) -> None:
+        """Waits at most `secs` seconds for the batch that was being made when this was closed."""
+        begun = [future for future in (*self._taken, *self._waiting) if future.running()]
+        concurrent.futures.wait(begun, secs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, sockets
-from atlas_jax.config import GRPOConfig, RewardConfig
-from atlas_jax.rewards import verifiable
+from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.options.reward import RewardConfig
+from atlas_jax.rewards import combined
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Reward, RewardFn, Sample
 
@@ -22,27 +24,24 @@ Rule = str | UserFunction
 """The name of a built-in reward, `package.module:function`, or a function itself."""
 
 
-def make_reward(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> RewardFn:
+def make_reward(
+    config: GRPOConfig, stack: contextlib.ExitStack, given_functions: Sequence[Rule] = ()
+) -> RewardFn:
     """Returns the weighted sum of the rewards that the config names.
 
     Args:
-        config: of the run.
+        config: of the run, checked with the same functions.
+        stack: ends processes, event loops and calls of the rewards when it is closed.
         given_functions: rules of a caller from Python, in place of `reward.names`.
 
     Raises:
-        ValueError: for a function that cannot be a reward, and for another number of weights.
+        ValueError: for a function that cannot be a reward.
     """
-    reward = config.reward
     rules = config.reward.rules(given_functions)
-    weights = reward.weights or (1.0,) * len(rules)
-    if len(weights) != len(rules):
-        raise ValueError(
-            f"reward.weights={weights} for {labels(config, given_functions)}; give one weight for "
-            "each, or none"
-        )
-    return verifiable.combine(
+    weights = config.reward.weights or (1.0,) * len(rules)
+    return combined.combine(
         {
-            label: (_make(rule, label, config), weight)
+            label: (_make(rule, label, config, stack), weight)
             for rule, label, weight in zip(
                 rules, labels(config, given_functions), weights, strict=True
             )
@@ -65,32 +64,44 @@ def _name(function: UserFunction) -> str:
     return name if name.isidentifier() else "function"  # that of a lambda is no word
 
 
-def _make(rule: Rule, label: str, config: GRPOConfig) -> RewardFn:
-    """Returns one of the rewards that are added up."""
+def _make(rule: Rule, label: str, config: GRPOConfig, stack: contextlib.ExitStack) -> RewardFn:
+    """Returns one of the rewards that are added up; each imports what it alone needs."""
     reward = config.reward
     built_in: dict[Rule, Callable[[], RewardFn]] = {
-        "exact_match": verifiable.exact_match,
-        "teaching_gain": functools.partial(
-            verifiable.teaching_gain,
-            reward.efficiency_weight,
-            reward.degradation_penalty,
-        ),
-        "rim": functools.partial(_judges, config),
+        "exact_match": functools.partial(_exact_match, stack),
+        "teaching_gain": functools.partial(_teaching_gain, reward, stack),
+        "rim": functools.partial(_judges, config, stack),
     }
     if isinstance(rule, str) and rule in built_in:
         return built_in[rule]()
-    from atlas_jax.rewards import custom  # most runs have no functions of a user
+    from atlas_jax.rewards import custom
 
     if isinstance(rule, str):
-        return custom.by_reference(rule, label, reward.timeout_secs, reward.num_workers)
-    return custom.by_object(rule, label, reward.timeout_secs)
+        return custom.by_reference(rule, label, reward.timeout_secs, reward.num_workers, stack)
+    return custom.by_object(rule, label, reward.timeout_secs, stack)
 
 
-def _judges(config: GRPOConfig) -> RewardFn:
-    from atlas_jax.rewards import RIMReward  # needs an HTTP client, and no other reward does
+def _exact_match(stack: contextlib.ExitStack) -> RewardFn:
+    from atlas_jax.rewards import symbolic, verifiable
 
+    stack.callback(symbolic.close)
+    return verifiable.exact_match()
+
+
+def _teaching_gain(reward: RewardConfig, stack: contextlib.ExitStack) -> RewardFn:
+    from atlas_jax.rewards import symbolic, verifiable
+
+    stack.callback(symbolic.close)
+    return verifiable.teaching_gain(reward.efficiency_weight, reward.degradation_penalty)
+
+
+def _judges(config: GRPOConfig, stack: contextlib.ExitStack) -> RewardFn:
+    from atlas_jax.rewards.rim import RIMReward
+
+    # A file for each process, since processes may not write one file at the same time.
     account = f"{config.output_dir}/judges_spent_process_{jax.process_index()}.json"
-    return RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
+    judges = RIMReward(config.reward.rim, share=jax.process_count(), ledger_path=account)
+    return stack.enter_context(contextlib.closing(judges))
 
 
 def score(reward: RewardFn, samples: Sequence[Sample]) -> list[Sample]:
@@ -123,6 +134,7 @@ def retry_outages(
     """
     samples = list(samples)
     for secs in options.retry_waits_secs:
+        # Counted over all processes before each wait, so that all wait or none.
         places = [i for i, s in enumerate(samples) if _is_retryable(s.reward)]
         failed, total, retryable = _count_over_processes(samples, len(places))
         if not retryable or failed <= options.max_failed_frac * total:
@@ -130,8 +142,12 @@ def retry_outages(
         first = next((reason(samples[i].reward) for i in places), "another process knows")
         logging.warning(
             "%d of %d samples have no score; asking again for %d of them in %g s; the first: %s",
-            failed, total, retryable, secs, first,
-        )  # fmt: skip
+            failed,
+            total,
+            retryable,
+            secs,
+            first,
+        )
         pause(secs)
         with distributed.together(StopRequestedError):
             again = score(reward, [samples[i] for i in places])

@@ -11,14 +11,24 @@ import jax
 from absl import logging
 
 from atlas_jax import distributed, logprobs, loop, metrics, step
-from atlas_jax.config import SFTConfig
 from atlas_jax.data import chat, loader, sources, tokenized
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import SFTConfig
 from atlas_jax.run import Run
 from atlas_jax.sharding import Sharding, to_global
-from atlas_jax.startup import directory, vocabulary
+from atlas_jax.startup import directory
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import NOTHING_GIVEN, Batch, Given, LossSum, Metrics, Params
+from atlas_jax.startup.model import check_ids
+from atlas_jax.types import (
+    NOTHING_GIVEN,
+    UNKNOWN,
+    Batch,
+    Given,
+    LossSum,
+    Metrics,
+    Params,
+    RowBounds,
+)
 
 _TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
 """Success by the ATLAS training guide: upper bounds of the last logged step."""
@@ -43,14 +53,16 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         batches = train.batches(training.first_step)
         stack.callback(batches.close)
         if training.position:
-            batches.set_state(training.position)
+            batches.set_state(training.position, allow_other_data=config.data.refresh)
         # 4. Nothing can refuse the run any more: what is in the directory may be replaced.
         writer = training.committed()
         stack.callback(writer.close)
-        kept = [d.token_path for d in (train, held_out) if d is not None]
-        tokenized.remove_others(directory.tokens(config), kept)
+        datasets = [d for d in (train, held_out) if d is not None]
+        # Not earlier: a refused command must leave the tokens of the run that is there.
+        tokenized.remove_others(directory.tokens(config), [d.token_path for d in datasets])
         # 5. Training, and its end.
-        loss = make_loss(run.decoder, config.loss_chunk_size)
+        bounds = RowBounds(segments=max(d.max_segments for d in datasets))
+        loss = make_loss(run.decoder, config.loss_chunk_size, bounds)
         outcome = training.train(
             loss,
             _RowFeed(batches, run.compute.sharding, plan.microbatches),
@@ -81,7 +93,9 @@ class _RowFeed(NamedTuple):
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns the next batch; it does not depend on the state."""
         placed = to_global(next(self.batches), self.sharding, self.microbatches)
-        return loop.StepInput(placed, self.batches.num_tokens, {})
+        num_tokens = self.batches.num_tokens
+        share: Metrics = {"perf/real_token_frac": (num_tokens, placed.tokens.size)}
+        return loop.StepInput(placed, num_tokens, share)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the data."""
@@ -91,11 +105,12 @@ class _RowFeed(NamedTuple):
         """There is no reference model."""
 
 
-def make_loss(decoder: Decoder, chunk_size: int) -> step.LossFn:
+def make_loss(decoder: Decoder, chunk_size: int, bounds: RowBounds = UNKNOWN) -> step.LossFn:
     """Returns the cross entropy of a batch as a function of the parameters."""
 
     def loss(params: Params, batch: Batch) -> tuple[LossSum, Metrics]:
-        hidden = decoder.hidden(params, batch.tokens, batch.positions, batch.segment_ids)
+        rows = batch.tokens, batch.positions, batch.segment_ids
+        hidden = decoder.hidden(params, *rows, bounds=bounds)
         table = decoder.output_table(params)
         head = logprobs.Head(decoder.sharding, chunk_size)
         return logprobs.cross_entropy(hidden, table, batch, head), {}
@@ -141,7 +156,7 @@ def _datasets(
     )
     train = build(rows, layout=layout)
     vocab_size = model.decoder.config.vocab_size
-    vocabulary.check_ids(tokenizer, train.tokens, vocab_size)
+    check_ids(tokenizer, train.tokens, vocab_size)
     distributed.check_same(train.fingerprint, "its training rows differ from those of process 0")
     sample = chat.render_sample(tokenizer, train.example(0))
     logging.info("first example, trained parts in ⟦⟧:\n%s", sample)
@@ -150,7 +165,7 @@ def _datasets(
     eval_rows = run.compute.sharding.num_replicas * plan.device_rows
     layout = loader.HostRows(eval_rows, *process)
     other = build(held_out, layout=layout, training=False)
-    vocabulary.check_ids(tokenizer, other.tokens, vocab_size)
+    check_ids(tokenizer, other.tokens, vocab_size)
     return train, other
 
 

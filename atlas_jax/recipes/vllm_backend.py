@@ -18,13 +18,13 @@ from absl import logging
 
 from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
-from atlas_jax.config import GRPOConfig
-from atlas_jax.data.packing import collate_policy
+from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import identity
 from atlas_jax.rollout.capabilities import ServerStart
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions, in_memory
@@ -80,6 +80,7 @@ class VllmBackend:
         """
         if version != self._version:
             self._metrics = self._sync.push(params, version)
+            # Noted after the push: after an error the next call sends the weights again.
             self._version = version
         return self._policy
 
@@ -109,10 +110,12 @@ def make_vllm_backend(
         ValueError: if no server of a role can be reached, or one cannot do what GRPO needs, or has
             another model.
     """
+    # Before a server is asked: one that is not of this run might answer at that address.
     check_loopback(config)
     with contextlib.ExitStack() as stack:
         policy, sync = _open_policy(config, model, logprobs_fn, stack)
         frozen = None if student is None else _open_student(config, student, stack)
+        # From here on the backend closes what is open; after an error above the stack has.
         return VllmBackend(policy, frozen, sync, stack.pop_all().close)
 
 
@@ -142,6 +145,7 @@ def _open_policy(
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
     policy, engine = _chat_model(pool, model, config.teaching.system_prompt)
+    # The prompt must span whole blocks of the cache of every server.
     block_size = max(start.block_size for start in pool.starts)
     prompt = probe_prompt(model.files.tokenizer, block_size, policy.context - _PROBE_TOKENS)
     probe = Probe(
@@ -209,6 +213,7 @@ def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[Cha
         vocab_size=model.decoder.config.vocab_size,
     )
     lengths = [start.max_model_len for start in pool.starts]
+    # A request may go to any of the servers.
     context = min(model.decoder.config.max_positions, *lengths)
     encode_turn = chat_models.turn_encoder(model.template, system_prompt)
     bound = ChatModel(

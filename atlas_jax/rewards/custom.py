@@ -12,16 +12,16 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
 
 from atlas_jax import sockets, stopping
+from atlas_jax.event_loop import EventLoopThread
 from atlas_jax.rewards import forms
+from atlas_jax.rewards.combined import failure
 from atlas_jax.rewards.forms import Form, FunctionResult, UserFunction
-from atlas_jax.rewards.verifiable import failure
 from atlas_jax.rewards.workers import Workers
 from atlas_jax.types import Reward, RewardFn, Sample
 
@@ -32,7 +32,13 @@ Runner = Callable[[Sequence[Sequence[Sample]]], list[FunctionResult]]
 """Calls a function once for each list of samples."""
 
 
-def by_reference(reference: str, label: str, timeout_secs: float, num_workers: int) -> RewardFn:
+def by_reference(
+    reference: str,
+    label: str,
+    timeout_secs: float,
+    num_workers: int,
+    stack: contextlib.ExitStack,
+) -> RewardFn:
     """Returns the reward that a reference names.
 
     Args:
@@ -40,31 +46,52 @@ def by_reference(reference: str, label: str, timeout_secs: float, num_workers: i
         label: its short name in reasons.
         timeout_secs: the time after which a call fails.
         num_workers: processes that run a sync function.
+        stack: ends the processes or the event loop when it is closed.
 
     Raises:
         ValueError: for a reference that names no reward.
     """
     function, form = forms.find(reference)
     if forms.is_async(function):
-        return _reward(label, form, _Coroutines(function, form, timeout_secs).run, True)
-    return _reward(label, form, Workers(reference, timeout_secs, num_workers).run, False)
+        return _on_event_loop(function, form, label, timeout_secs, stack)
+    workers = stack.enter_context(contextlib.closing(Workers(reference, timeout_secs, num_workers)))
+    return _reward(label, form, workers.run, False)
 
 
-def by_object(function: UserFunction, label: str, timeout_secs: float) -> RewardFn:
+def by_object(
+    function: UserFunction, label: str, timeout_secs: float, stack: contextlib.ExitStack
+) -> RewardFn:
     """Returns the reward that a function computes, which was given as an object.
+
+    Args:
+        function: the function.
+        label: its short name in reasons.
+        timeout_secs: the time after which a call fails.
+        stack: ends the event loop when it is closed.
 
     Raises:
         ValueError: if its parameters fit no form.
     """
     form = forms.form_of(function, label)
     if forms.is_async(function):
-        return _reward(label, form, _Coroutines(function, form, timeout_secs).run, True)
+        return _on_event_loop(function, form, label, timeout_secs, stack)
     logging.info(
         "the reward %s runs in a thread, which cannot be killed: after reward.timeout_secs=%g its "
         "sample fails and the call goes on; a name (package.module:function) runs in processes",
         *(label, timeout_secs),
     )
     return _reward(label, form, _Threads(function, form, timeout_secs).run, False)
+
+
+def _on_event_loop(
+    function: UserFunction,
+    form: Form,
+    label: str,
+    timeout_secs: float,
+    stack: contextlib.ExitStack,
+) -> RewardFn:
+    calls = stack.enter_context(contextlib.closing(_Coroutines(function, form, timeout_secs)))
+    return _reward(label, form, calls.run, True)
 
 
 def _reward(label: str, form: Form, run: Runner, is_retryable: bool) -> RewardFn:
@@ -161,7 +188,8 @@ class _Coroutines:
         self._function = function
         self._form = form
         self._timeout_secs = timeout_secs
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: EventLoopThread | None = None
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
@@ -171,25 +199,26 @@ class _Coroutines:
             StopRequestedError: if the run is to stop; the calls are cancelled.
         """
         with self._lock:
-            loop = self._loop = self._loop or self._started()
-            futures = [
-                asyncio.run_coroutine_threadsafe(self._one(samples), loop) for samples in calls
-            ]
+            if self._is_closed:
+                return [FunctionResult([], forms.CLOSED)] * len(calls)
+            loop = self._loop = self._loop or EventLoopThread("rewards")
+            futures = [loop.submit(self._one(samples)) for samples in calls]
             try:
                 _wait(futures, time.monotonic() + self._timeout_secs + _GRACE_SECS)
             finally:
                 for future in futures:
                     future.cancel()
+            # Whoever did not end in time may block the loop, so the next batch gets another one.
             if any(future.cancelled() for future in futures):
-                _stop(loop)
+                loop.close(wait_secs=0.0)  # it is blocked
                 self._loop = None
             return [self._outcome(future) for future in futures]
 
-    def _started(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=_serve, args=(loop,), daemon=True, name="rewards").start()
-        weakref.finalize(self, _stop, loop)
-        return loop
+    def close(self) -> None:
+        """Cancels calls of other threads and ends the event loop; later calls fail."""
+        self._is_closed = True
+        if loop := self._loop:
+            loop.close()
 
     async def _one(self, samples: Sequence[Sample]) -> FunctionResult:
         function = self._function
@@ -214,27 +243,14 @@ class _Coroutines:
         return FunctionResult([], error) if error else result
 
     def _outcome(self, future: concurrent.futures.Future[FunctionResult]) -> FunctionResult:
+        if future.cancelled() and self._is_closed:
+            return FunctionResult([], forms.CLOSED)
         if future.cancelled():
             return FunctionResult(
                 [], f"{forms.overdue(self._timeout_secs)}, and blocks its event loop"
             )
         raised = future.exception()
         return FunctionResult([], sockets.describe(raised)) if raised else future.result()
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Runs a loop until it is stopped, and then what its cancelled tasks still have to do."""
-    loop.run_forever()
-    if tasks := asyncio.all_tasks(loop):
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.wait(tasks))
-    loop.close()
-
-
-def _stop(loop: asyncio.AbstractEventLoop) -> None:
-    with contextlib.suppress(RuntimeError):  # it is closed already
-        loop.call_soon_threadsafe(loop.stop)
 
 
 def _wait(futures: Sequence[concurrent.futures.Future[Any]], end: float) -> None:

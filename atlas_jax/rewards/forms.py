@@ -154,6 +154,10 @@ def checked(form: Form, result: Any, num_samples: int) -> FunctionResult:
     return FunctionResult(values)
 
 
+CLOSED = "the run has ended"
+"""The reason of a call that was made or not finished when its reward was closed."""
+
+
 def overdue(timeout_secs: float) -> str:
     """Returns the reason of a call that took too long."""
     return f"took longer than reward.timeout_secs={timeout_secs:g}"

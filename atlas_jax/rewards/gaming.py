@@ -12,11 +12,10 @@ from collections.abc import Iterator
 
 from atlas_jax.options.judges import AntiGaming
 from atlas_jax.rewards import number_words
-from atlas_jax.rewards.leaks import states_answer
+from atlas_jax.rewards.leaks import LEAK, states_answer
 from atlas_jax.rewards.texts import plain, visible
 
 _DEFAULTS = AntiGaming()
-LEAK = "the lesson states the answer"
 
 _MARKS = re.compile(r"[*_]")
 _RUN = 5  # number of consecutive words that count as copied

@@ -264,11 +264,11 @@ def parse(text: str, model: str, temperature: float) -> Opinion | Unreadable:
         return Unreadable(f"no JSON object with a score in {text[:120]!r}")
     scores = {_share(value["score"]) for value in verdicts}
     scores |= {_share(match[1]) for match in _SCORE.finditer(surroundings)}
-    known = {_share(value["uncertainty"]) for value in verdicts if "uncertainty" in value}
-    if len(scores) > 1 or len(known) > 1:
+    uncertainties = {_share(value["uncertainty"]) for value in verdicts if "uncertainty" in value}
+    if len(scores) > 1 or len(uncertainties) > 1:
         return Unreadable(f"several verdicts that differ, of scores {sorted(map(str, scores))}")
     (score,) = scores
-    uncertainty = known.pop() if known else None
+    uncertainty = uncertainties.pop() if uncertainties else None
     if score is None or uncertainty is None:
         shown = json.dumps({k: verdicts[-1].get(k) for k in _STATED})[:120]
         return Unreadable(f"score and uncertainty are not numbers from 0 to 1: {shown}")

@@ -19,6 +19,9 @@ from atlas_jax.rewards import conclusions, equality, frames, leaked_numbers, num
 from atlas_jax.rewards.answers import is_correct, marked_answer, normalise
 from atlas_jax.rewards.texts import plain, visible
 
+LEAK = "the lesson states the answer"
+"""The fault of a lesson, for records."""
+
 _OPTION = re.compile(r"\(?([A-Ha-h])(?:[).:]+(?:\s+(\S.*))?|\))?", re.DOTALL)
 _LISTED = re.compile(r"(?:(?<=\s)|^)\(?([A-H])[).:]\s+")
 _MAX_OPTION = 200  # characters of an option's text

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from atlas_jax.rewards import gaming
-from atlas_jax.rewards.leaks import states_answer
 from atlas_jax.types import Reward, Sample, by_question
 
 NO_HONEST = "no lesson of its group is honest"
@@ -34,24 +32,30 @@ def _price_group(group: Sequence[Sample], penalty: float) -> list[Sample]:
     reasons = [_gaming(sample) for sample in group]
     honest = [
         sample.reward.value
-        for sample, found in zip(group, reasons, strict=True)
-        if sample.reward.value is not None and not found
+        for sample, reason in zip(group, reasons, strict=True)
+        if sample.reward.value is not None and not reason
     ]
     floor = min(honest, default=None)
     return [
-        sample._replace(reward=_lowered(sample.reward, found, floor, penalty)) if found else sample
-        for sample, found in zip(group, reasons, strict=True)
+        sample._replace(reward=_lowered(sample.reward, reason, floor, penalty))
+        if reason
+        else sample
+        for sample, reason in zip(group, reasons, strict=True)
     ]
 
 
 def _gaming(sample: Sample) -> list[str]:
     """Returns the faults of a lesson: those that the judges' reward found, and any leak."""
     judged = sample.reward.details.get("rim", {}).get("gaming", [])
-    if gaming.LEAK in judged or not sample.teaching:
+    if not sample.teaching:
+        return list(judged)
+    from atlas_jax.rewards import leaks  # only a lesson can give the answer away
+
+    if leaks.LEAK in judged:
         return list(judged)
     question = sample.question
-    leaks = states_answer(sample.teaching, question.ground_truth, question.text)
-    return [gaming.LEAK] * leaks + list(judged)
+    states = leaks.states_answer(sample.teaching, question.ground_truth, question.text)
+    return [leaks.LEAK] * states + list(judged)
 
 
 def _lowered(reward: Reward, reasons: list[str], floor: float | None, penalty: float) -> Reward:

@@ -57,6 +57,7 @@ def key_of(parts: Sequence[str], messages: Sequence[Message]) -> str:
         messages: the conversation.
     """
     texts = [text for m in messages for text in (m["role"], m["content"])]
+    # The lengths keep the parts apart: the same characters divided otherwise are another call.
     content = "".join(f"{len(part)}:{part}" for part in [*parts, *texts])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -147,9 +148,8 @@ class ReplyCache:
         if not is_read_only:
             file.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when replies are removed
             file.execute(_TABLE)
-        file.execute(
-            "SELECT number, key, text, is_cut FROM replies LIMIT 1"
-        )  # fails if the file is not such a cache
+        # Fails if the file is not such a cache.
+        file.execute("SELECT number, key, text, is_cut FROM replies LIMIT 1")
         return file
 
     def _trim(self, file: sqlite3.Connection) -> None:

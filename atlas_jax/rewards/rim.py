@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import threading
-from collections.abc import Coroutine, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from atlas_jax import config as config_lib
 from atlas_jax import progress, stopping
+from atlas_jax.event_loop import EventLoopThread
 from atlas_jax.options.judges import RIMConfig
 from atlas_jax.rewards import ensemble, gaming, judges
+from atlas_jax.rewards.combined import failure
 from atlas_jax.rewards.ensemble import Opinion, Verdict
 from atlas_jax.rewards.transport import MAX_HOLD_SECS, CallBatch, CallResult, Transport
-from atlas_jax.rewards.verifiable import failure
 from atlas_jax.types import Message, Reward, Sample
-
-T = TypeVar("T")
 
 _EVIDENCE = {
     "ground_truth": "ground_truth",
@@ -55,9 +53,6 @@ _UNHEARD = Verdict(
     opinion=_NO_LESSON, samples=(), spread=0.0, escalation="", failures=(), num_asked=0
 )
 """The verdict of a judge that had to look at a lesson where none was written."""
-
-_CLOSE_SECS = 5.0
-"""Longest that closing the connections may hold up the caller."""
 
 
 class RIMEvaluation(NamedTuple):
@@ -119,6 +114,7 @@ class RIMReward:
         config_lib.check_rim(self.config)
         self.names = self.config.judge_names
         self._transport = Transport(self.config, share, ledger_path)
+        self._loops: set[EventLoopThread] = set()
 
     def __call__(self, samples: Sequence[Sample]) -> list[Reward]:
         """Returns the reward of each sample; one whose texts failed is not scored."""
@@ -135,10 +131,23 @@ class RIMReward:
         """Returns the reward of each case.
 
         Raises:
+            CancelledError: of concurrent.futures, if the reward is closed meanwhile.
             StopRequestedError: if the run is to stop; calls in flight are given up.
         """
-        with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
-            return _in_thread(self._judge(cases))
+        loop = EventLoopThread("judges")
+        self._loops.add(loop)
+        try:
+            # The other processes wait meanwhile, and must not take this one for stuck.
+            with progress.waiting(self.config.limits.timeout_secs + MAX_HOLD_SECS):
+                return stopping.result(loop.submit(self._judge(cases)))
+        finally:
+            loop.close()
+            self._loops.discard(loop)
+
+    def close(self) -> None:
+        """Gives up the calls that other threads have in flight; the reward may be used again."""
+        for loop in list(self._loops):
+            loop.close()
 
     def evaluate(
         self, prompt: str, response: str, **evidence: str | Sequence[str] | None
@@ -210,6 +219,7 @@ class RIMReward:
         temperatures = self.config.temperatures
         answers = await _asked(pool, messages, temperatures)
         calls = list(answers)
+        # If no sample came, the model is away, and the whole case is asked for again after a wait.
         if any(a.opinion for a in answers):
             missing = [i for i, a in enumerate(answers) if a.later]
             again = await _asked(pool, messages, [temperatures[i] for i in missing])
@@ -225,6 +235,7 @@ class RIMReward:
             last = await pool.ask("large_model", messages, temperature)
             answers = [*answers, last]
             calls = [*calls, last]
+            # An arbiter that does not answer leaves the decision with the samples.
             opinion = last.opinion or opinion
         failures = tuple(a.failure for a in answers if not a.opinion)
         spread = ensemble.spread(samples)
@@ -253,19 +264,20 @@ class RIMReward:
         }
         score = None if unheard else ensemble.aggregate(scores, weights)
         rules = self.config.anti_gaming
-        found = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
+        faults = gaming.find(case.question, case.ground_truth, case.lesson, case.answer, rules)
         witnesses = [v for n, v in verdicts.items() if "lesson" in judges.find(n, self.config).sees]
-        found += ensemble.reported(witnesses) if rules.ask_judges else []
+        faults += ensemble.reported(witnesses) if rules.ask_judges else []
         usages = [hearing.usage for hearing in hearings.values()]
         details: dict[str, Any] = {
             "judges": {n: _record(v, scores.get(n)) for n, v in verdicts.items()},
             "rules": applied,
-            "gaming": found,
+            "gaming": faults,
             **_total(usages, self._transport.is_priced)._asdict(),
         }
         if score is None:
             name, hearing = next(iter(unheard.items()))
             why = f"the judge {name} did not speak: {hearing.verdict.failures[0]}"
+            # One judge that will never speak makes another attempt useless.
             retryable = all(hearing.is_retryable for hearing in unheard.values())
             details = {"unscored": why, **details}
             return Reward(value=None, details=details, is_retryable=retryable)
@@ -285,11 +297,11 @@ def _field(name: str) -> str:
     Raises:
         TypeError: for a name that is not known.
     """
-    found = _EVIDENCE.get(name) or _EVIDENCE.get(name.removesuffix("s"))
-    if found is None:
+    field = _EVIDENCE.get(name) or _EVIDENCE.get(name.removesuffix("s"))
+    if field is None:
         nearest = difflib.get_close_matches(name, _EVIDENCE, 1, 0.0)
         raise TypeError(f"evaluate() takes no {name}; did you mean {nearest[0]}?")
-    return found
+    return field
 
 
 def _one(name: str, value: str | Sequence[str] | None) -> str:
@@ -298,40 +310,6 @@ def _one(name: str, value: str | Sequence[str] | None) -> str:
     if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name}={texts!r:.200} must be one text, since there is one answer")
     return texts[0] if texts else ""
-
-
-def _in_thread(work: Coroutine[Any, Any, T]) -> T:
-    """Returns the result of a coroutine, which an event loop in a thread of its own runs.
-
-    The thread is a daemon, so that calls which do not end do not hold up the end of the process.
-
-    Raises:
-        StopRequestedError: if the run is to stop; the coroutine is cancelled.
-    """
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=_serve, args=(loop,), name="judges", daemon=True)
-    thread.start()
-    try:
-        return stopping.result(asyncio.run_coroutine_threadsafe(work, loop))
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(_CLOSE_SECS)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Runs an event loop until it is stopped, then what its tasks do when they are cancelled."""
-
-    async def end(tasks: set[asyncio.Task[Any]]) -> None:
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    loop.run_forever()
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        if not task.cancelling():  # a second time would interrupt its cleaning up
-            task.cancel()
-    loop.run_until_complete(end(tasks))
-    loop.run_until_complete(loop.shutdown_default_executor())
-    loop.close()
 
 
 def _failure(sample: Sample) -> Reward | None:

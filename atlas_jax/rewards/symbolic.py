@@ -88,6 +88,11 @@ def _checker() -> _Checker:
     return _Checker()
 
 
+def close() -> None:
+    """Ends the checking process, which a later check starts again."""
+    _checker().close()
+
+
 class _Checker:
     """Client of the checking process, which is started on first use and after its death.
 
@@ -99,7 +104,7 @@ class _Checker:
         self._server: subprocess.Popen[str] | None = None
         self._num_asked = 0
         self.num_given_up = 0
-        atexit.register(self._close)
+        atexit.register(self._end)
 
     def same(self, answer: str, truth: str) -> bool:
         with self._lock:
@@ -112,8 +117,12 @@ class _Checker:
                 logging.warning(
                     "math-verify gave up on %d of %d answers, which count as not right; the last: "
                     "%.80r for %.80r (%s)",
-                    self.num_given_up, self._num_asked, answer, truth, reply or "it died",
-                )  # fmt: skip
+                    self.num_given_up,
+                    self._num_asked,
+                    answer,
+                    truth,
+                    reply or "it died",
+                )
         return False
 
     def _ask(self, answer: str, truth: str) -> str:
@@ -128,14 +137,19 @@ class _Checker:
             return ""
         if select.select([self._server.stdout], [], [], _PATIENCE_SECS)[0]:
             return self._server.stdout.readline().strip()
-        self._close()
+        self._end()
         return ""
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
         if self._server is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._server.pid, signal.SIGKILL)  # with its current check
             self._server.wait()
+            self._server = None
 
 
 def _start() -> subprocess.Popen[str]:

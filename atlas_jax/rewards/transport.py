@@ -93,6 +93,7 @@ class CallBatch:
         parts = (_address(model.endpoint.base_url), *map(str, request[:1] + request[2:]))
         key = key_of(parts, messages)
         earlier = self._asked.get(key)
+        # Equal cases, such as a lesson that a group wrote twice, share one call.
         if earlier is not None and not _may_pass(earlier):
             answer = await earlier
             return answer._replace(cached=True, tokens=0, cost=0.0, calls=0)
@@ -182,6 +183,7 @@ class Transport:
         )
         servers = {(m.endpoint.base_url, m.api_key) for m in self.models.values()}
         async with contextlib.AsyncExitStack() as stack:
+            # Saved even if the batch fails: what was spent counts against the budget.
             stack.callback(self._ledger.save)
             stack.callback(self._cache.flush)
             clients = {
@@ -231,10 +233,12 @@ class Transport:
                 reply = await self._post(client, model, request, tries)
             except ServerError as error:
                 failure = f"{failure}; then {error}" if failure else str(error)
+                # A refusal would come again; an outage passes.
                 later = isinstance(error, UnavailableError)
                 break
             tokens += reply.input_tokens + reply.output_tokens
             cost += _cost(reply, model.prices)
+            # An unreadable reply is kept too: on replay it must lead to the same failure.
             self._cache.write(key, reply)
             read = _read(reply, request)
             if not isinstance(read, Unreadable):
@@ -268,6 +272,8 @@ class Transport:
             return f"this process's {limits.calls} of reward.rim.limits.max_calls are used up"
         if limits.cost is not None and spent.cost is not None and spent.cost >= limits.cost:
             return f"this process's {limits.cost:g} of reward.rim.limits.max_cost is used up"
+        # Counted when it begins, so that calls in flight at the same time cannot pass the limit
+        # together.
         self._ledger.begin()
         return ""
 
@@ -281,6 +287,7 @@ class Transport:
         chars = sum(len(message["content"]) for message in request.messages)
         estimate = chars // _CHARS_PER_TOKEN
         tokens = self._throttles[_address(model.endpoint.base_url)].tokens
+        # Before the place in flight: a call that waits for its tokens must keep none of the places.
         await tokens.wait(float(estimate))
         dialect = self._dialects[model.endpoint]
         sent = Dialect()
@@ -305,6 +312,8 @@ class Transport:
             progress.mark()
             reply = _reply(raw, estimate)
             total = reply.input_tokens + reply.output_tokens
+            # The estimate is replaced by the count, so that the limit holds for what was really
+            # used.
             tokens.correct(float(total - estimate))
             self._ledger.add(total, _cost(reply, model.prices) if self.is_priced else None)
             return reply

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from atlas_jax import stopping
 from atlas_jax.rewards import worker_program
-from atlas_jax.rewards.forms import FunctionResult
+from atlas_jax.rewards.forms import CLOSED, FunctionResult
 from atlas_jax.types import Sample
 
 _LOOK_SECS = 0.5  # longest time from a request to stop until a wait ends
@@ -44,6 +44,7 @@ class Workers:
             reference=reference, timeout_secs=timeout_secs, num_workers=num_workers, path=[]
         )
         self._program: _RunningProgram | None = None
+        self._closed = threading.Event()
         self._lock = threading.Lock()
 
     def run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
@@ -53,14 +54,21 @@ class Workers:
             StopRequestedError: if the run is to stop; the calls are killed.
         """
         with self._lock:
+            if self._closed.is_set():
+                return [FunctionResult([], CLOSED)] * len(calls)
             try:
                 return self._run(calls)
             except stopping.StopRequestedError:
-                self.close()
+                self._end_program()
                 raise
 
     def close(self) -> None:
-        """Kills the processes."""
+        """Kills the processes; calls of other threads fail, and so do later ones."""
+        self._closed.set()
+        with self._lock:  # a call in progress looks at the event
+            self._end_program()
+
+    def _end_program(self) -> None:
         if self._program is not None:
             self._program.close()
             self._program = None
@@ -68,7 +76,7 @@ class Workers:
     def _run(self, calls: Sequence[Sequence[Sample]]) -> list[FunctionResult]:
         if self._program is None:
             self._program = _RunningProgram(
-                self._settings._replace(path=[p or os.getcwd() for p in sys.path])
+                self._settings._replace(path=[p or os.getcwd() for p in sys.path]), self._closed
             )
         outcomes: dict[int, FunctionResult] = {}
         error = self._program.wait_until_ready()
@@ -85,14 +93,15 @@ class Workers:
             done, error = self._program.receive(self._settings.timeout_secs + _PATIENCE_SECS)
             outcomes |= done
         if error:
-            self.close()
+            self._end_program()
         return [outcomes.get(number) or FunctionResult([], error) for number in range(len(calls))]
 
 
 class _RunningProgram:
     """The running program, and what it has said so far."""
 
-    def __init__(self, settings: worker_program.WorkerSettings) -> None:
+    def __init__(self, settings: worker_program.WorkerSettings, closed: threading.Event) -> None:
+        self._closed = closed  # a set event ends a wait for the program
         self._process = subprocess.Popen(
             [sys.executable, "-m", "atlas_jax.rewards.worker_program"],
             stdin=subprocess.PIPE,
@@ -139,6 +148,8 @@ class _RunningProgram:
         end = time.monotonic() + patience_secs
         while b"\n" not in self._buffer:
             stopping.check()
+            if self._closed.is_set():
+                return [], CLOSED
             if select.select([descriptor], [], [], _LOOK_SECS)[0]:
                 chunk = os.read(descriptor, _CHUNK)
                 if not chunk:

@@ -21,12 +21,12 @@ import concurrent.futures
 import contextlib
 import functools
 import json
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from atlas_jax import progress, sockets, stopping
+from atlas_jax.event_loop import EventLoopThread
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Message, Question
@@ -280,7 +280,7 @@ def run(
         StopRequestedError: if the run is to stop.
     """
     talks = _Talks(options, starts, model, limits)
-    with _event_loop() as loop:
+    with contextlib.closing(EventLoopThread("episodes")) as loop:
         next_turns: Coroutine[Any, Any, list[_Turn]] = talks.begin()
         is_blocked = False
         while True:
@@ -417,11 +417,11 @@ class _Talks:
 
 def _result(
     next_turns: Coroutine[Any, Any, list[_Turn]],
-    loop: asyncio.AbstractEventLoop,
+    loop: EventLoopThread,
     timeout_secs: float,
 ) -> list[_Turn] | None:
     """Returns the turns to write; [] if the run is to stop, None if the event loop is blocked."""
-    future = asyncio.run_coroutine_threadsafe(next_turns, loop)
+    future = loop.submit(next_turns)
     end = time.monotonic() + timeout_secs + _GRACE_SECS
     with progress.waiting(timeout_secs + _GRACE_SECS):
         while time.monotonic() < end:
@@ -431,28 +431,3 @@ def _result(
             if stopping.requested():
                 return []
     return None
-
-
-@contextlib.contextmanager
-def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Yields an event loop that runs in a daemon thread, which may be left blocked."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=_serve, args=(loop,), daemon=True, name="episodes")
-    thread.start()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(_GRACE_SECS)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Runs a loop until it is stopped, and then what its cancelled tasks still have to do."""
-    loop.run_forever()
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        last: Coroutine[Any, Any, Any] = asyncio.wait(tasks, timeout=_GRACE_SECS)
-        loop.run_until_complete(last)
-    loop.close()

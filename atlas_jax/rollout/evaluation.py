@@ -10,7 +10,7 @@ import numpy as np
 
 from atlas_jax import metrics
 from atlas_jax.rewards.verifiable import is_right
-from atlas_jax.rollout import measures, teaching
+from atlas_jax.rollout import teaching, teaching_measures
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Metrics, Question, Sample
@@ -53,7 +53,7 @@ def ask(
 
 
 def summary(samples: Sequence[Sample], taught: bool) -> dict[str, float]:
-    """Returns the metrics of `measures.of_teaching`, or the accuracy of direct answers.
+    """Returns the metrics of `teaching_measures.of_teaching`, or the accuracy of direct answers.
 
     They are over the samples of all processes, each of which calls this with its own.
     """
@@ -72,12 +72,15 @@ def intervals(samples: Sequence[Sample], seed: int = 0) -> dict[str, Interval]:
     table = np.asarray([[one[name] for name in names] for one in each], float)  # [N, metrics, 2]
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), size=_RESAMPLES)
+    # Sums and weights are drawn together: the ratio of the sums is the metric, not a mean of
+    # ratios.
     sums = np.einsum("rn,nmk->rmk", drawn, table)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = sums[..., 0] / sums[..., 1]
         values = table.sum(0)[:, 0] / table.sum(0)[:, 1]
     result = {}
     for i, name in enumerate(names):
+        # A draw may hold no question to which the metric applies.
         known = ratios[:, i][np.isfinite(ratios[:, i])]
         low, high = np.quantile(known, (0.025, 0.975)) if known.size else (math.nan, math.nan)
         key = name.removeprefix("teaching/")
@@ -101,12 +104,12 @@ def report(samples: Sequence[Sample], seed: int = 0) -> dict[str, Any]:
 
     `compared` are the questions that the student answered alone and taught.
     """
-    found = intervals(samples, seed)
+    by_metric = intervals(samples, seed)
     result: dict[str, Any] = {
         "questions": len(samples),
         "metrics": {
             name: {k: v if math.isfinite(v) else None for k, v in interval._asdict().items()}
-            for name, interval in found.items()
+            for name, interval in by_metric.items()
         },
     }
     counted = _measure(samples, _taught(samples))
@@ -198,7 +201,7 @@ def _taught(samples: Sequence[Sample]) -> bool:
 
 def _measure(samples: Sequence[Sample], taught: bool) -> Metrics:
     if taught:
-        return measures.of_teaching(samples)
+        return teaching_measures.of_teaching(samples)
     known = [s for s in samples if s.question.ground_truth]
     right = sum(is_right(s.completion, s.question.ground_truth) for s in known)
     return {"accuracy": (right, len(known))}

@@ -14,6 +14,7 @@ from atlas_jax.checkpoint import hf, writer
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.rollout.capabilities import ServerStart
+from atlas_jax.wording import shorten
 
 
 def check_manifest(directory: pathlib.Path, shapes: Mapping[str, Any], dtype: str) -> None:
@@ -110,4 +111,5 @@ def _differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
             name for name in expected.keys() & stored.keys() if stored[name] != expected[name]
         ),
     }
-    return "; ".join(f"{kind} {', '.join(names[:5])}" for kind, names in parts.items() if names)
+    shown = {kind: ", ".join(shorten(names, 5)) for kind, names in parts.items() if names}
+    return "; ".join(f"{kind} {names}" for kind, names in shown.items())

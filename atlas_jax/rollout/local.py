@@ -184,7 +184,8 @@ class LocalEngine:
         static = self.decoder, self.stop_ids, sampling
         limits = [row.limit for piece in pieces for row in piece.rows]
         longest = distributed.max_over_processes(max(limits, default=1))
-        prompts, rows = _prompts(pieces, sharding), _rows(pieces, sharding)
+        prompts = _prompts(pieces, sharding)
+        rows = _rows(pieces, sharding)
         grid, chunk = start(*static, first_room(longest), params, weights, prompts, rows)
         while True:
             # A row that has finished decodes on to the end of the chunk; `extend` ignores that.
@@ -455,18 +456,19 @@ def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Gri
     # The grid is split over devices by prompt, so that each device has `share` consecutive prompts.
     parts = sharding.local_replicas
     share = len(pieces) // parts
-    height, width = share, len(pieces[0].rows)
-    kept = None
+    height = share
+    width = len(pieces[0].rows)
+    smaller = None
     while height * width >= 4 * _FEW:
         height, width = (height, -(-width // 4)) if width > 1 else (-(-height // 4), 1)
         packed = [_packed(pieces, range(p * share, (p + 1) * share), width) for p in range(parts)]
         # Shapes are those of compiled programs, so all processes must agree on them.
         if distributed.max_over_processes(max(map(len, packed))) > height:
             break
-        kept = height, width, packed
-    if kept is None:
+        smaller = height, width, packed
+    if smaller is None:
         return grid, pieces
-    height, width, packed = kept
+    height, width, packed = smaller
     # Column 0 selects a prompt of the device's part, the others select rows of that prompt. Idle
     # cells select prompt 0 and row 0: they are computed, and ignored because their state is done.
     selection = np.zeros((parts * height, 1 + width), np.int32)

@@ -145,6 +145,7 @@ class Push:
             OSError: if the file `latest` cannot be written.
         """
         limit = self._pool.options.control_timeout_secs
+        # One limit for pausing and loading together: requests wait during both.
         end = time.monotonic() + limit
         must = self._must = [server for server in self._pool.servers if server.up]
         late = [
@@ -231,6 +232,7 @@ class Push:
             await self._take(directory, label, server)
             del self.bad[server]
 
+        # It counts as failed until `bring` has come to its end, which the limit may prevent.
         self.bad[server] = server.why
         await self._noting(server, bring())
 
@@ -336,6 +338,7 @@ class Push:
                 trainer on the probe, by server that answered it.
         """
         for server, by in differences.items():
+            # Written so that NaN counts as too different.
             if not by <= self._options.tolerance:
                 self.bad[server] = (
                     f"its log-probabilities differ by {by:.3g} nats from the trainer's"

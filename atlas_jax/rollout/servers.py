@@ -358,6 +358,7 @@ class ServerPool:
                     raise
             finally:
                 server.tasks.discard(task)
+            # A request that ends servers must not go through all of them.
             lost += 1
             if lost == _MOST_LOST:
                 raise UnavailableError(
@@ -387,6 +388,7 @@ class ServerPool:
         server.why = why
         server.hangs = hangs
         server.misses = 0
+        # `ask` sends them to another server.
         for task in server.tasks:
             task.cancel()
         if server.pushing:
@@ -410,6 +412,7 @@ class ServerPool:
             work = self._front(server) if server.up else self._whole(server)
             problem, hangs = await self._look(work, look.timeout_secs)
             if not problem:
+                # During a push the server may have the old weights; the push brings it back itself.
                 if not server.up and self.settled.is_set():
                     self.take_back(server)
                 server.misses = 0
@@ -495,6 +498,7 @@ class ServerPool:
             logging.warning("the connection to the %s servers does not close", self.role)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_SECS)
+        # Whoever waits in another thread would wait for ever for a loop that has ended.
         for future in list(self._waiting):
             future.cancel()
         if not self._thread.is_alive():

@@ -11,16 +11,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from atlas_jax.data.examples import fill
-from atlas_jax.rollout import episodes
 from atlas_jax.rollout.engine import ChatModel, Request
-from atlas_jax.rollout.episodes import EpisodeLimits, EpisodeOptions, EpisodeStart
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import Completion, Question, Sample
+
+if TYPE_CHECKING:
+    from atlas_jax.rollout.episodes import EpisodeOptions
 
 _LESSON = re.compile(r"<teaching>(.*?)</teaching>", re.DOTALL)
 _BASELINE, _PROBE, _LESSONS, _GUIDED, _EPISODES = range(5)  # streams of random numbers
@@ -48,7 +49,6 @@ class Limits(NamedTuple):
 class TeachingProtocol(NamedTuple):
     """The texts and limits with which a group of samples is made."""
 
-    kind: str  # teaching or direct
     templates: Templates
     limits: Limits
     num_generations: int
@@ -145,6 +145,7 @@ def _alone(
         )
         for q, place in zip(questions, places, strict=True)
     ]
+    # One call, so that both kinds of text fill the same rows of the engine.
     written = [group[0] for group in _ask(student, requests, draws.sampling, student.context)]
     return list(zip(written[: len(questions)], written[len(questions) :], strict=True))
 
@@ -185,7 +186,9 @@ def _converse(
     draws: Draws,
 ) -> list[Sample]:
     """Returns a sample for each episode, `num_generations` of each question."""
-    limits = EpisodeLimits(
+    from atlas_jax.rollout import episodes  # only a protocol of the user's own has them
+
+    limits = episodes.EpisodeLimits(
         prompt=protocol.limits.prompt, new=protocol.limits.policy, turns=options.max_turns
     )
     members = [
@@ -194,10 +197,10 @@ def _converse(
         for member in range(protocol.num_generations)
     ]
     starts = [
-        EpisodeStart(question, functools.partial(draws.seed_of, place, _EPISODES, member))
+        episodes.EpisodeStart(question, functools.partial(draws.seed_of, place, _EPISODES, member))
         for question, place, member in members
     ]
-    found = episodes.run(options, starts, policy, limits, draws.sampling)
+    finished = episodes.run(options, starts, policy, limits, draws.sampling)
     return [
         Sample(
             question=question,
@@ -207,7 +210,7 @@ def _converse(
             messages=episode.messages,
             facts=episode.facts,
         )
-        for (question, place, member), episode in zip(members, found, strict=True)
+        for (question, place, member), episode in zip(members, finished, strict=True)
     ]
 
 
@@ -223,6 +226,7 @@ def _guide(
     for sample in taught:
         template = protocol.templates.with_teaching
         prompt = _fill(template, sample.question, {"teaching": sample.teaching})
+        # Each lesson is answered with random numbers of its own, or its luck would be its group's.
         number = sample.place * protocol.num_generations + sample.member
         seed = draws.seed_of(number, _GUIDED)
         requests.append(Request(student.encode(prompt), protocol.limits.answer, seed))
@@ -235,6 +239,7 @@ def _guide(
 
 def _untaught(sample: Sample, protocol: TeachingProtocol) -> Completion | None:
     """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
+    # A lesson that failed must not count as one without effect, as the baseline would.
     if sample.completion.is_failed:
         return Completion.failed(sample.completion.finish_reason)
     if protocol.missing_teaching == "unscored":

@@ -65,6 +65,7 @@ class Versions:
         Raises:
             OSError: if that fails, or would replace files that this run did not write.
         """
+        # An interrupted run may have left the same label.
         for path in (self.path(label), self.partial(label)):
             if path.exists() and not self._is_own(path):
                 raise FileExistsError(
@@ -104,6 +105,7 @@ class Versions:
         if self._has_files:
             shutil.rmtree(self._files, ignore_errors=True)
         if self._lock:
+            # A directory with a lock is in memory and this run's alone.
             shutil.rmtree(self.root, ignore_errors=True)
             self._lock.close()
         with contextlib.suppress(OSError):  # absent, or not empty
@@ -143,6 +145,7 @@ def in_memory(run: str, num_bytes: int) -> Versions | None:
     Returns:
         The versions, or None if memory cannot be used; the reason is logged.
     """
+    # Left-overs of killed runs take the memory that this one needs.
     _sweep()
     root = _MEMORY / f"{_prefix()}{_name(run)}"
     free = _free_bytes()
@@ -218,6 +221,8 @@ def _lock(root: pathlib.Path) -> IO[str] | None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Without a link the directory was removed between opening and locking, and the lock would
+        # protect nothing.
         if os.fstat(file.fileno()).st_nlink:
             return file
     except OSError:

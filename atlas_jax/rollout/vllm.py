@@ -55,6 +55,7 @@ class VllmEngine:
     async def _generate(
         self, requests: Sequence[Request], sampling: Sampling
     ) -> list[list[Completion]]:
+        # Before the requests are dealt: with no server left there is nobody to deal them to.
         await self.pool.wait_for_one()
         servers = self.pool.spread([request.num_samples for request in requests])
         return await asyncio.gather(
@@ -75,6 +76,7 @@ class VllmEngine:
             return _failed(request, f"refused: {error.body}")
         except UnavailableError as error:
             return _failed(request, f"no answer: {error}")
+        # A push in progress decides only at its end whether the weights of its label count.
         await self.pool.settled.wait()
         versions = answer.server.versions if self.pool.label else None
         completion = self.read(request, answer.reply, versions)
@@ -109,6 +111,7 @@ class VllmEngine:
             return _failed(request, f"the server ended it with {reason!r}")
         if not tokens or sampled != tokens or not all(0 <= t < self.vocab_size for t in tokens):
             return _failed(request, "its token ids are impossible")
+        # A text that ends otherwise than its reason says would be trained with a wrong end.
         if stopped != (tokens[-1] in self.stop_ids):
             return _failed(request, f"finish_reason {reason!r} with last token {tokens[-1]}")
         if not all(math.isfinite(x) and _LOWEST < x <= _ROUNDING for x in logprobs):
@@ -117,6 +120,7 @@ class VllmEngine:
         if unknown:
             return _failed(request, f"written by weights {sorted(unknown)} that failed their probe")
         text = self.tokenizer.decode(tokens[: len(tokens) - stopped], skip_special_tokens=True)
+        # Several weights may have written it; the oldest bounds how stale it is.
         version = min(versions[label] for label in labels) if versions else 0
         return Completion(
             prompt_ids=request.prompt_ids,
@@ -138,6 +142,7 @@ def payload(
     log-probabilities are those of `sampling.draw`.
     """
     greedy = sampling.temperature == 0
+    # A seed for each sample, since equal seeds would write the group's members alike.
     seed = np.random.SeedSequence((request.seed, sample)).generate_state(1)[0]
     return {
         "token_ids": list(request.prompt_ids),

@@ -70,6 +70,7 @@ class DiskSync:
         """Creates the synchronization; `push` runs it."""
         self._pool = engine.pool
         self._pool.restarts = options.restart
+        # The probe must have all its tokens, so nothing ends it.
         self._engine = dataclasses.replace(engine, stop_ids=())
         self._decoder = decoder
         self._files = files
@@ -109,11 +110,13 @@ class DiskSync:
                 break
             logging.error("weights of step %d, try %d: %s", version, attempt + 1, done.reasons)
         self._pool.call(lambda: self._settle(done, label, version))
+        # After the pool is settled, so that whoever waits for it goes on.
         if not any(done.well):
             raise DependencyError(
                 f"the weights of step {version} reached no {self._pool.role} server, which stay "
                 f"paused: {done.reasons}"
             )
+        # Kept only now: what the next version must differ from is what servers have.
         self._written = done.written
         self._served = {
             server: done.push.checksums[server]
@@ -198,6 +201,7 @@ class DiskSync:
                 logprobs[i, j] = completion.untruncated_logprobs
         tokens = distributed.from_main(tokens)
         logprobs = distributed.from_main(logprobs)
+        # Process 0 alone has the answers; the others see from the numbers who gave one.
         answered = [not np.isnan(own).any() for own in logprobs]
         if not any(answered):
             return {}

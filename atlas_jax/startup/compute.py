@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax import optim, step
-from atlas_jax.config import BatchPlan, TrainConfig, batch_plan
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import BatchPlan, TrainConfig, batch_plan
 from atlas_jax.sharding import Sharding, make_mesh, platform
 from atlas_jax.types import Metrics, Params
 
@@ -94,9 +94,17 @@ class Compute:
         decoder = Decoder(
             architecture,
             sharding,
-            attention.select(config.attn_implementation, sharding.mesh, config.packing, dtype),
+            attention.select(
+                config.attn_implementation,
+                sharding.mesh,
+                config.packing,
+                dtype,
+                architecture.head_dim,
+                architecture.window,
+            ),
             param_dtype=param_dtype,
             compute_dtype=dtype,
+            gradient_dtype=jnp.promote_types(dtype, config.model.gradient_dtype),
             remat=config.gradient_checkpointing,
         )
         decoder.placements()  # raises for parameters that do not divide

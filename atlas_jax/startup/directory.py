@@ -4,7 +4,7 @@
 `commit`, after everything that can refuse the run has been checked, so that a failed attempt leaves
 the files of the run that is there as they were:
 
-    config.json   the resolved options, without secrets
+    config.json   the resolved options, without secrets, and the environment that they ran in
     model/        configuration and tokenizer, which make the checkpoints convertible
     start.json    the weights that training began with
 
@@ -32,15 +32,17 @@ from absl import logging
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import hf, manager
-from atlas_jax.config import TrainConfig, masked
-from atlas_jax.data import sources
 from atlas_jax.files import write_whole
+from atlas_jax.options.train import TrainConfig, masked
+from atlas_jax.types import ENVIRONMENT
+from atlas_jax.wording import shorten
 
 _LOCK = ".lock"
 _HOLDER = ".run.json"
 _CONFIG = "config.json"
 _START = "start.json"
-_NUM_SHOWN = 8
+_VARIABLES = ("CUDA_", "JAX_", "LIBTPU_", "NCCL_", "XLA_")
+"""Beginnings of the variables that XLA, CUDA and NCCL read."""
 
 
 class Origin(NamedTuple):
@@ -50,6 +52,9 @@ class Origin(NamedTuple):
     """A model directory or hub id, or the directory of another run."""
     step: int | None = None
     """The checkpoint of that run; None for a model."""
+
+    def __str__(self) -> str:
+        return self.path if self.step is None else f"{self.path}/checkpoints/{self.step}"
 
 
 class Started(NamedTuple):
@@ -77,16 +82,20 @@ def opened(config: TrainConfig) -> Iterator[None]:
             named with the directory.
     """
     text = _config_text(config)
+    # Before anything is written: processes with other options would wait for each other for ever.
     distributed.check_same(text, "its options differ from those of process 0; give all the same")
     directory = pathlib.Path(config.output_dir)
+    # Before the first program is compiled; JAX looks at this option only then.
     jax.config.update("jax_compilation_cache_dir", _compilation_cache(config))
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             stack.enter_context(_locked(directory))
+        # The lock comes first, since its file holds the number that the processes compare.
         _check_shared(directory)
         stack.enter_context(_log(directory))
         if distributed.is_main():
-            sources.take_snapshot(config.data, config.output_dir)
+            _take_snapshot(config)
+        # The others read the snapshot that process 0 has just written.
         distributed.barrier("the data's snapshot")
         try:
             yield
@@ -96,11 +105,18 @@ def opened(config: TrainConfig) -> Iterator[None]:
             raise OSError(error.errno, error.strerror, config.output_dir) from error
 
 
+def _take_snapshot(config: TrainConfig) -> None:
+    if config.data.db_url:
+        from atlas_jax.data import session_rows  # a run on files knows no database
+
+        session_rows.take_snapshot(config.data, config.output_dir)
+
+
 def commit(config: TrainConfig, files: hf.ModelFiles, started: Started) -> None:
     """Writes what describes the run, when nothing can refuse it any more."""
     if distributed.is_main():
         directory = pathlib.Path(config.output_dir)
-        write_whole(directory / _CONFIG, _config_text(config))
+        write_whole(directory / _CONFIG, _text({**masked(config), ENVIRONMENT: _environment()}))
         hf.write_run_files(str(directory / manager.MODEL_FILES), files)
         values = started._asdict() | {"origin": started.origin._asdict()}
         write_whole(directory / _START, json.dumps(values, indent=2) + "\n")
@@ -145,16 +161,28 @@ def changed(config: TrainConfig) -> str:
     path = pathlib.Path(config.output_dir) / _CONFIG
     if not path.exists():
         return ""
-    before = _flat(json.loads(path.read_text()))
+    before = json.loads(path.read_text())
+    before.pop(ENVIRONMENT, None)
+    before = _flat(before)
     now = _flat(json.loads(_config_text(config)))
     names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
-    parts = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names[:_NUM_SHOWN]]
-    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    return ", ".join(parts) + more
+    changes = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names]
+    return ", ".join(shorten(changes, 8))
 
 
 def _config_text(config: TrainConfig) -> str:
-    return json.dumps(masked(config), indent=2) + "\n"
+    return _text(masked(config))
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _environment() -> dict[str, str]:
+    """Returns what the speed and the rounding of a run depend on besides its options."""
+    chosen = {n: v for n, v in sorted(os.environ.items()) if n.startswith(_VARIABLES)}
+    device = jax.devices()[0].device_kind
+    return {"jax": jax.__version__, "devices": f"{jax.device_count()} x {device}", **chosen}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -182,6 +210,7 @@ def _locked(directory: pathlib.Path) -> Iterator[None]:
         write_whole(directory / _HOLDER, json.dumps(holder | {"id": secrets.randbits(63)}) + "\n")
         yield
     finally:
+        # Before the lock is released: the next run writes its own.
         (directory / _HOLDER).unlink(missing_ok=True)
         lock.release()
 
@@ -190,6 +219,7 @@ def _acquired(directory: pathlib.Path) -> filelock.BaseFileLock:
     path = str(directory / _LOCK)
     # A soft lock is a file with host, process and start time, for file systems without locks.
     for kind in (filelock.FileLock, filelock.SoftFileLock):
+        # A run that waited for another one would look as if it hung.
         lock = kind(path, timeout=0)
         try:
             lock.acquire()

@@ -291,14 +291,14 @@ def _event(value: Any) -> dict[str, Any]:
     source = inner if isinstance(inner, dict) else {}
     payload = source.get("payload")
     source = payload if isinstance(payload, dict) else source
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     if kind := source.get("event_type") or source.get("type"):
-        found["type"] = found["event_type"] = kind
+        merged["type"] = merged["event_type"] = kind
     if name := source.get("name"):
-        found["name"] = name
+        merged["name"] = name
     metadata = source.get("metadata")
     if actor := metadata.get("actor") if isinstance(metadata, dict) else None:
-        found["actor"] = actor
-    found.update(event)
-    found["event"] = {} if inner is None else inner
-    return found
+        merged["actor"] = actor
+    merged.update(event)
+    merged["event"] = {} if inner is None else inner
+    return merged

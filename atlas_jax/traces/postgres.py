@@ -105,6 +105,7 @@ def open_database(url: str, query: Query, access: Access | None = None) -> Datab
     parsed(url)
     try:
         with _snapshot(url, access) as connection:
+            # Reads no row, but fails if a table is missing or may not be read.
             for table in postgres_sql.TABLES:
                 connection.execute(f"SELECT FROM {table} LIMIT 0")
             columns = {row["attname"] for row in connection.execute(postgres_sql.COLUMNS)}
@@ -149,6 +150,7 @@ def read(
         try:
             for record, behind in _pages(database, query, page):
                 yield record
+                # After each record, so that a new connection continues with the next one.
                 page = behind
                 give_up = None
             return
@@ -351,6 +353,7 @@ def _events(
         return {}
     limit = access.events_per_session
     values = {"ids": ids, "first": span.first, "last": span.last, "limit": limit}
+    # Choosing the newest costs the database a sort, which most sessions do not need.
     too_many = span.most > limit
     statement = postgres_sql.NEWEST_EVENTS if too_many else postgres_sql.EVENTS
     events: dict[int, list[Event]] = defaultdict(list)

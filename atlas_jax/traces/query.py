@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atlas_jax.config import DataConfig
+from atlas_jax.options.data import DataConfig
 from atlas_jax.traces.schema import AtlasSessionTrace
 from atlas_jax.traces.values import as_time
 
@@ -93,11 +93,12 @@ class Query:
     def described(self) -> dict[str, Any]:
         """Returns the filters as JSON values."""
         values = dataclasses.asdict(self)
-        return {
-            k: v.isoformat() if isinstance(v, datetime.datetime) else list(v)
-            if isinstance(v, tuple) else v
-            for k, v in values.items()
-        }  # fmt: skip
+        for name, value in values.items():
+            if isinstance(value, datetime.datetime):
+                values[name] = value.isoformat()
+            elif isinstance(value, tuple):
+                values[name] = list(value)
+        return values
 
 
 def score_of(stats: Any) -> float | None:

@@ -65,20 +65,20 @@ def session_record(
 
 def _optional(session: Row, metadata: Row) -> dict[str, Any]:
     """Returns the parts that a record has only where there is something to say."""
-    found: dict[str, Any] = {k: metadata[k] for k in _LIFTED if metadata.get(k) is not None}
-    drift = found.get("drift")
-    summary = found.get("adaptive_summary")
-    if "drift_alert" not in found and isinstance(drift, dict) and "drift_alert" in drift:
-        found["drift_alert"] = drift["drift_alert"]
+    parts: dict[str, Any] = {k: metadata[k] for k in _LIFTED if metadata.get(k) is not None}
+    drift = parts.get("drift")
+    summary = parts.get("adaptive_summary")
+    if "drift_alert" not in parts and isinstance(drift, dict) and "drift_alert" in drift:
+        parts["drift_alert"] = drift["drift_alert"]
     mode = metadata.get("execution_mode")
-    found["execution_mode"] = mode or (
+    parts["execution_mode"] = mode or (
         summary.get("adaptive_mode") if isinstance(summary, dict) else None
     )
-    found["session_reward"] = decoded(session["reward"])
-    found["review_notes"] = as_text(session["review_notes"]).strip()
+    parts["session_reward"] = decoded(session["reward"])
+    parts["review_notes"] = as_text(session["review_notes"]).strip()
     for name in ("student_learning", "teacher_learning"):
-        found[name] = as_text(session[name] or metadata.get(name)).strip()
-    return {k: v for k, v in found.items() if v is not None and v != ""}
+        parts[name] = as_text(session[name] or metadata.get(name)).strip()
+    return {k: v for k, v in parts.items() if v is not None and v != ""}
 
 
 def _steps(rows: Sequence[Row], plan: Row) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def _step(row: Row, planned: Row) -> dict[str, Any]:
     if planned.get("depends_on") is not None:
         metadata.setdefault("depends_on", planned["depends_on"])
     count = row["attempts"]
-    known = {
+    columns = {
         "step_id": row["step_id"],
         "description": as_text(planned.get("description")),
         "trace": row["trace"] or "",
@@ -123,7 +123,7 @@ def _step(row: Row, planned: Row) -> dict[str, Any]:
         "attempts": len(attempts) or len(row["guidance_notes"]) if count is None else count,
         "guidance": row["guidance_notes"],
     }
-    return metadata | known | {"metadata": metadata}
+    return metadata | columns | {"metadata": metadata}
 
 
 def _reward(value: Any) -> Any:

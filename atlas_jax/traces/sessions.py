@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from atlas_jax.config import DataConfig
+from atlas_jax.options.data import DataConfig
 from atlas_jax.traces.query import Query
 from atlas_jax.traces.schema import AtlasSessionTrace, AtlasStepTrace
 from atlas_jax.traces.values import as_text
@@ -56,6 +56,7 @@ def to_records(
         fate = "other" if not query.matches(session) else "repeated" if key in seen else "kept"
         counts[fate] += 1
         if fate == "other":
+            # Told at the end, where filters that match nothing are corrected.
             counts[f"review_status {status}"] += 1
         if fate == "kept":
             seen.add(key)
@@ -78,12 +79,12 @@ def content_hash(session: AtlasSessionTrace) -> bytes:
 
 def lessons(session: AtlasSessionTrace) -> list[dict[str, str]]:
     """Returns what the teacher wrote, as rows of the format `teaching`, in order."""
-    found = [
+    rows = [
         _lesson(step_question(session, step, step.guidance[:k]), approach, note, diagnosis)
         for step in session.steps
         for k, (approach, note, diagnosis) in enumerate(_guided_attempts(step))
     ]
-    return found or _spoken_lessons(session)
+    return rows or _spoken_lessons(session)
 
 
 def questions(session: AtlasSessionTrace, answer_as_truth: bool) -> list[dict[str, str]]:
@@ -178,7 +179,7 @@ def _diagnosis(validation: dict[str, Any]) -> str:
 
 
 def _spoken_lessons(session: AtlasSessionTrace) -> list[dict[str, str]]:
-    found = []
+    rows = []
     attempt = ""
     for event in session.trajectory_events or ():
         kind = str(event.get("type", ""))
@@ -187,8 +188,8 @@ def _spoken_lessons(session: AtlasSessionTrace) -> list[dict[str, str]]:
         if text and actor in _STUDENTS:
             attempt = text
         if text and actor in _TEACHERS:
-            found.append(_lesson(session.task, attempt, text))
-    return found
+            rows.append(_lesson(session.task, attempt, text))
+    return rows
 
 
 def _said(value: Any) -> str:

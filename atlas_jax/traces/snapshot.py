@@ -16,8 +16,8 @@ from typing import Any
 from absl import logging
 
 from atlas_jax import extras
-from atlas_jax.config import DataConfig
-from atlas_jax.files import write_whole
+from atlas_jax.files import replace_atomically, write_whole
+from atlas_jax.options.data import DataConfig
 from atlas_jax.traces import parser, postgres
 from atlas_jax.traces.query import Query
 from atlas_jax.traces.schema import AtlasSessionTrace
@@ -67,14 +67,12 @@ def take(config: DataConfig, output_dir: str) -> None:
         return
     query = Query.from_config(config)
     folder = pathlib.Path(output_dir) / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("sessions-*.json")))
     target = folder / f"sessions-{number:04d}.parquet"
-    partial = target.with_suffix(".partial")
     database = postgres.open_database(config.db_url, query, _access(config))
     records = postgres.read(database, query, config.max_sessions or None)
-    total, newest = _write(partial, records)
-    partial.replace(target)
+    with replace_atomically(target) as partial:
+        total, newest = _write(partial, records)
     description = {
         "database": postgres.shown(config.db_url),
         "query": _asked(config),
@@ -112,8 +110,9 @@ def _current(config: DataConfig, output_dir: str) -> bool:
     before = _description(latest)["query"]
     now = _asked(config)
     if before != now:
-        changed = ", ".join(f"{k}={before.get(k)} (now {v})" for k, v in now.items()
-                            if before.get(k) != v)  # fmt: skip
+        changed = ", ".join(
+            f"{k}={before.get(k)} (now {v})" for k, v in now.items() if before.get(k) != v
+        )
         raise ValueError(
             f"{latest.with_suffix('.parquet')} was read with {changed}; restore that, read the "
             "database again with data.refresh=true, or choose another output_dir"

@@ -35,6 +35,8 @@ class LoadVersion:
         load = model.load_weights
         on_cpu = next(model.parameters()).device == torch.device("cpu")
         if on_cpu:
+            # On a CPU packed copies replace the parameters, so the tensors are noted on their way
+            # in.
             model.load_weights = lambda weights: load(_noted(weights, loaded))
         try:
             self.reload_weights(weights_path=weights_path)
@@ -44,6 +46,7 @@ class LoadVersion:
         self.loaded_checksums = loaded
         for layer in model.modules():
             if isinstance(layer, ParallelLMHead) and layer.weight.device == torch.device("cpu"):
+                # See above: a shared output table is not packed again by vLLM.
                 layer.quant_method.process_weights_after_loading(layer)
 
     def weight_checksums(self) -> dict[str, str]:
@@ -52,12 +55,12 @@ class LoadVersion:
         On a CPU, where packed copies cannot be read, they include the tensors that the last
         `load_version` passed to the model.
         """
-        own = {
+        loaded = {
             name: checksum(parameter.detach())
             for name, parameter in self.get_model().named_parameters()
             if parameter.numel()
         }
-        return own | getattr(self, "loaded_checksums", {})
+        return loaded | getattr(self, "loaded_checksums", {})
 
 
 def _noted(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from atlas_jax import convert
 from atlas_jax.checkpoint import exports
 
 
@@ -192,11 +193,11 @@ def test_a_target_that_overlaps_its_source_is_refused(tmp_path, target, source):
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "c" / "weights")
     (tmp_path / "link").symlink_to("a")
     with pytest.raises(ValueError, match="one is the other or lies inside it"):
-        exports.check_apart(tmp_path / target, [tmp_path / source])
+        convert.check_apart(tmp_path / target, [tmp_path / source])
 
 
 def test_targets_beside_their_source_are_fine(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "f").write_text("mine")
     for target in ("ab", "a.old", "b/a"):
-        exports.check_apart(tmp_path / target, [tmp_path / "a", tmp_path / "a" / "f"])
+        convert.check_apart(tmp_path / target, [tmp_path / "a", tmp_path / "a" / "f"])

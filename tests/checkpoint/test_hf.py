@@ -12,6 +12,7 @@ import safetensors.numpy
 import torch
 import transformers
 
+from atlas_jax import convert
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import MeshConfig
 from tests import tiny
@@ -333,12 +334,12 @@ def test_the_dtypes_of_a_run_outlast_its_source(tmp_path):
     rewrite(tmp_path / "source", lambda t: t.update({"model.norm.weight": norm}))
     files = hf.model_files(hf.open_source(str(tmp_path / "source")), chatml_tokenizer())
     hf.write_run_files(str(tmp_path / "model"), files)
-    found = hf.read_files(str(tmp_path / "model"), lambda _: None)
+    found = convert.read_files(str(tmp_path / "model"), lambda _: None)
     assert found.dtype == files.dtype
     assert found.dtype["model.norm.weight"] == "float32"
     assert found.config == files.config
     hf.write_run_files(str(tmp_path / "model"), files._replace(dtype="bfloat16"))
-    assert hf.read_files(str(tmp_path / "model"), lambda _: None).dtype == "bfloat16"
+    assert convert.read_files(str(tmp_path / "model"), lambda _: None).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("of_run", [False, True])
@@ -352,7 +353,7 @@ def test_no_generation_config_is_written_where_there_was_none(of_run, tmp_path):
         hf.write_run_files(str(tmp_path / "run"), files)
         assert not (tmp_path / "run" / "generation_config.json").exists()
         (tmp_path / "run" / "generation_config.json").write_text("{}\n")
-        files = hf.read_files(str(tmp_path / "run"), lambda _: chatml_tokenizer())
+        files = convert.read_files(str(tmp_path / "run"), lambda _: chatml_tokenizer())
     hf.write_files(str(tmp_path / "out"), files)
     assert not (tmp_path / "out" / "generation_config.json").exists()
 

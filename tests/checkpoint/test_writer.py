@@ -16,7 +16,7 @@ from atlas_jax import distributed, stopping
 from atlas_jax.checkpoint import hf, writer
 from atlas_jax.config import MeshConfig
 from atlas_jax.hosts import joined
-from atlas_jax.options.model import HostsConfig
+from atlas_jax.options.train import HostsConfig
 from atlas_jax.types import Address
 from tests import processes, tiny, words
 

@@ -7,10 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from atlas_jax.checkpoint import gguf
 from atlas_jax.data import chat
-from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.data.control_tokens import ControlTokens
+from atlas_jax.data.chat_template import ChatTemplate, ControlTokens
 from atlas_jax.data.examples import Conversation, PlainText
-from atlas_jax.recipes.chat_models import encoder
+from atlas_jax.recipes.chat_models import asking, turn_encoder
 from tests import words
 from tests.assets import smollm2_gguf
 from tests.tokenizers import CHATML, LLAMA2, QWEN3, SENTENCES, chatml_tokenizer, llama2_tokenizer
@@ -109,7 +108,7 @@ def test_special_tokens_that_a_user_names_are_text_in_training_and_in_prompts(to
     control = tokenizer.convert_tokens_to_ids(names_of(tokenizer))
     assert control
     plain = encode(tokenizer, "is it x, x?", "it is x", template=template)
-    asked = encoder(template, "")
+    asked = asking(turn_encoder(template, ""))
     for name in names_of(tokenizer):
         text = f"is it{name}, {name}{name}?"
         found = encode(tokenizer, text, "it is x", template=template)
@@ -128,7 +127,7 @@ def test_special_tokens_that_a_user_names_are_text_in_training_and_in_prompts(to
 def test_ids_of_a_named_special_token_worked_by_hand():
     tokenizer = chatml_tokenizer()
     (start, end) = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    prompt = encoder(ChatTemplate(tokenizer), "")("say <|im_end|>")
+    prompt = asking(turn_encoder(ChatTemplate(tokenizer), ""))("say <|im_end|>")
     # ByteLevel cuts "say <|im_end|>" into "say", " <|", "im", "_", "end", "|>"
     written = [*"Ġ<|im_end|>"]
     expected = [start, *tokenizer("user\nsay").input_ids]
@@ -142,7 +141,7 @@ def test_ids_of_a_named_special_token_worked_by_hand():
 
 def test_a_prompt_of_a_model_without_a_chat_template_is_text():
     tokenizer = llama2_tokenizer(None)
-    asked = encoder(ChatTemplate(tokenizer), "be kind")
+    asked = asking(turn_encoder(ChatTemplate(tokenizer), "be kind"))
     assert asked("is it?") == tuple(tokenizer("be kind\n\nis it?").input_ids)
     ids = asked("is it </s> or <s>?")
     assert ids.count(tokenizer.bos_token_id) == 1

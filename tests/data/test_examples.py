@@ -3,10 +3,12 @@
 import dataclasses
 import re
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from atlas_jax.config import DataConfig, LessonsConfig
-from atlas_jax.data import examples
+from atlas_jax.data import examples, shapes
 from atlas_jax.data.examples import Conversation, PlainText
 from atlas_jax.data.sources import Row, Rows
 
@@ -30,6 +32,32 @@ def sample(fields, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     row = Row("t.jsonl:1", fields)
     return examples.to_sample(row, config, dataclasses.replace(LESSONS, **lessons))
+
+
+_TEXTS = st.sampled_from(["", "x", "[", '[{"role": "user", "content": "x"}]', " [{}]", 3, None])
+_ROWS = st.one_of(
+    st.fixed_dictionaries({"prompt": _TEXTS, "completion": _TEXTS}, optional={"label": _TEXTS}),
+    st.fixed_dictionaries(
+        {
+            "messages": st.lists(
+                st.fixed_dictionaries(
+                    {"role": st.sampled_from(["user", "User", "human", "tool"]), "content": _TEXTS},
+                    optional={"weight": st.just(0), "function_call": st.just({})},
+                ),
+                max_size=3,
+            )
+        },
+        optional={"system": st.just("be kind"), "functions": st.just([])},
+    ),
+)
+
+
+@hypothesis.given(_ROWS)
+def test_rows_that_are_not_converted_are_those_that_conversion_would_keep(fields):
+    ours = examples._is_ours(fields)
+    hypothesis.target(float(ours))
+    if ours:
+        assert shapes.training_row(shapes.renamed(fields, {})) == fields
 
 
 def test_messages_are_kept_as_they_are():

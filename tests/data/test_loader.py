@@ -126,6 +126,22 @@ def test_packed_batches_have_the_length_of_a_row():
     assert {dataset.batch(step).tokens.shape for step in range(4)} == {(4, 30)}
 
 
+def test_rows_of_every_epoch_keep_to_the_segments_of_the_first():
+    dataset = build(packing=True, max_seq_length=30)
+    most = dataset.max_segments
+    assert most % 8 == 0
+    widest = max(dataset.batch(s).segment_ids.max() for s in range(dataset.num_steps(3)))
+    assert 1 < widest <= most
+    assert build().max_segments == 1
+
+
+def test_packed_rows_have_whole_blocks_and_hold_no_more_tokens():
+    dataset = build(packing=True, max_seq_length=140)
+    batch = dataset.batch(0)
+    assert batch.tokens.shape[1] == 256
+    assert (batch.segment_ids > 0).sum(axis=1).max() <= 140
+
+
 def test_buckets_above_the_longest_row_are_cut_to_it():
     assert loader.capped_buckets((256, 64, 128), 100) == (64, 100)
     assert loader.capped_buckets((64, 100), 100) == (64, 100)
@@ -189,6 +205,16 @@ def test_state_of_other_data_is_refused(changes):
         build().batches().set_state(state)
 
 
+def test_a_position_in_other_data_is_kept_where_they_are_allowed():
+    old = build(seed=1).batches()
+    next(old)
+    dataset = build()
+    new = dataset.batches()
+    new.set_state(old.get_state(), allow_other_data=True)
+    assert same(next(new), dataset.batch(1))
+    assert new.get_state() == {"step": 2, "fingerprint": dataset.fingerprint}
+
+
 def test_fingerprint_changes_with_a_row_and_with_its_mask():
     def fingerprint(fields, completion_only=True):
         data = dataclasses.replace(CONFIG.data, completion_only=completion_only)
@@ -234,12 +260,13 @@ def test_report_counts_and_names_every_row():
     )
     report = loader.build(named, config, ChatTemplate(TOKENIZER), HostRows(1)).report
     assert (report.rows, report.examples) == (6, 2)
-    assert report.empty == ("t:1",)
-    assert report.masked == ("t:2",)
-    assert report.truncated == ("t:3",)
-    assert report.rejected[0] == "t:9: is not JSON"
-    assert report.rejected[1].startswith("t:4: lacks messages; it has question")
-    assert (report.no_stop, report.split, report.other_prompt) == ((), (), ())
+    unreadable, unknown = report.notes["rejected"]
+    assert unreadable == "t:9: is not JSON"
+    assert unknown.startswith("t:4: lacks messages; it has question")
+    assert {note: names for note, names in report.notes.items() if names} == {
+        "rejected": (unreadable, unknown), "empty": ("t:1",), "masked": ("t:2",),
+        "truncated": ("t:3",),
+    }  # fmt: skip
     # "y" and its stop token, and the example that was cut: 40 tokens less its prompt.
     prompt = TOKENIZER("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     assert report.trained_tokens == 2 + 40 - len(prompt)

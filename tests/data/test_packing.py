@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from atlas_jax.data.packing import bucket_length, collate, pack_best_fit
+from atlas_jax.data.packing import bucket_length, collate, pack_best_fit, whole_blocks
 from atlas_jax.types import Example
 
 
@@ -29,6 +29,17 @@ def test_packing_never_splits_loses_or_repeats_an_example():
     # At most one row is half empty: the later of two would have gone into the earlier.
     assert sorted(lengths[row].sum() for row in rows)[:2][1] > 32
     assert rows == pack_best_fit(lengths, 64)
+
+
+def test_a_full_number_of_examples_closes_a_row():
+    # Without the limit the 2 goes behind the 4 and the 3, which leave the least room.
+    assert pack_best_fit([4, 3, 2, 1], 10) == [[0, 1, 2, 3]]
+    assert pack_best_fit([4, 3, 2, 1], 10, most=2) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("length,positions", [(100, 100), (128, 128), (129, 256), (1000, 1024)])
+def test_long_rows_are_whole_blocks(length, positions):
+    assert whole_blocks(length) == positions
 
 
 def test_example_longer_than_a_row_is_an_error():

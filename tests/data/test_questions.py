@@ -2,7 +2,8 @@
 
 import pytest
 
-from atlas_jax.data.questions import QuestionOrder, check_template, parse_questions, to_question
+from atlas_jax.data.examples import check_template
+from atlas_jax.data.questions import QuestionOrder, parse_questions, to_question
 from atlas_jax.data.sources import Row, Rows
 from atlas_jax.types import Question
 

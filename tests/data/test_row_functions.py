@@ -8,7 +8,7 @@ import pytest
 
 from atlas_jax import config as config_lib
 from atlas_jax.config import DataConfig
-from atlas_jax.data import row_functions, sources
+from atlas_jax.data import row_checks, row_functions, sources
 
 MODULE = """
 def rows():
@@ -122,7 +122,7 @@ def test_the_check_reads_no_more_of_a_generator_than_it_must(module):
     def use(row):
         seen.append(row.fields["question"])
 
-    sources.check_function(f"{module}:broken", use)
+    row_checks.check_function(f"{module}:broken", use)
     assert seen == ["q"]
     assert list(itertools.islice(row_functions.read(f"{module}:broken", "train"), 1))
 

@@ -234,5 +234,5 @@ def test_every_row_that_the_page_on_data_shows_is_taken():
 
 def test_every_kind_of_file_that_is_read_stands_on_the_page_on_data():
     text = PAGE.read_text()
-    for kind in (*row_files._READERS, *row_files._COMPRESSED):
+    for kind in (*row_files._KINDS, *row_files._COMPRESSED):
         assert re.search(rf"`[\w.]*{re.escape(kind)}`", text), kind

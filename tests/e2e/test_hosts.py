@@ -27,6 +27,20 @@ GRPO = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation
         "scale_rewards": "batch", "rollout.refill_rounds": 1, "sync_ref_model": False,
         "num_iterations": 1, "hosts.heartbeat_timeout_secs": LIMIT}  # fmt: skip
 
+EPISODES = """
+import asyncio
+
+async def ask(policy, question):
+    number = int(question.text[1:])
+    await policy.say(f"{question.text} plan", max_tokens=3)
+    if number % 4 == 1:
+        raise KeyError("no such tool")
+    if number % 4 == 2:
+        await asyncio.sleep(600)
+    await policy.say(f"hint {number}", role="tool", max_tokens=3)
+    for _ in range(number):
+        await policy.say("answer", max_tokens=3)
+"""  # turns of different numbers, so that a process waits for the other one
 sft_inputs, grpo_inputs = test_sft.inputs, test_grpo.inputs
 
 
@@ -207,9 +221,9 @@ def rollouts(output, step):
     lines = []
     for path in sorted((output / "rollouts").glob(f"step_{step:06d}_*")):
         lines += [json.loads(line) for line in path.read_text().splitlines()]
-    keep = ("question_id", "member", "reward", "advantage", "trains", "teaching")
+    keep = ("question_id", "member", "reward", "advantage", "trains", "teaching", "messages")
     return [
-        {k: line[k] for k in keep}
+        {k: line.get(k) for k in keep}
         | {k: v["token_ids"] for k, v in line.items() if isinstance(v, dict) and "token_ids" in v}
         for line in lines
     ]
@@ -260,6 +274,42 @@ def test_grpo_through_vllm_on_two_processes_equals_one(grpo_inputs, vllm_server,
     first = served.trainer(vllm_server.root)
     with served.connected(first, [vllm_server.url], tmp_path / "back") as link:
         link.sync.push(first.params, 0)
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("local"), pytest.param("vllm", marks=pytest.mark.long)]
+)
+def test_episodes_on_two_processes_equal_one(grpo_inputs, request, tmp_path, monkeypatch, backend):
+    (tmp_path / "tools_of_mine.py").write_text(EPISODES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    options = GRPO | {
+        "rollout.protocol": "tools_of_mine:ask", "rollout.episode_timeout_secs": 2.0,
+        "rollout.max_turns": 8, "max_new_tokens": 24, "max_seq_length": 64,
+        "data.length_buckets": "(64,)", "reward.max_failed_frac": 0.9,
+    }  # fmt: skip
+    if backend == "vllm":
+        server = request.getfixturevalue("vllm_server")
+        options |= {
+            "model_name_or_path": server.root, "rollout.backend": "vllm",
+            "rollout.teacher_servers": server.url, "rollout.sync_dtype": "float32",
+            "rollout.probe_tolerance": 1e-3,
+        }  # fmt: skip
+    outputs = grpo_of_one_and_two(grpo_inputs, tmp_path, "direct", options)
+    lines = [line for line in test_grpo.metrics(outputs[1]) if "loss/total" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert abs(line["rollout/mismatch_kl"]) < 1e-6
+        assert line["rollout/failed_frac"] >= line["reward/failed_frac"] > 0
+        assert line["rollout/observed_tokens"] > 0
+    for sample in (s for step in (1, 2) for s in rollouts(outputs[1], step)):
+        kind = int(sample["messages"][0]["content"][1]) % 4
+        assert (sample["reward"] is None) == (kind in (1, 2))
+        assert (sample["completion"] == []) == (kind in (1, 2))
+        assert sample["trains"] == (kind in (0, 3))
+    if backend == "vllm":
+        first = served.trainer(server.root)
+        with served.connected(first, [server.url], tmp_path / "back") as link:
+            link.sync.push(first.params, 0)
 
 
 def test_a_checkpoint_is_restored_bitwise_on_other_meshes(whole):

@@ -222,3 +222,68 @@ def test_the_example_of_sft_from_python_trains(place, tmp_path):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/total"] for line in lines if "loss/total" in line]
     assert losses[-1] < losses[0]
+
+
+ENDINGS = """
+import asyncio, dataclasses, os, signal, sys, threading
+
+import psutil
+
+from atlas_jax import config as config_lib, train
+from atlas_jax.types import DependencyError
+
+ENDING = sys.argv[-1]
+
+async def tool(policy, question):
+    await policy.say(question.text)
+    await asyncio.to_thread(str)
+    await policy.say("answer")
+
+async def rewarded(sample):
+    await asyncio.to_thread(str)
+    if ENDING == "signal" and sample.question.id.endswith("[1]") and sample.member == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(600)
+    if ENDING == "error":
+        raise RuntimeError("no luck")
+    return 1.0
+
+def raised(sample):
+    return float(len(sample.completion.text))
+
+def main():
+    draft = config_lib.defaults(config_lib.GRPOConfig)
+    draft.update_from_flattened_dict({
+        "model_name_or_path": "model", "data.eval_path": "none", "max_prompt_length": 12,
+        "rollout.protocol": "direct", "rollout.direct_template": "{question} answer", "beta": 0.0,
+        "num_generations": 4, "max_new_tokens": 8, "max_seq_length": 32, "max_steps": 1,
+        "data.length_buckets": (32,), "train_batch_size": 16, "per_device_train_batch_size": 16,
+        "save_steps": 0, "eval_steps": 0, "teaching.system_prompt": "",
+        "reward.retry_waits_secs": (), "report_to": ("tensorboard",), "sync_ref_model": False,
+        "reward.names": ("exact_match", "endings:raised", "endings:rewarded"),
+        "rollout.protocol": "endings:tool" if ENDING == "end" else "direct",
+    })
+    rows = [{"question": f"q{i}", "answer": "x^2+1"} for i in range(8)]
+    kept = []
+    for turn in range(2):
+        draft.output_dir = f"out_{ENDING}_{turn}"
+        try:
+            finished = train.run(draft, rows=rows)
+        except DependencyError:
+            finished = "error"
+        assert finished == {"end": True, "signal": False, "error": "error"}[ENDING]
+        left = {thread.name for thread in threading.enumerate()} - {"tqdm_monitor"}  # of tqdm
+        print(left, [child.cmdline() for child in psutil.Process().children(recursive=True)])
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("ending", ["end", "error", "signal"])
+def test_a_run_that_ends_leaves_no_process_and_no_thread(place, ending):
+    (place / "endings.py").write_text(ENDINGS)
+    result = run(place, [sys.executable, "endings.py", ending])
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = result.stdout.splitlines()[-2:]
+    assert first == second == "{'MainThread'} []"

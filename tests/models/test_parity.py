@@ -1,7 +1,6 @@
 """The decoder computes what transformers computes."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,7 +10,6 @@ from atlas_jax.checkpoint import gguf, hf, names
 from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
-from atlas_jax.models.splash import splash
 from atlas_jax.sharding import make_mesh
 from tests import tiny
 from tests.assets import smollm2_gguf
@@ -73,21 +71,6 @@ def test_smollm2_logits_equal_transformers():
     )
     ours = jax.jit(lambda p: our_logits(decoder, p, rows))(params)
     np.testing.assert_allclose(np.asarray(ours[0]), hf_logits(model, tokens), atol=1e-4)
-
-
-@pytest.mark.parametrize("length", [256, 150, 32])
-def test_splash_equals_xla(length):
-    """Also where the kernel's block does not divide the row."""
-    rng = np.random.default_rng(0)
-    query, key, value = (
-        jnp.asarray(rng.standard_normal((2, length, n, 128)), jnp.float32) for n in (4, 2, 2)
-    )
-    segments = jnp.repeat(jnp.array([[1, 2], [1, 0]], jnp.int32), length // 2, axis=1)
-    mesh = make_mesh(MeshConfig(fsdp=1), ONE)
-    for window in (0, 100):
-        expected = attention.xla(query, key, value, segments, scale=0.1, window=window)
-        found = splash(query, key, value, segments, scale=0.1, window=window, mesh=mesh)
-        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "splash"])

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
+from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, Rope
-from atlas_jax.models.splash import splash
-from atlas_jax.plan import estimate, flops, hlo, programs, report, search
+from atlas_jax.plan import estimate, flops, hlo, pairs, programs, rates, report, search
 from atlas_jax.plan.targets import Device, Target
 from atlas_jax.sharding import make_mesh
 
@@ -26,9 +26,12 @@ SFT = SFTConfig(
 )  # fmt: skip
 
 
-def plan(config, target=EIGHT, student=None):
-    run = programs.build(config, target, jax.devices()[: target.num_devices], MODEL, student)
-    return report.Plan(target, run, [estimate.measure(run, p, target) for p in run.programs])
+def plan(config, target=EIGHT, student=None, segments=1):
+    devices = jax.devices()[: target.num_devices]
+    run = programs.build(config, target, devices, MODEL, student, segments)
+    speeds = rates.published(target.device)
+    measured = [estimate.measure(run, p, target, speeds) for p in run.programs]
+    return report.Plan(target, run, measured, speeds)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,31 @@ def test_operations_are_counted_by_hand(sft):
     weights = layers * (2 * d * h + 2 * d * 32 + 3 * d * 128)
     attention = 12 * layers * tokens * length * h  # scores and values; plain XLA skips nothing
     head = 6 * tokens * 512 * d
-    assert sft.programs[0].cost.flops * 8 == 6 * tokens * weights + attention + head
+    cost = sft.programs[0].cost
+    assert cost.flops * 8 == 6 * tokens * weights + attention + head
+    seen = 8 * (128 * 129 / 2)
+    needed = 6 * tokens * weights + 12 * layers * h * seen + head
+    assert cost.flops_needed * 8 == sft.programs[0].model_flops == needed
+    assert cost.attention_pairs == 128**2 / (128 * 129 / 2)
+
+
+def test_needed_operations_follow_the_texts_of_packed_rows():
+    packed = dataclasses.replace(SFT, packing=True)
+    one, four = (plan(packed, segments=n).programs[0].cost for n in (1, 4))
+    fewer = 12 * 4 * 64 * (128 * 129 / 2 - 4 * 32 * 33 / 2)  # L, N H, pairs of a row
+    assert one.flops_needed - four.flops_needed == fewer
+    assert one.flops == four.flops
+    assert four.attention_pairs == 128**2 / (4 * 32 * 33 / 2)
+    with pytest.raises(ValueError, match="packing=true"):
+        plan(SFT, segments=4)
+
+
+def test_needed_operations_of_windows_are_those_of_their_pairs():
+    window = dataclasses.replace(MODEL, window=32, local_layers=(True, False, True, True))
+    content = pairs.even(128, 1)
+    whole, near = (flops.forward(m, 3, content) for m in (MODEL, window))
+    seen = sum(min(t + 1, 32) for t in range(128))
+    assert whole - near == 3 * 4 * 64 * 3 * (128 * 129 / 2 - seen)
 
 
 def test_full_checkpointing_computes_the_forward_pass_again(sft):
@@ -100,8 +127,10 @@ def test_grpo_has_its_update_its_reference_and_its_generation():
     )  # fmt: skip
     found = plan(config, student=MODEL)
     names = [p.name for p in found.programs]
-    assert names == ["update", "logprobs", "prefill", "decode 32 tokens"]
-    update, logprobs, _, decode = found.programs
+    own = ["update", "logprobs", "prefill", "decode 32"]
+    student = ["alone prefill", "alone decode 32", "guided prefill", "guided decode 32"]
+    assert names == own + student
+    update, logprobs, _, decode, _, alone, _, guided = found.programs
     assert decode.times == 1
     weights = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 512 * 64
     least = 32 * (32 / 8) * 2 * weights  # 32 tokens of a device's four rows, without attention
@@ -109,6 +138,12 @@ def test_grpo_has_its_update_its_reference_and_its_generation():
     assert decode.cost.traffic_bytes > 32 * 4 * weights
     assert logprobs.memory.resident == 2 * logprobs.memory.params  # reference and student
     assert update.cost.flops > 3 * logprobs.cost.flops
+    assert guided.times == 1 and guided.cost.flops > least  # as many rows, longer prompts
+    assert alone.times == 500 // 32 + 1  # the approach may take longer than the answer
+    # A row of 128: a prompt of 64 and two completions of 32, which see it and themselves.
+    seen = 64 * 65 / 2 + 2 * (32 * 64 + 32 * 33 / 2)
+    assert logprobs.model_flops == 16 * (2 * 128 * weights + 4 * 4 * 64 * seen)
+    assert logprobs.cost.attention_pairs == 128**2 / seen
     values = report.as_json(found, config)
     assert values["vllm"]["kv_bytes_per_sequence"] == 2 * 2 * 4 * 2 * 16 * 96
     params = sum(math.prod(s.shape) for s in jax.tree.leaves(found.run.decoder.shapes))
@@ -123,7 +158,7 @@ def test_scans_count_as_often_as_they_run():
         jax.ShapeDtypeStruct((8, 16), "float32"),
         jax.ShapeDtypeStruct((5, 16, 16), "float32"),
     )
-    assert flops.count(jax.make_jaxpr(layers)(*arguments).jaxpr) == 5 * 2 * 8 * 16 * 16
+    assert flops.work(jax.make_jaxpr(layers)(*arguments).jaxpr, 1)[0] == 5 * 2 * 8 * 16 * 16
 
 
 def test_a_loop_that_depends_on_data_counts_as_often_as_it_may_run():
@@ -138,7 +173,7 @@ def test_a_loop_that_depends_on_data_counts_as_often_as_it_may_run():
         jax.ShapeDtypeStruct((16, 16), "float32"),
         jax.ShapeDtypeStruct((), "int32"),
     )
-    assert flops.count(jax.make_jaxpr(product)(*arguments).jaxpr) == 7 * 2 * 8 * 16 * 16
+    assert flops.work(jax.make_jaxpr(product)(*arguments).jaxpr, 1)[0] == 7 * 2 * 8 * 16 * 16
     module = hlo.parse(jax.jit(product).lower(*arguments).compile().as_text())
     assert max(times for _, times, _ in hlo.executed(module)) == 7
 
@@ -153,8 +188,29 @@ def test_kernels_of_tpu_attention_count_as_their_products(rows):
 
     def total(query, key, value):
         ids = jnp.ones((rows, length), jnp.int32)
-        return splash(query, key, value, ids, scale=1.0, mesh=mesh).sum()
+        return attention.Splash(mesh)(query, key, value, ids, scale=1.0).sum()
 
     traced = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(query, key, key)
-    by_hand = (2 + 3 + 4) * 2 * rows * heads * length * length * size / 2
-    assert flops.count(traced.jaxpr) == pytest.approx(by_hand, rel=0.01)
+    content = pairs.even(length, 1)
+    products, calls = flops.work(traced.jaxpr, 1)
+    counted = sum(times * pairs.operations(call, content, 1) for call, times in calls)
+    by_hand = (2 + 3 + 4) * 2 * rows * heads * (length * (length + 1) / 2) * size
+    assert counted == by_hand
+    assert products == 2 * rows * heads * length * size  # of output and gradient, in the backward
+    assert [call.kind for call, _ in calls].count("attention_backward") == 2
+    # 512 positions in blocks of 512, or 256 in blocks of 256: the kernel computes the whole square.
+    assert all(pairs.computed_by(c, content) == rows * heads * length**2 for c, _ in calls)
+
+
+def test_a_window_of_tpu_attention_saves_the_blocks_that_it_does_not_touch():
+    length = 2048
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    query = jax.ShapeDtypeStruct((1, length, 2, 128), "float32")
+
+    def attend(query, key, value):
+        ids = jnp.ones((1, length), jnp.int32)
+        return attention.Splash(mesh)(query, key, value, ids, scale=1.0, window=600)
+
+    _, [(call, times)] = flops.work(jax.make_jaxpr(attend)(query, query, query).jaxpr, 1)
+    seen = 1 + 2 + 3 + 3  # blocks of keys that hold one of the last 600 of each block's queries
+    assert times == 1 and pairs.computed_by(call, pairs.even(length, 1)) == 2 * seen * 512**2

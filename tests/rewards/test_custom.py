@@ -1,5 +1,6 @@
 """Reward functions of a user's own module, as a run calls them."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from atlas_jax import config as config_lib
 from atlas_jax import sockets, stopping
 from atlas_jax.recipes import scoring
 from atlas_jax.rewards import custom, forms
-from atlas_jax.rewards.verifiable import combine
+from atlas_jax.rewards.combined import combine
 from atlas_jax.types import Completion, Question, Sample
 
 MODULE = """
@@ -85,6 +86,7 @@ async def patient(sample):
 
 async def endless(sample):
     if sample.question.id == "q1":
+        (HERE / "endless").touch()
         await asyncio.sleep(1000)
     return 3
 
@@ -140,7 +142,8 @@ def samples(count=3, row=ROW, text="x + x"):
 
 
 def reward(module, name, timeout_secs=20.0, num_workers=2):
-    return custom.by_reference(f"{module}:{name}", name, timeout_secs, num_workers)
+    stack = contextlib.ExitStack()
+    return custom.by_reference(f"{module}:{name}", name, timeout_secs, num_workers, stack)
 
 
 def values(rewards):
@@ -264,14 +267,33 @@ def test_processes_end_with_the_reward(module):
     assert have_ended(pids)
 
 
+@pytest.mark.parametrize("name", ["hanging", "endless"])
+def test_what_is_closed_ends_its_calls_at_once_and_takes_no_more(module, tmp_path, name):
+    stack = contextlib.ExitStack()
+    scored = custom.by_reference(f"{module}:{name}", name, 1000.0, 2, stack)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(scored(samples())))
+    thread.start()
+    while not (tmp_path / name).exists():
+        time.sleep(0.05)
+    stack.close()
+    thread.join(60)
+    (later,) = scored(samples(1))
+    assert found[1].details["error"] == later.details["error"] == "the run has ended"
+    pids = (tmp_path / name).read_text().split()
+    assert len(pids) == 2 * (name == "hanging")
+    assert have_ended(map(int, pids))
+
+
 @pytest.mark.parametrize("ending", ["raise SystemExit", "os.kill(os.getpid(), 9)"])
 def test_processes_do_not_outlive_a_run(module, tmp_path, ending):
     program = f"""
-        import os, threading, time
+        import contextlib, os, threading, time
         from atlas_jax.rewards import custom
         from tests.rewards.test_custom import samples
 
-        reward = custom.by_reference("{module}:hanging", "hanging", 1000.0, 2)
+        stack = contextlib.ExitStack()
+        reward = custom.by_reference("{module}:hanging", "hanging", 1000.0, 2, stack)
         threading.Thread(target=reward, args=(samples(),), daemon=True).start()
         while not os.path.exists({str(tmp_path / "hanging")!r}):
             time.sleep(0.05)
@@ -287,7 +309,9 @@ def test_processes_do_not_outlive_a_run(module, tmp_path, ending):
 @pytest.mark.parametrize("name", ["hanging", "endless", "object"])
 def test_a_request_to_stop_ends_the_wait_within_a_second(module, name):
     if name == "object":
-        scored = custom.by_object(lambda sample: time.sleep(8), "slow", 1000.0)
+        scored = custom.by_object(
+            lambda sample: time.sleep(8), "slow", 1000.0, contextlib.ExitStack()
+        )
     else:
         scored = reward(module, name, timeout_secs=1000.0)
         scored(samples(1))  # has started what it needs
@@ -314,7 +338,7 @@ def test_an_object_runs_in_a_thread_and_a_late_call_fails(module, caplog):
         return threading.current_thread() is not threading.main_thread()
 
     with caplog.at_level("INFO"):
-        scored = custom.by_object(late, "late", 0.5)
+        scored = custom.by_object(late, "late", 0.5, contextlib.ExitStack())
     assert "cannot be killed" in caplog.text
     rewards = scored(samples())
     assert values(rewards) == [1.0, None, 1.0]
@@ -361,7 +385,7 @@ def test_names_weights_and_labels(module):
     changed = options(**{"reward.names": names, "reward.weights": (0.0, 2.0, 1.0)})
     config_lib.validate(changed)
     assert changed.reward.labels == ("exact_match", "brevity", "sometimes")
-    scored = scoring.make_reward(changed)(samples())
+    scored = scoring.make_reward(changed, contextlib.ExitStack())(samples())
     assert values(scored) == [3.0, 1.0, 3.0]
     assert scored[0].details["brevity"] == {"value": 0.5}
 
@@ -374,9 +398,11 @@ def test_given_functions_stand_in_place_of_names():
     given = (lambda sample: 1, lambda samples: [2 for _ in samples], "exact_match")
     changed = options(**{"reward.weights": (1.0, 2.0, 0.0)})
     assert scoring.labels(changed, given) == ("function", "function_2", "exact_match")
-    assert values(scoring.make_reward(changed, given)(samples())) == [5.0] * 3
-    with pytest.raises(ValueError, match=r"reward.weights=\(1.0, 2.0, 0.0\) for \('function',\)"):
-        scoring.make_reward(changed, given[:1])
+    assert (
+        values(scoring.make_reward(changed, contextlib.ExitStack(), given)(samples())) == [5.0] * 3
+    )
+    with pytest.raises(ValueError, match=r"reward.weights=\(1.0, 2.0, 0.0\) for \('<lambda>',\)"):
+        config_lib.validate(changed, given[:1])
 
 
 @pytest.mark.parametrize(("names", "needs"), [(("m:f",), False), (("m:f", "exact_match"), True)])

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from atlas_jax.rewards.combined import combine
 from atlas_jax.rewards.pricing import price_leaks
-from atlas_jax.rewards.verifiable import combine, exact_match, teaching_gain
+from atlas_jax.rewards.verifiable import exact_match, teaching_gain
 from atlas_jax.types import Completion, Question, Reward, Sample
 
 

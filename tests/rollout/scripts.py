@@ -75,12 +75,10 @@ TEMPLATES = Templates(
 )
 
 
-def protocol(
-    missing: str = "none", size: int = 3, kind: str = "teaching", **limits
-) -> TeachingProtocol:
+def protocol(missing: str = "none", size: int = 3, **limits) -> TeachingProtocol:
     """Returns a protocol with room for short texts."""
     lengths = {"policy": 60, "probe": 20, "answer": 30, "prompt": 100} | limits
-    return TeachingProtocol(kind, TEMPLATES, Limits(**lengths), size, missing)
+    return TeachingProtocol(TEMPLATES, Limits(**lengths), size, missing)
 
 
 def questions(count: int) -> list[Question]:

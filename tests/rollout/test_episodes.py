@@ -15,13 +15,13 @@ import pytest
 from atlas_jax import logprobs, losses, stopping
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig
 from atlas_jax.data.chat_template import ChatTemplate
-from atlas_jax.data.packing import collate_policy
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import measures, record, teaching
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.episodes import ConversationFullError, EpisodeOptions
 from atlas_jax.rollout.local import LocalEngine, goes_on
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import Completion, Message, PolicyBatch, Question, Sample
@@ -36,7 +36,7 @@ DRAWS = teaching.Draws(SAMPLING, 0)
 
 def talk(ask, script, count=1, size=1, timeout=5.0, turns=16, **limits):
     """Returns the samples of episodes with a script."""
-    how = protocol(kind="m:ask", size=size, **limits)
+    how = protocol(size=size, **limits)
     how = how._replace(episode=EpisodeOptions(ask, timeout, turns))
     return teaching.run(questions(count), range(count), script.model, None, how, DRAWS)
 
@@ -216,7 +216,7 @@ def test_an_engine_that_fails_is_named():
         return "a text all the same"
 
     script = Script(lambda *_: "x")
-    how = protocol(kind="m:ask", size=1)._replace(episode=EpisodeOptions(ask, 5.0, 3))
+    how = protocol(size=1)._replace(episode=EpisodeOptions(ask, 5.0, 3))
     model = script.model._replace(generate=generate)
     [sample] = teaching.run(questions(1), [0], model, None, how, DRAWS)
     assert sample.completion.finish_reason == "error: no answer"
@@ -271,7 +271,7 @@ def test_a_turn_that_is_given_up_is_asked_again():
     slow = script.model._replace(
         generate=lambda *args: (time.sleep(0.2 * (not script.calls)), script._generate(*args))[1]
     )
-    how = protocol(kind="m:ask", size=1)._replace(episode=EpisodeOptions(ask, 5.0, 3))
+    how = protocol(size=1)._replace(episode=EpisodeOptions(ask, 5.0, 3))
     [sample] = teaching.run(questions(1), [0], slow, None, how, DRAWS)
     assert script.prompts == ["|q0|", "|q0|again|"]
     assert sample.completion.prompt_ids == ids("|q0|again|")
@@ -410,7 +410,7 @@ def test_the_trainer_gives_sampled_tokens_the_probability_that_the_engine_gave(t
         await policy.say("The tool says 4.", role="tool", max_tokens=9)
         await policy.say("And now?")
 
-    how = protocol(kind="m:ask", size=2, policy=120)
+    how = protocol(size=2, policy=120)
     how = how._replace(episode=EpisodeOptions(ask, 60.0, 8))
     samples = teaching.run(questions(2), range(2), model, None, how, DRAWS)
     assert len(asked) == 12

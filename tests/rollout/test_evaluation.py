@@ -126,7 +126,7 @@ def test_a_certain_result_has_no_width():
 
 def test_direct_answers_have_an_accuracy():
     asked = [Question(str(i), f"q{i}", str(i % 2), {}) for i in range(8)]
-    how = protocol(kind="direct", size=1)
+    how = protocol(size=1)
     rollouts = evaluation.ask(asked, Script(lambda *_: "1").model, None, how, GREEDY)
     result = evaluation.report(rollouts)
     assert evaluation.summary(rollouts, taught=False) == {"accuracy": 0.5}
@@ -202,7 +202,7 @@ def test_examples_follow_the_last_teacher_and_show_all():
 
 def test_examples_of_direct_answers_have_no_lesson():
     asked = [Question("0", "q0", "1", {})]
-    how = protocol(kind="direct", size=1)
+    how = protocol(size=1)
     speakers = Script(lambda *_: "1").model, Script(lambda *_: "2").model
     answers = [evaluation.ask(asked, speaker, None, how, GREEDY) for speaker in speakers]
     failed = Completion((), (), (), (), "error: x", "", -1)

@@ -17,13 +17,13 @@ import transformers
 from atlas_jax import logprobs, stopping
 from atlas_jax.checkpoint import gguf
 from atlas_jax.config import MeshConfig
-from atlas_jax.data.packing import collate_policy
 from atlas_jax.models import cache as kv
 from atlas_jax.models.config import from_hf
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.rollout import local
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.types import PolicyBatch, Question, Sample
 from tests import processes, tiny

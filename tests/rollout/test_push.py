@@ -15,7 +15,7 @@ import pytest
 from atlas_jax import distributed, stopping
 from atlas_jax.hosts import joined
 from atlas_jax.llm_client import Client
-from atlas_jax.options.model import HostsConfig
+from atlas_jax.options.train import HostsConfig
 from atlas_jax.rollout import capabilities
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.push import unequal

@@ -10,8 +10,8 @@ import pytest
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig, RolloutConfig, TeachingConfig
 from atlas_jax.recipes import chat_models
-from atlas_jax.rewards import verifiable
-from atlas_jax.rollout import measures, teaching
+from atlas_jax.rewards import combined, verifiable
+from atlas_jax.rollout import measures, teaching, teaching_measures
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.teaching import Draws
 from atlas_jax.startup.compute import Compute
@@ -69,7 +69,7 @@ def test_texts_have_the_limits_of_their_kind():
 
 def test_without_a_student_the_policy_answers():
     policy = Script(lambda prompt, member: f"{member}")
-    how = protocol(kind="direct")
+    how = protocol()
     groups = by_question(teaching.run(questions(2), range(2), policy.model, None, how, DRAWS))
     assert policy.prompts == ["direct q0", "direct q1"]
     assert [[r.answer.text for r in group] for group in groups] == [["0", "1", "2"]] * 2
@@ -137,7 +137,7 @@ def test_what_a_teacher_answers_itself_earns_nothing(reward):
 def test_prompts_that_do_not_fit_are_not_sent_and_score_nothing(limits, contexts, failed):
     student = Script(pupil, context=contexts[0])
     groups, _, policy = taught(questions(2), student=student, how=protocol(**limits))
-    reward = verifiable.combine({"gain": (verifiable.teaching_gain(), 1.0)})
+    reward = combined.combine({"gain": (verifiable.teaching_gain(), 1.0)})
     for rollout in groups[0]:
         found = getattr(rollout, failed)
         assert found.finish_reason.startswith("skipped: ")
@@ -245,7 +245,7 @@ EXPECTED = {
 
 
 def test_the_teaching_metrics_of_four_rollouts_by_hand():
-    found = measures.of_teaching(FOUR) | measures.of_efficiency(FOUR)
+    found = teaching_measures.of_teaching(FOUR) | teaching_measures.of_efficiency(FOUR)
     assert found == {f"teaching/{name}": value for name, value in EXPECTED.items()}
 
 
@@ -254,7 +254,9 @@ def test_texts_that_did_not_come_about_count_in_no_rate():
     lost = FOUR[0]._replace(completion=failed, teaching="", guided=failed)
     unknown = FOUR[0]._replace(question=Question("id", "?", "", {}))
     more = [s._replace(reward=Reward(None, {})) for s in (lost, unknown)]
-    found = measures.of_teaching(FOUR + more) | measures.of_efficiency(FOUR + more)
+    found = teaching_measures.of_teaching(FOUR + more) | teaching_measures.of_efficiency(
+        FOUR + more
+    )
     changed = {"token_efficiency": (25.0, 26), "missing_frac": (1, 5), "probe_tokens": (18, 6)}
     assert found == {f"teaching/{name}": value for name, value in (EXPECTED | changed).items()}
 

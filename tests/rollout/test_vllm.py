@@ -13,11 +13,16 @@ import time
 import urllib.error
 import urllib.request
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from atlas_jax.rollout.engine import Request
+from atlas_jax.data.packing import collate_policy
+from atlas_jax.recipes import chat_models, grpo
+from atlas_jax.rollout import teaching
+from atlas_jax.rollout.engine import ChatModel, Request
+from atlas_jax.rollout.episodes import EpisodeOptions
 from atlas_jax.rollout.identity import check_manifest
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.vllm import payload
@@ -25,6 +30,7 @@ from atlas_jax.types import DependencyError
 from tests import vllm_servers, words
 from tests.conftest import VLLM_SIZES, VLLM_WORDS
 from tests.rollout import served
+from tests.rollout.scripts import protocol, questions
 from tests.rollout.served import SAMPLING
 
 GREEDY = Sampling(0.0)
@@ -111,6 +117,98 @@ def test_log_probabilities_are_those_of_the_trainer_before_truncation(link, old)
     assert len({c.token_ids for c in groups[0]}) > 1, "samples of a group differ"
     again = link.engine.generate(REQUESTS, SAMPLING)
     assert [[c.token_ids for c in g] for g in again] == [[c.token_ids for c in g] for g in groups]
+
+
+async def converse(policy, question):
+    """Two turns with a tool result between them; q1 fails after one and q2 hangs after one."""
+    await policy.say(f"{question.text} plan", max_tokens=3)
+    if question.text == "q1":
+        raise KeyError("no such tool")
+    if question.text == "q2":
+        await asyncio.sleep(600)
+    policy.facts["first"] = policy.finish_reason
+    await policy.say("hint 4 7", role="tool", max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def talked(vllm_server, old, tmp_path_factory):
+    """The samples of `converse`, and what the server was asked for them with its answers."""
+    asked = []
+    with served.connected(
+        old, [vllm_server.url], tmp_path_factory.mktemp("talk"), dtype="float32"
+    ) as link:
+        link.sync.push(old.params, 21)
+        # Six of the ten digits end a turn, so that some turns end by themselves and some are cut.
+        engine = dataclasses.replace(link.engine, stop_ids=tuple(range(3, 9)))
+
+        def generate(requests, sampling):
+            written = engine.generate(requests, sampling)
+            asked.extend(zip(requests, [c for (c,) in written], strict=True))
+            return written
+
+        encode_turn = chat_models.turn_encoder(old.model.template, "")
+        policy = ChatModel(lambda text: (), generate, 512, engine.vocab_size, encode_turn)
+        how = protocol(size=4, policy=80)
+        how = how._replace(episode=EpisodeOptions(converse, 20.0, 8))
+        draws = teaching.Draws(SAMPLING, 0)
+        samples = teaching.run(questions(4), range(4), policy, None, how, draws)
+    return samples, asked
+
+
+def test_an_episode_is_the_tokens_of_the_server_with_the_results_of_tools_between(talked, old):
+    samples, asked = talked
+    tokenizer = old.model.files.tokenizer
+    told = tuple(tokenizer("hint 4 7").input_ids)
+    pairs = [
+        (first, second)
+        for one, first in asked
+        for two, second in asked
+        if two.prompt_ids == (*one.prompt_ids, *first.token_ids, *told)
+    ]
+    expected = [
+        (
+            first.prompt_ids,
+            (*first.token_ids, *told, *second.token_ids),
+            (*(True,) * first.num_tokens, *(False,) * 3, *(True,) * second.num_tokens),
+            (*first.untruncated_logprobs, *(0.0,) * 3, *second.untruncated_logprobs),
+        )
+        for first, second in pairs
+    ]
+    assert len(told) == 3
+    whole = [s for s in samples if s.question.text in ("q0", "q3")]
+    assert len(whole) == 8
+    for sample in whole:
+        row = sample.completion
+        assert row.prompt_ids == tuple(tokenizer(f"{sample.question.text} plan").input_ids)
+        found = (row.prompt_ids, row.token_ids, row.sampled, row.untruncated_logprobs)
+        assert found in expected
+        assert row.weights_version == 21
+        assert [m["role"] for m in sample.messages] == ["user", "assistant", "tool", "assistant"]
+    assert {s.facts["first"] for s in whole} == {"stop", "length"}
+
+
+def test_the_trainer_gives_the_turns_of_a_server_its_log_probabilities(talked, old):
+    samples, _ = talked
+    samples = [s._replace(trains=bool(s.completion.token_ids)) for s in samples]
+    for per_row in (1, 4):
+        batch = collate_policy(samples, per_row, 256)
+        logprobs_fn = grpo.make_logprobs_fn(old.model.decoder, served.CONFIG, per_row)
+        found = logprobs_fn(old.params, jax.tree.map(lambda x: x[None], batch))[0]
+        trained = np.asarray(batch.loss_mask)
+        assert trained.sum() == sum(s.completion.num_sampled for s in samples)
+        assert np.abs(found - batch.rollout_logprobs)[trained].max() < 1e-4
+
+
+def test_an_episode_that_fails_or_hangs_over_a_server_trains_nothing_and_says_why(talked):
+    samples, _ = talked
+    for text, reason in (("q1", "error: KeyError: 'no such tool'"), ("q2", "more than 20 s")):
+        found = [s for s in samples if s.question.text == text]
+        assert len(found) == 4
+        for sample in found:
+            assert reason in sample.completion.finish_reason
+            assert sample.completion.is_failed
+            assert not sample.completion.token_ids
+            assert [m["role"] for m in sample.messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def apply(config: ConfigDict) -> None:
 
 
 def apply_student_templates(config: ConfigDict) -> None:
+    """Sets what the student is asked: alone, for its approach, and with a lesson."""
     config.teaching.student_baseline_template = BASELINE
     config.teaching.student_diagnostic_template = DIAGNOSTIC
     config.teaching.student_with_teaching_template = WITH_TEACHING

@@ -33,6 +33,7 @@ def apply(config: ConfigDict) -> None:
 
 
 def apply_templates(config: ConfigDict) -> None:
+    """Sets what the teacher is asked and how it writes a lesson."""
     config.teaching.system_prompt = SYSTEM_PROMPT
     config.teaching.teacher_template = TEACHER_TEMPLATE
     config.teaching.lesson_template = LESSON_TEMPLATE

@@ -29,6 +29,7 @@ def apply(config: ConfigDict) -> None:
 
 
 def apply_sessions(config: ConfigDict) -> None:
+    """Sets what sessions have in common, wherever they come from."""
     config.data.format = "session"
     config.data.eval_split_ratio = 0.1
     config.teaching.system_prompt = arc_atlas_sft.SYSTEM_PROMPT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -12,11 +13,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from atlas_jax import config as config_lib
 from atlas_jax import distributed, metrics
 from atlas_jax.config import GRPOConfig, HostsConfig, MeshConfig, RewardConfig, RolloutConfig
 from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.hosts import joined
+from atlas_jax.options.train import batch_plan
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.local_backend import LocalBackend
@@ -61,14 +62,14 @@ def make(output: pathlib.Path, num_questions: int, text: Callable[[str, int], st
     )
     output.mkdir(parents=True, exist_ok=True)
     sharding = Sharding(make_mesh(MeshConfig()), "fsdp", "none")
-    plan = config_lib.batch_plan(config, sharding.num_replicas)
+    plan = batch_plan(config, sharding.num_replicas)
     parts = Parts(
         config=config,
         layout=grpo.make_layout(config, plan, sharding.num_replicas),
         order=QuestionOrder(asked(), 0, False),
         backend=LocalBackend(lambda params, version: Script(text, version=version).model, None),
-        protocol=protocol(kind="direct", size=GROUP, policy=48, prompt=16),
-        reward=grpo.make_reward(config),
+        protocol=protocol(size=GROUP, policy=48, prompt=16),
+        reward=grpo.make_reward(config, contextlib.ExitStack()),
         logprobs_fn=lambda params, batch: batch.rollout_logprobs,
         sharding=sharding,
         writer=metrics.MetricWriter(str(output), 0, enabled=False),

@@ -15,7 +15,7 @@ from atlas_jax import distributed
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GRPOConfig
 from atlas_jax.hosts import joined
-from atlas_jax.options.model import HostsConfig
+from atlas_jax.options.train import HostsConfig
 from atlas_jax.recipes import grpo, vllm_backend
 from atlas_jax.rollout import versions
 from atlas_jax.startup.compute import Compute
@@ -114,7 +114,7 @@ def test_an_address_that_is_another_server_on_each_host_is_refused(tmp_path):
     allowed = os.geteuid() == 0 and shutil.which("unshare")
     if not allowed or subprocess.run([*enter, "true"], check=False).returncode:
         pytest.skip("this machine does not let tests name hosts")
-    code = "import tests.rollout.test_vllm_backend as t; t.main()"
+    code = "import tests.recipes.test_vllm_backend as t; t.main()"
     port = str(processes.free_port())
     environment = os.environ | {"XLA_FLAGS": processes.xla_flags(1)}
     commands = [

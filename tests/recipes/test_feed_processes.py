@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import processes
-from tests.rollout import feed_process
+from tests.recipes import feed_process
 
 QUESTIONS = (2, 4, 6)
 """Groups a step: on four processes fewer than there are, one for each, and 2 2 1 1."""
@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     for count in (1, 2, 4):
         port = processes.free_port()
         names = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
-        command = [sys.executable, "-m", "tests.rollout.feed_process", str(directory / str(count))]
+        command = [sys.executable, "-m", "tests.recipes.feed_process", str(directory / str(count))]
         asked = []
         for process in range(count):
             address = (f"127.0.0.1:{port}", str(count), str(process)) if count > 1 else ("",) * 3

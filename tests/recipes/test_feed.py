@@ -1,5 +1,6 @@
 """The batches that come of rollouts: which groups train, what stops a run, where it continues."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -41,8 +42,8 @@ def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
         layout=Layout(questions=2, per_row=2, microbatches=1, buckets=(64, 256)),
         order=QuestionOrder(questions(count), 0, False),
         backend=LocalBackend(lambda params, version: Script(say, version=version).model, None),
-        protocol=how or protocol(kind="direct", size=2),
-        reward=reward or grpo.make_reward(config),
+        protocol=how or protocol(size=2),
+        reward=reward or grpo.make_reward(config, contextlib.ExitStack()),
         logprobs_fn=lambda params, batch: batch.rollout_logprobs,
         sharding=Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none"),
         writer=metrics.MetricWriter(str(tmp_path), 0, enabled=False),
@@ -106,8 +107,18 @@ def test_other_questions_are_refused_on_resume(tmp_path):
         make_feed(tmp_path, useful, count=7).set_state(saved)
 
 
-@pytest.mark.parametrize("allowed", [0.25, 0.24])
-def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
+def test_other_questions_are_asked_from_the_same_position_where_they_are_allowed(tmp_path):
+    feed = make_feed(tmp_path, useful)
+    feed.next(state_of(0), time.sleep)
+    other = make_feed(tmp_path / "other", useful, count=7)
+    other.set_state(feed.get_state(), allow_other_data=True)
+    assert other.get_state()["position"] == feed.get_state()["position"]
+    assert other.get_state()["fingerprint"] != feed.get_state()["fingerprint"]
+
+
+def with_one_unscored(tmp_path, allowed):
+    """A feed of four samples, one of which gets no score; `allowed` is `max_failed_frac`."""
+
     def reward(samples):
         scores = (
             None if (r.question.id, r.completion.text) == ("id1", "1") else 0.0 for r in samples
@@ -116,14 +127,19 @@ def test_too_many_samples_without_a_score_stop_the_run(tmp_path, allowed):
 
     options = dataclasses.replace(CONFIG.reward, max_failed_frac=allowed)
     config = dataclasses.replace(CONFIG, reward=options)
-    feed = make_feed(tmp_path, useful, reward, config)
-    if allowed == 0.25:
-        given = feed.next(state_of(0), time.sleep)
-        assert given.metrics["reward/failed_frac"] == (1, 4)
-        assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, True, False]
-        mask = np.asarray(given.batch.loss_mask) & (np.asarray(given.batch.sequence_ids) == 2)
-        assert mask.any(axis=-1).tolist() == [[True, False]]
-        return
+    return make_feed(tmp_path, useful, reward, config)
+
+
+def test_a_sample_without_a_score_does_not_train(tmp_path):
+    given = with_one_unscored(tmp_path, 0.25).next(state_of(0), time.sleep)
+    assert given.metrics["reward/failed_frac"] == (1, 4)
+    assert [s["trains"] for s in recorded(tmp_path, 1)] == [True, True, True, False]
+    mask = np.asarray(given.batch.loss_mask) & (np.asarray(given.batch.sequence_ids) == 2)
+    assert mask.any(axis=-1).tolist() == [[True, False]]
+
+
+def test_too_many_samples_without_a_score_stop_the_run(tmp_path):
+    feed = with_one_unscored(tmp_path, 0.24)
     with pytest.raises(RuntimeError, match=r"1 of 4 samples(?s:.*)max_failed_frac=0.24.*why"):
         feed.next(state_of(0), time.sleep)
     assert len(recorded(tmp_path, 1)) == 4  # to look at
@@ -178,7 +194,7 @@ def test_a_signal_while_waiting_leaves_the_position(tmp_path):
 
 
 def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
-    how = protocol(kind="direct", size=2, prompt=9)
+    how = protocol(size=2, prompt=9)
     feed = with_long(make_feed(tmp_path, useful, how=how, count=2), 2)
     given = feed.next(state_of(0), time.sleep)
     assert [s["trains"] for s in recorded(tmp_path, 1)] == [False, False, True, True]
@@ -198,6 +214,9 @@ def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prom
     given = feed.next(state_of(0), time.sleep)
     written = (2 + 1) + (4 + 1)  # two texts with their stop tokens
     assert given.num_tokens == updates * 2 * (prompts * len("direct q0") + written)
+    tokens, positions = given.metrics["perf/real_token_frac"]
+    assert tokens == 2 * (prompts * len("direct q0") + written)
+    assert positions == given.batch.segment_ids.size > tokens
 
 
 def with_long(feed, count):
@@ -212,7 +231,7 @@ def test_only_outages_count_towards_the_end_of_a_run(tmp_path, outages):
     """One of two questions does not fit; a judge is away for some of the other's two samples."""
     options = dataclasses.replace(CONFIG.reward, max_failed_frac=0.5, retry_waits_secs=(1.0,))
     config = dataclasses.replace(CONFIG, reward=options)
-    rule = grpo.make_reward(config)
+    rule = grpo.make_reward(config, contextlib.ExitStack())
 
     def reward(samples):
         away = Reward(None, {"unscored": "the judge is away"}, True)
@@ -220,7 +239,7 @@ def test_only_outages_count_towards_the_end_of_a_run(tmp_path, outages):
         return [*found[: len(found) - outages], *[away] * outages]
 
     waits = []
-    how = protocol(kind="direct", size=2, prompt=9)
+    how = protocol(size=2, prompt=9)
     feed = with_long(make_feed(tmp_path, useful, reward, config, how, 2), 2)
     if outages == 2:
         with pytest.raises(DependencyError, match=r"2 of 2 samples could not.*the judge is away"):
@@ -273,8 +292,8 @@ def test_a_group_of_which_nothing_trains_is_replaced_like_an_equal_one(tmp_path,
         number = prompt.split("q")[1]
         return ("0123" if member else "9123") if number == "0" else number * member or "8"
 
-    how = protocol(kind="direct", size=2, policy=4)
-    reward = grpo.make_reward(config)
+    how = protocol(size=2, policy=4)
+    reward = grpo.make_reward(config, contextlib.ExitStack())
 
     def first_letter(samples):
         cut = [
@@ -369,7 +388,7 @@ def test_a_group_of_leaks_trains_nothing_and_is_counted_or_replaced(tmp_path, re
 @pytest.mark.parametrize("masked", [False, True])
 def test_truncated_completions_can_be_left_out(tmp_path, masked):
     config = dataclasses.replace(CONFIG, mask_truncated_completions=masked)
-    how = protocol(kind="direct", size=2, policy=4)
+    how = protocol(size=2, policy=4)
     feed = make_feed(tmp_path, lambda _, member: "12345" if member else "1", None, config, how)
     given = feed.next(state_of(0), time.sleep)
     assert given.metrics["rollout/truncated_frac"] == (2, 4)

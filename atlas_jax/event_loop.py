@@ -1,0 +1,63 @@
+"""An asyncio event loop in a thread of its own, for users' async functions and calls of judges."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_CANCEL_SECS = 5.0  # that cancelled tasks have to end
+
+
+class EventLoopThread:
+    """An event loop that runs in a daemon thread, which no end of a program waits for."""
+
+    def __init__(self, name: str) -> None:
+        """Starts the thread.
+
+        Args:
+            name: name of the thread.
+        """
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name=name)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Returns the future of a coroutine, which the loop begins at once.
+
+        Raises:
+            RuntimeError: if the loop has been closed.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise
+
+    def close(self, wait_secs: float = _CANCEL_SECS) -> None:
+        """Cancels what runs on the loop and ends its thread; any thread may call it, repeatedly.
+
+        Args:
+            wait_secs: longest wait for the thread. A function that blocks the loop keeps it.
+        """
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(wait_secs)
+
+    def _serve(self) -> None:
+        """Runs the loop until it is stopped, and then what its cancelled tasks still have to do."""
+        self._loop.run_forever()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            if not task.cancelling():  # a second time would interrupt its cleaning up
+                task.cancel()
+        if tasks:
+            last: Coroutine[Any, Any, Any] = asyncio.wait(tasks, timeout=_CANCEL_SECS)
+            self._loop.run_until_complete(last)
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()

@@ -1,0 +1,138 @@
+"""Weights of `resume_from`, and of the reference: what a run begins with besides its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from atlas_jax import step
+from atlas_jax.checkpoint import hf, layout, manager
+from atlas_jax.models.config import from_hf
+from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import TrainConfig
+from atlas_jax.sharding import fetch
+from atlas_jax.startup.directory import Origin, Started
+from atlas_jax.startup.model import Model
+from atlas_jax.types import Params
+from atlas_jax.wording import shorten
+
+
+def find(config: TrainConfig) -> Origin:
+    """Returns the weights that `resume_from` names.
+
+    Raises:
+        ValueError: if `resume_from` is neither a run, nor a checkpoint, nor a model directory.
+    """
+    name = config.resume_from
+    place = pathlib.Path(config.resume_from).expanduser()
+    if not place.exists():
+        raise ValueError(
+            f"resume_from={name} does not exist; give the output_dir of another run, one of its "
+            "checkpoints, or a model directory"
+        )
+    if layout.is_model(place):  # whatever it is called and holds beside
+        return Origin(str(place))
+    if place.parent.name == "checkpoints" and place.name.isdigit():
+        return Origin(str(place.parent.parent), int(place.name))
+    if (place / "checkpoints").is_dir():
+        latest = manager.Checkpoints(str(place), create=False).latest()
+        if latest is not None:
+            return Origin(str(place), latest)
+    final = f"; its {place / 'final'} is one" if layout.is_model(place / "final") else ""
+    raise ValueError(
+        f"resume_from={name} has no complete checkpoint and is no model directory{final}"
+    )
+
+
+def load(origin: Origin, config: TrainConfig, model: Model, decoder: Decoder) -> Params:
+    """Returns the weights that a run begins with.
+
+    Args:
+        origin: from `find`, or what an earlier command of the run began with.
+        config: of the run.
+        model: what is trained, whose weights they must be.
+        decoder: dtype and places of the result; that of `model`, or of its frozen reference.
+
+    Raises:
+        ValueError: for weights of another model, or if they are gone.
+    """
+    if origin.step is None:
+        if origin.path == config.model_name_or_path:
+            return hf.load(model.source, decoder)
+        source = hf.open_source(origin.path)
+        _check_same_model(origin, source.config, decoder)
+        return hf.load(source, decoder)
+    place = pathlib.Path(origin.path)
+    if not (place / "checkpoints" / str(origin.step)).is_dir():
+        raise ValueError(f"the weights that this run began with, {origin}, are gone")
+    stored = place / manager.MODEL_FILES / "config.json"
+    if stored.exists():
+        _check_same_model(origin, json.loads(stored.read_text()), decoder)
+    checkpoints = manager.Checkpoints(origin.path, create=False)
+    # A reference may rest in another dtype than the parameters that were saved.
+    frozen = decoder is not model.decoder
+    params = checkpoints.restore_params(
+        origin.step, step.abstract(decoder.shapes, decoder.placements()), cast=frozen
+    )
+    checkpoints.close()
+    return params
+
+
+def reference(
+    config: TrainConfig,
+    model: Model,
+    frozen: Decoder,
+    checkpoints: manager.Checkpoints,
+    started: Started,
+    params: Params,
+) -> Params:
+    """Returns the weights that the run began with, or what has become of them by syncing.
+
+    Args:
+        config: of the run.
+        model: what is trained.
+        frozen: dtype and places of the result.
+        checkpoints: of this run.
+        started: what the run was started with.
+        params: where training begins.
+
+    Raises:
+        ValueError: if they are not in the checkpoint and gone from where the run began.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        places = frozen.placements()
+
+        def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
+            # The training step gives its own buffers away, so the copy must be another array.
+            return jax.device_put(jnp.copy(fetch(x).astype(frozen.param_dtype)), place)
+
+        make = jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)
+        return make(params)
+    if checkpoints.has_reference(latest):
+        return checkpoints.restore_params(
+            latest, step.abstract(frozen.shapes, frozen.placements()), "reference"
+        )
+    return load(started.origin, config, model, frozen)
+
+
+def _check_same_model(origin: Origin, stored: dict[str, Any], decoder: Decoder) -> None:
+    theirs = dataclasses.asdict(from_hf(stored))
+    ours = dataclasses.asdict(decoder.config)
+    different = [f"{k} {theirs[k]} (here {ours[k]})" for k in ours if theirs[k] != ours[k]]
+    if different:
+        raise ValueError(
+            f"{origin} is of another model than model_name_or_path: "
+            f"{', '.join(shorten(different, 4))}; set model_name_or_path to the model that it was "
+            "made with"
+        )
+
+
+def _abstract(decoder: Decoder) -> Any:
+    return step.abstract(decoder.shapes, decoder.placements())

@@ -1,0 +1,61 @@
+"""Options of GRPO that contradict each other."""
+
+import dataclasses
+
+import pytest
+
+from atlas_jax import config as config_lib
+from atlas_jax.config import GRPOConfig, RewardConfig, RolloutConfig
+
+BASE = GRPOConfig(
+    model_name_or_path="m",
+    student_model="s",
+    output_dir="o",
+    data=config_lib.DataConfig(dataset_path="d.jsonl"),
+)
+
+
+SERVED = RolloutConfig(backend="vllm", teacher_servers="http://a", student_servers="http://b")
+AHEAD = dataclasses.replace(SERVED, max_staleness=1)
+
+
+def test_the_base_of_the_refusals_is_accepted():
+    config_lib.validate(BASE)
+    config_lib.validate(dataclasses.replace(BASE, rollout=AHEAD))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_generations": 1}, "num_generations=1 must be 2 or more"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be above 0"),
+        ({"packing": True}, "packing=True is for SFT"),
+        ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        ({"student_model": ""}, "student_model is empty.*protocol=direct"),
+        ({"sync_ref_model": True, "beta": 0.0}, "raise beta above 0"),
+        (
+            {"reward": RewardConfig(names=("exact_match",), weights=(1.0, 2.0))},
+            "give one weight for each name",
+        ),
+        ({"reward": RewardConfig(names=())}, "one at least"),
+        (
+            {"rollout": RolloutConfig(protocol="direct")},
+            r"teaching_gain.*no student; use reward.names=\('exact_match',\)",
+        ),
+        ({"rollout": RolloutConfig(max_staleness=1)}, "max_staleness=1 with.*local.*or 0"),
+        ({"rollout": RolloutConfig(backend="vllm")}, "vllm without rollout.teacher_servers; give"),
+        (
+            {"rollout": RolloutConfig(backend="vllm", teacher_servers="http://a")},
+            "vllm without rollout.student_servers; give",
+        ),
+        ({"rollout": SERVED, "min_p": 0.1}, r"min_p=0.1 with.*vllm.*use top_p or top_k"),
+        ({"rollout": AHEAD, "importance_sampling": "none"}, "none leaves uncorrected; use token"),
+        (
+            {"rollout": dataclasses.replace(AHEAD, weight_sync="restart")},
+            "restart, which ends what is in flight",
+        ),
+    ],
+)
+def test_impossible_options_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.validate(dataclasses.replace(BASE, **change))
