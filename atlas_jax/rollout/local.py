@@ -4,9 +4,9 @@ Prompts are run once, then tokens are decoded in chunks. After a chunk, finished
 the others fit into a quarter of the grid, so a long answer does not keep finished rows computing.
 Below a few rows nothing is gained, because a step then takes the time of reading the weights.
 
-Each shape of the grid is compiled once, which takes long, so there are few: the cache holds a power
-of two of a prompt's tokens, the cache of completions grows and the grid shrinks by factors of four,
-and the grid shrinks only when its cache grows or has its final size.
+Each shape of the grid is compiled once, which takes long, so there are few: a prompt has a power of
+two of places in the cache, 64 or at least 256, the cache of completions grows and the grid shrinks
+by factors of four, and the grid shrinks only when its cache grows or has its final size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHUNK = 32
 """Number of tokens between two checks for finished rows."""
 _SHORTEST = 32  # smallest bucket of prompt lengths
 _FEW = 16  # rows of a device below which a smaller grid is not worth a compilation
-_SHORTEST_CACHED = 64  # least number of a prompt's tokens that the cache has room for
+_FEW_CACHED = 64  # places of the cache for short prompts; others have four times as many or more
 _ROOM = 128  # largest number of tokens that the first cache of a row holds
 
 
@@ -243,7 +243,7 @@ def prompt_room(longest: int) -> int:
 
 def cached_room(length: int) -> int:
     """Returns the places that the cache has for prompts that are padded to `length`."""
-    return _power_of_two(max(length, _SHORTEST_CACHED))
+    return _FEW_CACHED if length <= _FEW_CACHED else max(4 * _FEW_CACHED, _power_of_two(length))
 
 
 def first_room(longest: int) -> int:
@@ -459,7 +459,7 @@ def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Gri
     height = share
     width = len(pieces[0].rows)
     smaller = None
-    while height * width > _FEW:
+    while height * width >= 4 * _FEW:
         height, width = (height, -(-width // 4)) if width > 1 else (-(-height // 4), 1)
         packed = [_packed(pieces, range(p * share, (p + 1) * share), width) for p in range(parts)]
         # Shapes are those of compiled programs, so all processes must agree on them.

@@ -378,9 +378,9 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
         engine.generate(params, 0, requests, sampling)
     assert caplog.text.count("Finished XLA compilation of jit(decode)") == 1
     caplog.clear()
-    few = [r._replace(max_tokens=20 + 60 * (i == 0)) for i, r in enumerate(requests * 8)]
+    few = [r._replace(max_tokens=20 + 60 * (i == 0)) for i, r in enumerate(requests * 16)]
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        engine.generate(params, 0, few, sampling)
+        dataclasses.replace(engine, max_rows=512).generate(params, 0, few, sampling)
     assert "Finished XLA compilation of jit(_taken)" in caplog.text  # rows were dropped
     assert caplog.text.count("Finished XLA compilation of jit(decode)") == 2
 
