@@ -256,6 +256,27 @@ def test_a_row_is_the_same_in_any_company(qwen):
     assert sampled(few, params, requests) == together
 
 
+def test_a_row_is_the_same_after_its_grid_has_shrunk(qwen, caplog):
+    engine, params = qwen
+    engine = dataclasses.replace(engine, max_rows=256)
+    # Of four prompts in turn, which a device of either mesh has, one goes on after a chunk.
+    requests = [
+        Request(p, 40 if i % 4 == 1 else 5, i, 8)
+        for i, p in enumerate(prompts((*LENGTHS * 6, 7, 21)))
+    ]
+    kv._taken.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        together = sampled(engine, params, requests)
+    assert "Finished XLA compilation of jit(_taken)" in caplog.text  # rows were dropped
+    caplog.clear()
+    kv._taken.clear_cache()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        alone = [sampled(engine, params, [r])[0] for r in requests[1::4]]
+    assert "jit(_taken)" not in caplog.text
+    assert together[1::4] == alone
+    assert [len(row) for row in together[1]] == [40] * 8
+
+
 def test_a_row_goes_on_when_stopped_rows_beside_it_are_dropped(engine_of):
     engine, params = engine_of("qwen3")
     requests = [Request(p, 40, i, 8) for i, p in enumerate(prompts(LENGTHS[:2]))]
