@@ -40,7 +40,7 @@ def whole_blocks(length: int) -> int:
 
 
 def pack_best_fit(
-    lengths: Sequence[int] | np.ndarray, row_length: int, most: int = 0
+    lengths: Sequence[int] | np.ndarray, row_length: int, max_examples: int = 0
 ) -> list[list[int]]:
     """Returns the examples of each row, as indices into `lengths`, in order of arrival.
 
@@ -49,7 +49,7 @@ def pack_best_fit(
     Args:
         lengths: the number of tokens of each example, at least 1.
         row_length: the number of tokens of a row.
-        most: the number of examples that a row may hold; 0 for any.
+        max_examples: the number of examples that a row may hold; 0 for any.
 
     Raises:
         ValueError: if an example is longer than a row.
@@ -77,7 +77,7 @@ def pack_best_fit(
             if not with_room[room]:
                 del with_room[room], rooms[place]
         rows[row].append(example)
-        if len(rows[row]) != most:
+        if len(rows[row]) != max_examples:
             _add_room(rooms, with_room, row, int(room - length))
     return rows
 

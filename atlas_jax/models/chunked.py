@@ -50,12 +50,12 @@ class Chunked:
         grouped = _grouped(query, groups)
 
         def step(carry: Any, block: Any) -> tuple[Any, None]:
-            most, total, out = carry
+            highest, total, out = carry
             keys, values, start, ids = block
             scores = self._scores(grouped, keys, start, ids, rows)
-            new = jnp.maximum(most, scores.max(-1))
+            new = jnp.maximum(highest, scores.max(-1))
             weights = jnp.exp(scores - new[..., None])
-            shrink = jnp.exp(most - new)
+            shrink = jnp.exp(highest - new)
             part = jnp.einsum(
                 "bkqs,bksh->bkqh",
                 weights.astype(values.dtype),
@@ -64,10 +64,10 @@ class Chunked:
             )
             return (new, total * shrink + weights.sum(-1), out * shrink[..., None] + part), None
 
-        most = jnp.full(grouped.shape[:-1], MASKED, jnp.float32)
-        start = most, jnp.zeros_like(most), jnp.zeros(grouped.shape, jnp.float32)
-        (most, total, out), _ = jax.lax.scan(step, start, self._blocks(key, value, rows))
-        statistics = (most + jnp.log(total)).reshape(key.shape[0], query.shape[2], -1)
+        highest = jnp.full(grouped.shape[:-1], MASKED, jnp.float32)
+        start = highest, jnp.zeros_like(highest), jnp.zeros(grouped.shape, jnp.float32)
+        (highest, total, out), _ = jax.lax.scan(step, start, self._blocks(key, value, rows))
+        statistics = (highest + jnp.log(total)).reshape(key.shape[0], query.shape[2], -1)
         return _ungrouped(out / total[..., None], query.shape).astype(query.dtype), statistics
 
     def backward(

@@ -92,11 +92,11 @@ def _forward(
     passes: tuple[Pass, ...],
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     parts = []
-    for kernel, one in zip(kernels, passes, strict=True):
-        output, statistics = kernel.forward(query, key, value, one.rows)
-        if one.sees is not None:
-            output = jnp.where(one.sees[..., None, None], output, 0)
-            statistics = jnp.where(one.sees[:, None], statistics, NOTHING)
+    for kernel, part in zip(kernels, passes, strict=True):
+        output, statistics = kernel.forward(query, key, value, part.rows)
+        if part.sees is not None:
+            output = jnp.where(part.sees[..., None, None], output, 0)
+            statistics = jnp.where(part.sees[:, None], statistics, NOTHING)
         parts.append((output, statistics))
     output, statistics = parts[0] if len(parts) == 1 else _merge(parts)
     output = checkpoint_name(output, OUTPUT)
@@ -118,15 +118,15 @@ def _backward(
 ) -> tuple[Any, ...]:
     query, key, value, passes, output, statistics = residuals
     grads = []
-    for kernel, one in zip(kernels, passes, strict=True):
+    for kernel, part in zip(kernels, passes, strict=True):
         mine = gradient
         scale = statistics
-        if one.sees is not None:
+        if part.sees is not None:
             # A query that sees nothing here has statistics of other keys, against which scores of
             # this pass may be infinite; infinite statistics make its weights 0.
-            mine = jnp.where(one.sees[..., None, None], gradient, 0)
-            scale = jnp.where(one.sees[:, None], statistics, -NOTHING)
-        grads.append(kernel.backward((query, key, value), one.rows, output, scale, mine))
+            mine = jnp.where(part.sees[..., None, None], gradient, 0)
+            scale = jnp.where(part.sees[:, None], statistics, -NOTHING)
+        grads.append(kernel.backward((query, key, value), part.rows, output, scale, mine))
     return *jax.tree.map(lambda *parts: functools.reduce(jnp.add, parts), *grads), None
 
 

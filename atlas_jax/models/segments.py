@@ -44,11 +44,11 @@ def keeps(
     here = jnp.arange(length)
     first = jax.lax.cummax(jnp.where(differs, here, 0), axis=1)
     longest = jnp.max(jnp.where(segment_ids > 0, here - first + 1, 0), axis=1)
-    kept = longest <= (bounds.longest or length)
+    within = longest <= (bounds.longest or length)
     if sequence_ids is not None:
         prompt = jnp.sum((sequence_ids == 0) & (segment_ids > 0), axis=1)
-        kept &= prompt <= (bounds.prompt or length)
-    return kept
+        within &= prompt <= (bounds.prompt or length)
+    return within
 
 
 def visible(

@@ -71,14 +71,14 @@ def over(
 
     ids = pad(segment_ids)
     sequences = None if sequence_ids is None else pad(sequence_ids)
-    kept = None
+    within = None
     if bounds.longest or bounds.prompt:
-        kept = segments.keeps(bounds, segment_ids, sequence_ids)[:, None, None, None]
+        within = segments.keeps(bounds, segment_ids, sequence_ids)[:, None, None, None]
 
     def run(
         query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, window: int = 0
     ) -> jax.Array:
-        one = functools.partial(
+        attend_local = functools.partial(
             _local,
             scale=scale,
             window=window,
@@ -89,9 +89,9 @@ def over(
         rows = PartitionSpec(BATCH_AXES)
         # A Pallas kernel is opaque to GSPMD, so each device is given its own rows and heads.
         out = jax.shard_map(
-            one, mesh=mesh, in_specs=(heads, rows, rows), out_specs=heads, check_vma=False
+            attend_local, mesh=mesh, in_specs=(heads, rows, rows), out_specs=heads, check_vma=False
         )((pad(query), pad(key), pad(value)), ids, sequences)[:, :length]
-        return out if kept is None else jnp.where(kept, out, jnp.asarray(jnp.nan, out.dtype))
+        return out if within is None else jnp.where(within, out, jnp.asarray(jnp.nan, out.dtype))
 
     return run
 

@@ -43,9 +43,9 @@ def lookup(
         check_vma=False,
     )
     def local(part: jax.Array, ids: jax.Array) -> jax.Array:
-        here, found = local_ids(_from_all(ids, stored), part.shape[0])
+        here, is_here = local_ids(_from_all(ids, stored), part.shape[0])
         rows = jnp.take(part, here, axis=0).astype(dtype)
-        rows = jax.lax.psum(jnp.where(found[..., None], rows, 0), "tensor")
+        rows = jax.lax.psum(jnp.where(is_here[..., None], rows, 0), "tensor")
         if not _is_split(stored):
             return rows
         return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
@@ -74,11 +74,11 @@ def _backward(
         check_vma=False,
     )
     def local(ids: jax.Array, g: jax.Array) -> jax.Array:
-        here, found = local_ids(_from_all(ids, split.spec), shape[0])
+        here, is_here = local_ids(_from_all(ids, split.spec), shape[0])
         if _is_split(split.spec):
             g = jax.lax.all_to_all(g, "fsdp", split_axis=2, concat_axis=0, tiled=True)
         # In float32: the gradient of a frequent token is a sum too long for bfloat16.
-        rows = jnp.where(found[..., None], g, 0).astype(jnp.float32)
+        rows = jnp.where(is_here[..., None], g, 0).astype(jnp.float32)
         total = jnp.zeros(shape, jnp.float32).at[here].add(rows)
         axes = "data" if _is_split(split.spec) else BATCH_AXES
         return jax.lax.psum(total, axes).astype(table.dtype)
@@ -114,8 +114,8 @@ def _relative(
     tokens: jax.Array, first: jax.Array, size: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
     ids = tokens - first
-    found = (ids >= 0) & (ids < size)
-    return jnp.where(found, ids, 0), found
+    is_here = (ids >= 0) & (ids < size)
+    return jnp.where(is_here, ids, 0), is_here
 
 
 class OutputRows(NamedTuple):
@@ -172,10 +172,10 @@ class OutputRows(NamedTuple):
 
     def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N W"]:
         """Returns the products with the rows in float32, and -1e30 where there is no row."""
-        found = jnp.einsum("nd,vd->nv", hidden, self.table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("nd,vd->nv", hidden, self.table, preferred_element_type=jnp.float32)
         if isinstance(self.size, int):
-            return found
-        return jnp.where(jnp.arange(found.shape[-1]) < self.size, found, MASKED)
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.size, logits, MASKED)
 
     def ids(self, targets: Int[Array, " N"]) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
         """Returns the targets' places among the rows, and whether they are there; else 0."""

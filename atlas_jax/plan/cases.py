@@ -127,7 +127,7 @@ def line(case: PlannedCase, plan: Plan) -> str:
 def as_json(case: PlannedCase, plan: Plan) -> dict[str, Any]:
     """Returns a row as JSON, in bytes, seconds and operations of one device."""
     [figures] = [report.figures(p) for p in plan.programs]
-    known = {
+    description = {
         "row": case.name,
         "model": case.config.model_name_or_path,
         "target": case.target,
@@ -137,4 +137,4 @@ def as_json(case: PlannedCase, plan: Plan) -> dict[str, Any]:
         "rates": plan.rates.source,
         "mfu": plan.mfu,
     }
-    return known | figures
+    return description | figures

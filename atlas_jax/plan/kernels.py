@@ -44,15 +44,15 @@ class DeviceTime(NamedTuple):
 
 
 def of(
-    module: Module, body: dict[str, Instruction], one: Instruction, content: RowContent
+    module: Module, body: dict[str, Instruction], op: Instruction, content: RowContent
 ) -> Kernel:
     """Returns the kernel of an instruction that is no collective."""
-    moved = traffic.of(module, body, one)
-    call = _attention(one)
+    moved = traffic.of(module, body, op)
+    call = _attention(op)
     if call:
         flops = operations(call, content)
         return Kernel(kind=call.kind, flops=flops, num_bytes=moved, call=call)
-    flops = _dots(module, body, one)
+    flops = _dots(module, body, op)
     return Kernel("products" if flops else "memory", flops, moved)
 
 
@@ -60,9 +60,9 @@ def executed(module: Module, content: RowContent) -> Iterator[tuple[Kernel, floa
     """Yields each kernel with the number of its runs, collectives left out."""
     for name, times, fused in hlo.executed(module):
         body = module.computations[name]
-        for one in () if fused else body.values():
-            if traffic.is_kernel(one) and one.opcode.removesuffix("-start") not in hlo.WIRE:
-                yield of(module, body, one, content), times
+        for op in () if fused else body.values():
+            if traffic.is_kernel(op) and op.opcode.removesuffix("-start") not in hlo.WIRE:
+                yield of(module, body, op, content), times
 
 
 def secs(kernel: Kernel, rates: Rates) -> float:
@@ -71,15 +71,15 @@ def secs(kernel: Kernel, rates: Rates) -> float:
     return max(arithmetic, kernel.num_bytes / rates.memory, rates.launch_secs)
 
 
-def _attention(one: Instruction) -> AttentionCall | None:
+def _attention(op: Instruction) -> AttentionCall | None:
     """Returns what a call of cuDNN's attention computes; None for another instruction."""
-    target = _target(one)
+    target = _target(op)
     if "fmha" not in target:
         return None
-    config = json.loads(one.rest.partition("backend_config=")[2])["cudnn_fmha_backend_config"]
+    config = json.loads(op.rest.partition("backend_config=")[2])["cudnn_fmha_backend_config"]
     sizes = [int(n) for n in config["intermediate_tensor_shape"]["dimensions"]]
     rows, heads, queries, keys = sizes
-    _, dims, _ = next(hlo.arrays(one.shape))  # the output or the query's gradient, [B, N, T, H]
+    _, dims, _ = next(hlo.arrays(op.shape))  # the output or the query's gradient, [B, N, T, H]
     packed = config.get("max_seg_per_batch", 1) > 1
     variant = "masked_" if "Bias" in target else "packed_" if packed else ""
     backward = "Backward" in target
@@ -98,30 +98,30 @@ def _attention(one: Instruction) -> AttentionCall | None:
     )
 
 
-def _target(one: Instruction) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', one.rest)
-    return found[1] if found and one.opcode == "custom-call" else ""
+def _target(op: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', op.rest)
+    return found[1] if found and op.opcode == "custom-call" else ""
 
 
-def _dots(module: Module, body: dict[str, Instruction], one: Instruction) -> float:
+def _dots(module: Module, body: dict[str, Instruction], op: Instruction) -> float:
     """Returns the operations of the matrix products that an instruction computes."""
-    if one.opcode == "dot":
-        return _dot(body, one, re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest))
-    if "gemm" in _target(one):
-        found = re.search(r'lhs_contracting_dimensions": ?\[([^\]]*)\]', one.rest)
-        return _dot(body, one, found)
-    if not one.opcode.startswith("fusion"):
+    if op.opcode == "dot":
+        return _dot(body, op, re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest))
+    if "gemm" in _target(op):
+        found = re.search(r'lhs_contracting_dimensions": ?\[([^\]]*)\]', op.rest)
+        return _dot(body, op, found)
+    if not op.opcode.startswith("fusion"):
         return 0.0
-    called = (c for c in hlo.CALLED.findall(one.rest) if c in module.computations)
+    called = (c for c in hlo.CALLED.findall(op.rest) if c in module.computations)
     inner = (module.computations[c] for c in called)
     return sum((_dots(module, part, i) for part in inner for i in part.values()), 0.0)
 
 
-def _dot(body: dict[str, Instruction], one: Instruction, dims: re.Match[str] | None) -> float:
-    if dims is None or one.operands[0] not in body:
+def _dot(body: dict[str, Instruction], op: Instruction, dims: re.Match[str] | None) -> float:
+    if dims is None or op.operands[0] not in body:
         return 0.0
-    _, out, _ = next(hlo.arrays(one.shape))
-    _, left, _ = next(hlo.arrays(body[one.operands[0]].shape))
+    _, out, _ = next(hlo.arrays(op.shape))
+    _, left, _ = next(hlo.arrays(body[op.operands[0]].shape))
     depth = math.prod(left[int(d)] for d in re.findall(r"\d+", dims[1]))
     return 2.0 * math.prod(out) * depth
 
@@ -141,13 +141,13 @@ class _Timeline:
         self.by_kind[kind] += spent
         self.count += 1
 
-    def collective(self, one: Instruction, spent: float) -> None:
+    def collective(self, op: Instruction, spent: float) -> None:
         end = max(self.clock, self.network_free) + spent
         self.network_free = end
         self.count += 1
-        self.ends[one.name] = end
-        if not one.opcode.endswith("-start"):
-            self.wait(one.name)
+        self.ends[op.name] = end
+        if not op.opcode.endswith("-start"):
+            self.wait(op.name)
 
     def wait(self, name: str) -> None:
         """Lets the kernels' stream wait for a collective."""
@@ -177,19 +177,19 @@ def run(
     def one_computation(name: str) -> DeviceTime:
         body = module.computations[name]
         line = _Timeline()
-        for one in body.values():
-            opcode = one.opcode.removesuffix("-start")
-            if one.opcode.endswith("-done"):
-                line.wait(one.operands[0])
+        for op in body.values():
+            opcode = op.opcode.removesuffix("-start")
+            if op.opcode.endswith("-done"):
+                line.wait(op.operands[0])
             elif opcode in hlo.WIRE:
-                sent = hlo.wire_bytes(body, one)
-                spent = sent / speed(hlo.first_group(one.rest)) if sent else 0.0
-                line.collective(one, max(spent, rates.launch_secs))
-            elif traffic.is_kernel(one):
-                kernel = of(module, body, one, content)
+                sent = hlo.wire_bytes(body, op)
+                spent = sent / speed(hlo.first_group(op.rest)) if sent else 0.0
+                line.collective(op, max(spent, rates.launch_secs))
+            elif traffic.is_kernel(op):
+                kernel = of(module, body, op, content)
                 line.kernel(kernel.kind, secs(kernel, rates))
             else:
-                for called, times in hlo.called(module, one):
+                for called, times in hlo.called(module, op):
                     line.add(one_computation(called), times)
         for name in list(line.ends):
             line.wait(name)

@@ -83,24 +83,24 @@ def read(path: str, device: Device) -> Rates:
     """
     try:
         values = json.loads(pathlib.Path(path).read_text())
-        found = msgspec.convert(values, _RatesFile)
+        measured = msgspec.convert(values, _RatesFile)
     except (json.JSONDecodeError, msgspec.ValidationError) as error:
         raise ValueError(
             f"{path} is no file of rates ({error}); take one that tools/device_check has written"
         ) from None
     sheet = published(device)
-    flops = {kind: getattr(found, kind) or sheet.flops[kind] for kind in _KINDS}
+    flops = {kind: getattr(measured, kind) or sheet.flops[kind] for kind in _KINDS}
     for direction in ("attention_forward", "attention_backward"):
         for variant in ("masked", "packed"):
-            if not getattr(found, f"{variant}_{direction}"):
+            if not getattr(measured, f"{variant}_{direction}"):
                 flops[f"{variant}_{direction}"] = flops[direction]
-    missing = [k for k in ("products", "attention_forward", "memory") if not getattr(found, k)]
+    missing = [k for k in ("products", "attention_forward", "memory") if not getattr(measured, k)]
     note = f"; published: {', '.join(missing)}" if missing else ""
     return Rates(
-        source=found.source + note,
+        source=measured.source + note,
         flops=flops,
-        memory=found.memory or sheet.memory,
-        link=found.link or sheet.link,
-        network=found.network or sheet.network,
-        launch_secs=found.launch_secs or sheet.launch_secs,
+        memory=measured.memory or sheet.memory,
+        link=measured.link or sheet.link,
+        network=measured.network or sheet.network,
+        launch_secs=measured.launch_secs or sheet.launch_secs,
     )

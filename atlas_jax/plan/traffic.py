@@ -40,9 +40,9 @@ def memory_traffic(module: Module) -> float:
         if fused:
             continue
         body = module.computations[name]
-        for one in body.values():
-            if is_kernel(one):
-                total += times * of(module, body, one)
+        for op in body.values():
+            if is_kernel(op):
+                total += times * of(module, body, op)
     return total
 
 
@@ -52,21 +52,21 @@ def num_kernels(module: Module) -> float:
     return sum((times * sum(map(is_kernel, body.values())) for body, times in bodies), 0.0)
 
 
-def is_kernel(instruction: Instruction) -> bool:
+def is_kernel(op: Instruction) -> bool:
     """Returns whether an instruction takes time of its own: an asynchronous one, at its start."""
-    return instruction.opcode not in FREE and not instruction.opcode.endswith(("-done", "-update"))
+    return op.opcode not in FREE and not op.opcode.endswith(("-done", "-update"))
 
 
-def of(module: Module, body: dict[str, Instruction], instruction: Instruction) -> float:
+def of(module: Module, body: dict[str, Instruction], op: Instruction) -> float:
     """Returns the bytes that one instruction of a computation reads and writes."""
-    opcode = instruction.opcode.removesuffix("-start")
-    shapes = [body[o].shape if o in body else "" for o in instruction.operands]
-    result = result_shape(body, instruction)
+    opcode = op.opcode.removesuffix("-start")
+    shapes = [body[o].shape if o in body else "" for o in op.operands]
+    result = result_shape(body, op)
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * in_memory(result)
     if opcode == "dynamic-update-slice":
         return 2 * in_memory(shapes[1])
-    called = CALLED.search(instruction.rest)
+    called = CALLED.search(op.rest)
     if opcode != "fusion" or not called:
         return in_memory(result) + sum(map(in_memory, shapes), 0.0)
     inner = module.computations[called[1]]
@@ -81,16 +81,16 @@ def of(module: Module, body: dict[str, Instruction], instruction: Instruction) -
     return total + max(written, 0.0)
 
 
-def result_shape(body: dict[str, Instruction], instruction: Instruction) -> str:
+def result_shape(body: dict[str, Instruction], op: Instruction) -> str:
     """Returns the shape of what an instruction computes.
 
     The shape of an asynchronous start also holds its operands and a state; its end has the result.
     """
-    if not instruction.opcode.endswith("-start"):
-        return instruction.shape
-    ends = (i for i in body.values() if i.operands[:1] == (instruction.name,))
+    if not op.opcode.endswith("-start"):
+        return op.shape
+    ends = (i for i in body.values() if i.operands[:1] == (op.name,))
     end = next((i for i in ends if i.opcode.endswith("-done")), None)
-    return end.shape if end else instruction.shape
+    return end.shape if end else op.shape
 
 
 def _touched(inner: dict[str, Instruction], name: str) -> float:
@@ -151,20 +151,20 @@ def largest_temporary(module: Module) -> Array:
 
 def _made(body: dict[str, Instruction]) -> Iterator[tuple[tuple[str, int], Array]]:
     """Yields the arrays that a computation makes, each with its instruction and its place there."""
-    for one in filter(is_kernel, body.values()):
-        for place, (kind, dims, layout) in enumerate(arrays(result_shape(body, one))):
+    for op in filter(is_kernel, body.values()):
+        for place, (kind, dims, layout) in enumerate(arrays(result_shape(body, op))):
             shape = f"{kind}[{','.join(map(str, dims))}]"
-            yield (one.name, place), Array(shape, in_memory(shape + layout))
+            yield (op.name, place), Array(shape, in_memory(shape + layout))
 
 
 def _origin(body: dict[str, Instruction], name: str) -> tuple[str, int]:
     """Returns the instruction that computes a value, and the value's place in its result."""
     place = 0
     while name in body:
-        one = body[name]
-        if one.opcode not in ("bitcast", "get-tuple-element") and not one.opcode.endswith("-done"):
+        op = body[name]
+        if op.opcode not in ("bitcast", "get-tuple-element") and not op.opcode.endswith("-done"):
             break
-        if one.opcode == "get-tuple-element":
-            place = int(one.rest.partition("index=")[2].split(",")[0])
-        name = one.operands[0]
+        if op.opcode == "get-tuple-element":
+            place = int(op.rest.partition("index=")[2].split(",")[0])
+        name = op.operands[0]
     return name, place

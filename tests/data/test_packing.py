@@ -34,7 +34,7 @@ def test_packing_never_splits_loses_or_repeats_an_example():
 def test_a_full_number_of_examples_closes_a_row():
     # Without the limit the 2 goes behind the 4 and the 3, which leave the least room.
     assert pack_best_fit([4, 3, 2, 1], 10) == [[0, 1, 2, 3]]
-    assert pack_best_fit([4, 3, 2, 1], 10, most=2) == [[0, 1], [2, 3]]
+    assert pack_best_fit([4, 3, 2, 1], 10, max_examples=2) == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("length,positions", [(100, 100), (128, 128), (129, 256), (1000, 1024)])
