@@ -70,7 +70,7 @@ def test_a_mistyped_option_is_answered_with_the_nearest_in_a_sentence(command):
         (("--num_processes=two",), "--num_processes=two must be a whole number"),
         ((f"--config={SFT}", "--config.model=qwen3_8b"),
          "model=qwen3_8b: model is a group of options (model.compute_dtype, model.export_dtype, "
-         "model.max_shard_size, …); set one of these; to take configs/model/qwen3_8b.py, write "
+         "model.gradient_dtype, …); set one of these; to take configs/model/qwen3_8b.py, write "
          "--config NAME:model=qwen3_8b"),
         ((f"--config={SFT}:model=qwen3_7b",),
          "configs/model/qwen3_7b.py does not exist; give the name of a file in configs/model/, or "

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from atlas_jax.data.packing import collate_policy
 from atlas_jax.recipes import chat_models, grpo
 from atlas_jax.rollout import teaching
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.episodes import EpisodeOptions
 from atlas_jax.rollout.identity import check_manifest
+from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.vllm import payload
 from atlas_jax.types import DependencyError
