@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -24,6 +23,8 @@ class EventLoopThread:
             name: name of the thread.
         """
         self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()  # between the last piece of work and the end
+        self._is_closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name=name)
         self._thread.start()
 
@@ -33,11 +34,11 @@ class EventLoopThread:
         Raises:
             RuntimeError: if the loop has been closed.
         """
-        try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError:
-            work.close()
-            raise
+        with self._lock:
+            if not self._is_closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise RuntimeError(f"the event loop of {self._thread.name} is closed")
 
     def close(self, wait_secs: float = _CANCEL_SECS) -> None:
         """Cancels what runs on the loop and ends its thread; any thread may call it, repeatedly.
@@ -45,8 +46,10 @@ class EventLoopThread:
         Args:
             wait_secs: longest wait for the thread. A function that blocks the loop keeps it.
         """
-        with contextlib.suppress(RuntimeError):  # it is closed already
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(wait_secs)
 
     def _serve(self) -> None:

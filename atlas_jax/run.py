@@ -134,7 +134,6 @@ class Run:
             student=hf.digest(student.source) if student else "",
             date=self.model.template.date.isoformat(),
         )
-        # A run of a version that wrote no `start.json` began as the options of this command say.
         before = directory.started(config.output_dir) if latest is not None else None
         if before is None and config.resume_from:
             from atlas_jax.startup import origins  # of other runs

@@ -151,10 +151,6 @@ class Sharding:
         ]
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-    def local_shape(self, shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
-        """Returns the shape of a gathered parameter on one device."""
-        return self.gathered(dims).shard_shape(shape)
-
     def check(self, name: str, shape: tuple[int, ...], dims: Dims) -> None:
         """Checks that a parameter divides over the mesh.
 

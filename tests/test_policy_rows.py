@@ -1,5 +1,6 @@
 """Completions that share their prompt's row compute what completions in rows of their own do."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import torch
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
 from atlas_jax.losses import policy_loss
+from atlas_jax.models import attention, splash
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.recipes.grpo import fit_attention
 from atlas_jax.recipes.layout import Layout
@@ -287,6 +289,15 @@ def test_gradients_equal_plain_computation_at_a_temperature(one):
 
     found, expected = (jax.jit(jax.grad(f, (0, 1)))(hidden, table) for f in (ours, plain))
     close(found, expected)
+
+
+def test_splash_of_an_unknown_interface_gives_each_completion_its_own_prompt(tmp_path, monkeypatch):
+    layout = Layout(questions=1, per_row=4, microbatches=1, buckets=(64, 128))
+    decoder, _ = tiny.load(tiny.save("qwen3", tmp_path), MeshConfig(), ONE)
+    decoder = dataclasses.replace(decoder, attention=attention.Splash(decoder.sharding.mesh))
+    for known, per_row in ((True, 4), (False, 1)):
+        monkeypatch.setattr(splash, "is_known", lambda known=known: known)
+        assert fit_attention(layout, decoder).per_row == per_row
 
 
 def test_a_window_shorter_than_a_row_gives_each_completion_its_own_prompt(tmp_path):

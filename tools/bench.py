@@ -32,7 +32,7 @@ from atlas_jax.recipes import sft
 from atlas_jax.sharding import to_global
 from atlas_jax.startup import model as models
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import Batch, Params
+from atlas_jax.types import Batch, Params, RowBounds
 
 
 def main() -> None:
@@ -72,11 +72,12 @@ def measure(args: argparse.Namespace) -> dict[str, float | str | list[float] | N
     optimizer = compute.optimizer(decoder, args.steps)
     state = compute.state(params, optimizer)
     del params
-    loss = sft.make_loss(decoder, args.chunk)
+    batches, segments = _batches(args, decoder.config.vocab_size)
+    loss = sft.make_loss(decoder, args.chunk, RowBounds(segments=segments))
     train_step = compute.train_step(loss, decoder, optimizer)
     times, losses, tokens = [], [], 0
     used = []  # seconds of all cores, which other work on the machine disturbs less
-    for batch in _batches(args, decoder.config.vocab_size):
+    for batch in batches:
         placed = to_global(batch, compute.sharding, 1)
         tokens = int((batch.segment_ids > 0).sum())
         start, cpu = time.perf_counter(), time.process_time()
@@ -137,21 +138,23 @@ def _model(args: argparse.Namespace, compute: Compute) -> tuple[Decoder, Params]
     return decoder, decoder.init(0) if source is None else hf.load(source, decoder)
 
 
-def _batches(args: argparse.Namespace, vocab: int) -> list[Batch]:
+def _batches(args: argparse.Namespace, vocab: int) -> tuple[list[Batch], int]:
+    """Returns the batches, and the most segments of a row."""
     if args.packing:
         config = _config(args)
         rows, _ = sources.load_rows(config.data, config.seed)
         tokenizer = models.load_tokenizer(args.model)
         packed = loader.build(rows, config, ChatTemplate(tokenizer), loader.HostRows(args.batch))
-        return [packed.batch(i) for i in range(args.steps)]
+        return [packed.batch(i) for i in range(args.steps)], packed.max_segments
     rng = np.random.default_rng(0)
     shape = (args.batch, args.length)
     positions = np.broadcast_to(np.arange(args.length, dtype=np.int32), shape).copy()
     ones = np.ones(shape, np.int32)
-    return [
+    batches = [
         Batch(rng.integers(3, vocab, shape, dtype=np.int32), positions, ones, positions > 0)
         for _ in range(args.steps)
     ]
+    return batches, 1
 
 
 if __name__ == "__main__":

@@ -344,7 +344,6 @@ class ControlTokens:
         if model.get("unk_token"):
             model["unk_token"] = other.get(model["unk_token"], model["unk_token"])
         if "merges" in model:
-            # Merges that lead to a renamed piece would name what the vocabulary no longer has.
             pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
             # Merges that lead to a renamed piece would name what the vocabulary no longer has.
             model["merges"] = [p for p in pairs if other.keys().isdisjoint((*p, "".join(p)))]

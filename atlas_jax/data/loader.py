@@ -14,7 +14,6 @@ and every step has the same shape.
 from __future__ import annotations
 
 import bisect
-import functools
 import hashlib
 import json
 import math
@@ -165,6 +164,7 @@ class TokenDataset:
         self._buckets = buckets
         self._num_threads = num_threads
         self._first_steps = [0]  # of each known epoch, and of the one after
+        self._max_segments = 0  # not known yet
         self._rows: dict[int, Table] = {}  # by epoch, for the latest epochs
         self._lock = threading.RLock()  # Grain's threads share the two above
 
@@ -201,7 +201,7 @@ class TokenDataset:
         mine = [[self.example(int(i)) for i in row] for row in rows[first : first + share]]
         return collate(mine + [[]] * (share - len(mine)), length)
 
-    @functools.cached_property
+    @property
     def max_segments(self) -> int:
         """Most examples of a row: as many as in the first epoch, rounded up, and a few more.
 
@@ -210,7 +210,9 @@ class TokenDataset:
         if not self._order.packing:
             return 1
         with self._lock:
-            return segment_bound(max(map(len, self._epoch_rows(0))))
+            if not self._max_segments:
+                self._max_segments = segment_bound(max(map(len, self._epoch_rows(0))))
+            return self._max_segments
 
     def num_tokens(self, step: int) -> int:
         """Returns the number of tokens of a step over all processes, without padding."""

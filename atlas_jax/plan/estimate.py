@@ -200,6 +200,7 @@ def _cost(
 ) -> Cost:
     def speed(group: tuple[int, ...]) -> float:
         hosts = {place // target.devices_a_host for place in group}
+        # The slowest link of a group sets the pace of all its members.
         return rates.network if len(hosts) > 1 else rates.link
 
     sent: dict[str, float] = defaultdict(float)

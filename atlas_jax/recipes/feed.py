@@ -40,8 +40,7 @@ from atlas_jax.types import (
 _LEAVE = StopRequestedError, DependencyError
 """Reasons to give up a batch, in all processes together; a stop counts before an outage."""
 
-
-_JOIN_SECS = 5.0
+_JOIN_SECS = 5.0  # for the batch that is being made when a run ends
 
 
 class Parts(NamedTuple):
@@ -224,6 +223,8 @@ class Feed:
             parts.protocol,
             teaching.Draws(sampling, config.seed),
         )
+        if self._prefetcher.is_closed:  # judges would be asked, and paid, for nobody
+            raise StopRequestedError("the run has ended while its next batch was made")
         start = time.perf_counter()
         samples = score(parts.reward, samples)
         return Collected(samples, time.perf_counter() - start)

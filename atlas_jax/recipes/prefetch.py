@@ -40,6 +40,8 @@ class Prefetcher:
         self._make = make
         self._depth = depth
         self._end = 0
+        self.is_closed = False
+        """True once no further batch is wanted; one that has begun may leave."""
         self._worker: ThreadPoolExecutor | None = None
         self._waiting: collections.deque[Future[Prefetched]] = collections.deque()
         self._taken: list[Future[Prefetched]] = []
@@ -51,8 +53,7 @@ class Prefetcher:
             return self._one(policy, position)
         # The thread starts here, because the position is that of the checkpoint, if there is one.
         if self._worker is None:
-            # One thread: each batch begins with the question after the last one of the batch
-            # before.
+            # One thread, since a batch begins with the question after the last one before it.
             self._worker = ThreadPoolExecutor(1, "rollouts")
             self._end = position
         if not self._waiting:
@@ -81,6 +82,7 @@ class Prefetcher:
 
     def close(self) -> None:
         """Cancels the batches that have not begun."""
+        self.is_closed = True
         if self._worker is not None:
             self._worker.shutdown(wait=False, cancel_futures=True)
 

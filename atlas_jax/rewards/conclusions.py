@@ -78,7 +78,6 @@ _NOTHING = re.compile(
 )
 _OPERATOR = re.compile(r"[-+*/^=<>]|\\(?:le|ge|ne|lt|gt|leq|geq|neq|times|cdot|pm|in|cup|div)")
 _WORDS = re.compile(r"\\[A-Za-z]+|(?:sqrt|sin|cos|tan|log|ln|pi)\b|\b[ap]m\b", re.IGNORECASE)
-_LIST_WORD = re.compile(r"(?:,|;|\b(?:and|or))$")
 _LISTS = re.compile(
     r"\b(?:is|are|was|were|be|includ\w+|values?|solutions?|roots?|numbers?|answers?|so|thus"
     r"|therefore|hence|either)\W*$",

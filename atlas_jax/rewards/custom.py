@@ -210,7 +210,7 @@ class _Coroutines:
                     future.cancel()
             # Whoever did not end in time may block the loop, so the next batch gets another one.
             if any(future.cancelled() for future in futures):
-                loop.close(wait_secs=0.0)  # it is blocked
+                loop.close(wait_secs=0.0)
                 self._loop = None
             return [self._outcome(future) for future in futures]
 

@@ -132,7 +132,3 @@ def _check_same_model(origin: Origin, stored: dict[str, Any], decoder: Decoder) 
             f"{', '.join(shorten(different, 4))}; set model_name_or_path to the model that it was "
             "made with"
         )
-
-
-def _abstract(decoder: Decoder) -> Any:
-    return step.abstract(decoder.shapes, decoder.placements())

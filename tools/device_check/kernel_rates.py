@@ -18,6 +18,7 @@ from atlas_jax.config import MeshConfig
 from atlas_jax.models import attention
 from atlas_jax.plan import hlo, kernels, pairs
 from atlas_jax.sharding import make_mesh
+from atlas_jax.types import RowBounds
 
 
 def rates(tiny: bool) -> None:
@@ -85,7 +86,9 @@ def _attention(tiny: bool) -> dict[str, float]:
     def of(packed: bool) -> Callable[..., jax.Array]:
         attend = attention.select(own_attention(), mesh, packed, jnp.dtype("bfloat16"))
         ids = segment_ids if packed else jnp.ones_like(segment_ids)
-        return lambda q, k, v: attend(q, k, v, ids, None, scale=size**-0.5, window=0)
+        bounds = RowBounds(segments=SEGMENTS if packed else 1)  # as a run knows them
+        over_rows = attention.over(attend, ids, None, bounds)
+        return lambda q, k, v: over_rows(q, k, v, scale=size**-0.5, window=0)
 
     def masked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         causal = jnp.tril(jnp.ones((length, length), bool))

@@ -23,6 +23,7 @@ from atlas_jax.config import MeshConfig, ModelOptions
 from atlas_jax.models import attention
 from atlas_jax.recipes import sft
 from atlas_jax.sharding import make_mesh
+from atlas_jax.types import RowBounds
 
 _LENGTH = 256
 _LAYOUTS = {
@@ -87,12 +88,14 @@ def _attention_errors(
 
     def one(name: str, dtype: str) -> list[Any]:
         packed = segments > 1 or completions > 0
-        attend = attention.select(name, mesh, packed, jnp.dtype(dtype))
+        attend = attention.select(name, mesh, packed, jnp.dtype(dtype), size, window)
+        bounds = RowBounds(segments=completions + 1 if completions else segments)
 
         @jax.jit
         def both(query: Any, key: Any, value: Any, gradient: Any) -> list[Any]:
             def forward(*qkv: Any) -> jax.Array:
-                out = attend(*qkv, segment_ids, sequence_ids, scale=size**-0.5, window=window)
+                over_rows = attention.over(attend, segment_ids, sequence_ids, bounds)
+                out = over_rows(*qkv, scale=size**-0.5, window=window)
                 return jnp.where(is_token, out, 0).astype(jnp.float32)
 
             out, back = jax.vjp(forward, *(x.astype(dtype) for x in (query, key, value)))
@@ -119,7 +122,8 @@ def _sft(packing: bool) -> None:
             loss_chunk_size=128,
         )
         run = build(config, True, jax.devices()[:1])
-        loss = sft.make_loss(run.decoder, config.loss_chunk_size)
+        bounds = RowBounds(segments=segments)
+        loss = sft.make_loss(run.decoder, config.loss_chunk_size, bounds)
         batch = sft_batch((2, _LENGTH), TINY["vocab_size"], segments)
 
         def mean(params: Any, loss: Any = loss, batch: Any = batch) -> jax.Array:
