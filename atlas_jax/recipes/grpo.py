@@ -77,10 +77,6 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         last = stack.enter_context(contextlib.ExitStack())
         backend = _make_backend(config, run.model, student)
         stack.callback(backend.close)
-        if student is not None or held_out:  # their measures compare answers, under any reward
-            from atlas_jax.rewards import symbolic
-
-            stack.callback(symbolic.close)
         parts = Parts(
             config=config,
             layout=layout,

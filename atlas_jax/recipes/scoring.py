@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def make_reward(
     Raises:
         ValueError: for a function that cannot be a reward.
     """
+    stack.callback(_end_checks)
     rules = config.reward.rules(given_functions)
     weights = config.reward.weights or (1.0,) * len(rules)
     return combined.combine(
@@ -68,8 +70,8 @@ def _make(rule: Rule, label: str, config: GRPOConfig, stack: contextlib.ExitStac
     """Returns one of the rewards that are added up; each imports what it alone needs."""
     reward = config.reward
     built_in: dict[Rule, Callable[[], RewardFn]] = {
-        "exact_match": functools.partial(_exact_match, stack),
-        "teaching_gain": functools.partial(_teaching_gain, reward, stack),
+        "exact_match": _exact_match,
+        "teaching_gain": functools.partial(_teaching_gain, reward),
         "rim": functools.partial(_judges, config, stack),
     }
     if isinstance(rule, str) and rule in built_in:
@@ -81,17 +83,21 @@ def _make(rule: Rule, label: str, config: GRPOConfig, stack: contextlib.ExitStac
     return custom.by_object(rule, label, reward.timeout_secs, stack)
 
 
-def _exact_match(stack: contextlib.ExitStack) -> RewardFn:
-    from atlas_jax.rewards import symbolic, verifiable
+def _end_checks() -> None:
+    """Ends the process that compares expressions; measures and evaluations start it as well."""
+    if symbolic := sys.modules.get("atlas_jax.rewards.symbolic"):  # not imported: never started
+        symbolic.close()
 
-    stack.callback(symbolic.close)
+
+def _exact_match() -> RewardFn:
+    from atlas_jax.rewards import verifiable
+
     return verifiable.exact_match()
 
 
-def _teaching_gain(reward: RewardConfig, stack: contextlib.ExitStack) -> RewardFn:
-    from atlas_jax.rewards import symbolic, verifiable
+def _teaching_gain(reward: RewardConfig) -> RewardFn:
+    from atlas_jax.rewards import verifiable
 
-    stack.callback(symbolic.close)
     return verifiable.teaching_gain(reward.efficiency_weight, reward.degradation_penalty)
 
 
