@@ -27,13 +27,13 @@ CHOSEN = {
 }  # fmt: skip
 """Of what a command, an option, a kind of row, an error or the number of processes asks for."""
 BOUNDS = {
-    "recipes.sft": (43, 6_300),
-    "recipes.grpo": (65, 8_100),
+    "recipes.sft": (40, 6_100),
+    "recipes.grpo": (62, 7_900),
 }
 """Modules and code lines that importing a recipe reaches, at most; lines rounded up.
 
 Every run of SFT uses what is left: rows and tokens (1,550 lines), checkpoints and export (950), the
-model and its sharding (1,350), the start of a run (600), options (400), and the loop with its step,
+model and its sharding (1,100), the start of a run (600), options (400), and the loop with its step,
 metrics and stop (850). GRPO adds questions, samples, rewards, rows and the loss, and the options of
 judges, which stand in its config."""
 

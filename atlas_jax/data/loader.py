@@ -33,7 +33,6 @@ from atlas_jax.data.packing import (
     capped_buckets,
     collate,
     pack_best_fit,
-    whole_blocks,
 )
 from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
@@ -190,7 +189,7 @@ class TokenDataset:
     def batch(self, step: int) -> Batch:
         """Returns this process's rows of one step, counted from the first step of epoch 0."""
         rows = self._step_rows(step)
-        length = whole_blocks(self._order.max_seq_length)
+        length = self._order.max_seq_length
         if not self._order.packing:
             # The length depends on the rows of all processes, so that all have the same shape.
             length = bucket_length(

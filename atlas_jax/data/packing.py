@@ -20,23 +20,10 @@ import numpy as np
 
 from atlas_jax.types import Batch, Example
 
-_BLOCK = 128  # positions
-
 
 def capped_buckets(buckets: Sequence[int], max_seq_length: int) -> tuple[int, ...]:
-    """Returns the buckets below `max_seq_length`, ascending, and its `whole_blocks`."""
-    return (
-        *sorted({bucket for bucket in buckets if bucket < max_seq_length}),
-        whole_blocks(max_seq_length),
-    )
-
-
-def whole_blocks(length: int) -> int:
-    """Returns the positions of a row for `length` tokens: from one block on, blocks of 128.
-
-    Flash kernels compute blocks, and cuDNN's backward pass may give NaN for a half one.
-    """
-    return length if length < _BLOCK else -(-length // _BLOCK) * _BLOCK
+    """Returns the buckets below `max_seq_length`, ascending, and it."""
+    return (*sorted({bucket for bucket in buckets if bucket < max_seq_length}), max_seq_length)
 
 
 def pack_best_fit(

@@ -15,12 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from atlas_jax import sharding
-from atlas_jax.models import passes
-from atlas_jax.models.chunked import MASKED, Chunked
-from atlas_jax.models.segments import Ids, visible
 from atlas_jax.types import UNKNOWN, RowBounds
 
 AttentionFn = Callable[..., jax.Array]
@@ -28,6 +25,9 @@ AttentionFn = Callable[..., jax.Array]
 
 The query is `[B T N H]`, key and value are `[B T K H]`, `segment_ids` are `[B T]`, `sequence_ids`
 are `[B T]` or None; `scale` and `window` are keywords."""
+
+MASKED = -1e30
+"""Attention score of a masked position; finite, because the softmax of a row of -inf is NaN."""
 
 _BLOCK = 128  # positions of a block of cuDNN's kernels
 
@@ -146,7 +146,10 @@ def xla(
     """
     rows, length, heads, size = query.shape
     if length > _MOST_SCORES:
-        ids = Ids(segment_ids, segment_ids, sequence_ids)
+        from atlas_jax.models import passes, segments  # long rows only
+        from atlas_jax.models.chunked import Chunked
+
+        ids = segments.Ids(segment_ids, segment_ids, sequence_ids)
         kernel = Chunked(scale, window=window)
         return passes.attend((kernel,), query, key, value, (passes.Pass(ids),))
     groups = key.shape[2]
@@ -255,6 +258,24 @@ class Cudnn(_Flash):
             )[:, :length]
 
         return run
+
+
+def visible(
+    segment_ids: Int[Array, "B T"], sequence_ids: Int[Array, "B T"] | None, window: int
+) -> Bool[Array, "B 1 T T"]:
+    """Returns the attention mask: entry `[b, 0, t, s]` is true where position t sees position s.
+
+    With `sequence_ids` the window is counted in entries of the row instead of rotary positions, so
+    it must be at least as long as the row (`recipes.grpo.fit_attention`).
+    """
+    length = segment_ids.shape[1]
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    near = (distance >= 0) & (distance < (window or length))
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    if sequence_ids is not None:
+        keys = sequence_ids[:, None, :]
+        same &= (keys == 0) | (sequence_ids[:, :, None] == keys)
+    return (near & same)[:, None]
 
 
 def _masked(

@@ -14,10 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from atlas_jax.models.attention import MASKED
 from atlas_jax.models.segments import Ids
-
-MASKED = -1e30
-"""Attention score of a masked position; finite, because the softmax of a row of -inf is NaN."""
 
 _NO_KEY = -3  # segment of keys that fill up the last block; no query has it
 

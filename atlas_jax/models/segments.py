@@ -51,24 +51,6 @@ def keeps(
     return within
 
 
-def visible(
-    segment_ids: Int[Array, "B T"], sequence_ids: Int[Array, "B T"] | None, window: int
-) -> Bool[Array, "B 1 T T"]:
-    """Returns the attention mask: entry `[b, 0, t, s]` is true where position t sees position s.
-
-    With `sequence_ids` the window is counted in entries of the row instead of rotary positions, so
-    it must be at least as long as the row (`recipes.grpo.fit_attention`).
-    """
-    length = segment_ids.shape[1]
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    near = (distance >= 0) & (distance < (window or length))
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    if sequence_ids is not None:
-        keys = sequence_ids[:, None, :]
-        same &= (keys == 0) | (sequence_ids[:, :, None] == keys)
-    return (near & same)[:, None]
-
-
 def own(
     segment_ids: Int[Array, "B T"], sequence_ids: Int[Array, "B T"] | None
 ) -> Int[Array, "B T"]:

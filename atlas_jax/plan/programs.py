@@ -12,7 +12,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from atlas_jax import step
 from atlas_jax.data.loader import segment_bound
-from atlas_jax.data.packing import whole_blocks
 from atlas_jax.models import cache as kv
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
@@ -112,7 +111,7 @@ def _sft(
     run: PlannedRun, compute: Compute, config: TrainConfig, optimizer: step.Optimizer, *_: Any
 ) -> PlannedRun:
     plan = compute.plan
-    length = whole_blocks(config.longest_sequence)
+    length = config.longest_sequence
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length
     bounds = RowBounds(segments=segment_bound(run.segments) if config.packing else 1)
     loss = sft.make_loss(run.decoder, config.loss_chunk_size, bounds)

@@ -135,13 +135,6 @@ def test_rows_of_every_epoch_keep_to_the_segments_of_the_first():
     assert build().max_segments == 1
 
 
-def test_packed_rows_have_whole_blocks_and_hold_no_more_tokens():
-    dataset = build(packing=True, max_seq_length=140)
-    batch = dataset.batch(0)
-    assert batch.tokens.shape[1] == 256
-    assert (batch.segment_ids > 0).sum(axis=1).max() <= 140
-
-
 def test_buckets_above_the_longest_row_are_cut_to_it():
     assert loader.capped_buckets((256, 64, 128), 100) == (64, 100)
     assert loader.capped_buckets((64, 100), 100) == (64, 100)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from atlas_jax.data.packing import bucket_length, collate, pack_best_fit, whole_blocks
+from atlas_jax.data.packing import bucket_length, collate, pack_best_fit
 from atlas_jax.types import Example
 
 
@@ -35,11 +35,6 @@ def test_a_full_number_of_examples_closes_a_row():
     # Without the limit the 2 goes behind the 4 and the 3, which leave the least room.
     assert pack_best_fit([4, 3, 2, 1], 10) == [[0, 1, 2, 3]]
     assert pack_best_fit([4, 3, 2, 1], 10, max_examples=2) == [[0, 1], [2, 3]]
-
-
-@pytest.mark.parametrize("length,positions", [(100, 100), (128, 128), (129, 256), (1000, 1024)])
-def test_long_rows_are_whole_blocks(length, positions):
-    assert whole_blocks(length) == positions
 
 
 def test_example_longer_than_a_row_is_an_error():

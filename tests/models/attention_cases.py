@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.models import segments
+from atlas_jax.models import attention
 
 
 def packed(length: int, *rows: list[int]) -> jax.Array:
@@ -41,7 +41,7 @@ def by_mask(query, key, value, segment_ids, sequence_ids=None, *, scale, window=
         jnp.repeat(x, query.shape[2] // x.shape[2], 2).astype(jnp.float32) for x in (key, value)
     ]
     scores = jnp.einsum("btnh,bsnh->bnts", query.astype(jnp.float32), wide[0]) * scale
-    mask = segments.visible(segment_ids, sequence_ids, window)
+    mask = attention.visible(segment_ids, sequence_ids, window)
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights, wide[1])
 

@@ -136,7 +136,7 @@ def test_a_policy_that_keeps_names_runs_no_kernel_twice():
 
 def test_positions_see_themselves_and_what_came_before_in_their_own_sequence():
     segment_ids, sequence_ids = shared(6, [2, 2, 1])
-    seen = np.asarray(segments.visible(segment_ids, sequence_ids, 0))[0, 0].astype(int)
+    seen = np.asarray(attention.visible(segment_ids, sequence_ids, 0))[0, 0].astype(int)
     assert seen[:5].tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
