@@ -621,6 +621,17 @@ TWICE = """trap() {
 """What BASH_ENV names: SIGINT comes to a script that is about to end its jobs."""
 
 
+def test_ctrl_c_again_as_servers_are_about_to_be_ended_leaves_none(together, grpo_inputs, tmp_path):
+    model = grpo_inputs / "model"
+    (tmp_path / "twice.sh").write_text(TWICE)
+    words = (f"model_name_or_path={model}", f"student_model={model}")
+    run = together("2", "1", GRPO, *words, STUB_WAITS="1", BASH_ENV=str(tmp_path / "twice.sh"))
+    run.wait_until(lambda: len(list((tmp_path / "stub").glob("worker_*"))) == 2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(WAIT_SECS) == 130
+    assert not run.left()
+
+
 @pytest.mark.parametrize(
     ("number", "again", "code"), [(signal.SIGTERM, "", 143), (signal.SIGINT, TWICE, 130)]
 )
