@@ -128,6 +128,11 @@ def policy_loss(
     says, and are absent if it is none. Both KL to the reference are absent without
     `batch.ref_logprobs`.
 
+    A completion may hold tokens of several weights. The engine reports each token's
+    log-probability under the weights that wrote it, so `exp(old - rollout)` is the ratio of the
+    trained policy to those very weights. `rollout/fresh_mismatch_kl`, which is absent without
+    `batch.version_lags`, is the mismatch over tokens that the trained weights themselves wrote.
+
     Args:
         logprobs: log-probabilities of the policy in training, in nats, at the sampling temperature,
             aligned with `batch.tokens`. Values outside `batch.loss_mask` are ignored, NaN included.
@@ -285,7 +290,11 @@ def _distances(
 ) -> dict[str, LossSum]:
     """Returns the policy's distances to what sampled and to the reference; see `policy_loss`."""
     old = jax.lax.stop_gradient(logprobs if batch.old_logprobs is None else batch.old_logprobs)
-    found = {"rollout/mismatch_kl": _token_sum(_k3(old - batch.rollout_logprobs), members)}
+    mismatch = _k3(old - batch.rollout_logprobs)
+    found = {"rollout/mismatch_kl": _token_sum(mismatch, members)}
+    if batch.version_lags is not None:
+        fresh = members & (batch.version_lags == 0)[..., None]
+        found["rollout/fresh_mismatch_kl"] = _token_sum(mismatch, fresh)
     if batch.ref_logprobs is not None:
         found["policy/kl"] = _token_sum(_k3(batch.ref_logprobs - logprobs), members)
     return found

@@ -37,6 +37,9 @@ METRICS: dict[str, Metric] = {
         "the update."),
     "rollout/mismatch_kl": Metric(_NATS, "k3 estimate of the KL divergence between the "
         "probabilities that sampled and those that train. It is near 0 where both compute alike."),
+    "rollout/fresh_mismatch_kl": Metric(_NATS, "The same over the tokens that the trained weights "
+        "themselves wrote, with `rollout.max_staleness`. The rest of the mismatch comes of older "
+        "weights. It has no value in a step without such tokens."),
     "rollout/importance_weight": Metric("", "Mean weight that corrects this mismatch."),
     "rollout/importance_capped_frac": Metric(_SHARE, "Weights that `importance_sampling_cap` "
         "limits."),
@@ -53,6 +56,9 @@ METRICS: dict[str, Metric] = {
         "has too."),
     "rollout/trained_frac": Metric(_SHARE, "Samples that the update counts. A step without any is "
         "logged, and the run goes on."),
+    "rollout/version_lag": Metric("updates", "Mean number of updates between the weights that "
+        "wrote a token and the weights that it trains. New weights may go on with a completion "
+        "that others have begun."),
     "rollout/version_lag_max": Metric("updates", "Most updates between the weights that began a "
         "completion and the weights that it trains. It is 0 unless `rollout.max_staleness` allows "
         "more."),

@@ -162,7 +162,7 @@ class Run:
             return hf.load(self.model.source, self.decoder)
         from atlas_jax.startup import origins
 
-        return origins.load(origin, self.config, self.model, self.decoder)
+        return origins.load(origin, self.decoder)
 
     def export(self, params: Params) -> str:
         """Writes `final/` and returns its path."""
@@ -195,11 +195,10 @@ class Training:
 
         run = self.run
         return origins.reference(
-            run.config,
-            run.model,
             frozen,
             run.checkpoints,
-            self.start.started,
+            run.checkpoints.latest(),
+            self.start.started.origin,
             self.start.state.params,
         )
 

@@ -6,6 +6,9 @@ Flags to a frozen config, the config checked, JAX started, the recipe run. NAME 
 
 From Python, `run` takes a config and what no config file can hold.
 
+`atlas-train --replay OUTPUT_DIR/rollouts/step_000123` computes a step of a GRPO run once more, from
+what is stored there, and says where it differs from the log; it exits with 1 if it does.
+
 The exit code is 0 for a finished run, 75 for one that a signal stopped and that the same command
 continues, 1 for an error, 2 for words that it does not take.
 """
@@ -38,11 +41,14 @@ def main() -> None:
     coordinator = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
     num_processes = flags.DEFINE_integer("num_processes", 0, "Processes of the run.")
     process_id = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
+    replay = flags.DEFINE_string("replay", "", "OUTPUT_DIR/rollouts/step_NUMBER to compute again.")
 
     def command(argv: list[str]) -> None:
         cli.no_more_words(argv[1:])
-        config = config_lib.freeze(cli.needed(config_flag))
         address = Address(coordinator.value, num_processes.value, process_id.value)
+        if replay.value:
+            sys.exit(_replay(replay.value, config_flag.value, address))
+        config = config_lib.freeze(cli.needed(config_flag))
         code = 0 if _run(config, NOTHING_GIVEN, address) else stopping.EXIT_CODE
         # Threads that hang in a request must not keep the process and its devices.
         stopping.end_soon(code)
@@ -107,6 +113,23 @@ def _run(config: config_lib.TrainConfig, given: Given, address: Address) -> bool
     with hosts.joined(config.hosts, address):
         devices.check()
         return recipes[config.algorithm](config, given)
+
+
+def _replay(path: str, draft: ConfigDict | None, address: Address) -> int:
+    """Computes a stored step once more, prints how it compares, and returns the exit code."""
+    from atlas_jax import devices, hosts
+    from atlas_jax.recipes import replay
+
+    config = None if draft is None else config_lib.freeze(draft, config_lib.GRPOConfig)
+    found = replay.find(path, config)
+    with hosts.joined(found.config.hosts, address):
+        devices.check()
+        try:
+            replayed = replay.run(found)
+        except stopping.StopRequestedError:
+            return stopping.EXIT_CODE
+    sys.stdout.write(replay.report(replayed) + "\n")
+    return 1 if replayed.different else 0
 
 
 def _without_files(config: config_lib.TrainConfig, given: Given) -> config_lib.TrainConfig:

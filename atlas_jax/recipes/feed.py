@@ -57,6 +57,8 @@ class Parts(NamedTuple):
     writer: metrics.MetricWriter
     given_labels: tuple[str, ...] = ()
     """Short names of the rewards, where a caller from Python has given some."""
+    num_steps: int = 0
+    """Steps of the whole run."""
 
 
 class Collected(NamedTuple):
@@ -78,7 +80,9 @@ class Feed:
 
     def __init__(self, parts: Parts, reference: Params | None) -> None:
         self._parts = parts
-        self._reference = reference
+        self._batches = Batches(
+            parts.config, parts.layout, parts.logprobs_fn, parts.sharding, reference
+        )
         self._position = 0
         self._prefetcher = Prefetcher(self._collect, parts.config.rollout.max_staleness)
 
@@ -105,23 +109,22 @@ class Feed:
         samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
         # The record is written before the samples are counted, so that a run that ends for too
         # many failures leaves them to be looked at.
-        record.write(config.output_dir, version + 1, jax.process_index(), samples)
+        facts = record.StepFacts(
+            num_samples=parts.layout.questions * config.num_generations,
+            num_steps=parts.num_steps,
+            given_rewards=parts.given_labels,
+        )
+        record.write(config.output_dir, version + 1, jax.process_index(), samples, facts)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
-        values = self._measure(samples, version) | parts.backend.metrics()
+        has_student = parts.backend.student is not None
+        values = measure(samples, version, config, parts.given_labels, has_student)
+        values |= parts.backend.metrics()
         # The position advances only now: if anything above raises, the step that is repeated asks
         # the same questions.
         self._position = made.position
         # Nor may the reference move before: the repeated step would mix it a second time.
-        self._sync_reference(version, state.params)
         start = time.perf_counter()
-        rows = self._rows(samples)
-        num_tokens = int(distributed.gather(np.asarray((rows.segment_ids > 0).sum())).sum())
-        batch = to_global(rows, parts.sharding, parts.layout.microbatches)
-        if self._reference is not None:
-            batch = batch._replace(ref_logprobs=parts.logprobs_fn(self._reference, batch))
-        # With one update a step, the update itself computes the log-probabilities before it.
-        if config.num_iterations > 1:
-            batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
+        batch, num_tokens = self._batches.make(samples, state)
         # Without waiting, the time of these log-probabilities would count as the training step's.
         jax.block_until_ready(batch)
         values["perf/real_token_frac"] = num_tokens, batch.tokens.size
@@ -156,7 +159,7 @@ class Feed:
 
     def get_reference(self) -> Params | None:
         """Returns the reference if it follows the policy, so that checkpoints must hold it."""
-        return self._reference if self._parts.config.sync_ref_model else None
+        return self._batches.reference if self._parts.config.sync_ref_model else None
 
     def close(self) -> None:
         """Gives up batches that are being made."""
@@ -166,12 +169,6 @@ class Feed:
         """Waits for the thread that makes batches, when all that it asks has been closed."""
         self._prefetcher.join(_JOIN_SECS)
 
-    def _sync_reference(self, version: int, params: Params) -> None:
-        config = self._parts.config
-        due = config.sync_ref_model and version and version % config.ref_model_sync_steps == 0
-        if due and self._reference is not None:
-            self._reference = _mix(config.ref_model_mixup_alpha, self._reference, params)
-
     def _collect(self, policy: ChatModel, position: int) -> tuple[Collected, int]:
         """Returns the samples of a step and the number of the next question.
 
@@ -179,7 +176,7 @@ class Feed:
         """
         wanted = self._parts.layout.questions
         process = jax.process_index()
-        shares = _shares(wanted)
+        shares = question_shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
         # Without refills this may run in the prefetching thread, where no collective may stand;
         # `RolloutConfig.check` forbids refills beside `max_staleness`.
@@ -235,7 +232,7 @@ class Feed:
         # A sample without a score is NaN, which the statistics of its group leave out.
         rewards = [math.nan if s.reward.value is None else s.reward.value for s in samples]
         own_rewards = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
-        shares = _shares(self._parts.layout.questions)
+        shares = question_shares(self._parts.layout.questions)
         # Scales may be taken over the batch, so the advantages are those of all processes.
         everyone = distributed.gather_rows(own_rewards, shares)  # [questions of the step, G]
         first = sum(shares[: jax.process_index()])
@@ -245,13 +242,6 @@ class Feed:
             sample._replace(advantage=float(advantage), trains=self._trains(sample))
             for sample, advantage in zip(samples, advantages, strict=True)
         ]
-
-    def _rows(self, samples: Sequence[Sample]) -> PolicyBatch:
-        """Returns the rows that this process trains."""
-        layout = self._parts.layout
-        group = self._parts.config.num_generations // layout.per_row
-        counts = [share * group for share in _shares(layout.questions)]
-        return _exchanged(_collate(samples, layout), counts)
 
     def _trains(self, sample: Sample) -> bool:
         truncated = sample.completion.finish_reason == "length"
@@ -265,54 +255,122 @@ class Feed:
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
 
-    def _measure(self, samples: Sequence[Sample], version: int) -> Metrics:
-        """Returns the metrics of a step over all processes.
 
-        Raises:
-            DependencyError: if an outage left too many samples without a score.
+class Batches:
+    """The batches of samples, and the reference that they are compared with."""
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        layout: Layout,
+        logprobs_fn: Callable[[Params, PolicyBatch], jax.Array],
+        sharding: Sharding,
+        reference: Params | None,
+    ) -> None:
+        """Takes the reference in the state that it has before the next step; None has none."""
+        self._config = config
+        self._layout = layout
+        self._logprobs_fn = logprobs_fn
+        self._sharding = sharding
+        self.reference = reference
+
+    def make(self, samples: Sequence[Sample], state: step.TrainState) -> tuple[PolicyBatch, int]:
+        """Returns the batch of a step, and its tokens without padding over all processes.
+
+        It is called once a step, since the reference may follow the policy.
+
+        Args:
+            samples: those that this process asked.
+            state: before the step.
         """
-        reward = self._parts.config.reward
-        labels = self._parts.given_labels or reward.labels
-        values = measures.of_rewards(samples, labels)
-        if self._parts.given_labels or reward.functions:
-            values |= measures.of_functions(samples)
-        if "rim" in reward.parts:
-            values |= measures.of_judges(samples, reward.rim.judge_names)
-        values |= measures.of_generation(samples, version)
-        if self._parts.protocol.episode:
-            values |= measures.of_episodes(samples)
-        if self._parts.backend.student:
-            from atlas_jax.rollout import teaching_measures  # compares answers with the truth
+        config = self._config
+        version = int(state.step)
+        self._sync_reference(version, state.params)
+        rows = self._rows(samples, version)
+        num_tokens = int(distributed.gather(np.asarray((rows.segment_ids > 0).sum())).sum())
+        batch = to_global(rows, self._sharding, self._layout.microbatches)
+        if self.reference is not None:
+            batch = batch._replace(ref_logprobs=self._logprobs_fn(self.reference, batch))
+        # With one update a step, the update itself computes the log-probabilities before it.
+        if config.num_iterations > 1:
+            batch = batch._replace(old_logprobs=self._logprobs_fn(state.params, batch))
+        return batch, num_tokens
 
-            values |= teaching_measures.of_teaching(samples)
-            values |= teaching_measures.of_efficiency(samples)
-        values["rollout/trained_frac"] = sum(s.trains for s in samples), len(samples)
-        values = metrics.sum_over_processes(values)
-        (without, total) = values["reward/failed_frac"]
-        (skipped, _) = values["reward/skipped_frac"]
-        # What was skipped would be skipped again. Only outages may end the run, since the same
-        # command can continue after them.
-        failed = without - skipped
-        possible = total - skipped
-        if failed > reward.max_failed_frac * possible:
-            reasons = [reason(s.reward) for s in samples if s.reward.is_outage]
-            raise DependencyError(
-                f"{failed:.0f} of {possible:.0f} samples could not be scored, more than "
-                f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}; look "
-                f"at {self._parts.config.output_dir}/rollouts"
-            )
-        if not values["rollout/trained_frac"][0] and distributed.is_main():
-            reasons = [reason(s.reward) for s in samples if s.reward.value is None]
-            logging.warning(
-                "step %d trains nothing: of %d samples %d have no score and the others are cut; "
-                "the first: %s; look at %s/rollouts",
-                *(version + 1, total, without, reasons[:1] or "out of tokens"),
-                self._parts.config.output_dir,
-            )
-        return values
+    def _sync_reference(self, version: int, params: Params) -> None:
+        config = self._config
+        due = config.sync_ref_model and version and version % config.ref_model_sync_steps == 0
+        if due and self.reference is not None:
+            self.reference = _mix(config.ref_model_mixup_alpha, self.reference, params)
+
+    def _rows(self, samples: Sequence[Sample], version: int) -> PolicyBatch:
+        """Returns the rows that this process trains."""
+        layout = self._layout
+        group = self._config.num_generations // layout.per_row
+        counts = [share * group for share in question_shares(layout.questions)]
+        trained_by = version if self._config.rollout.max_staleness else None
+        return _exchanged(_collate(samples, layout, trained_by), counts)
 
 
-def _shares(total: int) -> list[int]:
+def measure(
+    samples: Sequence[Sample],
+    version: int,
+    config: GRPOConfig,
+    given_labels: Sequence[str] = (),
+    has_student: bool = False,
+) -> Metrics:
+    """Returns the metrics of a step's samples over all processes.
+
+    Args:
+        samples: those that this process asked, with their advantages.
+        version: the step of the weights that are trained.
+        config: of the run.
+        given_labels: short names of the rewards, where a caller from Python has given some.
+        has_student: whether a student has answered.
+
+    Raises:
+        DependencyError: if an outage left too many samples without a score.
+    """
+    reward = config.reward
+    values = measures.of_rewards(samples, given_labels or reward.labels)
+    if given_labels or reward.functions:
+        values |= measures.of_functions(samples)
+    if "rim" in reward.parts:
+        values |= measures.of_judges(samples, reward.rim.judge_names)
+    values |= measures.of_generation(samples, version)
+    if config.has_episodes:
+        values |= measures.of_episodes(samples)
+    if has_student:
+        from atlas_jax.rollout import teaching_measures  # compares answers with the truth
+
+        values |= teaching_measures.of_teaching(samples)
+        values |= teaching_measures.of_efficiency(samples)
+    values["rollout/trained_frac"] = sum(s.trains for s in samples), len(samples)
+    values = metrics.sum_over_processes(values)
+    (without, total) = values["reward/failed_frac"]
+    (skipped, _) = values["reward/skipped_frac"]
+    # What was skipped would be skipped again. Only outages may end the run, since the same
+    # command can continue after them.
+    failed = without - skipped
+    possible = total - skipped
+    if failed > reward.max_failed_frac * possible:
+        reasons = [reason(s.reward) for s in samples if s.reward.is_outage]
+        raise DependencyError(
+            f"{failed:.0f} of {possible:.0f} samples could not be scored, more than "
+            f"reward.max_failed_frac={reward.max_failed_frac}; the first: {reasons[:1]}; look "
+            f"at {config.output_dir}/rollouts"
+        )
+    if not values["rollout/trained_frac"][0] and distributed.is_main():
+        reasons = [reason(s.reward) for s in samples if s.reward.value is None]
+        logging.warning(
+            "step %d trains nothing: of %d samples %d have no score and the others are cut; "
+            "the first: %s; look at %s/rollouts",
+            *(version + 1, total, without, reasons[:1] or "out of tokens"),
+            config.output_dir,
+        )
+    return values
+
+
+def question_shares(total: int) -> list[int]:
     """Returns the number of things of each process: as many as the others, or one more."""
     each, more = divmod(total, jax.process_count())
     return [each + (process < more) for process in range(jax.process_count())]
@@ -332,12 +390,12 @@ def _exchanged(rows: PolicyBatch, counts: Sequence[int]) -> PolicyBatch:
     return jax.tree.map(lambda x: distributed.gather_rows(x, counts)[part], rows)
 
 
-def _collate(samples: Sequence[Sample], layout: Layout) -> PolicyBatch:
+def _collate(samples: Sequence[Sample], layout: Layout, version: int | None) -> PolicyBatch:
     """Returns the rows of this process's samples, of a length that all processes have."""
     # A process without samples calls too: the length is that of the longest row of all.
     longest = max(map(row_tokens, split_rows(samples, layout.per_row)), default=0)
     length = bucket_length(distributed.max_over_processes(longest), layout.buckets)
-    return collate_policy(samples, layout.per_row, length)
+    return collate_policy(samples, layout.per_row, length, version)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

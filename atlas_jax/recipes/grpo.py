@@ -88,6 +88,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             sharding=run.compute.sharding,
             writer=writer,
             given_labels=labels(config, given.rewards) if given.rewards else (),
+            num_steps=num_steps,
         )
         feed = Feed(parts, reference)
         last.callback(feed.join)

@@ -29,7 +29,7 @@ from atlas_jax import progress, sockets, stopping
 from atlas_jax.event_loop import EventLoopThread
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Completion, Message, Question
+from atlas_jax.types import Completion, Message, Question, version_spans
 
 _LOOK_SECS = 0.5  # between two looks for a request to stop
 _GRACE_SECS = 5.0  # that the event loop has to notice a timeout
@@ -180,12 +180,15 @@ class EpisodePolicy:
         sampled: list[bool] = []
         logprobs: list[float] = []
         untruncated: list[float] = []
+        versions: list[int] = []
         for between, turn in self._turns:
             nothing = (0.0,) * len(between)
             ids += [*between, *turn.token_ids]
             sampled += [False] * len(between) + [True] * turn.num_tokens
             logprobs += [*nothing, *turn.logprobs]
             untruncated += [*nothing, *turn.untruncated_logprobs]
+            # What was read before the turn has nobody's version, and is not trained.
+            versions += [*turn.token_versions[:1] * len(between), *turn.token_versions]
         completion = Completion(
             prompt_ids=self._prompt,
             token_ids=tuple(ids),
@@ -195,6 +198,7 @@ class EpisodePolicy:
             text=last.text if text is None else text,
             weights_version=min(turn.weights_version for _, turn in self._turns),
             sampled=tuple(sampled),
+            version_spans=version_spans(versions),
         )
         return Episode(completion, self.messages, self.facts)
 

@@ -84,12 +84,21 @@ def of_generation(samples: Sequence[Sample], version: int) -> Metrics:
     whole = [c for c in written if c.token_ids]
     lengths = sum(c.num_sampled for c in whole)
     lags = [version - c.weights_version for c in whole]
+    token_lags = [
+        version - written_by
+        for c in whole
+        for written_by, sampled in zip(
+            c.token_versions, c.sampled or (True,) * c.num_tokens, strict=True
+        )
+        if sampled
+    ]
     return {
         "rollout/completion_tokens": (lengths, len(whole)),
         "rollout/prompt_tokens": (sum(len(c.prompt_ids) for c in whole), len(whole)),
         "rollout/truncated_frac": (sum(c.finish_reason == "length" for c in whole), len(written)),
         "rollout/failed_frac": (len(written) - len(whole), len(written)),
         "rollout/text_repeat_frac": (_repeats(samples), len(written)),
+        "rollout/version_lag": (sum(token_lags), len(token_lags)),
         "rollout/version_lag_max": (max(lags, default=0), min(len(whole), 1)),
     }
 

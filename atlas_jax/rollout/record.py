@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from atlas_jax.files import write_whole
-from atlas_jax.types import Completion, Reward, Sample, by_question
+from atlas_jax.types import Completion, Reward, Sample, by_question, version_spans
 
 
-def write(directory: str, step: int, process: int, samples: Sequence[Sample]) -> None:
+class StepFacts(NamedTuple):
+    """What each line of a step says of the whole step, which its replay needs."""
+
+    num_samples: int
+    """Samples of the step, over all processes."""
+    num_steps: int
+    """Steps of the run, on which the learning rate depends."""
+    given_rewards: tuple[str, ...] = ()
+    """Short names of the rewards that a caller from Python has given; () if the config has them."""
+
+
+def write(
+    directory: str, step: int, process: int, samples: Sequence[Sample], facts: StepFacts
+) -> None:
     """Writes one JSON line a sample to `rollouts/`; a process without samples writes nothing.
 
     The file is written whole or not at all; a step that is repeated after a kill replaces it.
@@ -19,7 +32,8 @@ def write(directory: str, step: int, process: int, samples: Sequence[Sample]) ->
     if not samples:
         return
     path = pathlib.Path(directory) / "rollouts" / f"step_{step:06d}_process_{process}.jsonl"
-    lines = (json.dumps(as_record(step, s), ensure_ascii=False) + "\n" for s in samples)
+    records = (as_record(step, sample) | facts._asdict() for sample in samples)
+    lines = (json.dumps(values, ensure_ascii=False) + "\n" for values in records)
     write_whole(path, _writable("".join(lines)))
 
 
@@ -91,5 +105,8 @@ def _cell(text: str) -> str:
 def _completion(completion: Completion | None) -> dict[str, Any] | None:
     if completion is None:
         return None
-    numbers = {"num_tokens": completion.num_tokens, "num_sampled": completion.num_sampled}
-    return completion._asdict() | numbers
+    return completion._asdict() | {
+        "version_spans": version_spans(completion.token_versions),
+        "num_tokens": completion.num_tokens,
+        "num_sampled": completion.num_sampled,
+    }

@@ -10,7 +10,9 @@ import numpy as np
 from atlas_jax.types import Completion, PolicyBatch, Sample
 
 
-def collate_policy(samples: Sequence[Sample], per_row: int, length: int) -> PolicyBatch:
+def collate_policy(
+    samples: Sequence[Sample], per_row: int, length: int, version: int | None = None
+) -> PolicyBatch:
     """Returns completions as rows, `per_row` of them after one copy of their prompt.
 
     Where prompts of one row differ, their common beginning stands once, and the rest of each prompt
@@ -20,6 +22,8 @@ def collate_policy(samples: Sequence[Sample], per_row: int, length: int) -> Poli
         samples: the members of each question together; all questions have equally many.
         per_row: completions of a row; it divides the members of a question.
         length: tokens of a row.
+        version: the step of the weights that are trained, which gives each token its lag; None
+            where none can lag.
 
     Raises:
         ValueError: if a row does not fit.
@@ -34,12 +38,13 @@ def collate_policy(samples: Sequence[Sample], per_row: int, length: int) -> Poli
         loss_mask=np.zeros(shape, bool),
         advantages=np.zeros(shape, np.float32),
         rollout_logprobs=np.zeros(shape, np.float32),
+        version_lags=None if version is None else np.zeros(shape, np.int32),
     )
     for row, members in enumerate(rows):
         needed = row_tokens(members)
         if needed > length:
             raise ValueError(f"row {row} holds {needed} tokens, but has room for {length}")
-        _fill_policy_row(batch, row, members)
+        _fill_policy_row(batch, row, members, version)
     return batch
 
 
@@ -70,7 +75,9 @@ def _own_tokens(completion: Completion, shared: int) -> tuple[int, ...]:
     return completion.prompt_ids[shared:] + completion.token_ids
 
 
-def _fill_policy_row(batch: PolicyBatch, row: int, members: Sequence[Sample]) -> None:
+def _fill_policy_row(
+    batch: PolicyBatch, row: int, members: Sequence[Sample], version: int | None
+) -> None:
     """Writes the prompt and the completions of `members` into one row of the batch."""
     prompt = _shared_prompt(members)
     end = len(prompt)
@@ -94,3 +101,6 @@ def _fill_policy_row(batch: PolicyBatch, row: int, members: Sequence[Sample]) ->
             batch.loss_mask[row, first:end] = sampled
             batch.advantages[row, first:end] = np.where(sampled, sample.advantage, 0.0)
             batch.rollout_logprobs[row, first:end] = logprobs
+            if version is not None and batch.version_lags is not None:
+                lags = version - np.asarray(completion.token_versions, np.int32)
+                batch.version_lags[row, first:end] = np.where(sampled, lags, 0)

@@ -19,7 +19,7 @@ from atlas_jax.llm_client import RefusedError, UnavailableError
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import Server, ServerPool
-from atlas_jax.types import Completion
+from atlas_jax.types import Completion, version_spans
 
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 _LOWEST = -9000.0  # vLLM says -9999 for minus infinity
@@ -102,7 +102,10 @@ class VllmEngine:
             content = choice["logprobs"]["content"]
             logprobs = tuple(float(entry["logprob"]) for entry in content)
             sampled = tuple(entry["token_id"] for entry in content)
-            labels = {span["version"] for span in choice["weight_versions"]}
+            spans = choice["weight_versions"]
+            labels = [span["version"] for span in spans]
+            bounds = [0, *(int(span["end"]) for span in spans)]
+            starts = [int(span["start"]) for span in spans]
             reason = choice["finish_reason"]
         except (KeyError, TypeError, ValueError) as error:
             return _failed(request, f"not a completion: {type(error).__name__} {error}")
@@ -116,12 +119,14 @@ class VllmEngine:
             return _failed(request, f"finish_reason {reason!r} with last token {tokens[-1]}")
         if not all(math.isfinite(x) and _LOWEST < x <= _ROUNDING for x in logprobs):
             return _failed(request, "a log-probability is impossible")
-        unknown = labels - versions.keys() if versions is not None else set()
+        unknown = set(labels) - versions.keys() if versions is not None else set()
         if unknown:
             return _failed(request, f"written by weights {sorted(unknown)} that failed their probe")
+        lengths = np.diff(bounds)
+        if starts != bounds[:-1] or bounds[-1] != len(tokens) or not (lengths > 0).all():
+            return _failed(request, f"its weight_versions {spans} do not cover its tokens")
         text = self.tokenizer.decode(tokens[: len(tokens) - stopped], skip_special_tokens=True)
-        # Several weights may have written it; the oldest bounds how stale it is.
-        version = min(versions[label] for label in labels) if versions else 0
+        written_by = np.repeat([versions[x] if versions else 0 for x in labels], lengths).tolist()
         return Completion(
             prompt_ids=request.prompt_ids,
             token_ids=tokens,
@@ -129,7 +134,8 @@ class VllmEngine:
             untruncated_logprobs=logprobs,
             finish_reason=reason,
             text=text,
-            weights_version=version,
+            weights_version=min(written_by),
+            version_spans=version_spans(written_by),
         )
 
 

@@ -17,8 +17,7 @@ from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import TrainConfig
 from atlas_jax.sharding import fetch
-from atlas_jax.startup.directory import Origin, Started
-from atlas_jax.startup.model import Model
+from atlas_jax.startup.directory import Origin
 from atlas_jax.types import Params
 from atlas_jax.wording import shorten
 
@@ -50,22 +49,19 @@ def find(config: TrainConfig) -> Origin:
     )
 
 
-def load(origin: Origin, config: TrainConfig, model: Model, decoder: Decoder) -> Params:
+def load(origin: Origin, decoder: Decoder, cast: bool = False) -> Params:
     """Returns the weights that a run begins with.
 
     Args:
         origin: from `find`, or what an earlier command of the run began with.
-        config: of the run.
-        model: what is trained, whose weights they must be.
-        decoder: dtype and places of the result; that of `model`, or of its frozen reference.
+        decoder: architecture, dtype and places of the result.
+        cast: whether another stored dtype is cast, as for a reference that rests in another one.
 
     Raises:
         ValueError: for weights of another model, or if they are gone.
     """
     if origin.step is None:
-        if origin.path == config.model_name_or_path:
-            return hf.load(model.source, decoder)
-        source = hf.open_source(origin.path)
+        source = hf.open_source(hf.resolve(origin.path))
         _check_same_model(origin, source.config, decoder)
         return hf.load(source, decoder)
     place = pathlib.Path(origin.path)
@@ -75,38 +71,33 @@ def load(origin: Origin, config: TrainConfig, model: Model, decoder: Decoder) ->
     if stored.exists():
         _check_same_model(origin, json.loads(stored.read_text()), decoder)
     checkpoints = manager.Checkpoints(origin.path, create=False)
-    # A reference may rest in another dtype than the parameters that were saved.
-    frozen = decoder is not model.decoder
     params = checkpoints.restore_params(
-        origin.step, step.abstract(decoder.shapes, decoder.placements()), cast=frozen
+        origin.step, step.abstract(decoder.shapes, decoder.placements()), cast=cast
     )
     checkpoints.close()
     return params
 
 
 def reference(
-    config: TrainConfig,
-    model: Model,
     frozen: Decoder,
     checkpoints: manager.Checkpoints,
-    started: Started,
+    restored: int | None,
+    origin: Origin,
     params: Params,
 ) -> Params:
     """Returns the weights that the run began with, or what has become of them by syncing.
 
     Args:
-        config: of the run.
-        model: what is trained.
         frozen: dtype and places of the result.
         checkpoints: of this run.
-        started: what the run was started with.
-        params: where training begins.
+        restored: the checkpoint that training continues from; None begins.
+        origin: weights that the run began with.
+        params: where training continues or begins.
 
     Raises:
         ValueError: if they are not in the checkpoint and gone from where the run began.
     """
-    latest = checkpoints.latest()
-    if latest is None:
+    if restored is None:
         places = frozen.placements()
 
         def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
@@ -115,11 +106,11 @@ def reference(
 
         make = jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)
         return make(params)
-    if checkpoints.has_reference(latest):
+    if checkpoints.has_reference(restored):
         return checkpoints.restore_params(
-            latest, step.abstract(frozen.shapes, frozen.placements()), "reference"
+            restored, step.abstract(frozen.shapes, frozen.placements()), "reference"
         )
-    return load(started.origin, config, model, frozen)
+    return load(origin, frozen, cast=True)
 
 
 def _check_same_model(origin: Origin, stored: dict[str, Any], decoder: Decoder) -> None:

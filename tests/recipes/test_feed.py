@@ -32,14 +32,14 @@ CONFIG = dataclasses.replace(
 )
 
 
-def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
+def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8, per_row=2):
     """Returns a feed of two groups of two whose policy is a script."""
     config = dataclasses.replace(config, output_dir=str(tmp_path))
     config_lib.validate(dataclasses.replace(config, model_name_or_path="m",
         data=dataclasses.replace(config.data, dataset_path="d")))  # fmt: skip
     parts = Parts(
         config=config,
-        layout=Layout(questions=2, per_row=2, microbatches=1, buckets=(64, 256)),
+        layout=Layout(questions=2, per_row=per_row, microbatches=1, buckets=(64, 256)),
         order=QuestionOrder(questions(count), 0, False),
         backend=LocalBackend(lambda params, version: Script(say, version=version).model, None),
         protocol=how or protocol(size=2),
@@ -209,8 +209,9 @@ def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
 @pytest.mark.parametrize(("per_row", "prompts"), [(2, 1), (1, 2)])
 def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prompts):
     config = dataclasses.replace(CONFIG, num_iterations=updates)
-    feed = make_feed(tmp_path, lambda _, member: "12" * (1 + member), config=config)
-    feed._parts = feed._parts._replace(layout=feed._parts.layout._replace(per_row=per_row))
+    feed = make_feed(
+        tmp_path, lambda _, member: "12" * (1 + member), config=config, per_row=per_row
+    )
     given = feed.next(state_of(0), time.sleep)
     written = (2 + 1) + (4 + 1)  # two texts with their stop tokens
     assert given.num_tokens == updates * 2 * (prompts * len("direct q0") + written)

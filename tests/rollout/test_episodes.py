@@ -24,7 +24,7 @@ from atlas_jax.rollout.local import LocalEngine, goes_on
 from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.stopping import StopRequestedError
-from atlas_jax.types import Completion, Message, PolicyBatch, Question, Sample
+from atlas_jax.types import Completion, Message, PolicyBatch, Question, Sample, VersionSpan
 from tests import tiny
 from tests.policy_reference import OPTIONS
 from tests.rollout.scripts import STOP, Script, protocol, questions
@@ -65,6 +65,7 @@ def test_an_episode_is_the_sampled_ids_with_what_tools_said_between_them():
         text="bc",
         weights_version=4,
         sampled=(True,) * 3 + (False,) * len(between) + (True,) * 3,
+        version_spans=(VersionSpan(4, 3 + len(between) + 3),),
     )
     assert [(m["role"], m["content"]) for m in sample.messages] == [
         ("user", "q0"), ("assistant", "a?"), ("user", "tool"), ("user", "more"),
@@ -453,7 +454,7 @@ def test_halves_of_surrogate_pairs_are_written_as_question_marks(tmp_path):
     """A tool may say what no file can hold; the record of the other samples must not be lost."""
     said = Message(role="user", content="a\ud800b")
     sample = Sample(questions(1)[0], Completion.failed("error: x"), messages=(said,))
-    record.write(str(tmp_path), 1, 0, [sample])
+    record.write(str(tmp_path), 1, 0, [sample], record.StepFacts(1, 1))
     [path] = (tmp_path / "rollouts").iterdir()
     assert json.loads(path.read_text())["messages"][0]["content"] == "a?b"
     shown = sample._replace(teaching="a\ud800b")

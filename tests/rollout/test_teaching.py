@@ -316,6 +316,7 @@ def test_the_generation_metrics_by_hand():
         "rollout/completion_tokens": (8, 3), "rollout/prompt_tokens": (6, 3),
         "rollout/truncated_frac": (1, 5), "rollout/failed_frac": (2, 5),
         "rollout/text_repeat_frac": (1, 5), "rollout/version_lag_max": (3, 1),
+        "rollout/version_lag": (24, 8),
     }  # fmt: skip
     assert measures.of_generation(written(0, failed), 3)["rollout/version_lag_max"] == (0, 0)
 

@@ -338,6 +338,8 @@ def test_no_token_is_attributed_to_weights_that_did_not_write_it(link, old, new)
             changed += version == 10 and span["start"] > 0 and by.mean() > 0.05
         completion = endless(link.engine).read(request, answer.reply, server.versions)
         assert completion.weights_version == min(version for version, _ in spans)
+        by_token = [v for v, span in spans for _ in range(span["start"], span["end"])]
+        assert completion.token_versions == tuple(by_token)
         assert answer.version == 9
     assert changed, "nothing was in flight when the weights changed"
     link.sync.push(old.params, 11)
@@ -368,12 +370,15 @@ def test_what_must_not_be_trained_on_comes_back_as_an_error(link, old):
     reply = link.pool.run(link.pool.ask(body, server)).reply
     engine = endless(link.engine)
     assert engine.read(request, reply, server.versions).finish_reason == "length"
+    label = {"version": reply["choices"][0]["weight_versions"][0]["version"]}
     for change, reason in (
         ({"finish_reason": "abort"}, "'abort'"),
         ({"finish_reason": "error"}, "'error'"),
         ({"finish_reason": "stop"}, "with last token"),
         ({"token_ids": [1, 2, 3]}, "token ids"),
         ({"weight_versions": [{"version": "0.0", "start": 0, "end": 4}]}, r"\['0.0'\].*probe"),
+        ({"weight_versions": [label | {"start": 0, "end": 3}]}, "do not cover"),
+        ({"weight_versions": []}, "do not cover"),
         ({"logprobs": None}, "not a completion"),
     ):
         wrong = json.loads(json.dumps(reply))
