@@ -31,20 +31,19 @@ class KVCache(NamedTuple):
     """Keys and values, a list with an entry for each layer."""
 
     prompt: list[KeysValues]  # [P, K, S, H], right-padded
-    own: list[KeysValues]  # [P, G, K, C, H], of the completion's tokens
+    own: list[KeysValues]  # [P * G, K, C, H], of the completion's tokens
     lengths: jax.Array  # [P] int32, tokens of each prompt
 
 
 def capacity(cache: KVCache) -> int:
     """Returns C, the number of a completion's tokens that fit into the cache."""
-    return cache.own[0].keys.shape[3]
+    return cache.own[0].keys.shape[2]
 
 
 def placements(sharding: Sharding) -> KVCache:
     """Returns the placement of a cache: rows over the batch axes, heads over `tensor`."""
-    prompt = NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES, "tensor"))
-    own = NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES, None, "tensor"))
-    return KVCache(prompt, own, sharding.rows())  # type: ignore[arg-type]  # prefixes of a tree
+    heads = NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES, "tensor"))
+    return KVCache(heads, heads, sharding.rows())  # type: ignore[arg-type]  # prefixes of a tree
 
 
 def resident(decoder: Decoder) -> Decoder:
@@ -160,7 +159,7 @@ def begun(
     """Returns the cache of `samples` completions of each prompt, with empty `places` for each."""
 
     def empty(x: jax.Array) -> jax.Array:
-        return jnp.zeros((x.shape[0], samples, x.shape[1], places, x.shape[3]), x.dtype)
+        return jnp.zeros((x.shape[0] * samples, x.shape[1], places, x.shape[3]), x.dtype)
 
     return KVCache(prompt, jax.tree.map(empty, prompt), lengths)
 
@@ -198,8 +197,8 @@ def _replaced(function: Callable[[Any], Any], layer: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _padded(places: int, own: KeysValues) -> KeysValues:
-    more = places - own.keys.shape[3]
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, more * (dim == 3)) for dim in range(5)]), own)
+    more = places - own.keys.shape[2]
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]), own)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -215,10 +214,13 @@ def _taken(sharding: Sharding, taken: jax.Array, layer: Any) -> Any:
         split = x.reshape(parts, -1, *x.shape[1:])
         return jax.vmap(lambda x, i: x[i])(split, prompts).reshape(-1, *x.shape[1:])
 
-    def of_rows(x: jax.Array) -> jax.Array:  # [P, G, ...]
-        return jax.vmap(lambda x, i: x[i])(of_prompts(x), rows)
-
     prompt, own = layer
+    before = prompt.keys.shape[0]
+
+    def of_rows(x: jax.Array) -> jax.Array:  # [P * G, ...]
+        split = of_prompts(x.reshape(before, -1, *x.shape[1:]))
+        return jax.vmap(lambda x, i: x[i])(split, rows).reshape(-1, *x.shape[1:])
+
     taken_layer = jax.tree.map(of_prompts, prompt), jax.tree.map(of_rows, own)
     return jax.lax.with_sharding_constraint(taken_layer, tuple(placements(sharding)[:2]))
 
@@ -262,8 +264,9 @@ def decode(
 
 
 def _put(cache: jax.Array, new: jax.Array, time: jax.Array) -> jax.Array:
-    """Writes `new [P, G, K, H]` as entry `time` of `cache [P, G, K, C, H]`."""
-    return jax.lax.dynamic_update_slice(cache, new[..., None, :], (0, 0, 0, time, 0))
+    """Writes `new [P, G, K, H]` as entry `time` of `cache [P * G, K, C, H]`."""
+    entry = new.reshape(cache.shape[0], cache.shape[1], 1, cache.shape[3])
+    return jax.lax.dynamic_update_slice(cache, entry, (0, 0, time, 0))
 
 
 def _attend(
@@ -278,11 +281,13 @@ def _attend(
     prompt, own = cached
     p, g, n, h = query.shape
     query = query.reshape(p, g, prompt.keys.shape[1], -1, h)
+    of_rows = query.reshape(p * g, *query.shape[2:])
     # Two blocks of scores and one softmax over both: concatenating the keys instead would copy the
     # prompt's cache once for each of the G rows.
     wide = {"preferred_element_type": jnp.float32}
     before = jnp.einsum("pgkrh,pksh->pkgrs", query, prompt.keys, **wide)
-    since = jnp.einsum("pgkrh,pgkch->pgkrc", query, own.keys, **wide)
+    since = jnp.einsum("nkrh,nkch->nkrc", of_rows, own.keys, **wide)
+    since = since.reshape(p, g, *since.shape[1:])
     place = jnp.arange(before.shape[-1])
     number = jnp.arange(since.shape[-1])
     in_prompt = place < lengths[:, None]  # [P, S]
@@ -299,7 +304,8 @@ def _attend(
     total = _swap(jnp.sum(before, -1, keepdims=True)) + jnp.sum(since, -1, keepdims=True)
     dtype = query.dtype
     out = jnp.einsum("pkgrs,pksh->pgkrh", before.astype(dtype), prompt.values, **wide)
-    out += jnp.einsum("pgkrc,pgkch->pgkrh", since.astype(dtype), own.values, **wide)
+    since = since.astype(dtype).reshape(p * g, *since.shape[2:])
+    out += jnp.einsum("nkrc,nkch->nkrh", since, own.values, **wide).reshape(out.shape)
     return (out / total).astype(dtype).reshape(p, g, n, h)
 
 

@@ -387,8 +387,8 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
     grid, chunk = local.start(*static, local.first_room(97), params, weights, *inputs)
     heads, share = (1, 2) if mesh == "2x2x2" else (2, 1)  # of a device: of 2 heads, of 8 prompts
     for kept in jax.tree.leaves(grid.cache.own):
-        assert kept.shape == (8, 4, 2, 128, 32)
-        assert kept.sharding.shard_shape(kept.shape) == (share, 4, heads, 128, 32)
+        assert kept.shape == (8 * 4, 2, 128, 32)
+        assert kept.sharding.shard_shape(kept.shape) == (share * 4, heads, 128, 32)
     for kept in jax.tree.leaves(grid.cache.prompt):
         assert kept.sharding.shard_shape(kept.shape) == (share, heads, 64, 32)
     for array in chunk:  # also the log-probabilities of greedy choices, which are a constant
@@ -440,7 +440,7 @@ def test_a_grown_cache_holds_what_the_old_one_held_and_replaces_it(engine_of):
         assert np.any(before[..., :32, :])
         np.testing.assert_array_equal(after[..., :128, :], before)
         assert not np.any(after[..., 128:, :])
-        assert after.sharding.shard_shape(after.shape) == (2, 2, 1, 512, 32)
+        assert after.sharding.shard_shape(after.shape) == (4, 1, 512, 32)
     taken = jax.device_put(np.asarray([[1, 1]] * 4, np.int32), decoder.sharding.rows())
     kept = jax.device_get(new)
     few = kv.selected(new, taken, old.lengths[1::2], decoder.sharding)
