@@ -39,7 +39,7 @@ class _Block(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """A block whose copy to the host has begun."""
+    """A block that the devices compute."""
 
     names: tuple[str, ...]
     """Tensors that this process sends; empty if it sends none of the block."""
@@ -53,7 +53,7 @@ class _Waiting(NamedTuple):
 
 
 class Outgoing:
-    """The tensors that this process sends, in the order of `order`.
+    """The tensors that this process sends, from the embedding to the head.
 
     All processes must create it and go through it together. It can be gone through again if it
     keeps what it has fetched.
@@ -68,6 +68,7 @@ class Outgoing:
             dtype: dtype of the tensors.
             keep: whether tensors stay in the host's memory.
         """
+        self.order = order(decoder, jax.process_count())[jax.process_index()]
         self._begun = _begin(params, decoder, dtype)
         self._keep = keep
         self._waiting: collections.deque[_Waiting] = collections.deque()
@@ -81,7 +82,7 @@ class Outgoing:
         """
         assert self._keep, "what is fetched here would be lost"
         for block in self._begun:
-            self._waiting.append(block)
+            self._copy(block)
             while sum(waiting.num_bytes for waiting in self._waiting) > _WAITING_BYTES:
                 self._fetch()
 
@@ -89,12 +90,19 @@ class Outgoing:
         """Yields each tensor with its name."""
         yield from list(self._fetched)
         for block in self._begun:
-            self._waiting.append(block)
+            self._copy(block)
             # One block is copied to the host while the devices compute the next one.
             if len(self._waiting) > 1:
                 yield from self._fetch()
         while self._waiting:
             yield from self._fetch()
+
+    def on_device(self, device: jax.Device) -> Iterator[tuple[str, jax.Array]]:
+        """Yields each tensor with its name, whole on one device, in a run of one process."""
+        for block in self._begun:
+            self._checksums.append(np.asarray(block.checksums).ravel())
+            for name, value in zip(block.names, block.values, strict=True):
+                yield name, jax.device_put(value[0], device)
 
     @property
     def checksums(self) -> np.ndarray:
@@ -103,6 +111,12 @@ class Outgoing:
         Two versions of a tensor with the same checksum are almost certainly equal.
         """
         return np.concatenate(self._checksums)
+
+    def _copy(self, block: _Waiting) -> None:
+        for value in block.values if block.names else ():
+            for shard in value.addressable_shards:
+                shard.data.copy_to_host_async()
+        self._waiting.append(block)
 
     def _fetch(self) -> list[tuple[str, np.ndarray]]:
         block = self._waiting.popleft()
@@ -157,9 +171,6 @@ def _begin(params: Params, decoder: Decoder, dtype: str) -> Iterator[_Waiting]:
         layers = np.asarray([max(layer, 0) for layer in block.layers], np.int32)
         values, checksums = run(parts, layers)
         own = _names(block, jax.process_index(), decoder)
-        for value in values if own else ():
-            for shard in value.addressable_shards:
-                shard.data.copy_to_host_async()
         yield _Waiting(own, values, checksums)
 
 

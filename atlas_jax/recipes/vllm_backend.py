@@ -21,7 +21,7 @@ from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
-from atlas_jax.rollout import identity
+from atlas_jax.rollout import capabilities, identity
 from atlas_jax.rollout.capabilities import ServerStart
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
@@ -185,9 +185,40 @@ def _open_policy(
         restart=rollout.weight_sync == "restart",
     )
     versions = choose_versions(config, model)
-    sync = DiskSync(engine, model.decoder, model.files, versions, options, probe)
+    parts = engine, model.decoder, model.files, versions, options, probe
+    if rollout.weight_sync == "nccl":
+        from atlas_jax.rollout import nccl  # other ways of weights need none of it
+
+        sync: DiskSync = nccl.NcclSync(*parts, make=_nccl_maker(pool))
+    else:
+        sync = DiskSync(*parts)
     stack.callback(sync.close)
     return bind, sync
+
+
+def _nccl_maker(pool: ServerPool) -> Callable[[], Any]:
+    """Returns the function that makes a communicator between this process and servers.
+
+    Raises:
+        ValueError: if a server or this run cannot use NCCL.
+    """
+    from atlas_jax.rollout import libnccl  # other ways of weights need none of it
+
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"rollout.weight_sync=nccl with {jax.process_count()} processes of training, of which "
+            "one would have to hold all weights; use rollout.weight_sync=reload"
+        )
+    for server in pool.servers:
+        if server.start:
+            capabilities.check_transfer(server.url, server.start)
+    device = jax.local_devices()[0]
+    if device.platform != "gpu":
+        raise ValueError(
+            f"rollout.weight_sync=nccl with training on {device.platform}; train on GPUs, or use "
+            "rollout.weight_sync=reload"
+        )
+    return lambda: libnccl.LibNccl(device.local_hardware_id)
 
 
 def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
