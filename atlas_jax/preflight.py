@@ -51,6 +51,7 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     check_output(config.output_dir)
     if config.asks_servers:
         extras.need("vllm", "rollout.backend=vllm")
+        _check_nccl(config)
     reporting.check(config.report_to)
     for option, reference in config.functions.items():
         sockets.resolve(reference, option)
@@ -67,6 +68,14 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
         from atlas_jax.data import session_rows  # a run on files knows no sessions
 
         session_rows.check_sessions(config.data, config.output_dir)
+
+
+def _check_nccl(config: TrainConfig) -> None:
+    """Checks that NCCL is installed if weights go over it."""
+    if isinstance(config, GRPOConfig) and config.rollout.weight_sync == "nccl":
+        from atlas_jax.rollout import libnccl  # only this way of weights needs it
+
+        libnccl.find()
 
 
 def check_output(directory: str) -> None:

@@ -221,6 +221,9 @@ def command(
         # On a CPU (0.32) a seeded request ends the engine if its prompt is computed in chunks: "CPU
         # Generator does not use offset". Whole prompts wait for a pass with enough room.
         defaults += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    else:
+        # A server that gets its weights from files takes no notice of it.
+        defaults += ["--weight-transfer-config", json.dumps({"backend": capabilities.TRANSFER})]
     # vLLM makes the last middleware the outermost one, so the guard sees every request first.
     guard = ["--middleware", "guard.Guard"] if guarded else []
     return defaults + _with_float32_head(more) + guard

@@ -34,7 +34,7 @@ import numpy as np
 from aiohttp import web
 
 from atlas_jax.rollout import capabilities
-from tests import http_faults, llama
+from tests import fake_nccl, http_faults, llama
 from tests.processes import free_port
 
 _BLOCK = 16  # tokens of a block of the prefix cache
@@ -59,6 +59,8 @@ class StandIn(http_faults.Faults):
     Attributes:
         secs_per_token: time that each token of a completion takes.
         device: kind of device that it says it has.
+        wire: over which it takes weights; None takes them from files alone.
+        ranks: number of its workers, which all get the same tensors.
     """
 
     def __init__(self, model: str, key: str = "", refuses_when_paused: bool = False) -> None:
@@ -75,6 +77,10 @@ class StandIn(http_faults.Faults):
         self.model = llama.Llama(model)
         self.secs_per_token = 0.0
         self.device = "cuda"
+        self.wire: fake_nccl.Wire | None = None
+        self.ranks = 1
+        self._receivers: list[fake_nccl.Receiver] = []
+        self._updating = False
         self._key = key
         self._refuses = refuses_when_paused
         self._label = "default"
@@ -100,6 +106,11 @@ class StandIn(http_faults.Faults):
             ("POST", "/collective_rpc", self._collective_rpc),
             ("POST", "/reset_prefix_cache", self._reset_prefix_cache),
             ("POST", "/update_weight_version", self._update_weight_version),
+            ("GET", "/get_world_size", self._get_world_size),
+            ("POST", "/init_weight_transfer_engine", self._init_transfer),
+            ("POST", "/start_weight_update", self._start_update),
+            ("POST", "/update_weights", self._update_weights),
+            ("POST", "/finish_weight_update", self._finish_update),
             ("POST", capabilities.GENERATE, self._generate),
         ):
             app.router.add_route(method, path, handler)
@@ -146,6 +157,7 @@ class StandIn(http_faults.Faults):
                 "dtype": "torch.float32",
             },
             "cache_config": {"block_size": _BLOCK},
+            "weight_transfer_config": {"backend": "nccl"} if self.wire else None,
             "device_config": {"device": self.device},
             "scheduler_config": {"max_num_seqs": 256, "policy": capabilities.PRIORITY},
         }
@@ -179,6 +191,8 @@ class StandIn(http_faults.Faults):
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         async with self._engine:
+            if body["method"] == "nccl_version":
+                return web.json_response({"results": ["2.98.7"] * self.ranks})
             if body["method"] == "weight_checksums":
                 own = {name: _checksum(tensor) for name, tensor in self.model.weights.items()}
                 return web.json_response({"results": [own]})
@@ -200,6 +214,43 @@ class StandIn(http_faults.Faults):
     async def _update_weight_version(self, request: web.Request) -> web.Response:
         self._label = (await request.json())["new_version"]
         return web.json_response({"success": True, "new_version": self._label})
+
+    async def _get_world_size(self, _: web.Request) -> web.Response:
+        return web.json_response({"world_size": self.ranks})
+
+    async def _init_transfer(self, request: web.Request) -> web.Response:
+        info = (await request.json())["init_info"]
+        assert self.wire
+        joining = [self.wire.join(info, info["rank_offset"] + i) for i in range(self.ranks)]
+        self._receivers = await asyncio.gather(*map(asyncio.to_thread, joining))
+        return web.json_response({"message": "Weight transfer initialized"})
+
+    async def _start_update(self, _: web.Request) -> web.Response:
+        if self._updating:
+            return web.Response(status=500, text="a weight update is already active")
+        self._updating = True
+        return web.json_response({"message": "Weight update started"})
+
+    async def _update_weights(self, request: web.Request) -> web.Response:
+        info = (await request.json())["update_info"]
+        if not self._updating:
+            return web.Response(status=500, text="start_weight_update must be called before")
+        try:
+            found = await asyncio.gather(
+                *(asyncio.to_thread(one.receive, info) for one in self._receivers)
+            )
+        except fake_nccl.AbortedError as error:
+            self._updating = False
+            return web.Response(status=500, text=str(error))
+        for tensors in found:
+            self.model.weights |= tensors
+        return web.json_response({"message": "Weights updated"})
+
+    async def _finish_update(self, _: web.Request) -> web.Response:
+        if not self._updating:
+            return web.Response(status=500, text="finish without a matching start")
+        self._updating = False
+        return web.json_response({"message": "Weight update finished"})
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()

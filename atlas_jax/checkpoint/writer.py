@@ -10,13 +10,14 @@ continues without writing, and all of them raise the error at the end.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import json
 import os
 import pathlib
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ Dtype = str | Mapping[str, str]
 """dtype of all tensors, or of each tensor by name."""
 
 _AHEAD = 8  # number of tensors that are being copied to the host
+_THREADS = 4  # number that write one file; one alone is slower than memory and than most disks
 
 
 class WriteError(OSError):
@@ -68,8 +70,6 @@ def write(
     dtype: Dtype,
     files: Sequence[Sequence[Tensor]],
     mine: Callable[[int], bool],
-    *,
-    stoppable: bool = False,
 ) -> np.ndarray:
     """Writes the files, and an index if there are several.
 
@@ -82,14 +82,12 @@ def write(
         dtype: dtype of the tensors written.
         files: the tensors of each file.
         mine: whether this process writes the file of that number, and the index with file 0.
-        stoppable: whether a request to stop the run ends the writing.
 
     Returns:
         A checksum of each written tensor, in a fixed order.
 
     Raises:
         WriteError: in every process, if one of them could not write.
-        StopRequestedError: in every process, if one of them was asked to stop.
     """
     # Each file's first tensor, then each one's second: the processes write at the same time.
     longest = max(map(len, files))
@@ -100,13 +98,106 @@ def write(
         if i < len(file)
     ]
     checksums = []
-    with _WeightFiles(directory, files, dtype, mine, stoppable) as output:
+    with _WeightFiles(directory, files, dtype, mine) as output:
         values = _values(params, decoder, dtype, [name for name, _ in order])
         for (_, number), (value, checksum) in zip(order, values, strict=True):
             output.write(number, value)
             checksums.append(checksum)
     output.check()
     return np.asarray(jax.device_get(checksums))
+
+
+def write_own(
+    values: Iterable[tuple[str, np.ndarray]],
+    directory: pathlib.Path,
+    dtype: str,
+    files: Sequence[Sequence[Tensor]],
+    stop: Callable[[], bool],
+) -> None:
+    """Writes the file of this process, in several threads; file i is that of process i.
+
+    Every process must call it, and goes through all its values: to fetch them takes all processes.
+
+    Args:
+        values: the tensors of this process's file, by name.
+        directory: existing directory of the files.
+        dtype: dtype of the tensors.
+        files: the tensors of each process's file.
+        stop: a function that tells whether the writing is given up.
+
+    Raises:
+        WriteError: in every process, if one of them could not write.
+        StopRequestedError: in every process, if one of them gave up.
+    """
+    number = jax.process_index()
+    problem = ""
+    stopped = False
+    pieces: list[concurrent.futures.Future[None]] = []
+    header, places = _header(files[number], dtype)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS, "export") as threads:
+        try:
+            with _opened(directory / _file_name(number, len(files))) as file:
+                _write_at(file, memoryview(header), 0)
+                for name, value in values:
+                    stopped = stopped or stop()
+                    if not stopped:
+                        content = value.view(np.uint8).data.cast("B")
+                        pieces.append(threads.submit(_write_at, file, content, places[name]))
+                    # Tensors that wait for a slow disk would otherwise fill the memory.
+                    _all_done(pieces[: -2 * _THREADS])
+                    del pieces[: -2 * _THREADS]
+                # A file closes only after the last thread has written to it.
+                _all_done(pieces)
+                os.fsync(file)  # else errors of the disk come after the directory has its name
+            if number == 0 and len(files) > 1:
+                _write_index(directory, files, dtype)
+        except OSError as error:
+            problem = _failure(directory, error)
+            collections.deque(values, maxlen=0)
+    _raise_together(problem)
+    if distributed.any_process(stopped):
+        stopping.check()
+        raise stopping.StopRequestedError("the weights are given up, here or in another process")
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[int]:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _write_at(file: int, content: memoryview, place: int) -> None:
+    while content:
+        size = os.pwrite(file, content, place)
+        content = content[size:]
+        place += size
+
+
+def _all_done(pieces: Sequence[concurrent.futures.Future[None]]) -> None:
+    """Waits for all pieces, and raises the first error."""
+    concurrent.futures.wait(pieces)
+    for piece in pieces:
+        piece.result()
+
+
+def _failure(directory: pathlib.Path, error: OSError) -> str:
+    problem = (
+        f"process {jax.process_index()} on {socket.gethostname()} cannot write "
+        f"{directory}: {type(error).__name__}: {error}"
+    )
+    if jax.process_count() > 1:  # the others learn of it only at the end
+        logging.error("%s", problem)
+    return problem
+
+
+def _raise_together(problem: str) -> None:
+    """Raises the same error in every process if one of them failed."""
+    problems = distributed.gather_texts(problem)
+    if any(problems):
+        raise WriteError("; ".join(filter(None, problems)))
 
 
 class _WeightFiles:
@@ -118,17 +209,14 @@ class _WeightFiles:
         files: Sequence[Sequence[Tensor]],
         dtype: Dtype,
         mine: Callable[[int], bool],
-        stoppable: bool,
     ) -> None:
         self._directory = directory
         self._files = files
         self._dtype = dtype
         self._mine = mine
-        self._stoppable = stoppable
         self._stack = contextlib.ExitStack()
         self._streams: dict[int, IO[bytes]] = {}
         self._problem = ""
-        self._stopped = False
 
     def __enter__(self) -> _WeightFiles:
         self._try(self._open)
@@ -144,20 +232,14 @@ class _WeightFiles:
 
     def write(self, number: int, value: jax.Array) -> None:
         """Appends a tensor to a file, if this process writes that one."""
-        self._stopped |= self._stoppable and stopping.requested()
         # Every process goes through all tensors even after an error: each one is gathered by all.
-        if number in self._streams and not self._stopped:
+        if number in self._streams:
             content = np.asarray(value).view(np.uint8).data
             self._try(lambda: self._streams[number].write(content))
 
     def check(self) -> None:
         """Raises the same error in every process if one of them failed."""
-        problems = distributed.gather_texts(self._problem)
-        if any(problems):
-            raise WriteError("; ".join(filter(None, problems)))
-        if distributed.any_process(self._stopped):
-            stopping.check()
-            raise stopping.StopRequestedError("a request to stop another process")
+        _raise_together(self._problem)
 
     def _try(self, do: Callable[[], object]) -> None:
         if self._problem:
@@ -165,12 +247,7 @@ class _WeightFiles:
         try:
             do()
         except OSError as error:
-            self._problem = (
-                f"process {jax.process_index()} on {socket.gethostname()} cannot write "
-                f"{self._directory}: {type(error).__name__}: {error}"
-            )
-            if jax.process_count() > 1:  # the others learn of it only at the end
-                logging.error("%s", self._problem)
+            self._problem = _failure(self._directory, error)
             self._streams = {}
 
     def _open(self) -> None:
@@ -198,9 +275,17 @@ def _file_name(number: int, total: int) -> str:
 def _begin(
     stack: contextlib.ExitStack, path: pathlib.Path, content: Sequence[Tensor], dtype: Dtype
 ) -> IO[bytes]:
-    """Opens a file and writes its header, which holds the offset of each tensor."""
+    """Opens a file and writes its header."""
+    stream = stack.enter_context(path.open("wb"))
+    stream.write(_header(content, dtype)[0])
+    return stream
+
+
+def _header(content: Sequence[Tensor], dtype: Dtype) -> tuple[bytes, dict[str, int]]:
+    """Returns the beginning of a file, and the place in the file of each tensor by name."""
     stored = {name: ours for ours, name in layout.DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places = {}
     end = 0
     for tensor in content:
         start = end
@@ -210,12 +295,12 @@ def _begin(
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
+        places[tensor.name] = start
     text = json.dumps(header, separators=(",", ":")).encode()
     # Readers map the file into memory, so the numbers begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
-    stream = stack.enter_context(path.open("wb"))
-    stream.write(len(text).to_bytes(8, "little") + text)
-    return stream
+    first = len(text) + 8
+    return len(text).to_bytes(8, "little") + text, {n: first + at for n, at in places.items()}
 
 
 def _write_index(directory: pathlib.Path, files: Sequence[Sequence[Tensor]], dtype: Dtype) -> None:

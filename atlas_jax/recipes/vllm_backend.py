@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import os
 import pathlib
@@ -20,7 +21,7 @@ from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
-from atlas_jax.rollout import identity
+from atlas_jax.rollout import capabilities, identity
 from atlas_jax.rollout.capabilities import ServerStart
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
@@ -47,23 +48,27 @@ class VllmBackend:
 
     def __init__(
         self,
-        policy: ChatModel,
+        policy: Callable[[int], ChatModel],
         student: ChatModel | None,
         sync: WeightSync,
         close: Callable[[], None],
+        ahead: bool,
     ) -> None:
         """Publishes nothing yet: the weights that the servers hold are not known.
 
         Args:
-            policy: the trained model on its servers.
+            policy: returns the trained model on its servers, for requests that must begin with
+                weights of that version or a later one.
             student: the frozen student on its servers.
             sync: the way of the weights to the servers.
             close: gives up requests and weights in flight.
+            ahead: whether weights go to the servers beside the training.
         """
         self._policy = policy
         self._student = student
         self._sync = sync
         self._close = close
+        self._ahead = ahead
         self._version: int | None = None
         self._metrics: Metrics = {}
 
@@ -79,13 +84,21 @@ class VllmBackend:
             DependencyError: if the weights reach no server.
         """
         if version != self._version:
-            self._metrics = self._sync.push(params, version)
+            # The first weights are checked before anything is asked: only they can find a server
+            # that computes something else than the trainer.
+            beside = self._ahead and self._version is not None
             # Noted after the push: after an error the next call sends the weights again.
+            self._version = None
+            self._metrics = self._sync.finish()
+            if beside:
+                self._sync.begin(params, version)
+            else:
+                self._metrics = self._sync.push(params, version)
             self._version = version
-        return self._policy
+        return self._policy(version)
 
     def metrics(self) -> Metrics:
-        """Returns the metrics of the last push, once."""
+        """Returns the metrics of the last transfer that is complete, once."""
         metrics = self._metrics
         self._metrics = {}
         return metrics
@@ -116,7 +129,19 @@ def make_vllm_backend(
         policy, sync = _open_policy(config, model, logprobs_fn, stack)
         frozen = None if student is None else _open_student(config, student, stack)
         # From here on the backend closes what is open; after an error above the stack has.
-        return VllmBackend(policy, frozen, sync, stack.pop_all().close)
+        ahead = sends_beside_training(config)
+        return VllmBackend(policy, frozen, sync, stack.pop_all().close, ahead)
+
+
+def sends_beside_training(config: GRPOConfig) -> bool:
+    """Returns whether new weights reach the servers while the next step trains.
+
+    With `max_staleness=0` the next step is made with them, so it waits. Several processes agree on
+    what servers answer, which they cannot do beside a step.
+    """
+    rollout = config.rollout
+    reloads = rollout.weight_sync == "reload"
+    return rollout.max_staleness > 0 and reloads and jax.process_count() == 1
 
 
 def check_loopback(config: GRPOConfig) -> None:
@@ -140,14 +165,14 @@ def _open_policy(
     model: Model,
     logprobs_fn: LogprobsFn,
     stack: contextlib.ExitStack,
-) -> tuple[ChatModel, WeightSync]:
+) -> tuple[Callable[[int], ChatModel], WeightSync]:
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
-    policy, engine = _chat_model(pool, model, config.teaching.system_prompt)
+    bind, engine = _chat_model(pool, model, config.teaching.system_prompt)
     # The prompt must span whole blocks of the cache of every server.
     block_size = max(start.block_size for start in pool.starts)
-    prompt = probe_prompt(model.files.tokenizer, block_size, policy.context - _PROBE_TOKENS)
+    prompt = probe_prompt(model.files.tokenizer, block_size, bind(0).context - _PROBE_TOKENS)
     probe = Probe(
         Request(prompt, _PROBE_TOKENS, seed=config.seed),
         Sampling(config.temperature, config.top_p, config.top_k),
@@ -160,16 +185,47 @@ def _open_policy(
         restart=rollout.weight_sync == "restart",
     )
     versions = choose_versions(config, model)
-    sync = DiskSync(engine, model.decoder, model.files, versions, options, probe)
+    parts = engine, model.decoder, model.files, versions, options, probe
+    if rollout.weight_sync == "nccl":
+        from atlas_jax.rollout import nccl  # other ways of weights need none of it
+
+        sync: DiskSync = nccl.NcclSync(*parts, make=_nccl_maker(pool))
+    else:
+        sync = DiskSync(*parts)
     stack.callback(sync.close)
-    return policy, sync
+    return bind, sync
+
+
+def _nccl_maker(pool: ServerPool) -> Callable[[], Any]:
+    """Returns the function that makes a communicator between this process and servers.
+
+    Raises:
+        ValueError: if a server or this run cannot use NCCL.
+    """
+    from atlas_jax.rollout import libnccl  # other ways of weights need none of it
+
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"rollout.weight_sync=nccl with {jax.process_count()} processes of training, of which "
+            "one would have to hold all weights; use rollout.weight_sync=reload"
+        )
+    for server in pool.servers:
+        if server.start:
+            capabilities.check_transfer(server.url, server.start)
+    device = jax.local_devices()[0]
+    if device.platform != "gpu":
+        raise ValueError(
+            f"rollout.weight_sync=nccl with training on {device.platform}; train on GPUs, or use "
+            "rollout.weight_sync=reload"
+        )
+    return lambda: libnccl.LibNccl(device.local_hardware_id)
 
 
 def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
-    student, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
-    return chat_models.check_student(config, student)
+    bind, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
+    return chat_models.check_student(config, bind(0))
 
 
 def _pool(
@@ -204,7 +260,10 @@ def server_key(output_dir: str) -> str:
     return server_token.read(path) if path.exists() else ""
 
 
-def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
+def _chat_model(
+    pool: ServerPool, model: Model, system_prompt: str
+) -> tuple[Callable[[int], ChatModel], VllmEngine]:
+    """Returns the model on its servers, by the least version of its weights, and its engine."""
     tokenizer = model.files.tokenizer
     engine = VllmEngine(
         pool=pool,
@@ -216,14 +275,17 @@ def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[Cha
     # A request may go to any of the servers.
     context = min(model.decoder.config.max_positions, *lengths)
     encode_turn = chat_models.turn_encoder(model.template, system_prompt)
-    bound = ChatModel(
-        encode=chat_models.asking(encode_turn),
-        generate=engine.generate,
-        context=context,
-        vocab_size=model.decoder.config.vocab_size,
-        encode_turn=encode_turn,
-    )
-    return bound, engine
+
+    def bind(version: int) -> ChatModel:
+        return ChatModel(
+            encode=chat_models.asking(encode_turn),
+            generate=dataclasses.replace(engine, at_least=version).generate,
+            context=context,
+            vocab_size=model.decoder.config.vocab_size,
+            encode_turn=encode_turn,
+        )
+
+    return bind, engine
 
 
 def choose_versions(config: GRPOConfig, model: Model) -> Versions:
@@ -274,7 +336,9 @@ def probe_logprobs(
     @jax.jit
     def run(params: Params, batch: PolicyBatch) -> jax.Array:
         if rounds:
-            params = jax.tree.map(lambda p: p.astype(dtype).astype(p.dtype), params)
+            params = jax.tree.map(
+                lambda p, shape: p.astype(dtype).astype(shape.dtype), params, decoder.shapes
+            )
         return logprobs_fn(params, batch)[0]
 
     def compute(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:

@@ -19,6 +19,9 @@ ROUTES = (
 LOGPROBS = ("processed_logits", "whole_vocabulary:WholeVocabulary")
 """The log-probability mode and the logits processor that `serve` starts a server with."""
 
+TRANSFER = "nccl"
+"""The backend of vLLM's weight transfer that `serve` starts a server with on GPUs."""
+
 WORKERS = "load_version.LoadVersion"
 """The extension of a server's workers, which reloads weights in place and computes checksums."""
 
@@ -43,6 +46,8 @@ class ServerStart(NamedTuple):
     """Kind of its devices, such as "cuda" or "cpu"."""
     policy: str
     """Scheduling policy for waiting requests."""
+    transfer: str = ""
+    """Backend of its weight transfer; "" for none."""
 
 
 def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
@@ -80,6 +85,7 @@ def check_start(url: str, info: Any, model: Any) -> ServerStart:
             dtype="" if quantized else str(config["model_config"]["dtype"]).removeprefix("torch."),
             device=str(config["device_config"]["device"]),
             policy=str(config["scheduler_config"]["policy"]),
+            transfer=str((config.get("weight_transfer_config") or {}).get("backend", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -98,3 +104,13 @@ def check_start(url: str, info: Any, model: Any) -> ServerStart:
             "which reloads weights; start it with python -m atlas_jax.serve"
         )
     return start
+
+
+def check_transfer(url: str, start: ServerStart) -> None:
+    """Raises `ValueError` if a server takes no weights over NCCL."""
+    if start.device != "cuda" or start.transfer != TRANSFER:
+        raise ValueError(
+            f"rollout.weight_sync=nccl with the server {url}, which runs on {start.device} with "
+            f"the weight transfer {start.transfer or 'none'!r}; start it with python -m "
+            "atlas_jax.serve on a host with GPUs, or use rollout.weight_sync=reload"
+        )

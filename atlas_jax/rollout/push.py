@@ -16,7 +16,7 @@ import pathlib
 import time
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
@@ -82,6 +82,43 @@ Checksums = Mapping[str, str]
 """Checksums of the tensors of a server's worker, by name."""
 
 
+@runtime_checkable
+class Loader(Protocol):
+    """The way of one version into servers."""
+
+    def begin(self, servers: Sequence[Server]) -> None:
+        """Prepares the version for these servers, which are paused.
+
+        Raises:
+            OSError: if that fails for all servers.
+        """
+
+    async def load(self, server: Server) -> None:
+        """Returns when a paused server has the tensors."""
+
+
+class FileLoader(NamedTuple):
+    """A version in files, which servers load in place or are restarted with."""
+
+    directory: pathlib.Path
+    restart: bool
+
+    def begin(self, servers: Sequence[Server]) -> None:
+        """Names the version where servers that follow look for it."""
+        if self.restart:
+            write_whole(self.directory.parent / LATEST, f"{self.directory}\n")
+
+    async def load(self, server: Server) -> None:
+        """Has a server load the files, or waits until it was restarted with them."""
+        if not self.restart:
+            how = {"weights_path": str(self.directory)}
+            await server.control.post("/collective_rpc", {"method": "load_version", "kwargs": how})
+            return
+        # The caller's limit ends this.
+        while await _root(server) != str(self.directory):
+            await asyncio.sleep(0.5)
+
+
 class Push:
     """One attempt, in the pool's thread of the process that talks to the servers.
 
@@ -98,7 +135,8 @@ class Push:
         engine: VllmEngine,
         options: PushOptions,
         probe: Probe,
-        last: Mapping[Server, Checksums],
+        last: Callable[[], Mapping[Server, Checksums]],
+        loader: Loader,
     ) -> None:
         """Creates an attempt; `run` starts it.
 
@@ -106,13 +144,15 @@ class Push:
             engine: the engine, which parses the servers' replies.
             options: the options of the push.
             probe: the probe, whose seed is changed for each version.
-            last: the checksums of the last version, by server whose tensors must change.
+            last: returns the checksums of the last version, by server whose tensors must change.
+            loader: the way of the version into the servers.
         """
         self._engine = engine
         self._pool = engine.pool
         self._options = options
         self._probe = probe
         self._last = last
+        self._loader = loader
         self._paused = asyncio.Event()
         self._must: list[Server] = []
         self.bad: dict[Server, str] = {}
@@ -131,35 +171,33 @@ class Push:
         """Address and reason of each server that failed."""
         return [(server.url, why) for server, why in self.bad.items()]
 
-    async def run(self, directory: pathlib.Path, label: str, final: bool) -> None:
+    async def run(self, label: str, final: bool) -> None:
         """Loads a version into the servers.
 
         Servers that are down are tried concurrently and do not delay the others.
 
         Args:
-            directory: the directory of the version.
             label: the label of the version.
             final: whether servers resume even if another one has failed.
 
         Raises:
-            OSError: if the file `latest` cannot be written.
+            OSError: if the version cannot be prepared.
         """
         limit = self._pool.options.control_timeout_secs
         # One limit for pausing and loading together: requests wait during both.
         end = time.monotonic() + limit
         must = self._must = [server for server in self._pool.servers if server.up]
         late = [
-            asyncio.create_task(self._late(directory, label, server))
+            asyncio.create_task(self._late(label, server))
             for server in self._pool.servers
             if not server.up
         ]
         try:
             # Every server is paused before one loads, so that no two serve different versions.
             await self._each("sync/pause_secs", must, self.pause, end)
-            if self._options.restart:
-                write_whole(directory.parent / LATEST, f"{directory}\n")
+            self._loader.begin([server for server in must if server not in self.bad])
             self._paused.set()  # servers that were down may load from here on
-            load = functools.partial(self._take, directory, label)
+            load = functools.partial(self._take, label)
             await self._each("sync/load_secs", must, load, end)
             if late:
                 some = any(server not in self.bad for server in must)
@@ -220,7 +258,7 @@ class Push:
         except _FAILURES as error:
             self.bad[server] = _reason(error).removeprefix(server.url)
 
-    async def _late(self, directory: pathlib.Path, label: str, server: Server) -> None:
+    async def _late(self, label: str, server: Server) -> None:
         """Loads a version into a server that was down, if it can be reached at once."""
 
         async def bring() -> None:
@@ -229,7 +267,7 @@ class Push:
                 await self._pool.admit(server)  # the address may have another server now
             await self.pause(server)
             await self._paused.wait()
-            await self._take(directory, label, server)
+            await self._take(label, server)
             del self.bad[server]
 
         # It counts as failed until `bring` has come to its end, which the limit may prevent.
@@ -250,14 +288,10 @@ class Push:
         except _FAILURES as error:
             logging.warning("%s cannot be paused: %s %s", server.url, type(error).__name__, error)
 
-    async def _take(self, directory: pathlib.Path, label: str, server: Server) -> None:
+    async def _take(self, label: str, server: Server) -> None:
         """Makes a server load the weights and take their label."""
         control = server.control
-        if self._options.restart:
-            await self._restarted(directory, server)
-        else:
-            how = {"weights_path": str(directory)}
-            await control.post("/collective_rpc", {"method": "load_version", "kwargs": how})
+        await self._load(server)
         self.num_uncleared += not await self._clear_cache(server)
         await control.post("/update_weight_version", {"new_version": label})
         found = (await control.get("/weight_info"))["weight_version"]
@@ -265,7 +299,7 @@ class Push:
             raise PushError(f"it has the weights {found!r} instead of {label!r}")
         workers = (await control.post("/collective_rpc", {"method": "weight_checksums"}))["results"]
         checksums = {f"{i}:{n}": c for i, own in enumerate(workers) for n, c in own.items()}
-        if checksums == self._last.get(server):
+        if checksums == self._last().get(server):
             raise PushError(
                 "it has the tensors of the last version, although the trainer's have changed"
             )
@@ -288,17 +322,14 @@ class Push:
             return False
         return reply["success"] is True
 
-    async def _restarted(self, directory: pathlib.Path, server: Server) -> None:
-        """Waits until a server has been restarted with `directory`."""
+    async def _load(self, server: Server) -> None:
         secs = self._pool.options.control_timeout_secs
         try:
             async with asyncio.timeout(secs):
-                while await _root(server) != str(directory):
-                    await asyncio.sleep(0.5)
+                await self._loader.load(server)
         except TimeoutError:
-            raise PushError(
-                f"it does not serve {directory} after {secs:g} s; start it with serve --follow"
-            ) from None
+            advice = "; start it with serve --follow" if self._options.restart else ""
+            raise PushError(f"it has no new weights after {secs:g} s{advice}") from None
 
     async def _ask(self, label: str, server: Server) -> None:
         """Resumes a server, with the probe first in its queue."""

@@ -39,6 +39,9 @@ _REFUSED_REQUEST = frozenset({400, 413, 422})
 _MOST_LOST = 3
 """Number of servers that go down during one request before it counts as the cause."""
 
+_REACHED_SECS = 0.02
+"""Seconds between two looks of a request for weights that are on their way to the servers."""
+
 _CLOSE_SECS = 3.0
 """Seconds that closing waits for requests in flight to give up."""
 
@@ -312,6 +315,16 @@ class ServerPool:
             if time.monotonic() > end or not any(server.hangs for server in self.servers):
                 self.up()
             await asyncio.sleep(0.2)
+
+    async def reached(self, version: int) -> None:
+        """Waits until the servers have weights of this version or a later one.
+
+        Raises:
+            DependencyError: if no server is left.
+        """
+        while self.version < version:
+            await self.wait_for_one()
+            await asyncio.sleep(_REACHED_SECS)
 
     async def ask(self, payload: Mapping[str, Any], server: Server) -> CompletionReply:
         """Returns the answer to a completion request.

@@ -34,12 +34,15 @@ class VllmEngine:
         tokenizer: turns token ids into text; used by the pool's thread alone.
         stop_ids: tokens that end a text.
         vocab_size: of the model.
+        at_least: version of the weights that must begin a completion; until the servers have it,
+            or a later one, requests wait.
     """
 
     pool: ServerPool
     tokenizer: Any
     stop_ids: tuple[int, ...]
     vocab_size: int
+    at_least: int = 0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Returns the completions of each request, in order.
@@ -70,6 +73,7 @@ class VllmEngine:
     ) -> Completion:
         """Returns one completion; `server` is asked first."""
         body = payload(request, sample, sampling, self.stop_ids)
+        await self.pool.reached(self.at_least)
         try:
             answer = await self.pool.ask(body, server)
         except RefusedError as error:

@@ -1,32 +1,40 @@
 """Synchronization of the servers' weights, through files that the servers read.
 
 A version is exported to a new directory and compared with the tensors that the servers loaded at
-their start; `push` then loads it into them. A failed attempt is repeated once with a fresh export.
-A server that fails twice stays paused and is taken out of the pool.
+their start, and loaded into them. A failed attempt is repeated once with a fresh export. A server
+that fails twice stays paused and is taken out of the pool.
+
+`push` does that while the training waits. `begin` only starts it: the tensors are on their way to
+the host when it returns, and a thread does the rest beside the training, of which only the
+comparison of the probe with the trainer's log-probabilities is left to `finish`.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from atlas_jax import distributed, stopping
-from atlas_jax.checkpoint import hf, writer
+from atlas_jax.checkpoint import hf, outgoing, writer
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.rollout.identity import check_manifest
-from atlas_jax.rollout.push import PROBES, Checksums, Probe, Push, PushOptions
+from atlas_jax.rollout.push import PROBES, Checksums, FileLoader, Loader, Probe, Push, PushOptions
 from atlas_jax.rollout.servers import Server
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.types import DependencyError, Metrics, Params
 
 _ATTEMPTS = 2
+_CLOSE_SECS = 10.0  # for the thread of a transfer to end, once its connections are closed
 
 
 @runtime_checkable
@@ -36,8 +44,39 @@ class WeightSync(Protocol):
     def push(self, params: Params, version: int) -> Metrics:
         """Returns when every server that is up serves these weights."""
 
+    def begin(self, params: Params, version: int) -> None:
+        """Starts the same, and returns when the parameters may change."""
+
+    def finish(self) -> Metrics:
+        """Waits for what was begun and checks it; returns no metrics if nothing was."""
+
     def close(self) -> None:
         """Frees the resources of the last version."""
+
+
+Source = Callable[[], outgoing.Outgoing]
+"""The tensors of a version, again for each attempt."""
+
+
+class Prepared(NamedTuple):
+    """A version that servers can load."""
+
+    loader: Loader | None
+    """None if it could not be prepared."""
+    problem: str
+    """The reason; "" if there is none."""
+    checksums: Callable[[], np.ndarray]
+    """Returns the checksums of the trainer's tensors, once they are on their way."""
+
+
+class _Late(NamedTuple):
+    """A version that a thread brings to the servers."""
+
+    version: int
+    params: Params
+    """A copy of the parameters, in the dtype of the export."""
+    work: concurrent.futures.Future[tuple[_Attempt, dict[Server, float] | None]]
+    blocked_secs: float
 
 
 class _Attempt(NamedTuple):
@@ -51,7 +90,7 @@ class _Attempt(NamedTuple):
     reasons: str
     """Problems of the attempt; "" if none."""
     written: np.ndarray | None
-    """Checksums of the written tensors; None if writing failed."""
+    """Checksums of the trainer's tensors; None if they could not be sent."""
     values: Metrics
 
 
@@ -78,12 +117,19 @@ class DiskSync:
         self._options = options
         self._probe = probe
         self._shapes = dict(writer.tensors(decoder))
+        self._files_of = outgoing.order(decoder, jax.process_count())
+        """The tensors of each process's file."""
         self._written: np.ndarray | None = None
         """Checksums of the written tensors of the last version that servers loaded."""
         self._latest = ""
         """Label of the last version that servers were told to load."""
         self._served: dict[Server, Checksums] = {}
         """Checksums by server that loaded it, in the process that talks to them."""
+        self._late: _Late | None = None
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._distrust = ""
+        """Reason for which nothing that was written lately may be trained on."""
+        self._closed = False
 
     def push(self, params: Params, version: int) -> Metrics:
         """Loads the weights into every server and returns bytes and seconds by phase.
@@ -94,13 +140,97 @@ class DiskSync:
             DependencyError: in every process, if no server is left.
             StopRequestedError: in every process, as soon as one of them is asked to stop.
         """
+        self._check_trust()
         # Otherwise the time of the training step would count as time of the export.
         jax.block_until_ready(params)
+        start = time.perf_counter()
+        source = functools.partial(outgoing.Outgoing, params, self._decoder, self._options.dtype)
+        done = self._deliver(source, version, functools.partial(self._differences, params))
+        done.values["sync/blocked_secs"] = time.perf_counter() - start, 1
+        return done.values
+
+    def begin(self, params: Params, version: int) -> None:
+        """Starts to load the weights into every server, in a run of one process.
+
+        Raises:
+            DependencyError: if what servers have written lately cannot be trusted.
+        """
+        self._check_trust()
+        jax.block_until_ready(params)
+        start = time.perf_counter()
+        values = outgoing.Outgoing(params, self._decoder, self._options.dtype, keep=True)
+        values.dispatch()
+        copy = _copied(params, self._options.dtype)
+        if self._thread is None:
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "weights")
+        work = self._thread.submit(self._deliver_beside, values, version, copy)
+        self._late = _Late(version, copy, work, time.perf_counter() - start)
+
+    def finish(self) -> Metrics:
+        """Waits for the transfer that was begun, compares the probes and returns as `push` does.
+
+        A server whose probe differs has taken part in what was written since. That is found here
+        and not before, so the run ends: it continues with the same command, and without the server.
+
+        Raises:
+            DependencyError: if no server is left, or one whose probe differs was used.
+            StopRequestedError: as soon as the run is asked to stop.
+        """
+        self._check_trust()
+        late, self._late = self._late, None
+        if late is None:
+            return {}
+        start = time.perf_counter()
+        done, differences = stopping.result(late.work)
+        if differences is None:
+            differences = self._differences(late.params, done.push)
+        used = set(done.push.probes) - done.push.bad.keys()
+        problem = self._on_main(lambda: done.push.judge(differences))
+        wrong = {server.url: why for server, why in done.push.bad.items() if server in used}
+        if wrong or problem:
+            self._distrust = (
+                f"weights of step {late.version} that {self._pool.role} servers have used are not "
+                f"the trainer's: {problem or wrong}; the batches that they have begun are given up"
+            )
+            self._check_trust()
+        done.values["sync/probe_diff"] = max(differences.values(), default=0.0), 1
+        waited = time.perf_counter() - start
+        done.values["sync/blocked_secs"] = late.blocked_secs + waited, 1
+        return done.values
+
+    def _check_trust(self) -> None:
+        # Raised again whenever weights are asked for: an evaluation that fails does not end a run.
+        if self._distrust:
+            raise DependencyError(self._distrust)
+
+    def _deliver_beside(
+        self, values: outgoing.Outgoing, version: int, params: Params
+    ) -> tuple[_Attempt, dict[Server, float] | None]:
+        """Loads weights into the servers while the trainer computes.
+
+        Returns:
+            The attempt, and the differences of the probes where another thread than the trainer's
+            may compute them: on several devices two programs could wait for each other.
+        """
+        done = self._deliver(lambda: values, version, lambda push: dict.fromkeys(push.probes, 0.0))
+        alone = jax.device_count() == 1
+        return done, self._differences(params, done.push) if alone else None
+
+    def _deliver(
+        self, source: Source, version: int, compare: Callable[[Push], dict[Server, float]]
+    ) -> _Attempt:
+        """Brings a version to the servers, and opens the pool for requests again.
+
+        Args:
+            source: the tensors.
+            version: the version.
+            compare: returns the differences of the probes, by server that has answered.
+        """
         start = time.perf_counter()
         servers = self._pool.servers
         for attempt in range(_ATTEMPTS):
             label = f"{version}.{attempt}"
-            done = self._attempt(params, label, final=attempt == _ATTEMPTS - 1)
+            done = self._attempt(source, label, attempt, compare)
             # A label is recorded even if the attempt is repeated, because completions in flight
             # may carry it.
             for server, ok in zip(servers, done.well, strict=True):
@@ -125,32 +255,45 @@ class DiskSync:
         }
         done.values["sync/servers"] = sum(done.well), 1
         done.values["sync/total_secs"] = time.perf_counter() - start, 1
-        return done.values
+        return done
 
-    def _attempt(self, params: Params, label: str, final: bool) -> _Attempt:
+    def _attempt(
+        self,
+        source: Source,
+        label: str,
+        attempt: int,
+        compare: Callable[[Push], dict[Server, float]],
+    ) -> _Attempt:
         start = time.perf_counter()
         servers = self._pool.servers
-        problem, written = self._export(params, label)
-        push = Push(self._engine, self._options, self._probe, self._must_change(written))
+        ready = self._prepare(source, label, attempt)
         values: Metrics = {
             "sync/export_secs": (time.perf_counter() - start, 1),
             "sync/bytes": (sum(writer.num_bytes(t, self._options.dtype) for t in self._tensors), 1),
         }
-        if written is None:
+        push = Push(
+            engine=self._engine,
+            options=self._options,
+            probe=self._probe,
+            last=lambda: self._must_change(ready.checksums()),
+            loader=ready.loader or FileLoader(self._versions.path(label), False),
+        )
+        if ready.loader is None:
             return _Attempt(
                 push=push,
                 well=[False] * len(servers),
                 whole=False,
-                reasons=problem,
-                written=written,
+                reasons=ready.problem,
+                written=None,
                 values=values,
             )
-        if distributed.is_main():
-            self._latest = label
-        problem = self._on_main(lambda: push.run(self._versions.path(label), label, final))
+        final = attempt == _ATTEMPTS - 1
+        problem = self._on_main(lambda: push.run(label, final))
         # Only process 0 talks to the servers, but computing the probe's log-probabilities takes all
         # processes, so the push is split around it.
-        differences = self._differences(params, push)
+        scoring = time.perf_counter()
+        differences = compare(push)
+        values["sync/score_secs"] = time.perf_counter() - scoring, 1
         problem = self._on_main(lambda: push.judge(differences)) or problem
         well = [server in differences and server not in push.bad for server in servers]
         reasons = "; ".join(filter(None, (problem, *map(": ".join, push.reasons))))
@@ -163,7 +306,7 @@ class DiskSync:
             well=[bool(ok) for ok in shared[1:]],
             whole=bool(shared[0]),
             reasons=distributed.gather_texts(reasons)[0],
-            written=written,
+            written=ready.checksums() if any(shared[1:]) else None,
             values=values,
         )
 
@@ -178,12 +321,12 @@ class DiskSync:
                 return _problem(lambda: self._pool.run(make()))
         return ""
 
-    def _must_change(self, written: np.ndarray | None) -> dict[Server, Checksums]:
+    def _must_change(self, written: np.ndarray) -> dict[Server, Checksums]:
         """Returns the last checksums of the servers whose tensors must have changed.
 
         A server with a less precise dtype than the exported one may round the change away.
         """
-        if self._written is None or written is None or np.array_equal(self._written, written):
+        if self._written is None or np.array_equal(self._written, written):
             return {}
         exact = (self._options.dtype, "float32")
         return {s: c for s, c in self._served.items() if s.start and s.start.dtype in exact}
@@ -226,34 +369,33 @@ class DiskSync:
     def _tensors(self) -> list[writer.Tensor]:
         return [writer.Tensor(*item) for item in self._shapes.items()]
 
-    def _export(self, params: Params, label: str) -> tuple[str, np.ndarray | None]:
-        """Writes a version.
+    def _prepare(self, source: Source, label: str, attempt: int) -> Prepared:
+        """Writes a version."""
+        values = source()
 
-        Returns:
-            The problem ("" if none), and the checksums of the written tensors (None after one).
-        """
+        def failed(problem: str) -> Prepared:
+            return Prepared(None, problem, lambda: np.zeros(0))
+
         problem = _problem(lambda: self._begin(label)) if distributed.is_main() else ""
         if problem := distributed.gather_texts(problem)[0]:
-            return problem, None
-        processes = jax.process_count()
+            return failed(problem)
+        directory = self._versions.partial(label)
         try:
-            written = writer.write(
-                params,
-                self._decoder,
-                self._versions.partial(label),
-                self._options.dtype,
-                # One file for each process, written at the same time.
-                [self._tensors[i::processes] for i in range(processes)],
-                lambda i: i == jax.process_index(),
-                stoppable=True,
-            )
+            writer.write_own(values, directory, self._options.dtype, self._files_of, self._gives_up)
         except writer.WriteError as error:
-            return str(error), None
+            return failed(str(error))
         # Requests and health checks end in every process before process 0 pauses the servers.
         self._pool.call(self._pool.settled.clear)
         problem = _problem(lambda: self._finish(label)) if distributed.is_main() else ""
-        problem = distributed.gather_texts(problem)[0]
-        return problem, None if problem else written
+        if problem := distributed.gather_texts(problem)[0]:
+            return failed(problem)
+        if distributed.is_main():
+            self._latest = label
+        loader = FileLoader(self._versions.path(label), self._options.restart)
+        return Prepared(loader, "", lambda: values.checksums)
+
+    def _gives_up(self) -> bool:
+        return self._closed or stopping.requested()
 
     def _begin(self, label: str) -> None:
         # Servers that reload have the old version in memory; a restarting server may still read it.
@@ -265,7 +407,17 @@ class DiskSync:
         self._versions.finish(label)
 
     def close(self) -> None:
-        """Removes the versions, except one with which a server may be restarted."""
+        """Gives up what was begun, and removes the versions.
+
+        One with which a server may be restarted is kept.
+        """
+        self._closed = True
+        if self._thread is not None:
+            # Ends what the thread waits for.
+            self._pool.close()
+            if self._late is not None:
+                concurrent.futures.wait([self._late.work], _CLOSE_SECS)
+            self._thread.shutdown(wait=False)
         if distributed.is_main() and not self._options.restart:
             self._versions.close()
 
@@ -277,3 +429,10 @@ def _problem(do: Callable[[], object]) -> str:
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copied(params: Params, dtype: str) -> Params:
+    """Returns a copy in `dtype`, for the trainer's log-probabilities of these weights."""
+    # Without a copy the result could be the arrays themselves, which the next step donates.
+    return jax.tree.map(lambda p: jnp.copy(p.astype(dtype)), params)

@@ -49,6 +49,14 @@ class LoadVersion:
                 # See above: a shared output table is not packed again by vLLM.
                 layer.quant_method.process_weights_after_loading(layer)
 
+    def nccl_version(self) -> str:
+        """Returns the version of NCCL with which this worker takes weights from the trainer."""
+        if not torch.cuda.is_available():
+            return "none"
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+        return NCCLLibrary().ncclGetVersion()
+
     def weight_checksums(self) -> dict[str, str]:
         """Returns the checksums of this worker's tensors by name.
 

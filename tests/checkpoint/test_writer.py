@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import distributed, stopping
-from atlas_jax.checkpoint import hf, writer
+from atlas_jax.checkpoint import hf, outgoing, writer
 from atlas_jax.config import MeshConfig
 from atlas_jax.hosts import joined
 from atlas_jax.options.train import HostsConfig
@@ -58,12 +58,20 @@ def test_an_error_is_named_with_process_and_host(model, tmp_path):
         writer.write(params, decoder, tmp_path / "nowhere", "bfloat16", files, lambda _: True)
 
 
+def write_own(target, decoder, params, dtype, stop=stopping.requested):
+    values = outgoing.Outgoing(params, decoder, dtype)
+    files = outgoing.order(decoder, jax.process_count())
+    writer.write_own(values, target, dtype, files, stop)
+    return values
+
+
 def test_only_what_may_be_stopped_is_stopped(model, tmp_path):
     _, decoder, params = model
     stopping.request("SIGTERM")
+    (tmp_path / "push").mkdir()
     try:
         with pytest.raises(stopping.StopRequestedError, match="SIGTERM"):
-            write(tmp_path / "push", decoder, params, stoppable=True)
+            write_own(tmp_path / "push", decoder, params, "bfloat16")
         write(tmp_path / "final", decoder, params)
     finally:
         stopping.reset()
@@ -90,11 +98,7 @@ def main():
                 if distributed.is_main():
                     target.mkdir()
                 distributed.barrier("the directory")
-                tensors = writer.tensors(decoder)
-                writer.write(
-                    params, decoder, target, "float32", [tensors[0::2], tensors[1::2]],
-                    lambda i: i == jax.process_index(),
-                )  # fmt: skip
+                write_own(target, decoder, params, "float32")
             else:
                 files = hf.ModelFiles(source.config, {}, words.tokenizer(WORDS), "float32")
                 hf.export(

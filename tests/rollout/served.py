@@ -86,6 +86,7 @@ def connected(
     options: PoolOptions = OPTIONS,
     prompt=PROMPT,
     dtype: str = "bfloat16",
+    make_sync=DiskSync,
 ) -> Iterator[Served]:
     """Yields the servers of `urls` with no weights pushed to them yet."""
     model = ours.model
@@ -99,7 +100,7 @@ def connected(
         )
         logprobs_fn = grpo.make_logprobs_fn(model.decoder, config, 1)
         compute = vllm_backend.probe_logprobs(config, model, logprobs_fn)
-        sync = DiskSync(
+        sync = make_sync(
             engine,
             model.decoder,
             model.files,

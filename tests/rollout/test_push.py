@@ -1,6 +1,7 @@
 """Pushes of weights to stand-ins of servers: what each fault costs, and what it must not cost."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -301,6 +302,121 @@ def test_versions_are_removed_before_the_next_one_is_written(link, old, new):
         assert [path.name for path in versions.root.glob("v*")] == ["v2.1"]
         served_by.sync.close()
         assert not versions.root.exists()
+
+
+@pytest.fixture(params=["in the thread", "at the end"])
+def beside(request, old, monkeypatch):
+    """Begins with weights that a push has checked; probes are compared as on one or more devices.
+
+    Yields a function of a link that pushes, and then begins with a version.
+    """
+    count = 1 if request.param == "in the thread" else 8
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+
+    def begin(link, ours, version):
+        copy = jax.tree.map(lambda leaf: leaf + 0, ours.params)
+        link.sync.begin(copy, version)
+        jax.tree.map(lambda leaf: leaf.delete(), copy)  # as the next step does
+
+    return begin
+
+
+def from_version(link, version, count=2):
+    """Completions of requests that must begin with these weights."""
+    engine = dataclasses.replace(link.engine, at_least=version)
+    return texts(link._replace(engine=engine), count)
+
+
+def test_training_waits_for_the_copy_alone_and_tokens_have_the_label_of_what_wrote_them(
+    link, old, new, beside
+):
+    with link(2) as (served_by, servers):
+        served_by.sync.push(old.params, 1)
+        for server in servers:
+            server.faults = [{"path": "/collective_rpc", "method": "load_version", "do": "slow",
+                              "secs": 3.0}]  # fmt: skip
+            server.secs_per_token = 0.1
+        start = time.monotonic()
+        beside(served_by, new, 2)
+        begun = time.monotonic() - start
+        newer = []
+        ask = threading.Thread(target=lambda: newer.extend(from_version(served_by, 2)))
+        ask.start()
+        # What needs no new weights is sent at once, and goes on with them.
+        older = texts(served_by, 2)
+        took = time.monotonic() - start
+        assert begun < 2.0, "it waited for the servers"
+        assert {c.weights_version for c in older} == {1}
+        assert took < 6.0
+        values = served_by.sync.finish()
+        ask.join(60)
+        assert {c.weights_version for c in newer} == {2}
+        assert values["sync/servers"] == (2, 1)
+        assert values["sync/probe_diff"][0] < 1e-5
+        assert values["sync/total_secs"][0] > 3.0
+        for completion in newer:
+            found = new.logprobs(completion.prompt_ids, np.asarray(completion.token_ids))
+            np.testing.assert_allclose(completion.untruncated_logprobs, found, atol=0.01)
+        assert served_by.sync.finish() == {}
+
+
+def test_a_server_that_fails_beside_training_costs_that_server_alone(link, old, new, beside):
+    with link(2) as (served_by, servers):
+        served_by.sync.push(old.params, 1)
+        servers[0].faults = [{"path": "/collective_rpc", "do": "status", "status": 500}]
+        beside(served_by, new, 2)
+        assert {c.weights_version for c in from_version(served_by, 2)} == {2}
+        assert served_by.sync.finish()["sync/servers"] == (1, 1)
+        assert up(served_by) == [False, True]
+        servers[0].faults = []
+        servers[1].faults = [{"path": "/resume", "do": "status", "status": 500, "times": 1}]
+        beside(served_by, old, 3)
+        assert served_by.sync.finish()["sync/servers"] == (2, 1), "the second try has the tensors"
+        written = from_version(served_by, 3)
+        assert {c.weights_version for c in written} == {3}
+        found = old.logprobs(written[0].prompt_ids, np.asarray(written[0].token_ids))
+        np.testing.assert_allclose(written[0].untruncated_logprobs, found, atol=0.01)
+
+
+def test_a_server_that_computes_something_else_is_found_before_its_batch_is_trained(
+    link, old, new, beside
+):
+    with link(1) as (served_by, (server,)):
+        served_by.sync.push(old.params, 1)
+        server.faults = [{"path": "/resume", "do": "noise", "size": 1.0}]
+        beside(served_by, new, 2)
+        for _ in range(2):  # an evaluation may have caught the first one
+            with pytest.raises(DependencyError, match=r"step 2 .* are not the trainer's.*nats"):
+                served_by.sync.finish()
+        with pytest.raises(DependencyError, match="are not the trainer's"):
+            served_by.sync.push(old.params, 3)
+
+
+def test_what_waits_for_weights_that_never_come_is_an_error(link, old, new, beside):
+    with link(2) as (served_by, servers):
+        served_by.sync.push(old.params, 1)
+        for server in servers:
+            server.faults = [{"path": "/collective_rpc", "do": "status", "status": 500}]
+        beside(served_by, new, 2)
+        with pytest.raises(DependencyError, match="no teacher server is left"):
+            from_version(served_by, 2)
+        with pytest.raises(DependencyError, match="step 2 reached no teacher"):
+            served_by.sync.finish()
+        for server in servers:
+            server.faults = []
+        assert served_by.sync.push(new.params, 2)["sync/servers"] == (2, 1)
+
+
+def test_the_end_of_a_run_gives_up_what_was_begun(link, old, new, beside):
+    with link(1) as (served_by, (server,)):
+        served_by.sync.push(old.params, 1)
+        server.faults = [{"path": "/collective_rpc", "do": "hang"}]
+        beside(served_by, new, 2)
+        root = served_by.sync._versions.root
+        start = time.monotonic()
+        served_by.sync.close()
+        assert time.monotonic() - start < 20
+        assert not root.exists()
 
 
 def main():
