@@ -7,24 +7,26 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from atlas_jax import distributed, loop, losses, metrics, step
+from atlas_jax import distributed, loop, losses, metrics, step, stopping
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes.layout import Layout
-from atlas_jax.recipes.prefetch import Prefetcher
-from atlas_jax.recipes.scoring import reason, retry_outages, score
+from atlas_jax.recipes.rollouts import Asker, Collected, Rollouts, Window
+from atlas_jax.recipes.scoring import reason, retry_outages
 from atlas_jax.rewards.pricing import price_leaks
-from atlas_jax.rollout import measures, record, teaching
+from atlas_jax.rollout import measures, record, teaching, timing
 from atlas_jax.rollout.engine import Backend, ChatModel
 from atlas_jax.rollout.rows import collate_policy, row_tokens, split_rows
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import (
@@ -55,18 +57,12 @@ class Parts(NamedTuple):
     logprobs_fn: Callable[[Params, PolicyBatch], jax.Array]
     sharding: Sharding
     writer: metrics.MetricWriter
+    student_cache: StudentCache
+    """What the student has said alone, in steps and in evaluations."""
     given_labels: tuple[str, ...] = ()
     """Short names of the rewards, where a caller from Python has given some."""
     num_steps: int = 0
     """Steps of the whole run."""
-
-
-class Collected(NamedTuple):
-    """The scored samples of a step in this process."""
-
-    samples: list[Sample]
-    reward_secs: float
-    """Seconds that the rewards took."""
 
 
 class Feed:
@@ -84,7 +80,9 @@ class Feed:
             parts.config, parts.layout, parts.logprobs_fn, parts.sharding, reference
         )
         self._position = 0
-        self._prefetcher = Prefetcher(self._collect, parts.config.rollout.max_staleness)
+        self._rollouts = Rollouts(_asker(parts))
+        depth = parts.config.rollout.max_staleness
+        self._window = Window(self._begin, depth, parts.layout.questions)
 
     @property
     def samples_policy(self) -> bool:
@@ -101,9 +99,11 @@ class Feed:
         published = time.perf_counter()
         # A process that gives up must tell the others, which would wait for it further down.
         with distributed.together(*_LEAVE):
-            made = self._prefetcher.take(policy, self._position)
-        collected: Collected = made.batch
+            collected, position = self._take(policy)
+        usage = self._rollouts.meter.read()
         wait_secs = time.perf_counter() - published
+        if policy.complete:
+            _log_critical_path(version + 1, wait_secs, collected)
         samples = retry_outages(parts.reward, collected.samples, config.reward, pause)
         # A leak costs reward before the rewards of a group are compared.
         samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
@@ -119,18 +119,20 @@ class Feed:
         has_student = parts.backend.student is not None
         values = measure(samples, version, config, parts.given_labels, has_student)
         values |= parts.backend.metrics()
+        values |= self._usage(usage)
         # The position advances only now: if anything above raises, the step that is repeated asks
         # the same questions.
-        self._position = made.position
+        self._position = position
         # Nor may the reference move before: the repeated step would mix it a second time.
         start = time.perf_counter()
         batch, num_tokens = self._batches.make(samples, state)
         # Without waiting, the time of these log-probabilities would count as the training step's.
         jax.block_until_ready(batch)
+        values |= collected.trace.metrics()
         values["perf/real_token_frac"] = num_tokens, batch.tokens.size
-        values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
+        values["perf/generate_secs"] = collected.trace.generate_secs, 1
         values["perf/wait_secs"] = wait_secs, 1
-        values["perf/score_secs"] = collected.reward_secs, 1
+        values["perf/score_secs"] = collected.trace.score_secs, 1
         values["perf/logprobs_secs"] = time.perf_counter() - start, 1
         return loop.StepInput(batch, num_tokens * config.num_iterations, values)
 
@@ -162,28 +164,41 @@ class Feed:
         return self._batches.reference if self._parts.config.sync_ref_model else None
 
     def close(self) -> None:
-        """Gives up batches that are being made."""
-        self._prefetcher.close()
+        """Gives up questions in flight."""
+        self._rollouts.close()
 
     def join(self) -> None:
-        """Waits for the thread that makes batches, when all that it asks has been closed."""
-        self._prefetcher.join(_JOIN_SECS)
+        """Waits for the threads that make batches, when all that they ask has been closed."""
+        self._rollouts.join(_JOIN_SECS)
+
+    def _take(self, policy: ChatModel) -> tuple[Collected, int]:
+        """Returns the samples of the next step and the number of the question after it."""
+        if not self._parts.config.rollout.max_staleness:
+            return self._collect(policy, self._position)
+        step = self._window.next(policy, self._position)
+        return stopping.result(step), self._position + self._parts.layout.questions
+
+    def _begin(self, policy: ChatModel, position: int) -> Future[Collected]:
+        return self._rollouts.begin(policy, self._places(position))
+
+    def _places(self, position: int) -> range:
+        """Returns the numbers of this process's questions in the step that begins at `position`."""
+        shares = question_shares(self._parts.layout.questions)
+        process = jax.process_index()
+        first = position + sum(shares[:process])
+        return range(first, first + shares[process])
 
     def _collect(self, policy: ChatModel, position: int) -> tuple[Collected, int]:
         """Returns the samples of a step and the number of the next question.
 
         Groups that teach nothing are replaced by later ones while `refill_rounds` last.
         """
-        wanted = self._parts.layout.questions
         process = jax.process_index()
-        shares = question_shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
-        # Without refills this may run in the prefetching thread, where no collective may stand;
-        # `RolloutConfig.check` forbids refills beside `max_staleness`.
         agree = distributed.together(*_LEAVE) if refills else contextlib.nullcontext()
         with agree:
-            collected = self._ask(policy, position + sum(shares[:process]), shares[process])
-        position += wanted
+            collected = self._rollouts.ask(policy, self._places(position))
+        position += self._parts.layout.questions
         for _ in range(refills):
             groups = by_question(collected.samples)
             idle = [i for i, group in enumerate(groups) if not self._teaches(group)]
@@ -193,38 +208,14 @@ class Feed:
             # Processes take new questions in turn, so that none is asked twice.
             first = position + int(counts[:process].sum())
             with distributed.together(*_LEAVE):
-                more = self._ask(policy, first, len(idle))
+                more = self._rollouts.ask(policy, range(first, first + len(idle)))
             position += int(counts.sum())
             for i, group in zip(idle, by_question(more.samples), strict=True):
                 groups[i] = group
             samples = [sample for group in groups for sample in group]
-            collected = Collected(samples, collected.reward_secs + more.reward_secs)
+            collected.trace.extend(more.trace)
+            collected = Collected(samples, collected.trace)
         return collected, position
-
-    def _ask(self, policy: ChatModel, first: int, count: int) -> Collected:
-        """Returns the scored samples of `count` questions from number `first` on."""
-        parts = self._parts
-        places = range(first, first + count)
-        config = parts.config
-        sampling = Sampling(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-        )
-        samples = teaching.run(
-            [parts.order.at(i) for i in places],
-            places,
-            policy,
-            parts.backend.student,
-            parts.protocol,
-            teaching.Draws(sampling, config.seed),
-        )
-        if self._prefetcher.is_closed:  # judges would be asked, and paid, for nobody
-            raise StopRequestedError("the run has ended while its next batch was made")
-        start = time.perf_counter()
-        samples = score(parts.reward, samples)
-        return Collected(samples, time.perf_counter() - start)
 
     def _weigh(self, samples: Sequence[Sample]) -> list[Sample]:
         """Returns the samples with their advantages, and with whether they train."""
@@ -254,6 +245,13 @@ class Feed:
         priced = price_leaks(group, self._parts.config.reward.answer_leak_penalty)
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
+
+    def _usage(self, usage: timing.Usage) -> Metrics:
+        """Returns how the step was generated, over all processes."""
+        values = timing.of_usage(usage, distributed.is_main())
+        if self._parts.backend.student:
+            values["rollout/student_cached_frac"] = self._parts.student_cache.counts()
+        return metrics.sum_over_processes(values)
 
 
 class Batches:
@@ -368,6 +366,42 @@ def measure(
             config.output_dir,
         )
     return values
+
+
+def _asker(parts: Parts) -> Asker:
+    config = parts.config
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+    )
+    return Asker(
+        question=lambda place: parts.order.at(place),
+        student=parts.backend.student,
+        protocol=parts.protocol,
+        draws=teaching.Draws(sampling, config.seed),
+        cache=parts.student_cache,
+        reward=parts.reward,
+        scores_beside=not parts.given_labels and not config.reward.functions,
+    )
+
+
+def _log_critical_path(step: int, wait_secs: float, collected: Collected) -> None:
+    """Logs the question that a step waited for, and where its time went."""
+    path = collected.trace.critical_path()
+    if not path:
+        return
+    ids = {sample.place: sample.question.id for sample in collected.samples}
+    phases = (
+        f"{span.phase} {span.end - span.start:.1f} s"
+        + (f" (sample {span.member})" if span.member >= 0 else "")
+        for span in path
+    )
+    logging.info(
+        "step %d waited %.1f s for its samples, the last of them of question %s: %s",
+        *(step, wait_secs, ids[path[-1].place], ", ".join(phases)),
+    )
 
 
 def question_shares(total: int) -> list[int]:

@@ -235,12 +235,15 @@ def _pool(
     check: Callable[[str, ServerStart], None],
     stack: contextlib.ExitStack,
 ) -> ServerPool:
+    servers = addresses.split(urls)
     options = PoolOptions(
         max_in_flight=config.rollout.max_in_flight,
         request_timeout_secs=config.rollout.request_timeout_secs,
         control_timeout_secs=config.rollout.sync_timeout_secs,
+        # A process knows its own requests alone, so that each begins with another server.
+        first=jax.process_index() * len(servers) // jax.process_count(),
     )
-    pool = ServerPool(role, addresses.split(urls), options, server_key(config.output_dir))
+    pool = ServerPool(role, servers, options, server_key(config.output_dir))
     stack.callback(pool.close)
     pool.open(check)
     return pool
@@ -277,12 +280,14 @@ def _chat_model(
     encode_turn = chat_models.turn_encoder(model.template, system_prompt)
 
     def bind(version: int) -> ChatModel:
+        bound = dataclasses.replace(engine, at_least=version)
         return ChatModel(
             encode=chat_models.asking(encode_turn),
-            generate=dataclasses.replace(engine, at_least=version).generate,
+            generate=bound.generate,
             context=context,
             vocab_size=model.decoder.config.vocab_size,
             encode_turn=encode_turn,
+            complete=bound.complete,
         )
 
     return bind, engine
