@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, overload
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from atlas_jax import config_files
 from atlas_jax.options.data import ColumnsConfig, DataConfig, LessonsConfig
@@ -109,14 +109,19 @@ def defaults(schema: type[TrainConfig]) -> ConfigDict:
     """
 
     def as_dict(group: Any) -> ConfigDict:
-        values = {name: getattr(group, name) for name in hints(type(group))}
         return ConfigDict(
             {
-                name: as_dict(value) if dataclasses.is_dataclass(value) else value
-                for name, value in values.items()
-                if not moved_to(hints(type(group))[name])
+                name: as_value(getattr(group, name), hint)
+                for name, hint in hints(type(group)).items()
+                if not moved_to(hint)
             }
         )
+
+    def as_value(value: Any, hint: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return as_dict(value)
+        # A `ConfigDict` keeps a field to the type of its default, but `True` may be another word.
+        return FieldReference(value, field_type=object) if has_words(hint) else value
 
     config = as_dict(schema())
     for former, present in moved(schema).items():
@@ -288,7 +293,7 @@ def option(schema: type[Any], name: str) -> tuple[Any, Any]:
 
 def read(name: str, value: Any, hint: Any, default: Any) -> Any:
     """Returns a value that a user wrote, other words for it understood; raises as `check` does."""
-    rules = get_args(hint) if get_origin(hint) is Annotated else ()
+    rules = _rules(hint)
     word = str(value).lower()
     for rule in rules:
         if isinstance(rule, Words):
@@ -299,6 +304,16 @@ def read(name: str, value: Any, hint: Any, default: Any) -> Any:
     if get_origin(hint) is tuple and isinstance(value, tuple | list):
         value = _items(value)
     return check(name, value, hint)
+
+
+def has_words(hint: Any) -> bool:
+    """Returns whether other words than its values may be written for an option."""
+    return any(isinstance(rule, Words) for rule in _rules(hint))
+
+
+def _rules(hint: Any) -> tuple[Any, ...]:
+    """Returns what an annotation says beside the type."""
+    return get_args(hint)[1:] if get_origin(hint) is Annotated else ()
 
 
 _BRACKETS = re.compile(r"[\[(](.*)[\])]", re.DOTALL)

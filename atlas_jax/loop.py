@@ -30,7 +30,7 @@ _UNLOGGED = "metrics"
 class StepInput(NamedTuple):
     """The batch of one step."""
 
-    batch: Any  # placed arrays, [microbatches, B, T]
+    batch: Any  # placed arrays, [microbatches, B, T], or a list of them, see `step.TrainStep`
     num_tokens: int  # tokens that its updates read, over all processes, without padding
     metrics: Metrics  # metrics of making the batch, over all processes
 
@@ -74,7 +74,7 @@ class Job(NamedTuple):
 
     config: TrainConfig
     num_steps: int
-    flops_per_token: Callable[[int], float]  # FLOPs per token, by row length
+    flops_per_token: Callable[[float], float]  # FLOPs per token, by row length
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
@@ -100,7 +100,7 @@ class _Pending(NamedTuple):
     metrics: Metrics  # on the devices
     known: Metrics  # on the host
     tokens: int
-    length: int
+    length: float
 
 
 def run(job: Job, state: TrainState, feed: BatchSource) -> Outcome:
@@ -179,7 +179,7 @@ class _LoopState:
         distributed.arrive(f"step {step}")
         # The metrics of the step before are read while the devices compute this one.
         self._fetch()
-        length = given.batch.tokens.shape[-1]
+        length = _row_length(given.batch)
         self._pending = _Pending(
             step=step, metrics=values, known=given.metrics, tokens=given.num_tokens, length=length
         )
@@ -245,6 +245,14 @@ def _profile(config: TrainConfig) -> Profile | None:
     from atlas_jax.profiling import Profile  # only `profile_steps` asks for it
 
     return Profile(config)
+
+
+def _row_length(batch: Any) -> float:
+    """Returns the length of rows, the mean one of parts of different lengths."""
+    parts = batch if isinstance(batch, list) else [batch]
+    sizes = [part.tokens.size for part in parts]
+    rows = [part.tokens.size // part.tokens.shape[-1] for part in parts]
+    return sum(sizes) / sum(rows)
 
 
 def _due(step: int, every: int) -> bool:

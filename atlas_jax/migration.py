@@ -79,7 +79,7 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("torch_empty_cache_steps dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor remove_unused_columns",
             "nothing to set here", changes_nothing=True),
     Foreign("dataloader_num_workers", "it is `data.num_workers` here", same_as="data.num_workers"),
-    Foreign("group_by_length train_sampling_strategy", "nothing to set: rows are padded to `data.length_buckets`, or packed with `packing=true`", changes_nothing=True),
+    Foreign("group_by_length train_sampling_strategy", "nothing to set: rows are packed (`packing`), or sorted by length within a step and padded to `data.length_buckets`", changes_nothing=True),
     Foreign("packing_strategy padding_free pad_to_multiple_of eval_packing", "write `packing=true`, which fits whole examples and keeps them apart"),
     # Optimizer and length of the run.
     Foreign("optim optim_args optim_target_modules", "nothing to choose: the optimizer is AdamW; `adam_mu_dtype=bfloat16` halves its first moment"),

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from ml_collections import ConfigDict
 
 from atlas_jax import migration
-from atlas_jax.config import ALGORITHMS, flat, former_names, nearest, schema
+from atlas_jax.config import ALGORITHMS, flat, former_names, has_words, nearest, schema
+from atlas_jax.config import option as declared
 
 PATTERN = re.compile(r"--?(?P<no>no)?config\.(?P<name>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 
@@ -59,7 +60,8 @@ def separate(words: Sequence[str], config: ConfigDict) -> tuple[list[Option], li
             value = "false"
         elif value is None:
             switch = isinstance(_get(config, name), bool) or not remaining
-            value = "true" if switch or remaining[0].startswith("--") else remaining.pop(0)
+            alone = switch or remaining[0].startswith("--") or PATTERN.fullmatch(remaining[0])
+            value = "true" if alone else remaining.pop(0)
         options.append(Option(name, value))
     return options, others
 
@@ -116,7 +118,8 @@ def read(option: Option, config: ConfigDict) -> Any:
         return _items(option, kind)
     if option.value.lower() in _NULL and option.name in _NULL_VALUES:
         return _NULL_VALUES[option.name]
-    return _scalar(option, option.value, type(before))
+    hint, _ = declared(schema(config.algorithm), option.name)
+    return option.value if has_words(hint) else _scalar(option, option.value, type(before))
 
 
 def unknown(name: str, config: ConfigDict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from atlas_jax.types import Array, LossSum, Metrics, Params
 
 LossFn = Callable[[Params, Any], tuple[LossSum, Metrics]]
 """A loss: `(params, one microbatch) -> ((sum, weight), metrics)`."""
+
+_Microbatch = Callable[[Params, Any], tuple[Params, Metrics]]
+"""Gradients and metrics of one microbatch: `(params, batch [B, T]) -> (grads, metrics)`."""
 
 
 class TrainState(NamedTuple):
@@ -84,6 +88,61 @@ def abstract_state(
     )
 
 
+def abstract_gradients(shapes: Params, dims: Params, sharding: Sharding) -> Params:
+    """Returns the shapes, dtypes and placements of accumulated gradients."""
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=p),
+        shapes,
+        _gradient_places(dims, sharding),
+    )
+
+
+def _gradient_places(dims: Params, sharding: Sharding) -> Any:
+    return jax.tree.map(
+        lambda d: sharding.optimizer(d, memory=False), dims, is_leaf=lambda d: isinstance(d, tuple)
+    )
+
+
+class GradientSums(NamedTuple):
+    """Sums over the microbatches that a step has done."""
+
+    grads: Params  # float32, placed as the optimizer state
+    metrics: Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The compiled programs of a step.
+
+    A batch whose microbatches have one shape is one program. Where each has a shape of its own, as
+    sorted rows do, each shape has a program that adds to the sums, and another one updates.
+    """
+
+    whole: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    """The step on a batch `[microbatches, B, T]`; consumes the state."""
+    begin: Callable[[Params, Any], GradientSums]
+    """Sums of 0 for batches like this one."""
+    add: Callable[[Params, GradientSums, Any], GradientSums]
+    """The sums with those of a batch `[1, B, T]`; consumes the sums before."""
+    update: Callable[[TrainState, GradientSums], tuple[TrainState, Metrics]]
+    """The state after an update with the sums; consumes the state before."""
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Returns the state after a step and its metrics; consumes the state before.
+
+        Args:
+            state: the state.
+            batch: the batch `[microbatches, B, T]`, or a list of batches `[1, B, T]`, with which
+                one update is made.
+        """
+        if not isinstance(batch, list):
+            return self.whole(state, batch)
+        sums = self.begin(state.params, batch[0])
+        for part in batch:
+            sums = self.add(state.params, sums, part)
+        return self.update(state, sums)
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: Optimizer,
@@ -91,12 +150,12 @@ def make_train_step(
     sharding: Sharding,
     num_updates: int = 1,
     seed: int = 0,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Returns the compiled `(state, batch) -> (state, metrics)`, which consumes the state.
 
-    The batch is `[microbatches, B, T]` (`sharding.to_global`). Gradients of the microbatches' loss
-    sums are accumulated in float32, sharded as the optimizer state is, and divided once by the sum
-    of the weights.
+    The batch is `[microbatches, B, T]` (`sharding.to_global`), or a list of such, see `TrainStep`.
+    Gradients of the microbatches' loss sums are accumulated in float32, sharded as the optimizer
+    state is, and divided once by the sum of the weights.
 
     Args:
         loss_fn: the loss sum of one microbatch, its weight, and metrics.
@@ -116,8 +175,8 @@ def make_train_step(
         grads, metrics = jax.grad(loss, has_aux=True)(params)
         return _scatter(grads, dims, sharding), metrics
 
-    def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
-        grads, metrics = _accumulate(microbatch, state.params, batch)
+    def changed(state: TrainState, sums: Any, number: Any) -> tuple[TrainState, Metrics]:
+        grads, metrics = sums
         # The weight is global: it is summed over devices by GSPMD and over microbatches by
         # `_accumulate`. A batch without trained tokens has gradients of 0, not 0 / 0.
         weight = jnp.maximum(metrics["loss/total"][1], 1.0)
@@ -133,6 +192,9 @@ def make_train_step(
             "optim/learning_rate": (optimizer.learning_rate(count), jnp.float32(1)),
         }
         return TrainState(state.step, params, opt_state), metrics
+
+    def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
+        return changed(state, _accumulate(microbatch, state.params, batch), number)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = update(state, batch, 0)
@@ -153,8 +215,50 @@ def make_train_step(
     )
     # The state is donated: parameters and moments are updated in their own buffers. Without equal
     # shardings of input and output XLA could not reuse them.
-    return jax.jit(
+    whole = jax.jit(
         step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
+    )
+    return TrainStep(whole, *_in_parts(microbatch, changed, placements, dims, sharding))
+
+
+def _in_parts(
+    microbatch: _Microbatch,
+    changed: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]],
+    placements: TrainState,
+    dims: Params,
+    sharding: Sharding,
+) -> tuple[Any, Any, Any]:
+    """Returns the programs `begin`, `add` and `update` of a `TrainStep`."""
+    sums = GradientSums(_gradient_places(dims, sharding), metrics=None)  # type: ignore[arg-type]
+
+    def first(batch: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], batch)
+
+    def begin(params: Params, batch: Any) -> GradientSums:
+        return GradientSums(*_zeros(microbatch, params, first(batch)))
+
+    def add(params: Params, sums: GradientSums, batch: Any) -> GradientSums:
+        found = GradientSums(*microbatch(params, first(batch)))
+        return jax.tree.map(jnp.add, sums, found)
+
+    def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, Metrics]:
+        state, metrics = changed(state, sums, 0)
+        return state._replace(step=state.step + 1), metrics
+
+    return (
+        jax.jit(begin, in_shardings=(placements.params, None), out_shardings=sums),
+        jax.jit(
+            add,
+            donate_argnums=1,
+            in_shardings=(placements.params, sums, None),
+            out_shardings=sums,
+        ),
+        jax.jit(
+            update,
+            donate_argnums=0,
+            in_shardings=(placements, sums),
+            out_shardings=(placements, None),
+        ),
     )
 
 
@@ -200,9 +304,13 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
     return jax.jit(step)
 
 
-def _accumulate(
-    microbatch: Callable[[Params, Any], tuple[Params, Metrics]], params: Params, batch: Any
-) -> tuple[Params, Metrics]:
+def _zeros(microbatch: _Microbatch, params: Params, batch: Any) -> tuple[Params, Metrics]:
+    """Returns sums of nothing for one microbatch like this."""
+    shapes = jax.eval_shape(microbatch, params, batch)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _accumulate(microbatch: _Microbatch, params: Params, batch: Any) -> tuple[Params, Metrics]:
     """Returns the sums of gradients and metrics over the leading dim of `batch`, in float32."""
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:  # no accumulator, which would take memory
@@ -211,6 +319,4 @@ def _accumulate(
     def add(sums: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, microbatch(params, batch)), None
 
-    shapes = jax.eval_shape(microbatch, params, first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, batch)[0]
+    return jax.lax.scan(add, _zeros(microbatch, params, first), batch)[0]

@@ -65,8 +65,8 @@ def test_a_mistyped_option_is_answered_with_the_nearest_in_a_sentence(command):
          "--config.max_steps=1.5 must be a whole number"),
         ((f"--config={SFT}", "--config.data.length_buckets=(1,'x')"),
          "--config.data.length_buckets=(1,'x') must be a whole number, and 'x' is not"),
-        ((f"--config={SFT}", "--config.packing=perhaps"),
-         "--config.packing=perhaps must be true or false"),
+        ((f"--config={SFT}", "--config.data.shuffle=perhaps"),
+         "--config.data.shuffle=perhaps must be true or false"),
         (("--num_processes=two",), "--num_processes=two must be a whole number"),
         ((f"--config={SFT}", "--config.model=qwen3_8b"),
          "model=qwen3_8b: model is a group of options (model.compute_dtype, model.export_dtype, "

@@ -35,10 +35,20 @@ def test_defaults_survive_freezing():
         ("gradient_checkpointing", "true", "full"),
         ("gradient_checkpointing", "False", "none"),
         ("attn_implementation", "flash_attention_2", "auto"),
+        ("packing", "YES", True),
+        ("packing", "auto", "auto"),
     ],
 )
 def test_words_of_the_original_are_understood(name, word, value):
     assert getattr(frozen(**{name: word}), name) == value
+
+
+def test_a_config_file_may_set_true_where_it_is_one_of_several_words():
+    draft = config.defaults(SFTConfig)
+    draft.packing = True
+    draft.gradient_checkpointing = False
+    found = config.freeze(draft)
+    assert (found.packing, found.gradient_checkpointing) == (True, "none")
 
 
 def test_an_unknown_option_is_answered_with_the_nearest():
@@ -71,8 +81,10 @@ def test_impossible_values_are_refused(change, message):
 
 
 REFUSALS = [
-    ({"packing": "yes"}, "packing='yes' must be true or false"),
-    ({"packing": 1}, "packing=1 must be true or false"),
+    ({"packing": "perhaps"}, "packing='perhaps' must be one of auto, true, false"),
+    ({"packing": 1}, "packing=1 must be one of auto, true, false"),
+    ({"sync_ref_model": "yes"}, "sync_ref_model='yes' must be true or false"),
+    ({"sync_ref_model": 1}, "sync_ref_model=1 must be true or false"),
     ({"max_steps": 1.5}, "max_steps=1.5 must be a whole number above 0, or -1 to count epochs"),
     ({"max_steps": -5}, "max_steps=-5 must be above 0, or -1 to count epochs"),
     ({"seed": True}, "seed=True must be a whole number of 0 or more"),

@@ -118,8 +118,8 @@ def test_words_of_hydra_are_answered(word):
 
 VALUES = {
     ("max_steps", "1e3"): 1000, ("max_steps", "null"): -1, ("eval_steps", "none"): 0,
-    ("learning_rate", "1e-5"): 1e-5, ("learning_rate", "1"): 1.0, ("packing", "yes"): True,
-    ("packing", "FALSE"): False, ("top_k", "null"): 0, ("seed", "-1"): -1,
+    ("learning_rate", "1e-5"): 1e-5, ("learning_rate", "1"): 1.0, ("data.shuffle", "yes"): True,
+    ("data.shuffle", "FALSE"): False, ("top_k", "null"): 0, ("seed", "-1"): -1,
     ("reward.weights", "[1, 2.5]"): (1.0, 2.5), ("reward.weights", "null"): (),
     ("reward.names", "a,b"): ("a", "b"), ("reward.names", "['a', \"b, c\"]"): ("a", "b, c"),
     ("data.length_buckets", "(128,)"): (128,), ("rollout.direct_template", "[x], {question}"):
@@ -136,6 +136,15 @@ def test_values_are_read_as_a_person_would(option, value):
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize("before", [True, False, "auto"])
+def test_an_option_of_several_words_takes_each_whatever_a_config_file_has_set(before):
+    draft = config.defaults(config.SFTConfig)
+    draft.packing = before
+    for word, value in (("auto", "auto"), ("true", True), ("no", False)):
+        overrides.apply(draft, [overrides.Option("packing", word)])
+        assert config.freeze(draft).packing == value
+
+
 def test_words_are_options_in_every_notation():
     draft = config.defaults(config.GRPOConfig)
     words = ["--config.seed", "3", "--config.packing", "-config.beta=0.1",
@@ -144,7 +153,8 @@ def test_words_are_options_in_every_notation():
     options, others = overrides.separate(words, draft)
     assert others == ["--seed=1", "rest"]
     overrides.apply(draft, options)
-    assert (draft.seed, draft.packing, draft.beta, draft.sync_ref_model) == (3, True, 0.1, False)
+    found = (draft.seed, draft.packing, draft.beta, draft.sync_ref_model)
+    assert found == (3, "true", 0.1, False)
     assert draft.reward.names == ("a", "b")
 
 

@@ -38,7 +38,7 @@ def test_every_option_has_an_own_default_that_it_allows():
     ("words", "told"),
     [
         (("--options", "^beta$"), ["beta=0.04 (grpo only)", "    a number of 0 or more"]),
-        (("--options=packing",), ["packing=false", "    true or false"]),
+        (("--options=packing",), ["packing=auto", "    one of auto, true, false"]),
         (("--options", "data.teacher_template"), ["teaching.teacher_template=", "    a text"]),
         (("--options", "sharding"), ["sharding=fsdp", "    one of fsdp, zero1, replicated"]),
     ],

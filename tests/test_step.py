@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from atlas_jax import logprobs, optim, step
 from atlas_jax.config import MeshConfig, SFTConfig
+from atlas_jax.data.packing import split_rows
 from atlas_jax.models import attention
 from atlas_jax.policy_logprobs import token_logprobs
 from atlas_jax.recipes import sft
@@ -61,7 +62,9 @@ def test_chunked_equals_plain(saved, chunk):
     close(value_and_grad(decoder, params, rows, chunk), expected, 1e-5)
 
 
-def trained(saved, mesh, devices, microbatches=1, mode="fsdp", remat="none", offload="none"):
+def trained(
+    saved, mesh, devices, microbatches=1, mode="fsdp", remat="none", offload="none", widths=()
+):
     """Returns metrics and momentum, a sum of gradients, after two steps."""
     decoder, params = tiny.load(saved, mesh, devices, mode=mode, remat=remat)
     sharding = Sharding(decoder.sharding.mesh, mode, offload)
@@ -74,8 +77,13 @@ def trained(saved, mesh, devices, microbatches=1, mode="fsdp", remat="none", off
     state = step.init_state(params, optimizer, sharding)
     train_step = step.make_train_step(sft.make_loss(decoder, 8), optimizer, decoder.dims, sharding)
     rows = tiny.batch([[20], [13], [5, 9], [17], [3], [8, 8], [20], [2]] * 2, width=20)
+    batch = to_global(rows, sharding, microbatches)
+    if widths:
+        order = np.argsort(-(rows.segment_ids > 0).sum(1), kind="stable")
+        parts = split_rows(jax.tree.map(lambda x: x[order], rows), widths)
+        batch = [to_global(part, sharding, 1) for part in parts]
     for _ in range(2):
-        state, metrics = train_step(state, to_global(rows, sharding, microbatches))
+        state, metrics = train_step(state, batch)
     return jax.device_get((metrics, state.opt_state))
 
 
@@ -91,6 +99,10 @@ def test_meshes_agree(saved, reference, name, mode):
     close(found, reference, 1e-5)
 
 
+def test_lengths_of_microbatches_change_nothing_on_several_devices(saved, reference):
+    close(trained(saved, *MESHES["fsdp8"], widths=(20, 16)), reference, 1e-5)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,6 +113,8 @@ def test_meshes_agree(saved, reference, name, mode):
         dict(offload="optimizer"),
         dict(offload="optimizer,params"),
         dict(remat="full", offload="activations"),
+        dict(widths=(20, 20, 16, 8)),
+        dict(widths=(20, 16), offload="optimizer,params"),
     ],
     ids=str,
 )
@@ -146,7 +160,7 @@ def compiled_step(decoder, microbatches=1, width=64, rows=8):
     state = step.abstract_state(decoder.shapes, decoder.placements(), optimizer, sharding)
     batch = to_global(tiny.batch([[width]] * rows, width=width), sharding, microbatches)
     train_step = step.make_train_step(sft.make_loss(decoder, 8), optimizer, decoder.dims, sharding)
-    return train_step.lower(state, batch).compile()
+    return train_step.whole.lower(state, batch).compile()
 
 
 def test_no_device_holds_all_parameters_under_fsdp(saved):

@@ -7,8 +7,8 @@ any number of processes sees the same global batches. Grain's threads assemble t
     epoch e:  permutation(seed, e)  ->  rows (packed, or one example each)  ->  global_rows a step
     process p of P takes rows [p * global_rows / P, (p + 1) * global_rows / P) of each step
 
-The last step of an epoch is filled up with blank rows: every example is seen exactly once an epoch,
-and every step has the same shape.
+The last step of an epoch is filled up with blank rows, so every example is seen exactly once an
+epoch.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class HostRows(NamedTuple):
     """Number of rows a step, over all processes."""
     process_index: int = 0
     num_processes: int = 1
+    microbatches: int = 1
+    """Forward passes of a step, each with a length of its own if rows are not packed."""
 
 
 class DataOrder(NamedTuple):
@@ -94,7 +96,8 @@ def build(
 
     Args:
         rows: the rows, from `sources.load_rows`.
-        config: the config, for lengths, packing, seed and the `data` options.
+        config: the config, for lengths, packing, seed and the `data` options; rows are packed only
+            with `packing=True`, since `auto` depends on the devices.
         template: the chat template of a fast tokenizer; conversations need one.
         layout: the number of rows a step, and this process's share.
         stop_ids: tokens that end a turn in addition to the tokenizer's end of text, such as those
@@ -130,7 +133,7 @@ def build(
     order = DataOrder(
         global_rows=layout.global_rows,
         max_seq_length=config.max_seq_length,
-        packing=config.packing,
+        packing=config.packing is True,
         shuffle=training and config.data.shuffle,
         seed=config.seed,
     )
@@ -187,18 +190,46 @@ class TokenDataset:
         return first + math.ceil((epochs - whole) * (after - first))
 
     def batch(self, step: int) -> Batch:
-        """Returns this process's rows of one step, counted from the first step of epoch 0."""
-        rows = self._step_rows(step)
-        length = self._order.max_seq_length
-        if not self._order.packing:
-            # The length depends on the rows of all processes, so that all have the same shape.
-            length = bucket_length(
-                max(int(self._lengths[row].sum()) for row in rows), self._buckets
-            )
-        share = self._layout.global_rows // self._layout.num_processes
+        """Returns this process's rows of one step, counted from the first step of epoch 0.
+
+        Those of each microbatch stand together, the longest first, as `row_lengths` has them.
+        """
+        parts = self._parts(step)
+        share = self._layout.global_rows // len(parts) // self._layout.num_processes
         first = self._layout.process_index * share
-        mine = [[self.example(int(i)) for i in row] for row in rows[first : first + share]]
-        return collate(mine + [[]] * (share - len(mine)), length)
+        mine: list[list[Example]] = []
+        for part in parts:
+            rows = [[self.example(int(i)) for i in row] for row in part[first : first + share]]
+            mine += rows + [[]] * (share - len(rows))
+        return collate(mine, self.row_lengths(step)[0])
+
+    def row_lengths(self, step: int) -> tuple[int, ...]:
+        """Returns the length of rows in each microbatch, or one length that all have.
+
+        It depends on the rows of all processes, so that all have the same shapes.
+        """
+        if self._order.packing:
+            return (self._order.max_seq_length,)
+        longest = (max(map(self._row_tokens, part), default=0) for part in self._parts(step))
+        return tuple(bucket_length(tokens, self._buckets) for tokens in longest)
+
+    def _parts(self, step: int) -> list[Table]:
+        """Returns the rows of a step, or of each of its microbatches if those differ in length.
+
+        Rows that are missing in an epoch's last step come last.
+        """
+        rows = self._step_rows(step)
+        count = self._layout.microbatches
+        if self._order.packing or count == 1:
+            return [rows]
+        # Which rows a step has stays as it is. Its longest come first: too little memory shows at
+        # once.
+        ordered = np.array(sorted(rows, key=self._row_tokens, reverse=True))
+        size = self._layout.global_rows // count
+        return [ordered[i : i + size] for i in range(0, count * size, size)]
+
+    def _row_tokens(self, row: list[int] | np.ndarray) -> int:
+        return int(self._lengths[row].sum())
 
     @property
     def max_segments(self) -> int:
@@ -215,7 +246,7 @@ class TokenDataset:
 
     def num_tokens(self, step: int) -> int:
         """Returns the number of tokens of a step over all processes, without padding."""
-        return sum(int(self._lengths[row].sum()) for row in self._step_rows(step))
+        return sum(map(self._row_tokens, self._step_rows(step)))
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Batches:
         """Returns an iterator over the batches of `[start_step, stop_step)`.
@@ -277,6 +308,11 @@ class Batches(Iterator[Batch]):
     def num_tokens(self) -> int:
         """Number of tokens of the last batch, over all processes."""
         return self._dataset.num_tokens(self._step - 1)
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Length of rows in each microbatch of the last batch, or one that all have."""
+        return self._dataset.row_lengths(self._step - 1)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position, for JSON: the next step and the data's fingerprint."""

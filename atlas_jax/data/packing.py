@@ -90,6 +90,15 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
+def split_rows(batch: Batch, lengths: Sequence[int]) -> list[Batch]:
+    """Returns equal parts of the rows, each cut to its length; there is only padding after it."""
+    count = len(batch.tokens) // len(lengths)
+    return [
+        Batch(*(x[i * count : (i + 1) * count, :length] for x in batch))
+        for i, length in enumerate(lengths)
+    ]
+
+
 def collate(rows: Sequence[Sequence[Example]], length: int) -> Batch:
     """Returns rows of examples as one batch, each example a segment of its row.
 

@@ -107,6 +107,11 @@ def shares_prompts(attend: AttentionFn) -> bool:
     return splash.is_known()
 
 
+def skips_segments(attend: AttentionFn) -> bool:
+    """Returns whether packed rows need no mask, so that pairs of two segments cost nothing."""
+    return isinstance(attend, Splash) or (isinstance(attend, Cudnn) and not attend.masks)
+
+
 def describe(attend: AttentionFn, length: int) -> str:
     """Returns what computes the attention of a run, and what a mask costs where it needs one.
 

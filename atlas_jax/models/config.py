@@ -73,7 +73,7 @@ class ModelConfig:
         """Factor on the attention scores."""
         return self.query_scale or self.head_dim**-0.5
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: float | int) -> float:
         """Floating-point operations of one forward and backward pass per token.
 
         Six for each weight of a matrix product and 12 L N H T / 2 for causal attention over rows of

@@ -23,7 +23,7 @@ FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
 class Words:
     """Other words that users write for the values of an option."""
 
-    values: tuple[tuple[str, str], ...]
+    values: tuple[tuple[str, str | bool], ...]
     """Pairs of a word in lower case and the value that it stands for."""
 
 

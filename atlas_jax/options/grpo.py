@@ -158,7 +158,7 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
             ValueError: names the options, their values and what to write instead.
         """
         super().check(given_rewards)
-        if self.packing:
+        if self.packing is True:
             raise ValueError("packing=True is for SFT; GRPO rows hold a prompt and its completions")
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True without a reference; raise beta above 0")

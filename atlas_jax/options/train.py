@@ -181,8 +181,15 @@ class TrainConfig:
     device's flash attention."""
     max_seq_length: PositiveInt = 2048
     """Most tokens of a row. Longer examples are cut there and counted."""
-    packing: bool = False
-    """Puts several examples in a row (best fit), kept apart by segment ids. For SFT only."""
+    packing: Annotated[
+        bool | Literal["auto"],
+        Meta(extra={"choices": ("auto", "true", "false")}),
+        Words((("true", True), ("yes", True), ("false", False), ("no", False))),
+    ] = "auto"
+    """Puts several examples in a row (best fit), kept apart by segment ids; batch sizes then count
+    such rows. `auto` does so where attention needs no mask for it (TPU; NVIDIA from Hopper on).
+    Without it the rows of a step are sorted by length, and each forward pass is padded for its own
+    rows. For SFT only."""
     loss_chunk_size: PositiveInt = 1024
     """Number of trained positions of a device whose logits exist at one time."""
     logging_steps: PositiveInt = 1

@@ -33,6 +33,7 @@ def _sft(model: str, rows: int, length: int, **changes: Any) -> SFTConfig:
         "per_device_train_batch_size": rows,
         "max_seq_length": length,
         "gradient_accumulation_steps": 1,
+        "packing": False,
     }
     return SFTConfig(**values | changes)  # type: ignore[arg-type]
 
@@ -72,7 +73,7 @@ def cases() -> list[PlannedCase]:
         _small("decode, 64 rows", _grpo(_SMALL, 64), "decode"),
         _small("decode, 256 rows", _grpo(_SMALL, 256), "decode"),
     ]
-    accumulated = _sft(_LARGE, 1, 4096, gradient_accumulation_steps=8)
+    accumulated = _sft(_LARGE, 1, 4096, gradient_accumulation_steps=8, packing=True)
     large = [
         PlannedCase(
             name="8B SFT 8 x 4,096 in turn", config=accumulated, target=target, program="train"

@@ -17,6 +17,7 @@ from atlas_jax.plan.rates import Rates, published
 from atlas_jax.plan.targets import Target, as_if_present
 from atlas_jax.plan.traffic import Array
 from atlas_jax.sharding import AXES
+from atlas_jax.step import GradientSums, abstract_gradients
 
 
 class Memory(NamedTuple):
@@ -146,6 +147,7 @@ def _refusal(message: str) -> str:
 def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) -> Memory:
     argument = program.arguments[0]
     trains = isinstance(argument, type(run.state))
+    accumulates = any(isinstance(given, GradientSums) for given in program.arguments)
     params = device_bytes(run.state.params)
     opt_state = device_bytes(run.state.opt_state)
     held = sum((device_bytes(tree) for tree in run.resident.values()), 0.0)
@@ -159,18 +161,9 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
     if target.device.platform == "tpu":
         used = min(used, analysis.peak_memory_in_bytes)
     grads = 0.0
-    if trains:
-        places = jax.tree.map(
-            lambda d: run.decoder.sharding.optimizer(d, memory=False),
-            run.decoder.dims,
-            is_leaf=lambda d: isinstance(d, tuple),
-        )
-        shapes = run.decoder.shapes
-        grads = device_bytes(
-            jax.tree.map(
-                lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
-            )
-        )
+    if trains or accumulates:
+        decoder = run.decoder
+        grads = device_bytes(abstract_gradients(decoder.shapes, decoder.dims, decoder.sharding))
     # What stays between programs has columns of its own; all else that is given is temporary. The
     # weights that generation reads are a copy, so they are.
     counted = (run.state.params, *run.resident.values())

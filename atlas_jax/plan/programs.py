@@ -87,10 +87,10 @@ def build(
         ValueError: for a mesh, batch or model that the run itself would refuse, or for several
             segments in rows that are not packed.
     """
-    if segments != 1 and not (config.packing and config.algorithm == "sft"):
-        raise ValueError(f"segments={segments} of rows that are not packed; set packing=true")
     # The classes of a run itself, so that the plan compiles the programs that the run will.
     compute = Compute.of(config, devices, CompiledSharding)
+    if segments != 1 and not (compute.packs(architecture) and config.algorithm == "sft"):
+        raise ValueError(f"segments={segments} of rows that are not packed; set packing=true")
     decoder = compute.decoder(architecture)
     optimizer = compute.optimizer(decoder, _NUM_UPDATES)
     run = PlannedRun(
@@ -113,20 +113,48 @@ def _sft(
     plan = compute.plan
     length = config.longest_sequence
     shape = plan.microbatches, plan.global_rows // plan.microbatches, length
-    bounds = RowBounds(segments=segment_bound(run.segments) if config.packing else 1)
+    packs = compute.packs(run.decoder.config)
+    bounds = RowBounds(segments=segment_bound(run.segments) if packs else 1)
     loss = sft.make_loss(run.decoder, config.loss_chunk_size, bounds)
     train = compute.train_step(loss, run.decoder, optimizer)
     num_tokens = plan.global_rows * length
     content = even(length, run.segments)
-    batch = _batch(Batch, shape, compute.sharding)
+    needed = 3 * flops.forward(run.decoder.config, plan.global_rows, content)
     program = Program(
         name="train",
-        function=train,
-        arguments=(run.state, batch),
-        model_flops=3 * flops.forward(run.decoder.config, plan.global_rows, content),
+        function=train.whole,
+        arguments=(run.state, _batch(Batch, shape, compute.sharding)),
+        model_flops=needed,
         content=content,
     )
-    return run._replace(programs=[program], num_tokens=num_tokens)
+    programs = [program]
+    if plan.microbatches > 1 and not packs:
+        programs = _in_parts(run, program, train, shape)
+    return run._replace(programs=programs, num_tokens=num_tokens)
+
+
+def _in_parts(
+    run: PlannedRun, program: Program, train: step.TrainStep, shape: tuple[int, ...]
+) -> list[Program]:
+    """Returns the programs of a step whose microbatches differ in length, all of the longest."""
+    state = run.state
+    sharding = run.decoder.sharding
+    times, *rows = shape
+    batch = _batch(Batch, (1, *rows), sharding)
+    _, metrics = jax.eval_shape(train.begin, state.params, batch)
+    everywhere = jax.tree.map(lambda _: sharding.replicated, metrics)
+    grads = step.abstract_gradients(run.decoder.shapes, run.decoder.dims, sharding)
+    sums = step.GradientSums(grads, step.abstract(metrics, everywhere))
+    return [
+        program._replace(
+            name="microbatch",
+            function=train.add,
+            arguments=(state.params, sums, batch),
+            model_flops=program.model_flops / times,
+            times=times,
+        ),
+        Program(name="update", function=train.update, arguments=(state, sums), model_flops=0.0),
+    ]
 
 
 def _grpo(
@@ -159,7 +187,7 @@ def _grpo(
     programs = [
         Program(
             name="update",
-            function=train,
+            function=train.whole,
             arguments=(run.state, batch),
             model_flops=3 * forward * config.num_iterations,
             content=content,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from absl import logging
 
 from atlas_jax import distributed, logprobs, loop, metrics, step
 from atlas_jax.data import chat, loader, sources, tokenized
+from atlas_jax.data.packing import split_rows
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import SFTConfig
 from atlas_jax.run import Run
@@ -43,6 +45,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
     # 1. Options that contradict each other: an error must come before the directory is touched.
     plan = Compute.of(config).plan
     with Run.open(config) as run, contextlib.ExitStack() as stack:
+        config = dataclasses.replace(config, packing=run.compute.packs(run.decoder.config))
         # 2. The rows: read and tokenized, and compared with those of the other processes.
         train, held_out = _datasets(config, run, given)
         num_steps = config.max_steps
@@ -92,10 +95,16 @@ class _RowFeed(NamedTuple):
 
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns the next batch; it does not depend on the state."""
-        placed = to_global(next(self.batches), self.sharding, self.microbatches)
+        batch = next(self.batches)
+        lengths = self.batches.row_lengths
         num_tokens = self.batches.num_tokens
-        share: Metrics = {"perf/real_token_frac": (num_tokens, placed.tokens.size)}
-        return loop.StepInput(placed, num_tokens, share)
+        if len(lengths) == 1:
+            placed = [to_global(batch, self.sharding, self.microbatches)]
+        else:
+            parts = split_rows(batch, lengths)
+            placed = [to_global(part, self.sharding, 1) for part in parts]
+        share: Metrics = {"perf/real_token_frac": (num_tokens, sum(p.tokens.size for p in placed))}
+        return loop.StepInput(placed if len(lengths) > 1 else placed[0], num_tokens, share)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position in the data."""
@@ -146,7 +155,7 @@ def _datasets(
     plan = run.compute.plan
     tokenizer = model.files.tokenizer
     process = (jax.process_index(), jax.process_count())
-    layout = loader.HostRows(plan.global_rows, *process)
+    layout = loader.HostRows(plan.global_rows, *process, plan.microbatches)
     build = functools.partial(
         loader.build,
         config=config,

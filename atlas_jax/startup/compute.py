@@ -6,8 +6,7 @@ Runs, the plan for devices that are not there, benchmarks and tests build their 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import BatchPlan, TrainConfig, batch_plan
 from atlas_jax.sharding import Sharding, make_mesh, platform
-from atlas_jax.types import Metrics, Params
+from atlas_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +63,18 @@ class Compute:
         wanted = self.config.model.compute_dtype
         return jnp.dtype(("float32" if on_cpu else "bfloat16") if wanted == "auto" else wanted)
 
+    def packs(self, architecture: ModelConfig) -> bool:
+        """Returns whether rows hold several examples, which `packing=auto` leaves to the devices.
+
+        Raises:
+            ValueError: for attention that the devices do not have.
+        """
+        packing = self.config.packing
+        if packing != "auto":
+            return packing
+        packed = self._attention(architecture, packed=True)
+        return not self.config.asks_questions and attention.skips_segments(packed)
+
     def decoder(self, architecture: ModelConfig) -> Decoder:
         """Returns the decoder of the model that is trained.
 
@@ -94,14 +105,7 @@ class Compute:
         decoder = Decoder(
             architecture,
             sharding,
-            attention.select(
-                config.attn_implementation,
-                sharding.mesh,
-                config.packing,
-                dtype,
-                architecture.head_dim,
-                architecture.window,
-            ),
+            self._attention(architecture, self.packs(architecture)),
             param_dtype=param_dtype,
             compute_dtype=dtype,
             gradient_dtype=jnp.promote_types(dtype, config.model.gradient_dtype),
@@ -109,6 +113,16 @@ class Compute:
         )
         decoder.placements()  # raises for parameters that do not divide
         return decoder
+
+    def _attention(self, architecture: ModelConfig, packed: bool) -> attention.AttentionFn:
+        return attention.select(
+            self.config.attn_implementation,
+            self.sharding.mesh,
+            packed,
+            self.dtype,
+            architecture.head_dim,
+            architecture.window,
+        )
 
     def optimizer(self, decoder: Decoder, num_updates: int) -> step.Optimizer:
         """Returns AdamW with the schedule of a run of so many updates."""
@@ -124,7 +138,7 @@ class Compute:
         decoder: Decoder,
         optimizer: step.Optimizer,
         updates_per_step: int = 1,
-    ) -> Callable[[step.TrainState, Any], tuple[step.TrainState, Metrics]]:
+    ) -> step.TrainStep:
         """Returns the compiled step, see `step.make_train_step`."""
         return step.make_train_step(
             loss, optimizer, decoder.dims, decoder.sharding, updates_per_step, self.config.seed

@@ -10,6 +10,7 @@ from atlas_jax.config import SFTConfig
 from atlas_jax.data import loader
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.loader import HostRows
+from atlas_jax.data.packing import split_rows
 from atlas_jax.data.sources import Row, Rows
 from tests.tokenizers import chatml_tokenizer
 
@@ -85,6 +86,33 @@ def test_processes_together_hold_the_global_batch(packing, processes):
         shares = [part.batch(step) for part in parts]
         together = [np.concatenate(arrays) for arrays in zip(*shares, strict=True)]
         assert same(together, whole.batch(step))
+
+
+def test_microbatches_of_unpacked_rows_are_sorted_and_padded_each():
+    data = {"length_buckets": (6, 10)}
+    whole, sorted_rows = (build(HostRows(4, microbatches=m), data) for m in (1, 2))
+    for step in range(3):
+        batch = sorted_rows.batch(step)
+        assert sorted(segments(batch)) == sorted(segments(whole.batch(step)))
+        lengths = (batch.segment_ids > 0).sum(1)
+        assert lengths.tolist() == sorted(lengths, reverse=True)
+        # The smallest length, 6, 10 or the 64 of `max_seq_length`, that holds the longer of two.
+        expected = tuple(min(n for n in (6, 10, 64) if n >= lengths[i]) for i in (0, 2))
+        assert sorted_rows.row_lengths(step) == expected
+        parts = split_rows(batch, expected)
+        assert sum(int((part.segment_ids > 0).sum()) for part in parts) == lengths.sum()
+    assert len({sorted_rows.row_lengths(step) for step in range(3)}) > 1
+    assert sorted_rows.fingerprint == whole.fingerprint
+
+
+def test_processes_share_each_sorted_microbatch():
+    whole = build(HostRows(4, microbatches=2))
+    parts = [build(HostRows(4, p, 2, microbatches=2)) for p in range(2)]
+    for step in range(3):
+        expected = whole.batch(step).tokens.reshape(2, 2, -1)
+        found = [p.batch(step).tokens.reshape(2, 1, -1) for p in parts]
+        np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
+        assert {p.row_lengths(step) for p in parts} == {whole.row_lengths(step)}
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -147,14 +147,16 @@ def test_positions_see_themselves_and_what_came_before_in_their_own_sequence():
 
 
 @pytest.mark.parametrize(
-    "attend,length,says",
+    "attend,length,says,packs",
     [
-        (attention.Cudnn(ONE, True), 8192, "without a mask"),
-        (attention.Cudnn(ONE, True, "jax is old"), 8192, "since jax is old: 134 MB for each row"),
-        (attention.xla, 2048, "^attention of XLA$"),
-        (attention.xla, 4096, "in blocks of keys"),
-        (attention.Splash(ONE), 4096, "^splash attention$"),
+        (attention.Cudnn(ONE, True), 8192, "without a mask", True),
+        (attention.Cudnn(ONE, True, "jax is old"), 8192, "since jax is old: 134 MB for each row",
+         False),
+        (attention.xla, 2048, "^attention of XLA$", False),
+        (attention.xla, 4096, "in blocks of keys", False),
+        (attention.Splash(ONE), 4096, "^splash attention$", True),
     ],
-)
-def test_a_run_says_what_computes_its_attention(attend, length, says):
+)  # fmt: skip
+def test_a_run_says_what_computes_its_attention(attend, length, says, packs):
     assert re.search(says, attention.describe(attend, length))
+    assert attention.skips_segments(attend) == packs

@@ -73,6 +73,18 @@ def test_needed_operations_follow_the_texts_of_packed_rows():
         plan(SFT, segments=4)
 
 
+def test_microbatches_of_rows_that_are_not_packed_are_programs_of_their_own():
+    four = dataclasses.replace(SFT, gradient_accumulation_steps=4)
+    one, update = plan(four).programs
+    [whole] = plan(dataclasses.replace(four, packing=True)).programs
+    assert (one.name, one.times, update.name, update.times) == ("microbatch", 4, "update", 1)
+    assert one.times * one.model_flops == whole.model_flops
+    # Between the programs the sums stay beside the parameters and moments.
+    assert one.memory.gradients == update.memory.gradients == whole.memory.gradients
+    assert one.memory.gradients == one.memory.params
+    assert one.memory.total <= 1.02 * whole.memory.total
+
+
 def test_needed_operations_of_windows_are_those_of_their_pairs():
     window = dataclasses.replace(MODEL, window=32, local_layers=(True, False, True, True))
     content = pairs.even(128, 1)

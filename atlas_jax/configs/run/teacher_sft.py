@@ -23,4 +23,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.train_batch_size = 128
     c.per_device_train_batch_size = 2
     c.warmup_ratio = 0.1
+    c.packing = False  # the guide's steps are of 128 demonstrations, not of rows full of them
     return config.apply_parts(c, argument, model="llama3_8b", data="arc_atlas_sft")
