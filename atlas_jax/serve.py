@@ -3,9 +3,10 @@
     atlas-serve --model DIR --port 8765 [any flag of vLLM]
 
 vLLM runs in an interpreter of its own (`launch/install_vllm.sh` makes one), and the program waits
-until it is healthy. A signal ends vLLM, and no process of vLLM outlives this program, however it
-ends. The exit code is vLLM's, or 1 if vLLM ends with 0 without being asked to. Imports no JAX and
-no vLLM.
+until it is healthy. If vLLM ends by itself later, it is started again after a growing pause, at
+most `--restarts` times in a row. A signal ends vLLM, and no process of vLLM outlives this program,
+however it ends. The exit code is vLLM's, or 1 if vLLM ends with 0 without being asked to. Imports
+no JAX and no vLLM.
 
 With `--token-file FILE`, with VLLM_API_KEY set, and on any address but loopback, vLLM asks for a
 token on all its routes but /health (`vllm_plugin/guard.py`). VLLM_API_KEY is the token where it is
@@ -426,12 +427,21 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help="file that names a directory; vLLM is started again with it whenever it changes",
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="most starts in a row after vLLM has ended by itself",
+    )
     parser.add_argument("--start-timeout", type=float, default=1800.0, help="seconds")
     options, more = parser.parse_known_args(argv)
     if any(re.match("--api[-_]key(=|$)", word) for word in more):
         parser.error("--api-key shows the key to all users of this host; give --token-file FILE")
     if not 0 < options.port < 65536:
         parser.error(f"--port {options.port} is not from 1 to 65535")
+    if options.restarts < 0:
+        parser.error(f"--restarts {options.restarts} is below 0")
     return options, more
 
 
@@ -447,6 +457,7 @@ class VllmProcess:
         self._options = options
         self._more = more
         self._stopped = False
+        self._was_healthy = False
         self._process: subprocess.Popen[bytes] | None = None
         # vLLM itself would say the same, but only after minutes.
         check_model(followed(options), more)
@@ -467,7 +478,48 @@ class VllmProcess:
         if self._process:
             _end(self._process)
 
-    def run(self, model: str) -> int | None:
+    def serve(self) -> int:
+        """Serves until a signal, or until vLLM has ended too often; returns the exit code.
+
+        Raises:
+            ValueError: if vLLM does not start the first time, or lacks routes that GRPO needs.
+            TimeoutError: if it does not become healthy in time the first time.
+        """
+        failures = 0
+        while True:
+            start = time.monotonic()
+            try:
+                code = self._run(followed(self._options))
+                reason = "" if code is None else f"vLLM ended by itself: {_describe(code)}"
+            except (ValueError, TimeoutError) as error:
+                # What has never served will not serve the next time either.
+                if not self._was_healthy:
+                    raise
+                code = 1
+                reason = str(error)
+            if code is None:
+                continue  # with another model
+            if self._stopped:
+                return code
+            failures = 1 if time.monotonic() - start > _STABLE_SECS else failures + 1
+            if failures > self._options.restarts:
+                logging.error("%s; it is not started again (--restarts)", reason)
+                # A code of 0 that nobody asked for is a failure too: GRPO has lost its server.
+                return code or 1
+            secs = min(_BACKOFF_SECS * 2 ** (failures - 1), _MAX_BACKOFF_SECS)
+            counted = f"{failures} of {self._options.restarts}"
+            logging.error("%s; it is started again in %g s (%s)", reason, secs, counted)
+            if not self._wait_unless_stopped(secs):
+                return 0
+
+    def _wait_unless_stopped(self, secs: float) -> bool:
+        """Waits, and returns false as soon as a signal has come."""
+        end = time.monotonic() + secs
+        while not self._stopped and time.monotonic() < end:
+            time.sleep(0.1)
+        return not self._stopped
+
+    def _run(self, model: str) -> int | None:
         """Serves a model; returns the exit code, or None if `--follow` names another model.
 
         Raises:
@@ -498,6 +550,7 @@ class VllmProcess:
         try:
             healthy = self._announce(process, model)
             if healthy:
+                self._was_healthy = True
                 output.release()
             code = self._wait(process, model)
         finally:
@@ -507,13 +560,9 @@ class VllmProcess:
             keeper.end_descendants()
             keeper.clear(temporary)
             output.join(timeout=5)
-        # A code of 0 that nobody asked for is a failure too: GRPO has lost its server.
-        if code is None or self._stopped:
-            return code
-        if not healthy:
+        if code is not None and not healthy and not self._stopped:
             raise ValueError(f"vLLM did not start: {output.error or _describe(code)}{_HINT}")
-        logging.error("vLLM ended by itself: %s", _describe(code))
-        return code or 1
+        return code
 
     def _announce(self, process: subprocess.Popen[bytes], model: str) -> bool:
         """Waits until vLLM is healthy and logs it; returns false if vLLM ends first."""
@@ -541,6 +590,14 @@ class VllmProcess:
         return None
 
 
+_BACKOFF_SECS = 1.0
+"""Seconds before the first start again; doubled before each further one."""
+
+_MAX_BACKOFF_SECS = 60.0
+
+_STABLE_SECS = 600.0
+"""Seconds for which vLLM must have run for its end to count as the first one in a row."""
+
 _HINT = " (ATLAS_TRACEBACK=1 shows all that it printed)"
 
 
@@ -566,10 +623,7 @@ def followed(options: argparse.Namespace) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs the server until it ends, and returns its exit code."""
     options, more = _parse(argv)
-    server = VllmProcess(options, more)
-    code = None
-    while code is None:
-        code = server.run(followed(options))
+    code = VllmProcess(options, more).serve()
     return code if code >= 0 else 128 - code  # as a shell reports a signal
 
 

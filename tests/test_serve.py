@@ -65,10 +65,22 @@ class Stub:
         """Waits until the server is healthy and all its processes run."""
         self.wait_until(lambda: "serves" in self.text() and len(self.pids()) == 3)
 
+    def every(self, role):
+        """Returns the ids of all processes of a role, the newest last."""
+        paths = [p for p in self.folder.glob(f"{role}_*") if not p.name.startswith("partial")]
+        paths.sort(key=lambda path: path.stat().st_mtime_ns)
+        return [int(path.name.rpartition("_")[2]) for path in paths]
+
+    def fronts(self):
+        """Returns flags and environment of each front end."""
+        return [
+            json.loads((self.folder / f"front_{pid}").read_text()) for pid in self.every("front")
+        ]
+
     def front(self):
-        """Returns flags and environment of the front end."""
-        (path,) = self.folder.glob("front_*")
-        return json.loads(path.read_text())
+        """Returns flags and environment of the only front end."""
+        (front,) = self.fronts()
+        return front
 
 
 def alive(pid):
@@ -122,7 +134,7 @@ ENDS = {
 def ended(tmp_path_factory, model):
     """Servers of which one process got a signal, with that and all its processes."""
     with starter(tmp_path_factory.mktemp("ends"), model) as begin:
-        stubs = {end: begin() for end in ENDS}
+        stubs = {end: begin("--restarts", "0") for end in ENDS}
         for (victim, number), stub in stubs.items():
             stub.wait_up()
             stub.all = stub.pids()
@@ -145,6 +157,52 @@ def test_nothing_outlives_a_server_that_ends_in_whatever_way(ended, end):
     stub.wait_until(lambda: not any(map(os.path.exists, stub.front()["left"])))
     if end[0] == "engine":
         assert "vLLM ended by itself: exit code 0" in stub.text()
+
+
+def crash(stub, starts=1):
+    """Kills the engine of a server that has become healthy so many times."""
+    stub.wait_until(lambda: stub.text().count("serves") == starts)
+    stub.wait_until(lambda: len(stub.every("engine")) == starts)
+    os.kill(stub.every("engine")[-1], signal.SIGKILL)
+
+
+def test_vllm_is_started_again_on_its_port_with_its_token_until_it_ends_too_often(start, tmp_path):
+    file = tmp_path / "server_token"
+    stub = start("--restarts", "2", "--token-file", file)
+    for number in range(3):
+        crash(stub, number + 1)
+    assert stub.process.wait(WAIT_SECS) == 1
+    text = stub.text()
+    reason = "vLLM ended by itself: exit code 0; it is"
+    for word in ("started again in 1 s (1 of 2)", "started again in 2 s (2 of 2)",
+                 "not started again (--restarts)"):  # fmt: skip
+        assert f"{reason} {word}" in text
+    fronts = stub.fronts()
+    assert {front["environment"]["VLLM_API_KEY"] for front in fronts} == {file.read_text().strip()}
+    assert {front["flags"][front["flags"].index("--port") + 1] for front in fronts} == {
+        str(stub.port)
+    }
+    stub.wait_until(lambda: not any(map(alive, stub.every("*"))))
+
+
+def test_what_does_not_start_again_ends_with_its_reason(start):
+    stub = start("--restarts", "1", STUB_LATER="ValueError: no block size")
+    crash(stub)
+    assert stub.process.wait(WAIT_SECS) == 1
+    last = stub.text().splitlines()[-1]
+    assert f"vLLM did not start: ValueError: no block size{serve._HINT}; it is not started" in last
+
+
+def test_a_signal_before_vllm_is_started_again_ends_everything_at_once(start):
+    stub = start("--restarts", "9")
+    for number in range(3):
+        crash(stub, number + 1)
+    stub.wait_until(lambda: "again in 4 s (3 of 9)" in stub.text())
+    begin = time.monotonic()
+    stub.process.terminate()
+    assert stub.process.wait(WAIT_SECS) == 0
+    assert time.monotonic() - begin < 3
+    assert len(stub.fronts()) == 3
 
 
 def test_a_signal_while_it_starts_ends_it(start):

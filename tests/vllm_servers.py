@@ -68,7 +68,8 @@ def launch(model: str | os.PathLike[str], log: pathlib.Path, *flags: str, port: 
     command = [sys.executable, "-m", "atlas_jax.serve", "--model", str(model), "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--dtype", "float32", *flags],
+            # Tests that kill vLLM mean it.
+            [*command, "--dtype", "float32", "--restarts", "0", *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},  # tiny models, on cores that others use

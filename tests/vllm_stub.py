@@ -49,6 +49,8 @@ def front():
     print(os.environ.get("STUB_SAYS", ""), flush=True)
     if "STUB_CODE" in os.environ:
         sys.exit(int(os.environ["STUB_CODE"]))
+    if "STUB_LATER" in os.environ and list(FOLDER.glob("front_*")):
+        sys.exit(os.environ["STUB_LATER"])
     # Python's tracker frees it, when all that hold its pipe are gone.
     segment = shared_memory.SharedMemory(create=True, size=1)
     # Nobody frees the other: its name is that of a temporary file.
@@ -97,7 +99,8 @@ def write(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
 
     Each of its processes leaves a file ROLE_PID in `folder`; that of the front end has its flags.
     Where the environment has STUB_WAITS, it serves when there is a file `go`. STUB_SAYS is printed,
-    and STUB_CODE ends it. STUB_WHEEL is what it says of itself: cpu, gpu or no.
+    and STUB_CODE ends it. STUB_LATER ends every start but the first one, as its last line.
+    STUB_WHEEL is what it says of itself: cpu, gpu or no.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "python"

@@ -43,6 +43,8 @@ _MOST_LOST = 3
 _REACHED_SECS = 0.02
 """Seconds between two looks of a request for weights that are on their way to the servers."""
 
+_PAUSED = "it is paused, and not by this run"
+
 _CLOSE_SECS = 3.0
 """Seconds that closing waits for requests in flight to give up."""
 
@@ -475,7 +477,9 @@ class ServerPool:
             problem, hangs = await self._look(self._engine(server), secs)
             if not self.settled.is_set() or label != self.label:
                 continue  # the engine was busy with a push
-            misses = misses + 1 if problem else 0
+            # Without another server, requests wait at a paused one until it is resumed.
+            waits = problem == _PAUSED and not any(s.up for s in self.servers if s is not server)
+            misses = misses + 1 if problem and not waits else 0
             if hangs or misses >= look.misses:
                 self.drop(server, problem, hangs=hangs)
                 misses = 0
@@ -504,7 +508,7 @@ class ServerPool:
         """Checks the engine, which may hang although the front end answers."""
         label = self.label
         if (await server.control.get("/is_paused"))["is_paused"]:
-            return "it is paused, and not by this run"
+            return _PAUSED
         served = (await server.control.get("/weight_info"))["weight_version"]
         if label is not None and (served != label or label not in server.versions):
             return f"it serves the weights {served!r}, not the {label!r} that passed their probe"
