@@ -35,6 +35,11 @@ def convert() -> None:
     _run("atlas_jax.convert")
 
 
+def report() -> None:
+    """Runs `atlas-report`."""
+    _run("atlas_jax.report")
+
+
 def _run(module: str) -> None:
     if not sys.flags.safe_path:
         sys.path.append(os.getcwd())  # last, so that no folder there hides a library

@@ -15,6 +15,7 @@ MODULES = {
     "hf": ("torch",),
     "judges": ("aiohttp", "yarl"),
     "postgres": ("psycopg", "pyarrow"),
+    "report": ("scipy",),
     "vllm": ("aiohttp", "yarl"),
 }
 """Extra -> the modules that it installs and that the package or its tools import."""

@@ -106,13 +106,20 @@ def _run(config: config_lib.TrainConfig, given: Given, address: Address) -> bool
     masking.mask_logs()
     preflight.check(config, given=given)
     # What imports JAX comes after the checks, which need none and take little time.
-    from atlas_jax import devices, hosts
+    from atlas_jax import devices, distributed, hosts
     from atlas_jax.recipes import grpo, sft
 
     recipes: dict[str, Callable[[Any, Given], bool]] = {"sft": sft.run, "grpo": grpo.run}
     with hosts.joined(config.hosts, address):
         devices.check()
-        return recipes[config.algorithm](config, given)
+        finished = recipes[config.algorithm](config, given)
+        is_main = distributed.is_main()
+    # After the other processes may go, since they need not wait for it.
+    if finished and is_main:
+        from atlas_jax.report import page  # a run that is stopped has no time for its page
+
+        page.at_end(config.output_dir)
+    return finished
 
 
 def _replay(path: str, draft: ConfigDict | None, address: Address) -> int:

@@ -18,6 +18,7 @@ from tests.tokenizers import chatml_tokenizer
 COMMANDS = {
     "atlas-train": "--config.key=value", "atlas-evaluate": "--teacher DIR",
     "atlas-serve": "--token-file", "atlas-plan": "--target", "atlas-convert": "SRC DST",
+    "atlas-report": "--watch",
 }  # fmt: skip
 OWN = """from atlas_jax.configs.run import quickstart_sft
 

@@ -1,0 +1,154 @@
+"""Health of a run: warnings, failed samples, servers, and the slowest step."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from atlas_jax import masking
+from atlas_jax.metric_docs import METRICS
+from atlas_jax.report import guide
+from atlas_jax.report.run_files import RunFiles
+from atlas_jax.report.stored_samples import StepSamples
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+_LIMITS = {
+    "reward/zero_std_group_frac": 0.8,
+    "teaching/missing_frac": 0.2,
+    "rollout/truncated_frac": 0.3,
+    "rollout/failed_frac": 0.05,
+    "reward/failed_frac": 0.2,
+    "teaching/answer_leak_frac": 0.02,
+    "rollout/mismatch_kl": 0.05,
+}
+"""Metric -> value above which the page warns, of the mean of the last steps."""
+
+
+class Warned(NamedTuple):
+    """One kind of warning."""
+
+    text: str
+    times: int
+    first: str
+    last: str
+    advice: str
+    """Step to take; empty if the warning says it itself."""
+
+
+class Phase(NamedTuple):
+    """A part of a step."""
+
+    name: str
+    secs: float
+    share: float
+    """Share of the step, at most 1; phases may run at the same time."""
+    meaning: str
+
+
+class Health(NamedTuple):
+    """Content of the section on a run's health."""
+
+    warnings: list[Warned]
+    failures: list[tuple[str, int]]
+    """Reason and number of samples."""
+    num_samples: int
+    servers: list[tuple[str, str, str, str]]
+    """Metric, its mean, its extreme, and its meaning."""
+    slowest: int
+    """The step that took longest; 0 if no time is known."""
+    slowest_secs: float
+    phases: list[Phase]
+    unread: list[str]
+
+
+def examine(run: RunFiles, steps: Sequence[StepSamples]) -> Health:
+    """Returns the health of a run."""
+    slowest, secs, phases = _slowest(run)
+    reasons = collections.Counter(
+        _NUMBER.sub("N", masking.hide(member.failure or member.unscored))
+        for step in steps
+        for group in step.groups
+        for member in group.members
+        if member.failure or member.unscored
+    )
+    lost = sum(step.unread for step in steps)
+    return Health(
+        warnings=[*_measured(run), *_logged(run)],
+        failures=reasons.most_common(),
+        num_samples=sum(step.num_samples for step in steps),
+        servers=_servers(run),
+        slowest=slowest,
+        slowest_secs=secs,
+        phases=phases,
+        unread=[*run.unread, *([f"rollouts: {lost} lines are no samples"] if lost else [])],
+    )
+
+
+def _measured(run: RunFiles) -> list[Warned]:
+    """Returns warnings about the means of the last steps."""
+    found = []
+    for name, limit in _LIMITS.items():
+        value = guide.last_mean(run, name)
+        if value > limit:
+            where = f"step {run.last_step}"
+            text = f"{name} is {guide.number(value)} in the last steps, above {limit:g}"
+            found.append(
+                Warned(text=text, times=1, first=where, last=where, advice=guide.ADVICE[name])
+            )
+    return found
+
+
+def _logged(run: RunFiles) -> list[Warned]:
+    """Returns the warnings and errors of the log; texts that differ in numbers are one kind."""
+    kinds: dict[str, list[int]] = {}
+    for i, line in enumerate(run.log):
+        if line.level in ("WARNING", "ERROR", "CRITICAL"):
+            kinds.setdefault(_NUMBER.sub("N", line.text), []).append(i)
+    found = []
+    for places in kinds.values():
+        last = run.log[places[-1]]
+        name = last.text.partition("=")[0]
+        found.append(
+            Warned(
+                text=masking.hide(last.text),
+                times=len(places),
+                first=run.log[places[0]].time,
+                last=last.time,
+                advice=guide.ADVICE.get(name, ""),
+            )
+        )
+    return found
+
+
+def _servers(run: RunFiles) -> list[tuple[str, str, str, str]]:
+    """Returns the metrics of servers and of the transfer of weights to them."""
+    names = dict.fromkeys(n for line in run.metrics for n in line if n.startswith("sync/"))
+    rows = []
+    for name in names:
+        values = [value for _, value in run.series(name) if not math.isnan(value)]
+        if values:
+            extreme = min(values) if name == "sync/servers" else max(values)
+            kind = "least" if name == "sync/servers" else "most"
+            mean = guide.number(sum(values) / len(values))
+            meaning = METRICS[name].meaning if name in METRICS else ""
+            rows.append((name, mean, f"{kind} {guide.number(extreme)}", meaning))
+    return rows
+
+
+def _slowest(run: RunFiles) -> tuple[int, float, list[Phase]]:
+    """Returns the slowest step, its seconds, and what it spent them on, the longest first."""
+    timed = [line for line in run.metrics if line.get("perf/step_secs", math.nan) > 0]
+    if not timed:
+        return 0, 0.0, []
+    line = max(timed, key=lambda values: values["perf/step_secs"])
+    total = line["perf/step_secs"]
+    phases = [
+        Phase(name, secs, min(secs / total, 1.0), METRICS[name].meaning if name in METRICS else "")
+        for name, secs in line.items()
+        if name.endswith("_secs") and name != "perf/step_secs" and secs > 0
+    ]
+    phases.sort(key=lambda phase: -phase.secs)
+    return int(line["step"]), total, phases
