@@ -88,6 +88,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     from atlas_jax.rewards.truths import check_truths
     from atlas_jax.rollout import evaluation, record
     from atlas_jax.rollout.sampling import Sampling
+    from atlas_jax.rollout.student_cache import StudentCache
     from atlas_jax.startup.compute import Compute
     from atlas_jax.startup.model import open_frozen
     from atlas_jax.types import Sample
@@ -108,6 +109,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
     if config.student:
         student = local_backend.load_student(config, grpo.open_student(config, computes[0]))
     answers: list[list[Sample]] = []
+    cache = StudentCache(config.rollout.cache_student)
     for teacher_config, model in zip(configs, models, strict=True):
         logging.info("teacher %d: %s", len(answers) + 1, teacher_config.model_name_or_path)
         answers.append(
@@ -119,7 +121,7 @@ def run(configs: Sequence[GRPOConfig], limit: int, output: str, seed: int) -> No
                 student,
                 protocol,
                 Sampling(0.0),
-                earlier=answers[0] if answers else None,
+                cache,
             )
         )
     results = [evaluation.report(samples, seed) for samples in answers]

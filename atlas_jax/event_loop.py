@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import selectors
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,7 +23,8 @@ class EventLoopThread:
         Args:
             name: name of the thread.
         """
-        self._loop = asyncio.new_event_loop()
+        self._selector = _Settling()
+        self._loop = asyncio.SelectorEventLoop(self._selector)
         self._lock = threading.Lock()  # between the last piece of work and the end
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name=name)
@@ -39,6 +41,26 @@ class EventLoopThread:
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
         work.close()
         raise RuntimeError(f"the event loop of {self._thread.name} is closed")
+
+    def settle(self, function: Callable[[], None]) -> None:
+        """Calls a function on the loop, and returns when all that follows from it waits.
+
+        Only one thread may use it, on a loop on which nothing waits for time or for other threads.
+
+        Raises:
+            RuntimeError: if the loop has been closed.
+        """
+        settled: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def begin() -> None:
+            self._selector.waiting = settled
+            function()
+
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError(f"the event loop of {self._thread.name} is closed")
+            self._loop.call_soon_threadsafe(begin)
+        settled.result()
 
     def close(self, wait_secs: float = _CANCEL_SECS) -> None:
         """Cancels what runs on the loop and ends its thread; any thread may call it, repeatedly.
@@ -64,3 +86,16 @@ class EventLoopThread:
             self._loop.run_until_complete(last)
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
+
+
+class _Settling(selectors.DefaultSelector):
+    """A selector that tells when its event loop has run all that was ready."""
+
+    waiting: concurrent.futures.Future[None] | None = None
+
+    def select(self, timeout: Any = None) -> Any:  # seconds, as int or float, or None
+        # A loop that has something to run asks without a wait.
+        if self.waiting and (timeout is None or timeout > 0):
+            self.waiting.set_result(None)
+            self.waiting = None
+        return super().select(timeout)

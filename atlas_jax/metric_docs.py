@@ -56,6 +56,13 @@ METRICS: dict[str, Metric] = {
     "rollout/version_lag_max": Metric("updates", "Most updates between the weights that began a "
         "completion and the weights that it trains. It is 0 unless `rollout.max_staleness` allows "
         "more."),
+    "rollout/version_lag_none_frac": Metric(_SHARE, "Completions by the weights that they train."),
+    "rollout/version_lag_one_frac": Metric(_SHARE, "Completions by weights one update older."),
+    "rollout/version_lag_two_frac": Metric(_SHARE, "Completions by weights two updates older."),
+    "rollout/version_lag_more_frac": Metric(_SHARE, "Completions by weights that are still older."),
+    "rollout/student_cached_frac": Metric(_SHARE, "Answers and approaches without a lesson that "
+        "were kept from before (`rollout.cache_student`), evaluations since the last line "
+        "included."),
     "reward/mean": Metric("", "Mean reward of the samples that have one."),
     "reward/std": Metric("", "Mean standard deviation of the reward within groups."),
     "reward/NAME": Metric("", "Mean of the part of the reward that is called NAME, where the "
@@ -117,8 +124,26 @@ METRICS: dict[str, Metric] = {
     "perf/mfu": Metric(_SHARE, "Share of the device's bfloat16 peak that the model's own "
         "arithmetic uses. Recomputation is not counted, the output head is counted for all tokens. "
         "It is written only where the peak is known."),
-    "perf/generate_secs": Metric(_SECS, "Part of a step spent on generation."),
-    "perf/score_secs": Metric(_SECS, "Part of a step spent on rewards."),
+    "perf/generate_secs": Metric(_SECS, "Time from the beginning of a step's questions until their "
+        "last text. With `rollout.max_staleness` above 0 it overlaps with other steps."),
+    "perf/score_secs": Metric(_SECS, "Time from the last text of a step until its last reward."),
+    "perf/baseline_secs": Metric(_SECS, "Time in which a question waited for the student's answer "
+        "without a lesson."),
+    "perf/probe_secs": Metric(_SECS, "Time in which a question waited for the student's approach."),
+    "perf/policy_secs": Metric(_SECS, "Time in which the trained model wrote the group of a "
+        "question, from the first to the last completion."),
+    "perf/guided_secs": Metric(_SECS, "Time in which the student answered the lessons of a "
+        "question, from the first to the last answer."),
+    "perf/rollout_tokens_per_sec": Metric("tokens per second", "Tokens that all models wrote, for "
+        "the wall time since the samples of the step before were complete."),
+    "perf/teacher_seats": Metric("requests", "Completions of the trained model in progress, mean "
+        "over that time."),
+    "perf/student_seats": Metric("requests", "Completions of the student in progress, mean over "
+        "that time."),
+    "perf/teacher_busy_frac": Metric(_SHARE, "Part of that time with at least one completion of "
+        "the trained model in progress, mean over processes."),
+    "perf/student_busy_frac": Metric(_SHARE, "Part of that time with at least one completion of "
+        "the student in progress, mean over processes."),
     "perf/logprobs_secs": Metric(_SECS, "Part of a step spent on reference log-probabilities."),
     "perf/wait_secs": Metric(_SECS, "Time that a step waited for its completions and rewards."),
     "sync/bytes": Metric("bytes", "Size of the weights that the servers got."),

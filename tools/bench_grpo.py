@@ -17,6 +17,7 @@ from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, GRPOConfig, ModelOptions, RolloutConfig
 from atlas_jax.data.questions import QuestionOrder
 from atlas_jax.recipes import chat_models, feed, grpo, local_backend
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.sharding import Sharding
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
@@ -120,6 +121,7 @@ def _parts(
         logprobs_fn=grpo.make_logprobs_fn(model.decoder, config, layout.per_row),
         sharding=sharding,
         writer=metrics.MetricWriter("", 0, enabled=False),
+        student_cache=StudentCache("never"),
     )
 
 

@@ -84,6 +84,10 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
     refill_rounds: NonNegativeInt = 0
     """Number of further draws of questions that replace groups whose rewards are all equal or of
     which nothing trains (DAPO's dynamic sampling, arXiv:2503.14476)."""
+    cache_student: Literal["greedy", "always", "never"] = "greedy"
+    """Fate of what the student says to a question without a lesson: `greedy` keeps it where the
+    student takes the most probable tokens, as in evaluations, and would write the same again;
+    `always` keeps the first answer and approach also where they are drawn; `never` asks anew."""
     eval_limit: NonNegativeInt = 64
     """Number of held-out questions that an evaluation asks, the first ones; 0 asks all."""
     student_system_prompt: Annotated[str | None, Moved("teaching.student_system_prompt")] = None

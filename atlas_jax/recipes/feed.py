@@ -7,24 +7,26 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from atlas_jax import distributed, loop, losses, metrics, step
+from atlas_jax import distributed, loop, losses, metrics, step, stopping
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes.layout import Layout
-from atlas_jax.recipes.prefetch import Prefetcher
-from atlas_jax.recipes.scoring import reason, retry_outages, score
+from atlas_jax.recipes.rollouts import Asker, Collected, Rollouts, Window
+from atlas_jax.recipes.scoring import reason, retry_outages
 from atlas_jax.rewards.pricing import price_leaks
-from atlas_jax.rollout import measures, record, teaching
+from atlas_jax.rollout import measures, record, teaching, timing
 from atlas_jax.rollout.engine import Backend, ChatModel
 from atlas_jax.rollout.rows import collate_policy, row_tokens, split_rows
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import (
@@ -55,16 +57,10 @@ class Parts(NamedTuple):
     logprobs_fn: Callable[[Params, PolicyBatch], jax.Array]
     sharding: Sharding
     writer: metrics.MetricWriter
+    student_cache: StudentCache
+    """What the student has said alone, in steps and in evaluations."""
     given_labels: tuple[str, ...] = ()
     """Short names of the rewards, where a caller from Python has given some."""
-
-
-class Collected(NamedTuple):
-    """The scored samples of a step in this process."""
-
-    samples: list[Sample]
-    reward_secs: float
-    """Seconds that the rewards took."""
 
 
 class Feed:
@@ -80,7 +76,9 @@ class Feed:
         self._parts = parts
         self._reference = reference
         self._position = 0
-        self._prefetcher = Prefetcher(self._collect, parts.config.rollout.max_staleness)
+        self._rollouts = Rollouts(_asker(parts))
+        depth = parts.config.rollout.max_staleness
+        self._window = Window(self._begin, depth, parts.layout.questions)
 
     @property
     def samples_policy(self) -> bool:
@@ -97,9 +95,11 @@ class Feed:
         published = time.perf_counter()
         # A process that gives up must tell the others, which would wait for it further down.
         with distributed.together(*_LEAVE):
-            made = self._prefetcher.take(policy, self._position)
-        collected: Collected = made.batch
+            collected, position = self._take(policy)
+        usage = self._rollouts.meter.read()
         wait_secs = time.perf_counter() - published
+        if policy.complete:
+            _log_critical_path(version + 1, wait_secs, collected)
         samples = retry_outages(parts.reward, collected.samples, config.reward, pause)
         # A leak costs reward before the rewards of a group are compared.
         samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
@@ -107,10 +107,10 @@ class Feed:
         # many failures leaves them to be looked at.
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
-        values = self._measure(samples, version) | parts.backend.metrics()
+        values = self._measure(samples, version, usage) | parts.backend.metrics()
         # The position advances only now: if anything above raises, the step that is repeated asks
         # the same questions.
-        self._position = made.position
+        self._position = position
         # Nor may the reference move before: the repeated step would mix it a second time.
         self._sync_reference(version, state.params)
         start = time.perf_counter()
@@ -124,10 +124,11 @@ class Feed:
             batch = batch._replace(old_logprobs=parts.logprobs_fn(state.params, batch))
         # Without waiting, the time of these log-probabilities would count as the training step's.
         jax.block_until_ready(batch)
+        values |= collected.trace.metrics()
         values["perf/real_token_frac"] = num_tokens, batch.tokens.size
-        values["perf/generate_secs"] = made.secs - collected.reward_secs, 1
+        values["perf/generate_secs"] = collected.trace.generate_secs, 1
         values["perf/wait_secs"] = wait_secs, 1
-        values["perf/score_secs"] = collected.reward_secs, 1
+        values["perf/score_secs"] = collected.trace.score_secs, 1
         values["perf/logprobs_secs"] = time.perf_counter() - start, 1
         return loop.StepInput(batch, num_tokens * config.num_iterations, values)
 
@@ -159,12 +160,12 @@ class Feed:
         return self._reference if self._parts.config.sync_ref_model else None
 
     def close(self) -> None:
-        """Gives up batches that are being made."""
-        self._prefetcher.close()
+        """Gives up questions in flight."""
+        self._rollouts.close()
 
     def join(self) -> None:
-        """Waits for the thread that makes batches, when all that it asks has been closed."""
-        self._prefetcher.join(_JOIN_SECS)
+        """Waits for the threads that make batches, when all that they ask has been closed."""
+        self._rollouts.join(_JOIN_SECS)
 
     def _sync_reference(self, version: int, params: Params) -> None:
         config = self._parts.config
@@ -172,21 +173,34 @@ class Feed:
         if due and self._reference is not None:
             self._reference = _mix(config.ref_model_mixup_alpha, self._reference, params)
 
+    def _take(self, policy: ChatModel) -> tuple[Collected, int]:
+        """Returns the samples of the next step and the number of the question after it."""
+        if not self._parts.config.rollout.max_staleness:
+            return self._collect(policy, self._position)
+        step = self._window.next(policy, self._position)
+        return stopping.result(step), self._position + self._parts.layout.questions
+
+    def _begin(self, policy: ChatModel, position: int) -> Future[Collected]:
+        return self._rollouts.begin(policy, self._places(position))
+
+    def _places(self, position: int) -> range:
+        """Returns the numbers of this process's questions in the step that begins at `position`."""
+        shares = _shares(self._parts.layout.questions)
+        process = jax.process_index()
+        first = position + sum(shares[:process])
+        return range(first, first + shares[process])
+
     def _collect(self, policy: ChatModel, position: int) -> tuple[Collected, int]:
         """Returns the samples of a step and the number of the next question.
 
         Groups that teach nothing are replaced by later ones while `refill_rounds` last.
         """
-        wanted = self._parts.layout.questions
         process = jax.process_index()
-        shares = _shares(wanted)
         refills = self._parts.config.rollout.refill_rounds
-        # Without refills this may run in the prefetching thread, where no collective may stand;
-        # `RolloutConfig.check` forbids refills beside `max_staleness`.
         agree = distributed.together(*_LEAVE) if refills else contextlib.nullcontext()
         with agree:
-            collected = self._ask(policy, position + sum(shares[:process]), shares[process])
-        position += wanted
+            collected = self._rollouts.ask(policy, self._places(position))
+        position += self._parts.layout.questions
         for _ in range(refills):
             groups = by_question(collected.samples)
             idle = [i for i, group in enumerate(groups) if not self._teaches(group)]
@@ -196,38 +210,14 @@ class Feed:
             # Processes take new questions in turn, so that none is asked twice.
             first = position + int(counts[:process].sum())
             with distributed.together(*_LEAVE):
-                more = self._ask(policy, first, len(idle))
+                more = self._rollouts.ask(policy, range(first, first + len(idle)))
             position += int(counts.sum())
             for i, group in zip(idle, by_question(more.samples), strict=True):
                 groups[i] = group
             samples = [sample for group in groups for sample in group]
-            collected = Collected(samples, collected.reward_secs + more.reward_secs)
+            collected.trace.extend(more.trace)
+            collected = Collected(samples, collected.trace)
         return collected, position
-
-    def _ask(self, policy: ChatModel, first: int, count: int) -> Collected:
-        """Returns the scored samples of `count` questions from number `first` on."""
-        parts = self._parts
-        places = range(first, first + count)
-        config = parts.config
-        sampling = Sampling(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-        )
-        samples = teaching.run(
-            [parts.order.at(i) for i in places],
-            places,
-            policy,
-            parts.backend.student,
-            parts.protocol,
-            teaching.Draws(sampling, config.seed),
-        )
-        if self._prefetcher.is_closed:  # judges would be asked, and paid, for nobody
-            raise StopRequestedError("the run has ended while its next batch was made")
-        start = time.perf_counter()
-        samples = score(parts.reward, samples)
-        return Collected(samples, time.perf_counter() - start)
 
     def _weigh(self, samples: Sequence[Sample]) -> list[Sample]:
         """Returns the samples with their advantages, and with whether they train."""
@@ -265,7 +255,7 @@ class Feed:
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
 
-    def _measure(self, samples: Sequence[Sample], version: int) -> Metrics:
+    def _measure(self, samples: Sequence[Sample], version: int, usage: timing.Usage) -> Metrics:
         """Returns the metrics of a step over all processes.
 
         Raises:
@@ -279,9 +269,11 @@ class Feed:
         if "rim" in reward.parts:
             values |= measures.of_judges(samples, reward.rim.judge_names)
         values |= measures.of_generation(samples, version)
+        values |= timing.of_usage(usage, distributed.is_main())
         if self._parts.protocol.episode:
             values |= measures.of_episodes(samples)
         if self._parts.backend.student:
+            values["rollout/student_cached_frac"] = self._parts.student_cache.counts()
             from atlas_jax.rollout import teaching_measures  # compares answers with the truth
 
             values |= teaching_measures.of_teaching(samples)
@@ -310,6 +302,42 @@ class Feed:
                 self._parts.config.output_dir,
             )
         return values
+
+
+def _asker(parts: Parts) -> Asker:
+    config = parts.config
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+    )
+    return Asker(
+        question=lambda place: parts.order.at(place),
+        student=parts.backend.student,
+        protocol=parts.protocol,
+        draws=teaching.Draws(sampling, config.seed),
+        cache=parts.student_cache,
+        reward=parts.reward,
+        scores_beside=not parts.given_labels and not config.reward.functions,
+    )
+
+
+def _log_critical_path(step: int, wait_secs: float, collected: Collected) -> None:
+    """Logs the question that a step waited for, and where its time went."""
+    path = collected.trace.critical_path()
+    if not path:
+        return
+    ids = {sample.place: sample.question.id for sample in collected.samples}
+    phases = (
+        f"{span.phase} {span.end - span.start:.1f} s"
+        + (f" (sample {span.member})" if span.member >= 0 else "")
+        for span in path
+    )
+    logging.info(
+        "step %d waited %.1f s for its samples, the last of them of question %s: %s",
+        *(step, wait_secs, ids[path[-1].place], ", ".join(phases)),
+    )
 
 
 def _shares(total: int) -> list[int]:

@@ -31,6 +31,7 @@ from atlas_jax.recipes.scoring import labels, make_reward
 from atlas_jax.rollout import record
 from atlas_jax.rollout.engine import Backend
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.run import Run, Training
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
@@ -87,6 +88,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             logprobs_fn=make_logprobs_fn(run.decoder, config, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,
+            student_cache=StudentCache(config.rollout.cache_student),
             given_labels=labels(config, given.rewards) if given.rewards else (),
         )
         feed = Feed(parts, reference)
@@ -264,7 +266,8 @@ def make_evaluate(
         protocol = parts.protocol._replace(num_generations=1)
         own = questions[jax.process_index() :: jax.process_count()]
         student = parts.backend.student
-        samples = evaluation.ask(own, policy, student, protocol, Sampling(0.0))
+        cache = parts.student_cache
+        samples = evaluation.ask(own, policy, student, protocol, Sampling(0.0), cache)
         values = evaluation.summary(samples, taught=student is not None)
         return {f"eval/{k}": v for k, v in values.items()}
 

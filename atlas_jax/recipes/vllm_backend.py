@@ -179,12 +179,15 @@ def _pool(
     check: Callable[[str, ServerStart], None],
     stack: contextlib.ExitStack,
 ) -> ServerPool:
+    servers = addresses.split(urls)
     options = PoolOptions(
         max_in_flight=config.rollout.max_in_flight,
         request_timeout_secs=config.rollout.request_timeout_secs,
         control_timeout_secs=config.rollout.sync_timeout_secs,
+        # A process knows its own requests alone, so that each begins with another server.
+        first=jax.process_index() * len(servers) // jax.process_count(),
     )
-    pool = ServerPool(role, addresses.split(urls), options, server_key(config.output_dir))
+    pool = ServerPool(role, servers, options, server_key(config.output_dir))
     stack.callback(pool.close)
     pool.open(check)
     return pool
@@ -222,6 +225,7 @@ def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[Cha
         context=context,
         vocab_size=model.decoder.config.vocab_size,
         encode_turn=encode_turn,
+        complete=engine.complete,
     )
     return bound, engine
 

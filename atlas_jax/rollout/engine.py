@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from atlas_jax import stopping
 from atlas_jax.rollout.sampling import Sampling
@@ -23,6 +23,9 @@ class Request(NamedTuple):
 
 Generate = Callable[[Sequence[Request], Sampling], list[list[Completion]]]
 """Returns the completions of each request, in order."""
+
+Complete = Callable[[Request, int, Sampling], Coroutine[Any, Any, Completion]]
+"""Returns sample g of a request, which is the same as in a batch."""
 
 
 @runtime_checkable
@@ -64,6 +67,8 @@ class ChatModel(NamedTuple):
     goes_on: Callable[[bool], bool] = alone
     """Returns true if any process that must generate together with this one has requests. It is
     called before each call of `generate` whose number the processes do not know beforehand."""
+    complete: Complete | None = None
+    """Asks for one sample by itself, on any event loop; None where a batch is faster."""
 
 
 @runtime_checkable

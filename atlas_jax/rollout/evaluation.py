@@ -13,6 +13,7 @@ from atlas_jax.rewards.verifiable import is_right
 from atlas_jax.rollout import teaching, teaching_measures
 from atlas_jax.rollout.engine import ChatModel
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.types import Completion, Metrics, Question, Sample
 
 _RESAMPLES = 2000
@@ -32,7 +33,7 @@ def ask(
     student: ChatModel | None,
     protocol: teaching.TeachingProtocol,
     sampling: Sampling,
-    earlier: Sequence[Sample] | None = None,
+    cache: StudentCache | None = None,
 ) -> list[Sample]:
     """Returns one sample of each question.
 
@@ -42,14 +43,11 @@ def ask(
         student: None under `protocol=direct`.
         protocol: how a sample comes about.
         sampling: how tokens are drawn.
-        earlier: samples of these questions with another policy; the student is asked alone once.
+        cache: what this student has said alone, for other teachers and other steps.
     """
-    alone = None
-    if earlier is not None:
-        alone = [(r.baseline, r.probe) for r in earlier if r.baseline and r.probe]
     draws = teaching.Draws(sampling, 0)
     places = range(len(questions))
-    return teaching.run(questions, places, policy, student, protocol, draws, alone)
+    return teaching.run(questions, places, policy, student, protocol, draws, cache)
 
 
 def summary(samples: Sequence[Sample], taught: bool) -> dict[str, float]:

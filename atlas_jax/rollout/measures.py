@@ -91,6 +91,10 @@ def of_generation(samples: Sequence[Sample], version: int) -> Metrics:
         "rollout/failed_frac": (len(written) - len(whole), len(written)),
         "rollout/text_repeat_frac": (_repeats(samples), len(written)),
         "rollout/version_lag_max": (max(lags, default=0), min(len(whole), 1)),
+        "rollout/version_lag_none_frac": (lags.count(0), len(whole)),
+        "rollout/version_lag_one_frac": (lags.count(1), len(whole)),
+        "rollout/version_lag_two_frac": (lags.count(2), len(whole)),
+        "rollout/version_lag_more_frac": (sum(lag > 2 for lag in lags), len(whole)),
     }
 
 

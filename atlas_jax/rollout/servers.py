@@ -1,8 +1,9 @@
 """Pool of the vLLM servers of one role.
 
-A request goes to the least-loaded server. A server that cannot be reached, or whose health check
-fails or hangs, is taken out of the pool, and its requests go to the others. It returns when it is
-healthy and serves weights that have passed their probe.
+A request goes to the server with the fewest requests of this process, and where several have as
+few, to the one after the last that was chosen. A server that cannot be reached, or whose health
+check fails or hangs, is taken out of the pool, and its requests go to the others. It returns when
+it is healthy and serves weights that have passed their probe.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class PoolOptions(NamedTuple):
     control_timeout_secs: float
     """Seconds that pausing, reloading or another control call may take."""
     look: Look = Look()
+    first: int = 0
+    """Number of the server that gets the first request, another one in each process of a run."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -136,6 +139,7 @@ class ServerPool:
         """True if each push restarts the servers, which then fail health checks meanwhile."""
         self._check: Callable[[str, capabilities.ServerStart], None] = _accept
         self._closed = False
+        self._next = options.first
         self._lock = threading.Lock()
         self._waiting: set[concurrent.futures.Future[Any]] = set()
         self._watches: list[asyncio.Task[None]] = []
@@ -163,7 +167,24 @@ class ServerPool:
             with progress.waiting(self.options.request_timeout_secs):
                 return stopping.result(future)
         except concurrent.futures.CancelledError:
-            raise DependencyError(f"the connection to the {self.role} servers was closed") from None
+            raise self._ended() from None
+
+    async def elsewhere(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Returns the result of a coroutine that runs in the pool's thread, on another loop.
+
+        Raises:
+            DependencyError: if the pool is closed before the coroutine is done.
+        """
+        with progress.waiting(self.options.request_timeout_secs):
+            try:
+                return await asyncio.wrap_future(self._submit(coroutine))
+            except asyncio.CancelledError:
+                if is_cancelled():
+                    raise
+                raise self._ended() from None
+
+    def _ended(self) -> DependencyError:
+        return DependencyError(f"the connection to the {self.role} servers was closed")
 
     def call(self, function: Callable[[], None]) -> None:
         """Calls a function in the pool's thread, and returns when it has returned."""
@@ -275,19 +296,17 @@ class ServerPool:
         """The start options of the servers that have answered."""
         return [server.start for server in self.servers if server.start]
 
-    def spread(self, sizes: Sequence[int]) -> list[Server]:
-        """Returns a server for each group of requests, chosen to balance the loads.
+    def _choose(self) -> Server:
+        """Returns the server for the next request.
 
         Raises:
             DependencyError: if no server is left.
         """
-        loads = {server: len(server.tasks) for server in self.up()}
-        chosen = []
-        for size in sizes:
-            server = min(loads, key=lambda s: loads[s])
-            loads[server] += size
-            chosen.append(server)
-        return chosen
+        up = set(self.up())
+        loads = [len(server.tasks) if server in up else None for server in self.servers]
+        number = least_loaded(loads, self._next)
+        self._next = number + 1
+        return self.servers[number]
 
     def up(self) -> list[Server]:
         """Returns the servers that get requests.
@@ -313,7 +332,9 @@ class ServerPool:
                 self.up()
             await asyncio.sleep(0.2)
 
-    async def ask(self, payload: Mapping[str, Any], server: Server) -> CompletionReply:
+    async def ask(
+        self, payload: Mapping[str, Any], server: Server | None = None
+    ) -> CompletionReply:
         """Returns the answer to a completion request.
 
         Requests share cached keys and values only if they were sent under the same weights;
@@ -321,7 +342,8 @@ class ServerPool:
 
         Args:
             payload: the body of the request.
-            server: the server that is tried first; if it fails, another one is tried.
+            server: the server that is tried first; None takes the one with the fewest requests. If
+                it fails, another one is tried.
 
         Raises:
             RefusedError: if servers refuse this request.
@@ -333,9 +355,9 @@ class ServerPool:
         while True:
             # A request that began during a push could be computed by two versions.
             await self.settled.wait()
-            if not server.up or self._closed:
+            if server is None or not server.up or self._closed:
                 await self.wait_for_one()
-                server = min(self.up(), key=lambda s: len(s.tasks))
+                server = self._choose()
             # Read before the request is sent: a push may change both while it waits in the server.
             version = self.version
             salt = {"cache_salt": self.label} if self.label else {}
@@ -514,6 +536,18 @@ class ServerPool:
         for server in self.servers:
             await server.client.__aexit__(None, None, None)
             await server.control.__aexit__(None, None, None)
+
+
+def least_loaded(loads: Sequence[int | None], first: int) -> int:
+    """Returns the number of the server with the smallest load, None standing for one that is down.
+
+    Of several with the same load it is the first one from number `first` on, counted in a circle.
+    """
+    order = [number % len(loads) for number in range(first, first + len(loads))]
+    return min(
+        (number for number in order if loads[number] is not None),
+        key=lambda number: loads[number] or 0,
+    )
 
 
 def is_cancelled() -> bool:

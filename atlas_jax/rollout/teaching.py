@@ -4,20 +4,31 @@ For each question the student answers alone and says how it would approach it, b
 by the group; the teacher reads the approach and writes G lessons; the student answers again with
 each of them. A prompt that does not fit its model makes a `skipped` completion, which no reward
 scores and which trains nothing.
+
+Each question is a coroutine and waits for no other one: a lesson is answered as soon as it is
+written, and the answer alone is written beside the lessons.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from atlas_jax import stopping
 from atlas_jax.data.examples import fill
+from atlas_jax.event_loop import EventLoopThread
+from atlas_jax.rollout import lines
 from atlas_jax.rollout.engine import ChatModel, Request
+from atlas_jax.rollout.lines import Line, PhaseRequest
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
+from atlas_jax.rollout.timing import ALL, Phase, Trace
 from atlas_jax.types import Completion, Question, Sample
 
 if TYPE_CHECKING:
@@ -69,6 +80,20 @@ class Draws(NamedTuple):
         return int(sequence.generate_state(1)[0])
 
 
+class Asking(NamedTuple):
+    """The models that a question's coroutine asks, and how."""
+
+    policy: Line
+    student: Line | None
+    """None under `protocol=direct`."""
+    protocol: TeachingProtocol
+    draws: Draws
+    cache: StudentCache | None = None
+    """Keeps what the student says alone; None asks it anew for each question."""
+    finish: Callable[[Sample], Awaitable[Sample]] | None = None
+    """Called with each sample as soon as its texts exist; the result is the sample."""
+
+
 def run(
     questions: Sequence[Question],
     places: Sequence[int],
@@ -76,9 +101,12 @@ def run(
     student: ChatModel | None,
     protocol: TeachingProtocol,
     draws: Draws,
-    alone: Sequence[tuple[Completion, Completion]] | None = None,
+    cache: StudentCache | None = None,
+    trace: Trace | None = None,
 ) -> list[Sample]:
     """Returns the samples of the questions, the group of each together and in order.
+
+    Every process of a run calls it together, where processes generate together.
 
     Args:
         questions: those of this process, which may have none while others have some.
@@ -87,30 +115,155 @@ def run(
         student: None under `protocol=direct`, and where no student takes part in an episode.
         protocol: templates and limits.
         draws: sampling and seed.
-        alone: baseline and probe of each question from an earlier run with the same student, which
-            is then not asked again; every process gives them, or none does.
+        cache: what the student has said alone before; None asks it anew.
+        trace: gets the times of the requests; None keeps none.
     """
     if protocol.episode is not None:
         return _converse(policy, questions, places, protocol, protocol.episode, draws)
-    if student is None:
-        prompts = [_fill(protocol.templates.direct, q, {}) for q in questions]
-        return _write(policy, questions, prompts, places, protocol, draws)
-    if alone is None:
-        alone = _alone(student, questions, places, protocol, draws)
-    prompts = [
-        _fill(protocol.templates.teacher, q, {"approach": probe.text})
-        for q, (_, probe) in zip(questions, alone, strict=True)
-    ]
-    said = dict(zip(places, alone, strict=True))
-    lessons = [
-        sample._replace(
-            teaching=extract_lesson(sample.completion.text, protocol),
-            baseline=said[sample.place][0],
-            probe=said[sample.place][1],
+    asking = open_lines(policy, student, protocol, draws, trace or Trace())._replace(cache=cache)
+    work = _groups(questions, places, asking)
+    with contextlib.closing(EventLoopThread("questions")) as loop:
+        if policy.complete:
+            groups = stopping.result(loop.submit(work))
+        else:
+            # The student first: what it says alone comes before the lessons.
+            groups = lines.run(work, [x for x in (asking.student, asking.policy) if x], loop)
+    return [sample for group in groups for sample in group]
+
+
+def open_lines(
+    policy: ChatModel,
+    student: ChatModel | None,
+    protocol: TeachingProtocol,
+    draws: Draws,
+    trace: Trace,
+) -> Asking:
+    """Returns the lines to the models, by which the questions of one step ask; see `run`."""
+    return Asking(
+        policy=Line(policy, draws.sampling, trace),
+        student=Line(student, draws.sampling, trace) if student else None,
+        protocol=protocol,
+        draws=draws,
+    )
+
+
+async def _groups(
+    questions: Sequence[Question], places: Sequence[int], asking: Asking
+) -> list[list[Sample]]:
+    asked = zip(questions, places, strict=True)
+    return await asyncio.gather(*(ask(question, place, asking) for question, place in asked))
+
+
+async def ask(question: Question, place: int, asking: Asking) -> list[Sample]:
+    """Returns the group of one question."""
+    templates = asking.protocol.templates
+    if asking.student is None:
+        prompt = _fill(templates.direct, question, {})
+        written = _write(prompt, place, asking)
+        work = [_direct(question, place, g, w, asking) for g, w in enumerate(written)]
+        return await asyncio.gather(*work)
+    student = asking.student
+    baseline = asyncio.ensure_future(_alone(Phase.BASELINE, question, place, student, asking))
+    # The baseline is among what is awaited, so that its error counts even without a lesson.
+    _, group = await asyncio.gather(baseline, _teach(question, place, baseline, student, asking))
+    return group
+
+
+async def _direct(
+    question: Question, place: int, member: int, written: Awaitable[Completion], asking: Asking
+) -> Sample:
+    completion = await written
+    return await _finished(Sample(question, completion, place=place, member=member), asking)
+
+
+async def _teach(
+    question: Question,
+    place: int,
+    baseline: Awaitable[Completion],
+    student: Line,
+    asking: Asking,
+) -> list[Sample]:
+    """Returns the group of a question: a lesson each, and the student's answer to it."""
+    probe = await _alone(Phase.PROBE, question, place, student, asking)
+    prompt = _fill(asking.protocol.templates.teacher, question, {"approach": probe.text})
+
+    async def one(member: int, written: Awaitable[Completion]) -> Sample:
+        completion = await written
+        sample = Sample(
+            question=question,
+            completion=completion,
+            teaching=extract_lesson(completion.text, asking.protocol),
+            probe=probe,
+            place=place,
+            member=member,
         )
-        for sample in _write(policy, questions, prompts, places, protocol, draws)
-    ]
-    return _guide(student, lessons, protocol, draws)
+        guided = await _guided(sample, student, asking) if sample.teaching else None
+        sample = sample._replace(baseline=await baseline)
+        # Last, since without a lesson the answer alone may stand in for the one with it.
+        sample = sample._replace(guided=guided or _untaught(sample, asking.protocol))
+        return await _finished(sample, asking)
+
+    written = _write(prompt, place, asking)
+    return await asyncio.gather(*(one(g, future) for g, future in enumerate(written)))
+
+
+async def _finished(sample: Sample, asking: Asking) -> Sample:
+    return await asking.finish(sample) if asking.finish else sample
+
+
+async def _alone(
+    phase: Phase, question: Question, place: int, student: Line, asking: Asking
+) -> Completion:
+    """Returns the student's answer without a lesson, or its approach, kept or new."""
+    templates = asking.protocol.templates
+    limits = asking.protocol.limits
+    template, limit, stream = {
+        Phase.BASELINE: (templates.baseline, limits.answer, _BASELINE),
+        Phase.PROBE: (templates.diagnostic, limits.probe, _PROBE),
+    }[phase]
+    prompt = student.model.encode(_fill(template, question, {}))
+    request = Request(prompt, limit, asking.draws.seed_of(place, stream))
+    kept = asking.cache.get(request, student.sampling) if asking.cache else None
+    if kept is not None:
+        return kept
+    asked = PhaseRequest(phase=phase, place=place, member=ALL, request=request)
+    (written,) = student.ask(asked, student.model.context)
+    completion = await written
+    if asking.cache:
+        asking.cache.put(request, student.sampling, completion)
+    return completion
+
+
+def _write(prompt: str, place: int, asking: Asking) -> list[asyncio.Future[Completion]]:
+    """Returns the completions of the policy, `num_generations` of one prompt."""
+    limits = asking.protocol.limits
+    request = Request(
+        prompt_ids=asking.policy.model.encode(prompt),
+        max_tokens=limits.policy,
+        seed=asking.draws.seed_of(place, _LESSONS),
+        num_samples=asking.protocol.num_generations,
+    )
+    asked = PhaseRequest(phase=Phase.POLICY, place=place, member=0, request=request)
+    return asking.policy.ask(asked, limits.prompt + limits.policy)
+
+
+async def _guided(sample: Sample, student: Line, asking: Asking) -> Completion:
+    """Returns the student's answer to a lesson."""
+    protocol = asking.protocol
+    template = protocol.templates.with_teaching
+    prompt = _fill(template, sample.question, {"teaching": sample.teaching})
+    # Each lesson is answered with random numbers of its own, or its luck would be its group's.
+    number = sample.place * protocol.num_generations + sample.member
+    request = Request(
+        prompt_ids=student.model.encode(prompt),
+        max_tokens=protocol.limits.answer,
+        seed=asking.draws.seed_of(number, _GUIDED),
+    )
+    asked = PhaseRequest(
+        phase=Phase.GUIDED, place=sample.place, member=sample.member, request=request
+    )
+    (written,) = student.ask(asked, student.model.context)
+    return await written
 
 
 def extract_lesson(text: str, protocol: TeachingProtocol) -> str:
@@ -125,56 +278,6 @@ def has_lesson(text: str) -> bool:
     """Returns True if the teacher's text has a lesson between its tags."""
     lesson = _LESSON.search(text)
     return bool(lesson and lesson[1].strip())
-
-
-def _alone(
-    student: ChatModel,
-    questions: Sequence[Question],
-    places: Sequence[int],
-    protocol: TeachingProtocol,
-    draws: Draws,
-) -> list[tuple[Completion, Completion]]:
-    """Returns the student's answer and its approach to each question, from one call."""
-    templates = protocol.templates
-    limits = protocol.limits
-    requests = [
-        Request(student.encode(_fill(template, q, {})), limit, draws.seed_of(place, stream))
-        for template, limit, stream in (
-            (templates.baseline, limits.answer, _BASELINE),
-            (templates.diagnostic, limits.probe, _PROBE),
-        )
-        for q, place in zip(questions, places, strict=True)
-    ]
-    # One call, so that both kinds of text fill the same rows of the engine.
-    written = [group[0] for group in _ask(student, requests, draws.sampling, student.context)]
-    return list(zip(written[: len(questions)], written[len(questions) :], strict=True))
-
-
-def _write(
-    policy: ChatModel,
-    questions: Sequence[Question],
-    prompts: Sequence[str],
-    places: Sequence[int],
-    protocol: TeachingProtocol,
-    draws: Draws,
-) -> list[Sample]:
-    """Returns a sample for each completion that the policy writes of the prompts."""
-    limits = protocol.limits
-    requests = [
-        Request(
-            prompt_ids=policy.encode(prompt),
-            max_tokens=limits.policy,
-            seed=draws.seed_of(place, _LESSONS),
-            num_samples=protocol.num_generations,
-        )
-        for prompt, place in zip(prompts, places, strict=True)
-    ]
-    written = _ask(policy, requests, draws.sampling, limits.prompt + limits.policy)
-    return [
-        Sample(question=question, completion=completion, place=place, member=member)
-        for question, place, group in zip(questions, places, written, strict=True)
-        for member, completion in enumerate(group)
-    ]
 
 
 def _converse(
@@ -214,29 +317,6 @@ def _converse(
     ]
 
 
-def _guide(
-    student: ChatModel,
-    samples: Sequence[Sample],
-    protocol: TeachingProtocol,
-    draws: Draws,
-) -> list[Sample]:
-    """Returns the samples with the student's answer to each lesson, or a stand-in without one."""
-    taught = [sample for sample in samples if sample.teaching]
-    requests = []
-    for sample in taught:
-        template = protocol.templates.with_teaching
-        prompt = _fill(template, sample.question, {"teaching": sample.teaching})
-        # Each lesson is answered with random numbers of its own, or its luck would be its group's.
-        number = sample.place * protocol.num_generations + sample.member
-        seed = draws.seed_of(number, _GUIDED)
-        requests.append(Request(student.encode(prompt), protocol.limits.answer, seed))
-    answers = iter(_ask(student, requests, draws.sampling, student.context))
-    return [
-        sample._replace(guided=next(answers)[0] if sample.teaching else _untaught(sample, protocol))
-        for sample in samples
-    ]
-
-
 def _untaught(sample: Sample, protocol: TeachingProtocol) -> Completion | None:
     """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
     # A lesson that failed must not count as one without effect, as the baseline would.
@@ -245,30 +325,6 @@ def _untaught(sample: Sample, protocol: TeachingProtocol) -> Completion | None:
     if protocol.missing_teaching == "unscored":
         return Completion.failed("skipped: no lesson")
     return sample.baseline
-
-
-def _ask(
-    model: ChatModel, requests: Sequence[Request], sampling: Sampling, room: int
-) -> list[list[Completion]]:
-    """Returns the completions; requests that the model or `room` does not hold are not sent."""
-    problems = [_problem(request, room, model.vocab_size) for request in requests]
-    written = iter(
-        model.generate([r for r, p in zip(requests, problems, strict=True) if not p], sampling)
-    )
-    return [
-        [Completion.failed(f"skipped: {problem}")] * r.num_samples if problem else next(written)
-        for r, problem in zip(requests, problems, strict=True)
-    ]
-
-
-def _problem(request: Request, room: int, vocab_size: int) -> str:
-    """Returns the reason for which a request is not sent; empty if it is."""
-    if len(request.prompt_ids) + request.max_tokens > room:
-        sizes = f"prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"
-        return f"{sizes} exceed {room}"
-    if max(request.prompt_ids, default=0) >= vocab_size:
-        return f"prompt with token {max(request.prompt_ids)}, of which the model has {vocab_size}"
-    return ""
 
 
 def _fill(template: str, question: Question, more: Mapping[str, str]) -> str:

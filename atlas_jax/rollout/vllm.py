@@ -44,7 +44,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Returns the completions of each request, in order.
 
-        A group's prompt is sent once a sample, all to one server, which computes it once.
+        Every sample is a request of its own, which goes to the server with the fewest.
 
         Raises:
             DependencyError: if no server is left.
@@ -55,20 +55,25 @@ class VllmEngine:
     async def _generate(
         self, requests: Sequence[Request], sampling: Sampling
     ) -> list[list[Completion]]:
-        # Before the requests are dealt: with no server left there is nobody to deal them to.
-        await self.pool.wait_for_one()
-        servers = self.pool.spread([request.num_samples for request in requests])
         return await asyncio.gather(
             *(
-                asyncio.gather(*(self.one(r, g, sampling, server) for g in range(r.num_samples)))
-                for r, server in zip(requests, servers, strict=True)
+                asyncio.gather(*(self.one(r, g, sampling) for g in range(r.num_samples)))
+                for r in requests
             )
         )
 
+    async def complete(self, request: Request, sample: int, sampling: Sampling) -> Completion:
+        """Returns one completion, on any event loop.
+
+        Raises:
+            DependencyError: if no server is left, or the pool is closed meanwhile.
+        """
+        return await self.pool.elsewhere(self.one(request, sample, sampling))
+
     async def one(
-        self, request: Request, sample: int, sampling: Sampling, server: Server
+        self, request: Request, sample: int, sampling: Sampling, server: Server | None = None
     ) -> Completion:
-        """Returns one completion; `server` is asked first."""
+        """Returns one completion; `server` is asked first, or the one with the fewest requests."""
         body = payload(request, sample, sampling, self.stop_ids)
         try:
             answer = await self.pool.ask(body, server)

@@ -21,6 +21,7 @@ from atlas_jax.options.train import batch_plan
 from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.local_backend import LocalBackend
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
@@ -73,6 +74,7 @@ def make(output: pathlib.Path, num_questions: int, text: Callable[[str, int], st
         logprobs_fn=lambda params, batch: batch.rollout_logprobs,
         sharding=sharding,
         writer=metrics.MetricWriter(str(output), 0, enabled=False),
+        student_cache=StudentCache("greedy"),
     )
     return Feed(parts, None)
 

@@ -17,6 +17,7 @@ from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.local_backend import LocalBackend
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
@@ -47,6 +48,7 @@ def make_feed(tmp_path, say, reward=None, config=CONFIG, how=None, count=8):
         logprobs_fn=lambda params, batch: batch.rollout_logprobs,
         sharding=Sharding(make_mesh(MeshConfig(), jax.devices()[:1]), "fsdp", "none"),
         writer=metrics.MetricWriter(str(tmp_path), 0, enabled=False),
+        student_cache=StudentCache("greedy"),
     )
     return Feed(parts, None)
 
@@ -210,7 +212,7 @@ def test_a_prompt_that_does_not_fit_trains_nothing(tmp_path):
 def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prompts):
     config = dataclasses.replace(CONFIG, num_iterations=updates)
     feed = make_feed(tmp_path, lambda _, member: "12" * (1 + member), config=config)
-    feed._parts = feed._parts._replace(layout=feed._parts.layout._replace(per_row=per_row))
+    feed = Feed(feed._parts._replace(layout=feed._parts.layout._replace(per_row=per_row)), None)
     given = feed.next(state_of(0), time.sleep)
     written = (2 + 1) + (4 + 1)  # two texts with their stop tokens
     assert given.num_tokens == updates * 2 * (prompts * len("direct q0") + written)
@@ -222,7 +224,7 @@ def test_tokens_are_those_that_the_updates_read(tmp_path, updates, per_row, prom
 def with_long(feed, count):
     """Makes the first of `count` questions too long to be asked."""
     long = [Question("long", "a question too long", "1", {}), *questions(count)[1:]]
-    feed._parts = feed._parts._replace(order=QuestionOrder(long, 0, False))
+    feed = Feed(feed._parts._replace(order=QuestionOrder(long, 0, False)), None)
     return feed
 
 
@@ -268,7 +270,8 @@ def test_a_step_whose_teacher_writes_no_lesson_trains_nothing_and_ends_nothing(t
     feed = make_feed(tmp_path, lambda prompt, member: "no tags", None, config)
     student = Script(lambda prompt, member: "1").model
     backend = LocalBackend(feed._parts.backend.publish, student)
-    feed._parts = feed._parts._replace(backend=backend, protocol=protocol("unscored", 2))
+    how = protocol("unscored", 2)
+    feed = Feed(feed._parts._replace(backend=backend, protocol=how), None)
     with caplog.at_level("WARNING"):
         given = feed.next(state_of(0), pytest.fail)
     assert given.metrics["reward/skipped_frac"] == (4, 4)
@@ -348,13 +351,13 @@ def taught(tmp_path, lessons, refills=0):
         number = int(prompt.split("what is ")[1].split()[0])
         return f"<teaching>{lessons(number, member)}</teaching>"
 
-    feed._parts = feed._parts._replace(
+    parts = feed._parts._replace(
         order=QuestionOrder(PLUS, 0, False),
         backend=LocalBackend(
             lambda params, version: Script(teacher, version=version).model, Script(student).model
         ),
     )
-    return feed
+    return Feed(parts, None)
 
 
 def test_a_leak_that_makes_the_student_right_is_the_worse_of_its_group(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from atlas_jax.rollout import evaluation
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.types import Completion, Question
 from tests.rollout.scripts import Script, protocol
 
@@ -42,7 +43,7 @@ CASES = {
 }  # fmt: skip
 
 
-def ask(names, room=1000, missing="none", lesson="think", earlier=None, seen=None):
+def ask(names, room=1000, missing="none", lesson="think", cache=None, seen=None):
     """Returns the rollouts of questions that are named as the cases are; `seen` gets prompts."""
 
     def pupil(prompt, member):
@@ -55,7 +56,7 @@ def ask(names, room=1000, missing="none", lesson="think", earlier=None, seen=Non
     asked = [Question(f"{i}", name, CASES[name][2], {}) for i, name in enumerate(names)]
     student = Script(pupil, context=room)
     how = protocol(missing, size=1)
-    found = evaluation.ask(asked, Script(tutor).model, student.model, how, GREEDY, earlier=earlier)
+    found = evaluation.ask(asked, Script(tutor).model, student.model, how, GREEDY, cache)
     if seen is not None:
         seen.extend(student.prompts)
     return found
@@ -164,12 +165,17 @@ def test_long_texts_are_cut_in_examples():
     assert line.endswith("…")
 
 
-def test_a_second_teacher_does_not_ask_the_student_alone_again():
+@pytest.mark.parametrize("keep", ["greedy", "always", "never"])
+def test_a_second_teacher_does_not_ask_the_student_alone_again(keep):
     names = ["helped", "harmed", "long"]
-    first, seen = ask(names), []
-    second = ask(names, lesson="look", earlier=first, seen=seen)
-    assert seen == [f"with look: {name}" for name in names]
+    cache, seen = StudentCache(keep), []
+    ask(names, cache=cache)
+    second = ask(names, lesson="look", cache=cache, seen=seen)
+    alone = [f"{kind} {name}" for kind in ("alone", "probe") for name in names]
+    assert seen == alone * (keep == "never") + [f"with look: {name}" for name in names]
     assert second == ask(names, lesson="look")
+    assert cache.counts() == (6 * (keep != "never"), 12)
+    assert cache.counts() == (0, 0)
 
 
 def test_teachers_stand_beside_each_other():

@@ -316,6 +316,8 @@ def test_the_generation_metrics_by_hand():
         "rollout/completion_tokens": (8, 3), "rollout/prompt_tokens": (6, 3),
         "rollout/truncated_frac": (1, 5), "rollout/failed_frac": (2, 5),
         "rollout/text_repeat_frac": (1, 5), "rollout/version_lag_max": (3, 1),
+        "rollout/version_lag_none_frac": (0, 3), "rollout/version_lag_one_frac": (0, 3),
+        "rollout/version_lag_two_frac": (0, 3), "rollout/version_lag_more_frac": (3, 3),
     }  # fmt: skip
     assert measures.of_generation(written(0, failed), 3)["rollout/version_lag_max"] == (0, 0)
 
