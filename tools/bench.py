@@ -1,5 +1,7 @@
 """Measures one recipe and prints one JSON line: `python tools/bench.py sft|grpo --model DIR …`.
 
+`rollout` measures how busy servers are, with --simulate without any: see `bench_rollout`.
+
 `traces --database-url URL` measures reading sessions, with `--fill COUNT` after it has made them.
 
 The batches of `sft` are fixed random tokens, or with --packing the rows of a JSONL file packed; the
@@ -17,6 +19,7 @@ import time
 
 import _checkout  # noqa: F401  (comes first: see there)
 import bench_grpo
+import bench_rollout
 import bench_traces
 import jax
 import numpy as np
@@ -60,8 +63,14 @@ def main() -> None:
     traces_parser.add_argument("--database-url", required=True)
     traces_parser.add_argument("--fill", type=int, default=0, help="sessions made before, if empty")
     traces_parser.add_argument("--events", type=int, default=20, help="of each session made")
+    bench_rollout.add_arguments(recipes.add_parser("rollout"))
     args = parser.parse_args()
-    measures = {"sft": measure, "grpo": bench_grpo.measure, "traces": bench_traces.measure}
+    measures = {
+        "sft": measure,
+        "grpo": bench_grpo.measure,
+        "rollout": bench_rollout.measure,
+        "traces": bench_traces.measure,
+    }
     print(json.dumps(measures[args.recipe](args)))
 
 
