@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
+from msgspec import Meta
+
 from atlas_jax import addresses
 from atlas_jax.options.fields import (
     Moved,
@@ -13,6 +15,8 @@ from atlas_jax.options.fields import (
     PositiveInt,
     choices_or_function,
 )
+
+StudentTemperature = Annotated[float, Meta(ge=-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,9 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
     refill_rounds: NonNegativeInt = 0
     """Number of further draws of questions that replace groups whose rewards are all equal or of
     which nothing trains (DAPO's dynamic sampling, arXiv:2503.14476)."""
+    student_temperature: StudentTemperature = -1.0
+    """Temperature of the student's sampling; -1 takes `temperature`. With 0 the student takes the
+    most probable tokens, so that the reward of a lesson depends on the lesson alone."""
     cache_student: Literal["greedy", "always", "never"] = "greedy"
     """Fate of what the student says to a question without a lesson: `greedy` keeps it where the
     student takes the most probable tokens, as in evaluations, and would write the same again;
@@ -117,6 +124,7 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
         Raises:
             ValueError: names the options, their values and what to write instead.
         """
+        self._check_student()
         if self.backend == "local":
             if self.max_staleness:
                 raise ValueError(
@@ -135,6 +143,19 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
             raise ValueError(
                 f"rollout.max_staleness={self.max_staleness} with rollout.weight_sync=restart, "
                 "which ends what is in flight; use 0, or servers that reload"
+            )
+
+    def _check_student(self) -> None:
+        """Checks how the student answers."""
+        if -1 < self.student_temperature < 0:
+            raise ValueError(
+                f"rollout.student_temperature={self.student_temperature} must be 0 or more, or -1 "
+                "for that of the teacher"
+            )
+        if self.student_temperature != -1 and not self.has_student:
+            raise ValueError(
+                f"rollout.student_temperature={self.student_temperature} with rollout.protocol="
+                f"{self.protocol}, which has no student; leave it at -1"
             )
 
     def _check_servers(self) -> None:

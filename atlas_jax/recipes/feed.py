@@ -18,6 +18,7 @@ from atlas_jax import distributed, loop, losses, metrics, step, stopping
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length
 from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.rollouts import Asker, Collected, Rollouts, Window
 from atlas_jax.recipes.scoring import reason, retry_outages
@@ -25,7 +26,6 @@ from atlas_jax.rewards.pricing import price_leaks
 from atlas_jax.rollout import measures, record, teaching, timing
 from atlas_jax.rollout.engine import Backend, ChatModel
 from atlas_jax.rollout.rows import collate_policy, row_tokens, split_rows
-from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.stopping import StopRequestedError
@@ -306,17 +306,11 @@ class Feed:
 
 def _asker(parts: Parts) -> Asker:
     config = parts.config
-    sampling = Sampling(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-    )
     return Asker(
         question=lambda place: parts.order.at(place),
         student=parts.backend.student,
         protocol=parts.protocol,
-        draws=teaching.Draws(sampling, config.seed),
+        draws=chat_models.make_draws(config),
         cache=parts.student_cache,
         reward=parts.reward,
         scores_beside=not parts.given_labels and not config.reward.functions,

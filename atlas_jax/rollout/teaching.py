@@ -73,6 +73,8 @@ class Draws(NamedTuple):
 
     sampling: Sampling
     seed: int
+    student_sampling: Sampling | None = None
+    """The sampling of the student; None takes that of the policy."""
 
     def seed_of(self, place: int, stream: int, *more: int) -> int:
         """Returns the seed of one request; `more` are numbers of requests in the stream."""
@@ -141,7 +143,7 @@ def open_lines(
     """Returns the lines to the models, by which the questions of one step ask; see `run`."""
     return Asking(
         policy=Line(policy, draws.sampling, trace),
-        student=Line(student, draws.sampling, trace) if student else None,
+        student=Line(student, draws.student_sampling or draws.sampling, trace) if student else None,
         protocol=protocol,
         draws=draws,
     )

@@ -54,6 +54,17 @@ def test_the_base_of_the_refusals_is_accepted():
             {"rollout": dataclasses.replace(AHEAD, weight_sync="restart")},
             "restart, which ends what is in flight",
         ),
+        (
+            {"rollout": RolloutConfig(student_temperature=-0.5)},
+            r"student_temperature=-0.5 must be 0 or more, or -1",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(protocol="direct", student_temperature=0.0),
+                "reward": RewardConfig(names=("exact_match",)),
+            },
+            "student_temperature=0.0 with rollout.protocol=direct, which has no student",
+        ),
     ],
 )
 def test_impossible_options_are_refused(change, message):

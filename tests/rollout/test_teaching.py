@@ -176,6 +176,38 @@ def test_seeds_follow_from_the_place_alone():
     assert all(0 <= seed < 2**32 for seed in together.values())
 
 
+@pytest.mark.parametrize(
+    ("temperature", "student"),
+    [
+        (-1.0, Sampling(0.7, 0.9, 5)),
+        (0.4, Sampling(0.4, 0.9, 5)),
+        (0.0, Sampling(0.0)),  # as in evaluations
+    ],
+)
+def test_the_student_has_a_temperature_of_its_own(temperature, student):
+    config = GRPOConfig(
+        temperature=0.7, top_p=0.9, top_k=5, seed=3,
+        rollout=RolloutConfig(student_temperature=temperature),
+    )  # fmt: skip
+    asked = {}
+
+    def model(name, say):
+        script = Script(say).model
+
+        def generate(requests, sampling):
+            asked[name] = asked.get(name, set()) | {sampling}
+            return script.generate(requests, sampling)
+
+        return script._replace(generate=generate)
+
+    draws = chat_models.make_draws(config)
+    assert draws.seed == 3
+    teaching.run(
+        questions(1), [0], model("teacher", tutor), model("student", pupil), protocol(), draws
+    )
+    assert asked == {"teacher": {Sampling(0.7, 0.9, 5)}, "student": {student}}
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A small model that speaks with its own engine, at version 3."""
