@@ -216,6 +216,8 @@ def make_protocol(config: GRPOConfig, num_generations: int) -> TeachingProtocol:
         limits=limits,
         num_generations=num_generations,
         missing_teaching=teaching.missing_teaching,
+        num_guided=config.rollout.num_guided,
+        num_baseline=config.rollout.num_baseline,
         episode=_episode_options(config.rollout),
     )
 

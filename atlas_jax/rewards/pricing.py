@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from atlas_jax.rewards.combined import each_answer
 from atlas_jax.types import Reward, Sample, by_question
 
 NO_HONEST = "no lesson of its group is honest"
@@ -46,16 +47,17 @@ def _price_group(group: Sequence[Sample], penalty: float) -> list[Sample]:
 
 def _gaming(sample: Sample) -> list[str]:
     """Returns the faults of a lesson: those that the judges' reward found, and any leak."""
-    judged = sample.reward.details.get("rim", {}).get("gaming", [])
+    answers = each_answer(sample.reward.details.get("rim", {}))
+    judged = list(dict.fromkeys(fault for d in answers for fault in d.get("gaming", [])))
     if not sample.teaching:
-        return list(judged)
+        return judged
     from atlas_jax.rewards import leaks  # only a lesson can give the answer away
 
     if leaks.LEAK in judged:
-        return list(judged)
+        return judged
     question = sample.question
     states = leaks.states_answer(sample.teaching, question.ground_truth, question.text)
-    return [leaks.LEAK] * states + list(judged)
+    return [leaks.LEAK] * states + judged
 
 
 def _lowered(reward: Reward, reasons: list[str], floor: float | None, penalty: float) -> Reward:

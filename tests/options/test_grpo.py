@@ -65,6 +65,21 @@ def test_the_base_of_the_refusals_is_accepted():
             },
             "student_temperature=0.0 with rollout.protocol=direct, which has no student",
         ),
+        (
+            {"rollout": RolloutConfig(num_guided=2, student_temperature=0.0)},
+            "num_guided=2 and rollout.num_baseline=1 with.*writes the same answer each time; use 1",
+        ),
+        (
+            {"rollout": RolloutConfig(num_guided=2, num_baseline=3)},
+            "num_guided=2 and rollout.num_baseline=3 cannot be paired evenly; let one be",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(protocol="direct", num_baseline=2),
+                "reward": RewardConfig(names=("exact_match",)),
+            },
+            "num_baseline=2 with rollout.protocol=direct, which has no student; leave it at 1",
+        ),
     ],
 )
 def test_impossible_options_are_refused(change, message):

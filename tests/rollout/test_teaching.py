@@ -13,6 +13,7 @@ from atlas_jax.recipes import chat_models
 from atlas_jax.rewards import combined, verifiable
 from atlas_jax.rollout import measures, teaching, teaching_measures
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.rollout.teaching import Draws
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import open_frozen
@@ -158,6 +159,59 @@ def test_a_prompt_of_just_the_limit_is_sent():
     assert len(policy.requests[0].prompt_ids) == 23
 
 
+def numbered():
+    """Returns a student whose answers all differ, in the order in which they were asked for."""
+    count = itertools.count()
+    return Script(lambda prompt, member: f"{prompt[:5]} {next(count)}")
+
+
+def test_the_student_gives_several_answers_with_each_lesson_and_alone():
+    how = protocol()._replace(num_guided=4, num_baseline=2)
+    (group, other), student, _ = taught(questions(2), student=numbered(), how=how)
+    for sample in group:
+        assert len(sample.guided_answers) == 4
+        assert sample.baselines == group[0].baselines
+        assert len(sample.baselines) == 2
+        assert sample.answer is sample.guided
+    written = [c.text for s in (*group, *other) for c in s.guided_answers]
+    assert len(set(written)) == 2 * 3 * 4
+    assert not set(group[0].baselines) & set(other[0].baselines)
+    assert len(student.requests) == 2 * (2 + 1 + 3 * 4)
+    assert len(set(seeds(student))) == len(student.requests)
+    assert {r.num_samples for r in student.requests} == {1}
+
+
+def test_the_first_of_several_answers_has_the_random_numbers_of_the_only_one():
+    _, single, _ = taught(questions(2))
+    several = protocol()._replace(num_guided=3, num_baseline=3)
+    _, student, _ = taught(questions(2), how=several)
+    assert set(seeds(single)) < set(seeds(student))
+
+
+def test_without_a_lesson_the_answers_alone_stand_in_for_those_with_it():
+    how = protocol("none")._replace(num_guided=3, num_baseline=2)
+    (group,), student, _ = taught(
+        questions(1), student=numbered(), policy=Script(lambda *_: "no tags"), how=how
+    )
+    assert len(student.requests) == 3
+    assert all(s.guided is s.baseline and s.guided_answers == s.baselines for s in group)
+
+
+def test_several_answers_are_kept_apart_for_a_later_step():
+    how = protocol()._replace(num_baseline=2)
+    student, cache = numbered(), StudentCache("always")
+    groups = [
+        teaching.run(
+            questions(1), [place], Script(tutor).model, student.model, how, DRAWS, cache
+        )
+        for place in (0, 5)
+    ]  # fmt: skip
+    first, second = (group[0].baselines for group in groups)
+    assert first == second
+    assert first[0].text != first[1].text
+    assert cache.counts() == (3, 6)
+
+
 def seeds(*scripts):
     return [r.seed for script in scripts for r in script.requests]
 
@@ -291,6 +345,27 @@ def test_texts_that_did_not_come_about_count_in_no_rate():
     )
     changed = {"token_efficiency": (25.0, 26), "missing_frac": (1, 5), "probe_tokens": (18, 6)}
     assert found == {f"teaching/{name}": value for name, value in (EXPECTED | changed).items()}
+
+
+def test_the_teaching_metrics_of_several_answers_by_hand():
+    sample = FOUR[0]._replace(
+        further_baselines=(completion("it is 4", 20),),
+        further_guided=(completion("it is 4", 8), completion("5", 4), completion("4", 4, "length")),
+    )
+    # Alone wrong, right: 1/2. With the lesson right, right, wrong, wrong (cut without a mark): 1/2.
+    found = teaching_measures.of_teaching([sample, FOUR[1]._replace(
+        further_baselines=(completion("no", 8),), further_guided=(completion("no", 6),),
+        guided=FOUR[1].baseline,
+    )])  # fmt: skip
+    assert {name.removeprefix("teaching/"): value for name, value in found.items()} == {
+        "student_accuracy": (1 / 2 + 1 / 2, 2), "baseline_accuracy": (1 / 2 + 1 / 2, 2),
+        "accuracy_delta": (0, 2),
+        "improvement_rate": (1 / 4, 2), "degradation_rate": (1 / 4, 2),
+        "non_degradation_rate": (7 / 4, 2),
+        "completion_rate": (3 / 4 + 1, 2),  # "no" is an answer too
+        "response_token_reduction": (15 + 8 - (5 + 7), 15 + 8),
+        "missing_frac": (1, 2), "answer_leak_frac": (0, 2), "probe_tokens": (6, 2),
+    }  # fmt: skip
 
 
 def scored(groups):
