@@ -22,7 +22,7 @@ from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.rollouts import Asker, Collected, Rollouts, Window
 from atlas_jax.recipes.scoring import reason, retry_outages
-from atlas_jax.rewards.pricing import price_leaks
+from atlas_jax.rewards.pricing import price_lessons
 from atlas_jax.rollout import measures, record, teaching, timing
 from atlas_jax.rollout.engine import Backend, ChatModel
 from atlas_jax.rollout.rows import collate_policy, row_tokens, split_rows
@@ -101,8 +101,8 @@ class Feed:
         if policy.complete:
             _log_critical_path(version + 1, wait_secs, collected)
         samples = retry_outages(parts.reward, collected.samples, config.reward, pause)
-        # A leak costs reward before the rewards of a group are compared.
-        samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
+        # A leak and a missing lesson cost reward before the rewards of a group are compared.
+        samples = self._weigh(self._price(samples))
         # The record is written before the samples are counted, so that a run that ends for too
         # many failures leaves them to be looked at.
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
@@ -243,6 +243,11 @@ class Feed:
         counts = [share * group for share in _shares(layout.questions)]
         return _exchanged(_collate(samples, layout), counts)
 
+    def _price(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Returns scored samples with rewards under which only honest lessons pay."""
+        reward = self._parts.config.reward
+        return price_lessons(samples, reward.answer_leak_penalty, reward.missing_lesson_penalty)
+
     def _trains(self, sample: Sample) -> bool:
         truncated = sample.completion.finish_reason == "length"
         left_out = truncated and self._parts.config.mask_truncated_completions
@@ -251,7 +256,7 @@ class Feed:
 
     def _teaches(self, group: Sequence[Sample]) -> bool:
         """Returns True if a group's rewards differ and at least one of its members trains."""
-        priced = price_leaks(group, self._parts.config.reward.answer_leak_penalty)
+        priced = self._price(group)
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
 

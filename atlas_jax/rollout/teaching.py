@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from atlas_jax.rollout.episodes import EpisodeOptions
 
 _LESSON = re.compile(r"<teaching>(.*?)</teaching>", re.DOTALL)
+_TAG = re.compile("</?teaching>")
 _BASELINE, _PROBE, _LESSONS, _GUIDED, _EPISODES = range(5)  # streams of random numbers
 
 
@@ -299,14 +300,24 @@ def extract_lesson(text: str, protocol: TeachingProtocol) -> str:
     """Returns what the student gets to read of the teacher's text; "" if there is no lesson."""
     lesson = _LESSON.search(text)
     if lesson:
-        return lesson[1].strip()
-    return text.strip() if protocol.missing_teaching == "whole" else ""
+        return _worded(lesson[1])
+    return _worded(text) if protocol.missing_teaching == "whole" else ""
 
 
 def has_lesson(text: str) -> bool:
     """Returns True if the teacher's text has a lesson between its tags."""
     lesson = _LESSON.search(text)
-    return bool(lesson and lesson[1].strip())
+    return bool(lesson and _worded(lesson[1]))
+
+
+def is_malformed(text: str) -> bool:
+    """Returns True if the teacher's text has a tag of a lesson, and no lesson."""
+    return bool(_TAG.search(text)) and not has_lesson(text)
+
+
+def _worded(lesson: str) -> str:
+    """Returns a lesson without the space around it; "" if it has no letter and no digit."""
+    return lesson.strip() if any(map(str.isalnum, lesson)) else ""
 
 
 def _converse(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from atlas_jax.rewards.answers import extract_answer
 from atlas_jax.rewards.leaks import states_answer
 from atlas_jax.rewards.verifiable import is_right
-from atlas_jax.rollout.teaching import has_lesson
+from atlas_jax.rollout.teaching import has_lesson, is_malformed
 from atlas_jax.types import Completion, Metrics, Sample
 
 
@@ -41,6 +41,7 @@ def of_teaching(samples: Sequence[Sample]) -> Metrics:
     won = sum(a * (1 - b) for b, a in changed)
     lessons = [s for s in samples if s.completion.token_ids]
     missing = sum(not has_lesson(s.completion.text) for s in lessons)
+    malformed = sum(is_malformed(s.completion.text) for s in lessons)
     baseline = sum(_mean([c.num_sampled for c in s.baselines]) for s, _, _ in pairs)
     guided = sum(_mean([c.num_sampled for c in s.guided_answers]) for s, _, _ in pairs)
     complete = sum(_mean([_completes(c) for c in s.guided_answers]) for s, _, _ in pairs)
@@ -57,6 +58,7 @@ def of_teaching(samples: Sequence[Sample]) -> Metrics:
         "teaching/completion_rate": (complete, count),
         "teaching/response_token_reduction": (baseline - guided, baseline),
         "teaching/missing_frac": (missing, len(lessons)),
+        "teaching/malformed_frac": (malformed, len(lessons)),
         "teaching/answer_leak_frac": (leaks, count),
         "teaching/probe_tokens": (_tokens(s.probe for s in samples), len(samples)),
     }

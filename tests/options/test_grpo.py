@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from atlas_jax import config as config_lib
-from atlas_jax.config import GRPOConfig, RewardConfig, RolloutConfig
+from atlas_jax.config import GRPOConfig, RewardConfig, RolloutConfig, TeachingConfig
 
 BASE = GRPOConfig(
     model_name_or_path="m",
@@ -68,6 +68,20 @@ def test_the_base_of_the_refusals_is_accepted():
         (
             {"rollout": RolloutConfig(num_guided=2, student_temperature=0.0)},
             "num_guided=2 and rollout.num_baseline=1 with.*writes the same answer each time; use 1",
+        ),
+        (
+            {
+                "reward": RewardConfig(missing_lesson_penalty=0.3),
+                "teaching": TeachingConfig(missing_teaching="unscored"),
+            },
+            "missing_lesson_penalty=0.3 with teaching.missing_teaching=unscored.*use none",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(protocol="direct"),
+                "reward": RewardConfig(names=("exact_match",), missing_lesson_penalty=0.3),
+            },
+            "missing_lesson_penalty=0.3 with rollout.protocol=direct, which has no lessons",
         ),
         (
             {"rollout": RolloutConfig(num_guided=2, num_baseline=3)},

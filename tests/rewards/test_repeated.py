@@ -3,7 +3,7 @@
 import pytest
 
 from atlas_jax.rewards.combined import combine
-from atlas_jax.rewards.pricing import price_leaks
+from atlas_jax.rewards.pricing import price_lessons
 from atlas_jax.rewards.repeated import mean_over_answers
 from atlas_jax.rewards.verifiable import exact_match, teaching_gain
 from atlas_jax.rollout import measures
@@ -126,7 +126,7 @@ def test_what_judges_find_in_one_answer_counts_and_their_opinions_are_all_measur
         s._replace(reward=r)
         for s, r in zip((sample, honest), reward([sample, honest]), strict=True)
     ]
-    bad, good = price_leaks(scored, 0.25)
+    bad, good = price_lessons(scored, 0.25)
     assert (bad.reward.value, good.reward.value) == (0.25, 0.5)
     assert bad.reward.details["gaming"] == [aims]
     found = measures.of_judges(scored, ["a"])

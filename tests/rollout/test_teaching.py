@@ -97,6 +97,7 @@ def test_further_fields_and_braces_reach_the_prompt_as_they_are():
         ("no tags ", None),
         ("</teaching>wrong order<teaching>", None),
         ("<teaching> </teaching>", ""),
+        ("<teaching>\n... - ?</teaching>", ""),
         ("", ""),
     ],
 )
@@ -115,6 +116,23 @@ def test_a_lesson_is_what_stands_between_its_tags(text, lesson, missing):
         else:
             assert rollout.guided is rollout.baseline
     assert len(student.requests) == (4 if expected else 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "malformed"),
+    [
+        ("<teaching>add</teaching>", False),
+        ("<teaching>add", True),
+        ("add</teaching>", True),
+        ("<teaching>.</teaching>", True),
+        ("<thinking>add</thinking>", False),  # missing, and not begun
+    ],
+)
+def test_a_lesson_that_was_begun_and_is_none_is_malformed(text, malformed):
+    assert teaching.is_malformed(text) == malformed
+    sample = FOUR[0]._replace(completion=completion(text))
+    found = teaching_measures.of_teaching([sample])
+    assert found["teaching/malformed_frac"] == (malformed, 1)
 
 
 @pytest.mark.parametrize("reward", [verifiable.exact_match(), verifiable.teaching_gain()])
@@ -325,8 +343,8 @@ EXPECTED = {
     "student_accuracy": (2, 4), "baseline_accuracy": (2, 4), "accuracy_delta": (0, 4),
     "improvement_rate": (1, 4), "degradation_rate": (1, 4), "non_degradation_rate": (3, 4),
     "completion_rate": (3, 4), "response_token_reduction": (28 - 22, 28),
-    "token_efficiency": (25.0, 20), "missing_frac": (1, 4), "answer_leak_frac": (1, 4),
-    "probe_tokens": (12, 4),
+    "token_efficiency": (25.0, 20), "missing_frac": (1, 4), "malformed_frac": (0, 4),
+    "answer_leak_frac": (1, 4), "probe_tokens": (12, 4),
 }  # fmt: skip
 
 
@@ -343,7 +361,10 @@ def test_texts_that_did_not_come_about_count_in_no_rate():
     found = teaching_measures.of_teaching(FOUR + more) | teaching_measures.of_efficiency(
         FOUR + more
     )
-    changed = {"token_efficiency": (25.0, 26), "missing_frac": (1, 5), "probe_tokens": (18, 6)}
+    changed = {
+        "token_efficiency": (25.0, 26), "missing_frac": (1, 5), "malformed_frac": (0, 5),
+        "probe_tokens": (18, 6),
+    }  # fmt: skip
     assert found == {f"teaching/{name}": value for name, value in (EXPECTED | changed).items()}
 
 
@@ -364,7 +385,8 @@ def test_the_teaching_metrics_of_several_answers_by_hand():
         "non_degradation_rate": (7 / 4, 2),
         "completion_rate": (3 / 4 + 1, 2),  # "no" is an answer too
         "response_token_reduction": (15 + 8 - (5 + 7), 15 + 8),
-        "missing_frac": (1, 2), "answer_leak_frac": (0, 2), "probe_tokens": (6, 2),
+        "missing_frac": (1, 2), "malformed_frac": (0, 2), "answer_leak_frac": (0, 2),
+        "probe_tokens": (6, 2),
     }  # fmt: skip
 
 
