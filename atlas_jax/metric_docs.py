@@ -113,7 +113,9 @@ METRICS: dict[str, Metric] = {
         "student's answer: 1 minus tokens with a lesson over tokens without one."),
     "teaching/token_efficiency": Metric("reward per 100 tokens", "Reward for the length of the "
         "teacher's text."),
-    "teaching/missing_frac": Metric(_SHARE, "Texts of the teacher without `<teaching>`."),
+    "teaching/missing_frac": Metric(_SHARE, "Texts of the teacher without a lesson."),
+    "teaching/malformed_frac": Metric(_SHARE, "Texts of the teacher with a tag of a lesson and no "
+        "lesson: it is not closed, or it has no letter and no digit."),
     "teaching/answer_leak_frac": Metric(_SHARE, "Lessons that state the answer."),
     "teaching/probe_tokens": Metric(_TOKENS, "Mean length of the approach that the student "
         "writes."),

@@ -296,11 +296,25 @@ class Sample(NamedTuple):
     """The whole conversation of an episode; () without one."""
     facts: Mapping[str, Any] = {}
     """Notes of an episode's function for rewards, such as the outcome of a game."""
+    further_baselines: tuple[Completion, ...] = ()
+    """Answers of the student alone after `baseline`, with `rollout.num_baseline`."""
+    further_guided: tuple[Completion, ...] = ()
+    """Answers of the student with the lesson after `guided`, with `rollout.num_guided`."""
 
     @property
     def answer(self) -> Completion:
         """The answer that counts: the student's with the lesson, else the policy's own."""
         return self.guided or self.completion
+
+    @property
+    def baselines(self) -> tuple[Completion, ...]:
+        """All answers of the student alone; () without a student."""
+        return () if self.baseline is None else (self.baseline, *self.further_baselines)
+
+    @property
+    def guided_answers(self) -> tuple[Completion, ...]:
+        """All answers of the student with the lesson; () without a student."""
+        return () if self.guided is None else (self.guided, *self.further_guided)
 
 
 def by_question(samples: Sequence[Sample]) -> list[list[Sample]]:

@@ -78,14 +78,14 @@ import contextlib
 
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import grpo, scoring
-from atlas_jax.rewards.pricing import price_leaks
+from atlas_jax.rewards.pricing import price_lessons
 from atlas_jax.rollout import measures
 from atlas_jax.types import Completion, Question, Sample
 
 answer = Completion((1,), (2,), (0.0,), (0.0,), "stop", "four", 0)
 samples = [Sample(Question("q", "2+2?", "4", {}), answer, member=i) for i in range(2)]
 reward = scoring.make_reward(GRPOConfig(), contextlib.ExitStack(), (lambda sample: 0.5,))
-samples = price_leaks(scoring.score(reward, samples), 0.5)
+samples = price_lessons(scoring.score(reward, samples), 0.5)
 assert [sample.reward.value for sample in samples] == [0.5, 0.5]
 assert measures.of_rewards(samples, ("function",))["reward/mean"] == (1.0, 2)
 """

@@ -46,7 +46,7 @@ class TeachingConfig(LessonsConfig):
     missing_teaching: Literal["none", "whole", "unscored"] = "none"
     """Meaning of a teacher's text without `<teaching>`: `none` takes it for no lesson, so that the
     student's answer without one counts; `whole` takes all of it for the lesson; `unscored` skips
-    the sample."""
+    the sample. A lesson that is not closed, or has no letter and no digit, is none."""
     max_probe_tokens: PositiveInt = 500
     """Most tokens of the approach that the student writes."""
     max_answer_tokens: NonNegativeInt = 0
@@ -170,6 +170,7 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         self.rollout.check()
         self.reward.check(given_rewards)
         self._check_sampling()
+        self._check_missing_lessons()
         if not self.rollout.has_student:
             self._check_alone(given_rewards)
 
@@ -186,6 +187,20 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
                 f"rollout.max_staleness={self.rollout.max_staleness} trains on completions of "
                 "older weights, which importance_sampling=none leaves uncorrected; use token or "
                 "sequence"
+            )
+
+    def _check_missing_lessons(self) -> None:
+        """Checks that a text without a lesson has the reward that its penalty lowers."""
+        penalty = f"reward.missing_lesson_penalty={self.reward.missing_lesson_penalty}"
+        if self.reward.missing_lesson_penalty and not self.rollout.has_student:
+            raise ValueError(
+                f"{penalty} with rollout.protocol={self.rollout.protocol}, which has no lessons; "
+                "leave it at 0"
+            )
+        if self.reward.missing_lesson_penalty and self.teaching.missing_teaching == "unscored":
+            raise ValueError(
+                f"{penalty} with teaching.missing_teaching=unscored, under which a text without a "
+                "lesson has no reward; use none"
             )
 
     def _check_alone(self, given_rewards: Sequence[Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
+from msgspec import Meta
+
 from atlas_jax import addresses
 from atlas_jax.options.fields import (
     Moved,
@@ -13,6 +15,8 @@ from atlas_jax.options.fields import (
     PositiveInt,
     choices_or_function,
 )
+
+StudentTemperature = Annotated[float, Meta(ge=-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,14 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
     refill_rounds: NonNegativeInt = 0
     """Number of further draws of questions that replace groups whose rewards are all equal or of
     which nothing trains (DAPO's dynamic sampling, arXiv:2503.14476)."""
+    student_temperature: StudentTemperature = -1.0
+    """Temperature of the student's sampling; -1 takes `temperature`. With 0 the student takes the
+    most probable tokens, so that the reward of a lesson depends on the lesson alone."""
+    num_guided: PositiveInt = 1
+    """Number of answers that the student gives with each lesson. The reward of a lesson is the mean
+    over its answers."""
+    num_baseline: PositiveInt = 1
+    """Number of answers that the student gives to each question alone, for the same mean."""
     cache_student: Literal["greedy", "always", "never"] = "greedy"
     """Fate of what the student says to a question without a lesson: `greedy` keeps it where the
     student takes the most probable tokens, as in evaluations, and would write the same again;
@@ -118,6 +130,7 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
         Raises:
             ValueError: names the options, their values and what to write instead.
         """
+        self._check_student()
         if self.backend == "local":
             if self.max_staleness:
                 raise ValueError(
@@ -136,6 +149,32 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
             raise ValueError(
                 f"rollout.max_staleness={self.max_staleness} with rollout.weight_sync=restart, "
                 "which ends what is in flight; use 0, or servers that reload"
+            )
+
+    def _check_student(self) -> None:
+        """Checks how the student answers."""
+        if -1 < self.student_temperature < 0:
+            raise ValueError(
+                f"rollout.student_temperature={self.student_temperature} must be 0 or more, or -1 "
+                "for that of the teacher"
+            )
+        for name, default in (("student_temperature", -1), ("num_guided", 1), ("num_baseline", 1)):
+            if not self.has_student and getattr(self, name) != default:
+                raise ValueError(
+                    f"rollout.{name}={getattr(self, name)} with rollout.protocol={self.protocol}, "
+                    f"which has no student; leave it at {default}"
+                )
+        fewer, more = sorted((self.num_guided, self.num_baseline))
+        if more > 1 and self.student_temperature == 0:
+            raise ValueError(
+                f"rollout.num_guided={self.num_guided} and rollout.num_baseline="
+                f"{self.num_baseline} with rollout.student_temperature=0, which writes the same "
+                "answer each time; use 1 and 1, or a temperature above 0"
+            )
+        if more % fewer:
+            raise ValueError(
+                f"rollout.num_guided={self.num_guided} and rollout.num_baseline="
+                f"{self.num_baseline} cannot be paired evenly; let one be a multiple of the other"
             )
 
     def _check_servers(self) -> None:

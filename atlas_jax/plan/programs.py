@@ -275,7 +275,7 @@ class _Requests(NamedTuple):
 
 
 def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) -> list[_Requests]:
-    """Returns what the student is asked: each question alone and for its approach, each lesson.
+    """Returns what the student is asked: questions alone and for an approach, and each lesson.
 
     A question is taken to be as long as the teacher's prompt may be, a lesson to come on top of it.
     """
@@ -283,7 +283,7 @@ def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) 
         name="alone ",
         decoder=decoder,
         params=params,
-        prompts=2 * questions,
+        prompts=(config.rollout.num_baseline + 1) * questions,
         samples=1,
         prompt_tokens=config.max_prompt_length,
         new_tokens=max(config.answer_tokens, config.teaching.max_probe_tokens),
@@ -291,7 +291,7 @@ def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) 
     longest = decoder.config.max_positions - config.answer_tokens
     guided = alone._replace(
         name="guided ",
-        prompts=questions * config.num_generations,
+        prompts=questions * config.num_generations * config.rollout.num_guided,
         prompt_tokens=min(config.max_prompt_length + config.max_new_tokens, longest),
         new_tokens=config.answer_tokens,
     )

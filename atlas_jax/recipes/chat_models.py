@@ -14,7 +14,8 @@ from atlas_jax.data.questions import check_templates
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.options.rollout import RolloutConfig
 from atlas_jax.rollout.engine import ChatModel, EncodeTurn
-from atlas_jax.rollout.teaching import Limits, TeachingProtocol, Templates
+from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.teaching import Draws, Limits, TeachingProtocol, Templates
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Message, Params
 
@@ -215,8 +216,26 @@ def make_protocol(config: GRPOConfig, num_generations: int) -> TeachingProtocol:
         limits=limits,
         num_generations=num_generations,
         missing_teaching=teaching.missing_teaching,
+        num_guided=config.rollout.num_guided,
+        num_baseline=config.rollout.num_baseline,
         episode=_episode_options(config.rollout),
     )
+
+
+def make_draws(config: GRPOConfig) -> Draws:
+    """Returns how a run's teacher and student draw their tokens."""
+    teacher = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+    )
+    temperature = config.rollout.student_temperature
+    if temperature < 0:
+        return Draws(teacher, config.seed)
+    # The same as in evaluations, which then share what is kept and compiled.
+    student = teacher._replace(temperature=temperature) if temperature else Sampling(0.0)
+    return Draws(teacher, config.seed, student)
 
 
 def _episode_options(rollout: RolloutConfig) -> EpisodeOptions | None:

@@ -18,14 +18,14 @@ from atlas_jax import distributed, loop, losses, metrics, step, stopping
 from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import bucket_length
 from atlas_jax.options.grpo import GRPOConfig
+from atlas_jax.recipes import chat_models
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.rollouts import Asker, Collected, Rollouts, Window
 from atlas_jax.recipes.scoring import reason, retry_outages
-from atlas_jax.rewards.pricing import price_leaks
+from atlas_jax.rewards.pricing import price_lessons
 from atlas_jax.rollout import measures, record, teaching, timing
 from atlas_jax.rollout.engine import Backend, ChatModel
 from atlas_jax.rollout.rows import collate_policy, row_tokens, split_rows
-from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.sharding import Sharding, fetch, put_back, to_global
 from atlas_jax.stopping import StopRequestedError
@@ -105,8 +105,8 @@ class Feed:
         if policy.complete:
             _log_critical_path(version + 1, wait_secs, collected)
         samples = retry_outages(parts.reward, collected.samples, config.reward, pause)
-        # A leak costs reward before the rewards of a group are compared.
-        samples = self._weigh(price_leaks(samples, config.reward.answer_leak_penalty))
+        # A leak and a missing lesson cost reward before the rewards of a group are compared.
+        samples = self._weigh(self._price(samples))
         # The record is written before the samples are counted, so that a run that ends for too
         # many failures leaves them to be looked at.
         facts = record.StepFacts(
@@ -234,6 +234,11 @@ class Feed:
             for sample, advantage in zip(samples, advantages, strict=True)
         ]
 
+    def _price(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Returns scored samples with rewards under which only honest lessons pay."""
+        reward = self._parts.config.reward
+        return price_lessons(samples, reward.answer_leak_penalty, reward.missing_lesson_penalty)
+
     def _trains(self, sample: Sample) -> bool:
         truncated = sample.completion.finish_reason == "length"
         left_out = truncated and self._parts.config.mask_truncated_completions
@@ -242,7 +247,7 @@ class Feed:
 
     def _teaches(self, group: Sequence[Sample]) -> bool:
         """Returns True if a group's rewards differ and at least one of its members trains."""
-        priced = price_leaks(group, self._parts.config.reward.answer_leak_penalty)
+        priced = self._price(group)
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
 
@@ -370,17 +375,11 @@ def measure(
 
 def _asker(parts: Parts) -> Asker:
     config = parts.config
-    sampling = Sampling(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-    )
     return Asker(
         question=lambda place: parts.order.at(place),
         student=parts.backend.student,
         protocol=parts.protocol,
-        draws=teaching.Draws(sampling, config.seed),
+        draws=chat_models.make_draws(config),
         cache=parts.student_cache,
         reward=parts.reward,
         scores_beside=not parts.given_labels and not config.reward.functions,

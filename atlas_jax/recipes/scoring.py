@@ -41,14 +41,14 @@ def make_reward(
     stack.callback(_end_checks)
     rules = config.reward.rules(given_functions)
     weights = config.reward.weights or (1.0,) * len(rules)
-    return combined.combine(
-        {
-            label: (_make(rule, label, config, stack), weight)
-            for rule, label, weight in zip(
-                rules, labels(config, given_functions), weights, strict=True
-            )
-        }
-    )
+    names = labels(config, given_functions)
+    rewards = [_make(rule, name, config, stack) for rule, name in zip(rules, names, strict=True)]
+    if config.rollout.num_guided > 1 or config.rollout.num_baseline > 1:
+        from atlas_jax.rewards import repeated  # only several answers have a mean
+
+        rewards = [repeated.mean_over_answers(reward) for reward in rewards]
+    pairs = zip(rewards, weights, strict=True)
+    return combined.combine(dict(zip(names, pairs, strict=True)))
 
 
 def labels(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> tuple[str, ...]:

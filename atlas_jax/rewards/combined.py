@@ -38,6 +38,11 @@ def combine(rewards: Mapping[str, tuple[RewardFn, float]]) -> RewardFn:
     return score
 
 
+def each_answer(details: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the details of a reward for each of the student's answers; see `repeated`."""
+    return details.get("answers", [details])
+
+
 def failure(completions: Mapping[str, Completion | None]) -> Reward | None:
     """Returns the reward of a sample of which a text is missing or failed; None if all exist.
 

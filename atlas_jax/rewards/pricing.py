@@ -1,61 +1,86 @@
-"""The price of a lesson that gives the answer away, or that aims at the judge.
+"""The price of a lesson that gives the answer away or aims at the judge, and of no lesson.
 
-A reward cannot tell by itself: a student with the answer in hand is right, and a judge may be
-pleased. Such a lesson must never be worth more than the honest lessons of the same question.
+A reward cannot tell by itself: a student with the answer in hand is right, a judge may be pleased,
+and a text that teaches nothing cannot harm. None of them may be worth more than the honest lessons
+of the same question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from atlas_jax.rewards.combined import each_answer
 from atlas_jax.types import Reward, Sample, by_question
 
 NO_HONEST = "no lesson of its group is honest"
 """The reason for which no sample of such a group has a reward."""
 
+NO_LESSON = "the text has no lesson"
 
-def price_leaks(samples: Sequence[Sample], penalty: float) -> list[Sample]:
-    """Returns the samples with rewards under which no leak pays.
+
+def price_lessons(
+    samples: Sequence[Sample], leak_penalty: float, missing_penalty: float = 0.0
+) -> list[Sample]:
+    """Returns the samples with rewards under which neither a leak nor a missing lesson pays.
 
     The reward of a lesson that gives the answer away, or that the judges found to aim at them, is
-    the lower of its own and the lowest honest one of its group, minus the penalty. A group in which
-    no honest lesson has a reward has none at all, so it trains nothing.
+    the lower of its own and the lowest honest one of its group, minus the penalty. It has none if
+    no honest lesson of its group has a reward. A text without a lesson is priced in the same way
+    with its own penalty, and by that alone where no lesson is honest; without a penalty it counts
+    as an honest lesson.
 
     Args:
         samples: scored samples, the members of each question together.
-        penalty: subtracted from the lowest honest reward; not negative.
+        leak_penalty: subtracted from the lowest honest reward; not negative.
+        missing_penalty: the same for a text without a lesson.
     """
-    return [sample for group in by_question(samples) for sample in _price_group(group, penalty)]
+    return [
+        sample
+        for group in by_question(samples)
+        for sample in _price_group(group, leak_penalty, missing_penalty)
+    ]
 
 
-def _price_group(group: Sequence[Sample], penalty: float) -> list[Sample]:
+def _price_group(
+    group: Sequence[Sample], leak_penalty: float, missing_penalty: float
+) -> list[Sample]:
     reasons = [_gaming(sample) for sample in group]
+    untaught = [
+        bool(missing_penalty) and not sample.teaching and not reason
+        for sample, reason in zip(group, reasons, strict=True)
+    ]
+    marked = list(zip(group, reasons, untaught, strict=True))
     honest = [
         sample.reward.value
-        for sample, reason in zip(group, reasons, strict=True)
-        if sample.reward.value is not None and not reason
+        for sample, reason, is_missing in marked
+        if sample.reward.value is not None and not reason and not is_missing
     ]
     floor = min(honest, default=None)
-    return [
-        sample._replace(reward=_lowered(sample.reward, reason, floor, penalty))
-        if reason
-        else sample
-        for sample, reason in zip(group, reasons, strict=True)
-    ]
+    priced = []
+    for sample, reason, is_missing in marked:
+        reward = sample.reward
+        if reason:
+            reward = _lowered(reward, reason, floor, leak_penalty)
+        elif is_missing and reward.value is not None:
+            own = reward.value if floor is None else floor
+            reward = _lowered(reward, [NO_LESSON], own, missing_penalty)
+        priced.append(sample._replace(reward=reward))
+    return priced
 
 
 def _gaming(sample: Sample) -> list[str]:
     """Returns the faults of a lesson: those that the judges' reward found, and any leak."""
-    judged = sample.reward.details.get("rim", {}).get("gaming", [])
+    answers = each_answer(sample.reward.details.get("rim", {}))
+    judged = list(dict.fromkeys(fault for d in answers for fault in d.get("gaming", [])))
     if not sample.teaching:
-        return list(judged)
+        return judged
     from atlas_jax.rewards import leaks  # only a lesson can give the answer away
 
     if leaks.LEAK in judged:
-        return list(judged)
+        return judged
     question = sample.question
     states = leaks.states_answer(sample.teaching, question.ground_truth, question.text)
-    return [leaks.LEAK] * states + list(judged)
+    return [leaks.LEAK] * states + judged
 
 
 def _lowered(reward: Reward, reasons: list[str], floor: float | None, penalty: float) -> Reward:

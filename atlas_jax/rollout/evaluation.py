@@ -46,6 +46,8 @@ def ask(
         cache: what this student has said alone, for other teachers and other steps.
     """
     draws = teaching.Draws(sampling, 0)
+    # One answer each: a table of right and wrong answers counts questions.
+    protocol = protocol._replace(num_guided=1, num_baseline=1)
     places = range(len(questions))
     return teaching.run(questions, places, policy, student, protocol, draws, cache)
 

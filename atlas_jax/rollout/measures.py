@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from atlas_jax.rewards.combined import each_answer
 from atlas_jax.rewards.pricing import NO_HONEST
 from atlas_jax.types import Metrics, Sample, by_question
 
@@ -41,15 +42,21 @@ def of_rewards(samples: Sequence[Sample], names: Sequence[str]) -> Metrics:
 def of_functions(samples: Sequence[Sample]) -> Metrics:
     """Returns the metrics of rewards that are functions of the user."""
     failed = sum(
-        any("error" in part for part in s.reward.details.values() if isinstance(part, dict))
+        any(
+            "error" in answer
+            for part in s.reward.details.values()
+            if isinstance(part, dict)
+            for answer in each_answer(part)
+        )
         for s in samples
     )
     return {"reward/error_frac": (failed, len(samples))}
 
 
 def of_judges(samples: Sequence[Sample], names: Sequence[str]) -> Metrics:
-    """Returns the metrics of the judges' reward, per sample; `names` are the active judges."""
-    heard = [d for s in samples if "judges" in (d := s.reward.details["rim"])]
+    """Returns the metrics of the judges' reward, per answer; `names` are the active judges."""
+    judged = (answer for s in samples for answer in each_answer(s.reward.details["rim"]))
+    heard = [details for details in judged if "judges" in details]
     verdicts = [v for d in heard for v in d["judges"].values()]
     spreads = [v["spread"] for v in verdicts if len(v["samples"]) > 1]
     calls, cached, tokens = (sum(d[k] for d in heard) for k in ("calls", "cached", "tokens"))

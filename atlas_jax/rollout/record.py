@@ -60,6 +60,8 @@ def as_record(step: int, sample: Sample) -> dict[str, Any]:
         "baseline": _completion(sample.baseline),
         "probe": _completion(sample.probe),
         "guided": _completion(sample.guided),
+        "further_baselines": [_completion(c) for c in sample.further_baselines],
+        "further_guided": [_completion(c) for c in sample.further_guided],
         "messages": list(sample.messages),
         "facts": dict(sample.facts),
         "reward": reward.value,

@@ -11,11 +11,11 @@ from atlas_jax.types import Completion
 
 _MOST_TOKENS = 2**20  # kept at one time, of about 100 bytes each
 
-_Key = tuple[tuple[int, ...], int, Sampling]
+_Key = tuple[tuple[int, ...], int, Sampling, int]
 
 
 class StudentCache:
-    """Completions of one student by prompt, limit and sampling, the least used dropped first.
+    """Completions of one student by prompt, limit, sampling and number; the least used go first.
 
     Any thread may use it. Completions that failed are not kept.
     """
@@ -35,9 +35,15 @@ class StudentCache:
         self._found = 0
         self._asked = 0
 
-    def get(self, request: Request, sampling: Sampling) -> Completion | None:
-        """Returns what the student wrote, if it is kept."""
-        key = request.prompt_ids, request.max_tokens, sampling
+    def get(self, request: Request, sampling: Sampling, number: int = 0) -> Completion | None:
+        """Returns what the student wrote, if it is kept.
+
+        Args:
+            request: the prompt and the limit; its seed does not count.
+            sampling: how tokens are drawn.
+            number: that of the text among several of the same request.
+        """
+        key = request.prompt_ids, request.max_tokens, sampling, number
         with self._lock:
             self._asked += 1
             completion = self._kept.get(key)
@@ -46,12 +52,14 @@ class StudentCache:
                 self._kept.move_to_end(key)
         return completion
 
-    def put(self, request: Request, sampling: Sampling, completion: Completion) -> None:
-        """Keeps a completion, if such completions are kept."""
+    def put(
+        self, request: Request, sampling: Sampling, completion: Completion, number: int = 0
+    ) -> None:
+        """Keeps a completion, if such completions are kept; see `get`."""
         wanted = self._keep == "always" or (self._keep == "greedy" and sampling.temperature == 0)
         if not wanted or completion.is_failed:
             return
-        key = request.prompt_ids, request.max_tokens, sampling
+        key = request.prompt_ids, request.max_tokens, sampling, number
         with self._lock:
             if key in self._kept:
                 return

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from atlas_jax.rollout.episodes import EpisodeOptions
 
 _LESSON = re.compile(r"<teaching>(.*?)</teaching>", re.DOTALL)
+_TAG = re.compile("</?teaching>")
 _BASELINE, _PROBE, _LESSONS, _GUIDED, _EPISODES = range(5)  # streams of random numbers
 
 
@@ -64,6 +65,10 @@ class TeachingProtocol(NamedTuple):
     limits: Limits
     num_generations: int
     missing_teaching: str  # none, whole or unscored
+    num_guided: int = 1
+    """Answers of the student with each lesson."""
+    num_baseline: int = 1
+    """Answers of the student alone to each question."""
     episode: EpisodeOptions | None = None
     """The user's own way to ask; None for the built-in ones."""
 
@@ -73,6 +78,8 @@ class Draws(NamedTuple):
 
     sampling: Sampling
     seed: int
+    student_sampling: Sampling | None = None
+    """The sampling of the student; None takes that of the policy."""
 
     def seed_of(self, place: int, stream: int, *more: int) -> int:
         """Returns the seed of one request; `more` are numbers of requests in the stream."""
@@ -141,7 +148,7 @@ def open_lines(
     """Returns the lines to the models, by which the questions of one step ask; see `run`."""
     return Asking(
         policy=Line(policy, draws.sampling, trace),
-        student=Line(student, draws.sampling, trace) if student else None,
+        student=Line(student, draws.student_sampling or draws.sampling, trace) if student else None,
         protocol=protocol,
         draws=draws,
     )
@@ -163,9 +170,15 @@ async def ask(question: Question, place: int, asking: Asking) -> list[Sample]:
         work = [_direct(question, place, g, w, asking) for g, w in enumerate(written)]
         return await asyncio.gather(*work)
     student = asking.student
-    baseline = asyncio.ensure_future(_alone(Phase.BASELINE, question, place, student, asking))
-    # The baseline is among what is awaited, so that its error counts even without a lesson.
-    _, group = await asyncio.gather(baseline, _teach(question, place, baseline, student, asking))
+    # Asked for before the lessons, which they are written beside.
+    baselines = asyncio.gather(
+        *(
+            _alone(Phase.BASELINE, question, place, student, asking, number)
+            for number in range(asking.protocol.num_baseline)
+        )
+    )
+    # They are among what is awaited, so that their errors count even without a lesson.
+    _, group = await asyncio.gather(baselines, _teach(question, place, baselines, student, asking))
     return group
 
 
@@ -179,11 +192,11 @@ async def _direct(
 async def _teach(
     question: Question,
     place: int,
-    baseline: Awaitable[Completion],
+    baselines: Awaitable[list[Completion]],
     student: Line,
     asking: Asking,
 ) -> list[Sample]:
-    """Returns the group of a question: a lesson each, and the student's answer to it."""
+    """Returns the group of a question: a lesson each, and the student's answers to it."""
     probe = await _alone(Phase.PROBE, question, place, student, asking)
     prompt = _fill(asking.protocol.templates.teacher, question, {"approach": probe.text})
 
@@ -197,11 +210,19 @@ async def _teach(
             place=place,
             member=member,
         )
-        guided = await _guided(sample, student, asking) if sample.teaching else None
-        sample = sample._replace(baseline=await baseline)
-        # Last, since without a lesson the answer alone may stand in for the one with it.
-        sample = sample._replace(guided=guided or _untaught(sample, asking.protocol))
-        return await _finished(sample, asking)
+        guided = await _guided(sample, student, asking) if sample.teaching else []
+        alone = await baselines
+        # Last, since without a lesson the answers alone may stand in for those with it.
+        guided = guided or _untaught(sample, alone, asking.protocol)
+        return await _finished(
+            sample._replace(
+                baseline=alone[0],
+                further_baselines=tuple(alone[1:]),
+                guided=guided[0],
+                further_guided=tuple(guided[1:]),
+            ),
+            asking,
+        )
 
     written = _write(prompt, place, asking)
     return await asyncio.gather(*(one(g, future) for g, future in enumerate(written)))
@@ -212,9 +233,12 @@ async def _finished(sample: Sample, asking: Asking) -> Sample:
 
 
 async def _alone(
-    phase: Phase, question: Question, place: int, student: Line, asking: Asking
+    phase: Phase, question: Question, place: int, student: Line, asking: Asking, number: int = 0
 ) -> Completion:
-    """Returns the student's answer without a lesson, or its approach, kept or new."""
+    """Returns the student's answer without a lesson, or its approach, kept or new.
+
+    `number` is that of the answer among several to the same question.
+    """
     templates = asking.protocol.templates
     limits = asking.protocol.limits
     template, limit, stream = {
@@ -222,15 +246,15 @@ async def _alone(
         Phase.PROBE: (templates.diagnostic, limits.probe, _PROBE),
     }[phase]
     prompt = student.model.encode(_fill(template, question, {}))
-    request = Request(prompt, limit, asking.draws.seed_of(place, stream))
-    kept = asking.cache.get(request, student.sampling) if asking.cache else None
+    request = Request(prompt, limit, asking.draws.seed_of(place, stream, *_further(number)))
+    kept = asking.cache.get(request, student.sampling, number) if asking.cache else None
     if kept is not None:
         return kept
     asked = PhaseRequest(phase=phase, place=place, member=ALL, request=request)
     (written,) = student.ask(asked, student.model.context)
     completion = await written
     if asking.cache:
-        asking.cache.put(request, student.sampling, completion)
+        asking.cache.put(request, student.sampling, completion, number)
     return completion
 
 
@@ -247,37 +271,53 @@ def _write(prompt: str, place: int, asking: Asking) -> list[asyncio.Future[Compl
     return asking.policy.ask(asked, limits.prompt + limits.policy)
 
 
-async def _guided(sample: Sample, student: Line, asking: Asking) -> Completion:
-    """Returns the student's answer to a lesson."""
+def _further(number: int) -> tuple[int, ...]:
+    """Returns what the seed of an answer is made of besides: nothing for the first one."""
+    return (number,) if number else ()
+
+
+async def _guided(sample: Sample, student: Line, asking: Asking) -> list[Completion]:
+    """Returns the student's answers to a lesson."""
     protocol = asking.protocol
     template = protocol.templates.with_teaching
     prompt = _fill(template, sample.question, {"teaching": sample.teaching})
     # Each lesson is answered with random numbers of its own, or its luck would be its group's.
-    number = sample.place * protocol.num_generations + sample.member
-    request = Request(
-        prompt_ids=student.model.encode(prompt),
-        max_tokens=protocol.limits.answer,
-        seed=asking.draws.seed_of(number, _GUIDED),
-    )
-    asked = PhaseRequest(
-        phase=Phase.GUIDED, place=sample.place, member=sample.member, request=request
-    )
-    (written,) = student.ask(asked, student.model.context)
-    return await written
+    lesson = sample.place * protocol.num_generations + sample.member
+    prompt_ids = student.model.encode(prompt)
+    written: list[asyncio.Future[Completion]] = []
+    # A request each: a batch of a model of this process has as many samples of every request.
+    for number in range(protocol.num_guided):
+        seed = asking.draws.seed_of(lesson, _GUIDED, *_further(number))
+        request = Request(prompt_ids, protocol.limits.answer, seed)
+        asked = PhaseRequest(
+            phase=Phase.GUIDED, place=sample.place, member=sample.member, request=request
+        )
+        written += student.ask(asked, student.model.context)
+    return await asyncio.gather(*written)
 
 
 def extract_lesson(text: str, protocol: TeachingProtocol) -> str:
     """Returns what the student gets to read of the teacher's text; "" if there is no lesson."""
     lesson = _LESSON.search(text)
     if lesson:
-        return lesson[1].strip()
-    return text.strip() if protocol.missing_teaching == "whole" else ""
+        return _worded(lesson[1])
+    return _worded(text) if protocol.missing_teaching == "whole" else ""
 
 
 def has_lesson(text: str) -> bool:
     """Returns True if the teacher's text has a lesson between its tags."""
     lesson = _LESSON.search(text)
-    return bool(lesson and lesson[1].strip())
+    return bool(lesson and _worded(lesson[1]))
+
+
+def is_malformed(text: str) -> bool:
+    """Returns True if the teacher's text has a tag of a lesson, and no lesson."""
+    return bool(_TAG.search(text)) and not has_lesson(text)
+
+
+def _worded(lesson: str) -> str:
+    """Returns a lesson without the space around it; "" if it has no letter and no digit."""
+    return lesson.strip() if any(map(str.isalnum, lesson)) else ""
 
 
 def _converse(
@@ -317,14 +357,16 @@ def _converse(
     ]
 
 
-def _untaught(sample: Sample, protocol: TeachingProtocol) -> Completion | None:
-    """Returns the answer where there is no lesson: the one alone, or one that no reward scores."""
+def _untaught(
+    sample: Sample, alone: list[Completion], protocol: TeachingProtocol
+) -> list[Completion]:
+    """Returns the answers where there is no lesson: those alone, or one that no reward scores."""
     # A lesson that failed must not count as one without effect, as the baseline would.
     if sample.completion.is_failed:
-        return Completion.failed(sample.completion.finish_reason)
+        return [Completion.failed(sample.completion.finish_reason)]
     if protocol.missing_teaching == "unscored":
-        return Completion.failed("skipped: no lesson")
-    return sample.baseline
+        return [Completion.failed("skipped: no lesson")]
+    return alone
 
 
 def _fill(template: str, question: Question, more: Mapping[str, str]) -> str:

@@ -50,7 +50,7 @@ METRICS = {
         "teaching/accuracy_delta", "teaching/improvement_rate", "teaching/degradation_rate",
         "teaching/non_degradation_rate", "teaching/completion_rate", "teaching/missing_frac",
         "teaching/response_token_reduction", "teaching/token_efficiency", "teaching/probe_tokens",
-        "teaching/answer_leak_frac",
+        "teaching/answer_leak_frac", "teaching/malformed_frac",
     ),
     "direct": (),
 }  # fmt: skip

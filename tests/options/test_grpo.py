@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from atlas_jax import config as config_lib
-from atlas_jax.config import GRPOConfig, RewardConfig, RolloutConfig
+from atlas_jax.config import GRPOConfig, RewardConfig, RolloutConfig, TeachingConfig
 
 BASE = GRPOConfig(
     model_name_or_path="m",
@@ -53,6 +53,46 @@ def test_the_base_of_the_refusals_is_accepted():
         (
             {"rollout": dataclasses.replace(AHEAD, weight_sync="restart")},
             "restart, which ends what is in flight",
+        ),
+        (
+            {"rollout": RolloutConfig(student_temperature=-0.5)},
+            r"student_temperature=-0.5 must be 0 or more, or -1",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(protocol="direct", student_temperature=0.0),
+                "reward": RewardConfig(names=("exact_match",)),
+            },
+            "student_temperature=0.0 with rollout.protocol=direct, which has no student",
+        ),
+        (
+            {"rollout": RolloutConfig(num_guided=2, student_temperature=0.0)},
+            "num_guided=2 and rollout.num_baseline=1 with.*writes the same answer each time; use 1",
+        ),
+        (
+            {
+                "reward": RewardConfig(missing_lesson_penalty=0.3),
+                "teaching": TeachingConfig(missing_teaching="unscored"),
+            },
+            "missing_lesson_penalty=0.3 with teaching.missing_teaching=unscored.*use none",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(protocol="direct"),
+                "reward": RewardConfig(names=("exact_match",), missing_lesson_penalty=0.3),
+            },
+            "missing_lesson_penalty=0.3 with rollout.protocol=direct, which has no lessons",
+        ),
+        (
+            {"rollout": RolloutConfig(num_guided=2, num_baseline=3)},
+            "num_guided=2 and rollout.num_baseline=3 cannot be paired evenly; let one be",
+        ),
+        (
+            {
+                "rollout": RolloutConfig(protocol="direct", num_baseline=2),
+                "reward": RewardConfig(names=("exact_match",)),
+            },
+            "num_baseline=2 with rollout.protocol=direct, which has no student; leave it at 1",
         ),
     ],
 )

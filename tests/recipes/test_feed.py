@@ -286,6 +286,33 @@ def test_a_step_whose_teacher_writes_no_lesson_trains_nothing_and_ends_nothing(t
     assert tuple(map(float, loss_weight(given.batch, 2))) == (0.0, 0.0)
 
 
+def test_with_a_greedy_student_neither_a_leak_nor_no_lesson_is_the_best_text(tmp_path):
+    """The honest lesson harms, the leak makes the answer right, the others change nothing."""
+    texts = ("<teaching>wrong</teaching>", "<teaching>It is {}.</teaching>",
+             "<teaching>...</teaching>", "no tags")  # fmt: skip
+
+    def tutor(prompt, member):
+        return texts[member].format(prompt.split("q")[1][0])
+
+    def pupil(prompt, member):
+        return "99" if "wrong" in prompt else prompt[-1]
+
+    reward = RewardConfig(answer_leak_penalty=1.0, missing_lesson_penalty=0.3)
+    rollout_options = RolloutConfig(student_temperature=0.0)
+    config = dataclasses.replace(CONFIG, num_generations=4, student_model="s", reward=reward,
+        rollout=rollout_options)  # fmt: skip
+    feed = make_feed(tmp_path, tutor, config=config, how=protocol(size=4))
+    backend = LocalBackend(feed._parts.backend.publish, Script(pupil).model)
+    layout = feed._parts.layout._replace(per_row=4)
+    feed = Feed(feed._parts._replace(backend=backend, layout=layout), None)
+    given = feed.next(state_of(0), pytest.fail)
+    rewards = [s["reward"] for s in recorded(tmp_path, 1)]
+    assert rewards == pytest.approx([-1.0, -2.0, -1.3, -1.3] * 2)
+    assert given.metrics["teaching/malformed_frac"] == (2, 8)
+    assert given.metrics["teaching/missing_frac"] == (4, 8)
+    assert given.metrics["teaching/answer_leak_frac"] == (2, 8)
+
+
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_a_group_of_which_nothing_trains_is_replaced_like_an_equal_one(tmp_path, rounds):
     """All of q0's texts are cut, though their rewards differ."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atlas_jax.rewards.pricing import NO_HONEST, price_leaks
+from atlas_jax.rewards.pricing import NO_HONEST, NO_LESSON, price_lessons
 from atlas_jax.rewards.verifiable import teaching_gain
 from atlas_jax.types import Reward
 from tests.rewards.test_verifiable import RIGHT, WRONG_TEXT, rollout
@@ -10,17 +10,45 @@ from tests.rewards.test_verifiable import RIGHT, WRONG_TEXT, rollout
 LEAK, HONEST = "It is 7.", "Count on from 3."
 
 
-def priced(samples, rewards, penalty):
+def priced(samples, rewards, *penalties):
     """Returns the rewards of one question's samples as they are priced."""
     scored = [s._replace(reward=r) for s, r in zip(samples, rewards, strict=True)]
-    return [sample.reward for sample in price_leaks(scored, penalty)]
+    return [sample.reward for sample in price_lessons(scored, *penalties)]
 
 
-def scores(group, penalty=0.5):
+def scores(group, penalty=0.5, missing=0.0):
     """Returns what members are worth, each given as its lesson and its own score."""
     samples = [rollout(teaching=lesson) for lesson, _ in group]
     results = [Reward(score, {"judge": {"value": score}}) for _, score in group]
-    return [result.value for result in priced(samples, results, penalty)]
+    return [result.value for result in priced(samples, results, penalty, missing)]
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ([("", 0.0), (HONEST, 1.0)], [-0.3, 1.0]),  # its own is the lower
+        ([("", 0.0), (HONEST, 1.0), (HONEST, -1.0)], [-1.3, 1.0, -1.0]),
+        ([("", 0.0), ("", 0.0)], [-0.3, -0.3]),
+        ([("", None), (HONEST, 1.0)], [None, 1.0]),
+        ([("", 0.0), (LEAK, 1.0), (HONEST, 0.5)], [-0.3, 0.0, 0.5]),
+        ([("", 0.0), (LEAK, 1.0)], [-0.3, None]),  # trains nothing: there is nothing to prefer
+    ],
+)
+def test_a_missing_lesson_is_worth_less_than_every_honest_one(group, expected):
+    assert scores(group, missing=0.3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("baseline", [RIGHT, WRONG_TEXT])
+@pytest.mark.parametrize("guided", [RIGHT, WRONG_TEXT])
+def test_no_outcome_makes_not_to_teach_the_better_choice(baseline, guided):
+    """A lesson that harms costs 1, which a text without one would be spared."""
+    honest = rollout(baseline, guided, teaching=HONEST)
+    untaught = rollout(baseline, baseline, (100, 100), teaching="")
+    samples = [untaught, honest]
+    missing, taught = priced(samples, teaching_gain()(samples), 0.5, 0.3)
+    assert missing.value <= taught.value - 0.3
+    assert missing.details["gaming"] == [NO_LESSON]
+    assert missing.details["own_value"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from atlas_jax.rewards.combined import combine
-from atlas_jax.rewards.pricing import price_leaks
+from atlas_jax.rewards.pricing import price_lessons
 from atlas_jax.rewards.verifiable import exact_match, teaching_gain
 from atlas_jax.types import Completion, Question, Reward, Sample
 
@@ -65,7 +65,7 @@ def test_a_leaked_answer_is_priced_in_its_group_in_every_outcome():
     honest = rollout(RIGHT, RIGHT, (100, 90))
     rewards = [*results, *teaching_gain()([honest])]
     scored = [s._replace(reward=r) for s, r in zip([*samples, honest], rewards, strict=True)]
-    results = [sample.reward for sample in price_leaks(scored, 0.5)]
+    results = [sample.reward for sample in price_lessons(scored, 0.5)]
     assert [result.value for result in results] == pytest.approx([-0.4, -0.4, -1.5, -0.5, 0.1])
     assert [bool(result.details.get("gaming")) for result in results] == [True] * 4 + [False]
 

@@ -13,6 +13,7 @@ from atlas_jax.recipes import chat_models
 from atlas_jax.rewards import combined, verifiable
 from atlas_jax.rollout import measures, teaching, teaching_measures
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.rollout.teaching import Draws
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import open_frozen
@@ -96,6 +97,7 @@ def test_further_fields_and_braces_reach_the_prompt_as_they_are():
         ("no tags ", None),
         ("</teaching>wrong order<teaching>", None),
         ("<teaching> </teaching>", ""),
+        ("<teaching>\n... - ?</teaching>", ""),
         ("", ""),
     ],
 )
@@ -114,6 +116,23 @@ def test_a_lesson_is_what_stands_between_its_tags(text, lesson, missing):
         else:
             assert rollout.guided is rollout.baseline
     assert len(student.requests) == (4 if expected else 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "malformed"),
+    [
+        ("<teaching>add</teaching>", False),
+        ("<teaching>add", True),
+        ("add</teaching>", True),
+        ("<teaching>.</teaching>", True),
+        ("<thinking>add</thinking>", False),  # missing, and not begun
+    ],
+)
+def test_a_lesson_that_was_begun_and_is_none_is_malformed(text, malformed):
+    assert teaching.is_malformed(text) == malformed
+    sample = FOUR[0]._replace(completion=completion(text))
+    found = teaching_measures.of_teaching([sample])
+    assert found["teaching/malformed_frac"] == (malformed, 1)
 
 
 @pytest.mark.parametrize("reward", [verifiable.exact_match(), verifiable.teaching_gain()])
@@ -158,6 +177,59 @@ def test_a_prompt_of_just_the_limit_is_sent():
     assert len(policy.requests[0].prompt_ids) == 23
 
 
+def numbered():
+    """Returns a student whose answers all differ, in the order in which they were asked for."""
+    count = itertools.count()
+    return Script(lambda prompt, member: f"{prompt[:5]} {next(count)}")
+
+
+def test_the_student_gives_several_answers_with_each_lesson_and_alone():
+    how = protocol()._replace(num_guided=4, num_baseline=2)
+    (group, other), student, _ = taught(questions(2), student=numbered(), how=how)
+    for sample in group:
+        assert len(sample.guided_answers) == 4
+        assert sample.baselines == group[0].baselines
+        assert len(sample.baselines) == 2
+        assert sample.answer is sample.guided
+    written = [c.text for s in (*group, *other) for c in s.guided_answers]
+    assert len(set(written)) == 2 * 3 * 4
+    assert not set(group[0].baselines) & set(other[0].baselines)
+    assert len(student.requests) == 2 * (2 + 1 + 3 * 4)
+    assert len(set(seeds(student))) == len(student.requests)
+    assert {r.num_samples for r in student.requests} == {1}
+
+
+def test_the_first_of_several_answers_has_the_random_numbers_of_the_only_one():
+    _, single, _ = taught(questions(2))
+    several = protocol()._replace(num_guided=3, num_baseline=3)
+    _, student, _ = taught(questions(2), how=several)
+    assert set(seeds(single)) < set(seeds(student))
+
+
+def test_without_a_lesson_the_answers_alone_stand_in_for_those_with_it():
+    how = protocol("none")._replace(num_guided=3, num_baseline=2)
+    (group,), student, _ = taught(
+        questions(1), student=numbered(), policy=Script(lambda *_: "no tags"), how=how
+    )
+    assert len(student.requests) == 3
+    assert all(s.guided is s.baseline and s.guided_answers == s.baselines for s in group)
+
+
+def test_several_answers_are_kept_apart_for_a_later_step():
+    how = protocol()._replace(num_baseline=2)
+    student, cache = numbered(), StudentCache("always")
+    groups = [
+        teaching.run(
+            questions(1), [place], Script(tutor).model, student.model, how, DRAWS, cache
+        )
+        for place in (0, 5)
+    ]  # fmt: skip
+    first, second = (group[0].baselines for group in groups)
+    assert first == second
+    assert first[0].text != first[1].text
+    assert cache.counts() == (3, 6)
+
+
 def seeds(*scripts):
     return [r.seed for script in scripts for r in script.requests]
 
@@ -174,6 +246,38 @@ def test_seeds_follow_from_the_place_alone():
     assert not set(seeds(moved)) & set(seeds(alone))
     assert Draws(Sampling(), 8).seed_of(5, 0) != DRAWS.seed_of(5, 0)
     assert all(0 <= seed < 2**32 for seed in together.values())
+
+
+@pytest.mark.parametrize(
+    ("temperature", "student"),
+    [
+        (-1.0, Sampling(0.7, 0.9, 5)),
+        (0.4, Sampling(0.4, 0.9, 5)),
+        (0.0, Sampling(0.0)),  # as in evaluations
+    ],
+)
+def test_the_student_has_a_temperature_of_its_own(temperature, student):
+    config = GRPOConfig(
+        temperature=0.7, top_p=0.9, top_k=5, seed=3,
+        rollout=RolloutConfig(student_temperature=temperature),
+    )  # fmt: skip
+    asked = {}
+
+    def model(name, say):
+        script = Script(say).model
+
+        def generate(requests, sampling):
+            asked[name] = asked.get(name, set()) | {sampling}
+            return script.generate(requests, sampling)
+
+        return script._replace(generate=generate)
+
+    draws = chat_models.make_draws(config)
+    assert draws.seed == 3
+    teaching.run(
+        questions(1), [0], model("teacher", tutor), model("student", pupil), protocol(), draws
+    )
+    assert asked == {"teacher": {Sampling(0.7, 0.9, 5)}, "student": {student}}
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +343,8 @@ EXPECTED = {
     "student_accuracy": (2, 4), "baseline_accuracy": (2, 4), "accuracy_delta": (0, 4),
     "improvement_rate": (1, 4), "degradation_rate": (1, 4), "non_degradation_rate": (3, 4),
     "completion_rate": (3, 4), "response_token_reduction": (28 - 22, 28),
-    "token_efficiency": (25.0, 20), "missing_frac": (1, 4), "answer_leak_frac": (1, 4),
-    "probe_tokens": (12, 4),
+    "token_efficiency": (25.0, 20), "missing_frac": (1, 4), "malformed_frac": (0, 4),
+    "answer_leak_frac": (1, 4), "probe_tokens": (12, 4),
 }  # fmt: skip
 
 
@@ -257,8 +361,33 @@ def test_texts_that_did_not_come_about_count_in_no_rate():
     found = teaching_measures.of_teaching(FOUR + more) | teaching_measures.of_efficiency(
         FOUR + more
     )
-    changed = {"token_efficiency": (25.0, 26), "missing_frac": (1, 5), "probe_tokens": (18, 6)}
+    changed = {
+        "token_efficiency": (25.0, 26), "missing_frac": (1, 5), "malformed_frac": (0, 5),
+        "probe_tokens": (18, 6),
+    }  # fmt: skip
     assert found == {f"teaching/{name}": value for name, value in (EXPECTED | changed).items()}
+
+
+def test_the_teaching_metrics_of_several_answers_by_hand():
+    sample = FOUR[0]._replace(
+        further_baselines=(completion("it is 4", 20),),
+        further_guided=(completion("it is 4", 8), completion("5", 4), completion("4", 4, "length")),
+    )
+    # Alone wrong, right: 1/2. With the lesson right, right, wrong, wrong (cut without a mark): 1/2.
+    found = teaching_measures.of_teaching([sample, FOUR[1]._replace(
+        further_baselines=(completion("no", 8),), further_guided=(completion("no", 6),),
+        guided=FOUR[1].baseline,
+    )])  # fmt: skip
+    assert {name.removeprefix("teaching/"): value for name, value in found.items()} == {
+        "student_accuracy": (1 / 2 + 1 / 2, 2), "baseline_accuracy": (1 / 2 + 1 / 2, 2),
+        "accuracy_delta": (0, 2),
+        "improvement_rate": (1 / 4, 2), "degradation_rate": (1 / 4, 2),
+        "non_degradation_rate": (7 / 4, 2),
+        "completion_rate": (3 / 4 + 1, 2),  # "no" is an answer too
+        "response_token_reduction": (15 + 8 - (5 + 7), 15 + 8),
+        "missing_frac": (1, 2), "malformed_frac": (0, 2), "answer_leak_frac": (0, 2),
+        "probe_tokens": (6, 2),
+    }  # fmt: skip
 
 
 def scored(groups):
