@@ -80,7 +80,7 @@ class Feed:
 
     def __init__(self, parts: Parts, reference: Params | None) -> None:
         self._parts = parts
-        self._batches = Batches(
+        self._batches = PolicyBatches(
             parts.config, parts.layout, parts.logprobs_fn, parts.sharding, reference
         )
         self._position = 0
@@ -256,7 +256,7 @@ class Feed:
         return len(values) > 1 and any(map(self._trains, priced))
 
 
-class Batches:
+class PolicyBatches:
     """The batches of samples, and the reference that they are compared with."""
 
     def __init__(

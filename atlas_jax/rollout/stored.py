@@ -8,7 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 from atlas_jax.rollout.record import StepFacts
-from atlas_jax.types import Completion, Question, Reward, Sample, VersionSpan
+from atlas_jax.types import Completion, Question, Reward, Sample
 
 _FILE = re.compile(r"step_(?P<step>\d+)_process_(?P<process>\d+)\.jsonl")
 
@@ -116,7 +116,7 @@ def _completion(values: dict[str, Any] | None) -> Completion | None:
         return None
     names = [name for name in Completion._fields if name in values]
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v := values[n], list) else v for n in names}
-    spans = tuple(VersionSpan(*span) for span in fields.pop("version_spans", ()))
+    spans = tuple((version, count) for version, count in fields.pop("version_spans", ()))
     completion = Completion(**fields, version_spans=spans)
     for name in ("untruncated_logprobs", "token_versions", "sampled"):
         count = len(getattr(completion, name))
