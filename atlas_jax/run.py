@@ -193,14 +193,8 @@ class Training:
         """Returns the weights that the run began with, see `origins.reference`."""
         from atlas_jax.startup import origins  # SFT has no reference
 
-        run = self.run
-        return origins.reference(
-            frozen,
-            run.checkpoints,
-            run.checkpoints.latest(),
-            self.start.started.origin,
-            self.start.state.params,
-        )
+        start = self.start
+        return origins.reference(frozen, self.run.checkpoints, start.started.origin, start.state)
 
     def committed(self) -> metrics.MetricWriter:
         """Writes what describes the run, and returns the writer of its metrics.

@@ -11,7 +11,7 @@ Dimension legend, used in every shape annotation and einsum of the package:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
@@ -157,22 +157,7 @@ class PolicyBatch(NamedTuple):
     rollout_logprobs: Array  # [B, T] float32, as the engine reported
     old_logprobs: Array | None = None  # [B, T] float32; None: those of the update itself
     ref_logprobs: Array | None = None  # [B, T] float32; None: no reference
-    version_lags: Array | None = (
-        None  # [B, T] int32, updates since the weights that wrote the token
-    )
-
-
-class VersionSpan(NamedTuple):
-    """Neighbouring tokens of a completion that the same weights wrote."""
-
-    version: int  # the step of these weights
-    num_tokens: int
-
-
-def version_spans(versions: Iterable[int]) -> tuple[VersionSpan, ...]:
-    """Returns the version of each token as spans."""
-    groups = itertools.groupby(versions)
-    return tuple(VersionSpan(version, sum(1 for _ in group)) for version, group in groups)
+    version_lags: Array | None = None  # [B, T] int32, updates since the writer; None: no lag
 
 
 class Completion(NamedTuple):
@@ -192,16 +177,15 @@ class Completion(NamedTuple):
     sampled: tuple[bool, ...] = ()
     """True for each token that the model sampled; () if it sampled all of them. The others have
     log-probability 0 and are never trained."""
-    version_spans: tuple[VersionSpan, ...] = ()
-    """The weights that wrote each token, from the first to the last; () if those of
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """The step whose weights wrote each token, as pairs of a step and a number of tokens; () if
     `weights_version` wrote all of them. Tokens that were not sampled belong to the turn after."""
 
     @property
     def token_versions(self) -> tuple[int, ...]:
         """The step whose weights wrote each token."""
-        if not self.version_spans:
-            return (self.weights_version,) * self.num_tokens
-        return tuple(v for v, count in self.version_spans for _ in range(count))
+        spans = self.version_spans or ((self.weights_version, self.num_tokens),)
+        return tuple(version for version, count in spans for _ in range(count))
 
     @property
     def num_tokens(self) -> int:

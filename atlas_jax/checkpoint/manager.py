@@ -76,10 +76,6 @@ class Checkpoints:
         """Returns the newest complete step, or None if no checkpoint is complete."""
         return self._manager.latest_step()
 
-    def steps(self) -> list[int]:
-        """Returns all complete steps, in order."""
-        return sorted(self._manager.all_steps())
-
     def save(
         self,
         state: TrainState,

@@ -76,7 +76,7 @@ class Feed:
 
     def __init__(self, parts: Parts, reference: Params | None) -> None:
         self._parts = parts
-        self._batches = Batches(
+        self._batches = PolicyBatches(
             parts.config, parts.layout, parts.logprobs_fn, parts.sharding, reference
         )
         self._position = 0
@@ -259,7 +259,7 @@ class Feed:
         return metrics.sum_over_processes(values)
 
 
-class Batches:
+class PolicyBatches:
     """The batches of samples, and the reference that they are compared with."""
 
     def __init__(

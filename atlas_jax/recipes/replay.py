@@ -8,6 +8,7 @@ training step of `grpo.run`, over the stored samples of the steps between.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -28,7 +29,7 @@ from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.options.train import MeshConfig
 from atlas_jax.recipes import grpo
-from atlas_jax.recipes.feed import Batches, measure, question_shares
+from atlas_jax.recipes.feed import PolicyBatches, measure, question_shares
 from atlas_jax.recipes.layout import Layout, make_layout
 from atlas_jax.rollout import stored
 from atlas_jax.rollout.record import StepFacts
@@ -49,7 +50,7 @@ class LogLine(NamedTuple):
     """Empty for a step that the log has no line of."""
 
 
-class Found(NamedTuple):
+class StoredRun(NamedTuple):
     """A stored step, and what there is to compute it from."""
 
     output_dir: pathlib.Path
@@ -61,7 +62,7 @@ class Found(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What a step computes once more."""
+    """The metrics of a step that was computed once more, beside the logged ones."""
 
     step: int
     values: dict[str, float]
@@ -86,7 +87,7 @@ class Replayed(NamedTuple):
         return abs(again - logged) <= max(self.tolerance * abs(logged), least)
 
 
-def find(path: str, config: GRPOConfig | None = None) -> Found:
+def find(path: str, config: GRPOConfig | None = None) -> StoredRun:
     """Returns the step that `OUTPUT_DIR/rollouts/step_NUMBER` names.
 
     Args:
@@ -123,10 +124,10 @@ def find(path: str, config: GRPOConfig | None = None) -> Found:
             f"{_possible(recorded, {0, *checkpoints})}"
         )
     stored.read(place.parent, step)  # what is wrong with it is said before anything is loaded
-    return Found(output_dir=output_dir, step=step, config=config, line=line, begins=begins)
+    return StoredRun(output_dir=output_dir, step=step, config=config, line=line, begins=begins)
 
 
-def run(found: Found, devices: Sequence[jax.Device] | None = None) -> Replayed:
+def run(found: StoredRun, devices: Sequence[jax.Device] | None = None) -> Replayed:
     """Computes the step.
 
     Args:
@@ -149,7 +150,7 @@ def run(found: Found, devices: Sequence[jax.Device] | None = None) -> Replayed:
     num_steps = _num_steps(facts.num_steps, config)
     optimizer = compute.optimizer(decoder, num_steps * config.num_iterations)
     state, reference = _begin(found, compute, decoder, optimizer)
-    batches = Batches(config, layout, logprobs_fn, compute.sharding, reference)
+    batches = PolicyBatches(config, layout, logprobs_fn, compute.sharding, reference)
     del reference
     train = compute.train_step(loss, decoder, optimizer, config.num_iterations)
     own: Metrics = {}
@@ -223,12 +224,9 @@ def _line(path: pathlib.Path, step: int) -> LogLine:
 
 
 def _checkpoints(output_dir: pathlib.Path) -> list[int]:
-    if not (output_dir / "checkpoints").is_dir():
-        return []
-    checkpoints = Checkpoints(str(output_dir), create=False)
-    found = checkpoints.steps()
-    checkpoints.close()
-    return found
+    """Returns the steps with a checkpoint; one that is being written has no number yet."""
+    names = (path.name for path in (output_dir / "checkpoints").glob("*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _possible(recorded: Sequence[int], beginnings: Iterable[int]) -> str:
@@ -271,7 +269,7 @@ def _num_steps(recorded: int, config: GRPOConfig) -> int:
 
 
 def _compute(
-    found: Found, num_samples: int, devices: Sequence[jax.Device]
+    found: StoredRun, num_samples: int, devices: Sequence[jax.Device]
 ) -> tuple[Compute, Decoder]:
     """Returns how the step is computed on the devices that are here, on most of them.
 
@@ -284,14 +282,14 @@ def _compute(
     architecture = from_hf(json.loads(path.read_text()))
     several = jax.process_count() > 1  # each of which must have a part
     problem: ValueError | None = None
-    for count in [len(devices)] if several else range(len(devices), 0, -1):
-        for config in _fitting(found.config, num_samples):
-            try:
-                compute = Compute.of(config, devices[:count])
-                if compute.plan.global_rows == num_samples:
-                    return compute, compute.decoder(architecture)
-            except ValueError as error:
-                problem = problem or error
+    counts = [len(devices)] if several else range(len(devices), 0, -1)
+    for count, config in itertools.product(counts, _fitting(found.config, num_samples)):
+        try:
+            compute = Compute.of(config, devices[:count])
+            if compute.plan.global_rows == num_samples:
+                return compute, compute.decoder(architecture)
+        except ValueError as error:
+            problem = problem or error
     raise problem or ValueError(f"{num_samples} samples do not divide over {len(devices)} devices")
 
 
@@ -302,7 +300,7 @@ def _fitting(config: GRPOConfig, num_samples: int) -> list[GRPOConfig]:
 
 
 def _begin(
-    found: Found, compute: Compute, decoder: Decoder, optimizer: training_step.Optimizer
+    found: StoredRun, compute: Compute, decoder: Decoder, optimizer: training_step.Optimizer
 ) -> tuple[training_step.TrainState, Params | None]:
     """Returns the state that the replay begins with, and the reference there.
 
@@ -313,7 +311,7 @@ def _begin(
     before = directory.started(config.output_dir)
     origin = before.origin if before else Origin(config.model_name_or_path)
     checkpoints = Checkpoints(config.output_dir, create=False)
-    steps = checkpoints.steps()
+    steps = _checkpoints(found.output_dir)
     restored = found.begins if found.begins in steps else None
     where = f"checkpoint {restored}" if restored is not None else str(origin)
     logging.info("computes %d steps from %s on", found.line.last - found.begins, where)
@@ -322,7 +320,7 @@ def _begin(
         if not config.beta:
             return state, None
         frozen = grpo.reference_decoder(config, decoder)
-        return state, origins.reference(frozen, checkpoints, restored, origin, state.params)
+        return state, origins.reference(frozen, checkpoints, origin, state)
     except (OSError, ValueError) as error:
         left = "no checkpoint before it is left, and " if restored is None else ""
         recorded = stored.steps(found.output_dir / "rollouts")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+import itertools
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from atlas_jax import stopping
@@ -19,6 +20,11 @@ class Request(NamedTuple):
     seed: int
     """Root of the random numbers, below 2**32; sample g of the request uses stream g."""
     num_samples: int = 1
+
+
+def version_spans(versions: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Returns the version of each token as pairs of a version and its number of tokens."""
+    return tuple((version, sum(1 for _ in group)) for version, group in itertools.groupby(versions))
 
 
 Generate = Callable[[Sequence[Request], Sampling], list[list[Completion]]]

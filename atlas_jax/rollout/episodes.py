@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 
 from atlas_jax import progress, sockets, stopping
 from atlas_jax.event_loop import EventLoopThread
-from atlas_jax.rollout.engine import ChatModel, Request
+from atlas_jax.rollout.engine import ChatModel, Request, version_spans
 from atlas_jax.rollout.sampling import Sampling
-from atlas_jax.types import Completion, Message, Question, version_spans
+from atlas_jax.types import Completion, Message, Question
 
 _LOOK_SECS = 0.5  # between two looks for a request to stop
 _GRACE_SECS = 5.0  # that the event loop has to notice a timeout

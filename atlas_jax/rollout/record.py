@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from atlas_jax.files import write_whole
-from atlas_jax.types import Completion, Reward, Sample, by_question, version_spans
+from atlas_jax.rollout.engine import version_spans
+from atlas_jax.types import Completion, Reward, Sample, by_question
 
 
 class StepFacts(NamedTuple):
-    """What each line of a step says of the whole step, which its replay needs."""
+    """Facts of a whole step, which each of its lines has, and which its replay needs."""
 
     num_samples: int
     """Samples of the step, over all processes."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from atlas_jax.rollout.record import StepFacts
-from atlas_jax.types import Completion, Question, Reward, Sample, VersionSpan
+from atlas_jax.types import Completion, Question, Reward, Sample
 
 _FILE = re.compile(r"step_(?P<step>\d+)_process_(?P<process>\d+)\.jsonl")
 
@@ -96,6 +97,8 @@ def _sample(values: dict[str, Any], place: int) -> Sample:
         baseline=_completion(values["baseline"]),
         probe=_completion(values["probe"]),
         guided=_completion(values["guided"]),
+        further_baselines=_completions(values.get("further_baselines", ())),
+        further_guided=_completions(values.get("further_guided", ())),
         place=place,
         member=values["member"],
         reward=Reward(values["reward"], values["reward_details"], is_skipped=values["skipped"]),
@@ -104,6 +107,10 @@ def _sample(values: dict[str, Any], place: int) -> Sample:
         messages=tuple(values["messages"]),
         facts=values["facts"],
     )
+
+
+def _completions(values: Sequence[dict[str, Any]]) -> tuple[Completion, ...]:
+    return tuple(found for each in values if (found := _completion(each)))
 
 
 def _completion(values: dict[str, Any] | None) -> Completion | None:
@@ -116,7 +123,7 @@ def _completion(values: dict[str, Any] | None) -> Completion | None:
         return None
     names = [name for name in Completion._fields if name in values]
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v := values[n], list) else v for n in names}
-    spans = tuple(VersionSpan(*span) for span in fields.pop("version_spans", ()))
+    spans = tuple((version, count) for version, count in fields.pop("version_spans", ()))
     completion = Completion(**fields, version_spans=spans)
     for name in ("untruncated_logprobs", "token_versions", "sampled"):
         count = len(getattr(completion, name))

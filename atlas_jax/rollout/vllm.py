@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.llm_client import RefusedError, UnavailableError
-from atlas_jax.rollout.engine import Request
+from atlas_jax.rollout.engine import Request, version_spans
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import Server, ServerPool
-from atlas_jax.types import Completion, version_spans
+from atlas_jax.types import Completion
 
 _ROUNDING = 1e-3  # by which a log-probability may be above 0
 _LOWEST = -9000.0  # vLLM says -9999 for minus infinity

@@ -81,23 +81,22 @@ def load(origin: Origin, decoder: Decoder, cast: bool = False) -> Params:
 def reference(
     frozen: Decoder,
     checkpoints: manager.Checkpoints,
-    restored: int | None,
     origin: Origin,
-    params: Params,
+    state: step.TrainState,
 ) -> Params:
     """Returns the weights that the run began with, or what has become of them by syncing.
 
     Args:
         frozen: dtype and places of the result.
         checkpoints: of this run.
-        restored: the checkpoint that training continues from; None begins.
         origin: weights that the run began with.
-        params: where training continues or begins.
+        state: where training continues, if there is a checkpoint of its step, or begins.
 
     Raises:
         ValueError: if they are not in the checkpoint and gone from where the run began.
     """
-    if restored is None:
+    number = int(state.step)
+    if not (checkpoints.directory / str(number)).is_dir():
         places = frozen.placements()
 
         def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
@@ -105,10 +104,10 @@ def reference(
             return jax.device_put(jnp.copy(fetch(x).astype(frozen.param_dtype)), place)
 
         make = jax.jit(lambda p: jax.tree.map(copy, p, places), out_shardings=places)
-        return make(params)
-    if checkpoints.has_reference(restored):
+        return make(state.params)
+    if checkpoints.has_reference(number):
         return checkpoints.restore_params(
-            restored, step.abstract(frozen.shapes, frozen.placements()), "reference"
+            number, step.abstract(frozen.shapes, frozen.placements()), "reference"
         )
     return load(origin, frozen, cast=True)
 

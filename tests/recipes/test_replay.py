@@ -29,7 +29,8 @@ TEACHING = {
 DIRECT = {"rollout.protocol": "direct", "rollout.direct_template": "{question} answer"}
 CASES = {
     "grpo": {**TEACHING, "loss_type": "grpo", "num_iterations": 2, "beta": 0.04,
-             "sync_ref_model": True, "ref_model_sync_steps": 1},
+             "sync_ref_model": True, "ref_model_sync_steps": 1, "rollout.num_guided": 2,
+             "rollout.num_baseline": 3},
     "bnpo": {**DIRECT, "loss_type": "bnpo", "beta": 0.04, "logging_steps": 2,
              "save_steps": 0},
     "dr_grpo": {"rollout.protocol": "tests.recipes.test_replay:two_turns",

@@ -24,7 +24,7 @@ from atlas_jax.rollout.local import LocalEngine, goes_on
 from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.stopping import StopRequestedError
-from atlas_jax.types import Completion, Message, PolicyBatch, Question, Sample, VersionSpan
+from atlas_jax.types import Completion, Message, PolicyBatch, Question, Sample
 from tests import tiny
 from tests.policy_reference import OPTIONS
 from tests.rollout.scripts import STOP, Script, protocol, questions
@@ -65,7 +65,7 @@ def test_an_episode_is_the_sampled_ids_with_what_tools_said_between_them():
         text="bc",
         weights_version=4,
         sampled=(True,) * 3 + (False,) * len(between) + (True,) * 3,
-        version_spans=(VersionSpan(4, 3 + len(between) + 3),),
+        version_spans=((4, 3 + len(between) + 3),),
     )
     assert [(m["role"], m["content"]) for m in sample.messages] == [
         ("user", "q0"), ("assistant", "a?"), ("user", "tool"), ("user", "more"),

@@ -15,7 +15,7 @@ from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.servers import PoolOptions, ServerPool
 from atlas_jax.rollout.vllm import VllmEngine
-from atlas_jax.types import Question, Sample, VersionSpan
+from atlas_jax.types import Question, Sample
 from tests import words
 from tests.rollout import test_episodes
 from tests.rollout.scripts import Script
@@ -62,7 +62,7 @@ def samples():
 
 def test_each_token_has_the_version_of_the_weights_that_wrote_it(samples):
     first, second = (sample.completion for sample in samples)
-    assert first.version_spans == (VersionSpan(3, 2), VersionSpan(4, 1))
+    assert first.version_spans == ((3, 2), (4, 1))
     assert first.token_versions == (3, 3, 4)
     assert (first.weights_version, second.weights_version) == (3, 4)
     assert second.token_versions == (4, 4)
@@ -133,7 +133,7 @@ def test_turns_of_an_episode_keep_the_versions_that_wrote_them():
     [sample] = test_episodes.talk(ask, script)
     completion = sample.completion
     read_only = completion.num_tokens - completion.num_sampled
-    assert completion.version_spans == (VersionSpan(3, 2), VersionSpan(4, read_only + 3))
+    assert completion.version_spans == ((3, 2), (4, read_only + 3))
     assert completion.weights_version == 3
     assert measures.of_generation([sample], STEP)["rollout/version_lag"] == (2, 5)
 
