@@ -58,7 +58,7 @@ class Parts(NamedTuple):
     sharding: Sharding
     writer: metrics.MetricWriter
     student_cache: StudentCache
-    """What the student has said alone, in steps and in evaluations."""
+    """Texts of the student without a lesson, for steps and evaluations."""
     given_labels: tuple[str, ...] = ()
     """Short names of the rewards, where a caller from Python has given some."""
 
@@ -255,7 +255,7 @@ class Feed:
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
 
-    def _measure(self, samples: Sequence[Sample], version: int, usage: timing.Usage) -> Metrics:
+    def _measure(self, samples: Sequence[Sample], version: int, usage: timing.Workload) -> Metrics:
         """Returns the metrics of a step over all processes.
 
         Raises:
