@@ -58,7 +58,7 @@ class Parts(NamedTuple):
     sharding: Sharding
     writer: metrics.MetricWriter
     student_cache: StudentCache
-    """What the student has said alone, in steps and in evaluations."""
+    """Texts of the student without a lesson, for steps and evaluations."""
     given_labels: tuple[str, ...] = ()
     """Short names of the rewards, where a caller from Python has given some."""
     num_steps: int = 0
@@ -251,7 +251,7 @@ class Feed:
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
 
-    def _usage(self, usage: timing.Usage) -> Metrics:
+    def _usage(self, usage: timing.Workload) -> Metrics:
         """Returns how the step was generated, over all processes."""
         values = timing.of_usage(usage, distributed.is_main())
         if self._parts.backend.student:

@@ -1,8 +1,10 @@
 """The batches that come of rollouts: which groups train, what stops a run, where it continues."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
+import threading
 import time
 
 import jax
@@ -485,3 +487,96 @@ def test_what_fails_ahead_is_raised_where_it_is_needed(tmp_path):
         feed.next(state_of(2), time.sleep)
     assert feed.get_state()["position"] == 4
     feed.close()
+
+
+class Servers(Script):
+    """A script that takes samples one by one, and waits at `gate` where a prompt says so."""
+
+    def __init__(self, say, slow="", version=0):
+        super().__init__(say, version=version)
+        self.slow = slow
+        self.gate = threading.Event()
+        self.sent = []
+
+    @property
+    def model(self):
+        """The script as a model of servers."""
+        return super().model._replace(complete=self._one)
+
+    async def _one(self, request, sample, sampling):
+        prompt = "".join(map(chr, request.prompt_ids))
+        self.sent.append(prompt)
+        while self.slow and self.slow in prompt and not self.gate.is_set():
+            await asyncio.sleep(0.01)
+        return self._complete(request, sample)
+
+
+def served(tmp_path, servers, depth, reward=None):
+    """Returns a feed whose policy is on servers that all steps share."""
+    feed = make_feed(tmp_path, useful, reward, ahead(CONFIG, depth))
+    backend = LocalBackend(lambda params, version: servers.model, None)
+    return Feed(feed._parts._replace(backend=backend), None)
+
+
+def eventually(holds):
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_questions_that_move_alone_make_the_same_steps(tmp_path, depth):
+    expected = make_feed(tmp_path / "batches", useful)
+    servers = Servers(useful)
+    feed = served(tmp_path / "servers", servers, depth)
+    for step in range(4):
+        known, given = (f.next(state_of(step), time.sleep) for f in (expected, feed))
+        found = [recorded(tmp_path / name, step + 1) for name in ("batches", "servers")]
+        for sample in (*found[0], *found[1]):
+            sample["completion"].pop("weights_version")
+        assert found[0] == found[1]
+        assert feed.get_state() == expected.get_state()
+        np.testing.assert_array_equal(known.batch.tokens, given.batch.tokens)
+        np.testing.assert_array_equal(known.batch.advantages, given.batch.advantages)
+        # The questions of this step and of `depth` more have been asked, and no others.
+        eventually(lambda step=step: len(servers.sent) == 4 * (step + 1 + depth))
+    feed.close()
+    feed.join()
+
+
+def test_a_slow_question_holds_up_neither_other_rewards_nor_later_steps(tmp_path):
+    scored = []
+
+    def reward(samples):
+        scored.append([sample.question.id for sample in samples])
+        return [Reward(0.5, {}) for _ in samples]
+
+    servers = Servers(useful, slow="q1")
+    feed = served(tmp_path, servers, 1, reward)
+    made = []
+    take = threading.Thread(target=lambda: made.append(feed.next(state_of(0), time.sleep)))
+    take.start()
+    eventually(lambda: len(scored) == 3)
+    assert sorted(scored) == [["id0"] * 2, ["id2"] * 2, ["id3"] * 2]
+    assert not made
+    servers.gate.set()
+    take.join(30)
+    assert [s["question_id"] for s in recorded(tmp_path, 1)] == ["id0", "id0", "id1", "id1"]
+    metrics_ = made[0].metrics
+    assert metrics_["perf/teacher_seats"][0] > 0
+    assert metrics_["perf/policy_secs"][1] == 2
+    feed.close()
+    feed.join()
+
+
+def test_closing_gives_up_questions_in_flight(tmp_path):
+    servers = Servers(useful, slow="q2")
+    feed = served(tmp_path, servers, 1)
+    feed.next(state_of(0), time.sleep)
+    eventually(lambda: len(servers.sent) == 8)
+    start = time.monotonic()
+    feed.close()
+    feed.join()
+    assert time.monotonic() - start < 4
+    assert "rollouts" not in {thread.name for thread in threading.enumerate()}
