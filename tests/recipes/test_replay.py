@@ -38,7 +38,7 @@ CASES = {
     "dapo": {**DIRECT, "loss_type": "dapo", "importance_sampling": "none", "epsilon_high": 0.28},
     "gspo": {**DIRECT, "loss_type": "gspo", "num_iterations": 2,
              "importance_sampling": "sequence"},
-    "cispo": {**DIRECT, "loss_type": "cispo", "top_p": 0.9, "max_new_tokens": 8,
+    "cispo": {**DIRECT, "loss_type": "cispo", "beta": 0.04, "top_p": 0.9, "max_new_tokens": 8,
               "max_seq_length": 48, "mask_truncated_completions": True},
 }  # fmt: skip
 
