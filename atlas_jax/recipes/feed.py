@@ -312,6 +312,8 @@ def _asker(parts: Parts) -> Asker:
         top_k=config.top_k,
         min_p=config.min_p,
     )
+    of_users = parts.given_labels or config.reward.functions
+    judges = config.reward.rim
     return Asker(
         question=lambda place: parts.order.at(place),
         student=parts.backend.student,
@@ -319,7 +321,9 @@ def _asker(parts: Parts) -> Asker:
         draws=teaching.Draws(sampling, config.seed),
         cache=parts.student_cache,
         reward=parts.reward,
-        scores_beside=not parts.given_labels and not config.reward.functions,
+        scores_beside=not of_users,
+        # Without a cache, equal calls of a group are shared where they are made together.
+        scores_alone=not of_users and "rim" in config.reward.parts and bool(judges.cache_dir),
     )
 
 
