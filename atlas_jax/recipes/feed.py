@@ -375,6 +375,8 @@ def measure(
 
 def _asker(parts: Parts) -> Asker:
     config = parts.config
+    of_users = parts.given_labels or config.reward.functions
+    judges = config.reward.rim
     return Asker(
         question=lambda place: parts.order.at(place),
         student=parts.backend.student,
@@ -382,7 +384,9 @@ def _asker(parts: Parts) -> Asker:
         draws=chat_models.make_draws(config),
         cache=parts.student_cache,
         reward=parts.reward,
-        scores_beside=not parts.given_labels and not config.reward.functions,
+        scores_beside=not of_users,
+        # Without a cache, equal calls of a group are shared where they are made together.
+        scores_alone=not of_users and "rim" in config.reward.parts and bool(judges.cache_dir),
     )
 
 

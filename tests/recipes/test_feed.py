@@ -19,7 +19,10 @@ from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.local_backend import LocalBackend
+from atlas_jax.recipes.rollouts import Asker, Rollouts
+from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.student_cache import StudentCache
+from atlas_jax.rollout.teaching import Draws
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
@@ -580,3 +583,45 @@ def test_closing_gives_up_questions_in_flight(tmp_path):
     feed.join()
     assert time.monotonic() - start < 4
     assert "rollouts" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_samples_are_scored_by_themselves_where_the_reward_allows_it(alone):
+    """Two of three samples are written, of equal text; the third one waits."""
+    scored = []
+
+    def reward(samples):
+        scored.append([sample.member for sample in samples])
+        return [Reward(float(sample.member), {}) for sample in samples]
+
+    servers = Servers(lambda prompt, member: "ab"[member // 2])
+    one = servers._one
+
+    async def complete(request, sample, sampling):
+        while sample == 2 and not servers.gate.is_set():
+            await asyncio.sleep(0.01)
+        return await one(request, sample, sampling)
+
+    asker = Asker(
+        question=lambda place: questions(1)[0],
+        student=None,
+        protocol=protocol(size=3),
+        draws=Draws(Sampling(), 0),
+        cache=StudentCache("never"),
+        reward=reward,
+        scores_beside=True,
+        scores_alone=alone,
+    )
+    rollouts = Rollouts(asker)
+    step = rollouts.begin(servers.model._replace(complete=complete), [0])
+    if alone:
+        eventually(lambda: len(scored) == 2)
+    assert sorted(scored) == [[0], [1]][: 2 * alone]
+    assert not step.done()
+    servers.gate.set()
+    collected = step.result(30)
+    assert sorted(scored) == ([[0], [1], [2]] if alone else [[0, 1, 2]])
+    assert [sample.reward.value for sample in collected.samples] == [0.0, 1.0, 2.0]
+    assert sum(span.phase == "reward" for span in collected.trace.spans) == len(scored)
+    rollouts.close()
+    rollouts.join(5.0)
