@@ -26,6 +26,7 @@ from atlas_jax import distributed, stopping
 from atlas_jax.models import cache as kv
 from atlas_jax.models import vocab
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.rollout.admission import Admission, Piece, RowState, filled
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling, draw
 from atlas_jax.sharding import Sharding, from_global, place_rows
@@ -89,40 +90,6 @@ class _Chunk(NamedTuple):
     untruncated: jax.Array
 
 
-@dataclasses.dataclass
-class _RowState:
-    """The completion of one row so far."""
-
-    limit: int = 0
-    stream: int = 0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    untruncated: list[float] = dataclasses.field(default_factory=list)
-    done: bool = False
-
-    def extend(self, chunk: Sequence[np.ndarray], stop_ids: tuple[int, ...]) -> None:
-        """Appends tokens until one stops the row."""
-        for token, logprob, untruncated in zip(*chunk, strict=True):
-            if self.done:
-                return
-            self.tokens.append(int(token))
-            self.logprobs.append(float(logprob))
-            self.untruncated.append(float(untruncated))
-            self.done = int(token) in stop_ids or len(self.tokens) >= self.limit
-
-
-class _Piece(NamedTuple):
-    """Rows of one prompt of the grid: those of a request, or a part of them."""
-
-    request: Request
-    rows: list[_RowState]
-
-    @property
-    def unfinished(self) -> list[int]:
-        """Numbers of the rows that go on."""
-        return [i for i, row in enumerate(self.rows) if not row.done]
-
-
 @dataclasses.dataclass(frozen=True)
 class LocalEngine:
     """An engine that generates with a decoder in this process.
@@ -164,7 +131,7 @@ class LocalEngine:
         samples = distributed.max_over_processes(max((r.num_samples for r in requests), default=1))
         if not distributed.max_over_processes(len(requests)):
             return []
-        groups = [_Piece(r, [_RowState(r.max_tokens, i) for i in range(samples)]) for r in requests]
+        groups = [Piece(r, [RowState(r.max_tokens, i) for i in range(samples)]) for r in requests]
         size = self._prompts_at_once(samples)
         order = list(range(len(requests)))
         if distributed.max_over_processes(len(requests)) > size:
@@ -197,7 +164,7 @@ class LocalEngine:
             )
 
     def _decode(
-        self, params: Params, pieces: list[_Piece], waiting: list[_Piece], sampling: Sampling
+        self, params: Params, pieces: list[Piece], waiting: list[Piece], sampling: Sampling
     ) -> None:
         """Completes the rows of a grid, which may have none of this process, and those waiting."""
         sharding = self.decoder.sharding
@@ -206,7 +173,7 @@ class LocalEngine:
         every = pieces + waiting
         longest = distributed.max_over_processes(max(r.limit for p in every for r in p.rows))
         room = Room(cached_room(_prompt_length(every)), first_room(longest))
-        admission = _Admission(waiting, len(pieces), sharding)
+        admission = Admission(waiting, len(pieces), sharding)
         inputs = _prompts(pieces, sharding), _rows(pieces, sharding)
         grid, chunk = start(*static, room, params, weights, *inputs)
         _extend(pieces, chunk, 1, self.stop_ids)
@@ -228,7 +195,7 @@ class LocalEngine:
             grid, chunk = decode(*static, weights, grid, np.int32(admission.until(pieces)))
             _extend(pieces, chunk, int(grid.time) - time, self.stop_ids)
 
-    def _completion(self, request: Request, row: _RowState, version: int) -> Completion:
+    def _completion(self, request: Request, row: RowState, version: int) -> Completion:
         if not np.isfinite(row.untruncated).all():
             raise ValueError(
                 f"log-probabilities of {self.tokenizer.name_or_path} with the weights of step "
@@ -248,72 +215,6 @@ class LocalEngine:
             text=text,
             weights_version=version,
         )
-
-
-class _Admission:
-    """Prompts that wait for places of the grid; the calls of all processes agree.
-
-    A prefill stops all rows, and its time falls little below a number of prompts, so it waits for a
-    quarter of the grid, or of this process's part of it.
-    """
-
-    def __init__(self, waiting: list[_Piece], size: int, sharding: Sharding) -> None:
-        """Keeps the prompts in order.
-
-        Args:
-            waiting: prompts of this process.
-            size: the number of this process's prompts in the grid.
-            sharding: the placement of the grid.
-        """
-        self._waiting = waiting
-        self._parts = sharding.local_replicas
-        self._sharding = sharding
-        self._share = size // self._parts
-        self._batch = max(self._share // 4, 1)
-        self.open = bool(distributed.max_over_processes(len(waiting)))
-
-    def due(self, pieces: list[_Piece]) -> bool:
-        """Returns whether prompts are to be admitted, because a process has enough places."""
-        if not self.open:
-            return False
-        free = sum(min(len(x), self._batch) for x in self._free(pieces))
-        wanted = min(len(self._waiting), -(-self._batch * self._parts // 2))
-        return distributed.any_process(0 < wanted <= free)
-
-    def taken(self, pieces: list[_Piece]) -> tuple[np.ndarray, list[_Piece]]:
-        """Returns the places of a batch of prompts on their devices, and the prompts.
-
-        They replace finished ones in `pieces`. Entries of the batch without a prompt have a place
-        outside the device's part.
-        """
-        width = len(pieces[0].rows)
-        places = np.full(self._parts * self._batch, self._share, np.int32)
-        new: list[_Piece] = []
-        for part, free in enumerate(self._free(pieces)):
-            chosen = self._waiting[: min(len(free), self._batch)]
-            del self._waiting[: len(chosen)]
-            for i, (place, piece) in enumerate(zip(free, chosen, strict=False), len(new)):
-                places[i] = place
-                pieces[part * self._share + place] = piece
-            new += _filled(chosen, self._batch, width)
-        self.open = bool(distributed.max_over_processes(len(self._waiting)))
-        return places, new
-
-    def until(self, pieces: list[_Piece]) -> int:
-        """Returns the number of unfinished prompts, of all devices, at which decoding pauses."""
-        if not self.open:
-            return 0
-        alive = sum(bool(piece.unfinished) for piece in pieces)
-        alive = int(distributed.gather(np.asarray(alive)).sum())
-        prompts = len(pieces) // self._parts * self._sharding.num_replicas
-        # At least one prompt must end: places may be free where none waits.
-        return max(min(prompts - self._batch * self._sharding.num_replicas, alive - 1), 0)
-
-    def _free(self, pieces: list[_Piece]) -> list[list[int]]:
-        """Returns the numbers of the finished prompts in each device's part."""
-        parts = range(0, len(pieces), self._share)
-        finished = [not piece.unfinished for piece in pieces]
-        return [[i for i in range(self._share) if finished[first + i]] for first in parts]
 
 
 def goes_on(unfinished: bool) -> bool:
@@ -549,7 +450,7 @@ def _key(number: jax.Array, seed: jax.Array, stream: jax.Array) -> jax.Array:
     return jax.random.key_data(jax.random.fold_in(root, number))
 
 
-def _pieces(groups: list[_Piece], samples: int, sharding: Sharding) -> list[_Piece]:
+def _pieces(groups: list[Piece], samples: int, sharding: Sharding) -> list[Piece]:
     """Returns the grid's prompts in this process, as many on each device, with equally many rows.
 
     Where there are fewer requests than devices, the rows of each are spread over several.
@@ -559,26 +460,15 @@ def _pieces(groups: list[_Piece], samples: int, sharding: Sharding) -> list[_Pie
     spread = min(_power_of_two(parts // count + 1) // 2 or 1, _power_of_two(samples))
     width = -(-samples // spread)
     pieces = [
-        _Piece(request, rows[first : first + width])
+        Piece(request, rows[first : first + width])
         for request, rows in groups
         for first in range(0, samples, width)
     ]
     height = bucket(-(-count * -(-samples // width) // parts))
-    return _filled(pieces, parts * height, width)
+    return filled(pieces, parts * height, width)
 
 
-def _filled(pieces: list[_Piece], count: int, width: int) -> list[_Piece]:
-    """Returns the pieces with `width` rows each, and as many more as make `count`.
-
-    The rows that are added have finished.
-    """
-    nothing = Request((0,), 0, 0)
-    pieces = pieces + [_Piece(nothing, [])] * (count - len(pieces))
-    idle = _RowState(done=True)
-    return [_Piece(p.request, p.rows + [idle] * (width - len(p.rows))) for p in pieces]
-
-
-def _prompts(pieces: list[_Piece], sharding: Sharding) -> GridPrompts:
+def _prompts(pieces: list[Piece], sharding: Sharding) -> GridPrompts:
     """Returns the prompts on the devices, padded to one length."""
     tokens = np.zeros((len(pieces), _prompt_length(pieces)), np.int32)
     for i, piece in enumerate(pieces):
@@ -586,18 +476,18 @@ def _prompts(pieces: list[_Piece], sharding: Sharding) -> GridPrompts:
     return GridPrompts(place_rows(tokens, sharding), _lengths(pieces, sharding))
 
 
-def _prompt_length(pieces: list[_Piece]) -> int:
+def _prompt_length(pieces: list[Piece]) -> int:
     """Returns the length to which the prompts are padded."""
     longest = max(len(p.request.prompt_ids) for p in pieces)
     return prompt_room(distributed.max_over_processes(longest))
 
 
-def _lengths(pieces: list[_Piece], sharding: Sharding) -> jax.Array:
+def _lengths(pieces: list[Piece], sharding: Sharding) -> jax.Array:
     """Returns the lengths of the prompts on the devices."""
     return place_rows(np.asarray([len(p.request.prompt_ids) for p in pieces], np.int32), sharding)
 
 
-def _rows(pieces: list[_Piece], sharding: Sharding) -> GridRows:
+def _rows(pieces: list[Piece], sharding: Sharding) -> GridRows:
     """Returns the rows on the devices."""
     limits = np.asarray([[r.limit for r in p.rows] for p in pieces], np.int32)
     seeds = np.asarray([[p.request.seed] * len(p.rows) for p in pieces], np.uint32)
@@ -606,8 +496,8 @@ def _rows(pieces: list[_Piece], sharding: Sharding) -> GridRows:
 
 
 def _fitted(
-    grid: _Grid, pieces: list[_Piece], longest: int, sharding: Sharding, waited_for: bool
-) -> tuple[_Grid, list[_Piece]]:
+    grid: _Grid, pieces: list[Piece], longest: int, sharding: Sharding, waited_for: bool
+) -> tuple[_Grid, list[Piece]]:
     """Makes room in the cache for the next chunk, and drops finished rows where that pays.
 
     Rows that prompts wait for are not dropped.
@@ -624,7 +514,7 @@ def _fitted(
     return grid, pieces
 
 
-def _extend(pieces: list[_Piece], chunk: _Chunk, count: int, stop_ids: tuple[int, ...]) -> None:
+def _extend(pieces: list[Piece], chunk: _Chunk, count: int, stop_ids: tuple[int, ...]) -> None:
     """Appends the first `count` tokens of a chunk to the rows of this process.
 
     A row that has finished decodes on to the end of the chunk, which is ignored.
@@ -634,7 +524,7 @@ def _extend(pieces: list[_Piece], chunk: _Chunk, count: int, stop_ids: tuple[int
             row.extend([x[:count] for x in columns], stop_ids)
 
 
-def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Grid, list[_Piece]]:
+def _shrunk(grid: _Grid, pieces: list[Piece], sharding: Sharding) -> tuple[_Grid, list[Piece]]:
     """Drops finished rows if the others fit into a quarter of the grid; they stay on their device.
 
     The rows of a prompt that do not fit beside each other get several copies of it.
@@ -658,13 +548,13 @@ def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Gri
     # Column 0 selects a prompt of the device's part, the others select rows of that prompt. Idle
     # cells select prompt 0 and row 0: they are computed, and ignored because their state is done.
     selection = np.zeros((parts * height, 1 + width), np.int32)
-    remaining: list[_Piece] = []
+    remaining: list[Piece] = []
     for part, chosen in enumerate(packed):
         for j, (i, numbers) in enumerate(chosen, part * height):
             selection[j, 0] = i - part * share
             selection[j, 1 : 1 + len(numbers)] = numbers
-        here = [_Piece(pieces[i].request, [pieces[i].rows[k] for k in n]) for i, n in chosen]
-        remaining += _filled(here, height, width)
+        here = [Piece(pieces[i].request, [pieces[i].rows[k] for k in n]) for i, n in chosen]
+        remaining += filled(here, height, width)
     lengths = _lengths(remaining, sharding)
     tokens = [[row.tokens[-1] if row.tokens else 0 for row in p.rows] for p in remaining]
     written = [max((len(r.tokens) for r in p.rows if not r.done), default=1) for p in remaining]
@@ -681,7 +571,7 @@ def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Gri
     return grid, remaining
 
 
-def _packed(pieces: list[_Piece], part: range, width: int) -> list[tuple[int, list[int]]]:
+def _packed(pieces: list[Piece], part: range, width: int) -> list[tuple[int, list[int]]]:
     """Returns the unfinished rows of a device as prompts of at most `width` rows.
 
     Each is the number of the prompt, and the numbers of its rows.

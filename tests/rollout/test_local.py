@@ -21,6 +21,7 @@ from atlas_jax.models import cache as kv
 from atlas_jax.models.config import from_hf
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.rollout import local
+from atlas_jax.rollout.admission import Piece, RowState
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.rows import collate_policy
@@ -349,6 +350,7 @@ from atlas_jax import distributed, stopping
 from atlas_jax.config import HostsConfig
 from atlas_jax.hosts import joined
 from atlas_jax.types import Address
+from atlas_jax.rollout.admission import Piece, RowState
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
@@ -397,7 +399,7 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
     sharding = engine.decoder.sharding
     requests = [Request(p, 97, i, 4) for i, p in enumerate(prompts((5,) * 8))]
     static = engine.decoder, (), sampling
-    groups = [local._Piece(r, [local._RowState(97, i) for i in range(4)]) for r in requests]
+    groups = [Piece(r, [RowState(97, i) for i in range(4)]) for r in requests]
     pieces = local._pieces(groups, 4, sharding)
     inputs = local._prompts(pieces, sharding), local._rows(pieces, sharding)
     weights = kv.weights(engine.decoder, params)
@@ -427,7 +429,7 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
 def test_rows_spread_over_devices_are_those_of_one_device(engine_of, mesh):
     requests = [Request(p, 150, i, 6) for i, p in enumerate(prompts(LENGTHS[:2]))]
     engine, params = engine_of("qwen3", mesh)
-    groups = [local._Piece(r, [local._RowState(150, i) for i in range(6)]) for r in requests]
+    groups = [Piece(r, [RowState(150, i) for i in range(6)]) for r in requests]
     pieces = local._pieces(groups, 6, engine.decoder.sharding)
     parts, width = (8, 2) if mesh == "eight" else (4, 3)  # of 2 groups of 6, no device without
     assert [len(piece.rows) for piece in pieces] == [width] * parts
@@ -439,7 +441,7 @@ def test_a_grown_cache_holds_what_the_old_one_held_and_replaces_it(engine_of):
     engine, params = engine_of("qwen3", "2x2x2")
     decoder = engine.decoder
     requests = [Request(p, 300, i, 2) for i, p in enumerate(prompts())]
-    groups = [local._Piece(r, [local._RowState(300, i) for i in range(2)]) for r in requests]
+    groups = [Piece(r, [RowState(300, i) for i in range(2)]) for r in requests]
     pieces = local._pieces(groups, 2, decoder.sharding)
     weights = kv.weights(decoder, params)
     inputs = local._prompts(pieces, decoder.sharding), local._rows(pieces, decoder.sharding)
