@@ -1,8 +1,9 @@
 """Decoding with a key/value cache in which all rows of a group share their prompt's entries.
 
 Rows form a grid `[P, G]`: G continuations of each of P prompts. A prompt is run and stored once,
-whatever G is. All rows sample in lockstep: after t tokens, row (p, g) is at position
-`lengths[p] + t`, and the keys and values of its completion fill the first t entries of its cache.
+whatever G is. All rows sample in lockstep, and what they write at step `time` is entry `time % C`
+of every row's cache. The rows of a prompt may begin at any step, `begins[p]`: at step `time` they
+are at position `lengths[p] + time - begins[p]`, and no entry from before belongs to them.
 
 Layers are unrolled, and each layer's weights and cache are arrays of their own. A scan would copy
 every layer's slice of them for every token, which is most of what a token reads.
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -33,6 +35,7 @@ class KVCache(NamedTuple):
     prompt: list[KeysValues]  # [P, K, S, H], right-padded
     own: list[KeysValues]  # [P * G, K, C, H], of the completion's tokens
     lengths: jax.Array  # [P] int32, tokens of each prompt
+    begins: jax.Array  # [P] int32, step of the first token of each prompt's rows
 
 
 def capacity(cache: KVCache) -> int:
@@ -43,7 +46,7 @@ def capacity(cache: KVCache) -> int:
 def placements(sharding: Sharding) -> KVCache:
     """Returns the placement of a cache: rows over the batch axes, heads over `tensor`."""
     heads = NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES, "tensor"))
-    return KVCache(heads, heads, sharding.rows())  # type: ignore[arg-type]  # prefixes of a tree
+    return KVCache(heads, heads, sharding.rows(), sharding.rows())  # type: ignore[arg-type]  # prefixes of a tree
 
 
 def resident(decoder: Decoder) -> Decoder:
@@ -161,17 +164,69 @@ def begun(
     def empty(x: jax.Array) -> jax.Array:
         return jnp.zeros((x.shape[0] * samples, x.shape[1], places, x.shape[3]), x.dtype)
 
-    return KVCache(prompt, jax.tree.map(empty, prompt), lengths)
+    return KVCache(prompt, jax.tree.map(empty, prompt), lengths, jnp.zeros_like(lengths))
 
 
-def grown(cache: KVCache, places: int) -> KVCache:
-    """Returns the cache with a capacity of `places`; the arrays of `cache.own` are deleted."""
-    own = [_replaced(functools.partial(_padded, places), layer) for layer in cache.own]
+def replaced_prompts(
+    cache: KVCache,
+    prompt: list[KeysValues],
+    lengths: Int[Array, " N"],
+    places: Int[Array, " N"],
+    begin: Int[Array, ""],
+    sharding: Sharding,
+) -> KVCache:
+    """Returns the cache with other prompts, whose rows begin with step `begin`, in some places.
+
+    Args:
+        cache: the cache.
+        prompt: the prompts' keys and values.
+        lengths: the prompts' lengths.
+        places: the place of each prompt among those of its device; prompts without one are left
+            out.
+        begin: the step.
+        sharding: the placement of the cache.
+    """
+    put = functools.partial(put_rows, sharding, places)
+    return cache._replace(
+        prompt=jax.tree.map(put, cache.prompt, prompt),
+        lengths=put(cache.lengths, lengths),
+        begins=put(cache.begins, jnp.full_like(lengths, begin)),
+    )
+
+
+def put_rows(sharding: Sharding, places: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Writes rows of `new` over those of `old` at `places`, counted within each device's part."""
+
+    # Within a part, by `vmap`, for the reason that `_taken` gives.
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(sharding.num_replicas, -1, *x.shape[1:])
+
+    put = jax.vmap(lambda old, i, new: old.at[i].set(new, mode="drop"))
+    return put(split(old), split(places), split(new)).reshape(old.shape)
+
+
+def grown(cache: KVCache, places: int, time: int) -> KVCache:
+    """Returns the cache with a capacity of `places`; the arrays of `cache.own` are deleted.
+
+    Args:
+        cache: the cache.
+        places: the capacity, larger than before.
+        time: the number of steps whose entries have been written.
+    """
+    # An entry of the last C steps moves from its step modulo C to its step modulo `places`.
+    ago = (time - 1 - np.arange(places)) % places
+    held = ago < capacity(cache)
+    source = np.where(held, (time - 1 - ago) % capacity(cache), -1).astype(np.int32)
+    own = [_replaced(lambda layer: _moved(source, layer), layer) for layer in cache.own]
     return cache._replace(own=own)
 
 
 def selected(
-    cache: KVCache, taken: Int[Array, "Q W"], lengths: Int[Array, " Q"], sharding: Sharding
+    cache: KVCache,
+    taken: Int[Array, "Q W"],
+    lengths: Int[Array, " Q"],
+    begins: Int[Array, " Q"],
+    sharding: Sharding,
 ) -> KVCache:
     """Returns the cache of some prompts and of some of their rows; that of the others is deleted.
 
@@ -180,12 +235,13 @@ def selected(
         taken: for each prompt of the result its number among the prompts of the same device, and
             the numbers of its rows.
         lengths: the lengths of the prompts of the result.
+        begins: the steps with which their rows begin.
         sharding: the placement of both.
     """
     take = functools.partial(_taken, sharding, taken)
     layers = [_replaced(take, layer) for layer in zip(cache.prompt, cache.own, strict=True)]
     prompt, own = (list(kind) for kind in zip(*layers, strict=True))
-    return KVCache(prompt, own, lengths)
+    return KVCache(prompt, own, lengths, begins)
 
 
 def _replaced(function: Callable[[Any], Any], layer: Any) -> Any:
@@ -195,10 +251,14 @@ def _replaced(function: Callable[[Any], Any], layer: Any) -> Any:
     return new
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _padded(places: int, own: KeysValues) -> KeysValues:
-    more = places - own.keys.shape[2]
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]), own)
+@jax.jit
+def _moved(source: jax.Array, own: KeysValues) -> KeysValues:
+    """Returns one layer's entries from `source`; where that is -1, zeros."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.where((source >= 0)[:, None], jnp.take(x, source, axis=2), 0)
+
+    return jax.tree.map(one, own)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -206,23 +266,24 @@ def _taken(sharding: Sharding, taken: jax.Array, layer: Any) -> Any:
     """Returns one layer's cache, as `selected` does."""
     # Indexing within a part, by `vmap`, keeps every prompt on its device; a gather over the whole
     # grid would communicate.
-    parts = sharding.num_replicas
-    prompts = taken[:, 0].reshape(parts, -1)
     rows = taken[:, 1:]
-
-    def of_prompts(x: jax.Array) -> jax.Array:  # [P, ...]
-        split = x.reshape(parts, -1, *x.shape[1:])
-        return jax.vmap(lambda x, i: x[i])(split, prompts).reshape(-1, *x.shape[1:])
-
     prompt, own = layer
     before = prompt.keys.shape[0]
 
     def of_rows(x: jax.Array) -> jax.Array:  # [P * G, ...]
-        split = of_prompts(x.reshape(before, -1, *x.shape[1:]))
+        split = _of_prompts(sharding, taken, x.reshape(before, -1, *x.shape[1:]))
         return jax.vmap(lambda x, i: x[i])(split, rows).reshape(-1, *x.shape[1:])
 
+    of_prompts = functools.partial(_of_prompts, sharding, taken)
     taken_layer = jax.tree.map(of_prompts, prompt), jax.tree.map(of_rows, own)
     return jax.lax.with_sharding_constraint(taken_layer, tuple(placements(sharding)[:2]))
+
+
+def _of_prompts(sharding: Sharding, taken: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns the entries `[Q, ...]` of the chosen prompts."""
+    prompts = taken[:, 0].reshape(sharding.num_replicas, -1)
+    split = x.reshape(sharding.num_replicas, -1, *x.shape[1:])
+    return jax.vmap(lambda x, i: x[i])(split, prompts).reshape(-1, *x.shape[1:])
 
 
 def decode(
@@ -237,14 +298,15 @@ def decode(
     Args:
         decoder: the decoder, see `resident`.
         params: its parameters, from `weights`.
-        cache: the cache; its entries before `time` are filled.
+        cache: the cache; its entries of the steps before `time` are filled.
         tokens: the token of each row.
-        time: the number of the tokens, counted from 0.
+        time: the number of the step, counted from 0.
 
     Returns:
-        The hidden states at that token, and the cache with its keys and values at entry `time`.
+        The hidden states at that token, and the cache with its keys and values as entry `time % C`.
     """
-    positions = jnp.broadcast_to(cache.lengths[:, None] + time, tokens.shape)
+    ages = time - cache.begins
+    positions = jnp.broadcast_to((cache.lengths + ages)[:, None], tokens.shape)
     angles = decoder.angles(positions)
     x = decoder.embed(params, tokens)
     filled: list[KeysValues] = []
@@ -256,7 +318,7 @@ def decode(
         new = zip(cache.own[at], (key, value), strict=True)
         own = KeysValues(*(_put(held, x, time) for held, x in new))
         filled.append(own)
-        return _attend(decoder, cache.lengths, time, (cache.prompt[at], own), window, query)
+        return _attend(decoder, cache, time, (cache.prompt[at], own), window, query)
 
     for layer, kind in zip(params["layers"], decoder.kinds, strict=True):
         x, _ = decoder.layer((layer, kind), x, angles, attend)
@@ -264,14 +326,14 @@ def decode(
 
 
 def _put(cache: jax.Array, new: jax.Array, time: jax.Array) -> jax.Array:
-    """Writes `new [P, G, K, H]` as entry `time` of `cache [P * G, K, C, H]`."""
+    """Writes `new [P, G, K, H]` as entry `time % C` of `cache [P * G, K, C, H]`."""
     entry = new.reshape(cache.shape[0], cache.shape[1], 1, cache.shape[3])
-    return jax.lax.dynamic_update_slice(cache, entry, (0, 0, time, 0))
+    return jax.lax.dynamic_update_slice(cache, entry, (0, 0, time % cache.shape[2], 0))
 
 
 def _attend(
     decoder: Decoder,
-    lengths: jax.Array,
+    cache: KVCache,
     time: jax.Array,
     cached: tuple[KeysValues, KeysValues],
     window: int,
@@ -289,15 +351,17 @@ def _attend(
     since = jnp.einsum("nkrh,nkch->nkrc", of_rows, own.keys, **wide)
     since = since.reshape(p, g, *since.shape[1:])
     place = jnp.arange(before.shape[-1])
-    number = jnp.arange(since.shape[-1])
-    in_prompt = place < lengths[:, None]  # [P, S]
-    in_own = number <= time
+    ago = (time - jnp.arange(since.shape[-1])) % since.shape[-1]  # steps since an entry was written
+    lengths = cache.lengths[:, None]
+    ages = (time - cache.begins)[:, None]
+    in_prompt = place < lengths  # [P, S]
+    in_own = ago <= ages  # [P, C]
     if window:
-        in_prompt &= lengths[:, None] + time - place < window
-        in_own &= time - number < window
+        in_prompt &= lengths + ages - place < window
+        in_own &= ago < window
     scale = decoder.config.score_scale
     before = jnp.where(in_prompt[:, None, None, None], before * scale, MASKED)
-    since = jnp.where(in_own, since * scale, MASKED)
+    since = jnp.where(in_own[:, None, None, None], since * scale, MASKED)
     top = jnp.maximum(jnp.max(before, -1, keepdims=True), _swap(jnp.max(since, -1, keepdims=True)))
     before = jnp.exp(before - top)
     since = jnp.exp(since - _swap(top))

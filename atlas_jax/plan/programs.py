@@ -328,17 +328,19 @@ def _generation(config: GRPOConfig, asked: _Requests, hosts: int) -> list[Progra
     weights = kv.weight_shapes(decoder)
     inputs = params, weights, questions, rows
     held = local.last_room(asked.new_tokens)
-    room = local.first_room(asked.new_tokens)
-    grid, _ = jax.eval_shape(functools.partial(local.start, *static, held), *inputs)
+    rooms = local.Room(prompt=local.cached_room(length), own=held)
+    grid, _ = jax.eval_shape(functools.partial(local.start, *static, rooms), *inputs)
     places = local.placements(sharding)
     grid = jax.tree.map(step.abstract, grid, jax.tree.broadcast(places, grid))
+    first = rooms._replace(own=local.first_room(asked.new_tokens))
     each = decoder.config.flops_per_token(2 * (local.cached_room(length) + held)) / 3
+    until = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated)
     rounds = -(-asked.prompts // prompts)
     content = even(length, 1)
     return [
         Program(
             name=f"{asked.name}prefill",
-            function=jax.jit(functools.partial(local.start, *static, room)),
+            function=jax.jit(functools.partial(local.start, *static, first)),
             arguments=inputs,
             model_flops=flops.forward(decoder.config, prompts, content),
             times=rounds,
@@ -347,7 +349,7 @@ def _generation(config: GRPOConfig, asked: _Requests, hosts: int) -> list[Progra
         Program(
             name=f"{asked.name}decode {local.CHUNK}",
             function=jax.jit(functools.partial(local.decode, *static), donate_argnums=1),
-            arguments=(weights, grid),
+            arguments=(weights, grid, until),
             model_flops=local.CHUNK * prompts * samples * each,
             times=rounds * -(-asked.new_tokens // local.CHUNK),
         ),

@@ -1,8 +1,10 @@
 """Generation inside the training process, from the sharded training parameters.
 
-Prompts are run once, then tokens are decoded in chunks. After a chunk, finished rows are dropped if
-the others fit into a quarter of the grid, so a long answer does not keep finished rows computing.
-Below a few rows nothing is gained, because a step then takes the time of reading the weights.
+Prompts are run once, then tokens are decoded in chunks. While prompts wait, a chunk ends as soon as
+a quarter of the grid's prompts have finished, and others take their places. When none waits,
+finished rows are dropped if the others fit into a quarter of the grid, so a long answer does not
+keep finished rows computing. Below a few rows nothing is gained, because a step then takes the time
+of reading the weights.
 
 Each shape of the grid is compiled once, which takes long, so there are few: a prompt has a power of
 two of places in the cache, 64 or at least 256, the cache of completions grows and the grid shrinks
@@ -24,6 +26,7 @@ from atlas_jax import distributed, stopping
 from atlas_jax.models import cache as kv
 from atlas_jax.models import vocab
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.rollout.admission import Admission, Piece, RowState, filled
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling, draw
 from atlas_jax.sharding import Sharding, from_global, place_rows
@@ -37,19 +40,36 @@ _FEW_CACHED = 64  # places of the cache for short prompts; others have four time
 _ROOM = 128  # largest number of tokens that the first cache of a row holds
 
 
+class Room(NamedTuple):
+    """Sizes of a grid's cache, static in compiled programs."""
+
+    prompt: int
+    """Places for a prompt."""
+    own: int
+    """Places for the tokens of a completion."""
+
+
 class GridPrompts(NamedTuple):
-    """The prompts of a new grid, on the devices."""
+    """Prompts that begin, on the devices."""
 
     tokens: jax.Array  # [P, S] int32, right-padded
     lengths: jax.Array  # [P] int32
 
 
 class GridRows(NamedTuple):
-    """Options of each row of a new grid; arrays on the devices."""
+    """Options of each row that begins; arrays on the devices."""
 
     limits: jax.Array  # [P, G] int32, tokens that a row may have
     seeds: jax.Array  # [P, G] uint32, of the row's request
     streams: jax.Array  # [P, G] int32, number of the row in its group
+
+
+class Admitted(NamedTuple):
+    """Prompts that begin in a grid that runs, on the devices."""
+
+    prompts: GridPrompts
+    rows: GridRows
+    places: jax.Array  # [P] int32, in the device's part of the grid; one outside is none
 
 
 class _Grid(NamedTuple):
@@ -59,7 +79,7 @@ class _Grid(NamedTuple):
     rows: GridRows
     tokens: jax.Array  # [P, G] int32, sampled last and not yet in the cache
     alive: jax.Array  # [P, G] bool
-    time: jax.Array  # [] int32, the number of `tokens`, counted from 0
+    time: jax.Array  # [] int32, the step of `tokens`, counted from 0
 
 
 class _Chunk(NamedTuple):
@@ -68,40 +88,6 @@ class _Chunk(NamedTuple):
     tokens: jax.Array
     logprobs: jax.Array
     untruncated: jax.Array
-
-
-@dataclasses.dataclass
-class _RowState:
-    """The completion of one row so far."""
-
-    limit: int = 0
-    stream: int = 0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    untruncated: list[float] = dataclasses.field(default_factory=list)
-    done: bool = False
-
-    def extend(self, chunk: Sequence[np.ndarray], stop_ids: tuple[int, ...]) -> None:
-        """Appends tokens until one stops the row."""
-        for token, logprob, untruncated in zip(*chunk, strict=True):
-            if self.done:
-                return
-            self.tokens.append(int(token))
-            self.logprobs.append(float(logprob))
-            self.untruncated.append(float(untruncated))
-            self.done = int(token) in stop_ids or len(self.tokens) >= self.limit
-
-
-class _Piece(NamedTuple):
-    """Rows of one prompt of the grid: those of a request, or a part of them."""
-
-    request: Request
-    rows: list[_RowState]
-
-    @property
-    def unfinished(self) -> list[int]:
-        """Numbers of the rows that go on."""
-        return [i for i, row in enumerate(self.rows) if not row.done]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,19 +129,20 @@ class LocalEngine:
         for request in requests:
             self._check(request)
         samples = distributed.max_over_processes(max((r.num_samples for r in requests), default=1))
+        if not distributed.max_over_processes(len(requests)):
+            return []
+        groups = [Piece(r, [RowState(r.max_tokens, i) for i in range(samples)]) for r in requests]
         size = self._prompts_at_once(samples)
-        count = distributed.max_over_processes(len(requests))
-        weights = kv.weights(self.decoder, params) if count else {}
-        done: list[list[Completion]] = []
-        for first in range(0, count, size):
-            part = requests[first : first + size]
-            groups = [[_RowState(r.max_tokens, i) for i in range(samples)] for r in part]
-            self._decode(params, weights, _pieces(part, groups, self.decoder.sharding), sampling)
-            done += [
-                [self._completion(request, row, version) for row in rows]
-                for request, rows in zip(part, groups, strict=True)
-            ]
-        return done
+        order = list(range(len(requests)))
+        if distributed.max_over_processes(len(requests)) > size:
+            # Prompts of like length are run together, with little padding.
+            order.sort(key=lambda i: len(requests[i].prompt_ids))
+        first = _pieces([groups[i] for i in order[:size]], samples, self.decoder.sharding)
+        self._decode(params, first, [groups[i] for i in order[size:]], sampling)
+        return [
+            [self._completion(group.request, row, version) for row in group.rows]
+            for group in groups
+        ]
 
     def _prompts_at_once(self, samples: int) -> int:
         """Returns the number of prompts of the largest grid of at most `max_rows` rows."""
@@ -177,27 +164,38 @@ class LocalEngine:
             )
 
     def _decode(
-        self, params: Params, weights: Params, pieces: list[_Piece], sampling: Sampling
+        self, params: Params, pieces: list[Piece], waiting: list[Piece], sampling: Sampling
     ) -> None:
-        """Completes the rows of one grid, which may have none of this process."""
+        """Completes the rows of a grid, which may have none of this process, and those waiting."""
         sharding = self.decoder.sharding
+        weights = kv.weights(self.decoder, params)
         static = self.decoder, self.stop_ids, sampling
-        limits = [row.limit for piece in pieces for row in piece.rows]
-        longest = distributed.max_over_processes(max(limits, default=1))
-        prompts = _prompts(pieces, sharding)
-        rows = _rows(pieces, sharding)
-        grid, chunk = start(*static, first_room(longest), params, weights, prompts, rows)
+        every = pieces + waiting
+        longest = distributed.max_over_processes(max(r.limit for p in every for r in p.rows))
+        room = Room(cached_room(_prompt_length(every)), first_room(longest))
+        admission = Admission(waiting, len(pieces), sharding)
+        inputs = _prompts(pieces, sharding), _rows(pieces, sharding)
+        grid, chunk = start(*static, room, params, weights, *inputs)
+        _extend(pieces, chunk, 1, self.stop_ids)
         while True:
-            # A row that has finished decodes on to the end of the chunk; `extend` ignores that.
-            for piece, sampled in zip(pieces, _host(chunk), strict=True):
-                for row, *columns in zip(piece.rows, *sampled, strict=True):
-                    row.extend(columns, self.stop_ids)
+            # Rows of one token may finish as they begin, so that places are free again.
+            while admission.due(pieces):
+                places, new = admission.taken(pieces)
+                begun = Admitted(
+                    prompts=_prompts(new, sharding),
+                    rows=_rows(new, sharding),
+                    places=place_rows(places, sharding),
+                )
+                grid, chunk = admit(*static, params, weights, begun, grid)
+                _extend(new, chunk, 1, self.stop_ids)
             if not goes_on(any(piece.unfinished for piece in pieces)):
                 break
-            grid, pieces = _fitted(grid, pieces, longest, sharding)
-            grid, chunk = decode(*static, weights, grid)
+            time = int(grid.time)
+            grid, pieces = _fitted(grid, pieces, longest, sharding, admission.open)
+            grid, chunk = decode(*static, weights, grid, np.int32(admission.until(pieces)))
+            _extend(pieces, chunk, int(grid.time) - time, self.stop_ids)
 
-    def _completion(self, request: Request, row: _RowState, version: int) -> Completion:
+    def _completion(self, request: Request, row: RowState, version: int) -> Completion:
         if not np.isfinite(row.untruncated).all():
             raise ValueError(
                 f"log-probabilities of {self.tokenizer.name_or_path} with the weights of step "
@@ -268,7 +266,7 @@ def start(
     decoder: Decoder,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
-    room: int,
+    room: Room,
     params: Params,
     weights: Params,
     prompts: GridPrompts,
@@ -280,28 +278,81 @@ def start(
         decoder: the decoder of `params`.
         stop_ids: the tokens that end a text.
         sampling: the options of sampling.
-        room: the number of tokens that the completions' cache has room for.
+        room: the sizes of the cache.
         params: the parameters as they are between steps.
         weights: the parameters from `cache.weights`.
         prompts: the prompts.
         rows: the rows.
     """
-    size = rows.limits.shape[1]
     # Prompts are padded little where they are run, and more in the cache, with which `decode` is
     # compiled: that takes longer, and the places that are not used cost less.
-    places = cached_room(prompts.tokens.shape[1])
-    hidden, prompt_cache = kv.prefill(decoder, params, *prompts, places)
-    hidden = jnp.broadcast_to(hidden[:, None], (hidden.shape[0], size, hidden.shape[1]))
+    hidden, prompt_cache = kv.prefill(decoder, params, *prompts, room.prompt)
+    chunk, alive = _first(decoder, stop_ids, sampling, weights, rows, hidden)
+    size = rows.limits.shape[1]
     grid = _Grid(
-        cache=kv.begun(prompt_cache, prompts.lengths, size, room),
+        cache=kv.begun(prompt_cache, prompts.lengths, size, room.own),
         rows=rows,
-        tokens=jnp.zeros(rows.limits.shape, jnp.int32),
-        alive=rows.limits > 0,
-        time=jnp.int32(-1),
+        tokens=chunk.tokens[..., 0],
+        alive=alive,
+        time=jnp.int32(0),
     )
-    here = kv.resident(decoder)
-    grid, drawn = _sample(here, stop_ids, sampling, weights, grid, hidden)
-    return _placed(decoder, grid, jax.tree.map(lambda x: x[..., None], drawn))
+    return _placed(decoder, grid, chunk)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
+def admit(
+    decoder: Decoder,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    params: Params,
+    weights: Params,
+    begun: Admitted,
+    grid: _Grid,
+) -> tuple[_Grid, _Chunk]:
+    """Runs prompts into free places of a grid and samples the first token of each of their rows.
+
+    Args:
+        decoder: the decoder of `params`.
+        stop_ids: the tokens that end a text.
+        sampling: the options of sampling.
+        params: the parameters as they are between steps.
+        weights: the parameters from `cache.weights`.
+        begun: the prompts and their places.
+        grid: the grid, whose arrays are donated.
+    """
+    prompts, rows, places = begun
+    sharding = decoder.sharding
+    room = grid.cache.prompt[0].keys.shape[2]
+    hidden, prompt_cache = kv.prefill(decoder, params, *prompts, room)
+    chunk, alive = _first(decoder, stop_ids, sampling, weights, rows, hidden)
+    cache = kv.replaced_prompts(
+        grid.cache, prompt_cache, prompts.lengths, places, grid.time, sharding
+    )
+    put = functools.partial(kv.put_rows, sharding, places)
+    grid = _Grid(
+        cache=cache,
+        rows=jax.tree.map(put, grid.rows, rows),
+        tokens=put(grid.tokens, chunk.tokens[..., 0]),
+        alive=put(grid.alive, alive),
+        time=grid.time,
+    )
+    return _placed(decoder, grid, chunk)
+
+
+def _first(
+    decoder: Decoder,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling,
+    weights: Params,
+    rows: GridRows,
+    hidden: jax.Array,
+) -> tuple[_Chunk, jax.Array]:
+    """Returns the first token of each row, from hidden states `[P, D]`, and the rows that go on."""
+    count, size = rows.limits.shape
+    hidden = jnp.broadcast_to(hidden[:, None], (count, size, hidden.shape[1]))
+    ages = jnp.zeros(count, jnp.int32)
+    drawn, ended = _sample(kv.resident(decoder), stop_ids, sampling, weights, rows, (hidden, ages))
+    return jax.tree.map(lambda x: x[..., None], drawn), (rows.limits > 0) & ~ended
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -311,21 +362,30 @@ def decode(
     sampling: Sampling,
     weights: Params,
     grid: _Grid,
+    until: jax.Array,
 ) -> tuple[_Grid, _Chunk]:
-    """Samples `CHUNK` tokens of each row, or fewer if all rows end before.
+    """Samples `CHUNK` tokens of each row, or fewer if no more than `until` prompts have rows left.
 
-    The arguments are those of `start`.
+    The other arguments are those of `start`; the arrays of `grid` are donated.
     """
     here = kv.resident(decoder)
 
     def more(carry: tuple[jax.Array, _Grid, _Chunk]) -> jax.Array:
-        return (carry[0] < CHUNK) & jnp.any(carry[1].alive)
+        return (carry[0] < CHUNK) & (jnp.sum(jnp.any(carry[1].alive, axis=1)) > until)
 
     def step(carry: tuple[jax.Array, _Grid, _Chunk]) -> tuple[jax.Array, _Grid, _Chunk]:
         count, grid, chunk = carry
         hidden, cache = kv.decode(here, weights, grid.cache, grid.tokens, grid.time)
-        grid = grid._replace(cache=cache)
-        grid, drawn = _sample(here, stop_ids, sampling, weights, grid, hidden)
+        time = grid.time + 1
+        sampled = hidden, time - cache.begins
+        drawn, ended = _sample(here, stop_ids, sampling, weights, grid.rows, sampled)
+        grid = _Grid(
+            cache=cache,
+            rows=grid.rows,
+            tokens=drawn.tokens,
+            alive=grid.alive & ~ended,
+            time=time,
+        )
         chunk = jax.tree.map(lambda c, d: c.at[..., count].set(d), chunk, drawn)
         return count + 1, grid, chunk
 
@@ -360,73 +420,74 @@ def _sample(
     stop_ids: tuple[int, ...],
     sampling: Sampling,
     weights: Params,
-    grid: _Grid,
-    hidden: jax.Array,
-) -> tuple[_Grid, _Chunk]:
-    """Draws the next token of each row from the hidden states `[P, G, D]`."""
-    time = grid.time + 1
-    rows = grid.rows
+    rows: GridRows,
+    sampled: tuple[jax.Array, jax.Array],
+) -> tuple[_Chunk, jax.Array]:
+    """Draws the next token of each row.
+
+    Args:
+        decoder: the decoder of `weights`.
+        stop_ids: the tokens that end a text.
+        sampling: the options of sampling.
+        weights: the parameters from `cache.weights`.
+        rows: the rows.
+        sampled: the hidden states `[P, G, D]`, and the number of the token in its completion `[P]`.
+
+    Returns:
+        The tokens, and whether each ends its row, both `[P, G]`.
+    """
+    hidden, ages = sampled
     logits = vocab.logits(hidden, decoder.output_table(weights), decoder.sharding)
-    keys = jax.vmap(jax.vmap(functools.partial(_key, time)))(rows.seeds, rows.streams)
+    keys = jax.vmap(jax.vmap(_key, in_axes=(None, 0, 0)))(ages, rows.seeds, rows.streams)
     drawn = draw(logits, keys, sampling)
-    stopped = jnp.isin(drawn.tokens, jnp.asarray(stop_ids, jnp.int32)) | (time + 1 >= rows.limits)
-    grid = grid._replace(tokens=drawn.tokens, alive=grid.alive & ~stopped, time=time)
-    return grid, _Chunk(*drawn)
+    full = ages[:, None] + 1 >= rows.limits
+    return _Chunk(*drawn), jnp.isin(drawn.tokens, jnp.asarray(stop_ids, jnp.int32)) | full
 
 
-def _key(time: jax.Array, seed: jax.Array, stream: jax.Array) -> jax.Array:
+def _key(number: jax.Array, seed: jax.Array, stream: jax.Array) -> jax.Array:
     """Returns the random key of a row's token."""
     root = jax.random.fold_in(jax.random.key(seed), stream)
-    return jax.random.key_data(jax.random.fold_in(root, time))
+    return jax.random.key_data(jax.random.fold_in(root, number))
 
 
-def _pieces(
-    requests: Sequence[Request], groups: list[list[_RowState]], sharding: Sharding
-) -> list[_Piece]:
+def _pieces(groups: list[Piece], samples: int, sharding: Sharding) -> list[Piece]:
     """Returns the grid's prompts in this process, as many on each device, with equally many rows.
 
     Where there are fewer requests than devices, the rows of each are spread over several.
     """
     parts = sharding.local_replicas
-    count = distributed.max_over_processes(len(requests))
-    samples = distributed.max_over_processes(max(map(len, groups), default=1))
+    count = distributed.max_over_processes(len(groups))
     spread = min(_power_of_two(parts // count + 1) // 2 or 1, _power_of_two(samples))
     width = -(-samples // spread)
     pieces = [
-        _Piece(request, rows[first : first + width])
-        for request, rows in zip(requests, groups, strict=True)
+        Piece(request, rows[first : first + width])
+        for request, rows in groups
         for first in range(0, samples, width)
     ]
     height = bucket(-(-count * -(-samples // width) // parts))
-    return _filled(pieces, parts * height, width)
+    return filled(pieces, parts * height, width)
 
 
-def _filled(pieces: list[_Piece], count: int, width: int) -> list[_Piece]:
-    """Returns the pieces with `width` rows each, and as many more as make `count`.
-
-    The rows that are added have finished.
-    """
-    nothing = Request((0,), 0, 0)
-    pieces = pieces + [_Piece(nothing, [])] * (count - len(pieces))
-    idle = _RowState(done=True)
-    return [_Piece(p.request, p.rows + [idle] * (width - len(p.rows))) for p in pieces]
-
-
-def _prompts(pieces: list[_Piece], sharding: Sharding) -> GridPrompts:
+def _prompts(pieces: list[Piece], sharding: Sharding) -> GridPrompts:
     """Returns the prompts on the devices, padded to one length."""
-    longest = distributed.max_over_processes(max(len(p.request.prompt_ids) for p in pieces))
-    tokens = np.zeros((len(pieces), prompt_room(longest)), np.int32)
+    tokens = np.zeros((len(pieces), _prompt_length(pieces)), np.int32)
     for i, piece in enumerate(pieces):
         tokens[i, : len(piece.request.prompt_ids)] = piece.request.prompt_ids
     return GridPrompts(place_rows(tokens, sharding), _lengths(pieces, sharding))
 
 
-def _lengths(pieces: list[_Piece], sharding: Sharding) -> jax.Array:
+def _prompt_length(pieces: list[Piece]) -> int:
+    """Returns the length to which the prompts are padded."""
+    longest = max(len(p.request.prompt_ids) for p in pieces)
+    return prompt_room(distributed.max_over_processes(longest))
+
+
+def _lengths(pieces: list[Piece], sharding: Sharding) -> jax.Array:
     """Returns the lengths of the prompts on the devices."""
     return place_rows(np.asarray([len(p.request.prompt_ids) for p in pieces], np.int32), sharding)
 
 
-def _rows(pieces: list[_Piece], sharding: Sharding) -> GridRows:
+def _rows(pieces: list[Piece], sharding: Sharding) -> GridRows:
     """Returns the rows on the devices."""
     limits = np.asarray([[r.limit for r in p.rows] for p in pieces], np.int32)
     seeds = np.asarray([[p.request.seed] * len(p.rows) for p in pieces], np.uint32)
@@ -435,20 +496,35 @@ def _rows(pieces: list[_Piece], sharding: Sharding) -> GridRows:
 
 
 def _fitted(
-    grid: _Grid, pieces: list[_Piece], longest: int, sharding: Sharding
-) -> tuple[_Grid, list[_Piece]]:
-    """Drops finished rows where that pays, and makes room in the cache for the next chunk."""
+    grid: _Grid, pieces: list[Piece], longest: int, sharding: Sharding, waited_for: bool
+) -> tuple[_Grid, list[Piece]]:
+    """Makes room in the cache for the next chunk, and drops finished rows where that pays.
+
+    Rows that prompts wait for are not dropped.
+    """
     room = kv.capacity(grid.cache)
     final = last_room(longest)
-    full = int(grid.time) + CHUNK > room
-    if full or room == final:
+    ages = [len(row.tokens) for piece in pieces for row in piece.rows if not row.done]
+    full = distributed.max_over_processes(max(ages, default=0)) - 1 + CHUNK > room
+    if (full or room == final) and not waited_for:
         grid, pieces = _shrunk(grid, pieces, sharding)
     if full:
-        grid = grid._replace(cache=kv.grown(grid.cache, min(4 * room, final)))
+        cache = kv.grown(grid.cache, min(4 * room, final), int(grid.time))
+        grid = grid._replace(cache=cache)
     return grid, pieces
 
 
-def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Grid, list[_Piece]]:
+def _extend(pieces: list[Piece], chunk: _Chunk, count: int, stop_ids: tuple[int, ...]) -> None:
+    """Appends the first `count` tokens of a chunk to the rows of this process.
+
+    A row that has finished decodes on to the end of the chunk, which is ignored.
+    """
+    for piece, sampled in zip(pieces, _host(chunk), strict=True):
+        for row, *columns in zip(piece.rows, *sampled, strict=True):
+            row.extend([x[:count] for x in columns], stop_ids)
+
+
+def _shrunk(grid: _Grid, pieces: list[Piece], sharding: Sharding) -> tuple[_Grid, list[Piece]]:
     """Drops finished rows if the others fit into a quarter of the grid; they stay on their device.
 
     The rows of a prompt that do not fit beside each other get several copies of it.
@@ -472,19 +548,21 @@ def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Gri
     # Column 0 selects a prompt of the device's part, the others select rows of that prompt. Idle
     # cells select prompt 0 and row 0: they are computed, and ignored because their state is done.
     selection = np.zeros((parts * height, 1 + width), np.int32)
-    remaining: list[_Piece] = []
+    remaining: list[Piece] = []
     for part, chosen in enumerate(packed):
         for j, (i, numbers) in enumerate(chosen, part * height):
             selection[j, 0] = i - part * share
             selection[j, 1 : 1 + len(numbers)] = numbers
-        here = [_Piece(pieces[i].request, [pieces[i].rows[k] for k in n]) for i, n in chosen]
-        remaining += _filled(here, height, width)
+        here = [Piece(pieces[i].request, [pieces[i].rows[k] for k in n]) for i, n in chosen]
+        remaining += filled(here, height, width)
     lengths = _lengths(remaining, sharding)
     tokens = [[row.tokens[-1] if row.tokens else 0 for row in p.rows] for p in remaining]
+    written = [max((len(r.tokens) for r in p.rows if not r.done), default=1) for p in remaining]
+    begins = place_rows(np.asarray(int(grid.time) + 1 - np.asarray(written), np.int32), sharding)
     # Without this mask the copies in idle cells would keep the loop on the devices running.
     alive = [[not row.done for row in p.rows] for p in remaining]
     grid = _Grid(
-        cache=kv.selected(grid.cache, place_rows(selection, sharding), lengths, sharding),
+        cache=kv.selected(grid.cache, place_rows(selection, sharding), lengths, begins, sharding),
         rows=_rows(remaining, sharding),
         tokens=place_rows(np.asarray(tokens, np.int32), sharding),
         alive=place_rows(np.asarray(alive), sharding),
@@ -493,7 +571,7 @@ def _shrunk(grid: _Grid, pieces: list[_Piece], sharding: Sharding) -> tuple[_Gri
     return grid, remaining
 
 
-def _packed(pieces: list[_Piece], part: range, width: int) -> list[tuple[int, list[int]]]:
+def _packed(pieces: list[Piece], part: range, width: int) -> list[tuple[int, list[int]]]:
     """Returns the unfinished rows of a device as prompts of at most `width` rows.
 
     Each is the number of the prompt, and the numbers of its rows.

@@ -21,6 +21,7 @@ from atlas_jax.models import cache as kv
 from atlas_jax.models.config import from_hf
 from atlas_jax.policy_logprobs import policy_logprobs
 from atlas_jax.rollout import local
+from atlas_jax.rollout.admission import Piece, RowState
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.rows import collate_policy
@@ -277,6 +278,23 @@ def test_a_row_is_the_same_after_its_grid_has_shrunk(qwen, caplog):
     assert [len(row) for row in together[1]] == [40] * 8
 
 
+def test_a_row_is_the_same_when_it_takes_a_free_place(qwen, monkeypatch):
+    """Rows begin beside others of any age; the cache, a ring, goes round and grows meanwhile."""
+    engine, params = qwen
+    limits = (5, 150, 1, 36, 34, 60, 3, 9, 140, 2, 20, 7, 8, 33, 90, 4, 11, 13, 6, 25)
+    sizes = [*LENGTHS * 4]
+    requests = [Request(p, n, n, 2) for p, n in zip(prompts(sizes), limits, strict=True)]
+    admitted = []
+    admit = local.admit
+    monkeypatch.setattr(local, "admit", lambda *a: admitted.append(int(a[-1].time)) or admit(*a))
+    few = sampled(dataclasses.replace(engine, max_rows=16), params, requests)
+    assert len(set(admitted)) > 2  # at several times, none of them the first
+    assert [[len(t) for t in group] for group in few] == [[n] * 2 for n in limits]
+    admitted.clear()
+    assert sampled(engine, params, requests) == few
+    assert not admitted  # where none waits
+
+
 def test_a_row_goes_on_when_stopped_rows_beside_it_are_dropped(engine_of):
     engine, params = engine_of("qwen3")
     requests = [Request(p, 40, i, 8) for i, p in enumerate(prompts(LENGTHS[:2]))]
@@ -332,6 +350,7 @@ from atlas_jax import distributed, stopping
 from atlas_jax.config import HostsConfig
 from atlas_jax.hosts import joined
 from atlas_jax.types import Address
+from atlas_jax.rollout.admission import Piece, RowState
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.sampling import Sampling
@@ -378,13 +397,13 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
     """The rows' own cache is split as the prompts' is, and a shape is compiled once."""
     engine, params = engine_of("qwen3", mesh)
     sharding = engine.decoder.sharding
-    groups = [[local._RowState(97, i) for i in range(4)] for _ in range(8)]
     requests = [Request(p, 97, i, 4) for i, p in enumerate(prompts((5,) * 8))]
     static = engine.decoder, (), sampling
-    pieces = local._pieces(requests, groups, sharding)
+    groups = [Piece(r, [RowState(97, i) for i in range(4)]) for r in requests]
+    pieces = local._pieces(groups, 4, sharding)
     inputs = local._prompts(pieces, sharding), local._rows(pieces, sharding)
     weights = kv.weights(engine.decoder, params)
-    grid, chunk = local.start(*static, local.first_room(97), params, weights, *inputs)
+    grid, chunk = local.start(*static, local.Room(64, 128), params, weights, *inputs)
     heads, share = (1, 2) if mesh == "2x2x2" else (2, 1)  # of a device: of 2 heads, of 8 prompts
     for kept in jax.tree.leaves(grid.cache.own):
         assert kept.shape == (8 * 4, 2, 128, 32)
@@ -410,8 +429,8 @@ def test_a_grid_lies_on_its_devices_from_the_start(engine_of, mesh, sampling, ca
 def test_rows_spread_over_devices_are_those_of_one_device(engine_of, mesh):
     requests = [Request(p, 150, i, 6) for i, p in enumerate(prompts(LENGTHS[:2]))]
     engine, params = engine_of("qwen3", mesh)
-    groups = [[local._RowState(150, i) for i in range(6)] for _ in requests]
-    pieces = local._pieces(requests, groups, engine.decoder.sharding)
+    groups = [Piece(r, [RowState(150, i) for i in range(6)]) for r in requests]
+    pieces = local._pieces(groups, 6, engine.decoder.sharding)
     parts, width = (8, 2) if mesh == "eight" else (4, 3)  # of 2 groups of 6, no device without
     assert [len(piece.rows) for piece in pieces] == [width] * parts
     assert all(piece.unfinished for piece in pieces[: 2 * -(-6 // width)])
@@ -422,18 +441,19 @@ def test_a_grown_cache_holds_what_the_old_one_held_and_replaces_it(engine_of):
     engine, params = engine_of("qwen3", "2x2x2")
     decoder = engine.decoder
     requests = [Request(p, 300, i, 2) for i, p in enumerate(prompts())]
-    groups = [[local._RowState(300, i) for i in range(2)] for _ in requests]
-    pieces = local._pieces(requests, groups, decoder.sharding)
+    groups = [Piece(r, [RowState(300, i) for i in range(2)]) for r in requests]
+    pieces = local._pieces(groups, 2, decoder.sharding)
     weights = kv.weights(decoder, params)
     inputs = local._prompts(pieces, decoder.sharding), local._rows(pieces, decoder.sharding)
-    grid, _ = local.start(decoder, (), GREEDY, local.first_room(300), params, weights, *inputs)
+    room = local.Room(64, local.first_room(300))
+    grid, _ = local.start(decoder, (), GREEDY, room, params, weights, *inputs)
     begun = grid.cache
-    grid, _ = local.decode(decoder, (), GREEDY, weights, grid)
-    assert all(x.is_deleted() for x in jax.tree.leaves(begun))  # no second cache while decoding
+    grid, _ = local.decode(decoder, (), GREEDY, weights, grid, jnp.int32(0))
+    assert all(x.is_deleted() for x in jax.tree.leaves(begun.own))  # no second cache while decoding
     old = grid.cache
     held = jax.device_get(old.own)
     assert kv.capacity(old) == 128
-    new = kv.grown(old, 512)
+    new = kv.grown(old, 512, 32)
     assert kv.capacity(new) == 512
     assert all(x.is_deleted() for x in jax.tree.leaves(old.own))
     for before, after in zip(jax.tree.leaves(held), jax.tree.leaves(new.own), strict=True):
@@ -443,7 +463,7 @@ def test_a_grown_cache_holds_what_the_old_one_held_and_replaces_it(engine_of):
         assert after.sharding.shard_shape(after.shape) == (4, 1, 512, 32)
     taken = jax.device_put(np.asarray([[1, 1]] * 4, np.int32), decoder.sharding.rows())
     kept = jax.device_get(new)
-    few = kv.selected(new, taken, old.lengths[1::2], decoder.sharding)
+    few = kv.selected(new, taken, old.lengths[1::2], old.begins[1::2], decoder.sharding)
     assert all(x.is_deleted() for x in jax.tree.leaves((new.prompt, new.own)))
     for part in range(4):  # the second prompt of each device, its second row
         found = jax.tree.map(lambda x, at=part: np.asarray(x)[at], (few.prompt, few.own))
