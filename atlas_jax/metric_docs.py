@@ -155,10 +155,14 @@ METRICS: dict[str, Metric] = {
     "perf/logprobs_secs": Metric(_SECS, "Part of a step spent on reference log-probabilities."),
     "perf/wait_secs": Metric(_SECS, "Time that a step waited for its completions and rewards."),
     "sync/bytes": Metric("bytes", "Size of the weights that the servers got."),
+    "sync/blocked_secs": Metric(_SECS, "Time for which training waited for the transfer "
+        "of weights; the rest of it ran beside the training."),
     "sync/export_secs": Metric(_SECS, "Time to write the weights for the servers."),
     "sync/pause_secs": Metric(_SECS, "Time to pause the servers."),
     "sync/load_secs": Metric(_SECS, "Time in which the servers loaded the weights."),
-    "sync/probe_secs": Metric(_SECS, "Time to check the weights of the servers."),
+    "sync/probe_secs": Metric(_SECS, "Time until the servers have answered with the new weights."),
+    "sync/score_secs": Metric(_SECS, "Time in which the trainer computed the "
+        "log-probabilities with which it compares these answers."),
     "sync/total_secs": Metric(_SECS, "Time of the whole transfer of weights."),
     "sync/probe_diff": Metric("nats", "Mean absolute difference of log-probabilities between "
         "server and trainer on the probe, of the server where it is largest."),

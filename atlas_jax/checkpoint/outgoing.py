@@ -28,8 +28,8 @@ _WAITING_BYTES = 2 << 30
 """Bytes of a process that may wait on its devices for their copy to the host."""
 
 
-class _Block(NamedTuple):
-    """The tensors of one layer of each process, or those before or behind the layers."""
+class _LayerBlock(NamedTuple):
+    """The tensors of one layer of each process, or those before or after the layers."""
 
     kinds: tuple[names.TensorKind, ...]
     layers: tuple[int, ...]
@@ -38,7 +38,7 @@ class _Block(NamedTuple):
     """The process that sends tensors outside the layers."""
 
 
-class _Waiting(NamedTuple):
+class _SentBlock(NamedTuple):
     """A block that the devices compute."""
 
     names: tuple[str, ...]
@@ -71,7 +71,7 @@ class Outgoing:
         self.order = order(decoder, jax.process_count())[jax.process_index()]
         self._begun = _begin(params, decoder, dtype)
         self._keep = keep
-        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._waiting: collections.deque[_SentBlock] = collections.deque()
         self._fetched: list[tuple[str, np.ndarray]] = []
         self._checksums: list[np.ndarray] = []
 
@@ -112,7 +112,7 @@ class Outgoing:
         """
         return np.concatenate(self._checksums)
 
-    def _copy(self, block: _Waiting) -> None:
+    def _copy(self, block: _SentBlock) -> None:
         for value in block.values if block.names else ():
             for shard in value.addressable_shards:
                 shard.data.copy_to_host_async()
@@ -138,21 +138,23 @@ def order(decoder: Decoder, processes: int) -> list[list[Tensor]]:
     return sent
 
 
-def _blocks(decoder: Decoder, processes: int) -> list[_Block]:
+def _blocks(decoder: Decoder, processes: int) -> list[_LayerBlock]:
     kinds = names.entries(decoder.config)
     inside = tuple(kind for kind in kinds if kind.per_layer)
     before = tuple(kind for kind in kinds if kind.paths == (("embed",),))
-    behind = tuple(kind for kind in kinds if not kind.per_layer and kind not in before)
+    after = tuple(kind for kind in kinds if not kind.per_layer and kind not in before)
     count = decoder.config.num_layers
     layers = [
-        _Block(inside, tuple(i if i < count else -1 for i in range(first, first + processes)), 0)
+        _LayerBlock(
+            inside, tuple(i if i < count else -1 for i in range(first, first + processes)), 0
+        )
         for first in range(0, count, processes)
     ]
     none = (0,) * processes
-    return [_Block(before, none, 0), *layers, _Block(behind, none, processes - 1)]
+    return [_LayerBlock(before, none, 0), *layers, _LayerBlock(after, none, processes - 1)]
 
 
-def _names(block: _Block, process: int, decoder: Decoder) -> tuple[str, ...]:
+def _names(block: _LayerBlock, process: int, decoder: Decoder) -> tuple[str, ...]:
     layer = block.layers[process]
     if not block.kinds[0].per_layer:
         return tuple(kind.name for kind in block.kinds) if process == block.owner else ()
@@ -161,7 +163,7 @@ def _names(block: _Block, process: int, decoder: Decoder) -> tuple[str, ...]:
     return tuple(names.hf_names(kind, decoder.config)[layer] for kind in block.kinds)
 
 
-def _begin(params: Params, decoder: Decoder, dtype: str) -> Iterator[_Waiting]:
+def _begin(params: Params, decoder: Decoder, dtype: str) -> Iterator[_SentBlock]:
     processes = jax.process_count()
     mesh = _mesh(decoder.sharding.mesh, processes)
     for block in _blocks(decoder, processes):
@@ -171,7 +173,7 @@ def _begin(params: Params, decoder: Decoder, dtype: str) -> Iterator[_Waiting]:
         layers = np.asarray([max(layer, 0) for layer in block.layers], np.int32)
         values, checksums = run(parts, layers)
         own = _names(block, jax.process_index(), decoder)
-        yield _Waiting(own, values, checksums)
+        yield _SentBlock(own, values, checksums)
 
 
 def _shapes(kinds: Sequence[names.TensorKind], decoder: Decoder) -> tuple[tuple[int, ...], ...]:

@@ -132,23 +132,15 @@ def write_own(
     number = jax.process_index()
     problem = ""
     stopped = False
-    pieces: list[concurrent.futures.Future[None]] = []
     header, places = _header(files[number], dtype)
     with concurrent.futures.ThreadPoolExecutor(_THREADS, "export") as threads:
         try:
             with _opened(directory / _file_name(number, len(files))) as file:
                 _write_at(file, memoryview(header), 0)
-                for name, value in values:
-                    stopped = stopped or stop()
-                    if not stopped:
-                        content = value.view(np.uint8).data.cast("B")
-                        pieces.append(threads.submit(_write_at, file, content, places[name]))
-                    # Tensors that wait for a slow disk would otherwise fill the memory.
-                    _all_done(pieces[: -2 * _THREADS])
-                    del pieces[: -2 * _THREADS]
-                # A file closes only after the last thread has written to it.
-                _all_done(pieces)
+                given = ((places[name], value) for name, value in values if not stop())
+                _write_pieces(file, given, threads)
                 os.fsync(file)  # else errors of the disk come after the directory has its name
+            stopped = stop()
             if number == 0 and len(files) > 1:
                 _write_index(directory, files, dtype)
         except OSError as error:
@@ -176,9 +168,23 @@ def _write_at(file: int, content: memoryview, place: int) -> None:
         place += size
 
 
-def _all_done(pieces: Sequence[concurrent.futures.Future[None]]) -> None:
-    """Waits for all pieces, and raises the first error."""
-    concurrent.futures.wait(pieces)
+def _write_pieces(
+    file: int,
+    values: Iterable[tuple[int, np.ndarray]],
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    """Writes tensors to their places in a file, and raises the first error."""
+    pieces: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+    try:
+        for place, value in values:
+            content = value.view(np.uint8).data.cast("B")
+            pieces.append(threads.submit(_write_at, file, content, place))
+            # Tensors that wait for a slow disk would otherwise fill the memory.
+            if len(pieces) > 2 * _THREADS:
+                pieces.popleft().result()
+    finally:
+        # The file closes only after the last thread has written to it.
+        concurrent.futures.wait(pieces)
     for piece in pieces:
         piece.result()
 

@@ -12,7 +12,9 @@ import pathlib
 from typing import Any
 
 _ID_BYTES = 128
-_UINT8, _FLOAT32, _SUM = 1, 7, 0  # nccl.h: ncclDataType_t, ncclRedOp_t
+_UINT8 = 1  # of nccl.h, as the next two
+_FLOAT32 = 7
+_SUM = 0
 
 
 class NcclError(RuntimeError):

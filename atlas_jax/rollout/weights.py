@@ -130,6 +130,8 @@ class DiskSync:
         self._distrust = ""
         """Reason for which nothing that was written lately may be trained on."""
         self._closed = False
+        self._score_secs = 0.0
+        """Seconds of the last comparison of probes."""
 
     def push(self, params: Params, version: int) -> Metrics:
         """Loads the weights into every server and returns bytes and seconds by phase.
@@ -164,7 +166,9 @@ class DiskSync:
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "weights")
         work = self._thread.submit(self._deliver_beside, values, version, copy)
-        self._late = _Late(version, copy, work, time.perf_counter() - start)
+        self._late = _Late(
+            version=version, params=copy, work=work, blocked_secs=time.perf_counter() - start
+        )
 
     def finish(self) -> Metrics:
         """Waits for the transfer that was begun, compares the probes and returns as `push` does.
@@ -194,6 +198,7 @@ class DiskSync:
             )
             self._check_trust()
         done.values["sync/probe_diff"] = max(differences.values(), default=0.0), 1
+        done.values["sync/score_secs"] = self._score_secs, 1
         waited = time.perf_counter() - start
         done.values["sync/blocked_secs"] = late.blocked_secs + waited, 1
         return done.values
@@ -291,9 +296,8 @@ class DiskSync:
         problem = self._on_main(lambda: push.run(label, final))
         # Only process 0 talks to the servers, but computing the probe's log-probabilities takes all
         # processes, so the push is split around it.
-        scoring = time.perf_counter()
         differences = compare(push)
-        values["sync/score_secs"] = time.perf_counter() - scoring, 1
+        values["sync/score_secs"] = self._score_secs, 1
         problem = self._on_main(lambda: push.judge(differences)) or problem
         well = [server in differences and server not in push.bad for server in servers]
         reasons = "; ".join(filter(None, (problem, *map(": ".join, push.reasons))))
@@ -349,7 +353,9 @@ class DiskSync:
         if not any(answered):
             return {}
         rows = tokens.reshape(-1, request.max_tokens)
+        start = time.perf_counter()
         ours = self._probe.logprobs(params, request.prompt_ids, rows).reshape(shape)
+        self._score_secs = time.perf_counter() - start
         means = np.abs(ours - logprobs).mean(axis=(1, 2))
         return {s: float(means[i]) for i, s in enumerate(servers) if answered[i]}
 

@@ -37,6 +37,7 @@ from tests.e2e import test_grpo
 
 STEPS = 3
 STAND_INS, REAL = 34, 6  # seeds against stand-ins, and against real vLLM servers
+AHEAD = 12  # further seeds against stand-ins, with weights that go to them beside the training
 STOPPED_SECS = 20.0  # how long a process stands still that SIGSTOP stops
 LIMIT_SECS = 400.0  # longest that one attempt may take
 ATTEMPTS = 4
@@ -49,6 +50,10 @@ FAULTS = (
     ("full disk", "trainer"),
 )  # fmt: skip
 REAL_FAULTS = tuple((name, target) for name in SIGNALS for target in ("trainer", "teacher"))
+AHEAD_FAULTS = (
+    ("status", "teacher"), ("SIGKILL", "teacher"), ("SIGTERM", "trainer"), ("SIGSTOP", "teacher"),
+    ("truncate", "teacher"), ("SIGKILL", "trainer"), ("slow", "teacher"), ("full disk", "trainer"),
+)  # fmt: skip
 PROMISES = (
     "step lost behind a checkpoint", "wrong label", "unscored sample trained", "orphan",
     "left in /dev/shm", "bad end",
@@ -71,6 +76,7 @@ class Fault:
         times: how many replies are wrong.
         pick: share in the list of the target's processes.
         real: whether the servers are real vLLM servers.
+        ahead: whether the next batch is generated while a step trains.
     """
 
     seed: int
@@ -83,13 +89,17 @@ class Fault:
     times: int
     pick: float
     real: bool
+    ahead: bool
 
 
 def draw(seed: int) -> Fault:
     """Returns the fault of a seed; the first 25 are one of each kind for each target."""
     draws = random.Random(seed)
-    real = seed >= STAND_INS
-    if real:
+    ahead = seed >= STAND_INS + REAL
+    real = seed >= STAND_INS and not ahead
+    if ahead:
+        name, target = AHEAD_FAULTS[(seed - STAND_INS - REAL) % len(AHEAD_FAULTS)]
+    elif real:
         name, target = REAL_FAULTS[seed - STAND_INS]
     else:
         kinds = random.Random(13).sample(FAULTS, len(FAULTS))
@@ -110,6 +120,7 @@ def draw(seed: int) -> Fault:
         times=draws.randint(1, 4),
         pick=draws.random(),
         real=real,
+        ahead=ahead,
     )
 
 
@@ -122,18 +133,27 @@ class Undisturbed:
         end_secs: from its last request to its end.
         calls: requests to all servers.
         losses: loss of each step.
+        mismatch: largest `rollout/mismatch_kl` of a step.
     """
 
     start_secs: float
     end_secs: float
     calls: int
     losses: list[float]
+    mismatch: float
 
 
 class World:
     """The processes of a run, and the run."""
 
-    def __init__(self, inputs: pathlib.Path, database: Any, place: pathlib.Path, real: bool):
+    def __init__(
+        self,
+        inputs: pathlib.Path,
+        database: Any,
+        place: pathlib.Path,
+        real: bool,
+        ahead: bool = False,
+    ) -> None:
         """Nothing runs yet.
 
         Args:
@@ -141,7 +161,9 @@ class World:
             database: server with the sessions, and `database.url`.
             place: empty directory; a file system of its own where the disk can be full.
             real: whether the teacher is served by vLLM.
+            ahead: whether the next batch is generated while a step trains.
         """
+        self.ahead = ahead
         self.inputs, self.database, self.place, self.real = inputs, database, place, real
         self.output = place / "run"
         self.model = str(inputs / "model")
@@ -174,6 +196,7 @@ class World:
             "eval_steps": 2, "rollout.eval_limit": 2, "max_prompt_length": 40,
             "data.eval_split_ratio": 0.2,
             "rollout.backend": "vllm", "rollout.sync_dtype": "float32",
+            "rollout.max_staleness": int(self.ahead),
             "rollout.probe_tolerance": 1e-4, "rollout.request_timeout_secs": 30.0,
             "rollout.teacher_servers": ",".join(self.urls[i] for i in self.roles["teacher"]),
             "rollout.student_servers": self.urls[2],
@@ -261,7 +284,9 @@ class World:
         assert self.trainer.returncode == 0, self.log.read_text()[-3000:]
         ended = time.monotonic()
         losses = [line["loss/total"] for line in self._steps()]
-        return Undisturbed(first - start, ended - last, calls, losses)
+        mismatch = max(abs(line["rollout/mismatch_kl"]) for line in self._steps())
+        assert self.ahead or mismatch < 1e-6
+        return Undisturbed(first - start, ended - last, calls, losses, mismatch)
 
     def suffer(self, fault: Fault, whole: Undisturbed) -> dict[str, Any]:
         """Lets a fault happen, repeats the command until it ends well, and checks what is left."""
@@ -282,7 +307,7 @@ class World:
                 self._check_saved(saved, codes[-1], broken)
             if codes[-1] != 0:
                 broken["bad end"].append(f"exit codes {codes}: {_end_of(self.log)}")
-            self._check_run(broken)
+            self._check_run(broken, whole)
         broken["orphan"] += [" ".join(p.cmdline())[:200] for p in self._marked()]
         for process in self._marked():
             process.kill()
@@ -413,7 +438,7 @@ class World:
         if done > saved + killed:
             lost.append(f"attempt {self.attempts}: step {done} was logged, {saved} was saved")
 
-    def _check_run(self, broken: dict[str, list[str]]) -> None:
+    def _check_run(self, broken: dict[str, list[str]], whole: Undisturbed) -> None:
         """Checks what the whole run has written."""
         steps = self._steps()
         if [line["step"] for line in steps] != list(range(1, STEPS + 1)):
@@ -421,12 +446,14 @@ class World:
             return
         for line in steps:
             step, trained = line["step"], 0
-            if not abs(line["rollout/mismatch_kl"]) < 1e-6:
+            # Tokens of weights that are older than their label says differ from the trainer more
+            # than those of a run without a fault, in which labels are one update old at most.
+            if not abs(line["rollout/mismatch_kl"]) < 1e-6 + 2 * whole.mismatch:
                 broken["wrong label"].append(f"step {step}: {line['rollout/mismatch_kl']} nats")
             for sample in test_grpo.samples(self.output, step):
                 trained += sample["trains"]
                 version = sample["completion"]["weights_version"]
-                if sample["trains"] and version != step - 1:
+                if sample["trains"] and not step - 1 - self.ahead <= version < step:
                     broken["wrong label"].append(f"step {step} trains tokens of {version}")
                 if sample["trains"] and not _is_scored(sample):
                     broken["unscored sample trained"].append(f"step {step}: {sample['reward']}")

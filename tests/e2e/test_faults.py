@@ -1,4 +1,4 @@
-"""Forty random faults, one in each of forty runs; see `faults`.
+"""Random faults, one in each of 52 runs; see `faults`.
 
 ATLAS_FAULT_RESULTS names a file where each run leaves a line; a run that is there is not repeated.
 """
@@ -16,7 +16,8 @@ from tests import runtime_database, words
 from tests.conftest import VLLM_SIZES
 from tests.e2e import faults, test_grpo
 
-QUICK = (4, 9, 11, 31)  # SIGTERM, a broken reply, a full disk, SIGKILL
+SEEDS = faults.STAND_INS + faults.REAL + faults.AHEAD
+QUICK = (4, 9, 11, 31, 40)  # SIGTERM, a broken reply, a full disk, SIGKILL, a reply while it trains
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +63,16 @@ def database():
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs, database, tmp_path_factory):
-    """Returns whether the servers are real -> how a run without a fault goes, found once."""
+    """Returns how a run without a fault goes, found once for each kind of servers and order."""
     found = {}
 
-    def measure(real):
-        if real not in found:
+    def measure(real, ahead):
+        if (real, ahead) not in found:
             place = tmp_path_factory.mktemp("undisturbed") / "disk"
             place.mkdir()
-            with faults.World(inputs, database, place, real) as world:
-                found[real] = world.measure()
-        return found[real]
+            with faults.World(inputs, database, place, real, ahead) as world:
+                found[real, ahead] = world.measure()
+        return found[real, ahead]
 
     return measure
 
@@ -80,7 +81,7 @@ def seed_of(seed):
     return pytest.param(seed, marks=[] if seed in QUICK else pytest.mark.long)
 
 
-@pytest.mark.parametrize("seed", [seed_of(s) for s in range(faults.STAND_INS + faults.REAL)])
+@pytest.mark.parametrize("seed", [seed_of(s) for s in range(SEEDS)])
 def test_nothing_is_lost_or_wrong_after_a_fault(inputs, database, undisturbed, tmp_path, seed):
     fault = faults.draw(seed)
     results = pathlib.Path(os.environ.get("ATLAS_FAULT_RESULTS", os.devnull))
@@ -92,8 +93,8 @@ def test_nothing_is_lost_or_wrong_after_a_fault(inputs, database, undisturbed, t
     with faults.small_disk(place) as limited:
         if fault.name == "full disk" and not limited:
             pytest.skip("this machine does not let tests mount a small file system")
-        world = faults.World(inputs, database, place, fault.real)
-        result = world.suffer(fault, undisturbed(fault.real))
+        world = faults.World(inputs, database, place, fault.real, fault.ahead)
+        result = world.suffer(fault, undisturbed(fault.real, fault.ahead))
     with results.open("a") as file:
         file.write(json.dumps(result) + "\n")
     assert not result["broken"], result
