@@ -19,5 +19,6 @@ run mypy
 .venv/bin/lint-imports --no-cache | tail -n 3
 export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Two processes: most of the time goes into compiling, which keeps one core busy.
-run pytest --quiet --durations=8 --numprocesses=2 --dist=loadgroup --no-loadscope-reorder \
+# -rs: what is skipped is listed with its reason, and counted.
+run pytest --quiet -rs --durations=8 --numprocesses=2 --dist=loadgroup --no-loadscope-reorder \
   "${chosen[@]}" "$@"

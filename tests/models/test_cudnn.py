@@ -88,6 +88,50 @@ def test_the_interface_inside_jax_is_the_known_one():
     assert list(inspect.signature(lowering).parameters)[1:4] == ["query", "key", "value"]
 
 
+def forward_of_jax_0_11_2(
+    ctx, query, key, value, bias, q_seqlen, kv_seqlen, q_offsets, kv_offsets, page_table_k,
+    page_table_v, scale, seed, dropout_rate, variadic_args, mask_type, layout,
+    sliding_window_length, is_training,
+): ...  # fmt: skip
+
+
+def backward_of_jax_0_11_2(
+    ctx, query, key, value, bias, q_seqlen, kv_seqlen, q_offsets, kv_offsets, page_table_k,
+    page_table_v, activation, fwd_output, grad_output, scale, seed, dropout_rate, variadic_args,
+    mask_type, layout, sliding_window_length,
+): ...  # fmt: skip
+
+
+def forward_of_jax_0_12_0_1(
+    ctx, query, key, value, bias, q_seqlen, kv_seqlen, q_offsets, kv_offsets, page_table_k,
+    page_table_v, *score_mod_args, scale, seed, dropout_rate, variadic_args, mask_type, layout,
+    sliding_window_length, score_mod_name, score_mod_jaxpr, is_training,
+): ...  # fmt: skip
+
+
+def backward_of_jax_0_12_0_1(
+    ctx, query, key, value, bias, q_seqlen, kv_seqlen, q_offsets, kv_offsets, page_table_k,
+    page_table_v, activation, fwd_output, grad_output, *score_mod_args, scale, seed, dropout_rate,
+    variadic_args, mask_type, layout, sliding_window_length, score_mod_name, score_mod_jaxpr,
+): ...  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "more"),
+    [
+        (forward_of_jax_0_11_2, backward_of_jax_0_11_2, {}),
+        (forward_of_jax_0_12_0_1, backward_of_jax_0_12_0_1,
+         {"score_mod_name": None, "score_mod_jaxpr": None}),
+        (forward_of_jax_0_11_2, backward_of_jax_0_12_0_1, None),
+    ],
+)  # fmt: skip
+def test_the_interfaces_of_two_versions_of_jax_are_known(monkeypatch, forward, backward, more):
+    """The parameters are copied from these versions' sources, of which one at most is installed."""
+    monkeypatch.setattr(fused, "_dot_product_attention_fwd_cuda_lowering", forward)
+    monkeypatch.setattr(fused, "_dot_product_attention_bwd_cuda_lowering", backward)
+    assert cudnn.settings() == more
+
+
 def test_an_unknown_interface_is_named(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     monkeypatch.setattr(cudnn, "_SIGNATURES", {})
