@@ -8,6 +8,7 @@ A server that fails twice stays paused and is taken out of the pool.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -208,6 +209,12 @@ class DiskSync:
         rows = tokens.reshape(-1, request.max_tokens)
         ours = self._probe.logprobs(params, request.prompt_ids, rows).reshape(shape)
         means = np.abs(ours - logprobs).mean(axis=(1, 2))
+        push.references = [
+            (tuple(tokens[i, j].tolist()), ours[i, j])
+            for i in range(len(servers))
+            for j in range(PROBES)
+            if answered[i]
+        ]
         return {s: float(means[i]) for i, s in enumerate(servers) if answered[i]}
 
     def _settle(self, done: _Attempt, label: str, version: int) -> None:
@@ -215,6 +222,9 @@ class DiskSync:
         pool = self._pool
         pool.label = label
         pool.version = version
+        # Only process 0 talks to servers; to the others a server is back when it has the label.
+        if distributed.is_main():
+            pool.rejoin = functools.partial(done.push.rejoin, self._versions.path(label), label)
         for server, ok in zip(pool.servers, done.well, strict=True):
             if ok:
                 pool.take_back(server)
