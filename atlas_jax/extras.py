@@ -15,7 +15,7 @@ MODULES = {
     "hf": ("torch",),
     "judges": ("aiohttp", "yarl"),
     "postgres": ("psycopg", "pyarrow"),
-    "vllm": ("aiohttp", "yarl"),
+    "vllm": ("aiohttp", "prometheus_client", "yarl"),
 }
 """Extra -> the modules that it installs and that the package or its tools import."""
 

@@ -425,7 +425,7 @@ class VllmProcess:
         """Serves until a signal, or until vLLM has ended too often; returns the exit code.
 
         Raises:
-            ValueError: if vLLM does not start the first time, or lacks routes that GRPO needs.
+            ValueError: if vLLM does not start the first time, or has not all routes of GRPO.
             TimeoutError: if it does not become healthy in time the first time.
         """
         failures = 0

@@ -26,6 +26,7 @@ from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.server_metrics import ServerMetrics
 from atlas_jax.rollout.servers import PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
@@ -50,6 +51,7 @@ class VllmBackend:
         policy: ChatModel,
         student: ChatModel | None,
         sync: WeightSync,
+        servers: Sequence[ServerMetrics],
         close: Callable[[], None],
     ) -> None:
         """Publishes nothing yet: the weights that the servers hold are not known.
@@ -58,11 +60,13 @@ class VllmBackend:
             policy: the trained model on its servers.
             student: the frozen student on its servers.
             sync: the way of the weights to the servers.
+            servers: the metrics of the servers of each role.
             close: gives up requests and weights in flight.
         """
         self._policy = policy
         self._student = student
         self._sync = sync
+        self._servers = servers
         self._close = close
         self._version: int | None = None
         self._metrics: Metrics = {}
@@ -85,9 +89,11 @@ class VllmBackend:
         return self._policy
 
     def metrics(self) -> Metrics:
-        """Returns the metrics of the last push, once."""
+        """Returns the metrics of the last push, and of the servers since the last call."""
         metrics = self._metrics
         self._metrics = {}
+        for servers in self._servers:
+            metrics = metrics | servers.take()
         return metrics
 
     def close(self) -> None:
@@ -113,10 +119,16 @@ def make_vllm_backend(
     # Before a server is asked: one that is not of this run might answer at that address.
     check_loopback(config)
     with contextlib.ExitStack() as stack:
-        policy, sync = _open_policy(config, model, logprobs_fn, stack)
-        frozen = None if student is None else _open_student(config, student, stack)
+        policy, pool, sync = _open_policy(config, model, logprobs_fn, stack)
+        pools = [pool]
+        frozen = None
+        if student is not None:
+            frozen, pool = _open_student(config, student, stack)
+            pools.append(pool)
+        # One process reads for all: the servers are the same.
+        servers = [ServerMetrics(pool, reads=distributed.is_main()) for pool in pools]
         # From here on the backend closes what is open; after an error above the stack has.
-        return VllmBackend(policy, frozen, sync, stack.pop_all().close)
+        return VllmBackend(policy, frozen, sync, servers, stack.pop_all().close)
 
 
 def check_loopback(config: GRPOConfig) -> None:
@@ -140,7 +152,7 @@ def _open_policy(
     model: Model,
     logprobs_fn: LogprobsFn,
     stack: contextlib.ExitStack,
-) -> tuple[ChatModel, WeightSync]:
+) -> tuple[ChatModel, ServerPool, WeightSync]:
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
@@ -162,14 +174,16 @@ def _open_policy(
     versions = choose_versions(config, model)
     sync = DiskSync(engine, model.decoder, model.files, versions, options, probe)
     stack.callback(sync.close)
-    return policy, sync
+    return policy, pool, sync
 
 
-def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
+def _open_student(
+    config: GRPOConfig, model: Model, stack: contextlib.ExitStack
+) -> tuple[ChatModel, ServerPool]:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
     student, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
-    return chat_models.check_student(config, student)
+    return chat_models.check_student(config, student), pool
 
 
 def _pool(
