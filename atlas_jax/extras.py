@@ -16,7 +16,7 @@ MODULES = {
     "judges": ("aiohttp", "yarl"),
     "postgres": ("psycopg", "pyarrow"),
     "report": ("scipy",),
-    "vllm": ("aiohttp", "yarl"),
+    "vllm": ("aiohttp", "prometheus_client", "yarl"),
 }
 """Extra -> the modules that it installs and that the package or its tools import."""
 

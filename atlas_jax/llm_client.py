@@ -206,6 +206,33 @@ class Client:
         """Returns the JSON reply to a GET, with the errors of `post`."""
         return await self._request("GET", path, None, params, None)
 
+    async def get_text(self, path: str) -> str:
+        """Returns the body of the reply to a GET, which is tried once and waits for no place.
+
+        Raises:
+            UnavailableError: if there is no reply, or its status is not 200.
+        """
+        url = f"{self.base_url}{path}"
+        try:
+            async with self._opened.get(url, allow_redirects=False, proxy=self._proxy) as reply:
+                body = await reply.text(errors="replace")
+                status = reply.status
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnavailableError(url, 0, f"{type(error).__name__}: {error}") from None
+        if status != 200:
+            raise UnavailableError(url, status, self._without_key(body))
+        return body
+
+    @property
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("the client is not open; use it in `async with`")
+        return self._session
+
+    def _without_key(self, body: str) -> str:
+        # Some servers repeat the key in their refusal, which goes into logs.
+        return body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
+
     async def _request(
         self,
         method: str,
@@ -312,11 +339,9 @@ class Client:
         payload: Payload | None,
         params: Mapping[str, str] | None,
     ) -> Any:
-        if self._session is None:
-            raise RuntimeError("the client is not open; use it in `async with`")
         try:
             # A redirect could lead a key to another server, or from https to http.
-            async with self._session.request(
+            async with self._opened.request(
                 method,
                 url,
                 json=payload() if callable(payload) else payload,
@@ -357,8 +382,7 @@ class Client:
             _BusyError: if the server reports too many requests.
             _PausedError: if the server is a paused vLLM server.
         """
-        # Some servers repeat the key in their refusal, which goes into logs.
-        shown = body.replace(self._api_key, masking.HIDDEN) if self._api_key else body
+        shown = self._without_key(body)
         if status == 503 and any(sign in body for sign in _PAUSED):
             raise _PausedError(UnavailableError(url, status, shown))
         if status in _BUSY:

@@ -69,6 +69,24 @@ METRICS: dict[str, Metric] = {
     "rollout/student_cached_frac": Metric(_SHARE, "Answers and approaches without a lesson that "
         "were kept from before (`rollout.cache_student`), evaluations since the last line "
         "included."),
+    "rollout/teacher_running": Metric("requests", "With `rollout.backend=vllm`, requests that a "
+        "server of the trained model computes at one time. This and the next ones are means over "
+        "the servers, read every two seconds while one of them has a request."),
+    "rollout/teacher_waiting": Metric("requests", "Requests that wait in the queue of a server of "
+        "the trained model."),
+    "rollout/teacher_kv_use": Metric(_SHARE, "Memory for keys and values that is in use, of a "
+        "server of the trained model."),
+    "rollout/teacher_preemptions": Metric("requests", "Requests that had to make room for others "
+        "during the step, of all servers of the trained model together. They are computed again: "
+        "with many of them lower `rollout.max_in_flight`."),
+    "rollout/student_running": Metric("requests", "The same as `rollout/teacher_running` of the "
+        "student's servers."),
+    "rollout/student_waiting": Metric("requests", "The same as `rollout/teacher_waiting` of the "
+        "student's servers."),
+    "rollout/student_kv_use": Metric(_SHARE, "The same as `rollout/teacher_kv_use` of the "
+        "student's servers."),
+    "rollout/student_preemptions": Metric("requests", "The same as `rollout/teacher_preemptions` "
+        "of the student's servers."),
     "reward/mean": Metric("", "Mean reward of the samples that have one."),
     "reward/std": Metric("", "Mean standard deviation of the reward within groups."),
     "reward/NAME": Metric("", "Mean of the part of the reward that is called NAME, where the "

@@ -16,7 +16,6 @@ set; FILE is then neither read nor made.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import json
 import os
@@ -27,18 +26,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from absl import logging
 
 from atlas_jax import keeper, server_token
 from atlas_jax.checkpoint import diagnosis, layout
 from atlas_jax.rollout import capabilities
+from atlas_jax.server_output import ServerOutput
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLUGIN = pathlib.Path(__file__).parent / "vllm_plugin"
@@ -341,59 +340,6 @@ def _open(request: urllib.request.Request, timeout_secs: float) -> Any:
     return opener.open(request, timeout=timeout_secs)
 
 
-class ServerOutput(threading.Thread):
-    """Thread that copies vLLM's output.
-
-    Lines from the first error on are held back until the server is healthy. If it never is, they
-    are not printed, because the last error states the reason in one line. ATLAS_TRACEBACK=1 prints
-    everything.
-    """
-
-    _TROUBLE = re.compile(rb"\bERROR\b|^Traceback|^usage:")
-    _ERROR = re.compile(
-        r"(?:\(\w+ pid=\d+\) )?(?:ERROR [^]]*\] )?\s*"
-        r"((?:[\w.]+(?:Error|Exception|Interrupt)|\S+: error): .+|Value error, .+)"
-    )
-    _EMPTY = ("Engine core initialization failed", "validation error for")
-    """Texts of lines that report an error without its reason."""
-
-    def __init__(self, pipe: IO[bytes]) -> None:
-        """Starts the thread."""
-        super().__init__(daemon=True)
-        self._pipe = pipe
-        self._held: collections.deque[bytes] = collections.deque(maxlen=10_000)
-        self._holds = not os.environ.get("ATLAS_TRACEBACK")
-        self._lock = threading.Lock()
-        self.error = ""
-        """The last error in vLLM's output."""
-        self.start()
-
-    def run(self) -> None:
-        """Copies until vLLM has closed its output."""
-        for line in self._pipe:
-            match = self._ERROR.match(line.decode(errors="replace").rstrip())
-            if match and not any(text in match[1] for text in self._EMPTY):
-                self.error = match[1].removeprefix("Value error, ").partition(" [type=")[0]
-            with self._lock:
-                if self._holds and (self._held or self._TROUBLE.search(line)):
-                    self._held.append(line)
-                else:
-                    self._write(line)
-
-    def release(self) -> None:
-        """Prints the lines held back, and holds back no more."""
-        with self._lock:
-            self._holds = False
-            while self._held:
-                self._write(self._held.popleft())
-
-    def _write(self, line: bytes) -> None:
-        # If nobody reads our output any more, lines are dropped. vLLM must go on, and would block
-        # on a full pipe.
-        with contextlib.suppress(OSError):
-            os.write(sys.stdout.fileno(), line)
-
-
 class _ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.exit(_usage_error(message))
@@ -482,7 +428,7 @@ class VllmProcess:
         """Serves until a signal, or until vLLM has ended too often; returns the exit code.
 
         Raises:
-            ValueError: if vLLM does not start the first time, or lacks routes that GRPO needs.
+            ValueError: if vLLM does not start the first time, or has not all routes of GRPO.
             TimeoutError: if it does not become healthy in time the first time.
         """
         failures = 0

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import prometheus_client
 from aiohttp import web
 
 from atlas_jax.rollout import capabilities
@@ -61,6 +62,7 @@ class StandIn(http_faults.Faults):
         device: kind of device that it says it has.
         wire: over which it takes weights; None takes them from files alone.
         ranks: number of its workers, which all get the same tensors.
+        num_preemptions: number of preemptions that its metrics state.
     """
 
     def __init__(self, model: str, key: str = "", refuses_when_paused: bool = False) -> None:
@@ -81,6 +83,7 @@ class StandIn(http_faults.Faults):
         self.ranks = 1
         self._receivers: list[fake_nccl.Receiver] = []
         self._updating = False
+        self.num_preemptions = 0
         self._key = key
         self._refuses = refuses_when_paused
         self._label = "default"
@@ -101,6 +104,7 @@ class StandIn(http_faults.Faults):
             ("GET", "/v1/models", self._models),
             ("GET", "/is_paused", self._is_paused),
             ("GET", "/weight_info", self._weight_info),
+            ("GET", "/metrics", self._metrics),
             ("POST", "/pause", self._pause),
             ("POST", "/resume", self._resume),
             ("POST", "/collective_rpc", self._collective_rpc),
@@ -174,6 +178,22 @@ class StandIn(http_faults.Faults):
     async def _weight_info(self, _: web.Request) -> web.Response:
         async with self._engine:
             return web.json_response({"weight_version": self._label})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        """Answers as vLLM does, whose page has many more families than these."""
+        registry = prometheus_client.CollectorRegistry()
+        labels = {"engine": "0", "model_name": self.root}
+        values = {
+            "num_requests_running": len(self._active),
+            "num_requests_waiting": 0,
+            "kv_cache_usage_perc": len(self._active) / 256,
+        }
+        for name, value in values.items():
+            gauge = prometheus_client.Gauge(f"vllm:{name}", name, labels, registry=registry)
+            gauge.labels(**labels).set(value)
+        counter = prometheus_client.Counter("vllm:num_preemptions", "", labels, registry=registry)
+        counter.labels(**labels).inc(self.num_preemptions)
+        return web.Response(body=prometheus_client.generate_latest(registry))
 
     async def _pause(self, request: web.Request) -> web.Response:
         self._mode = request.query["mode"]

@@ -126,6 +126,7 @@ EXTRAS = {
     "llm_client.py": "judges",
     "rewards/symbolic_server.py": "math",
     "rewards/transport.py": "judges",
+    "rollout/server_metrics.py": "vllm",
     "traces/files.py": "datasets",
     "traces/postgres.py": "postgres",
     "traces/snapshot.py": "postgres",

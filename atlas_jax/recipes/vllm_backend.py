@@ -27,6 +27,7 @@ from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.server_metrics import ServerMetrics
 from atlas_jax.rollout.servers import PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
@@ -51,6 +52,7 @@ class VllmBackend:
         policy: Callable[[int], ChatModel],
         student: ChatModel | None,
         sync: WeightSync,
+        servers: Sequence[ServerMetrics],
         close: Callable[[], None],
         ahead: bool,
     ) -> None:
@@ -61,12 +63,14 @@ class VllmBackend:
                 weights of that version or a later one.
             student: the frozen student on its servers.
             sync: the way of the weights to the servers.
+            servers: the metrics of the servers of each role.
             close: gives up requests and weights in flight.
             ahead: whether weights go to the servers beside the training.
         """
         self._policy = policy
         self._student = student
         self._sync = sync
+        self._servers = servers
         self._close = close
         self._ahead = ahead
         self._version: int | None = None
@@ -98,9 +102,11 @@ class VllmBackend:
         return self._policy(version)
 
     def metrics(self) -> Metrics:
-        """Returns the metrics of the last transfer that is complete, once."""
+        """Returns the metrics of the last complete transfer, and of the servers since the last."""
         metrics = self._metrics
         self._metrics = {}
+        for servers in self._servers:
+            metrics = metrics | servers.take()
         return metrics
 
     def close(self) -> None:
@@ -126,11 +132,17 @@ def make_vllm_backend(
     # Before a server is asked: one that is not of this run might answer at that address.
     check_loopback(config)
     with contextlib.ExitStack() as stack:
-        policy, sync = _open_policy(config, model, logprobs_fn, stack)
-        frozen = None if student is None else _open_student(config, student, stack)
+        policy, pool, sync = _open_policy(config, model, logprobs_fn, stack)
+        pools = [pool]
+        frozen = None
+        if student is not None:
+            frozen, pool = _open_student(config, student, stack)
+            pools.append(pool)
+        # One process reads for all: the servers are the same.
+        servers = [ServerMetrics(pool, reads=distributed.is_main()) for pool in pools]
         # From here on the backend closes what is open; after an error above the stack has.
         ahead = sends_beside_training(config)
-        return VllmBackend(policy, frozen, sync, stack.pop_all().close, ahead)
+        return VllmBackend(policy, frozen, sync, servers, stack.pop_all().close, ahead)
 
 
 def sends_beside_training(config: GRPOConfig) -> bool:
@@ -165,7 +177,7 @@ def _open_policy(
     model: Model,
     logprobs_fn: LogprobsFn,
     stack: contextlib.ExitStack,
-) -> tuple[Callable[[int], ChatModel], WeightSync]:
+) -> tuple[Callable[[int], ChatModel], ServerPool, WeightSync]:
     rollout = config.rollout
     check = functools.partial(identity.check_trained, decoder=model.decoder)
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
@@ -193,7 +205,7 @@ def _open_policy(
     else:
         sync = DiskSync(*parts)
     stack.callback(sync.close)
-    return bind, sync
+    return bind, pool, sync
 
 
 def _nccl_maker(pool: ServerPool) -> Callable[[], Any]:
@@ -221,11 +233,13 @@ def _nccl_maker(pool: ServerPool) -> Callable[[], Any]:
     return lambda: libnccl.LibNccl(device.local_hardware_id)
 
 
-def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
+def _open_student(
+    config: GRPOConfig, model: Model, stack: contextlib.ExitStack
+) -> tuple[ChatModel, ServerPool]:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
     bind, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
-    return chat_models.check_student(config, bind(0))
+    return chat_models.check_student(config, bind(0)), pool
 
 
 def _pool(

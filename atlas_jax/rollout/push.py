@@ -108,6 +108,12 @@ class FileLoader(NamedTuple):
         if self.restart:
             write_whole(self.directory.parent / LATEST, f"{self.directory}\n")
 
+    async def obstacle(self, server: Server) -> str:
+        """Returns the reason for which a server cannot have the version, "" if it can."""
+        if self.restart and await _root(server) != str(self.directory):
+            return f"it does not serve {self.directory}; start it with serve --follow"
+        return ""
+
     async def load(self, server: Server) -> None:
         """Has a server load the files, or waits until it was restarted with them."""
         if not self.restart:
@@ -128,6 +134,7 @@ class Push:
         checksums: the checksums, by server that loaded the version.
         secs: the seconds of each phase, by metric.
         num_uncleared: the number of servers that could not clear their prefix cache.
+        references: token ids of continuations of the probe, with the trainer's log-probabilities.
     """
 
     def __init__(
@@ -160,6 +167,7 @@ class Push:
         self.checksums: dict[Server, Checksums] = {}
         self.secs: dict[str, float] = {}
         self.num_uncleared = 0
+        self.references: list[tuple[tuple[int, ...], np.ndarray]] = []
 
     @property
     def is_whole(self) -> bool:
@@ -262,13 +270,14 @@ class Push:
         """Loads a version into a server that was down, if it can be reached at once."""
 
         async def bring() -> None:
-            async with asyncio.timeout(_LATE_SECS):
-                await server.control.get("/health")
-                await self._pool.admit(server)  # the address may have another server now
-            await self.pause(server)
-            await self._paused.wait()
-            await self._take(label, server)
-            del self.bad[server]
+            async with server.loading:
+                async with asyncio.timeout(_LATE_SECS):
+                    await server.control.get("/health")
+                    await self._pool.admit(server)  # the address may have another server now
+                await self.pause(server)
+                await self._paused.wait()
+                await self._take(label, server)
+                del self.bad[server]
 
         # It counts as failed until `bring` has come to its end, which the limit may prevent.
         self.bad[server] = server.why
@@ -304,6 +313,50 @@ class Push:
                 "it has the tensors of the last version, although the trainer's have changed"
             )
         self.checksums[server] = checksums
+
+    async def rejoin(self, label: str, server: Server) -> str:
+        """Loads the version of this push into a server that had no part in it; returns its problem.
+
+        No process of the trainer computes anything for it. The server's tensors must equal those
+        of a server that passed all checks, and its continuations of the probe are compared with the
+        trainer's log-probabilities as far as their tokens are those that the trainer has computed.
+        A server that fails stays paused.
+        """
+        if not isinstance(self._loader, FileLoader):
+            return "its weights do not come in files"
+        if problem := await self._loader.obstacle(server):
+            return problem
+        proven = [own for s, own in self.checksums.items() if s not in self.bad]
+        try:
+            await self.pause(server)
+            await self._take(label, server)
+            if self.checksums[server] not in proven:
+                raise PushError("its tensors are not those of the servers with these weights")
+            await self._ask(label, server)
+            by = self._difference(self.probes[server])
+            if not by <= self._options.tolerance:
+                await self._pause_again(server)
+                raise PushError(f"its probe differs by {by:.3g} nats from the trainer's")
+        except PushError as error:
+            self.bad[server] = str(error)
+            return str(error)
+        self.bad.pop(server, None)
+        return ""
+
+    def _difference(self, probes: Sequence[Completion]) -> float:
+        """Returns the mean absolute difference of continuations from those of `references`.
+
+        Only the tokens up to the first one that differs have been computed by the trainer, since
+        the next ones depend on it. NaN if the first one differs already.
+        """
+        found: list[float] = []
+        for probe in probes:
+            common = [_num_equal(probe.token_ids, tokens) for tokens, _ in self.references]
+            best = int(np.argmax(common))
+            ours = self.references[best][1][: common[best]]
+            theirs = np.asarray(probe.untruncated_logprobs[: common[best]])
+            found.extend(np.abs(ours - theirs))
+        return float(np.mean(found)) if found else float("nan")
 
     async def _clear_cache(self, server: Server) -> bool:
         """Clears a server's prefix cache; returns false if requests in flight prevent that.
@@ -406,6 +459,12 @@ def unequal(
                     f"{names[0]}"
                 )
     return different
+
+
+def _num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns the number of equal items before the first different one."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,9 @@
 A request goes to the server with the fewest requests of this process, and where several have as
 few, to the one after the last that was chosen. A server that cannot be reached, or whose health
 check fails or hangs, is taken out of the pool, and its requests go to the others. It returns when
-it is healthy and serves weights that have passed their probe.
+it is healthy and serves weights that have passed their probe; if it was started again with others,
+the pool has it load the current ones. A server that cannot be reached when the pool opens joins
+later.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from absl import logging
@@ -44,6 +46,8 @@ _REACHED_SECS = 0.02
 """Seconds between two looks of a request for weights that are on their way to the servers."""
 
 _PAUSED = "it is paused, and not by this run"
+_WAITS = "it waits for new weights"
+_STALE = "it has other weights than the current ones"
 
 _CLOSE_SECS = 3.0
 """Seconds that closing waits for requests in flight to give up."""
@@ -94,6 +98,7 @@ class Server:
         versions: versions, by label, of weights that it served and that passed their probe.
         tasks: the completion requests in flight.
         pushing: the task of a push at this server, cancelled when it is taken out.
+        loading: the lock of whoever loads weights into it while it is down.
     """
 
     url: str
@@ -107,6 +112,7 @@ class Server:
     versions: dict[str, int] = dataclasses.field(default_factory=dict)
     tasks: set[asyncio.Task[Any]] = dataclasses.field(default_factory=set)
     pushing: asyncio.Task[None] | None = None
+    loading: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
 
 class CompletionReply(NamedTuple):
@@ -140,9 +146,15 @@ class ServerPool:
         """Label of the weights that all servers must have; None if no weights are pushed."""
         self.version = 0
         """Version of these weights."""
+        self.rejoin: Callable[[Server], Awaitable[str]] | None = None
+        """Function that loads the current weights into a server that is down and has others.
+
+        It returns the problem, "" if the server has passed its checks. None if that takes a push.
+        """
         self.restarts = False
         """True if each push restarts the servers, which then fail health checks meanwhile."""
         self._check: Callable[[str, capabilities.ServerStart], None] = _accept
+        self._is_open = False
         self._closed = False
         self._next = options.first
         self._lock = threading.Lock()
@@ -243,7 +255,13 @@ class ServerPool:
         self.run(self._open())
 
     async def _open(self) -> None:
-        found = await asyncio.gather(*map(self.admit, self.servers), return_exceptions=True)
+        look = self.options.look
+        secs = look.misses * look.timeout_secs
+        found = await asyncio.gather(
+            # A server that hangs must not hold up the start.
+            *(asyncio.wait_for(self.admit(server), secs) for server in self.servers),
+            return_exceptions=True,
+        )
         lost = []
         for server, problem in zip(self.servers, found, strict=True):
             if isinstance(problem, ServerError | TimeoutError):
@@ -256,6 +274,7 @@ class ServerPool:
                 f"cannot use the {self.role} server {'; '.join(lost)}. Start it with "
                 "python -m atlas_jax.serve, and look at /health"
             )
+        self._is_open = True
         self._watches = [
             asyncio.create_task(watch(server))
             for server in self.servers
@@ -287,6 +306,8 @@ class ServerPool:
             ) from None
         start = capabilities.check_start(server.url, info, model)
         self._check(server.url, start)
+        if self._is_open:
+            self._check_fits(server, start)
         server.start = start
         if start.policy != capabilities.PRIORITY:
             logging.warning(
@@ -295,6 +316,22 @@ class ServerPool:
                 *(self.role, server.url, start.policy),
             )
         logging.info("%s server %s: vLLM %s, %s", self.role, server.url, version, start.root)
+
+    def _check_fits(self, server: Server, start: capabilities.ServerStart) -> None:
+        """Checks that a server can do what the run has planned with those of its start.
+
+        Raises:
+            ValueError: if it takes shorter completions or caches larger blocks than they do.
+        """
+        others = [s.start for s in self.servers if s.start and s is not server]
+        length = min((other.max_model_len for other in others), default=0)
+        block = max((other.block_size for other in others), default=start.block_size)
+        if start.max_model_len < length or start.block_size > block:
+            raise ValueError(
+                f"{server.url} has --max-model-len {start.max_model_len} and --block-size "
+                f"{start.block_size}, the servers that the run began with {length} and {block}; "
+                "start it with these"
+            )
 
     @property
     def starts(self) -> list[capabilities.ServerStart]:
@@ -448,6 +485,9 @@ class ServerPool:
             # A server that was down may have been replaced, so it must pass all checks again.
             work = self._front(server) if server.up else self._whole(server)
             problem, hangs = await self._look(work, look.timeout_secs)
+            if problem == _STALE:
+                work = self._load_current(server)
+                problem, hangs = await self._look(work, self.options.control_timeout_secs)
             if not problem:
                 # During a push the server may have the old weights; the push brings it back itself.
                 if not server.up and self.settled.is_set():
@@ -457,8 +497,27 @@ class ServerPool:
             server.misses += 1
             if not server.up:
                 server.hangs = hangs
+                self._note(server, problem)
             elif server.misses >= look.misses:
                 self.drop(server, problem, hangs=hangs)
+
+    def _note(self, server: Server, problem: str) -> None:
+        """Records why a server stays out, and logs a reason that is new."""
+        if self.settled.is_set() and problem != server.why:
+            logging.warning("%s server %s stays out: %s", self.role, server.url, problem)
+            server.why = problem
+
+    async def _load_current(self, server: Server) -> str:
+        """Loads the current weights into a server that was started with others."""
+        async with server.loading:
+            label = self.label
+            if not self.settled.is_set() or label is None or self.rejoin is None:
+                return _WAITS
+            problem = await self.rejoin(server)
+            if problem or label != self.label or not self.settled.is_set():
+                return problem or _WAITS
+            server.versions[label] = self.version
+        return ""
 
     async def _watch_engine(self, server: Server) -> None:
         """Checks for ever that a server's engine works and has the right weights.
@@ -517,12 +576,11 @@ class ServerPool:
     async def _whole(self, server: Server) -> str:
         """Makes all checks that a server must pass before it returns to the pool."""
         if not self.settled.is_set():
-            return "it waits for new weights"
+            return _WAITS
         await server.control.get("/health")
+        await self.admit(server)  # the address may have another server now
         problem = await self._engine(server)
-        if not problem:
-            await self.admit(server)  # the address may have another server now
-        return problem
+        return _STALE if problem not in ("", _PAUSED) and self.rejoin else problem
 
     def close(self) -> None:
         """Cancels requests in flight and ends the thread, even if something hangs."""

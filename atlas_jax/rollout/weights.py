@@ -357,6 +357,12 @@ class DiskSync:
         ours = self._probe.logprobs(params, request.prompt_ids, rows).reshape(shape)
         self._score_secs = time.perf_counter() - start
         means = np.abs(ours - logprobs).mean(axis=(1, 2))
+        push.references = [
+            (tuple(tokens[i, j].tolist()), ours[i, j])
+            for i in range(len(servers))
+            for j in range(PROBES)
+            if answered[i]
+        ]
         return {s: float(means[i]) for i, s in enumerate(servers) if answered[i]}
 
     def _settle(self, done: _Attempt, label: str, version: int) -> None:
@@ -364,6 +370,9 @@ class DiskSync:
         pool = self._pool
         pool.label = label
         pool.version = version
+        # Only process 0 talks to servers; to the others a server is back when it has the label.
+        if distributed.is_main():
+            pool.rejoin = functools.partial(done.push.rejoin, label)
         for server, ok in zip(pool.servers, done.well, strict=True):
             if ok:
                 pool.take_back(server)

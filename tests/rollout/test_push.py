@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -183,7 +184,6 @@ def test_of_two_replicas_that_differ_the_one_that_is_nearer_to_the_trainer_is_ri
         ({"path": "/reset_prefix_cache", "do": "reply", "reply": {}}, "unexpected reply: KeyE"),
         ({"path": "/collective_rpc", "do": "reply", "reply": {"results": 3}}, "unexpected reply"),
         ({"path": "/collective_rpc", "do": "status", "status": 500}, "500: out of order"),
-        ({"path": "/pause", "do": "truncate"}, "no reply"),
         ({"path": "/resume", "do": "status", "status": 404}, "404"),
         ({"path": capabilities.GENERATE, "do": "status", "status": 500}, "500: out of order"),
         ({"path": capabilities.GENERATE, "do": "reply", "reply": {}}, "not a completion"),
@@ -191,7 +191,7 @@ def test_of_two_replicas_that_differ_the_one_that_is_nearer_to_the_trainer_is_ri
     ],
 )  # fmt: skip
 def test_what_one_server_does_wrong_costs_that_server_alone(link, old, new, fault, reason):
-    """It stays out, also after it was healthy for a while, until a push has succeeded."""
+    """It stays paused and out, also while it is healthy, until a push has succeeded."""
     with link(2) as (served_by, servers):
         served_by.sync.push(old.params, 1)
         servers[0].faults = [dict(fault)]
@@ -220,6 +220,121 @@ def test_a_server_that_fails_its_probe_and_cannot_be_paused_ends_nothing(link, o
         time.sleep(1)
         assert up(served_by) == [False, True]
         assert {c.weights_version for c in texts(served_by)} == {2}
+
+
+def test_a_server_that_was_not_paused_returns_when_it_has_loaded_the_current_weights(
+    link, old, new
+):
+    with link(2) as (served_by, servers):
+        served_by.sync.push(old.params, 1)
+        servers[0].faults = [{"path": "/pause", "do": "truncate"}]
+        assert served_by.sync.push(new.params, 2)["sync/servers"] == (1, 1)
+        assert "no reply" in served_by.pool.servers[0].why
+        servers[0].faults = []
+        eventually(lambda: up(served_by) == [True, True])
+        written = texts(served_by)
+        assert {c.weights_version for c in written} == {2}
+        assert not [c for c in written if c.finish_reason.startswith("error")]
+        assert len(asked(servers[0])) > 4, "it answers again, after two pushes' probes"
+
+
+def eventually(holds, secs=60):
+    end = time.monotonic() + secs
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def restarted(url, model, tmp_path):
+    """A server that is started at the address of one that has ended."""
+    command = [sys.executable, "-m", "tests.stand_in", "--model", model]
+    with (
+        (tmp_path / "again.log").open("wb") as log,
+        subprocess.Popen(
+            [*command, "--port", url.rpartition(":")[2]], stdout=log, stderr=log
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_server_that_was_started_again_gets_the_current_weights_without_a_push(
+    old, new, tmp_path
+):
+    """As `serve` starts it again after a crash, with the weights of the run's start."""
+    model = str(old.model.source.path)
+    with (
+        stand_in.started(model, tmp_path, 1) as ((url, process),),
+        connected(old, [url], tmp_path) as served_by,
+    ):
+        served_by.sync.push(new.params, 1)
+        expected = texts(served_by)
+        process.kill()
+        process.wait()
+        eventually(lambda: up(served_by) == [False])
+        with restarted(url, model, tmp_path):
+            eventually(lambda: up(served_by) == [True])
+            written = texts(served_by)
+            assert [c.token_ids for c in written] == [c.token_ids for c in expected]
+            assert {c.weights_version for c in written} == {1}
+            assert served_by.sync.push(old.params, 2)["sync/servers"] == (1, 1)
+
+
+def test_a_server_that_comes_after_the_start_is_checked_and_gets_the_current_weights(
+    old, new, tmp_path, caplog
+):
+    model = str(old.model.source.path)
+    late = f"http://127.0.0.1:{processes.free_port()}"
+    with (
+        stand_in.running(model, 1) as ((url, _),),
+        connected(old, [url, late], tmp_path) as served_by,
+    ):
+        served_by.sync.push(new.params, 1)
+        assert up(served_by) == [True, False]
+        other = words.save(tmp_path / "other", WORDS, **SIZES | {"hidden_size": 32})
+        with restarted(late, other, tmp_path):
+            eventually(lambda: "whose tensors are not those of the model" in caplog.text)
+        short = words.save(tmp_path / "short", WORDS, **SIZES | {"max_position_embeddings": 64})
+        with restarted(late, short, tmp_path):
+            eventually(lambda: "--max-model-len 64 and --block-size 16, the" in caplog.text)
+        assert up(served_by) == [True, False]
+        with restarted(late, model, tmp_path):
+            eventually(lambda: up(served_by) == [True, True])
+            assert served_by.pool.servers[1].start.root == model
+            calls = [call[1] for call in http_faults.calls(late)]
+            assert calls.index("/v1/models") < calls.index("/collective_rpc")
+            written = texts(served_by)
+            assert {c.weights_version for c in written} == {1}
+            assert not [c for c in written if c.finish_reason.startswith("error")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"path": "/collective_rpc", "method": "load_version", "do": "skip"}, "its tensors are"),
+        ({"path": "/update_weight_version", "do": "noise", "size": 1e-6}, "its tensors are not"),
+        ({"path": "/resume", "do": "noise", "size": 1.0}, "its probe differs by"),
+    ],
+)
+def test_a_server_that_comes_back_with_other_weights_stays_paused_until_the_next_push(
+    link, old, new, fault, reason
+):
+    with link(2) as (served_by, servers):
+        served_by.sync.push(new.params, 1)
+        url = served_by.pool.servers[0].url
+        load = {"method": "load_version", "kwargs": {"weights_path": str(old.model.source.path)}}
+        http_faults.post(url, "/collective_rpc", load)
+        servers[0].faults = [dict(fault)]
+        http_faults.post(url, "/update_weight_version", {"new_version": "default"})
+        eventually(lambda: reason in served_by.pool.servers[0].why)
+        servers[0].faults = []
+        time.sleep(1)
+        assert up(served_by) == [False, True]
+        assert {c.weights_version for c in texts(served_by)} == {1}
+        assert served_by.sync.push(old.params, 2)["sync/servers"] == (2, 1)
 
 
 def test_if_no_server_is_left_the_error_names_each_reason(link, old):
@@ -266,7 +381,8 @@ def test_a_hung_server_delays_no_push(old, new, tmp_path):
         assert time.monotonic() - start < 60, "it may take a call 120 s"
         first.send_signal(signal.SIGCONT)
         time.sleep(1)
-        assert up(served_by) == [False, True], "it has older weights"
+        # It may have been paused by the push that did not wait for it, and then it waits for one.
+        assert {c.weights_version for c in texts(served_by)} == {3}
         assert served_by.sync.push(old.params, 4)["sync/servers"] == (2, 1)
 
 
