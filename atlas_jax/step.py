@@ -11,14 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from atlas_jax import optim
-from atlas_jax.sharding import Sharding, fetch, in_host
+from atlas_jax.sharding import Sharding, fetch, in_host, platform
 from atlas_jax.types import Array, LossSum, Metrics, Params
 
 LossFn = Callable[[Params, Any], tuple[LossSum, Metrics]]
 """A loss: `(params, one microbatch) -> ((sum, weight), metrics)`."""
-
-_Microbatch = Callable[[Params, Any], tuple[Params, Metrics]]
-"""Gradients and metrics of one microbatch: `(params, batch [B, T]) -> (grads, metrics)`."""
 
 
 class TrainState(NamedTuple):
@@ -143,6 +140,75 @@ class TrainStep:
         return self.update(state, sums)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """Gradients of a loss sum and its metrics, and their sums over microbatches."""
+
+    loss_fn: LossFn
+    dims: Params
+    sharding: Sharding
+
+    def sums(self, params: Params, batch: Any) -> GradientSums:
+        """Returns the sums over the leading dim of `batch`."""
+        first = jax.tree.map(lambda x: x[0], batch)
+        if batch.tokens.shape[0] == 1:  # no accumulator, which would take memory
+            return self.of(params, first)
+
+        def add(sums: GradientSums, rows: Any) -> tuple[GradientSums, None]:
+            return self.add(params, sums, rows), None
+
+        return jax.lax.scan(add, self.zeros(params, first), batch)[0]
+
+    def of(self, params: Params, batch: Any) -> GradientSums:
+        """Returns gradients and metrics of one microbatch `[B, T]`."""
+        grads, metrics = jax.grad(self._loss, has_aux=True)(params, batch)
+        return GradientSums(_scatter(grads, self.dims, self.sharding), metrics)
+
+    def zeros(self, params: Params, batch: Any) -> GradientSums:
+        """Returns sums of nothing for microbatches like this."""
+        shapes = jax.eval_shape(self.of, params, batch)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        if platform(self.sharding.mesh) == "cpu":
+            return zeros
+        return zeros._replace(grads=_scatter(zeros.grads, self.dims, self.sharding))
+
+    def add(self, params: Params, sums: GradientSums, batch: Any) -> GradientSums:
+        """Returns the sums with those of one microbatch `[B, T]`.
+
+        The backward pass adds each layer's gradient to its part of the sum, so there is no second
+        tree of gradients. It can do so where a parameter has the sum's dtype and memory. A CPU adds
+        whole trees: its memory is not the limit, and results keep their last bits.
+        """
+        leaves = jax.tree.leaves(params)
+        apart = any(x.dtype != jnp.float32 or in_host(x) for x in leaves)
+        if apart or platform(self.sharding.mesh) == "cpu":
+            return jax.tree.map(jnp.add, sums, self.of(params, batch))
+        total, pull_back, metrics = jax.vjp(
+            lambda params: self._loss(params, batch), params, has_aux=True
+        )
+        refs = jax.tree.map(jax.new_ref, sums.grads)
+        pull_back.with_refs(refs)(jnp.ones_like(total))  # type: ignore[attr-defined]
+        grads = _scatter(jax.tree.map(jax.freeze, refs), self.dims, self.sharding)
+        return GradientSums(grads, jax.tree.map(jnp.add, sums.metrics, metrics))
+
+    def _loss(self, params: Params, batch: Any) -> tuple[jax.Array, Metrics]:
+        (total, weight), metrics = self.loss_fn(params, batch)
+        return total, metrics | {"loss/total": (total, weight)}
+
+
+def _scatter(grads: Params, dims: Params, sharding: Sharding) -> Params:
+    """Returns the gradients in float32, reduce-scattered as the optimizer state is split.
+
+    This is done in every microbatch, so that no device holds the whole accumulator.
+    """
+
+    def scatter(gradient: jax.Array, names: Any) -> jax.Array:
+        placement = sharding.optimizer(names, memory=False)
+        return jax.lax.with_sharding_constraint(fetch(gradient).astype(jnp.float32), placement)
+
+    return jax.tree.map(scatter, grads, dims)
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: Optimizer,
@@ -166,19 +232,12 @@ def make_train_step(
         seed: seed of the random numbers that round bfloat16 parameters. The numbers of an update
             depend on the seed and the update's index only, so a resumed run draws the same.
     """
-
-    def microbatch(params: Params, batch: Any) -> tuple[Params, Metrics]:
-        def loss(params: Params) -> tuple[jax.Array, Metrics]:
-            (total, weight), metrics = loss_fn(params, batch)
-            return total, metrics | {"loss/total": (total, weight)}
-
-        grads, metrics = jax.grad(loss, has_aux=True)(params)
-        return _scatter(grads, dims, sharding), metrics
+    gradients = _Gradients(loss_fn, dims, sharding)
 
     def changed(state: TrainState, sums: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = sums
         # The weight is global: it is summed over devices by GSPMD and over microbatches by
-        # `_accumulate`. A batch without trained tokens has gradients of 0, not 0 / 0.
+        # `_Gradients`. A batch without trained tokens has gradients of 0, not 0 / 0.
         weight = jnp.maximum(metrics["loss/total"][1], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         # The norm is taken before any parameter changes, because `offload` sees one
@@ -194,7 +253,7 @@ def make_train_step(
         return TrainState(state.step, params, opt_state), metrics
 
     def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
-        return changed(state, _accumulate(microbatch, state.params, batch), number)
+        return changed(state, gradients.sums(state.params, batch), number)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = update(state, batch, 0)
@@ -218,28 +277,26 @@ def make_train_step(
     whole = jax.jit(
         step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
     )
-    return TrainStep(whole, *_in_parts(microbatch, changed, placements, dims, sharding))
+    return TrainStep(whole, *_in_parts(gradients, changed, placements))
 
 
 def _in_parts(
-    microbatch: _Microbatch,
+    gradients: _Gradients,
     changed: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]],
     placements: TrainState,
-    dims: Params,
-    sharding: Sharding,
 ) -> tuple[Any, Any, Any]:
     """Returns the programs `begin`, `add` and `update` of a `TrainStep`."""
-    sums = GradientSums(_gradient_places(dims, sharding), metrics=None)  # type: ignore[arg-type]
+    places = _gradient_places(gradients.dims, gradients.sharding)
+    sums = GradientSums(places, metrics=None)  # type: ignore[arg-type]
 
     def first(batch: Any) -> Any:
         return jax.tree.map(lambda x: x[0], batch)
 
     def begin(params: Params, batch: Any) -> GradientSums:
-        return GradientSums(*_zeros(microbatch, params, first(batch)))
+        return gradients.zeros(params, first(batch))
 
     def add(params: Params, sums: GradientSums, batch: Any) -> GradientSums:
-        found = GradientSums(*microbatch(params, first(batch)))
-        return jax.tree.map(jnp.add, sums, found)
+        return gradients.add(params, sums, first(batch))
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, Metrics]:
         state, metrics = changed(state, sums, 0)
@@ -278,19 +335,6 @@ def _changed(
     return optim.apply_updates(state.params, updates, key), opt_state
 
 
-def _scatter(grads: Params, dims: Params, sharding: Sharding) -> Params:
-    """Returns the gradients in float32, reduce-scattered as the optimizer state is split.
-
-    This is done in every microbatch, so that no device holds the whole accumulator.
-    """
-
-    def scatter(gradient: jax.Array, names: Any) -> jax.Array:
-        placement = sharding.optimizer(names, memory=False)
-        return jax.lax.with_sharding_constraint(fetch(gradient).astype(jnp.float32), placement)
-
-    return jax.tree.map(scatter, grads, dims)
-
-
 def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
     """Returns the compiled `(params, batch [microbatches, B, T]) -> metrics`."""
 
@@ -302,21 +346,3 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
         return jax.tree.map(jnp.sum, jax.lax.map(one, batch))
 
     return jax.jit(step)
-
-
-def _zeros(microbatch: _Microbatch, params: Params, batch: Any) -> tuple[Params, Metrics]:
-    """Returns sums of nothing for one microbatch like this."""
-    shapes = jax.eval_shape(microbatch, params, batch)
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def _accumulate(microbatch: _Microbatch, params: Params, batch: Any) -> tuple[Params, Metrics]:
-    """Returns the sums of gradients and metrics over the leading dim of `batch`, in float32."""
-    first = jax.tree.map(lambda x: x[0], batch)
-    if batch.tokens.shape[0] == 1:  # no accumulator, which would take memory
-        return microbatch(params, first)
-
-    def add(sums: Any, batch: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, microbatch(params, batch)), None
-
-    return jax.lax.scan(add, _zeros(microbatch, params, first), batch)[0]

@@ -99,6 +99,12 @@ def test_meshes_agree(saved, reference, name, mode):
     close(found, reference, 1e-5)
 
 
+@pytest.mark.parametrize("options", [dict(microbatches=4), dict(widths=(20, 20, 16, 8))], ids=str)
+def test_gradients_added_in_place_are_the_same(saved, reference, monkeypatch, options):
+    monkeypatch.setattr(step, "platform", lambda mesh: "gpu")
+    close(trained(saved, *MESHES["one"], **options), reference, 1e-5)
+
+
 def test_lengths_of_microbatches_change_nothing_on_several_devices(saved, reference):
     close(trained(saved, *MESHES["fsdp8"], widths=(20, 16)), reference, 1e-5)
 
