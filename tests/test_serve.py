@@ -17,10 +17,11 @@ import urllib.request
 
 import pytest
 
-from atlas_jax import keeper, serve, server_token
+from atlas_jax import keeper, serve, server_token, vllm_python
 from atlas_jax.rollout import capabilities
 from tests import processes, vllm_servers, vllm_stub, words
 
+PYTHON = vllm_python.VllmPython("python", has_command=False, is_v2=False)
 WAIT_SECS = 300  # on a machine that others use too
 
 
@@ -320,7 +321,7 @@ def test_a_wrong_flag_is_one_line_and_help_is_shown():
 )
 def test_an_interpreter_without_vllm_is_refused(python, message):
     with pytest.raises(ValueError, match=message):
-        serve.find_python(python)
+        vllm_python.find_python(python)
 
 
 def test_vllm_for_cpus_is_refused_on_a_host_with_a_gpu(model, tmp_path):
@@ -374,16 +375,48 @@ def test_what_a_server_complained_of_and_survived_is_shown(start):
     stub.wait_until(lambda: "ERROR of no consequence\nand its end" in stub.text())
 
 
+@pytest.mark.parametrize(
+    ("wheel", "chosen", "start", "runner"),
+    [
+        ("cpu 0.32.0 False", "", ["vllm.entrypoints.openai.api_server", "--model", "dir"], "0"),
+        ("cpu 0.33.0 False", "", ["vllm.entrypoints.openai.api_server", "--model", "dir"], "0"),
+        ("gpu 0.32.0 True", "", ["vllm.entrypoints.cli.main", "serve", "dir"], "0"),
+        ("gpu 0.33.0 True", "", ["vllm.entrypoints.cli.main", "serve", "dir"], "1"),
+        ("gpu 0.33.0 True", "0", ["vllm.entrypoints.cli.main", "serve", "dir"], "0"),
+        ("gpu 1.0.0rc1 True", "", ["vllm.entrypoints.cli.main", "serve", "dir"], "1"),
+    ],
+)  # fmt: skip
+def test_command_and_model_runner_are_those_of_the_version(
+    tmp_path, monkeypatch, wheel, chosen, start, runner
+):
+    """0.33.0 calls the module (`entrypoints/openai/api_server.py:52`) and V1 deprecated."""
+    path, _ = vllm_stub.write(tmp_path / "stub")
+    for name, value in (
+        ("STUB_FOLDER", str(tmp_path)),
+        ("STUB_WHEEL", wheel),
+        ("VLLM_USE_V2_MODEL_RUNNER", chosen),
+    ):
+        monkeypatch.setenv(name, value)
+    python = vllm_python.find_python(path)
+    line = serve.command(python, "dir", "127.0.0.1", 8765, [])
+    assert line[:2] == [path, "-m"]
+    assert line[2:5] == start
+    processor = line[line.index("--logits-processors") + 1]
+    assert processor == {"0": capabilities.LOGPROBS[1], "1": capabilities.V2_PROCESSOR}[runner]
+    environment = serve.environment(os.environ, is_v2=python.is_v2)
+    assert environment["VLLM_USE_V2_MODEL_RUNNER"] == runner
+
+
 def test_flags_of_vllm_are_handed_through_and_win():
     more = ["--tensor-parallel-size", "2", "--logprobs-mode", "raw_logprobs"]
-    line = serve.command("python", "dir", "127.0.0.1", 8765, more)
+    line = serve.command(PYTHON, "dir", "127.0.0.1", 8765, more)
     assert line[-4:] == more
     assert line.index("--model") < len(line) - 4
 
 
 def overrides(*more):
     """Returns the flags about the model's config that vLLM gets, in its order."""
-    line = serve.command("python", "dir", "127.0.0.1", 8765, [*more, "--seed", "1"])
+    line = serve.command(PYTHON, "dir", "127.0.0.1", 8765, [*more, "--seed", "1"])
     assert line[-2:] == ["--seed", "1"]
     found = [word for word in line if "overrides" in word]
     return [word.removeprefix("--hf-overrides.") for word in found]
@@ -552,6 +585,82 @@ def test_log_probabilities_are_of_the_whole_vocabulary_at_the_temperature(vllm_s
     flat = total[1.0, 1.0]
     a, b = sorted(wide, key=wide.get)[-2:]
     assert wide[b] - wide[a] == pytest.approx(2 * (flat[b] - flat[a]), abs=1e-4)
+
+
+V2 = """
+import types
+import torch
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, loader
+(kind,) = loader._load_v2_logitsprocs_by_fqcns(["whole_vocabulary_v2:WholeVocabularyV2"])
+processor = kind(None, types.SimpleNamespace(max_num_reqs=8, device=torch.device("cpu")))
+temperatures = {5: 0.5, 2: 1.0, 7: 0.0, 0: 2.0}
+for slot, temperature in {5: 9.0, **temperatures}.items():
+    assert processor.add_request(slot, types.SimpleNamespace(temperature=temperature)) is True
+processor.apply_staged_writes()
+# A row for each token of a request; request 2 has two, as with drafts.
+slots = [7, 2, 2, 5, 0]
+logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) * 8
+rows = torch.tensor(slots)
+nothing = dict.fromkeys(LogitsContext.__dataclass_fields__)
+found = processor.apply(logits.clone(), LogitsContext(**nothing | {"expanded_idx_mapping": rows}))
+for slot, own, before in zip(slots, found, logits):
+    t = temperatures[slot] or 1.0
+    torch.testing.assert_close(own / t, torch.log_softmax(before.double() / t, -1).float(),
+                               atol=2e-5, rtol=0)
+"""
+
+
+def test_on_the_v2_model_runner_they_are_so_too():
+    """Called as V2's sampler does (vLLM 0.33.0, v1/worker/gpu/sample/sampler.py:131, 244-265).
+
+    Its interface and its loader (`sample/logits_processor/interface.py` and `loader.py`) are those
+    of 0.32.0, whose own are used here. The sampler's kernels need a GPU.
+    """
+    plugin = pathlib.Path(serve.__file__).parent / "vllm_plugin"
+    environment = os.environ | {"PYTHONPATH": str(plugin)}
+    python = vllm_python.find_python().path
+    done = subprocess.run(
+        [python, "-c", V2], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def info(mode, *processors):
+    """Returns the part of a server's description that the check reads, in vLLM 0.33.0's form."""
+    config = {
+        "parallel_config": {"worker_extension_cls": capabilities.WORKERS},
+        "model_config": {
+            "logprobs_mode": mode, "logits_processors": list(processors) or None,
+            "quantization": None, "dtype": "torch.bfloat16",
+        },
+        "cache_config": {"block_size": 16},
+        "device_config": {"device": "cuda"},
+        "scheduler_config": {"max_num_seqs": 256, "policy": "priority"},
+    }  # fmt: skip
+    return {"vllm_config": config, "vllm_env": {}, "system_env": {}}
+
+
+def test_what_a_server_reports_decides_which_sampling_it_is_good_for():
+    v1, v2 = capabilities.LOGPROBS[1], capabilities.V2_PROCESSOR
+    model = {"root": "m", "max_model_len": 64}
+    url = "http://host:1"
+    for processor in (v1, v2):
+        start = capabilities.check_start(url, info("processed_logits", processor), model)
+        capabilities.check_sampling(url, start, 0.9, 50)
+    start = capabilities.check_start(url, info("processed_logprobs"), model)
+    capabilities.check_sampling(url, start, 1.0, 0)
+    for top_p, top_k in ((0.95, 0), (1.0, 20)):
+        with pytest.raises(ValueError, match=r"processed_logprobs, .*; set top_p=1 and top_k=0"):
+            capabilities.check_sampling(url, start, top_p, top_k)
+    for wrong in (
+        info("processed_logits"),
+        info("raw_logprobs", v1),
+        info("raw_logprobs"),
+        info("processed_logprobs", v2),
+        info("processed_logprobs", "other:Processor"),
+    ):
+        with pytest.raises(ValueError, match="are not of the whole vocabulary"):
+            capabilities.check_start(url, wrong, model)
 
 
 def test_a_server_without_the_routes_is_refused_by_name():

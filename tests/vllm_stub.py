@@ -88,7 +88,7 @@ def worker():
 
 
 if sys.argv[1] == "-c":
-    print(os.environ.get("STUB_WHEEL", "cpu"))
+    print(os.environ.get("STUB_WHEEL", "cpu 0.32.0 False"))
 else:
     {{"-m": front, "engine": engine, "worker": worker}}[sys.argv[1]]()
 """
@@ -100,7 +100,8 @@ def write(folder: pathlib.Path) -> tuple[str, dict[str, str]]:
     Each of its processes leaves a file ROLE_PID in `folder`; that of the front end has its flags.
     Where the environment has STUB_WAITS, it serves when there is a file `go`. STUB_SAYS is printed,
     and STUB_CODE ends it. STUB_LATER ends every start but the first one, as its last line.
-    STUB_WHEEL is what it says of itself: cpu, gpu or no.
+    STUB_WHEEL is what it says of itself: cpu, gpu or no, its version, and
+    whether it has `vllm serve`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "python"

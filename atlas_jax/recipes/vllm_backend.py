@@ -22,7 +22,7 @@ from atlas_jax.checkpoint import writer
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import capabilities, identity
-from atlas_jax.rollout.capabilities import ServerStart
+from atlas_jax.rollout.capabilities import ServerStart, check_sampling
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.push import Probe, PushOptions
 from atlas_jax.rollout.rows import collate_policy
@@ -179,7 +179,11 @@ def _open_policy(
     stack: contextlib.ExitStack,
 ) -> tuple[Callable[[int], ChatModel], ServerPool, WeightSync]:
     rollout = config.rollout
-    check = functools.partial(identity.check_trained, decoder=model.decoder)
+
+    def check(url: str, start: ServerStart) -> None:
+        identity.check_trained(url, start, model.decoder)
+        check_sampling(url, start, config.top_p, config.top_k)
+
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
     bind, engine = _chat_model(pool, model, config.teaching.system_prompt)
     # The prompt must span whole blocks of the cache of every server.

@@ -22,6 +22,15 @@ LOGPROBS = ("processed_logits", "whole_vocabulary:WholeVocabulary")
 TRANSFER = "nccl"
 """The backend of vLLM's weight transfer that `serve` starts a server with on GPUs."""
 
+V2_PROCESSOR = "whole_vocabulary_v2:WholeVocabularyV2"
+"""The logits processor of a server with the V2 model runner, in place of that of `LOGPROBS`.
+
+Each runner refuses the other's processors, so a server that has started with one tells its runner.
+"""
+
+UNTRUNCATED_LOGPROBS = "processed_logprobs"
+"""A mode of vLLM's own that is the same, on either runner, if neither top_p nor top_k cut."""
+
 WORKERS = "load_version.LoadVersion"
 """The extension of a server's workers, which reloads weights in place and computes checksums."""
 
@@ -48,6 +57,8 @@ class ServerStart(NamedTuple):
     """Scheduling policy for waiting requests."""
     transfer: str = ""
     """Backend of its weight transfer; "" for none."""
+    whole_vocabulary: bool = True
+    """True if its log-probabilities are of the whole vocabulary although top_p or top_k cut."""
 
 
 def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
@@ -92,7 +103,8 @@ def check_start(url: str, info: Any, model: Any) -> ServerStart:
             f"the server {url} does not describe itself as vLLM {' or '.join(KNOWN_VERSIONS)} does "
             f"({type(error).__name__}: {error}); start it with python -m atlas_jax.serve"
         ) from None
-    if mode != LOGPROBS[0] or LOGPROBS[1] not in processors:
+    whole = mode == LOGPROBS[0] and any(p in processors for p in (LOGPROBS[1], V2_PROCESSOR))
+    if not whole and (mode != UNTRUNCATED_LOGPROBS or processors):
         raise ValueError(
             f"the server {url} runs with --logprobs-mode {mode} and the logits processors "
             f"{processors}: its log-probabilities are not of the whole vocabulary at the "
@@ -103,7 +115,7 @@ def check_start(url: str, info: Any, model: Any) -> ServerStart:
             f"the server {url} runs with the worker extension {workers!r} instead of {WORKERS}, "
             "which reloads weights; start it with python -m atlas_jax.serve"
         )
-    return start
+    return start._replace(whole_vocabulary=whole)
 
 
 def check_transfer(url: str, start: ServerStart) -> None:
@@ -113,4 +125,18 @@ def check_transfer(url: str, start: ServerStart) -> None:
             f"rollout.weight_sync=nccl with the server {url}, which runs on {start.device} with "
             f"the weight transfer {start.transfer or 'none'!r}; start it with python -m "
             "atlas_jax.serve on a host with GPUs, or use rollout.weight_sync=reload"
+        )
+
+
+def check_sampling(url: str, start: ServerStart, top_p: float, top_k: int) -> None:
+    """Checks that a server's log-probabilities are those that the trainer computes.
+
+    Raises:
+        ValueError: if top_p or top_k cut, and the server reports over what they leave.
+    """
+    if not start.whole_vocabulary and (top_p < 1.0 or top_k > 0):
+        raise ValueError(
+            f"the server {url} runs with --logprobs-mode {UNTRUNCATED_LOGPROBS}, which is over the "
+            f"tokens that top_p={top_p:g} and top_k={top_k} leave; set top_p=1 and top_k=0, or "
+            "start it with python -m atlas_jax.serve"
         )
