@@ -221,12 +221,12 @@ class _Scale(NamedTuple):
     x_range: tuple[float, float]
     y_range: tuple[float, float]
 
-    def x(self, value: float) -> float:
+    def x(self, value: int | float) -> float:
         low, high = self.x_range
         share = (value - low) / (high - low) if high > low else 0.5
         return round(LEFT + share * (RIGHT - LEFT), 1)
 
-    def y(self, value: float) -> float:
+    def y(self, value: int | float) -> float:
         low, high = self.y_range
         share = (min(max(value, low), high) - low) / (high - low)
         return round(BOTTOM - share * (BOTTOM - TOP), 1)
