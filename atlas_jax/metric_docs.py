@@ -117,6 +117,8 @@ METRICS: dict[str, Metric] = {
     "perf/mfu": Metric(_SHARE, "Share of the device's bfloat16 peak that the model's own "
         "arithmetic uses. Recomputation is not counted, the output head is counted for all tokens. "
         "It is written only where the peak is known."),
+    "perf/memory_peak_bytes": Metric("bytes", "Most memory in use on the first device since the "
+        "process began. It is written only where JAX knows it, as on GPUs and TPUs."),
     "perf/generate_secs": Metric(_SECS, "Part of a step spent on generation."),
     "perf/score_secs": Metric(_SECS, "Part of a step spent on rewards."),
     "perf/logprobs_secs": Metric(_SECS, "Part of a step spent on reference log-probabilities."),

@@ -172,6 +172,7 @@ def test_a_question_is_followed_over_the_steps_and_within_its_group(browser, who
         view.click("button:has-text('its group (4 of 4)')")
         assert shown(view) == 4
         view.click(".card summary")
+        view.wait_for_selector(".card details .group")
         assert view.locator(".card .group span").all_inner_texts()[:4] == [
             "0: 1 ✓ !", "1: 1 ✓", "2: -1 ✕", "3: 0"
         ]  # fmt: skip
@@ -182,6 +183,7 @@ def test_a_card_has_the_verdict_of_each_judge(browser, whole):
         view.click("button:has-text('gamed')")
         view.fill("#search", "judged")
         view.click(".card summary")
+        view.wait_for_selector(".card details .text")
         text = view.inner_text(".card")
         assert "judge accuracy: 0.8, uncertainty 0.1, asked the large model: they disagree" in text
         assert "It names the step." in text and "! it speaks to the judge" in text
