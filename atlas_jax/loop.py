@@ -351,6 +351,9 @@ class _Log:
         peak = metrics.peak_flops(jax.devices()[0])
         if peak:
             values["perf/mfu"] = self._flops / secs / devices / peak
+        memory = metrics.peak_bytes(jax.local_devices()[0])
+        if memory:
+            values["perf/memory_peak_bytes"] = float(memory)
         self.write(step, values)
         self.progress.set_postfix(
             loss=f"{values['loss/total']:.3f}",

@@ -150,6 +150,8 @@ METRICS: dict[str, Metric] = {
     "perf/mfu": Metric(_SHARE, "Share of the device's bfloat16 peak that the model's own "
         "arithmetic uses. Recomputation is not counted, the output head is counted for all tokens. "
         "It is written only where the peak is known."),
+    "perf/memory_peak_bytes": Metric("bytes", "Most memory in use on the first device since the "
+        "process began. It is written only where JAX knows it, as on GPUs and TPUs."),
     "perf/generate_secs": Metric(_SECS, "Time from the beginning of a step's questions until their "
         "last text. With `rollout.max_staleness` above 0 it overlaps with other steps."),
     "perf/score_secs": Metric(_SECS, "Time from the last text of a step until its last reward."),

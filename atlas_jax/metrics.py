@@ -39,6 +39,11 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((v for k, v in _PEAK_FLOPS.items() if k in device.device_kind), None)
 
 
+def peak_bytes(device: jax.Device) -> int | None:
+    """Returns the most memory that this process has used on a device; None where it is unknown."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def add(total: Metrics, metrics: Metrics) -> Metrics:
     """Returns the union of two sets of metrics, with equal names combined."""
     result = dict(total)

@@ -68,5 +68,7 @@ part .venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo
   --student "$out/smollm2" --data configs/data/quickstart/eval.jsonl --limit 24 \
   --output "$out/evaluation.json"
 
+part .venv/bin/python -m atlas_jax.report "$out/grpo"
+
 say "done: the teacher is $out/grpo/final, what it taught is in $out/evaluation.json"
-echo "curves: .venv/bin/tensorboard --logdir $out"
+echo "curves and samples: $out/grpo/report.html; or .venv/bin/tensorboard --logdir $out"

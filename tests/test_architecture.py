@@ -99,7 +99,7 @@ def _matches(source, patterns):
 
 LEFT = (
     "checkpoints/sft/config.json", "outputs/quickstart/evaluation.json", "evaluation.json",
-    "agreement.json", "traces/runtime.jsonl", "traces.jsonl.gz", "build/lib/a.py",
+    "agreement.json", "report.html", "traces/runtime.jsonl", "traces.jsonl.gz", "build/lib/a.py",
     "atlas_jax.egg-info/PKG-INFO", ".cache/models/a.gguf",
 )  # fmt: skip
 

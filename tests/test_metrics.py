@@ -23,3 +23,12 @@ def test_the_most_may_be_negative_and_what_has_no_weight_is_none():
     total = metrics.add({"a/b_max": (-5.0, 1)}, {"a/b_max": (-2.0, 1)})
     assert metrics.add(total, {"a/b_max": (0.0, 0)}) == {"a/b_max": (-2.0, 1)}
     assert metrics.sum_over_processes(total) == total
+
+
+def test_the_most_memory_is_what_the_device_tells():
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    assert metrics.peak_bytes(Device({"peak_bytes_in_use": 7, "bytes_in_use": 3})) == 7
+    assert metrics.peak_bytes(Device(None)) is metrics.peak_bytes(Device({})) is None

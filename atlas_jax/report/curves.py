@@ -16,7 +16,7 @@ from atlas_jax.report.run_files import RunFiles
 from atlas_jax.report.stored_samples import StepSamples
 
 WIDTH = 360
-HEIGHT = 190
+HEIGHT = 194
 LEFT = 46
 RIGHT = 352
 TOP = 8
@@ -35,7 +35,7 @@ class Line(NamedTuple):
     """Number of the pattern, from 0, so that colour is not needed to tell lines apart."""
     path: str
     interval: str
-    """Outline of the 95 % interval; empty without one."""
+    """Outline of the 95 % interval; empty without one, and where runs lie over each other."""
     steps: list[int]
     values: list[float | None]
 
@@ -182,7 +182,7 @@ def _picture(
         if run.series(name)
     ]
     values = [v for *_, ys in series for v in ys if not math.isnan(v)]
-    for place, name, xs, _ in series:
+    for place, name, xs, _ in series if len(runs) == 1 else ():
         values += [border for x in xs for border in intervals[place].get(name, {}).get(x, ())]
     steps = [x for _, _, xs, _ in series for x in xs]
     wanted = _range_of(names, runs)
@@ -197,9 +197,9 @@ def _picture(
             Line(
                 label=_label(runs[place], name, names, several),
                 colour=place if several else number,
-                dash=number % 4,
+                dash=(place if several and len(names) == 1 else number) % 4,
                 path=_path(scale, xs, ys),
-                interval=_outline(scale, xs, intervals[place].get(name, {})),
+                interval="" if several else _outline(scale, xs, intervals[place].get(name, {})),
                 steps=list(xs),
                 values=[None if math.isnan(v) else v for v in ys],
             )
@@ -221,12 +221,12 @@ class _Scale(NamedTuple):
     x_range: tuple[float, float]
     y_range: tuple[float, float]
 
-    def x(self, value: float) -> float:
+    def x(self, value: int | float) -> float:
         low, high = self.x_range
         share = (value - low) / (high - low) if high > low else 0.5
         return round(LEFT + share * (RIGHT - LEFT), 1)
 
-    def y(self, value: float) -> float:
+    def y(self, value: int | float) -> float:
         low, high = self.y_range
         share = (min(max(value, low), high) - low) / (high - low)
         return round(BOTTOM - share * (BOTTOM - TOP), 1)

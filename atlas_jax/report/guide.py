@@ -33,7 +33,7 @@ class Range(NamedTuple):
     warn_below: float = -math.inf
     warn_above: float = math.inf
 
-    def status(self, value: float) -> str:
+    def status(self, value: int | float) -> str:
         """Returns `reached`, `near` or `missed` for a value; `not measured` for NaN."""
         if math.isnan(value):
             return NOT_MEASURED
@@ -244,7 +244,9 @@ def _best_source(
         shown = points if name == "accuracy_delta" else number
         interval = f"{shown(measured.get('low'))} to {shown(measured.get('high'))}"
         count = (evaluation or {}).get("questions", "?")
-        return measured["value"], f"evaluation of {count} questions, 95 % interval {interval}"
+        return float(
+            measured["value"]
+        ), f"evaluation of {count} questions, 95 % interval {interval}"
     held_out = [(s, v) for s, v in run.series(f"eval/{name}") if not math.isnan(v)]
     if held_out:
         return held_out[-1][1], f"held-out questions at step {held_out[-1][0]}"
@@ -283,12 +285,12 @@ def _over_last(run: RunFiles, name: str) -> str:
     return "mean of the last step" if last == 1 else f"mean of the last {last} steps"
 
 
-def points(value: float | None) -> str:
+def points(value: int | float | None) -> str:
     """Returns a difference of shares in points of a hundred."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:+.1f}"
 
 
-def number(value: float | None) -> str:
+def number(value: int | float | None) -> str:
     """Returns a number for people; "-" where there is none."""
     if value is None or math.isnan(value):
         return "-"

@@ -48,7 +48,7 @@ function addValues(figure, curve) {
     tip.replaceChildren(`step ${step}`, ...known.map(([label, value]) => make("div", {}, `${label}: ${show(value)}`)));
     tip.hidden = false;
     const left = (place(step) / WIDTH) * box.width;
-    tip.style.top = `${svg.offsetTop + 4}px`;
+    tip.style.top = `${box.top - figure.getBoundingClientRect().top + 4}px`;
     tip.style.left = place(step) < WIDTH / 2 ? `${left + 8}px` : "";
     tip.style.right = place(step) < WIDTH / 2 ? "" : `${box.width - left + 8}px`;
   });

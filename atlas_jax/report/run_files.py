@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from atlas_jax.report.guide import Values
 
 _STEP = re.compile(r"\bstep (\d+)/(\d+) ")
-_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
+_LINE = re.compile(r"(\d{4}-[01]\d-[0-3]\d [0-2]\d:[0-5]\d:[0-5]\d),\d+ ([A-Z]+) (.*)")
 _ACCOUNTS = "judges_spent_process_*.json"
 
 
@@ -136,8 +136,8 @@ def _metrics(path: pathlib.Path) -> tuple[list[Values], int]:
     for text in _text(path).splitlines():
         try:
             values = json.loads(text)
+            values["step"] = int(values["step"])
             lines.append({name: _number(value) for name, value in values.items()})
-            lines[-1]["step"] = int(values["step"])
         except (ValueError, KeyError, TypeError, AttributeError):
             unread += 1
     return lines, unread
@@ -175,19 +175,20 @@ def _spent(path: pathlib.Path) -> dict[str, float | None]:
     for name in ("calls", "tokens", "cost") if accounts else ():
         values = [account.get(name) for account in accounts]
         numbers = [value for value in values if isinstance(value, int | float)]
-        total[name] = sum(numbers) if len(numbers) == len(values) else None
+        total[name] = float(sum(numbers)) if len(numbers) == len(values) else None
     return total
 
 
 def _evaluations(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the results of this run's model, from evaluations in its directory or beside it."""
-    found = []
-    for folder in (path, path.absolute().parent):
-        for file in sorted(folder.glob("evaluation*.json")):
-            for teacher in _json(file).get("teachers", []):
-                if _is_of(teacher.get("teacher", ""), path):
-                    found.append(teacher | {"file": file.name})
-    return found
+    folders = (path, path.absolute().parent)
+    return [
+        teacher | {"file": file.name}
+        for folder in folders
+        for file in sorted(folder.glob("evaluation*.json"))
+        for teacher in _json(file).get("teachers", [])
+        if _is_of(teacher.get("teacher", ""), path)
+    ]
 
 
 def _is_of(teacher: str, path: pathlib.Path) -> bool:
