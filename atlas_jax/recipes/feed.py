@@ -108,6 +108,8 @@ class Feed:
         record.write(config.output_dir, version + 1, jax.process_index(), samples)
         parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
         values = self._measure(samples, version, usage) | parts.backend.metrics()
+        if config.rollout.refill_rounds:
+            values["rollout/refills"] = position - self._position - parts.layout.questions, 1
         # The position advances only now: if anything above raises, the step that is repeated asks
         # the same questions.
         self._position = position

@@ -114,7 +114,7 @@ def make_vllm_backend(
     check_loopback(config)
     with contextlib.ExitStack() as stack:
         policy, sync = _open_policy(config, model, logprobs_fn, stack)
-        frozen = None if student is None else _open_student(config, student, stack)
+        frozen = None if student is None else open_student(config, student, stack)
         # From here on the backend closes what is open; after an error above the stack has.
         return VllmBackend(policy, frozen, sync, stack.pop_all().close)
 
@@ -165,7 +165,12 @@ def _open_policy(
     return policy, sync
 
 
-def _open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
+def open_student(config: GRPOConfig, model: Model, stack: contextlib.ExitStack) -> ChatModel:
+    """Returns the student on its servers, until `stack` is closed.
+
+    Raises:
+        ValueError: if none can be reached, or one has another model.
+    """
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
     student, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
