@@ -9,19 +9,15 @@ import sys
 import pytest
 
 from atlas_jax.rewards import find_gaming
-from tests import tiny
+from tests import stand_in, tiny, words
 from tests.test_cli import error_of
 from tests.tokenizers import chatml_tokenizer
 
 TOOLS = sorted(path.name for path in pathlib.Path("tools").glob("*.py"))
 PARTS = {
-    "_checkout.py",
-    "bench_grpo.py",
-    "bench_traces.py",
-    "demo_kinds.py",
-    "demonstration_kinds.py",
-    "reward_shares.py",
-}
+    "_checkout.py", "bench_grpo.py", "bench_rollout.py", "bench_traces.py", "demo_kinds.py",
+    "demonstration_kinds.py", "reward_shares.py",
+}  # fmt: skip
 NEEDED = {
     "bench.py": "the following arguments are required: recipe; --help tells the arguments",
     "bench_sync.py": "the following arguments are required: --model, --server; --help tells the a",
@@ -192,3 +188,34 @@ def test_more_questions_than_the_kinds_have_are_refused():
 def test_demonstrations_need_a_student(tmp_path):
     found = error_of(run("make_demo.py", "--output", tmp_path), 1)
     assert found == "--sft and --trial ask the student; give --model, or --sft 0"
+
+
+@pytest.mark.parametrize(
+    ("staleness", "teacher", "student", "wall"), [(0, 0.55, 0.75, 0.85), (1, 0.75, 0.9, 0.5)]
+)
+def test_servers_are_busy_while_questions_move_alone(staleness, teacher, student, wall):
+    """Against three barriers a step with the same lengths, in virtual time."""
+    words = ("rollout", "--simulate", "--staleness", staleness)
+    found = json.loads(run("bench.py", *words, "--questions", 4, "--generations", 32).stdout)
+    assert found["barriers_teacher_frac"] == pytest.approx(0.36, abs=0.02)
+    assert found["teacher_busy_frac"] >= teacher
+    assert found["student_busy_frac"] >= student
+    assert found["wall_frac"] <= wall
+
+
+def test_the_bench_of_rollouts_asks_servers(tmp_path):
+    names = ("baseline", "probe", "policy", "guided", "explain", "why")
+    path = words.save(tmp_path / "model", names, max_position_embeddings=256)
+    options = ["--questions", 2, "--generations", 2, "--steps", 2, "--max-new-tokens", 8]
+    assert error_of(run("bench.py", "rollout", *options), 1).startswith("--model, --teacher-serve")
+    with stand_in.running(path, 2) as servers:
+        urls = [url for url, _ in servers]
+        options += ["--model", path, "--teacher-servers", urls[0], "--student-servers", urls[1]]
+        result = run("bench.py", "rollout", "--staleness", 1, *options)
+        asked = [len([call for call in s.calls if "generate" in call[1]]) for _, s in servers]
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert 0 < found["teacher_busy_frac"] <= 1
+    assert found["wall_secs"] > 0
+    assert asked[0] == 2 * 2 * 2
+    assert 2 * 2 * 2 <= asked[1] <= 2 * 2 * 4

@@ -14,6 +14,7 @@ import selectors
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
+import _checkout  # noqa: F401  (comes first: see there)
 import numpy as np
 
 from atlas_jax import addresses
@@ -23,7 +24,7 @@ from atlas_jax.rollout import teaching
 from atlas_jax.rollout.engine import ChatModel, Request
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import PoolOptions, ServerPool, least_loaded
-from atlas_jax.rollout.timing import Meter, Trace, Usage
+from atlas_jax.rollout.timing import Meter, Trace, Workload
 from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.startup import model as models
 from atlas_jax.types import Completion, Question
@@ -131,7 +132,7 @@ async def _drive(
     limits: teaching.Limits,
     meter: Meter,
     update_secs: float,
-) -> Usage:
+) -> Workload:
     """Takes the steps one after another, with an update after each, as a run does."""
     protocol = teaching.TeachingProtocol(_TEMPLATES, limits, args.generations, "whole")
     draws = teaching.Draws(Sampling(1.0), args.seed)
@@ -156,7 +157,7 @@ def _question(place: int) -> Question:
     return Question(str(place), f"{place}: explain why 7 + {place} is what it is.", "", {})
 
 
-def _figures(args: argparse.Namespace, usage: Usage) -> dict[str, Any]:
+def _figures(args: argparse.Namespace, usage: Workload) -> dict[str, Any]:
     return {
         "system": "atlas_jax",
         "simulated": args.simulate,

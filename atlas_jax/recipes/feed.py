@@ -58,7 +58,7 @@ class Parts(NamedTuple):
     sharding: Sharding
     writer: metrics.MetricWriter
     student_cache: StudentCache
-    """What the student has said alone, in steps and in evaluations."""
+    """Texts of the student without a lesson, for steps and evaluations."""
     given_labels: tuple[str, ...] = ()
     """Short names of the rewards, where a caller from Python has given some."""
 
@@ -262,7 +262,7 @@ class Feed:
         values = {s.reward.value for s in priced if s.reward.value is not None}
         return len(values) > 1 and any(map(self._trains, priced))
 
-    def _measure(self, samples: Sequence[Sample], version: int, usage: timing.Usage) -> Metrics:
+    def _measure(self, samples: Sequence[Sample], version: int, usage: timing.Workload) -> Metrics:
         """Returns the metrics of a step over all processes.
 
         Raises:
@@ -313,6 +313,8 @@ class Feed:
 
 def _asker(parts: Parts) -> Asker:
     config = parts.config
+    of_users = parts.given_labels or config.reward.functions
+    judges = config.reward.rim
     return Asker(
         question=lambda place: parts.order.at(place),
         student=parts.backend.student,
@@ -320,7 +322,9 @@ def _asker(parts: Parts) -> Asker:
         draws=chat_models.make_draws(config),
         cache=parts.student_cache,
         reward=parts.reward,
-        scores_beside=not parts.given_labels and not config.reward.functions,
+        scores_beside=not of_users,
+        # Without a cache, equal calls of a group are shared where they are made together.
+        scores_alone=not of_users and "rim" in config.reward.parts and bool(judges.cache_dir),
     )
 
 

@@ -1,8 +1,8 @@
 """Samples of each step: questions asked and scored, those of later steps beside it.
 
-Where the policy takes requests one by one, as servers do, every question moves alone, and its group
-is scored as soon as it is whole. Otherwise the questions of a step go through their phases
-together, and are scored in one call.
+Where the policy takes requests one by one, as servers do, every question moves alone. Judges hear
+each sample as soon as it is whole, other rewards see whole groups. Otherwise the questions of a
+step go through their phases together, and are scored in one call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from atlas_jax.types import Question, RewardFn, Sample
 
 F = TypeVar("F")
 
-_MOST_SCORED = 16  # groups that judges look at together
+_MOST_SCORED = 32  # samples or groups that are scored at the same time
 
 
 class Collected(NamedTuple):
@@ -80,7 +80,9 @@ class Asker(NamedTuple):
     cache: StudentCache
     reward: RewardFn
     scores_beside: bool = False
-    """True if several groups may be scored at the same time."""
+    """True if the reward may be called for several groups at the same time."""
+    scores_alone: bool = False
+    """True if it may be called so for single samples."""
 
 
 class Rollouts:
@@ -166,11 +168,27 @@ class Rollouts:
         trace = Trace(self.meter)
         asking = teaching.open_lines(policy, asker.student, asker.protocol, asker.draws, trace)
         asking = asking._replace(cache=asker.cache)
-        groups = await asyncio.gather(*(self._group(place, asking, trace) for place in places))
+        group = self._by_sample if asker.scores_alone else self._by_group
+        groups = await asyncio.gather(*(group(place, asking, trace) for place in places))
         return Collected([sample for group in groups for sample in group], trace)
 
-    async def _group(self, place: int, asking: teaching.Asking, trace: Trace) -> list[Sample]:
+    async def _by_group(self, place: int, asking: teaching.Asking, trace: Trace) -> list[Sample]:
         samples = await teaching.ask(self._asker.question(place), place, asking)
-        with trace.span(Phase.REWARD, place):
+        return await self._scored(samples, ALL, trace)
+
+    async def _by_sample(self, place: int, asking: teaching.Asking, trace: Trace) -> list[Sample]:
+        first: dict[tuple[str, str], asyncio.Lock] = collections.defaultdict(asyncio.Lock)
+
+        async def finish(sample: Sample) -> Sample:
+            # Of equal texts the later ones find the replies to the first one in the judges' cache.
+            async with first[sample.completion.text, sample.answer.text]:
+                (scored,) = await self._scored([sample], sample.member, trace)
+            return scored
+
+        asking = asking._replace(finish=finish)
+        return await teaching.ask(self._asker.question(place), place, asking)
+
+    async def _scored(self, samples: Sequence[Sample], member: int, trace: Trace) -> list[Sample]:
+        with trace.span(Phase.REWARD, samples[0].place, member):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._scorer, score, self._asker.reward, samples)

@@ -45,7 +45,7 @@ class Span(NamedTuple):
     end: float
 
 
-class Usage(NamedTuple):
+class Workload(NamedTuple):
     """Work of the models in a period."""
 
     secs: float
@@ -92,11 +92,11 @@ class Meter:
             self._flying[role] += by
             self._tokens += tokens
 
-    def read(self) -> Usage:
+    def read(self) -> Workload:
         """Returns the work since the last call, and starts the next period."""
         with self._lock:
             self._advance()
-            usage = Usage(
+            usage = Workload(
                 secs=self._now - self._start,
                 seat_secs=self._seats,
                 busy_secs=self._busy,
@@ -133,7 +133,8 @@ class Trace:
         finally:
             if phase.role:
                 self.meter.change(phase.role, -seats, sum(c.num_sampled for c in written))
-            self.spans.append(Span(phase, place, member, begun, self.meter.clock()))
+            end = self.meter.clock()
+            self.spans.append(Span(phase=phase, place=place, member=member, start=begun, end=end))
 
     def extend(self, other: Trace) -> None:
         """Adds the spans of further questions of the same step."""
@@ -170,7 +171,7 @@ class Trace:
             Phase.GUIDED: "perf/guided_secs",
         }
         for phase, name in names.items():
-            secs = _by_question([span for span in self.spans if span.phase is phase])
+            secs = _secs_by_question([span for span in self.spans if span.phase is phase])
             if secs:
                 values[name] = sum(secs), len(secs)
         return values
@@ -185,14 +186,14 @@ def _precedes(span: Span, later: Span) -> bool:
     )  # fmt: skip
 
 
-def _by_question(spans: Sequence[Span]) -> list[float]:
+def _secs_by_question(spans: Sequence[Span]) -> list[float]:
     """Returns for each question the time from its first beginning to its last end."""
     places = {span.place for span in spans}
     groups = [[span for span in spans if span.place == place] for place in places]
     return [max(s.end for s in group) - min(s.start for s in group) for group in groups]
 
 
-def of_usage(usage: Usage, is_main: bool) -> Metrics:
+def of_usage(usage: Workload, is_main: bool) -> Metrics:
     """Returns the metrics of a period.
 
     Args:

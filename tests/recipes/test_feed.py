@@ -1,8 +1,10 @@
 """The batches that come of rollouts: which groups train, what stops a run, where it continues."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
+import threading
 import time
 
 import jax
@@ -17,7 +19,10 @@ from atlas_jax.recipes import grpo
 from atlas_jax.recipes.feed import Feed, Parts
 from atlas_jax.recipes.layout import Layout
 from atlas_jax.recipes.local_backend import LocalBackend
+from atlas_jax.recipes.rollouts import Asker, Rollouts
+from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.student_cache import StudentCache
+from atlas_jax.rollout.teaching import Draws
 from atlas_jax.sharding import Sharding, make_mesh
 from atlas_jax.step import TrainState
 from atlas_jax.stopping import StopRequestedError
@@ -485,3 +490,138 @@ def test_what_fails_ahead_is_raised_where_it_is_needed(tmp_path):
         feed.next(state_of(2), time.sleep)
     assert feed.get_state()["position"] == 4
     feed.close()
+
+
+class Servers(Script):
+    """A script that takes samples one by one, and waits at `gate` where a prompt says so."""
+
+    def __init__(self, say, slow="", version=0):
+        super().__init__(say, version=version)
+        self.slow = slow
+        self.gate = threading.Event()
+        self.sent = []
+
+    @property
+    def model(self):
+        """The script as a model of servers."""
+        return super().model._replace(complete=self._one)
+
+    async def _one(self, request, sample, sampling):
+        prompt = "".join(map(chr, request.prompt_ids))
+        self.sent.append(prompt)
+        while self.slow and self.slow in prompt and not self.gate.is_set():
+            await asyncio.sleep(0.01)
+        return self._complete(request, sample)
+
+
+def served(tmp_path, servers, depth, reward=None):
+    """Returns a feed whose policy is on servers that all steps share."""
+    feed = make_feed(tmp_path, useful, reward, ahead(CONFIG, depth))
+    backend = LocalBackend(lambda params, version: servers.model, None)
+    return Feed(feed._parts._replace(backend=backend), None)
+
+
+def eventually(holds):
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_questions_that_move_alone_make_the_same_steps(tmp_path, depth):
+    expected = make_feed(tmp_path / "batches", useful)
+    servers = Servers(useful)
+    feed = served(tmp_path / "servers", servers, depth)
+    for step in range(4):
+        known, given = (f.next(state_of(step), time.sleep) for f in (expected, feed))
+        found = [recorded(tmp_path / name, step + 1) for name in ("batches", "servers")]
+        for sample in (*found[0], *found[1]):
+            sample["completion"].pop("weights_version")
+        assert found[0] == found[1]
+        assert feed.get_state() == expected.get_state()
+        np.testing.assert_array_equal(known.batch.tokens, given.batch.tokens)
+        np.testing.assert_array_equal(known.batch.advantages, given.batch.advantages)
+        # The questions of this step and of `depth` more have been asked, and no others.
+        eventually(lambda step=step: len(servers.sent) == 4 * (step + 1 + depth))
+    feed.close()
+    feed.join()
+
+
+def test_a_slow_question_holds_up_neither_other_rewards_nor_later_steps(tmp_path):
+    scored = []
+
+    def reward(samples):
+        scored.append([sample.question.id for sample in samples])
+        return [Reward(0.5, {}) for _ in samples]
+
+    servers = Servers(useful, slow="q1")
+    feed = served(tmp_path, servers, 1, reward)
+    made = []
+    take = threading.Thread(target=lambda: made.append(feed.next(state_of(0), time.sleep)))
+    take.start()
+    eventually(lambda: len(scored) == 3)
+    assert sorted(scored) == [["id0"] * 2, ["id2"] * 2, ["id3"] * 2]
+    assert not made
+    servers.gate.set()
+    take.join(30)
+    assert [s["question_id"] for s in recorded(tmp_path, 1)] == ["id0", "id0", "id1", "id1"]
+    metrics_ = made[0].metrics
+    assert metrics_["perf/teacher_seats"][0] > 0
+    assert metrics_["perf/policy_secs"][1] == 2
+    feed.close()
+    feed.join()
+
+
+def test_closing_gives_up_questions_in_flight(tmp_path):
+    servers = Servers(useful, slow="q2")
+    feed = served(tmp_path, servers, 1)
+    feed.next(state_of(0), time.sleep)
+    eventually(lambda: len(servers.sent) == 8)
+    start = time.monotonic()
+    feed.close()
+    feed.join()
+    assert time.monotonic() - start < 4
+    assert "rollouts" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_samples_are_scored_by_themselves_where_the_reward_allows_it(alone):
+    """Two of three samples are written, of equal text; the third one waits."""
+    scored = []
+
+    def reward(samples):
+        scored.append([sample.member for sample in samples])
+        return [Reward(float(sample.member), {}) for sample in samples]
+
+    servers = Servers(lambda prompt, member: "ab"[member // 2])
+    one = servers._one
+
+    async def complete(request, sample, sampling):
+        while sample == 2 and not servers.gate.is_set():
+            await asyncio.sleep(0.01)
+        return await one(request, sample, sampling)
+
+    asker = Asker(
+        question=lambda place: questions(1)[0],
+        student=None,
+        protocol=protocol(size=3),
+        draws=Draws(Sampling(), 0),
+        cache=StudentCache("never"),
+        reward=reward,
+        scores_beside=True,
+        scores_alone=alone,
+    )
+    rollouts = Rollouts(asker)
+    step = rollouts.begin(servers.model._replace(complete=complete), [0])
+    if alone:
+        eventually(lambda: len(scored) == 2)
+    assert sorted(scored) == [[0], [1]][: 2 * alone]
+    assert not step.done()
+    servers.gate.set()
+    collected = step.result(30)
+    assert sorted(scored) == ([[0], [1], [2]] if alone else [[0, 1, 2]])
+    assert [sample.reward.value for sample in collected.samples] == [0.0, 1.0, 2.0]
+    assert sum(span.phase == "reward" for span in collected.trace.spans) == len(scored)
+    rollouts.close()
+    rollouts.join(5.0)

@@ -103,6 +103,24 @@ def test_one_bad_request_fails_by_itself(model, fault, reason):
         assert len([call for call in sent if POISON in call[3]["token_ids"]]) == 1
 
 
+def test_processes_that_know_only_their_own_requests_spread_over_all_servers(model):
+    """Four processes with one question of 32 samples each, of a policy and of a student."""
+    with stand_in.running(model, 8) as servers, contextlib.ExitStack() as stack:
+        urls = [url for url, _ in servers]
+        for process in range(4):
+            options = OPTIONS._replace(first=process * len(urls) // 4)
+            engine = stack.enter_context(opened(urls, options))
+            group = Request((5, 6, 7), 4, seed=process, num_samples=32)
+            alone = [Request((5, 6), 4, seed=process), Request((6, 5), 4, seed=process)]
+            # One after another, as the question goes on.
+            written = [*engine.generate(alone, SAMPLING), *engine.generate([group], SAMPLING)]
+            assert [len(samples) for samples in written] == [1, 1, 32]
+        paths = [[call[1] for call in server.calls] for _, server in servers]
+    loads = [found.count(capabilities.GENERATE) for found in paths]
+    assert sum(loads) == 4 * 34
+    assert max(abs(load - 17) for load in loads) <= 0.2 * 17
+
+
 def test_answers_are_signs_of_progress_and_waits_have_patience(model):
     """By which the watch of a run of several processes tells a slow server from a stuck process."""
     with stand_in.running(model) as ((url, server),), opened([url]) as engine:
