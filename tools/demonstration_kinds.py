@@ -63,13 +63,13 @@ METHODS = {
 """The methods that a diagnosis can name."""
 
 
-def _nouns(text: str) -> tuple[Noun, ...]:
+def nouns(text: str) -> tuple[Noun, ...]:
     """Reads "one/ones/many, …"; what is missing at the end repeats the last."""
     entries = [entry.strip().split("/") for entry in text.split(",")]
     return tuple(Noun(*(entry + entry[-1:] * (3 - len(entry)))) for entry in entries)
 
 
-def _arithmetic(
+def arithmetic(
     operation: str,
     first: tuple[int, int],
     second: tuple[int, int],
@@ -95,7 +95,7 @@ def _arithmetic(
     return make
 
 
-def _choice(
+def choice(
     fits: Callable[[int, list[int]], bool], questions: tuple[str, ...], lessons: tuple[str, ...]
 ) -> Callable[[random.Random], Problem]:
     """Returns what draws three numbers with different tens of which one fits.
@@ -128,7 +128,7 @@ LEADS = (
 """How a lesson goes on after its reason, where it hands over the calculation."""
 
 
-def _written(*reasons: str) -> tuple[str, ...]:
+def written(*reasons: str) -> tuple[str, ...]:
     """Returns the lessons that hand over the calculation, with every reason and lead."""
     return tuple(f"{reason} {lead}" for reason in reasons for lead in LEADS)
 
@@ -139,15 +139,15 @@ NAMES = (
     "Nina", "Noah", "Omar", "Paul", "Priya", "Rosa", "Sara", "Tom", "Zoe",
 )  # fmt: skip
 
-_THINGS = _nouns(
+_THINGS = nouns(
     "apple/apples, pencil/pencils, marble/marbles, sticker/stickers, book/books, shell/shells, "
     "coin/coins, card/cards, button/buttons, cookie/cookies, stamp/stamps, balloon/balloons"
 )
-_GOODS = _nouns(
+_GOODS = nouns(
     "pen/pens, book/books, lamp/lamps, cup/cups, hat/hats, bag/bags, ball/balls, toy/toys, "
     "mug/mugs, scarf/scarves, kite/kites, ticket/tickets"
 )
-_DISHES = _nouns(
+_DISHES = nouns(
     "cake/cakes/eggs, pie/pies/apples, pizza/pizzas/tomatoes, salad/salads/carrots, "
     "soup/soups/potatoes, drink/drinks/lemons, omelet/omelets/eggs, stew/stews/onions"
 )
@@ -185,13 +185,13 @@ def _make_units(rng: random.Random) -> Problem:
 
 
 KINDS = {
-    "smallest": Kind(_choice(lambda number, all_: number == min(all_), (
+    "smallest": Kind(choice(lambda number, all_: number == min(all_), (
         "Which number is the smallest: {a}, {b} or {c}?",
     ), (
         "The smallest number has the fewest tens. Look at the tens digit of each number.",
         "Look at the tens digit of each number. The smallest number has the fewest tens.",
     )), "order", "only one of the numbers has the fewest tens", chosen=True),
-    "largest": Kind(_choice(lambda number, all_: number == max(all_), (
+    "largest": Kind(choice(lambda number, all_: number == max(all_), (
         "Which number is the largest: {a}, {b} or {c}?",
     ), (
         "The largest number has the most tens. Look at the tens digit of each number.",
@@ -199,7 +199,7 @@ KINDS = {
     )), "order", "only one of the numbers has the most tens", chosen=True),
     "tens": Kind(_make_tens, "place", "a number of two digits has tens and ones"),
     "units": Kind(_make_units, "*", "how many there are in each is known to everybody"),
-    "half": Kind(_arithmetic("/", (2, 15), (2, 2), (
+    "half": Kind(arithmetic("/", (2, 15), (2, 2), (
         "What is half of {x}?",
         "{name} has {x} {many} and gives away half of them. "
         "How many {many} does {name} give away?",
@@ -207,44 +207,44 @@ KINDS = {
         "Write the division by 2 first.",
         "Half means divide by 2. Write the division by 2 first.",
     )), "/", "the word \"half\" names the operation"),
-    "double": Kind(_arithmetic("*", (3, 15), (2, 2), (
+    "double": Kind(arithmetic("*", (3, 15), (2, 2), (
         "{name} has {x} {many}. Kim has double that number. How many {many} does Kim have?",
     ), _THINGS, (
         "Double means times 2. Write the multiplication by 2 first.",
     )), "*", "the word \"double\" names the operation"),
-    "price": Kind(_arithmetic("*", (2, 9), (2, 12), (
+    "price": Kind(arithmetic("*", (2, 9), (2, 12), (
         "One {one} costs ${y}. How many dollars do {x} {ones} cost?",
         "{name} buys {x} {ones} for ${y} each. How many dollars does {name} pay?",
         "A shop sells each {one} for ${y}. How many dollars do {x} {ones} cost?",
-    ), _GOODS, _written(
+    ), _GOODS, written(
         "Multiply the number bought by the price of one.",
         "Each one has the same price, so multiply.",
         "The price of one is paid for every one, so multiply.",
     )), "*", "the price given is for one only"),
-    "daily": Kind(_arithmetic("*", (3, 12), (2, 9), (
+    "daily": Kind(arithmetic("*", (3, 12), (2, 9), (
         "{name} {one} {x} {many} each day. How many {many} is that in {y} days?",
         "Every day {name} {one} {x} {many}. How many {many} is that in {y} days?",
-    ), _nouns(
+    ), nouns(
         "reads/pages, runs/miles, writes/letters, bakes/cakes, plants/trees, draws/pictures, "
         "learns/words, washes/cars"
-    ), _written(
+    ), written(
         "The number is the same every day, so multiply.",
         "Multiply the number for one day by the days.",
         "Equal days are put together by multiplying.",
     )), "*", "the number given is for one day only"),
-    "recipe": Kind(_arithmetic("*", (2, 9), (2, 9), (
+    "recipe": Kind(arithmetic("*", (2, 9), (2, 9), (
         "One {one} needs {y} {many}. How many {many} do {x} {ones} need?",
         "{name} uses {y} {many} for each {one}. How many {many} does {name} use for {x} {ones}?",
         "A cook makes {x} {ones} with {y} {many} in each. How many {many} does the cook use?",
-    ), _DISHES, _written(
+    ), _DISHES, written(
         "Each one needs the same amount, so multiply.",
         "Multiply the number made by the amount for one.",
         "The amount for one is repeated, so multiply.",
     )), "*", "the amount given is for one only"),
-    "age": Kind(_arithmetic("+", (4, 20), (3, 9), (
+    "age": Kind(arithmetic("+", (4, 20), (3, 9), (
         "{name} is {x} years old. How old will {name} be in {y} years?",
         "{name} is {x} years old. Kim is {y} years older than {name}. How old is Kim?",
-    ), _THINGS, _written(
+    ), _THINGS, written(
         "Older means more years, so add.",
         "Add the years to the age.",
         "An age grows with the years, so add.",

@@ -14,10 +14,11 @@ import json
 import pathlib
 import random
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import _checkout  # noqa: F401  (comes first: see there)
-from demonstration_kinds import KINDS, METHODS
+from demonstration_kinds import KINDS, METHODS, Kind
 
 from atlas_jax import cli, extras
 from atlas_jax.rewards.answers import is_correct
@@ -32,6 +33,7 @@ PROBE = (
 )
 PROBE_TOKENS = 60
 ANSWER_TOKENS = 48
+_DRAWS = 2000  # without a new problem, after which a kind counts as exhausted
 
 Record = dict[str, str]
 
@@ -61,42 +63,57 @@ def main() -> None:
         print(measure(student, records))
 
 
-def make_problems(count: int, seed: int) -> list[Record]:
+def make_problems(count: int, seed: int, kinds: Mapping[str, Kind] = KINDS) -> list[Record]:
     """Returns different problems, the kinds in turn, none with its answer in the lesson.
 
-    Every kind has a draw of its own, so that its problems do not depend on the other kinds. The
-    answer is in the question only where it has to be chosen from there.
+    Every kind has a draw of its own, so that its problems do not depend on the other kinds. One
+    that has no further problem leaves the turns. The answer is in the question only where it has
+    to be chosen from there.
+
+    Raises:
+        ValueError: if the kinds have fewer problems.
     """
-    draws = {name: random.Random(f"{seed} {name}") for name in KINDS}
+    draws = {name: random.Random(f"{seed} {name}") for name in kinds}
     seen: set[str] = set()
     records: list[Record] = []
-    names = list(KINDS)
+    left = list(kinds)
     while len(records) < count:
-        name = names[len(records) % len(names)]
-        question, answer, lesson = KINDS[name].make(draws[name])
+        if not left:
+            raise ValueError(f"the kinds have {len(records)} problems, not {count}; ask for fewer")
+        for name in tuple(left):
+            record = _draw(name, kinds[name], draws[name], seen)
+            if record is None:
+                left.remove(name)
+            else:
+                records.append(record)
+    return records[:count]
+
+
+def _draw(name: str, kind: Kind, rng: random.Random, seen: set[str]) -> Record | None:
+    """Returns a problem that is not `seen` yet, which it then is; None if there is none left."""
+    for _ in range(_DRAWS):
+        question, answer, lesson = kind.make(rng)
         given = answer in numbers(question) or states_answer(question, answer)
         leaks = answer in numbers(lesson) or states_answer(lesson, answer, question)
-        if question in seen or leaks or (given and not KINDS[name].chosen):
+        if question in seen or leaks or (given and not kind.chosen):
             continue
         seen.add(question)
-        records.append(
-            {
-                "kind": name,
-                "problem_text": question,
-                "ground_truth": answer,
-                "teacher_teaching": lesson,
-            }
-        )
-    return records
+        return {
+            "kind": name,
+            "problem_text": question,
+            "ground_truth": answer,
+            "teacher_teaching": lesson,
+        }
+    return None
 
 
-def diagnose(record: Record, rng: random.Random) -> str:
+def diagnose(record: Record, rng: random.Random, kinds: Mapping[str, Kind] = KINDS) -> str:
     """Says what is right or missing in the student's approach, from what it mentions.
 
     Raises:
         ValueError: if the diagnosis would state the answer.
     """
-    kind, approach = KINDS[record["kind"]], record["student_approach"]
+    kind, approach = kinds[record["kind"]], record["student_approach"]
     needed = METHODS[kind.method].noun
     named = {
         name
@@ -121,7 +138,7 @@ def diagnose(record: Record, rng: random.Random) -> str:
             f"The student does not name a method; {needed} is needed",
             f"The approach misses the {needed}",
         )
-    diagnosis = f"{rng.choice(method)}: {kind.clue}. {rng.choice(_about_numbers(record))}"
+    diagnosis = f"{rng.choice(method)}: {kind.clue}. {rng.choice(_about_numbers(record, kind))}"
     if states_answer(diagnosis, record["ground_truth"], record["problem_text"]):
         raise ValueError(
             f"the diagnosis {diagnosis!r} states the answer {record['ground_truth']!r}; word it "
@@ -130,11 +147,11 @@ def diagnose(record: Record, rng: random.Random) -> str:
     return diagnosis
 
 
-def _about_numbers(record: Record) -> tuple[str, ...]:
+def _about_numbers(record: Record, kind: Kind) -> tuple[str, ...]:
     """Returns sentences on how the approach deals with the numbers of the question."""
     given, used = set(numbers(record["problem_text"])), set(numbers(record["student_approach"]))
     foreign = used - given - set(numbers(record["teacher_teaching"]))
-    if KINDS[record["kind"]].chosen:
+    if kind.chosen:
         if foreign:
             return ("It brings in numbers that are not on offer.", "Some of its numbers are new.")
         if used:
@@ -238,18 +255,25 @@ class Student:
         return [replies[i].strip() for i in range(len(prompts))]
 
 
+def right_answers(student: Student, records: list[Record], template: str) -> list[bool]:
+    """Returns whether the student answers each record right, asked by `BASELINE` or `TAUGHT`."""
+    prompts = [
+        template.format(question=record["problem_text"], teaching=record["teacher_teaching"])
+        for record in records
+    ]
+    replies = student.reply(prompts, ANSWER_TOKENS)
+    return [
+        is_correct(reply, record["ground_truth"])
+        for reply, record in zip(replies, records, strict=True)
+    ]
+
+
 def measure(student: Student, records: list[Record]) -> str:
     """Returns a Markdown table of right answers without and with the lesson, by kind."""
     right: dict[str, collections.Counter[str]] = {}
     for arm, template in (("alone", BASELINE), ("taught", TAUGHT)):
-        prompts = [
-            template.format(question=record["problem_text"], teaching=record["teacher_teaching"])
-            for record in records
-        ]
-        pairs = zip(student.reply(prompts, ANSWER_TOKENS), records, strict=True)
-        right[arm] = collections.Counter(
-            record["kind"] for reply, record in pairs if is_correct(reply, record["ground_truth"])
-        )
+        pairs = zip(right_answers(student, records, template), records, strict=True)
+        right[arm] = collections.Counter(record["kind"] for is_right, record in pairs if is_right)
     counts = collections.Counter(record["kind"] for record in records)
     lines = ["| kind | problems | alone | taught | gain |", "|---|---|---|---|---|"]
     lines += [

@@ -13,6 +13,7 @@ from atlas_jax.options.fields import (
     NonNegativeInt,
     Positive,
     PositiveInt,
+    Share,
     choices_or_function,
 )
 
@@ -86,6 +87,12 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
     """Processes a prompt once for several of its completions, in training as in generation."""
     max_rows: PositiveInt = 256
     """Most rows that a process decodes at one time, with `rollout.backend=local`."""
+    difficulty: tuple[Share, ...] = ()
+    """Lowest and highest share of right answers of the student alone with which a question is
+    trained on, such as `(0.1, 0.9)`; an empty list trains on all. It is measured once, before
+    training, and kept in `difficulty.jsonl` of `output_dir`."""
+    difficulty_answers: PositiveInt = 8
+    """Number of answers, drawn at `temperature`, by which `rollout.difficulty` is measured."""
     refill_rounds: NonNegativeInt = 0
     """Number of further draws of questions that replace groups whose rewards are all equal or of
     which nothing trains (DAPO's dynamic sampling, arXiv:2503.14476)."""
@@ -158,7 +165,15 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
                 f"rollout.student_temperature={self.student_temperature} must be 0 or more, or -1 "
                 "for that of the teacher"
             )
-        for name, default in (("student_temperature", -1), ("num_guided", 1), ("num_baseline", 1)):
+        if self.difficulty and (
+            len(self.difficulty) != 2 or self.difficulty[0] > self.difficulty[1]
+        ):
+            raise ValueError(
+                f"rollout.difficulty={self.difficulty} must be two shares, the lower one first, "
+                "such as (0.1, 0.9), or empty"
+            )
+        alone = {"student_temperature": -1, "num_guided": 1, "num_baseline": 1, "difficulty": ()}
+        for name, default in alone.items():
             if not self.has_student and getattr(self, name) != default:
                 raise ValueError(
                     f"rollout.{name}={getattr(self, name)} with rollout.protocol={self.protocol}, "

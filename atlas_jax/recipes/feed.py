@@ -120,6 +120,8 @@ class Feed:
         values = measure(samples, version, config, parts.given_labels, has_student)
         values |= parts.backend.metrics()
         values |= self._usage(usage)
+        if config.rollout.refill_rounds:
+            values["rollout/refills"] = position - self._position - parts.layout.questions, 1
         # The position advances only now: if anything above raises, the step that is repeated asks
         # the same questions.
         self._position = position

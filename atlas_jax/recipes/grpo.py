@@ -58,6 +58,10 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         student = None
         if config.student:
             student = open_student(config, run.compute)
+        if student and config.rollout.difficulty:
+            from atlas_jax.recipes import difficulty  # only this option measures it
+
+            train = difficulty.of_run(config, train, student)
         layout = fit_attention(layout, run.decoder)
         sees_rows = bool(given.rewards or config.reward_functions or config.has_episodes)
         order = asked.QuestionOrder(train, config.seed, config.data.shuffle, sees_rows)

@@ -136,7 +136,7 @@ def make_vllm_backend(
         pools = [pool]
         frozen = None
         if student is not None:
-            frozen, pool = _open_student(config, student, stack)
+            frozen, pool = open_student(config, student, stack)
             pools.append(pool)
         # One process reads for all: the servers are the same.
         servers = [ServerMetrics(pool, reads=distributed.is_main()) for pool in pools]
@@ -237,9 +237,14 @@ def _nccl_maker(pool: ServerPool) -> Callable[[], Any]:
     return lambda: libnccl.LibNccl(device.local_hardware_id)
 
 
-def _open_student(
+def open_student(
     config: GRPOConfig, model: Model, stack: contextlib.ExitStack
 ) -> tuple[ChatModel, ServerPool]:
+    """Returns the student on its servers, and these, until `stack` is closed.
+
+    Raises:
+        ValueError: if none can be reached, or one has another model.
+    """
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
     bind, _ = _chat_model(pool, model, config.teaching.student_system_prompt)

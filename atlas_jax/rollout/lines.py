@@ -65,16 +65,16 @@ class Line:
             room: most tokens of prompt and completion.
         """
         loop = asyncio.get_running_loop()
-        problem = _problem(asked.request, room, self.model.vocab_size)
+        refusal = problem(asked.request, room, self.model.vocab_size)
         members = range(asked.request.num_samples)
-        if not problem and self.model.complete:
+        if not refusal and self.model.complete:
             return [loop.create_task(self._one(asked, g)) for g in members]
         written = [loop.create_future() for _ in members]
-        if not problem:
+        if not refusal:
             self._waiting.append(_Waiting(asked, written))
             return written
         for future in written:
-            future.set_result(Completion.failed(f"skipped: {problem}"))
+            future.set_result(Completion.failed(f"skipped: {refusal}"))
         return written
 
     async def _one(self, asked: PhaseRequest, sample: int) -> Completion:
@@ -147,7 +147,7 @@ def run(work: Coroutine[Any, Any, T], lines: Sequence[Line], loop: EventLoopThre
     return tasks[0].result()
 
 
-def _problem(request: Request, room: int, vocab_size: int) -> str:
+def problem(request: Request, room: int, vocab_size: int) -> str:
     """Returns the reason for which a request is not sent; empty if it is."""
     if len(request.prompt_ids) + request.max_tokens > room:
         sizes = f"prompt of {len(request.prompt_ids)} tokens and {request.max_tokens} new ones"

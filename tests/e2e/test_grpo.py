@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +258,39 @@ def test_the_export_is_a_transformers_model(inputs, whole):
     before = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     moved = model.lm_head.weight - before.lm_head.weight
     assert moved.abs().max() > 1e-3
+
+
+SEVERAL = {
+    "rollout.num_guided": 4, "rollout.num_baseline": 2, "rollout.student_temperature": 2.0,
+    "rollout.refill_rounds": 1, "rollout.difficulty": "0.0,0.75", "max_steps": 2,
+}  # fmt: skip
+
+
+def test_a_run_trains_on_means_over_answers_to_questions_of_its_difficulty(inputs, tmp_path):
+    asked = command(inputs, tmp_path / "run", "teaching", devices=1)
+    asked["args"] += [f"--config.{k}={v}" for k, v in SEVERAL.items()]
+    first = subprocess.run(**asked, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "difficulty: 8 of 8 questions measured" in first.stderr
+    kept = (tmp_path / "run" / "difficulty.jsonl").read_text().splitlines()
+    assert len(kept) == len(QUESTIONS)
+    easy = {line["question_id"] for line in map(json.loads, kept) if line["right"] > 6}
+    for sample in samples(tmp_path / "run", 2):
+        assert sample["question_id"] not in easy
+        assert len(sample["further_baselines"]) == 1
+        if sample["teaching"]:
+            assert len(sample["further_guided"]) == 3
+            each = [a["value"] for a in sample["reward_details"]["teaching_gain"]["answers"]]
+            own = sample["reward_details"].get("own_value", sample["reward"])
+            assert own is None or own == pytest.approx(sum(each) / 4)
+    again = command(inputs, tmp_path / "again", "teaching", devices=1)
+    again["args"] += [f"--config.{k}={v}" for k, v in SEVERAL.items()]
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "run" / "difficulty.jsonl", tmp_path / "again")
+    second = subprocess.run(**again, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "questions measured" not in second.stderr
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
 
 
 ORDINARY = {

@@ -84,6 +84,19 @@ def test_the_base_of_the_refusals_is_accepted():
             "missing_lesson_penalty=0.3 with rollout.protocol=direct, which has no lessons",
         ),
         (
+            {"rollout": RolloutConfig(difficulty=(0.9, 0.1))},
+            r"difficulty=\(0.9, 0.1\) must be two shares, the lower one first",
+        ),
+        ({"rollout": RolloutConfig(difficulty=(0.5,))}, "must be two shares"),
+        ({"rollout": RolloutConfig(difficulty=(0.1, 1.5))}, "difficulty=.*holds 1.5"),
+        (
+            {
+                "rollout": RolloutConfig(protocol="direct", difficulty=(0.1, 0.9)),
+                "reward": RewardConfig(names=("exact_match",)),
+            },
+            "difficulty=.* with rollout.protocol=direct, which has no student",
+        ),
+        (
             {"rollout": RolloutConfig(num_guided=2, num_baseline=3)},
             "num_guided=2 and rollout.num_baseline=3 cannot be paired evenly; let one be",
         ),

@@ -90,6 +90,7 @@ def test_groups_without_a_difference_are_replaced(tmp_path, rounds, asked, posit
     found = recorded(tmp_path, 7)
     assert [s["question_id"] for s in found][::2] == asked
     assert feed.get_state()["position"] == position
+    assert given.metrics.get("rollout/refills") == ((position - 2, 1) if rounds else None)
     assert {s["completion"]["weights_version"] for s in found} == {6}
     zero = 2 - len({"id1", "id4"} & set(asked))
     assert given.metrics["reward/zero_std_group_frac"] == (zero, 2)

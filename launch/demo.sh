@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The longer run that is to show that teaching helps, on two cores: makes the questions, teaches
+# SmolLM2-135M the form of a lesson by SFT and then to teach by GRPO against itself as a frozen student,
+# and compares both teachers on held-out questions and on kinds that were never trained on. Everything
+# goes to outputs/demo of the repository.
+#   bash launch/demo.sh [key=value of the GRPO run …]
+# After Ctrl-C the same command continues where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/environment.sh
+source launch/environment.sh
+usage() { echo "error: $1 (bash launch/demo.sh --help shows the usage)" >&2; exit 2; }
+case ${1:-} in -h | --help) help launch/demo.sh; exit ;; esac
+read_words "$@"
+for word in "${settings[@]}"; do
+  case $word in
+    *.output_dir=* | *.model_name_or_path=* | *.student_model=*)
+      usage "${word#--config.} is what the demo chooses; launch/launch.sh trains as you like" ;;
+  esac
+done
+out=outputs/demo
+in_parts launch/demo.sh
+
+say "1/6 install (.venv)"
+part need_environment gguf,hf
+
+say "2/6 model"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=.
+fast_cpu
+if [ $# -gt 0 ]; then
+  find_config configs/run/demo_grpo.py
+  part .venv/bin/python tools/read_config.py output_dir --config "$config" "${settings[@]}" >/dev/null
+fi
+get_smollm2 "$out/smollm2"
+
+say "3/6 questions: kinds whose oracle lessons harm are left out"
+if [ ! -f "$out/data/sft.jsonl" ]; then  # the last file of the four
+  part .venv/bin/python tools/make_demo.py --output "$out/data" --model "$out/smollm2" --trial 24
+fi
+
+say "4/6 SFT: the form of a lesson"
+part launch/launch.sh 1 configs/run/demo_sft.py model_name_or_path="$out/smollm2" \
+  output_dir="$out/sft"
+
+say "5/6 GRPO: lessons that help"
+part launch/launch.sh 1 configs/run/demo_grpo.py model_name_or_path="$out/sft/final" \
+  student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path= "$@"
+
+for questions in eval unseen; do
+  say "6/6 evaluation, $questions: teacher 1 after SFT, 2 after GRPO"
+  part .venv/bin/python -m atlas_jax.evaluate --config configs/run/demo_grpo.py \
+    --teacher "$out/sft/final" --teacher "$out/grpo/final" --student "$out/smollm2" \
+    --data "$out/data/$questions.jsonl" --output "$out/$questions.json"
+done
+
+say "done: the teacher is $out/grpo/final, what it taught is in $out/eval.json and $out/unseen.json"

@@ -1,0 +1,110 @@
+r"""Makes the questions of the demo, and the demonstrations of its warm-up.
+
+    python tools/make_demo.py --output outputs/demo/data --model DIR
+
+Writes `train.jsonl` and `eval.jsonl` of the same kinds, `unseen.jsonl` of kinds that are never
+trained on, and `sft.jsonl`: the first questions of `train.jsonl` with the approach that the
+student, the model in DIR, writes greedily, and a diagnosis of it. All else follows from the seed.
+With --trial so many problems of each kind, drawn apart, are answered alone and with the oracle
+lessons first; kinds whose lessons turn too many right answers wrong are left out of all files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+import _checkout  # noqa: F401  (comes first: see there)
+import make_demonstrations as demonstrations
+from demo_kinds import TRAINED, UNSEEN
+from demonstration_kinds import Kind
+from make_demonstrations import Record, Student
+
+from atlas_jax import cli
+from atlas_jax.files import write_whole
+
+
+def main() -> None:
+    """Writes the files, and prints the table of `--trial`."""
+    parser = cli.ToolParser(__doc__)
+    parser.add_argument("--output", required=True, type=pathlib.Path)
+    parser.add_argument("--model", default="", help="Hugging Face directory of the student")
+    parser.add_argument("--train", type=int, default=2000)
+    parser.add_argument("--eval", type=int, default=500)
+    parser.add_argument("--unseen", type=int, default=120)
+    parser.add_argument("--sft", type=int, default=320, help="demonstrations; 0 makes none")
+    parser.add_argument("--trial", type=int, default=0, help="problems of each kind; 0 keeps all")
+    parser.add_argument("--min_non_degradation", type=float, default=0.98)
+    parser.add_argument("--seed", type=int, default=18)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
+    args = parser.parse_args()
+    if (args.sft or args.trial) and not args.model:
+        raise ValueError("--sft and --trial ask the student; give --model, or --sft 0")
+    student = Student(args.model, args.threads) if args.sft or args.trial else None
+    trained, unseen = dict(TRAINED), dict(UNSEEN)
+    if student and args.trial:
+        dropped = try_kinds(student, trained | unseen, args)
+        trained = {name: kind for name, kind in trained.items() if name not in dropped}
+        unseen = {name: kind for name, kind in unseen.items() if name not in dropped}
+    records = demonstrations.make_problems(args.train + args.eval, args.seed, trained)
+    others = demonstrations.make_problems(args.unseen, args.seed, unseen)
+    write(args.output / "train.jsonl", records[: args.train])
+    write(args.output / "eval.jsonl", records[args.train :])
+    write(args.output / "unseen.jsonl", others)
+    if student and args.sft:
+        shown = demonstrate(student, records[: min(args.sft, args.train)], trained, args.seed)
+        write(args.output / "sft.jsonl", shown)
+    print(
+        f"{args.train} + {args.eval} of {len(trained)} kinds, {args.unseen} of {len(unseen)} others"
+    )
+
+
+def try_kinds(student: Student, kinds: Mapping[str, Kind], args: argparse.Namespace) -> set[str]:
+    """Prints how the oracle lessons change answers, and returns the kinds that they harm."""
+    # Another seed: what chooses the kinds is never asked again.
+    records = demonstrations.make_problems(args.trial * len(kinds), args.seed + 1, kinds)
+    alone = demonstrations.right_answers(student, records, demonstrations.BASELINE)
+    taught = demonstrations.right_answers(student, records, demonstrations.TAUGHT)
+    counts = {name: Counter[str]() for name in kinds}
+    for record, before, after in zip(records, alone, taught, strict=True):
+        counts[record["kind"]].update(
+            problems=1, alone=before, taught=after, harmed=before and not after
+        )
+    dropped = {
+        name
+        for name, count in counts.items()
+        if count["harmed"] > (1 - args.min_non_degradation) * count["problems"]
+    }
+    print(f"{'kind':<12}{'problems':>10}{'alone':>8}{'taught':>8}{'harmed':>8}")
+    for name, count in counts.items():
+        numbers = f"{count['problems']:>10}{count['alone']:>8}{count['taught']:>8}"
+        print(f"{name:<12}{numbers}{count['harmed']:>8}{'  left out' * (name in dropped)}")
+    return dropped
+
+
+def demonstrate(
+    student: Student, records: list[Record], kinds: Mapping[str, Kind], seed: int
+) -> list[Record]:
+    """Returns the records with the student's approach and a diagnosis of it."""
+    probes = [demonstrations.PROBE.format(question=r["problem_text"]) for r in records]
+    replies = student.reply(probes, demonstrations.PROBE_TOKENS)
+    rng = random.Random(seed + 2)
+    shown = []
+    for record, reply in zip(records, replies, strict=True):
+        told = record | {"student_approach": demonstrations.whole_sentences(reply)}
+        shown.append(told | {"teacher_diagnosis": demonstrations.diagnose(told, rng, kinds)})
+    return shown
+
+
+def write(path: pathlib.Path, records: list[Record]) -> None:
+    """Writes the records of one file, one JSON object a line."""
+    rows = ({"id": f"demo-{path.stem}-{i:04d}"} | record for i, record in enumerate(records))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    cli.tool(main)
