@@ -46,7 +46,9 @@ def capacity(cache: KVCache) -> int:
 def placements(sharding: Sharding) -> KVCache:
     """Returns the placement of a cache: rows over the batch axes, heads over `tensor`."""
     heads = NamedSharding(sharding.mesh, PartitionSpec(BATCH_AXES, "tensor"))
-    return KVCache(heads, heads, sharding.rows(), sharding.rows())  # type: ignore[arg-type]  # prefixes of a tree
+    rows = sharding.rows()
+    # The first two are prefixes of their trees.
+    return KVCache(prompt=heads, own=heads, lengths=rows, begins=rows)  # type: ignore[arg-type]
 
 
 def resident(decoder: Decoder) -> Decoder:

@@ -41,7 +41,7 @@ from atlas_jax.types import Metrics, Params, Sample
 _STEP = re.compile(r"step_(\d+)(_process_\d+\.jsonl)?")
 
 
-class LogLine(NamedTuple):
+class MetricsLine(NamedTuple):
     """A line of `metrics.jsonl`, which with `logging_steps` is the mean of several steps."""
 
     first: int
@@ -56,7 +56,7 @@ class StoredRun(NamedTuple):
     output_dir: pathlib.Path
     step: int
     config: GRPOConfig
-    line: LogLine
+    line: MetricsLine
     begins: int
     """The step after which the replay begins, of a checkpoint or 0."""
 
@@ -67,7 +67,7 @@ class Replayed(NamedTuple):
     step: int
     values: dict[str, float]
     """Metrics of the step."""
-    line: LogLine
+    line: MetricsLine
     again: dict[str, float]
     """Metrics of the steps of the line."""
     tolerance: float
@@ -208,7 +208,7 @@ def report(replayed: Replayed) -> str:
     return "\n".join([*text, f"step {step}: {verdict}"])
 
 
-def _line(path: pathlib.Path, step: int) -> LogLine:
+def _line(path: pathlib.Path, step: int) -> MetricsLine:
     """Returns the line of the log that the step is in."""
     before = 0
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
@@ -218,9 +218,9 @@ def _line(path: pathlib.Path, step: int) -> LogLine:
         last = values.pop("step")
         if last >= step:
             numbers = {n: math.nan if v is None else float(v) for n, v in values.items()}
-            return LogLine(before + 1, last, numbers)
+            return MetricsLine(before + 1, last, numbers)
         before = last
-    return LogLine(step, step, {})
+    return MetricsLine(step, step, {})
 
 
 def _checkpoints(output_dir: pathlib.Path) -> list[int]:

@@ -70,7 +70,7 @@ class Window(Generic[F]):
 
 
 class Asker(NamedTuple):
-    """What stays the same from step to step in asking and scoring."""
+    """The parts of asking and scoring that stay the same from step to step."""
 
     question: Callable[[int], Question]
     """Number of a question in the run -> the question."""
