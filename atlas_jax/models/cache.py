@@ -166,7 +166,8 @@ def begun(
     def empty(x: jax.Array) -> jax.Array:
         return jnp.zeros((x.shape[0] * samples, x.shape[1], places, x.shape[3]), x.dtype)
 
-    return KVCache(prompt, jax.tree.map(empty, prompt), lengths, jnp.zeros_like(lengths))
+    own = jax.tree.map(empty, prompt)
+    return KVCache(prompt=prompt, own=own, lengths=lengths, begins=jnp.zeros_like(lengths))
 
 
 def replaced_prompts(
@@ -243,7 +244,7 @@ def selected(
     take = functools.partial(_taken, sharding, taken)
     layers = [_replaced(take, layer) for layer in zip(cache.prompt, cache.own, strict=True)]
     prompt, own = (list(kind) for kind in zip(*layers, strict=True))
-    return KVCache(prompt, own, lengths, begins)
+    return KVCache(prompt=prompt, own=own, lengths=lengths, begins=begins)
 
 
 def _replaced(function: Callable[[Any], Any], layer: Any) -> Any:
