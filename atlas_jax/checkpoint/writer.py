@@ -212,8 +212,7 @@ def header(content: Sequence[Tensor], dtype: Dtype) -> tuple[bytes, dict[str, in
     places = {}
     end = 0
     for tensor in content:
-        start = end
-        end = end + num_bytes(tensor, dtype)
+        start, end = end, end + num_bytes(tensor, dtype)
         header[tensor.name] = {
             "dtype": stored[dtype_of(tensor.name, dtype)],
             "shape": list(tensor.shape),
@@ -223,8 +222,8 @@ def header(content: Sequence[Tensor], dtype: Dtype) -> tuple[bytes, dict[str, in
     text = json.dumps(header, separators=(",", ":")).encode()
     # Readers map the file into memory, so the numbers begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
-    first = len(text) + 8
-    return len(text).to_bytes(8, "little") + text, {n: first + at for n, at in places.items()}
+    beginning = len(text).to_bytes(8, "little") + text
+    return beginning, {name: len(beginning) + place for name, place in places.items()}
 
 
 def write_index(directory: pathlib.Path, files: Sequence[Sequence[Tensor]], dtype: Dtype) -> None:
