@@ -10,8 +10,12 @@ in such shares too.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,10 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.checkpoint import names
+from atlas_jax import distributed, stopping
+from atlas_jax.checkpoint import names, writer
 from atlas_jax.checkpoint.writer import Tensor
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
+
+_THREADS = 4  # number that write one file; one alone is slower than memory and than most disks
 
 _WAITING_BYTES = 2 << 30
 """Bytes of a process that may wait on its devices for their copy to the host."""
@@ -136,6 +143,88 @@ def order(decoder: Decoder, processes: int) -> list[list[Tensor]]:
         for process, tensors in enumerate(sent):
             tensors += [Tensor(name, shapes[name]) for name in _names(block, process, decoder)]
     return sent
+
+
+def write_own(
+    values: Iterable[tuple[str, np.ndarray]],
+    directory: pathlib.Path,
+    dtype: str,
+    files: Sequence[Sequence[Tensor]],
+    stop: Callable[[], bool],
+) -> None:
+    """Writes the file of this process, in several threads; file i is that of process i.
+
+    Every process must call it, and goes through all its values: to fetch them takes all processes.
+
+    Args:
+        values: the tensors of this process's file, by name.
+        directory: existing directory of the files.
+        dtype: dtype of the tensors.
+        files: the tensors of each process's file.
+        stop: a function that tells whether the writing is given up.
+
+    Raises:
+        WriteError: in every process, if one of them could not write.
+        StopRequestedError: in every process, if one of them gave up.
+    """
+    number = jax.process_index()
+    problem = ""
+    stopped = False
+    header, places = writer.header(files[number], dtype)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS, "export") as threads:
+        try:
+            with _opened(directory / writer.file_name(number, len(files))) as file:
+                _write_at(file, memoryview(header), 0)
+                given = ((places[name], value) for name, value in values if not stop())
+                _write_pieces(file, given, threads)
+                os.fsync(file)  # else errors of the disk come after the directory has its name
+            stopped = stop()
+            if number == 0 and len(files) > 1:
+                writer.write_index(directory, files, dtype)
+        except OSError as error:
+            problem = writer.failure(directory, error)
+            collections.deque(values, maxlen=0)
+    writer.raise_together(problem)
+    if distributed.any_process(stopped):
+        stopping.check()
+        raise stopping.StopRequestedError("the weights are given up, here or in another process")
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[int]:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _write_at(file: int, content: memoryview, place: int) -> None:
+    while content:
+        size = os.pwrite(file, content, place)
+        content = content[size:]
+        place += size
+
+
+def _write_pieces(
+    file: int,
+    values: Iterable[tuple[int, np.ndarray]],
+    threads: concurrent.futures.ThreadPoolExecutor,
+) -> None:
+    """Writes tensors to their places in a file, and raises the first error."""
+    pieces: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+    try:
+        for place, value in values:
+            content = value.view(np.uint8).data.cast("B")
+            pieces.append(threads.submit(_write_at, file, content, place))
+            # Tensors that wait for a slow disk would otherwise fill the memory.
+            if len(pieces) > 2 * _THREADS:
+                pieces.popleft().result()
+    finally:
+        # The file closes only after the last thread has written to it.
+        concurrent.futures.wait(pieces)
+    for piece in pieces:
+        piece.result()
 
 
 def _blocks(decoder: Decoder, processes: int) -> list[_LayerBlock]:

@@ -10,14 +10,13 @@ continues without writing, and all of them raise the error at the end.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import json
 import os
 import pathlib
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from atlas_jax import distributed, stopping
+from atlas_jax import distributed
 from atlas_jax.checkpoint import layout, names
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
@@ -34,7 +33,6 @@ Dtype = str | Mapping[str, str]
 """dtype of all tensors, or of each tensor by name."""
 
 _AHEAD = 8  # number of tensors that are being copied to the host
-_THREADS = 4  # number that write one file; one alone is slower than memory and than most disks
 
 
 class WriteError(OSError):
@@ -107,89 +105,8 @@ def write(
     return np.asarray(jax.device_get(checksums))
 
 
-def write_own(
-    values: Iterable[tuple[str, np.ndarray]],
-    directory: pathlib.Path,
-    dtype: str,
-    files: Sequence[Sequence[Tensor]],
-    stop: Callable[[], bool],
-) -> None:
-    """Writes the file of this process, in several threads; file i is that of process i.
-
-    Every process must call it, and goes through all its values: to fetch them takes all processes.
-
-    Args:
-        values: the tensors of this process's file, by name.
-        directory: existing directory of the files.
-        dtype: dtype of the tensors.
-        files: the tensors of each process's file.
-        stop: a function that tells whether the writing is given up.
-
-    Raises:
-        WriteError: in every process, if one of them could not write.
-        StopRequestedError: in every process, if one of them gave up.
-    """
-    number = jax.process_index()
-    problem = ""
-    stopped = False
-    header, places = _header(files[number], dtype)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS, "export") as threads:
-        try:
-            with _opened(directory / _file_name(number, len(files))) as file:
-                _write_at(file, memoryview(header), 0)
-                given = ((places[name], value) for name, value in values if not stop())
-                _write_pieces(file, given, threads)
-                os.fsync(file)  # else errors of the disk come after the directory has its name
-            stopped = stop()
-            if number == 0 and len(files) > 1:
-                _write_index(directory, files, dtype)
-        except OSError as error:
-            problem = _failure(directory, error)
-            collections.deque(values, maxlen=0)
-    _raise_together(problem)
-    if distributed.any_process(stopped):
-        stopping.check()
-        raise stopping.StopRequestedError("the weights are given up, here or in another process")
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[int]:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def _write_at(file: int, content: memoryview, place: int) -> None:
-    while content:
-        size = os.pwrite(file, content, place)
-        content = content[size:]
-        place += size
-
-
-def _write_pieces(
-    file: int,
-    values: Iterable[tuple[int, np.ndarray]],
-    threads: concurrent.futures.ThreadPoolExecutor,
-) -> None:
-    """Writes tensors to their places in a file, and raises the first error."""
-    pieces: collections.deque[concurrent.futures.Future[None]] = collections.deque()
-    try:
-        for place, value in values:
-            content = value.view(np.uint8).data.cast("B")
-            pieces.append(threads.submit(_write_at, file, content, place))
-            # Tensors that wait for a slow disk would otherwise fill the memory.
-            if len(pieces) > 2 * _THREADS:
-                pieces.popleft().result()
-    finally:
-        # The file closes only after the last thread has written to it.
-        concurrent.futures.wait(pieces)
-    for piece in pieces:
-        piece.result()
-
-
-def _failure(directory: pathlib.Path, error: OSError) -> str:
+def failure(directory: pathlib.Path, error: OSError) -> str:
+    """Returns the text of an error of this process, which it also logs if others wait."""
     problem = (
         f"process {jax.process_index()} on {socket.gethostname()} cannot write "
         f"{directory}: {type(error).__name__}: {error}"
@@ -199,7 +116,7 @@ def _failure(directory: pathlib.Path, error: OSError) -> str:
     return problem
 
 
-def _raise_together(problem: str) -> None:
+def raise_together(problem: str) -> None:
     """Raises the same error in every process if one of them failed."""
     problems = distributed.gather_texts(problem)
     if any(problems):
@@ -245,7 +162,7 @@ class _WeightFiles:
 
     def check(self) -> None:
         """Raises the same error in every process if one of them failed."""
-        _raise_together(self._problem)
+        raise_together(self._problem)
 
     def _try(self, do: Callable[[], object]) -> None:
         if self._problem:
@@ -253,13 +170,13 @@ class _WeightFiles:
         try:
             do()
         except OSError as error:
-            self._problem = _failure(self._directory, error)
+            self._problem = failure(self._directory, error)
             self._streams = {}
 
     def _open(self) -> None:
         for number, content in enumerate(self._files):
             if self._mine(number):
-                path = self._directory / _file_name(number, len(self._files))
+                path = self._directory / file_name(number, len(self._files))
                 self._streams[number] = _begin(self._stack, path, content, self._dtype)
 
     def _finish(self) -> None:
@@ -269,10 +186,11 @@ class _WeightFiles:
             os.fsync(stream.fileno())
         # The index is last: with it the files count as a whole model.
         if len(self._files) > 1 and self._mine(0):
-            _write_index(self._directory, self._files, self._dtype)
+            write_index(self._directory, self._files, self._dtype)
 
 
-def _file_name(number: int, total: int) -> str:
+def file_name(number: int, total: int) -> str:
+    """Returns the name of a file of so many."""
     if total == 1:
         return layout.WHOLE
     return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
@@ -283,19 +201,18 @@ def _begin(
 ) -> IO[bytes]:
     """Opens a file and writes its header."""
     stream = stack.enter_context(path.open("wb"))
-    stream.write(_header(content, dtype)[0])
+    stream.write(header(content, dtype)[0])
     return stream
 
 
-def _header(content: Sequence[Tensor], dtype: Dtype) -> tuple[bytes, dict[str, int]]:
+def header(content: Sequence[Tensor], dtype: Dtype) -> tuple[bytes, dict[str, int]]:
     """Returns the beginning of a file, and the place in the file of each tensor by name."""
     stored = {name: ours for ours, name in layout.DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places = {}
     end = 0
     for tensor in content:
-        start = end
-        end = end + num_bytes(tensor, dtype)
+        start, end = end, end + num_bytes(tensor, dtype)
         header[tensor.name] = {
             "dtype": stored[dtype_of(tensor.name, dtype)],
             "shape": list(tensor.shape),
@@ -305,12 +222,13 @@ def _header(content: Sequence[Tensor], dtype: Dtype) -> tuple[bytes, dict[str, i
     text = json.dumps(header, separators=(",", ":")).encode()
     # Readers map the file into memory, so the numbers begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
-    first = len(text) + 8
-    return len(text).to_bytes(8, "little") + text, {n: first + at for n, at in places.items()}
+    beginning = len(text).to_bytes(8, "little") + text
+    return beginning, {name: len(beginning) + place for name, place in places.items()}
 
 
-def _write_index(directory: pathlib.Path, files: Sequence[Sequence[Tensor]], dtype: Dtype) -> None:
-    pairs = [(t, _file_name(i, len(files))) for i, file in enumerate(files) for t in file]
+def write_index(directory: pathlib.Path, files: Sequence[Sequence[Tensor]], dtype: Dtype) -> None:
+    """Writes the index of several files."""
+    pairs = [(t, file_name(i, len(files))) for i, file in enumerate(files) for t in file]
     total = sum(num_bytes(tensor, dtype) for tensor, _ in pairs)
     weight_map = {tensor.name: name for tensor, name in pairs}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -396,7 +396,9 @@ class DiskSync:
             return failed(problem)
         directory = self._versions.partial(label)
         try:
-            writer.write_own(values, directory, self._options.dtype, self._files_of, self._gives_up)
+            outgoing.write_own(
+                values, directory, self._options.dtype, self._files_of, self._gives_up
+            )
         except writer.WriteError as error:
             return failed(str(error))
         # Requests and health checks end in every process before process 0 pauses the servers.

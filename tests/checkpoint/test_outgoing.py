@@ -45,7 +45,7 @@ def test_what_is_written_is_what_the_model_was_read_from(family, dtype, tmp_path
     for name in ("first", "again"):
         out = tmp_path / name
         out.mkdir()
-        writer.write_own(values, out, dtype, outgoing.order(decoder, 1), lambda: False)
+        outgoing.write_own(values, out, dtype, outgoing.order(decoder, 1), lambda: False)
         before = safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors")
         after = safetensors.numpy.load_file(out / "model.safetensors")
         assert before.keys() == after.keys()

@@ -61,7 +61,7 @@ def test_an_error_is_named_with_process_and_host(model, tmp_path):
 def write_own(target, decoder, params, dtype, stop=stopping.requested):
     values = outgoing.Outgoing(params, decoder, dtype)
     files = outgoing.order(decoder, jax.process_count())
-    writer.write_own(values, target, dtype, files, stop)
+    outgoing.write_own(values, target, dtype, files, stop)
     return values
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from atlas_jax.checkpoint import outgoing, writer
+from atlas_jax.checkpoint import outgoing
 from atlas_jax.rollout import libnccl, nccl
 from tests import fake_nccl, stand_in, words
 from tests.rollout import served
@@ -64,7 +64,7 @@ def written_files(ours, directory):
     """The bytes of all tensors in the order of sending, as the way of files writes them."""
     (order,) = outgoing.order(ours.model.decoder, 1)
     values = dict(outgoing.Outgoing(ours.params, ours.model.decoder, "bfloat16"))
-    writer.write_own(values.items(), directory, "bfloat16", [order], lambda: False)
+    outgoing.write_own(values.items(), directory, "bfloat16", [order], lambda: False)
     content = (directory / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     return order, content[start:]
