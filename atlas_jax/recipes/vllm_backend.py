@@ -160,7 +160,8 @@ def _open_policy(
         check_sampling(url, start, config.top_p, config.top_k)
 
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
-    policy, engine = _chat_model(pool, model, config.teaching.system_prompt)
+    seeds = _has_seeds(config, pool)
+    policy, engine = _chat_model(pool, model, config.teaching.system_prompt, seeds)
     # The prompt must span whole blocks of the cache of every server.
     block_size = max(start.block_size for start in pool.starts)
     prompt = probe_prompt(model.files.tokenizer, block_size, policy.context - _PROBE_TOKENS)
@@ -186,7 +187,8 @@ def _open_student(
 ) -> tuple[ChatModel, ServerPool]:
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
-    student, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
+    seeds = _has_seeds(config, pool)
+    student, _ = _chat_model(pool, model, config.teaching.student_system_prompt, seeds)
     return chat_models.check_student(config, student), pool
 
 
@@ -222,13 +224,24 @@ def server_key(output_dir: str) -> str:
     return server_token.read(path) if path.exists() else ""
 
 
-def _chat_model(pool: ServerPool, model: Model, system_prompt: str) -> tuple[ChatModel, VllmEngine]:
+def _has_seeds(config: GRPOConfig, pool: ServerPool) -> bool:
+    """Returns whether completions of these servers are asked for with seeds."""
+    asked = config.rollout.request_seeds
+    return asked == "always" or (
+        asked == "cpu" and all(start.device == "cpu" for start in pool.starts)
+    )
+
+
+def _chat_model(
+    pool: ServerPool, model: Model, system_prompt: str, seeds: bool
+) -> tuple[ChatModel, VllmEngine]:
     tokenizer = model.files.tokenizer
     engine = VllmEngine(
         pool=pool,
         tokenizer=copy.deepcopy(tokenizer),
         stop_ids=chat_models.stop_tokens(model),
         vocab_size=model.decoder.config.vocab_size,
+        seeds=seeds,
     )
     lengths = [start.max_model_len for start in pool.starts]
     # A request may go to any of the servers.

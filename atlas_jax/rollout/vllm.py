@@ -34,12 +34,14 @@ class VllmEngine:
         tokenizer: turns token ids into text; used by the pool's thread alone.
         stop_ids: tokens that end a text.
         vocab_size: of the model.
+        seeds: whether each completion is asked for with a seed of its own.
     """
 
     pool: ServerPool
     tokenizer: Any
     stop_ids: tuple[int, ...]
     vocab_size: int
+    seeds: bool = True
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Returns the completions of each request, in order.
@@ -70,6 +72,8 @@ class VllmEngine:
     ) -> Completion:
         """Returns one completion; `server` is asked first."""
         body = payload(request, sample, sampling, self.stop_ids)
+        if not self.seeds:
+            del body["sampling_params"]["seed"]
         try:
             answer = await self.pool.ask(body, server)
         except RefusedError as error:
