@@ -172,6 +172,15 @@ need_gpus() {
   [ "${#gpus[@]}" -ge "$1" ] || usage "$1 devices asked for $2, there are ${#gpus[@]} GPUs $where"
 }
 
+# devices_per_server MOST MODEL…: prints over how many of MOST devices a server splits its model, by
+# the sizes of the models and of the smallest GPU; nothing where the driver does not tell that size.
+devices_per_server() {
+  local memory
+  memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
+    grep -E '^[0-9.]+$' | sort -n | sed -n 1p) || return 0
+  JAX_PLATFORMS=cpu "$python" "$root/tools/devices_per_server.py" "$1" "$memory" "${@:2}"
+}
+
 # help: prints the comment at the head of a script.
 help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"; }
 

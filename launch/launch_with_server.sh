@@ -7,7 +7,8 @@
 # output_dir/server_token. Ctrl-C, SIGTERM and the end of the terminal let training save and then end
 # what was started here. The exit code is that of training, 75 if it was stopped before its end.
 #   PORT=8765             of the first server; the others follow
-#   DEVICES_PER_SERVER=1  devices that one server splits its model over
+#   DEVICES_PER_SERVER=   devices that one server splits its model over; by default as few as
+#                         leave room for keys and values beside the larger model
 #   VLLM_FLAGS=           further flags of every server, such as "--max-model-len 4096"
 set -euo pipefail
 # shellcheck source=launch/environment.sh
@@ -15,14 +16,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage() { echo "error: $1 (launch/launch_with_server.sh --help shows the usage)" >&2; exit 2; }
 case ${1:-} in -h | --help) help "${BASH_SOURCE[0]}"; exit ;; esac
 [ $# -ge 3 ] || usage "numbers of devices and a config file are needed"
-for number in "$1" "$2" "${PORT:=8765}" "${DEVICES_PER_SERVER:=1}"; do
+for number in "$1" "$2" "${PORT:=8765}" "${DEVICES_PER_SERVER:-1}"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || usage "'$number' is not a number above 0"
 done
 servers=$1 trainers=$2
 find_config "$3"
 read_words "${@:4}"
 no_flags
-[ $((servers % DEVICES_PER_SERVER)) = 0 ] ||
+[ $((servers % ${DEVICES_PER_SERVER:-1})) = 0 ] ||
   usage "$servers devices do not divide into servers of DEVICES_PER_SERVER=$DEVICES_PER_SERVER"
 find_python
 find_gpus
@@ -35,6 +36,14 @@ values=$("$python" "$root/tools/read_config.py" "$names" --check_devices "$train
   --config.rollout.teacher_servers="http://127.0.0.1:$PORT" \
   --config.rollout.student_servers="http://127.0.0.1:$((PORT + 1))") || exit
 { read -r teacher; read -r student; read -r output; read -r protocol; read -r sync; } <<<"$values"
+if [ -z "${DEVICES_PER_SERVER:-}" ] && [ -n "$has_driver" ]; then
+  # Each role needs a server of its own, if there are devices for two.
+  most=$servers models=("$teacher")
+  [ "$protocol" != teaching ] || models+=("$student")
+  [ "$protocol" != teaching ] || [ $((servers % 2)) != 0 ] || most=$((servers / 2))
+  DEVICES_PER_SERVER=$(devices_per_server "$most" "${models[@]}") || exit
+fi
+: "${DEVICES_PER_SERVER:=1}"
 count=$((servers / DEVICES_PER_SERVER)) share=0.9
 half=$(((count + 1) / 2))
 [ "$protocol" = teaching ] || half=$count

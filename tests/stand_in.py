@@ -307,7 +307,7 @@ class StandIn(http_faults.Faults):
 
     async def _write(self, sequence: Sequence, asked: dict[str, Any]) -> str:
         """Writes a completion and returns why it ended."""
-        draws = np.random.default_rng(asked["seed"])
+        draws = np.random.default_rng(asked.get("seed"))
         while len(sequence.written) < asked["max_tokens"]:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._mode != "keep")

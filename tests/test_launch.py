@@ -18,6 +18,7 @@ import urllib.request
 import pytest
 import yaml
 
+from atlas_jax.plan import serving
 from tests import processes, terminal, vllm_stub
 from tests.e2e import test_grpo, test_sft
 from tests.test_serve import alive
@@ -56,6 +57,7 @@ echo "$@" >>"$SCONTROL_LOG"
 """
 DRIVER = """#!/bin/sh
 if [ "$1" = --query-gpu=compute_cap ]; then echo "${COMPUTE_CAPABILITY:-9.0}"; exit; fi
+if [ "$1" = --query-gpu=memory.total ]; then echo "$GPU_MEMORY_MIB"; exit; fi
 for i in 0 1 2 3 4 5 6 7; do echo "GPU $i: of a test"; done
 """
 
@@ -581,6 +583,23 @@ def test_servers_and_training_get_their_models_devices_flags_and_token(
     assert f"student server on port {second}, GPU GPU-abc,3: {student}\n" in printed
     assert "training on GPU 2,1; logs are in" in printed
     assert token(run) not in printed
+
+
+@pytest.mark.parametrize(
+    ("share", "each", "chosen"),
+    [(0.01, 1, {}), (0.6, 2, {}), (0.01, 2, {"DEVICES_PER_SERVER": "2"})],
+)
+def test_as_many_servers_start_as_have_room_for_their_model(
+    together, grpo_inputs, share, each, chosen
+):
+    """The model takes that share of a GPU; vLLM needs room for keys and values beside it."""
+    model = grpo_inputs / "model"
+    size = 2 * serving.model_size(str(model)).num_params / 2**20
+    words = (f"model_name_or_path={model}", f"student_model={model}")
+    run = together("4", "1", GRPO, *words, GPU_MEMORY_MIB=str(size / share), **chosen)
+    run.wait_until(lambda: len(run.fronts()) == 4 // each)
+    for flags, _ in run.fronts().values():
+        assert value(flags, "--tensor-parallel-size") == str(each)
 
 
 def token(run):

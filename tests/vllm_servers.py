@@ -36,8 +36,12 @@ class Server(NamedTuple):
 
     def kill(self) -> None:
         """Ends vLLM with SIGKILL, as a crash would: no request gets an answer any more."""
-        self._signal(signal.SIGKILL)
+        self.crash()
         self.process.wait(30)
+
+    def crash(self) -> None:
+        """Ends vLLM with SIGKILL, which `serve` may start again."""
+        self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
         children = subprocess.run(

@@ -33,6 +33,10 @@ class ServersConfig:
     """Most completions that a server works on at one time."""
     request_timeout_secs: Positive = 1800.0
     """Most seconds that a completion may take, its wait at a paused server included."""
+    request_seeds: Literal["cpu", "always", "never"] = "cpu"
+    """Servers that get a seed with each completion: `cpu` means those on CPUs alone. On a GPU seeds
+    make sampling slower, and completions still depend on the other requests of their batch. Without
+    seeds a run that is repeated has other completions."""
     max_staleness: NonNegativeInt = 0
     """Most updates by which the weights that begin a completion may be older than the weights that
     it trains; 0 generates and trains in turn, more generates ahead while training goes on."""

@@ -185,7 +185,8 @@ def _open_policy(
         check_sampling(url, start, config.top_p, config.top_k)
 
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
-    bind, engine = _chat_model(pool, model, config.teaching.system_prompt)
+    seeds = _has_seeds(config, pool)
+    bind, engine = _chat_model(pool, model, config.teaching.system_prompt, seeds)
     # The prompt must span whole blocks of the cache of every server.
     block_size = max(start.block_size for start in pool.starts)
     prompt = probe_prompt(model.files.tokenizer, block_size, bind(0).context - _PROBE_TOKENS)
@@ -247,7 +248,8 @@ def open_student(
     """
     check = functools.partial(identity.check_frozen, name=config.student_model, source=model.source)
     pool = _pool("student", config.rollout.student_servers, config, check, stack)
-    bind, _ = _chat_model(pool, model, config.teaching.student_system_prompt)
+    seeds = _has_seeds(config, pool)
+    bind, _ = _chat_model(pool, model, config.teaching.student_system_prompt, seeds)
     return chat_models.check_student(config, bind(0)), pool
 
 
@@ -286,8 +288,16 @@ def server_key(output_dir: str) -> str:
     return server_token.read(path) if path.exists() else ""
 
 
+def _has_seeds(config: GRPOConfig, pool: ServerPool) -> bool:
+    """Returns whether completions of these servers are asked for with seeds."""
+    asked = config.rollout.request_seeds
+    return asked == "always" or (
+        asked == "cpu" and all(start.device == "cpu" for start in pool.starts)
+    )
+
+
 def _chat_model(
-    pool: ServerPool, model: Model, system_prompt: str
+    pool: ServerPool, model: Model, system_prompt: str, seeds: bool
 ) -> tuple[Callable[[int], ChatModel], VllmEngine]:
     """Returns the model on its servers, by the least version of its weights, and its engine."""
     tokenizer = model.files.tokenizer
@@ -296,6 +306,7 @@ def _chat_model(
         tokenizer=copy.deepcopy(tokenizer),
         stop_ids=chat_models.stop_tokens(model),
         vocab_size=model.decoder.config.vocab_size,
+        seeds=seeds,
     )
     lengths = [start.max_model_len for start in pool.starts]
     # A request may go to any of the servers.

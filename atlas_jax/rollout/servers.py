@@ -578,9 +578,11 @@ class ServerPool:
         if not self.settled.is_set():
             return _WAITS
         await server.control.get("/health")
-        await self.admit(server)  # the address may have another server now
         problem = await self._engine(server)
-        return _STALE if problem not in ("", _PAUSED) and self.rejoin else problem
+        if problem == _PAUSED or (problem and not self.rejoin):
+            return problem
+        await self.admit(server)  # the address may have another server now
+        return _STALE if problem else ""
 
     def close(self) -> None:
         """Cancels requests in flight and ends the thread, even if something hangs."""

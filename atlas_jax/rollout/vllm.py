@@ -36,6 +36,7 @@ class VllmEngine:
         vocab_size: of the model.
         at_least: version of the weights that must begin a completion; until the servers have it,
             or a later one, requests wait.
+        seeds: whether each completion is asked for with a seed of its own.
     """
 
     pool: ServerPool
@@ -43,6 +44,7 @@ class VllmEngine:
     stop_ids: tuple[int, ...]
     vocab_size: int
     at_least: int = 0
+    seeds: bool = True
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Returns the completions of each request, in order.
@@ -79,6 +81,8 @@ class VllmEngine:
         """Returns one completion; `server` is asked first, or the one with the fewest requests."""
         body = payload(request, sample, sampling, self.stop_ids)
         await self.pool.reached(self.at_least)
+        if not self.seeds:
+            del body["sampling_params"]["seed"]
         try:
             answer = await self.pool.ask(body, server)
         except RefusedError as error:

@@ -199,7 +199,7 @@ class World:
             "rollout.max_staleness": int(self.ahead),
             "rollout.probe_tolerance": 1e-4, "rollout.request_timeout_secs": 30.0,
             "rollout.teacher_servers": ",".join(self.urls[i] for i in self.roles["teacher"]),
-            "rollout.student_servers": self.urls[2],
+            "rollout.student_servers": self.urls[2], "rollout.request_seeds": "always",
             "reward.kind": "mixed", "reward.weights": "(1.0, 0.5)",
             "reward.retry_waits_secs": "(1.0, 2.0, 5.0)",
             "reward.rim.small_model.base_url": judge, "reward.rim.small_model.model": "agreeing",

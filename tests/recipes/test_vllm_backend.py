@@ -18,10 +18,11 @@ from atlas_jax.hosts import joined
 from atlas_jax.options.train import HostsConfig
 from atlas_jax.recipes import grpo, vllm_backend
 from atlas_jax.rollout import versions
+from atlas_jax.rollout.engine import Request
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import open_frozen
 from atlas_jax.types import Address
-from tests import processes, words
+from tests import processes, stand_in, words
 from tests.rollout import served
 
 WORDS = tuple(f"w{i}" for i in range(8))
@@ -90,6 +91,35 @@ def test_weights_go_through_memory_if_all_servers_are_here(
     found = vllm_backend.choose_versions(with_servers(config, urls, **options), model)
     assert str(found.root.relative_to(tmp_path)).startswith(where)
     found.close()
+
+
+@pytest.mark.parametrize(
+    ("request_seeds", "device", "seeded"),
+    [
+        ("cpu", "cpu", True),
+        ("cpu", "cuda", False),
+        ("always", "cuda", True),
+        ("never", "cpu", False),
+    ],
+)
+def test_completions_have_seeds_where_they_are_asked_for(
+    path, tmp_path, request_seeds, device, seeded
+):
+    with stand_in.running(path) as ((url, server),):
+        server.device = device
+        config = with_servers(GRPOConfig(), url, request_seeds=request_seeds, protocol="direct")
+        config = dataclasses.replace(config, output_dir=str(tmp_path))
+        model = open_frozen(Compute.of(config, jax.devices()[:1]), path)
+        backend = vllm_backend.make_vllm_backend(config, model, None, lambda *_: None)
+        try:
+            request = Request((5, 6), 4, seed=0, num_samples=3)
+            backend._policy.generate([request], served.SAMPLING)
+        finally:
+            backend.close()
+    asked = [body["sampling_params"] for *_, body in server.calls if body]
+    assert len(asked) == 3
+    assert len({params.get("seed") for params in asked}) == (3 if seeded else 1)
+    assert all(("seed" in params) == seeded for params in asked)
 
 
 def main():

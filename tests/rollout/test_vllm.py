@@ -25,6 +25,7 @@ from atlas_jax.rollout.episodes import EpisodeOptions
 from atlas_jax.rollout.identity import check_manifest
 from atlas_jax.rollout.rows import collate_policy
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.servers import Look
 from atlas_jax.rollout.vllm import payload
 from atlas_jax.types import DependencyError
 from tests import vllm_servers, words
@@ -462,6 +463,34 @@ def test_of_two_servers_one_may_lag_and_die_and_the_last_one_ends_the_run(old, n
             link.sync.push(old.params, 3)
         ask.join()
         kill.join()
+
+
+@pytest.mark.long
+def test_a_server_that_crashes_is_started_again_and_writes_with_the_current_weights(
+    old, new, tmp_path
+):
+    look = Look(every_secs=0.5, timeout_secs=30.0, misses=2)
+    with (
+        vllm_servers.running([old.model.source.path], tmp_path, "--restarts", "1") as (server,),
+        served.connected(
+            old, [server.url], tmp_path, options=served.OPTIONS._replace(look=look)
+        ) as link,
+    ):
+        link.sync.push(new.params, 1)
+        expected = link.engine.generate(REQUESTS, SAMPLING)
+        server.crash()
+        (own,) = link.pool.servers
+        for state in (False, True):
+            end = time.monotonic() + vllm_servers.START_SECS
+            while own.up is not state:
+                assert time.monotonic() < end, own.why
+                time.sleep(0.1)
+        assert server.process.poll() is None
+        written = link.engine.generate(REQUESTS, SAMPLING)
+        assert {c.weights_version for group in written for c in group} == {1}
+        assert [[c.token_ids for c in group] for group in written] == [
+            [c.token_ids for c in group] for group in expected
+        ]
 
 
 def frozen_completions_delay_no_probe(link, old, new):
