@@ -82,7 +82,7 @@ _CHARTS = (
     _Chart("Judges", ("rim_rewards/*",)),
     _Chart("Right answers", ("teaching/student_accuracy", "teaching/baseline_accuracy")),
     _Chart("Right answers, held out", ("eval/student_accuracy", "eval/baseline_accuracy")),
-    _Chart("Non-degradation", ("teaching/non_degradation_rate", "eval/non_degradation_rate")),
+    _Chart("Non-degradation", ("teaching/non_degradation_rate", "eval/non_degradation*")),
     _Chart("KL from the reference", ("policy/kl",)),
     _Chart("Lengths in tokens", ("rollout/completion_tokens", "teaching/probe_tokens")),
     _Chart("Shorter answers", ("teaching/response_token_reduction",)),

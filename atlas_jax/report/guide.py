@@ -48,10 +48,10 @@ MISSED = "missed"
 NOT_MEASURED = "not measured"
 
 RANGES = {
-    "policy/kl": Range(0.5, 2.0, warn_above=5.0),
-    "teaching/non_degradation_rate": Range(0.95, 1.0, warn_below=0.9),
-    "loss/total": Range(-math.inf, 1.5, warn_above=1.5),
-    "optim/grad_norm": Range(-math.inf, 5.0, warn_above=5.0),
+    "policy/kl": Range(low=0.5, high=2.0, warn_above=5.0),
+    "teaching/non_degradation_rate": Range(low=0.95, high=1.0, warn_below=0.9),
+    "loss/total": Range(low=-math.inf, high=1.5, warn_above=1.5),
+    "optim/grad_norm": Range(low=-math.inf, high=5.0, warn_above=5.0),
 }
 """Metric -> its range in the guide; the last two are of SFT."""
 SFT_ONLY = ("loss/total", "optim/grad_norm")
@@ -83,7 +83,7 @@ LABELS = {
     "loss/total": "loss",
     "optim/grad_norm": "gradient norm",
     "accuracy_delta": "right answers, taught less alone",
-    "response_token_reduction": "shorter answers",
+    "response_token_reduction": "share of answer tokens saved",
     "completion_rate": "answers that end",
 }
 
@@ -96,7 +96,7 @@ class Criterion(NamedTuple):
     reached: str
     status: str
     basis: str
-    """What the value is taken from, and what to do where the goal is missed."""
+    """Origin of the value, and the step to take where the goal is missed."""
 
 
 class Verdict(NamedTuple):
@@ -211,13 +211,14 @@ def _reward(run: RunFiles) -> Criterion:
 def _results(run: RunFiles, evaluation: Mapping[str, Any] | None) -> list[Criterion]:
     """Returns the rows of the results that the guide reports for its own run."""
     goals = (
-        ("accuracy_delta", "+15.7 points", Range(0.157, 1.0, 0.0), True),
-        ("response_token_reduction", "50 % shorter answers", Range(0.5, 1.0, 0.0), False),
-        ("completion_rate", "1.00 (from 0.69)", Range(0.98, 1.0, 0.69), False),
+        ("accuracy_delta", "+15.7 points", Range(low=0.157, high=1.0, warn_below=0.0)),
+        ("response_token_reduction", "0.50", Range(low=0.5, high=1.0, warn_below=0.0)),
+        ("completion_rate", "1.00 (from 0.69)", Range(low=0.98, high=1.0, warn_below=0.69)),
     )
     p = (evaluation or {}).get("mcnemar_p", 0.0)
     rows = []
-    for name, goal, wanted, signed in goals:
+    for name, goal, wanted in goals:
+        signed = name == "accuracy_delta"
         value, basis = _best_source(run, evaluation, name)
         status = wanted.status(value)
         if signed and p >= _SIGNIFICANT and status == REACHED:

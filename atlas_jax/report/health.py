@@ -146,7 +146,12 @@ def _slowest(run: RunFiles) -> tuple[int, float, list[Phase]]:
     line = max(timed, key=lambda values: values["perf/step_secs"])
     total = line["perf/step_secs"]
     phases = [
-        Phase(name, secs, min(secs / total, 1.0), METRICS[name].meaning if name in METRICS else "")
+        Phase(
+            name=name,
+            secs=secs,
+            share=min(secs / total, 1.0),
+            meaning=METRICS[name].meaning if name in METRICS else "",
+        )
         for name, secs in line.items()
         if name.endswith("_secs") and name != "perf/step_secs" and secs > 0
     ]

@@ -53,7 +53,7 @@ def test_the_top_says_what_was_trained_on_what_and_what_came_of_it(tmp_path):
     assert rows(text) == {
         "mean reward": "reached", "non-degradation": "reached",
         "KL from the reference": "reached", "right answers, taught less alone": "reached",
-        "shorter answers": "reached", "answers that end": "reached",
+        "share of answer tokens saved": "reached", "answers that end": "reached",
     }  # fmt: skip
 
 
