@@ -99,24 +99,24 @@ class Criterion(NamedTuple):
     """Origin of the value, and the step to take where the goal is missed."""
 
 
-class Verdict(NamedTuple):
+class RunVerdict(NamedTuple):
     """The answer to the question whether a run did what it was for."""
 
     sentence: str
     criteria: list[Criterion]
 
 
-def judge(run: RunFiles) -> Verdict:
+def judge(run: RunFiles) -> RunVerdict:
     """Returns the verdict on a run as far as it has come."""
     if not run.metrics:
-        return Verdict("No step is done yet, so there is nothing to judge.", [])
+        return RunVerdict("No step is done yet, so there is nothing to judge.", [])
     if run.algorithm == "sft":
         return _judge_sft(run)
     evaluation = run.evaluations[-1] if run.evaluations else None
     criteria = [_reward(run)]
     criteria += _ranges(run, ("teaching/non_degradation_rate", "policy/kl"))
     criteria += _results(run, evaluation)
-    return Verdict(_sentence(run, evaluation, criteria[0]), criteria)
+    return RunVerdict(_sentence(run, evaluation, criteria[0]), criteria)
 
 
 def last_mean(run: RunFiles, name: str) -> float:
@@ -131,18 +131,18 @@ def num_last(count: int) -> int:
     return max(_FEWEST, round(_LAST * count))
 
 
-def _judge_sft(run: RunFiles) -> Verdict:
+def _judge_sft(run: RunFiles) -> RunVerdict:
     criteria = _ranges(run, SFT_ONLY)
     losses = [value for _, value in run.series("loss/total") if not math.isnan(value)]
     held_out = [value for _, value in run.series("eval/loss") if not math.isnan(value)]
     if not losses:
-        return Verdict("No step has a loss, so there is nothing to judge.", criteria)
+        return RunVerdict("No step has a loss, so there is nothing to judge.", criteria)
     end = last_mean(run, "loss/total")
     words = f"The loss went from {losses[0]:.3g} to {end:.3g} nats a token"
     words += f", and to {held_out[-1]:.3g} on held-out rows" if held_out else ""
     goal = RANGES["loss/total"].status(end)
     words += ": below the 1.5 of the guide." if goal == REACHED else ": not below the guide's 1.5."
-    return Verdict(words, criteria)
+    return RunVerdict(words, criteria)
 
 
 def _ranges(run: RunFiles, names: Sequence[str]) -> list[Criterion]:

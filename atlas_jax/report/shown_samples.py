@@ -113,6 +113,14 @@ def _row(sample: StoredSample, texts: dict[str, int]) -> dict[str, Any]:
         "faults": sample.faults,
         "leaks": sample.leaks,
         "unscored": sample.unscored,
+        "further": [
+            [label, _pooled(_said(answer), texts)]
+            for label, answers in (
+                ("alone", sample.further_baselines),
+                ("taught", sample.further_guided),
+            )
+            for answer in answers
+        ],
         "parts": _parts(sample),
         "judges": _judges(sample),
         "tokens": [c.num_tokens if c else None for c in completions],
