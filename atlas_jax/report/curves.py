@@ -6,6 +6,7 @@ scaling. It is drawn here and not in the browser, so that it prints and needs no
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,19 +83,19 @@ _CHARTS = (
     _Chart("Judges", ("rim_rewards/*",)),
     _Chart("Right answers", ("teaching/student_accuracy", "teaching/baseline_accuracy")),
     _Chart("Right answers, held out", ("eval/student_accuracy", "eval/baseline_accuracy")),
-    _Chart("Non-degradation", ("teaching/non_degradation_rate", "eval/non_degradation_rate")),
+    _Chart("Non-degradation", ("teaching/non_degradation_rate", "eval/non_degradation*")),
     _Chart("KL from the reference", ("policy/kl",)),
     _Chart("Lengths in tokens", ("rollout/completion_tokens", "teaching/probe_tokens")),
     _Chart("Shorter answers", ("teaching/response_token_reduction",)),
     _Chart("Loss", ("loss/total", "eval/loss")),
     _Chart("Entropy", ("policy/entropy",)),
     _Chart("Clipped share", ("policy/clip_frac",)),
-    _Chart("Mismatch of engine and trainer", ("rollout/mismatch_kl",)),
-    _Chart("Staleness", ("rollout/version_lag_max",)),
+    _Chart("Mismatch of engine and trainer", ("rollout/mismatch_kl", "rollout/fresh_mismatch*")),
+    _Chart("Staleness", ("rollout/version_lag_max", "rollout/version_lag*")),
     _Chart("Gradient norm", ("optim/grad_norm",)),
     _Chart("Learning rate", ("optim/learning_rate",)),
-    _Chart("Seconds of a step", ("perf/step_secs", "perf/generate_secs", "perf/wait_secs",
-        "perf/score_secs", "perf/logprobs_secs")),
+    _Chart("Seconds of a step", ("perf/step_secs", "perf/*_secs")),
+    _Chart("Seats", ("perf/*_seats", "rollout/*_running", "rollout/*_waiting")),
     _Chart("Throughput", ("perf/tokens_per_sec_per_device",)),
     _Chart("Memory", ("perf/memory*",)),
     _Chart("Faults", ("teaching/missing_frac", "teaching/answer_leak_frac",
@@ -129,14 +130,13 @@ def draw(
 
 def _resolved(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
     """Returns the metrics that a chart names; `reward/*` are the parts of the reward."""
-    result = []
-    for pattern in patterns:
-        stem = pattern.removesuffix("*")
-        if stem == pattern:
-            result += [name for name in names if name == pattern]
-        else:
-            result += [n for n in names if n.startswith(stem) and n not in _NOT_PARTS]
-    return result
+    found = [
+        name
+        for pattern in patterns
+        for name in names
+        if fnmatch.fnmatchcase(name, pattern) and not ("*" in pattern and name in _NOT_PARTS)
+    ]
+    return list(dict.fromkeys(found))
 
 
 Intervals = dict[str, dict[int, tuple[float, float]]]

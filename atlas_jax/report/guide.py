@@ -48,10 +48,10 @@ MISSED = "missed"
 NOT_MEASURED = "not measured"
 
 RANGES = {
-    "policy/kl": Range(0.5, 2.0, warn_above=5.0),
-    "teaching/non_degradation_rate": Range(0.95, 1.0, warn_below=0.9),
-    "loss/total": Range(-math.inf, 1.5, warn_above=1.5),
-    "optim/grad_norm": Range(-math.inf, 5.0, warn_above=5.0),
+    "policy/kl": Range(low=0.5, high=2.0, warn_above=5.0),
+    "teaching/non_degradation_rate": Range(low=0.95, high=1.0, warn_below=0.9),
+    "loss/total": Range(low=-math.inf, high=1.5, warn_above=1.5),
+    "optim/grad_norm": Range(low=-math.inf, high=5.0, warn_above=5.0),
 }
 """Metric -> its range in the guide; the last two are of SFT."""
 SFT_ONLY = ("loss/total", "optim/grad_norm")
@@ -83,7 +83,7 @@ LABELS = {
     "loss/total": "loss",
     "optim/grad_norm": "gradient norm",
     "accuracy_delta": "right answers, taught less alone",
-    "response_token_reduction": "shorter answers",
+    "response_token_reduction": "share of answer tokens saved",
     "completion_rate": "answers that end",
 }
 
@@ -96,27 +96,27 @@ class Criterion(NamedTuple):
     reached: str
     status: str
     basis: str
-    """What the value is taken from, and what to do where the goal is missed."""
+    """Origin of the value, and the step to take where the goal is missed."""
 
 
-class Verdict(NamedTuple):
+class RunVerdict(NamedTuple):
     """The answer to the question whether a run did what it was for."""
 
     sentence: str
     criteria: list[Criterion]
 
 
-def judge(run: RunFiles) -> Verdict:
+def judge(run: RunFiles) -> RunVerdict:
     """Returns the verdict on a run as far as it has come."""
     if not run.metrics:
-        return Verdict("No step is done yet, so there is nothing to judge.", [])
+        return RunVerdict("No step is done yet, so there is nothing to judge.", [])
     if run.algorithm == "sft":
         return _judge_sft(run)
     evaluation = run.evaluations[-1] if run.evaluations else None
     criteria = [_reward(run)]
     criteria += _ranges(run, ("teaching/non_degradation_rate", "policy/kl"))
     criteria += _results(run, evaluation)
-    return Verdict(_sentence(run, evaluation, criteria[0]), criteria)
+    return RunVerdict(_sentence(run, evaluation, criteria[0]), criteria)
 
 
 def last_mean(run: RunFiles, name: str) -> float:
@@ -131,18 +131,18 @@ def num_last(count: int) -> int:
     return max(_FEWEST, round(_LAST * count))
 
 
-def _judge_sft(run: RunFiles) -> Verdict:
+def _judge_sft(run: RunFiles) -> RunVerdict:
     criteria = _ranges(run, SFT_ONLY)
     losses = [value for _, value in run.series("loss/total") if not math.isnan(value)]
     held_out = [value for _, value in run.series("eval/loss") if not math.isnan(value)]
     if not losses:
-        return Verdict("No step has a loss, so there is nothing to judge.", criteria)
+        return RunVerdict("No step has a loss, so there is nothing to judge.", criteria)
     end = last_mean(run, "loss/total")
     words = f"The loss went from {losses[0]:.3g} to {end:.3g} nats a token"
     words += f", and to {held_out[-1]:.3g} on held-out rows" if held_out else ""
     goal = RANGES["loss/total"].status(end)
     words += ": below the 1.5 of the guide." if goal == REACHED else ": not below the guide's 1.5."
-    return Verdict(words, criteria)
+    return RunVerdict(words, criteria)
 
 
 def _ranges(run: RunFiles, names: Sequence[str]) -> list[Criterion]:
@@ -211,13 +211,14 @@ def _reward(run: RunFiles) -> Criterion:
 def _results(run: RunFiles, evaluation: Mapping[str, Any] | None) -> list[Criterion]:
     """Returns the rows of the results that the guide reports for its own run."""
     goals = (
-        ("accuracy_delta", "+15.7 points", Range(0.157, 1.0, 0.0), True),
-        ("response_token_reduction", "50 % shorter answers", Range(0.5, 1.0, 0.0), False),
-        ("completion_rate", "1.00 (from 0.69)", Range(0.98, 1.0, 0.69), False),
+        ("accuracy_delta", "+15.7 points", Range(low=0.157, high=1.0, warn_below=0.0)),
+        ("response_token_reduction", "0.50", Range(low=0.5, high=1.0, warn_below=0.0)),
+        ("completion_rate", "1.00 (from 0.69)", Range(low=0.98, high=1.0, warn_below=0.69)),
     )
     p = (evaluation or {}).get("mcnemar_p", 0.0)
     rows = []
-    for name, goal, wanted, signed in goals:
+    for name, goal, wanted in goals:
+        signed = name == "accuracy_delta"
         value, basis = _best_source(run, evaluation, name)
         status = wanted.status(value)
         if signed and p >= _SIGNIFICANT and status == REACHED:

@@ -15,6 +15,8 @@ from atlas_jax.report.run_files import RunFiles
 from atlas_jax.report.stored_samples import StepSamples
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+_SERVERS = re.compile(r"sync/|(?:perf|rollout)/(?:teacher|student)_")
+"""Metrics of servers: the transfer of weights to them, and the requests in their seats."""
 _LIMITS = {
     "reward/zero_std_group_frac": 0.8,
     "teaching/missing_frac": 0.2,
@@ -124,8 +126,8 @@ def _logged(run: RunFiles) -> list[Warned]:
 
 
 def _servers(run: RunFiles) -> list[tuple[str, str, str, str]]:
-    """Returns the metrics of servers and of the transfer of weights to them."""
-    names = dict.fromkeys(n for line in run.metrics for n in line if n.startswith("sync/"))
+    """Returns the metrics of servers with their means and extremes."""
+    names = dict.fromkeys(name for line in run.metrics for name in line if _SERVERS.match(name))
     rows = []
     for name in names:
         values = [value for _, value in run.series(name) if not math.isnan(value)]
@@ -146,7 +148,12 @@ def _slowest(run: RunFiles) -> tuple[int, float, list[Phase]]:
     line = max(timed, key=lambda values: values["perf/step_secs"])
     total = line["perf/step_secs"]
     phases = [
-        Phase(name, secs, min(secs / total, 1.0), METRICS[name].meaning if name in METRICS else "")
+        Phase(
+            name=name,
+            secs=secs,
+            share=min(secs / total, 1.0),
+            meaning=METRICS[name].meaning if name in METRICS else "",
+        )
         for name, secs in line.items()
         if name.endswith("_secs") and name != "perf/step_secs" and secs > 0
     ]

@@ -263,7 +263,8 @@ class Samples {
     const details = make("details", {}, make("summary", {}, "all texts, judges and the group"));
     details.addEventListener("toggle", () => {
       if (details.childElementCount > 1) return;
-      details.append(block(`teacher's whole text, weights of step ${show(sample.version)}`, this.texts[sample.wrote]), ...judges,
+      details.append(block(`teacher's whole text, weights of step ${show(sample.version)}`, this.texts[sample.wrote]),
+        ...sample.further.map(([who, text]) => block(`further answer ${who}`, this.texts[text])), ...judges,
         make("h4", {}, "rewards of the group"), make("div", { class: "group" }, ...group));
     });
     return make("div", {}, details, make("div", { class: "group" }, ...buttons));

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 from absl import logging
 
-from atlas_jax import extras, masking
+from atlas_jax import extras, masking, sockets
 from atlas_jax.files import write_whole
 from atlas_jax.report import curves, guide, health, reproduce, run_files, stored_samples
 from atlas_jax.report.run_files import RunFiles
@@ -29,11 +29,11 @@ _HERE = pathlib.Path(__file__).parent
 
 
 class _Part(NamedTuple):
-    """What the template shows of one run."""
+    """Content of the page about one run."""
 
     run: RunFiles
     facts: list[tuple[str, str]]
-    verdict: guide.Verdict
+    verdict: guide.RunVerdict
     health: health.Health
     recipe: reproduce.Recipe
 
@@ -55,13 +55,17 @@ def write(directories: Sequence[str], output: str) -> int:
 def at_end(output_dir: str) -> None:
     """Writes the page of a run that has ended; where it cannot be made, a line says so."""
     try:
-        write([output_dir], str(pathlib.Path(output_dir) / NAME))
-    except extras.MissingExtraError as error:
-        logging.info("%s; then: atlas-report %s", error, output_dir)
-    except (OSError, ValueError) as error:
+        extras.need("report", "a report")
+    except extras.MissingExtraError as missing:
+        logging.info("%s; then: atlas-report %s", missing, output_dir)
+        return
+    path = str(pathlib.Path(output_dir) / NAME)
+    # A run that has its model does not fail for its page, whatever its files hold.
+    _, error = sockets.attempt(write, [output_dir], path)
+    if error:
         logging.warning("no page of this run: %s; later: atlas-report %s", error, output_dir)
     else:
-        logging.info("the page of this run: %s", pathlib.Path(output_dir) / NAME)
+        logging.info("the page of this run: %s", path)
 
 
 def make(directories: Sequence[str], max_bytes: int = MAX_BYTES) -> str:

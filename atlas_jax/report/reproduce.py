@@ -1,4 +1,4 @@
-"""What it takes to do a run again: options, versions, digests and commands, without secrets."""
+"""Options, versions, digests and commands that do a run again, without secrets."""
 
 from __future__ import annotations
 

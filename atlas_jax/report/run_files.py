@@ -38,7 +38,7 @@ class RunFiles(NamedTuple):
     """The lines of `metrics.jsonl`, in order; null and NaN are NaN."""
     log: list[LogLine]
     evaluations: list[dict[str, Any]]
-    """What `atlas-evaluate` has written of this run's model: a teacher's result each."""
+    """Results of this run's model in the files of `atlas-evaluate`."""
     spent: dict[str, float | None]
     """`calls`, `tokens` and `cost` of judges over all processes; empty without judges."""
     num_steps: int

@@ -19,7 +19,7 @@ _MAX_CHARS = 8000
 """Characters of a text that a page shows; the rest is in `rollouts/`."""
 
 
-class Source(NamedTuple):
+class SampleSource(NamedTuple):
     """Samples of one step of a run, or of a teacher's evaluation."""
 
     run: int
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 class Shown(NamedTuple):
     """The samples of a page."""
 
-    sources: list[Source]
+    sources: list[SampleSource]
     limit: int
     """Samples of a step that are shown at most."""
 
@@ -44,13 +44,14 @@ class Shown(NamedTuple):
         sources = []
         for place, (run, steps) in enumerate(zip(runs, samples, strict=True)):
             sources += [
-                Source(run=place, label=f"step {s.step}", trains=True, samples=s) for s in steps
+                SampleSource(run=place, label=f"step {s.step}", trains=True, samples=s)
+                for s in steps
             ]
             for evaluation in run.evaluations:
                 found = [decode(values) for values in evaluation.get("samples", [])]
                 of = summary(run.last_step, [sample for sample in found if sample])
                 label = f"evaluation ({evaluation['file']})"
-                sources.append(Source(run=place, label=label, trains=False, samples=of))
+                sources.append(SampleSource(run=place, label=label, trains=False, samples=of))
         return cls(sources, limit)
 
     @property
@@ -112,6 +113,14 @@ def _row(sample: StoredSample, texts: dict[str, int]) -> dict[str, Any]:
         "faults": sample.faults,
         "leaks": sample.leaks,
         "unscored": sample.unscored,
+        "further": [
+            [label, _pooled(_said(answer), texts)]
+            for label, answers in (
+                ("alone", sample.further_baselines),
+                ("taught", sample.further_guided),
+            )
+            for answer in answers
+        ],
         "parts": _parts(sample),
         "judges": _judges(sample),
         "tokens": [c.num_tokens if c else None for c in completions],

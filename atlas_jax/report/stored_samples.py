@@ -47,6 +47,8 @@ class StoredSample(msgspec.Struct):
     baseline: StoredText | None = None
     probe: StoredText | None = None
     guided: StoredText | None = None
+    further_baselines: list[StoredText] = []
+    further_guided: list[StoredText] = []
     messages: list[dict[str, Any]] = []
     reward: float | None = None
     skipped: bool = False
@@ -61,12 +63,12 @@ class StoredSample(msgspec.Struct):
 
     @property
     def before(self) -> bool | None:
-        """Whether the student alone was right; None if nobody can say."""
+        """True if the student alone was right; None if nobody can say."""
         return self._right("baseline_correct", self.baseline)
 
     @property
     def after(self) -> bool | None:
-        """Whether the answer that counts was right; None if nobody can say."""
+        """True if the answer that counts was right; None if nobody can say."""
         return self._right("correct", self.answer)
 
     @property

@@ -145,6 +145,7 @@ def test_a_run_leaves_what_it_promises(whole, protocol):
     output = whole(protocol)
     for name in ("config.json", "training.log", "metrics.jsonl", "final/model.safetensors"):
         assert (output / name).stat().st_size
+    assert f"finished, step {STEPS} of {STEPS}" in (output / "report.html").read_text()
     assert list(output.glob("events.out.tfevents*"))
     assert sorted(int(p.name) for p in (output / "checkpoints").iterdir()) == [STEPS - 2, STEPS]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

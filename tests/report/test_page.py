@@ -53,7 +53,7 @@ def test_the_top_says_what_was_trained_on_what_and_what_came_of_it(tmp_path):
     assert rows(text) == {
         "mean reward": "reached", "non-degradation": "reached",
         "KL from the reference": "reached", "right answers, taught less alone": "reached",
-        "shorter answers": "reached", "answers that end": "reached",
+        "share of answer tokens saved": "reached", "answers that end": "reached",
     }  # fmt: skip
 
 
@@ -142,6 +142,19 @@ def test_records_of_other_versions_are_read_by_the_names_of_their_fields():
                                     "num_steps": 8, "versions": {"0": [1]}})  # fmt: skip
     assert (sample.question, sample.completion.text, sample.reward) == ("?", "a", None)
     assert sample.unscored == "no reason is given"
+
+
+def test_further_answers_of_the_student_are_in_the_page(tmp_path):
+    run = runs.grpo(tmp_path / "run", steps=1)
+    (path,) = (run / "rollouts").iterdir()
+    first, *rest = path.read_text().splitlines(keepends=True)
+    more = json.loads(first) | {"further_guided": [{"text": "six"}, {"text": "seven"}]}
+    path.write_text(json.dumps(more) + "\n" + "".join(rest))
+    data = data_of(made(run))
+    (further,) = (s["further"] for s in data["sources"][0]["samples"] if s["further"])
+    assert [(who, data["texts"][text]) for who, text in further] == [
+        ("taught", "six"), ("taught", "seven")
+    ]  # fmt: skip
 
 
 def test_the_page_says_how_many_samples_of_how_many_it_shows(tmp_path):
@@ -424,3 +437,12 @@ def test_without_the_extra_a_run_ends_with_one_line(tmp_path, monkeypatch, caplo
         f"'atlas_jax[report]'; then: atlas-report {run}"
     )
     assert not (run / "report.html").exists()
+
+
+def test_a_run_does_not_fail_for_its_page(tmp_path, caplog):
+    run = runs.grpo(tmp_path / "run", steps=1)
+    (run / "report.html").mkdir()
+    page.at_end(str(run))
+    (line,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert line.startswith("no page of this run: IsADirectoryError")
+    assert line.endswith(f"later: atlas-report {run}")
