@@ -158,7 +158,9 @@ def _ask(
         # The random numbers follow from the question, so that no run finds another difficulty.
         seed = int(keys[i][:8], 16)
         prompt = student.encode(_prompt(questions[i], how))
-        request = Request(prompt, how.max_tokens, seed, how.answers)
+        request = Request(
+            prompt_ids=prompt, max_tokens=how.max_tokens, seed=seed, num_samples=how.answers
+        )
         if not lines.problem(request, student.context, student.vocab_size):
             requests[i] = request
     right = np.zeros(len(questions), np.int64)
