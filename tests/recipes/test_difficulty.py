@@ -3,12 +3,16 @@
 import contextlib
 import json
 
+import jax
 import pytest
 
-from atlas_jax.recipes import difficulty
+from atlas_jax.config import GRPOConfig, RolloutConfig, TeachingConfig
+from atlas_jax.recipes import difficulty, grpo
 from atlas_jax.recipes.difficulty import Measurement
 from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.startup.compute import Compute
 from atlas_jax.types import DependencyError, Question
+from tests import stand_in, words
 from tests.rollout.scripts import Script, completion, questions
 
 HOW = Measurement("digest", "alone {question}", Sampling(0.7), 30, 4)
@@ -129,3 +133,27 @@ def test_a_prompt_that_the_student_cannot_take_is_never_solved(tmp_path):
 def test_no_question_left_is_an_error_that_says_what_there_is(tmp_path):
     with pytest.raises(ValueError, match=r"leaves 0 of 5.*never solves 1 and always 1; widen it"):
         select(tmp_path, Student(), (0.9, 0.95))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny student of a few words."""
+    return words.save(tmp_path_factory.mktemp("student"), [f"q{i}" for i in range(5)])
+
+
+@pytest.mark.parametrize("backend", ["local", "vllm"])
+def test_the_student_of_a_run_is_measured_where_it_generates(model, tmp_path, backend):
+    with stand_in.running(model) as [(url, server)]:
+        config = GRPOConfig(
+            student_model=model, output_dir=str(tmp_path), max_new_tokens=4,
+            teaching=TeachingConfig(student_baseline_template="{question}"),
+            rollout=RolloutConfig(
+                backend=backend, student_servers=url, difficulty=(0.0, 1.0), difficulty_answers=2
+            ),
+        )  # fmt: skip
+        student = grpo.open_student(config, Compute.of(config, jax.devices()[:1]))
+        found = difficulty.of_run(config, questions(5), student)
+        calls = [call for call in server.calls if "generate" in call[1]]
+    assert [question.id for question in found] == [f"id{i}" for i in range(5)]
+    assert len(calls) == (2 * 5 if backend == "vllm" else 0)
+    assert len((tmp_path / "difficulty.jsonl").read_text().splitlines()) == 5
