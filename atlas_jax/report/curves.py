@@ -26,7 +26,7 @@ _MAX_POINTS = 500
 """Points of a line; a longer one is shown by the means of its parts."""
 
 
-class Line(NamedTuple):
+class PlottedLine(NamedTuple):
     """One line of a picture."""
 
     label: str
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
     """The guide's range in words; empty without one."""
     meanings: list[tuple[str, str]]
     """Metric and meaning."""
-    lines: list[Line]
+    lines: list[PlottedLine]
     bands: list[Band]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
@@ -194,7 +194,7 @@ def _picture(
     for place, name, xs, ys in series:
         number = names.index(name)
         lines.append(
-            Line(
+            PlottedLine(
                 label=_label(runs[place], name, names, several),
                 colour=place if several else number,
                 dash=(place if several and len(names) == 1 else number) % 4,
