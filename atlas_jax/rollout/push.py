@@ -324,6 +324,8 @@ class Push:
         """
         if not isinstance(self._loader, FileLoader):
             return "its weights do not come in files"
+        if not self.references:
+            return "the current weights have not been compared with the trainer's yet"
         if problem := await self._loader.obstacle(server):
             return problem
         proven = [own for s, own in self.checksums.items() if s not in self.bad]
