@@ -35,6 +35,8 @@ class PlottedLine(NamedTuple):
     dash: int
     """Number of the pattern, from 0, so that colour is not needed to tell lines apart."""
     path: str
+    dots: str
+    """Points with no value beside them, to which no line leads."""
     interval: str
     """Outline of the 95 % interval; empty without one, and where runs lie over each other."""
     steps: list[int]
@@ -199,6 +201,7 @@ def _picture(
                 colour=place if several else number,
                 dash=(place if several and len(names) == 1 else number) % 4,
                 path=_path(scale, xs, ys),
+                dots=_dots(scale, xs, ys),
                 interval="" if several else _outline(scale, xs, intervals[place].get(name, {})),
                 steps=list(xs),
                 values=[None if math.isnan(v) else v for v in ys],
@@ -293,15 +296,18 @@ def _path(scale: _Scale, xs: Sequence[int], ys: Sequence[float]) -> str:
     """Returns the path through the points; a gap where there is no value."""
     parts = []
     pen_is_down = False
-    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        if math.isnan(y):
-            pen_is_down = False
-            continue
-        parts.append(f"{'L' if pen_is_down else 'M'}{scale.x(x)} {scale.y(y)}")
-        is_alone = not pen_is_down and (i + 1 == len(ys) or math.isnan(ys[i + 1]))
-        parts += ["h.01"] if is_alone else []  # a dot, which round ends of lines make of it
-        pen_is_down = True
+    for x, y in zip(xs, ys, strict=True):
+        if not math.isnan(y):
+            parts.append(f"{'L' if pen_is_down else 'M'}{scale.x(x)} {scale.y(y)}")
+        pen_is_down = not math.isnan(y)
     return "".join(parts)
+
+
+def _dots(scale: _Scale, xs: Sequence[int], ys: Sequence[float]) -> str:
+    """Returns the points between two gaps, as lines without length, whose ends are round."""
+    known = [False, *(not math.isnan(y) for y in ys), False]
+    alone = [i for i in range(len(ys)) if known[i : i + 3] == [False, True, False]]
+    return "".join(f"M{scale.x(xs[i])} {scale.y(ys[i])}h.01" for i in alone)
 
 
 def _outline(scale: _Scale, xs: Sequence[int], known: dict[int, tuple[float, float]]) -> str:

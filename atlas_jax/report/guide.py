@@ -142,6 +142,9 @@ def _judge_sft(run: RunFiles) -> RunVerdict:
     words += f", and to {held_out[-1]:.3g} on held-out rows" if held_out else ""
     goal = RANGES["loss/total"].status(end)
     words += ": below the 1.5 of the guide." if goal == REACHED else ": not below the guide's 1.5."
+    if run.evaluations:
+        criteria += _results(run, run.evaluations[-1])
+        words += f" {_sentence(run, run.evaluations[-1], criteria[0])}"
     return RunVerdict(words, criteria)
 
 

@@ -22,7 +22,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-const show = (value) => (value === null || value === undefined ? "-" : String(+value.toPrecision(4)));
+const show = (value) => (typeof value === "number" ? String(+value.toPrecision(4)) : String(value ?? "-"));
 
 // Curves
 

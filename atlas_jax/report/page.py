@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import datetime
 import gzip
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
+import msgspec
 from absl import logging
 
 from atlas_jax import extras, masking, sockets
@@ -124,13 +124,13 @@ def _fitting(render: Callable[[int], str], max_bytes: int) -> str:
 
 def embedded(data: Any) -> dict[str, str]:
     """Returns data for a script element: its encoding and its text, which ends no element."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = msgspec.json.encode(data).decode()  # NaN is null
     if len(text) <= _PLAIN_BYTES:
         safe = (
             text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
         )
         return {"encoding": "plain", "text": safe}
-    packed = gzip.compress(text.encode("utf-8", "replace"), mtime=0)
+    packed = gzip.compress(text.encode(), mtime=0)
     return {"encoding": "gzip", "text": base64.b64encode(packed).decode()}
 
 
@@ -142,7 +142,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     done = f"step {run.last_step}" + (f" of {run.num_steps}" if run.num_steps else "")
     facts = [
         ("trained", config.get("model_name_or_path", "-")),
-        ("against", config.get("student_model", "") or "-"),
+        *([("against", config["student_model"])] if config.get("student_model") else []),
         ("on", data_name),
         ("state", f"{run.state}, {done}"),
         ("time", _time(run)),

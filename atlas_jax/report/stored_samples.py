@@ -232,8 +232,9 @@ def _decoded(line: bytes) -> StoredSample | None:
         return _DECODER.decode(line)
     except msgspec.DecodeError:
         pass
-    try:
-        return decode(json.loads(line))  # it takes NaN, and bytes that are no UTF-8 fail
+    try:  # Python takes NaN and halves of surrogate pairs, which become "?"
+        text = json.dumps(json.loads(line), ensure_ascii=False)
+        return decode(json.loads(text.encode("utf-8", "replace")))
     except ValueError:
         return None
 

@@ -76,6 +76,9 @@ def pages(whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     nan = runs.grpo(folder / "nan", steps=3)
     (nan / "metrics.jsonl").write_text('{"step": 1, "reward/mean": NaN, "policy/kl": null}\n')
+    for path in (nan / "rollouts").iterdir():
+        text = path.read_text().replace('"value": 1.0', '"value": "a \\ud800 word"')
+        path.write_text(text.replace('"reward": -1.0', '"reward": NaN').replace("pears", "\\ud800"))
     return {
         "whole": whole,
         "empty": written(runs.grpo(folder / "empty", steps=0)),
@@ -197,6 +200,7 @@ def test_curves_tell_their_values_to_the_pointer_and_in_a_table(browser, whole):
         view.mouse.move(box["x"] + box["width"] * 0.97, box["y"] + box["height"] / 2)
         assert figure.locator(".tip").inner_text().split("\n") == ["step 10", "reward/mean: 1"]
         figure.locator("summary").click()
+        figure.locator("tbody tr").first.wait_for()
         rows = [row.split() for row in figure.locator("tbody tr").all_inner_texts()]
         assert rows[0] == ["1", "-0.1"] and rows[-1] == ["10", "1"]
 

@@ -92,10 +92,14 @@ def test_a_reward_rises_only_if_its_trend_is_no_chance(tmp_path):
 
 
 def test_a_run_of_sft_is_judged_by_its_loss(tmp_path):
-    text = made(runs.sft(tmp_path / "sft"))
+    run = runs.sft(tmp_path / "sft")
+    text = made(run)
     assert rows(text) == {"loss": "reached", "gradient norm": "reached"}
-    assert "The loss went from 2.65 to" in text
+    assert "The loss went from 2.65 to" in text and "<dt>against</dt>" not in text
     assert "There are no samples" in text
+    text = made(runs.evaluated(run))
+    assert "The lessons help: right answers taught 50.0 %" in text
+    assert rows(text)["right answers, taught less alone"] == "reached"
 
 
 def test_a_step_keeps_its_leaks_changes_best_worst_and_largest_advantages():
@@ -289,7 +293,7 @@ def test_curves_have_the_ranges_gaps_and_dots(tmp_path):
     (kl,), rest = curves.draw([read], [[]])
     assert not rest and kl.goal == "0.5 to 2 (warning above 5)"
     (line,) = kl.lines
-    assert line.path.count("M") == line.path.count("h.01") == 2 and "nan" not in line.path
+    assert line.path.count("M") == line.dots.count("h.01") == 2 and "nan" not in line.path
     assert line.values == [1.0, None, 3.0]
     (good,) = (band for band in kl.bands if band.kind == "good")
     low, high = kl.y_range
