@@ -60,5 +60,6 @@ def devices_per_server(sizes: Sequence[ModelSize], devices: int, memory_bytes: f
 
 def _splits(size: ModelSize, number: int) -> bool:
     """Returns whether the heads divide so; vLLM copies heads of keys that are too few."""
-    heads, kv_heads = size.num_heads, size.num_kv_heads
+    heads = size.num_heads
+    kv_heads = size.num_kv_heads
     return heads % number == 0 and (kv_heads % number == 0 or number % kv_heads == 0)

@@ -184,7 +184,8 @@ def run(found: StoredRun, devices: Sequence[jax.Device] | None = None) -> Replay
 
 def report(replayed: Replayed) -> str:
     """Returns the metrics of a replay beside the logged ones, as a table with a verdict."""
-    step, line = replayed.step, replayed.line
+    step = replayed.step
+    line = replayed.line
     different = replayed.different
     compared = sorted(replayed.again.keys() & line.values.keys())
     # A line of several steps has their mean, and the step itself another value.

@@ -40,7 +40,7 @@ class Warned(NamedTuple):
     """Step to take; empty if the warning says it itself."""
 
 
-class Phase(NamedTuple):
+class PhaseShare(NamedTuple):
     """A part of a step."""
 
     name: str
@@ -62,7 +62,7 @@ class Health(NamedTuple):
     slowest: int
     """The step that took longest; 0 if no time is known."""
     slowest_secs: float
-    phases: list[Phase]
+    phases: list[PhaseShare]
     unread: list[str]
 
 
@@ -140,7 +140,7 @@ def _servers(run: RunFiles) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _slowest(run: RunFiles) -> tuple[int, float, list[Phase]]:
+def _slowest(run: RunFiles) -> tuple[int, float, list[PhaseShare]]:
     """Returns the slowest step, its seconds, and what it spent them on, the longest first."""
     timed = [line for line in run.metrics if line.get("perf/step_secs", math.nan) > 0]
     if not timed:
@@ -148,7 +148,7 @@ def _slowest(run: RunFiles) -> tuple[int, float, list[Phase]]:
     line = max(timed, key=lambda values: values["perf/step_secs"])
     total = line["perf/step_secs"]
     phases = [
-        Phase(
+        PhaseShare(
             name=name,
             secs=secs,
             share=min(secs / total, 1.0),

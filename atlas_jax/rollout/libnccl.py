@@ -131,7 +131,8 @@ class LibNccl:
 
     def _use_device(self) -> None:
         """Makes the device's primary context the one of this thread."""
-        device, context = ctypes.c_int(), ctypes.c_void_p()
+        device = ctypes.c_int()
+        context = ctypes.c_void_p()
         self._drive("cuInit", ctypes.c_uint(0))
         self._drive("cuDeviceGet", ctypes.byref(device), ctypes.c_int(self._device))
         self._drive("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)

@@ -76,7 +76,7 @@ class NcclSync(DiskSync):
         super().__init__(engine, decoder, files, versions, options, probe)
         self._make: Callable[[], Communicator] | None = make
         """None once weights go through files."""
-        self._group: _Group | None = None
+        self._group: _TransferGroup | None = None
         self._loader: _NcclLoader | None = None
 
     def _prepare(self, source: Source, label: str, attempt: int) -> Prepared:
@@ -105,7 +105,7 @@ class NcclSync(DiskSync):
             self._group.communicator.abort()
             self._group = None
         secs = self._pool.options.control_timeout_secs
-        self._group = self._pool.run(_Group.made(make(), self._pool.servers, secs))
+        self._group = self._pool.run(_TransferGroup.made(make(), self._pool.servers, secs))
 
     def _give_up(self, why: str) -> None:
         logging.warning("weights go through files from here on, not over NCCL: %s", why)
@@ -121,7 +121,7 @@ class NcclSync(DiskSync):
         super().close()
 
 
-class _Group:
+class _TransferGroup:
     """This process and the workers of servers, joined."""
 
     def __init__(self, communicator: Communicator, servers: Sequence[Server]) -> None:
@@ -131,7 +131,7 @@ class _Group:
     @classmethod
     async def made(
         cls, communicator: Communicator, servers: Sequence[Server], secs: float
-    ) -> _Group:
+    ) -> _TransferGroup:
         """Joins the workers of all servers, in the pool's thread.
 
         Raises:
@@ -185,7 +185,7 @@ def _init_info(unique_id: bytes, rank_offset: int, world_size: int) -> dict[str,
 class _NcclLoader:
     """One version on its way to all servers of a group."""
 
-    def __init__(self, group: _Group, values: outgoing.Outgoing, dtype: str) -> None:
+    def __init__(self, group: _TransferGroup, values: outgoing.Outgoing, dtype: str) -> None:
         self.values = values
         self.problem = ""
         """Reason for which the transfer has failed; "" if it has not."""
@@ -208,7 +208,8 @@ class _NcclLoader:
 
     async def load(self, server: Server) -> None:
         """Has a server receive the tensors; the last one that is ready starts the transfer."""
-        control, sent = server.control, self._sent
+        control = server.control
+        sent = self._sent
         assert sent is not None
         try:
             await control.post("/start_weight_update", {})

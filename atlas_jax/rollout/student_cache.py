@@ -72,7 +72,8 @@ class StudentCache:
     def counts(self) -> tuple[int, int]:
         """Returns the texts that were kept and those that were needed, since the last call."""
         with self._lock:
-            found, asked = self._found, self._asked
+            found = self._found
+            asked = self._asked
             self._found = 0
             self._asked = 0
         return found, asked
