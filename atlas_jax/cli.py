@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import logging as python_logging
 import os
 import re
 import sys
@@ -205,6 +206,8 @@ def tool(command: Callable[[], None]) -> None:
 
 def _guard(command: Callable[[], None]) -> None:
     masking.mask_logs()
+    # A log on a full disk would get a traceback for each line, around the one error that counts.
+    python_logging.raiseExceptions = False
     # Without torch, which nothing here needs, transformers says that it has no models.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

@@ -32,13 +32,15 @@ def test_a_run_goes_on_when_a_server_hangs_and_uses_it_again_when_it_is_back(inp
             assert run.wait(600) == [0], run.text(0)[-5000:]
     lines = [line for line in test_grpo.metrics(output) if "loss/total" in line]
     assert [line["step"] for line in lines] == list(range(1, test_grpo.STEPS + 1))
-    counts = [line["sync/servers"] for line in lines]
+    # A transfer beside the training is reported with the next one, so the second step has none.
+    transfers = [line for line in lines if "sync/servers" in line]
+    counts = [line["sync/servers"] for line in transfers]
+    assert len(counts) == test_grpo.STEPS - 1
     assert counts[0] == 2
     assert 1 in counts
     assert counts[-1] == 2
-    for line in lines:
-        assert line["sync/probe_diff"] < 1e-4
-        assert line["rollout/failed_frac"] == 0
+    assert all(line["sync/probe_diff"] < 1e-4 for line in transfers)
+    assert all(line["rollout/failed_frac"] == 0 for line in lines)
     for step in range(1, test_grpo.STEPS + 1):
         written = [s["completion"] for s in test_grpo.samples(output, step) if s["completion"]]
         lag = {step - 1 - completion["weights_version"] for completion in written}
