@@ -113,7 +113,7 @@ def test_completions_have_seeds_where_they_are_asked_for(
         backend = vllm_backend.make_vllm_backend(config, model, None, lambda *_: None)
         try:
             request = Request((5, 6), 4, seed=0, num_samples=3)
-            backend._policy.generate([request], served.SAMPLING)
+            backend._policy(0).generate([request], served.SAMPLING)
         finally:
             backend.close()
     asked = [body["sampling_params"] for *_, body in server.calls if body]

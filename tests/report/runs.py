@@ -83,7 +83,7 @@ def grpo(path: pathlib.Path, steps: int = 10, groups=None, **options) -> pathlib
     for step in range(1, steps + 1):
         writer.write(step, line(step, 10))
         made = groups(step) if groups else [*group("q1"), *group("q2")]
-        record.write(str(path), step, 0, made)
+        record.write(str(path), step, 0, made, record.StepFacts(len(made), steps))
     writer.close()
     log = "2026-11-28 07:02:07,942 INFO jax 0.10.2, 1 x cpu:0\n"
     for step in range(1, steps + 1):

@@ -69,6 +69,7 @@ def test_the_report_of_four_questions_by_hand():
         "student_accuracy": 0.5, "baseline_accuracy": 0.5, "accuracy_delta": 0.0,
         "improvement_rate": 0.25, "degradation_rate": 0.25, "non_degradation_rate": 0.75,
         "completion_rate": 1.0, "response_token_reduction": 0.0, "missing_frac": 0.25,
+        "malformed_frac": 0.0,
         "answer_leak_frac": 0.0, "probe_tokens": 4.0,
     }  # fmt: skip
     counts = {
