@@ -13,6 +13,7 @@ from atlas_jax.data import questions as asked
 from atlas_jax.data.packing import collate
 from atlas_jax.recipes import chat_models, grpo, local_backend, sft
 from atlas_jax.recipes.feed import Feed, Parts
+from atlas_jax.rollout.student_cache import StudentCache
 from atlas_jax.run import Run
 from atlas_jax.sharding import to_global
 from atlas_jax.startup.compute import Compute
@@ -79,6 +80,7 @@ def train(options, num_steps):
             logprobs_fn=grpo.make_logprobs_fn(run.decoder, options, layout.per_row),
             sharding=run.compute.sharding,
             writer=writer,
+            student_cache=StudentCache(options.rollout.cache_student),
         )
         feed = Feed(parts, training.reference(run.decoder))
         loss = grpo.make_loss(run.decoder, options, layout.per_row)

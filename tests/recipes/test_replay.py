@@ -167,7 +167,7 @@ def test_the_command_replays_a_step_on_other_devices_and_says_whether_it_equals_
     log.write_text(log.read_text().replace('"reward/mean": 0', '"reward/mean": 1'))
     done = command(STEPS)
     assert done.returncode == 1, done.stderr[-3000:]
-    assert done.stdout.endswith("step 2: 1 of 39 metrics differ: reward/mean\n")
+    assert re.search(r"step 2: 1 of \d\d metrics differ: reward/mean\n$", done.stdout)
     done = command(9)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-2].startswith("error: ")

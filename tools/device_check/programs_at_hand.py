@@ -53,6 +53,7 @@ def sft_config(length: int, rows: int, **changes: Any) -> SFTConfig:
         "learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0.0,
+        "packing": False,
     }
     return SFTConfig(**(values | changes))
 
