@@ -12,12 +12,7 @@ source launch/environment.sh
 usage() { echo "error: $1 (bash launch/demo.sh --help shows the usage)" >&2; exit 2; }
 case ${1:-} in -h | --help) help launch/demo.sh; exit ;; esac
 read_words "$@"
-for word in "${settings[@]}"; do
-  case $word in
-    *.output_dir=* | *.model_name_or_path=* | *.student_model=*)
-      usage "${word#--config.} is what the demo chooses; launch/launch.sh trains as you like" ;;
-  esac
-done
+refuse_chosen "the demo"
 out=outputs/demo
 in_parts launch/demo.sh
 
@@ -25,13 +20,7 @@ say "1/6 install (.venv)"
 part need_environment gguf,hf
 
 say "2/6 model"
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export PYTHONPATH=.
-fast_cpu
-if [ $# -gt 0 ]; then
-  find_config configs/run/demo_grpo.py
-  part .venv/bin/python tools/read_config.py output_dir --config "$config" "${settings[@]}" >/dev/null
-fi
+prepare_cpu_run configs/run/demo_grpo.py
 get_smollm2 "$out/smollm2"
 
 say "3/6 questions: kinds whose oracle lessons harm are left out"

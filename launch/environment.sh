@@ -136,6 +136,29 @@ foreign() {
   echo "${answer:+; $answer}"
 }
 
+# refuse_chosen SCRIPT: an error, by the script's `usage`, for `settings` that the script itself chooses.
+refuse_chosen() {
+  local word
+  for word in "${settings[@]}"; do
+    case $word in
+      *.output_dir=* | *.model_name_or_path=* | *.student_model=*)
+        usage "${word#--config.} is what $1 chooses; launch/launch.sh trains as you like" ;;
+    esac
+  done
+}
+
+# prepare_cpu_run CONFIG: the environment of a run of this repository on CPUs without a hub; words of the
+# user that CONFIG does not know end the script.
+prepare_cpu_run() {
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+  export PYTHONPATH=.
+  fast_cpu
+  if [ ${#arguments[@]} -gt 0 ]; then
+    find_config "$1"
+    part .venv/bin/python tools/read_config.py output_dir --config "$config" "${settings[@]}" >/dev/null
+  fi
+}
+
 # no_flags: an error where `read_words` has met a flag that is no option of the config.
 no_flags() { [ ${#arguments[@]} = ${#settings[@]} ] || usage "'${arguments[0]}' is not key=value"; }
 

@@ -11,12 +11,7 @@ source launch/environment.sh
 usage() { echo "error: $1 (bash launch/quickstart.sh --help shows the usage)" >&2; exit 2; }
 case ${1:-} in -h | --help) help launch/quickstart.sh; exit ;; esac
 read_words "$@"
-for word in "${settings[@]}"; do
-  case $word in
-    *.output_dir=* | *.model_name_or_path=* | *.student_model=*)
-      usage "${word#--config.} is what the quickstart chooses; launch/launch.sh trains as you like" ;;
-  esac
-done
+refuse_chosen "the quickstart"
 out=outputs/quickstart
 grpo=(configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final"
   student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path=)
@@ -26,13 +21,7 @@ say "1/5 install (.venv)"
 part need_environment gguf,hf
 
 say "2/5 model"
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export PYTHONPATH=.
-fast_cpu
-if [ $# -gt 0 ]; then
-  find_config configs/run/quickstart_grpo.py
-  part .venv/bin/python tools/read_config.py output_dir --config "$config" "${settings[@]}" >/dev/null
-fi
+prepare_cpu_run configs/run/quickstart_grpo.py
 get_smollm2 "$out/smollm2"
 
 part .venv/bin/python tools/show_lesson.py "$out/smollm2"

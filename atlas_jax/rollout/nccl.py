@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -139,12 +140,11 @@ class _TransferGroup:
             TimeoutError: if not all have joined after `secs`.
             ServerError: if a server refuses.
         """
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(communicator.abort)
             async with asyncio.timeout(secs):
                 await cls._join(communicator, servers)
-        except BaseException:
-            communicator.abort()
-            raise
+            stack.pop_all()
         return cls(communicator, servers)
 
     @staticmethod
@@ -211,7 +211,8 @@ class _NcclLoader:
         control = server.control
         sent = self._sent
         assert sent is not None
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.push(functools.partial(self._note, server, sent))
             await control.post("/start_weight_update", {})
             self._waiting -= 1
             if not self._waiting:
@@ -220,15 +221,19 @@ class _NcclLoader:
             # vLLM answers when all has arrived, which is never if another server is not ready.
             received = control.post("/update_weights", {"update_info": self._update})
             await _all(received, asyncio.shield(sent))
-        except BaseException as error:
-            self.problem = self.problem or f"{server.url}: {error or 'no answer in time'}"
-            # All others wait for this server in the same transfer.
-            self._group.communicator.abort()
-            if not sent.done():
-                sent.set_exception(PushError(f"the transfer has failed: {self.problem}"))
-                sent.exception()  # it counts as seen, also where nobody else waits
-            raise
         await control.post("/finish_weight_update", {})
+
+    def _note(self, server: Server, sent: asyncio.Future[None], *raised: Any) -> None:
+        """Ends the transfer if a server has failed; an exit of a context, which goes on raising."""
+        (_, error, _) = raised
+        if error is None:
+            return
+        self.problem = self.problem or f"{server.url}: {str(error) or 'no answer in time'}"
+        # All others wait for this server in the same transfer.
+        self._group.communicator.abort()
+        if not sent.done():
+            sent.set_exception(PushError(f"the transfer has failed: {self.problem}"))
+            sent.exception()  # it counts as seen, also where nobody else waits
 
     def _send(self) -> None:
         for pack in packs(self.values.on_device(jax.local_devices()[0]), PACK_BYTES):

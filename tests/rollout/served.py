@@ -26,6 +26,9 @@ from atlas_jax.rollout.weights import DiskSync
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
 
+WORDS = tuple(f"w{i}" for i in range(8))
+SIZES = {"hidden_size": 16, "max_position_embeddings": 512}
+
 CONFIG = dataclasses.replace(GRPOConfig(), temperature=0.7, top_p=0.95)
 SAMPLING = Sampling(CONFIG.temperature, CONFIG.top_p)
 OPTIONS = PoolOptions(64, 300.0, 300.0, Look(every_secs=60.0))

@@ -17,22 +17,11 @@ import pytest
 
 from atlas_jax.checkpoint import outgoing
 from atlas_jax.rollout import libnccl, nccl
-from tests import fake_nccl, stand_in, words
+from tests import fake_nccl, stand_in
 from tests.rollout import served
-from tests.rollout.test_push import OPTIONS, PROMPT, SIZES, WORDS, texts, up
+from tests.rollout.test_push import OPTIONS, PROMPT, texts, up
 
 VLLM = pathlib.Path(__file__).parents[2] / ".venv-vllm/bin/python"
-
-
-@pytest.fixture(scope="module")
-def old(tmp_path_factory):
-    """The model that the servers are started with."""
-    return served.trainer(words.save(tmp_path_factory.mktemp("old"), WORDS, **SIZES))
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory):
-    return served.trainer(words.save(tmp_path_factory.mktemp("new"), WORDS, seed=1, **SIZES))
 
 
 @pytest.fixture

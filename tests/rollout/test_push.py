@@ -27,21 +27,8 @@ from tests import http_faults, processes, stand_in, words
 from tests.rollout import served
 from tests.rollout.served import SAMPLING
 
-WORDS = tuple(f"w{i}" for i in range(8))
-SIZES = {"hidden_size": 16, "max_position_embeddings": 512}
 PROMPT = tuple(3 + (i * i) % 17 for i in range(40))  # two blocks of the stand-in, and a half
 OPTIONS = PoolOptions(64, 120.0, 120.0, Look(every_secs=0.2, timeout_secs=2.0, misses=3))
-
-
-@pytest.fixture(scope="module")
-def old(tmp_path_factory):
-    """The model that the servers are started with."""
-    return served.trainer(words.save(tmp_path_factory.mktemp("old"), WORDS, **SIZES))
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory):
-    return served.trainer(words.save(tmp_path_factory.mktemp("new"), WORDS, seed=1, **SIZES))
 
 
 @pytest.fixture
@@ -295,10 +282,12 @@ def test_a_server_that_comes_after_the_start_is_checked_and_gets_the_current_wei
     ):
         served_by.sync.push(new.params, 1)
         assert up(served_by) == [True, False]
-        other = words.save(tmp_path / "other", WORDS, **SIZES | {"hidden_size": 32})
+        other = words.save(tmp_path / "other", served.WORDS, **served.SIZES | {"hidden_size": 32})
         with restarted(late, other, tmp_path):
             eventually(lambda: "whose tensors are not those of the model" in caplog.text)
-        short = words.save(tmp_path / "short", WORDS, **SIZES | {"max_position_embeddings": 64})
+        short = words.save(
+            tmp_path / "short", served.WORDS, **served.SIZES | {"max_position_embeddings": 64}
+        )
         with restarted(late, short, tmp_path):
             eventually(lambda: "--max-model-len 64 and --block-size 16, the" in caplog.text)
         assert up(served_by) == [True, False]
