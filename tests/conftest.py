@@ -20,6 +20,7 @@ if threading.current_thread() is threading.main_thread():
             signal.signal(number, lambda *_: None)
 
 import pytest
+from absl import logging
 
 from tests import vllm_servers, words
 
@@ -38,6 +39,14 @@ def vllm_server(tmp_path_factory):
     model = words.save(directory / "model", VLLM_WORDS, **VLLM_SIZES)
     with vllm_servers.running([model], directory) as (server,):
         yield server
+
+
+@pytest.fixture(autouse=True)
+def untouched_log():
+    """Every test begins with a log that `caplog` sees; runs of earlier tests have set its level."""
+    logger = logging.get_absl_logger()
+    logger.setLevel(0)  # that of the root
+    logger.propagate = True
 
 
 def pytest_configure(config):

@@ -50,7 +50,6 @@ def test_a_time_limit_of_the_sdk_is_taken_over(url):
 def test_a_session_that_cannot_be_read_is_left_out_and_named(caplog):
     url = new_database([session(i) for i in range(3)])
     execute(url, "UPDATE sessions SET reward = '[1]' WHERE id = 2")
-    training_data.logging.get_absl_logger().propagate = True
     assert numbers(training_data.get_training_sessions(url)) == [3, 1]
     assert "session 2 is left out: it has a JSON list of 1 as session_reward" in caplog.text
 

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from absl import logging
 from tokenizers import processors
 
 from atlas_jax.config import DataConfig
@@ -461,7 +460,6 @@ def test_a_greeting_of_the_assistant_is_context():
 
 
 def test_a_template_without_room_for_a_system_message_gets_it_with_the_question(caplog):
-    logging.get_absl_logger().propagate = True
     tokenizer = chatml_tokenizer(NO_SYSTEM)
     template = ChatTemplate(tokenizer)
     samples = [row_of(("system", "be kind"), ("user", "x"), ("assistant", "y"))] * 2

@@ -60,7 +60,7 @@ def written_files(ours, directory):
 
 
 def test_servers_serve_what_was_sent_and_no_file_is_written(link, old, new, caplog):
-    with caplog.at_level("INFO", logger="absl"), link((1, 2)) as (found, servers, wire):
+    with caplog.at_level("INFO"), link((1, 2)) as (found, servers, wire):
         for version, ours in ((1, new), (2, old), (3, new)):
             values = found.sync.push(ours.params, version)
             assert values["sync/servers"] == (2, 1)

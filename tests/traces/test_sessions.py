@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from absl import logging
 
 from atlas_jax.config import DataConfig, LessonsConfig
 from atlas_jax.data import examples, questions, sources
@@ -160,7 +159,6 @@ def test_only_approved_sessions_are_taken_unless_asked_for(tmp_path, caplog):
     records = [record(i, review_status=s) for i, s in enumerate(("approved", "pending", "pending"))]
     assert len(load(tmp_path, records)[0].rows) == 1
     assert "nobody approved" not in caplog.text
-    logging.get_absl_logger().propagate = True
     assert len(load(tmp_path, records, review_status_filters=())[0].rows) == 3
     assert "nobody approved are trained on" in caplog.text
     assert "2 pending" in caplog.text
