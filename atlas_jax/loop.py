@@ -79,6 +79,8 @@ class Job(NamedTuple):
     evaluate: Callable[[TrainState], dict[str, float]] | None
     writer: MetricWriter
     checkpoints: Checkpoints
+    keep_best: Callable[[TrainState, dict[str, float]], None] | None = None
+    """Exports the state if its evaluation is the best one."""
     healthy: Mapping[str, tuple[float, float]] = MappingProxyType({})
     """Metric -> range without a warning."""
     restored: Mapping[str, Any] = MappingProxyType({})
@@ -151,9 +153,13 @@ class _LoopState:
         return int(self.state.step)
 
     def catch_up(self) -> None:
-        """Evaluates the step that the run resumes from, if the run was killed before it did."""
-        due = _due(self.number, self._job.config.eval_steps)
-        if self.number and due and not self.log.has_evaluation(self.number):
+        """Evaluates the step that training begins with, if that is due and was not done."""
+        config = self._job.config
+        if self.number:  # killed or stopped before its evaluation
+            due = _due(self.number, config.eval_steps) or self.number == self._job.num_steps
+        else:
+            due = config.eval_on_start
+        if due and not self.log.has_evaluation(self.number):
             self._evaluate()
 
     def step(self, step: int) -> None:
@@ -237,6 +243,9 @@ class _LoopState:
             self.log.start_clock()
         else:
             self.log.write(self.number, values)
+            if self._job.keep_best:
+                self._job.keep_best(self.state, values)
+                self.log.start_clock()
 
 
 def _profile(config: TrainConfig) -> Profile | None:

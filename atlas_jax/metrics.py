@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -86,8 +88,8 @@ class MetricWriter:
         """Opens the file; what a run wrote after `start_step` before it was killed is dropped."""
         self._enabled = enabled
         self._services = services
-        self.last_evaluation = 0
-        """The newest step with an evaluation in the file; 0 if there is none, or if not enabled."""
+        self.last_evaluation = -1
+        """The newest step with an evaluation in the file; -1 without one, or if not enabled."""
         if not enabled:
             return
         self._path = pathlib.Path(directory) / "metrics.jsonl"
@@ -134,6 +136,39 @@ def open_writer(config: TrainConfig, start_step: int) -> MetricWriter:
     return MetricWriter(config.output_dir, start_step, main, services)
 
 
+class Best(NamedTuple):
+    """The best evaluation of a run."""
+
+    step: int
+    value: float
+
+
+def is_better(config: TrainConfig, value: float, other: float) -> bool:
+    """Returns whether a value of `metric_for_best_model` is better than another one."""
+    greater = config.greater_is_better
+    if greater == "auto":
+        greater = not config.metric_for_best_model.endswith("loss")
+    return value > other if greater else value < other
+
+
+def best(config: TrainConfig) -> Best | None:
+    """Returns the best logged evaluation by `metric_for_best_model`, the first of equals.
+
+    It is None if the option is empty or no evaluation has that metric.
+    """
+    found = None
+    for values in _lines(config.output_dir):
+        value = values.get(config.metric_for_best_model)
+        if value is not None and (found is None or is_better(config, value, found.value)):
+            found = Best(values["step"], value)
+    return found
+
+
+def _lines(output_dir: str) -> list[dict[str, Any]]:
+    text = (pathlib.Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def write_trainer_state(
     config: TrainConfig, directory: str, step: int, max_steps: int, steps_per_epoch: float
 ) -> None:
@@ -152,8 +187,7 @@ def write_trainer_state(
     if not distributed.is_main():
         return
     history = []
-    for line in (pathlib.Path(config.output_dir) / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
+    for values in _lines(config.output_dir):
         names = {theirs: values[ours] for ours, theirs in _THEIR_NAMES.items() if ours in values}
         history.append(values | names | {"epoch": values["step"] / steps_per_epoch})
     state = {
@@ -167,6 +201,12 @@ def write_trainer_state(
         "eval_steps": config.eval_steps,
         "log_history": history,
     }
+    if chosen := best(config):
+        state |= {
+            "best_metric": chosen.value,
+            "best_global_step": chosen.step,
+            "best_model_checkpoint": os.path.join(config.output_dir, "best"),
+        }
     path = pathlib.Path(directory) / "trainer_state.json"
     write_whole(path, json.dumps(state, indent=2) + "\n")
 
@@ -175,12 +215,12 @@ def _drop_after(path: pathlib.Path, step: int) -> int:
     """Removes the lines of steps after `step`, and a line that a kill cut off.
 
     Returns:
-        The newest step with the metrics of an evaluation; 0 if there is none.
+        The newest step with the metrics of an evaluation; -1 if there is none.
     """
     if not path.exists():
-        return 0
+        return -1
     lines = []
-    evaluated = 0
+    evaluated = -1
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         values = json.loads(line) if line.endswith("\n") else {"step": step + 1}
         if values["step"] <= step:

@@ -47,16 +47,19 @@ def by_leaf(
             return x if own == number else optax.MaskedNode()
 
         grad, params = (jax.tree.map(keep, tree, numbers) for tree in (grads, state.params))
-        opt_state = optax.tree_map_params(transform, keep, state.opt_state, numbers)
+        opt_state = optax.tree_map_params(
+            transform, keep, state.opt_state, numbers, is_leaf=optim.is_masked
+        )
         # The same key that `optim.apply_updates` uses for this parameter: offload changes no value.
         own_key = jax.random.fold_in(key, number)
         return _one(transform, grad, params, opt_state, (norm, once, own_key))
 
     def merge(*leaves: Any) -> Any:
-        return next(x for x in leaves if not isinstance(x, optax.MaskedNode))
+        found = (x for x in leaves if not optim.is_masked(x))
+        return next(found, optax.MaskedNode())  # of a parameter that this part does not treat
 
     parts = [change(number) for number in range(len(leaves))]
-    return jax.tree.map(merge, *parts, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return jax.tree.map(merge, *parts, is_leaf=optim.is_masked)
 
 
 def _one(

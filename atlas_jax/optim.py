@@ -1,4 +1,4 @@
-"""Learning-rate schedules, the AdamW chain, and the addition of its updates to the parameters.
+"""Learning-rate schedules, optimizers, and the addition of their updates to the parameters.
 
 The arithmetic is float32 for parameters of any dtype: in bfloat16 the second moment would never
 decay (0.999 rounds to 1). Most updates are smaller than half the distance between two neighbouring
@@ -8,7 +8,7 @@ rounded stochastically.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +22,104 @@ def schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
     """Returns the learning rate by step: a linear rise over the warm-up, then the decay.
 
     As in transformers' `get_scheduler`, step s of the warm-up has `s / warmup` of the peak, so the
-    first step has a rate of 0. `linear` and `cosine` reach 0 at `num_steps`.
+    first step has a rate of 0. What falls reaches `min_lr_ratio` of the peak at `num_steps`. `wsd`
+    is arXiv:2404.06395, section 4.2, with transformers' decay by half a cosine.
     """
-    warmup = round(config.warmup_ratio * num_steps)
     peak = config.learning_rate
+    floor = config.min_lr_ratio
+    warmup = round(config.warmup_ratio * num_steps)
+    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    kind = config.lr_scheduler_type
+    if kind == "wsd":
+        falling = max(round(config.lr_decay_ratio * num_steps), 1)
+        fall = optax.cosine_decay_schedule(peak, falling, floor)
+        top = optax.constant_schedule(peak)
+        return optax.join_schedules([rise, top, fall], [warmup, max(num_steps - falling, warmup)])
     remaining = max(num_steps - warmup, 1)
     decay = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, remaining),
-        "cosine": optax.cosine_decay_schedule(peak, remaining),
-    }[config.lr_scheduler_type]
-    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+        "linear": optax.linear_schedule(peak, floor * peak, remaining),
+        "cosine": optax.cosine_decay_schedule(peak, remaining, floor),
+    }[kind]
     return optax.join_schedules([rise, decay], [warmup])
 
 
+def make(
+    config: TrainConfig, learning_rate: optax.Schedule, dims: Params
+) -> optax.GradientTransformation:
+    """Returns clipping by global norm, the optimizer, and the average of the weights if chosen.
+
+    Args:
+        config: options of the optimizer.
+        learning_rate: by update.
+        dims: names of the parameters' dims.
+    """
+    update = adamw(config, learning_rate)
+    if config.optim == "muon":
+        from atlas_jax import muon  # AdamW's runs need none of it
+
+        update = optax.chain(
+            muon.scale_by_muon(config, _mu_dtype(config), dims),
+            optax.add_decayed_weights(config.weight_decay, is_matrix),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    parts = [clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    average = [weight_average(config.ema_decay)] if config.ema_decay else []
+    return in_float32(optax.chain(*parts, update, *average) if parts or average else update)
+
+
 def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Returns clipping by global norm, then AdamW (arXiv:1711.05101) with decay of matrices only.
+    """Returns AdamW (arXiv:1711.05101) with weight decay of matrices only.
 
     The second moment is float32, the first one has `adam_mu_dtype`.
     """
-    mu_dtype = config.model.param_dtype if config.adam_mu_dtype == "auto" else config.adam_mu_dtype
-    clip = clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else None
-    update = optax.adamw(
+    return optax.adamw(
         learning_rate,
         b1=config.adam_beta1,
         b2=config.adam_beta2,
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         mask=is_matrix,
-        mu_dtype=mu_dtype,
+        mu_dtype=_mu_dtype(config),
     )
-    return in_float32(optax.chain(clip, update) if clip else update)
+
+
+def _mu_dtype(config: TrainConfig) -> str:
+    """Returns the dtype that `adam_mu_dtype` means."""
+    return config.model.param_dtype if config.adam_mu_dtype == "auto" else config.adam_mu_dtype
+
+
+class WeightAverage(NamedTuple):
+    """State of `weight_average`."""
+
+    average: Params  # float32, placed as the other parts of the optimizer's state
+
+
+def weight_average(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that keeps the exponential moving average of the parameters.
+
+    After each update it is `decay * average + (1 - decay) * (params + updates)`, beginning with the
+    first parameters (arXiv:1806.09594, section 3.2). It changes no update, and comes last in a
+    chain. Parameters in bfloat16 enter it before they are rounded.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        def moved(average: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
+            return decay * average + (1 - decay) * (param + step)
+
+        return updates, WeightAverage(jax.tree.map(moved, state.average, params, updates))
+
+    return optax.GradientTransformationExtraArgs(WeightAverage, update)
+
+
+def averaged(opt_state: optax.OptState) -> Params | None:
+    """Returns the average of the weights in an optimizer's state; None if none is kept."""
+
+    def is_average(state: Any) -> bool:
+        return isinstance(state, WeightAverage)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(x)]
+    return found[0].average if found else None
 
 
 def in_float32(
@@ -135,6 +202,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArg
         return jax.tree.map(clip, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def is_masked(node: Any) -> bool:
+    """Returns whether a node stands for a parameter that a part of an optimizer does not treat."""
+    return isinstance(node, optax.MaskedNode)
 
 
 def is_matrix(params: Params) -> Params:

@@ -4,7 +4,7 @@
         training = run.begin(num_steps, fingerprint)             # weights, optimizer, position
         writer = training.committed()                            # nothing can refuse the run now
         outcome = training.train(loss, feed, writer)             # the loop
-        run.export(outcome.state.params)                         # `final/`
+        run.export(outcome.state)                                # `final/`
 
 A recipe adds its loss, its batches, its evaluation and its end.
 """
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from atlas_jax import distributed, loop, metrics, step
-from atlas_jax.checkpoint import hf
+from atlas_jax import distributed, loop, metrics, optim, step
+from atlas_jax.checkpoint import hf, manager
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.models import attention
 from atlas_jax.models.transformer import Decoder
@@ -68,7 +68,8 @@ class Run:
         with directory.opened(config):
             opened = open_model(compute)
             _log_attention(config, opened.decoder)
-            yield cls(compute, opened, Checkpoints(config.output_dir, config.save_total_limit))
+            limits = config.save_total_limit, config.save_only_model
+            yield cls(compute, opened, Checkpoints(config.output_dir, *limits))
 
     @property
     def config(self) -> TrainConfig:
@@ -79,6 +80,19 @@ class Run:
     def decoder(self) -> Decoder:
         """The decoder of the model that is trained."""
         return self.model.decoder
+
+    def check_evaluates(self, held_out: Any) -> None:
+        """Checks that there are rows to evaluate on, where the config chooses the best model.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        name = self.config.metric_for_best_model
+        if name and not held_out:
+            raise ValueError(
+                f"metric_for_best_model={name} needs rows to evaluate on; set data.eval_path or "
+                "data.eval_split_ratio"
+            )
 
     def begin(
         self,
@@ -147,6 +161,12 @@ class Run:
         before = before or now
         # Before Orbax reads: its errors would name arrays instead of the option that changed.
         _check_same_start(config, before, now)
+        path = self.checkpoints.directory / str(latest)
+        if manager.is_stripped(path):
+            raise ValueError(
+                f"{path} holds parameters only (save_only_model=true), and no newer checkpoint is "
+                f"left to continue; name a new output_dir and resume_from={path}"
+            )
         if not self.checkpoints.has_training_state(latest):  # made by atlas-convert
             params = self.checkpoints.restore_params(
                 latest, step.abstract(decoder.shapes, decoder.placements())
@@ -164,9 +184,16 @@ class Run:
 
         return origins.load(origin, self.decoder)
 
-    def export(self, params: Params) -> str:
-        """Writes `final/` and returns its path."""
-        return export(self.config, self.model, params)
+    def weights(self, state: step.TrainState) -> Params:
+        """Returns the weights that are exported: the state's, or with `ema_decay` their average."""
+        average = optim.averaged(state.opt_state)
+        if average is None:
+            return state.params
+        return jax.device_put(average, self.decoder.placements())
+
+    def export(self, state: step.TrainState, name: str = "final") -> str:
+        """Writes `final/`, or a directory of another name, and returns its path."""
+        return export(self.config, self.model, self.weights(state), name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +253,11 @@ class Training:
         """
         run = self.run
         compute = self.run.compute
+        keep_best = None
+        if run.config.metric_for_best_model:
+            from atlas_jax.best import BestModel  # only this option keeps one
+
+            keep_best = BestModel(run.config, lambda state: run.export(state, "best")).offer
         job = loop.Job(
             config=run.config,
             num_steps=self.num_steps,
@@ -234,6 +266,7 @@ class Training:
             evaluate=evaluate,
             writer=writer,
             checkpoints=run.checkpoints,
+            keep_best=keep_best,
             healthy=healthy,
             restored=self.start.data,
         )

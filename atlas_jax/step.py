@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from atlas_jax import optim
+from atlas_jax.optim import is_masked
 from atlas_jax.sharding import Sharding, fetch, in_host, platform
 from atlas_jax.types import Array, LossSum, Metrics, Params
 
@@ -47,10 +48,11 @@ def place_optimizer(
     places = jax.tree.map(lambda _, d: sharding.optimizer(d), shapes, dims)
     placement = optax.tree_map_params(
         transform,
-        lambda _, place: place,
+        lambda own, place: own if is_masked(own) else place,
         state,
         places,
         transform_non_params=lambda _: sharding.replicated,
+        is_leaf=is_masked,
     )
     return Optimizer(
         transform=optax.with_extra_args_support(transform),

@@ -80,7 +80,7 @@ def test_bfloat16_parameters_learn_as_float32_ones_do(rate):
 
 def test_the_second_moment_is_float32_and_decays():
     config = dataclasses.replace(SFTConfig(), model=ModelOptions(param_dtype="bfloat16"))
-    transform = optim.adamw(dataclasses.replace(config, max_grad_norm=0.0), lambda _: 1e-3)
+    transform = optim.make(dataclasses.replace(config, max_grad_norm=0.0), lambda _: 1e-3, {})
     params = {"kernel": jnp.ones((4,), jnp.bfloat16)}
     state = transform.init(params)
 

@@ -161,7 +161,7 @@ def compiled_step(decoder, microbatches=1, width=64, rows=8):
     sharding = decoder.sharding
     rate = optim.schedule(config, 10)
     optimizer = step.place_optimizer(
-        optim.adamw(config, rate), rate, decoder.shapes, decoder.dims, sharding
+        optim.make(config, rate, decoder.dims), rate, decoder.shapes, decoder.dims, sharding
     )
     state = step.abstract_state(decoder.shapes, decoder.placements(), optimizer, sharding)
     batch = to_global(tiny.batch([[width]] * rows, width=width), sharding, microbatches)
@@ -241,7 +241,7 @@ def test_updates_equal_torch_adamw():
          dict(params=[theirs["scale"]], weight_decay=0.0)],
         lr=0.1, betas=(0.8, 0.9), eps=1e-3,
     )  # fmt: skip
-    transform = optim.adamw(config, optim.schedule(config, 10))
+    transform = optim.make(config, optim.schedule(config, 10), {})
     ours, state = start, transform.init(start)
     for _ in range(3):
         updates, state = transform.update(jax.tree.map(jnp.asarray, grads), state, ours)

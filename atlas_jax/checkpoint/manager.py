@@ -15,12 +15,14 @@ import errno
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
+from atlas_jax import distributed
 from atlas_jax.step import TrainState
 from atlas_jax.types import Params
 from atlas_jax.wording import shorten
@@ -28,7 +30,9 @@ from atlas_jax.wording import shorten
 MODEL_FILES = "model"
 """Directory of a run with `config.json` and the tokenizer, for `atlas-convert`."""
 
-_ITEMS = ("params", "train", "data", "config", "reference")
+_CONTINUES = ("train", "reference")
+"""Items that only a run that continues needs, beside the parameters and small files."""
+_ITEMS = ("params", *_CONTINUES, "data", "config")
 _MOMENT = re.compile(r"\.(mu|nu)\..*")  # an optimizer moment of one parameter
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 
@@ -53,14 +57,22 @@ class ArraySpec(NamedTuple):
 class Checkpoints:
     """The checkpoints under one `output_dir`."""
 
-    def __init__(self, output_dir: str, keep: int = 0, create: bool = True) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        keep: int = 0,
+        only_params: bool = False,
+        create: bool = True,
+    ) -> None:
         """Opens the directory.
 
         Args:
             output_dir: the run's directory.
             keep: the number of newest checkpoints that are kept; 0 keeps all.
+            only_params: whether those before the newest one keep their parameters only.
             create: whether to make the directory; false opens the checkpoints of another run.
         """
+        self._only_params = only_params
         self.directory = pathlib.Path(output_dir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -98,6 +110,7 @@ class Checkpoints:
             **more,
         )
         with self._named():
+            self._strip()
             self._manager.save(int(state.step), args=items)
 
     def save_params(self, params: Params) -> None:
@@ -172,14 +185,25 @@ class Checkpoints:
         return (self.directory / str(step) / "reference").exists()
 
     def has_training_state(self, step: int) -> bool:
-        """Returns whether `step` holds more than parameters."""
+        """Returns whether a run can continue from `step`."""
         return (self.directory / str(step) / "train").exists()
 
     def close(self) -> None:
         """Waits until everything is written, with the errors of `save`."""
         with self._named():
+            self._strip()
             self._manager.wait_until_finished()
         self._manager.close()
+
+    def _strip(self) -> None:
+        """Removes all but the parameters of checkpoints before the newest one, if so chosen."""
+        if not self._only_params:
+            return
+        self._manager.wait_until_finished()  # the newest one is whole then
+        if distributed.is_main():
+            for step in sorted(self._manager.all_steps())[:-1]:
+                for item in _CONTINUES:
+                    shutil.rmtree(self.directory / str(step) / item, ignore_errors=True)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -201,6 +225,14 @@ class Checkpoints:
                 f"a checkpoint in {self.directory} could not be written: "
                 f"{causes[0] if causes else error}; {there}"
             ) from error
+
+
+def is_stripped(path: pathlib.Path) -> bool:
+    """Returns whether a run left only the parameters in a checkpoint from which it could continue.
+
+    Those that `atlas-convert` makes have had nothing else.
+    """
+    return (path / "data").exists() and not (path / "train").exists()
 
 
 def _stored(path: pathlib.Path) -> dict[str, ArraySpec]:

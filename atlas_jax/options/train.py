@@ -20,6 +20,8 @@ from atlas_jax.options.fields import (
     OptionalPath,
     Positive,
     PositiveInt,
+    PositiveShare,
+    Share,
     Words,
     check_values,
     moved,
@@ -135,10 +137,37 @@ class TrainConfig:
     """Seed of everything that is drawn at random."""
     learning_rate: Positive = 2e-5
     """Highest learning rate of the schedule."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up; `linear` and `cosine` end at 0."""
+    lr_scheduler_type: Annotated[
+        Literal["constant", "linear", "cosine", "wsd"],
+        Words(
+            (
+                ("constant_with_warmup", "constant"),
+                ("cosine_with_min_lr", "cosine"),
+                ("warmup_stable_decay", "wsd"),
+            )
+        ),
+    ] = "cosine"
+    """Course of the learning rate after the warm-up. `linear` and `cosine` fall from there to the
+    end, `wsd` stays at the peak and falls, by half a cosine, over the last `lr_decay_ratio`."""
     warmup_ratio: Fraction = 0.1
     """Share of all steps over which the learning rate rises from 0."""
+    lr_decay_ratio: PositiveShare = 0.1
+    """Share of all steps over which `lr_scheduler_type=wsd` falls."""
+    min_lr_ratio: Share = 0.0
+    """Learning rate at the end over `learning_rate`. A constant one does not fall."""
+    optim: Annotated[
+        Literal["adamw", "muon"],
+        Words((("adamw_torch", "adamw"), ("adamw_torch_fused", "adamw"), ("adamw_hf", "adamw"))),
+    ] = "adamw"
+    """Optimizer. `muon` orthogonalizes the momentum of each layer's matrices and takes AdamW for
+    the tables, norms and biases. Its updates have the size of AdamW's, so `learning_rate` and
+    `weight_decay` keep their meaning."""
+    muon_momentum: Fraction = 0.95
+    """Decay of Muon's momentum."""
+    ema_decay: Fraction = 0.0
+    """Decay of an exponential moving average of the weights, which `final/` and `best/` then hold;
+    0 keeps none. It takes 4 bytes a parameter. SFT evaluates the average, GRPO the trained weights,
+    which its servers hold."""
     weight_decay: NonNegative = 0.01
     """Weight decay of AdamW, decoupled from the gradient. It applies to matrices only; norms and
     biases have none."""
@@ -205,8 +234,24 @@ class TrainConfig:
     """Steps between two checkpoints; 0 saves at the end only."""
     save_total_limit: NonNegativeInt = 3
     """Number of checkpoints that are kept, newest first; 0 keeps all."""
+    save_only_model: bool = False
+    """Leaves only the parameters in checkpoints before the newest one, which alone continues the
+    run."""
     eval_steps: NonNegativeInt = 0
     """Steps between two evaluations; 0 evaluates at the end only."""
+    eval_on_start: bool = False
+    """Evaluates before the first step too."""
+    metric_for_best_model: Annotated[
+        str, Meta(pattern="^(eval/.+)?$", extra={"rule": "empty, or a metric such as eval/loss"})
+    ] = ""
+    """Metric of evaluations whose best model is kept in `best/`, a model directory as `final/` is;
+    empty keeps none."""
+    greater_is_better: Annotated[
+        bool | Literal["auto"],
+        Meta(extra={"choices": ("auto", "true", "false")}),
+        Words((("true", True), ("yes", True), ("false", False), ("no", False))),
+    ] = "auto"
+    """Direction of `metric_for_best_model`. `auto` is true unless the name ends with `loss`."""
     sharding: Literal["fsdp", "zero1", "replicated"] = "fsdp"
     """Trees that are split over the `fsdp` axis: `fsdp` splits parameters, gradients and optimizer
     state (ZeRO-3), `zero1` gradients and optimizer state (ZeRO-1/2), `replicated` nothing."""
@@ -309,7 +354,20 @@ class TrainConfig:
                 f"profile_steps={steps} must be the first and the last step to trace, such as "
                 "(10, 12)"
             )
+        self._check_schedule()
         self._check_offload()
+
+    def _check_schedule(self) -> None:
+        if self.lr_scheduler_type == "constant" and self.min_lr_ratio:
+            raise ValueError(
+                f"min_lr_ratio={self.min_lr_ratio} with lr_scheduler_type=constant, which does not "
+                "fall; choose linear, cosine or wsd, or set min_lr_ratio=0"
+            )
+        if self.lr_scheduler_type == "wsd" and self.warmup_ratio + self.lr_decay_ratio > 1:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio} and lr_decay_ratio={self.lr_decay_ratio} are "
+                "more than all steps; lower one of them"
+            )
 
     def _check_offload(self) -> None:
         parts = self.offload.split(",")

@@ -69,6 +69,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         num_steps = config.max_steps
         if num_steps == -1:
             num_steps = math.ceil(config.num_train_epochs * len(train) / layout.questions)
+        run.check_evaluates(held_out)
         # 3. The weights, the reference, and the position where an earlier command stopped.
         training = run.begin(num_steps, order.fingerprint, config.num_iterations, student)
         reference = _reference(config, training)
@@ -111,7 +112,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         )
         stack.close()
         if not outcome.stopped:
-            directory = run.export(outcome.state.params)
+            directory = run.export(outcome.state)
             done = int(outcome.state.step)
             epoch = len(train) / layout.questions
             metrics.write_trainer_state(config, directory, done, num_steps, epoch)

@@ -23,6 +23,7 @@ from absl import logging
 from atlas_jax import config as config_lib
 from atlas_jax import metrics, saved_config, stopping, wording
 from atlas_jax import step as training_step
+from atlas_jax.checkpoint import manager
 from atlas_jax.checkpoint.manager import MODEL_FILES, Checkpoints
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
@@ -225,9 +226,10 @@ def _line(path: pathlib.Path, step: int) -> MetricsLine:
 
 
 def _checkpoints(output_dir: pathlib.Path) -> list[int]:
-    """Returns the steps with a checkpoint; one that is being written has no number yet."""
-    names = (path.name for path in (output_dir / "checkpoints").glob("*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    """Returns the steps with a checkpoint from which a run can continue."""
+    # One that is being written has no number yet.
+    paths = [p for p in (output_dir / "checkpoints").glob("*") if p.name.isdigit()]
+    return sorted(int(path.name) for path in paths if not manager.is_stripped(path))
 
 
 def _possible(recorded: Sequence[int], beginnings: Iterable[int]) -> str:

@@ -51,6 +51,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         num_steps = config.max_steps
         if num_steps == -1:
             num_steps = train.num_steps(config.num_train_epochs)
+        run.check_evaluates(held_out)
         # 3. The weights, and the position where an earlier command stopped.
         training = run.begin(num_steps, train.fingerprint)
         batches = train.batches(training.first_step)
@@ -70,11 +71,11 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
             loss,
             _RowFeed(batches, run.compute.sharding, plan.microbatches),
             writer,
-            make_evaluate(loss, held_out, run.decoder) if held_out else None,
+            make_evaluate(loss, held_out, run) if held_out else None,
         )
         stack.close()
         if not outcome.stopped:
-            final = run.export(outcome.state.params)
+            final = run.export(outcome.state)
             done = int(outcome.state.step)
             metrics.write_trainer_state(config, final, done, num_steps, float(train.num_steps(1)))
             _report(outcome, final)
@@ -128,17 +129,18 @@ def make_loss(decoder: Decoder, chunk_size: int, bounds: RowBounds = UNKNOWN) ->
 
 
 def make_evaluate(
-    loss_fn: step.LossFn, held_out: loader.TokenDataset, decoder: Decoder
+    loss_fn: step.LossFn, held_out: loader.TokenDataset, run: Run
 ) -> Callable[[step.TrainState], dict[str, float]]:
     """Returns the mean loss over all held-out tokens as a function of the state."""
     eval_step = step.make_eval_step(loss_fn)
 
     def evaluate(state: step.TrainState) -> dict[str, float]:
         total: Metrics = {}
+        params = run.weights(state)
         batches = held_out.batches(0, held_out.num_steps(1))
         for batch in batches:
-            placed = to_global(batch, decoder.sharding, 1)
-            total = metrics.add(total, jax.device_get(eval_step(state.params, placed)))
+            placed = to_global(batch, run.compute.sharding, 1)
+            total = metrics.add(total, jax.device_get(eval_step(params, placed)))
         batches.close()
         return {"eval/loss": metrics.means(total)["loss/total"]}
 

@@ -125,9 +125,9 @@ class Compute:
         )
 
     def optimizer(self, decoder: Decoder, num_updates: int) -> step.Optimizer:
-        """Returns AdamW with the schedule of a run of so many updates."""
+        """Returns the optimizer with the schedule of a run of so many updates."""
         learning_rate = optim.schedule(self.config, num_updates)
-        transform = optim.adamw(self.config, learning_rate)
+        transform = optim.make(self.config, learning_rate, decoder.dims)
         return step.place_optimizer(
             transform, learning_rate, decoder.shapes, decoder.dims, decoder.sharding
         )

@@ -74,8 +74,10 @@ def open_model(compute: Compute) -> Model:
             "max_new_tokens"
         )
     if distributed.is_main():
-        # What the end of the run could not replace is better known at its start.
-        exports.check(_final(config), "model", _usual(config))
+        # What the run could not replace is better known at its start.
+        exports.check(_folder(config, "final"), "model", _usual(config))
+        if config.metric_for_best_model:
+            exports.check(_folder(config, "best"), "model")
     return model
 
 
@@ -121,9 +123,9 @@ def _open(
     )
 
 
-def export(config: TrainConfig, model: Model, params: Params) -> str:
-    """Writes `final/` and returns its path."""
-    folder = _final(config)
+def export(config: TrainConfig, model: Model, params: Params, name: str = "final") -> str:
+    """Writes the directory of this name in `output_dir`, and returns its path."""
+    folder = _folder(config, name)
     hf.export(
         params,
         model.decoder,
@@ -137,8 +139,8 @@ def export(config: TrainConfig, model: Model, params: Params) -> str:
     return folder
 
 
-def _final(config: TrainConfig) -> str:
-    return os.path.join(config.output_dir, "final")
+def _folder(config: TrainConfig, name: str) -> str:
+    return os.path.join(config.output_dir, name)
 
 
 def _usual(config: TrainConfig) -> tuple[str, ...]:

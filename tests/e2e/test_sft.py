@@ -161,9 +161,9 @@ def test_a_model_of_the_users_in_the_place_of_a_runs_files_is_refused(inputs, tm
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").glob("*.*")} == before
 
 
-def refused(inputs, output):
+def refused(inputs, output, *extra):
     """Returns the line with which a run ends before it trains."""
-    options = command(inputs, output)
+    options = command(inputs, output, *extra)
     options["env"].pop("ATLAS_TRACEBACK")
     result = subprocess.run(**options, capture_output=True, text=True, check=False)
     assert result.returncode == 1
@@ -182,10 +182,10 @@ def test_the_run_is_readable_in_tensorboard(whole):
     np.testing.assert_allclose(shown, written, rtol=1e-6)
 
 
-def _kill_at(inputs, output, step, number):
+def _kill_at(inputs, output, step, number, *extra):
     """Starts a run and sends a signal as soon as the log shows `step`."""
     process = subprocess.Popen(
-        **command(inputs, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        **command(inputs, output, *extra), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     log = output / "training.log"
     for _ in range(1200):
@@ -205,6 +205,67 @@ def test_a_stopped_run_continues_bitwise(inputs, whole, tmp_path, number):
     assert metrics(tmp_path) == metrics(whole[0])
     for ours, theirs in zip(parameters(tmp_path), parameters(whole[0]), strict=True):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+KEPT = (
+    "--config.optim=muon", "--config.ema_decay=0.9", "--config.lr_scheduler_type=wsd",
+    "--config.eval_on_start=true", "--config.eval_steps=2", "--config.save_only_model=true",
+    "--config.metric_for_best_model=eval/loss", "--config.save_total_limit=0",
+)  # fmt: skip
+
+
+def weights(directory):
+    from safetensors.numpy import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_run_keeps_its_best_model_an_average_and_one_whole_checkpoint(inputs, tmp_path):
+    """Killed in the middle or not; the average lags, so the last evaluation is the best one."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(inputs, whole, *KEPT)
+    assert _kill_at(inputs, killed, 5, signal.SIGKILL, *KEPT) == -signal.SIGKILL
+    train(inputs, killed, *KEPT)
+    assert metrics(killed) == metrics(whole)
+    evaluated = {line["step"]: line["eval/loss"] for line in metrics(whole) if "eval/loss" in line}
+    assert [*evaluated] == [0, 2, 4, 6, 8]
+    best = min(evaluated, key=evaluated.get)
+    state = json.loads((whole / "final" / "trainer_state.json").read_text())
+    assert state["best_metric"] == evaluated[best]
+    assert state["best_global_step"] == best == STEPS
+    assert state["best_model_checkpoint"] == str(whole / "best")
+    for name in ("best", "final"):
+        for ours, theirs in zip(weights(whole / name).items(), weights(killed / name).items(),
+                                strict=True):  # fmt: skip
+            assert ours[0] == theirs[0]
+            assert ours[1].tobytes() == theirs[1].tobytes()
+    for ours, theirs in zip(weights(whole / "best").values(), weights(whole / "final").values(),
+                            strict=True):  # fmt: skip
+        np.testing.assert_array_equal(ours, theirs)
+    # What is exported is the average, not the weights that trained.
+    trained = ocp.StandardCheckpointer().restore(
+        whole.absolute() / "checkpoints" / str(STEPS) / "params"
+    )
+    average = weights(whole / "final")["model.norm.weight"]
+    assert not np.allclose(average, trained["norm"]["scale"], rtol=1e-6)
+    items = {int(p.name): {q.name for q in p.iterdir()} for p in (whole / "checkpoints").iterdir()}
+    assert [step for step, names in items.items() if "train" in names] == [STEPS]
+    assert all("params" in names for names in items.values())
+    shutil.rmtree(whole / "checkpoints" / str(STEPS))
+    line = refused(inputs, whole, *KEPT)
+    assert "holds parameters only (save_only_model=true)" in line
+    train(
+        inputs,
+        tmp_path / "next",
+        f"--config.resume_from={whole}/checkpoints/4",
+        "--config.max_steps=1",
+    )
+
+
+def test_the_best_model_needs_rows_to_evaluate_on(inputs, tmp_path):
+    extra = "--config.data.eval_path=", "--config.metric_for_best_model=eval/loss"
+    assert "needs rows to evaluate on; set data.eval_path" in refused(inputs, tmp_path, *extra)
+    assert "such as eval/loss" in refused(inputs, tmp_path, "--config.metric_for_best_model=loss")
 
 
 def test_the_state_that_a_run_leaves_is_one_of_transformers(whole):
