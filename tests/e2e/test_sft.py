@@ -247,7 +247,7 @@ def test_a_run_keeps_its_best_model_an_average_and_one_whole_checkpoint(inputs, 
         whole.absolute() / "checkpoints" / str(STEPS) / "params"
     )
     average = weights(whole / "final")["model.norm.weight"]
-    assert not np.allclose(average, trained["norm"]["scale"], rtol=1e-6)
+    assert not np.allclose(average, trained["norm"], rtol=1e-6)
     items = {int(p.name): {q.name for q in p.iterdir()} for p in (whole / "checkpoints").iterdir()}
     assert [step for step, names in items.items() if "train" in names] == [STEPS]
     assert all("params" in names for names in items.values())
