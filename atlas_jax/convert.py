@@ -116,13 +116,13 @@ def convert(src: str, dst: str, dtype: str, max_shard_size: int) -> str:
     """
     path = files_lib.resolved(hf.resolve(src))
     checkpoint = _find_checkpoint(path)
-    if checkpoint is None and path.suffix != ".gguf":
+    if checkpoint is None and path.suffix != ".gguf" and not layout.is_adapter(path):
         return _to_checkpoint(src, path, dst, dtype)
     if checkpoint is None:
         check_apart(dst, [path])
         exports.check(dst, "model")
         model = hf.open_source(str(path))
-        files = hf.model_files(model, load_tokenizer(str(path)))
+        files = hf.model_files(model, load_tokenizer(str(layout.tokenizer_place(path))))
         decoder = _decoder(files)
         params = hf.load(model, decoder)
     else:

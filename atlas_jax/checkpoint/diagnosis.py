@@ -9,7 +9,10 @@ import pathlib
 
 from atlas_jax.checkpoint import layout
 
-_BASE = "merge it into its base model{} (peft: merge_and_unload, save_pretrained); give the result"
+_BASE = "merge it into its base model{} with atlas-convert ADAPTER DIRECTORY; give the result"
+_MERGE = (
+    "merge it into its base model {} (peft: merge_and_unload, save_pretrained); give the result"
+)
 _SAVE = "load it with transformers and save_pretrained, which writes safetensors"
 _CONVERT = "give that model in Hugging Face layout; transformers has a script that converts it"
 _SOURCE = "give the model that it was made of"
@@ -72,6 +75,41 @@ def check_adapter(path: pathlib.Path) -> None:
         raise ValueError(
             f"{path} holds an adapter ({held[0]}), not a whole model; {_BASE.format('')}"
         )
+
+
+_PLAIN = {
+    "bias": "none",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": [],
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layer_replication": [],
+    "trainable_token_indices": [],
+}
+"""Options of PEFT beside rank and targets, with the value without which an adapter is refused."""
+
+
+def adapter_base(path: pathlib.Path) -> str:
+    """Returns the base model of a LoRA adapter, whose options are checked.
+
+    Raises:
+        ValueError: for another kind of adapter, or an option that changes what it computes.
+    """
+    content = layout.read_json(path / layout.ADAPTER_CONFIG)
+    kind = str(content.get("peft_type"))
+    other = [k for k, plain in _PLAIN.items() if (content.get(k) or plain) != plain]
+    if kind.upper() != "LORA" or other:
+        what = f"of the kind {kind}" if kind.upper() != "LORA" else f"with {', '.join(other)}"
+        raise ValueError(
+            f"{path} holds an adapter {what}, which is not computed here; "
+            f"{_MERGE.format(content.get('base_model_name_or_path') or '')}"
+        )
+    for name in ("r", "lora_alpha", "base_model_name_or_path"):
+        if not content.get(name):
+            raise ValueError(f"{path / layout.ADAPTER_CONFIG} has no {name}; write it there")
+    layout.check_fetched(path / layout.ADAPTER)
+    return str(content["base_model_name_or_path"])
 
 
 def foreign(path: pathlib.Path) -> str:

@@ -111,7 +111,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
         )
         stack.close()
         if not outcome.stopped:
-            directory = run.export(outcome.state.params)
+            directory = run.export(outcome.state.whole)
             done = int(outcome.state.step)
             epoch = len(train) / layout.questions
             metrics.write_trainer_state(config, directory, done, num_steps, epoch)
@@ -267,7 +267,7 @@ def make_evaluate(
     from atlas_jax.rollout import evaluation  # a run without held-out questions needs none
 
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
-        policy = parts.backend.publish(state.params, int(state.step))
+        policy = parts.backend.publish(state.whole, int(state.step))
         protocol = parts.protocol._replace(num_generations=1)
         own = questions[jax.process_index() :: jax.process_count()]
         student = parts.backend.student

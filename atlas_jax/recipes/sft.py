@@ -74,7 +74,7 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
         )
         stack.close()
         if not outcome.stopped:
-            final = run.export(outcome.state.params)
+            final = run.export(outcome.state.whole)
             done = int(outcome.state.step)
             metrics.write_trainer_state(config, final, done, num_steps, float(train.num_steps(1)))
             _report(outcome, final)
@@ -138,7 +138,7 @@ def make_evaluate(
         batches = held_out.batches(0, held_out.num_steps(1))
         for batch in batches:
             placed = to_global(batch, decoder.sharding, 1)
-            total = metrics.add(total, jax.device_get(eval_step(state.params, placed)))
+            total = metrics.add(total, jax.device_get(eval_step(state.whole, placed)))
         batches.close()
         return {"eval/loss": metrics.means(total)["loss/total"]}
 
