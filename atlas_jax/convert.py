@@ -5,6 +5,7 @@ What SRC is decides the direction:
     Hugging Face directory or hub id   -> training checkpoint (Orbax), which `resume_from` takes
     run directory, or one checkpoint   -> Hugging Face directory
     .gguf file                         -> Hugging Face directory
+    adapter directory of PEFT          -> Hugging Face directory, with its base
 
 DST must be absent or empty, or an earlier Hugging Face export (by this command or a run), which is
 then replaced; files that you added to such an export are kept. Anything else that exists is refused

@@ -170,8 +170,7 @@ class Run:
         if self.decoder.lora:
             from atlas_jax.models import lora
 
-            shapes, _, placements = self.decoder.trained
-            return lora.init(shapes, placements, self.config.seed)
+            return lora.init(self.decoder, self.config.seed)
         return hf.load(self.model.source, self.decoder)
 
     def export(self, params: Params) -> str:

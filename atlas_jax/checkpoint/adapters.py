@@ -38,9 +38,9 @@ def factors(options: LoraOptions, architecture: ModelConfig, dtype: jnp.dtype) -
         ValueError: for a matrix that the model does not have.
     """
     known = {_target(kind): kind for kind in _linear(architecture) if len(kind.paths) == 1}
-    wanted = options.targets
+    wanted: tuple[str, ...] = options.targets
     if wanted == ("all-linear",) and len(known) == len(_linear(architecture)):
-        wanted = tuple(known)  # type: ignore[assignment]
+        wanted = tuple(known)
     if missing := [name for name in wanted if name not in known]:
         raise ValueError(
             f"model.lora.targets has {', '.join(missing)}, for which this model takes no factors; "
@@ -110,7 +110,7 @@ def export(
         OSError: if a file cannot be written; `directory` is then unchanged.
     """
     whole = jax.jit(lambda tree: tree, out_shardings=decoder.sharding.replicated)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for kind in _kinds(decoder):
         stored = names.stored(params, kind.paths[0])
         pair = jax.device_get(whole([stored[name] for name in FACTORS]))
@@ -179,6 +179,9 @@ class AdapterSource(hf.SafetensorsSource):
         super().__init__(hf.resolve(self.base))
         self.path = place
         self.options = layout.read_json(place / layout.ADAPTER_CONFIG)
+        self.rank = int(self.options["r"])
+        rslora = bool(self.options.get("use_rslora"))
+        self.scale = _scale(self.rank, float(self.options["lora_alpha"]), rslora)
         self._factors = layout.open_file(place / layout.ADAPTER)
         keys = set(self._factors.keys())
         self._pairs = {}
@@ -203,8 +206,7 @@ class AdapterSource(hf.SafetensorsSource):
         if name not in self._pairs:
             return base
         a, b = (x.astype(np.float32) for x in self.pair(name))
-        scale = _scale(len(a), self.options["lora_alpha"], self.options.get("use_rslora", False))
-        return (base.astype(np.float32) + scale * (b @ a)).astype(base.dtype)
+        return (base.astype(np.float32) + self.scale * (b @ a)).astype(base.dtype)
 
     def pair(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the factors `[r, in]` and `[out, r]` of a tensor of the base."""
@@ -232,8 +234,7 @@ def load(path: str, decoder: Decoder, base: hf.Source) -> Params:
     lora = decoder.lora
     assert lora is not None
     said = source.options
-    theirs = said["r"], _scale(said["r"], said["lora_alpha"], said.get("use_rslora", False))
-    if theirs != (lora.rank, lora.scale):
+    if (source.rank, source.scale) != (lora.rank, lora.scale):
         raise ValueError(
             f"{path} has r={said['r']}, lora_alpha={said['lora_alpha']} and use_rslora="
             f"{said.get('use_rslora', False)}; set model.lora.rank, alpha and rslora to these"

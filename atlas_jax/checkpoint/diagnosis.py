@@ -9,10 +9,7 @@ import pathlib
 
 from atlas_jax.checkpoint import layout
 
-_BASE = "merge it into its base model{} with atlas-convert ADAPTER DIRECTORY; give the result"
-_MERGE = (
-    "merge it into its base model {} (peft: merge_and_unload, save_pretrained); give the result"
-)
+_BASE = "merge it into its base model{} (peft: merge_and_unload, save_pretrained); give the result"
 _SAVE = "load it with transformers and save_pretrained, which writes safetensors"
 _CONVERT = "give that model in Hugging Face layout; transformers has a script that converts it"
 _SOURCE = "give the model that it was made of"
@@ -60,16 +57,8 @@ def check_adapter(path: pathlib.Path) -> None:
     """
     if path.is_file():
         raise ValueError(f"{path} is a file; give the directory that holds it")
-    file = path / "adapter_config.json"
-    if file.exists():
-        content = layout.read_json(file)
-        kind = str(content.get("peft_type") or content.get("fine_tune_type") or "LoRA")
-        kind = "LoRA" if kind.lower() == "lora" else kind
-        base = content.get("base_model_name_or_path") or content.get("model") or ""
-        raise ValueError(
-            f"{path} holds a {kind} adapter ({file.name}), not a whole model; "
-            f"{_BASE.format(f' {base}' if base else '')}"
-        )
+    if (path / layout.ADAPTER_CONFIG).exists():
+        raise ValueError(_no_model(path))
     held = [name for name in _ADAPTERS if (path / name).exists()]
     if held and not (path / layout.WHOLE).exists() and not (path / layout.INDEX).exists():
         raise ValueError(
@@ -77,7 +66,7 @@ def check_adapter(path: pathlib.Path) -> None:
         )
 
 
-_PLAIN = {
+_PLAIN: dict[str, object] = {
     "bias": "none",
     "use_dora": False,
     "fan_in_fan_out": False,
@@ -87,29 +76,37 @@ _PLAIN = {
     "layer_replication": [],
     "trainable_token_indices": [],
 }
-"""Options of PEFT beside rank and targets, with the value without which an adapter is refused."""
+"""Options of PEFT that change what an adapter computes, with the value that does not."""
 
 
 def adapter_base(path: pathlib.Path) -> str:
-    """Returns the base model of a LoRA adapter, whose options are checked.
+    """Returns the base model of a LoRA adapter of PEFT, whose options are checked.
 
     Raises:
         ValueError: for another kind of adapter, or an option that changes what it computes.
     """
     content = layout.read_json(path / layout.ADAPTER_CONFIG)
-    kind = str(content.get("peft_type"))
-    other = [k for k, plain in _PLAIN.items() if (content.get(k) or plain) != plain]
-    if kind.upper() != "LORA" or other:
-        what = f"of the kind {kind}" if kind.upper() != "LORA" else f"with {', '.join(other)}"
-        raise ValueError(
-            f"{path} holds an adapter {what}, which is not computed here; "
-            f"{_MERGE.format(content.get('base_model_name_or_path') or '')}"
-        )
-    for name in ("r", "lora_alpha", "base_model_name_or_path"):
-        if not content.get(name):
-            raise ValueError(f"{path / layout.ADAPTER_CONFIG} has no {name}; write it there")
+    needed = ("r", "lora_alpha", "base_model_name_or_path")
+    problems = [f"without {name}" for name in needed if not content.get(name)]
+    problems += [f"with {k}" for k, plain in _PLAIN.items() if (content.get(k) or plain) != plain]
+    if not (path / layout.ADAPTER).exists():
+        problems.append(f"without {layout.ADAPTER}")
+    if problems or str(content.get("peft_type")).upper() != "LORA":
+        raise ValueError(_no_model(path, ", ".join(problems)))
     layout.check_fetched(path / layout.ADAPTER)
     return str(content["base_model_name_or_path"])
+
+
+def _no_model(path: pathlib.Path, why: str = "") -> str:
+    """Returns the sentence about an adapter that cannot be taken, with its base model."""
+    content = layout.read_json(path / layout.ADAPTER_CONFIG)
+    kind = str(content.get("peft_type") or content.get("fine_tune_type") or "LoRA")
+    kind = "LoRA" if kind.lower() == "lora" else kind
+    base = content.get("base_model_name_or_path") or content.get("model") or ""
+    return (
+        f"{path} holds a {kind} adapter ({layout.ADAPTER_CONFIG}), not a whole model"
+        f"{f' ({why})' if why else ''}; {_BASE.format(f' {base}' if base else '')}"
+    )
 
 
 def foreign(path: pathlib.Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jaxtyping import Array, Float
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.layers import Block, Projection, product
 from atlas_jax.types import Params
+
+if TYPE_CHECKING:
+    from atlas_jax.models.transformer import Decoder
 
 FACTORS = ("lora_a", "lora_b")
 
@@ -75,8 +78,9 @@ def _each(lora: Lora, config: ModelConfig, pair: Any) -> Params:
     return {"layers": tree}
 
 
-def init(shapes: Params, placements: Params, seed: int) -> Params:
+def init(decoder: Decoder, seed: int) -> Params:
     """Returns new factors, created in place on the mesh: A as PEFT draws it, B zero."""
+    shapes, _, placements = decoder.trained
 
     def create() -> Params:
         leaves, structure = jax.tree.flatten_with_path(shapes)

@@ -156,7 +156,7 @@ class Compute:
             decoder.sharding,
             updates_per_step,
             self.config.seed,
-            decoder.lora and decoder.lora.dropout > 0,
+            None if decoder.lora is None else decoder.lora.dropout > 0,
         )
 
     def state(

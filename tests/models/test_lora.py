@@ -116,8 +116,7 @@ def test_without_factors_the_decoder_computes_the_model_itself(saved):
 
 def test_new_factors_are_those_of_peft_and_change_nothing(saved):
     decoder, params, _ = adapted(saved, LoraOptions(rank=4))
-    shapes, _, placements = decoder.trained
-    new = lora.init(shapes, placements, seed=1)
+    new = lora.init(decoder, seed=1)
     rows = tiny.batch([[13]], width=13)
     close(
         tiny.hidden(decoder, step.joined(params, new), rows), tiny.hidden(decoder, params, rows), 0
