@@ -5,6 +5,7 @@ What SRC is decides the direction:
     Hugging Face directory or hub id   -> training checkpoint (Orbax), which `resume_from` takes
     run directory, or one checkpoint   -> Hugging Face directory
     .gguf file                         -> Hugging Face directory
+    adapter directory of PEFT          -> Hugging Face directory, with its base
 
 DST must be absent or empty, or an earlier Hugging Face export (by this command or a run), which is
 then replaced; files that you added to such an export are kept. Anything else that exists is refused
@@ -116,13 +117,13 @@ def convert(src: str, dst: str, dtype: str, max_shard_size: int) -> str:
     """
     path = files_lib.resolved(hf.resolve(src))
     checkpoint = _find_checkpoint(path)
-    if checkpoint is None and path.suffix != ".gguf":
+    if checkpoint is None and path.suffix != ".gguf" and not layout.is_adapter(path):
         return _to_checkpoint(src, path, dst, dtype)
     if checkpoint is None:
         check_apart(dst, [path])
         exports.check(dst, "model")
         model = hf.open_source(str(path))
-        files = hf.model_files(model, load_tokenizer(str(path)))
+        files = hf.model_files(model, load_tokenizer(str(layout.tokenizer_place(path))))
         decoder = _decoder(files)
         params = hf.load(model, decoder)
     else:

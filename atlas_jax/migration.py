@@ -160,7 +160,16 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("teacher_adaptive_template", "write `teaching.teacher_template`, which SFT uses too"),
     Foreign("use_reference_teacher_model logging_prob", "there is none here; `beta` above 0 keeps the policy that the run began with as the reference", absent=True),
     # Other trainers.
-    Foreign("use_peft load_in_4bit load_in_8bit use_dora use_rslora peft_config lora_*", "there is no LoRA or quantised training here: every parameter is trained", absent=True),
+    # LoRA.
+    Foreign("lora_r", "it is `model.lora.rank` here", same_as="model.lora.rank"),
+    Foreign("lora_alpha", "it is `model.lora.alpha` here", same_as="model.lora.alpha"),
+    Foreign("lora_dropout", "it is `model.lora.dropout` here", same_as="model.lora.dropout"),
+    Foreign("lora_target_modules target_modules", "it is `model.lora.targets` here", same_as="model.lora.targets"),
+    Foreign("use_rslora", "it is `model.lora.rslora` here", same_as="model.lora.rslora"),
+    Foreign("use_peft peft_config lora_task_type", "write `model.lora.rank=16`: a rank above 0 trains an adapter"),
+    Foreign("load_in_4bit load_in_8bit use_bnb_nested_quant bnb_4bit_quant_type bnb_4bit_compute_dtype",
+            "there is no quantised base here: with `model.lora.rank` the model rests in `model.compute_dtype`, and `sharding=fsdp` or `offload=params` makes room", absent=True),
+    Foreign("use_dora lora_modules_to_save modules_to_save", "there is none here: LoRA trains factors of the matrices in `model.lora.targets` alone", absent=True),
     Foreign("lmbda seq_kd teacher_model_name_or_path align_teacher_template teacher_tokenizer_name_or_path baseline_success baseline_tokens",
             "there is no distillation (GKD) here: the algorithms are `sft` and `grpo`", absent=True),
 )  # fmt: skip

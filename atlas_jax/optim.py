@@ -210,9 +210,9 @@ def is_masked(node: Any) -> bool:
 
 
 def is_matrix(params: Params) -> Params:
-    """Returns a tree that is true for kernels and embedding tables, false for norms and biases."""
+    """Returns a tree that is true for kernels, factors and tables, false for norms and biases."""
 
     def decays(path: tuple[jax.tree_util.DictKey, ...], _: Any) -> bool:
-        return path[-1].key in ("kernel", "embed", "head")
+        return path[-1].key in ("kernel", "embed", "head", "lora_a", "lora_b")
 
     return jax.tree.map_with_path(decays, params)

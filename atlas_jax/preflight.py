@@ -141,6 +141,7 @@ def check_models(config: TrainConfig) -> None:
     tokenizer = config.tokenizer_name_or_path
     with _of("model_name_or_path"):
         check_model(config.model_name_or_path)
+        _check_no_adapter(config)
         _check_computed(config.model_name_or_path)
     with _of("tokenizer_name_or_path" if tokenizer else "model_name_or_path"):
         _check_tokenizer(tokenizer or config.model_name_or_path, _needs_chat(config))
@@ -153,6 +154,16 @@ def check_models(config: TrainConfig) -> None:
             if config.generates_locally:
                 _check_computed(config.student)
             _check_tokenizer(config.student, False)
+
+
+def _check_no_adapter(config: TrainConfig) -> None:
+    """Checks that factors are not trained on top of others."""
+    path = pathlib.Path(config.model_name_or_path).expanduser()
+    if config.model.lora.rank and layout.is_adapter(path):
+        raise ValueError(
+            f"{path} is an adapter, and model.lora.rank={config.model.lora.rank} trains one; to go "
+            f"on with it, set model_name_or_path={layout.adapter_base(path)} and resume_from={path}"
+        )
 
 
 @contextlib.contextmanager
@@ -176,6 +187,8 @@ def check_model(name: str) -> None:
         _check_hub(name, path)
     elif path.is_file():
         _check_gguf(name, path)
+    elif layout.is_adapter(path):
+        check_model(layout.adapter_base(path))
     else:
         layout.check(path)
 
@@ -183,6 +196,8 @@ def check_model(name: str) -> None:
 def _check_computed(name: str) -> None:
     """Checks that the decoder computes models like a directory's `config.json`."""
     path = pathlib.Path(name).expanduser()
+    if layout.is_adapter(path):
+        path = pathlib.Path(layout.adapter_base(path))
     if path.is_dir():
         try:
             check_family(layout.read_json(path / "config.json"))
@@ -241,6 +256,7 @@ def _check_tokenizer(name: str, needs_chat: bool) -> None:
     path = pathlib.Path(name).expanduser()
     if not path.exists():
         _check_hub(name, path)
+    path = layout.tokenizer_place(path)
     if not path.is_dir():
         return
     layout.check_tokenizer(path)
@@ -264,7 +280,7 @@ def _check_origin(config: TrainConfig) -> None:
             "one of its checkpoints, or a model directory"
         )
     is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit()
-    if is_checkpoint and not layout.is_model(path):
+    if is_checkpoint and not (layout.is_model(path) or layout.is_adapter(path)):
         return
     if any(entry.name.isdigit() for entry in path.glob("checkpoints/*")):
         return

@@ -156,7 +156,7 @@ class Run:
         if latest is None:
             params = self._first_params(now.origin)
             logging.info("training begins with %s", now.origin)
-            return Start(self.compute.state(params, optimizer), {}, now)
+            return Start(self.compute.state(params, optimizer, self._frozen()), {}, now)
         # A run of a version that wrote no `start.json` began as the options of this command say.
         before = before or now
         # Before Orbax reads: its errors would name arrays instead of the option that changed.
@@ -168,28 +168,38 @@ class Run:
                 f"left to continue; name a new output_dir and resume_from={path}"
             )
         if not self.checkpoints.has_training_state(latest):  # made by atlas-convert
+            trained = decoder.trained
             params = self.checkpoints.restore_params(
-                latest, step.abstract(decoder.shapes, decoder.placements())
+                latest, step.abstract(trained.shapes, trained.placements)
             )
-            return Start(self.compute.state(params, optimizer), {}, before)
+            return Start(self.compute.state(params, optimizer, self._frozen()), {}, before)
         restored = self.checkpoints.restore(latest, self.compute.abstract_state(decoder, optimizer))
         logging.info("continuing %s at step %d", self.checkpoints.directory, latest)
-        return Start(restored.state, restored.data, before)
+        return Start(restored.state._replace(frozen=self._frozen()), restored.data, before)
+
+    def _frozen(self) -> Params | None:
+        """Returns what LoRA adapts, which stays as it is and is no part of a checkpoint."""
+        return hf.load(self.model.source, self.decoder) if self.decoder.lora else None
 
     def _first_params(self, origin: Origin) -> Params:
         """Returns the weights that a new run begins with."""
-        if not self.config.resume_from:
-            return hf.load(self.model.source, self.decoder)
-        from atlas_jax.startup import origins
+        if self.config.resume_from:
+            from atlas_jax.startup import origins
 
-        return origins.load(origin, self.decoder)
+            return origins.load(origin, self.decoder, base=self.model.source)
+        if self.decoder.lora:
+            from atlas_jax.models import lora
+
+            return lora.init(self.decoder, self.config.seed)
+        return hf.load(self.model.source, self.decoder)
 
     def weights(self, state: step.TrainState) -> Params:
         """Returns the weights that are exported: the state's, or with `ema_decay` their average."""
         average = optim.averaged(state.opt_state)
-        if average is None:
-            return state.params
-        return jax.device_put(average, self.decoder.placements())
+        if average is not None:
+            placed = jax.device_put(average, self.decoder.trained.placements)
+            state = state._replace(params=placed)
+        return state.whole
 
     def export(self, state: step.TrainState, name: str = "final") -> str:
         """Writes `final/`, or a directory of another name, and returns its path."""
@@ -218,9 +228,11 @@ class Training:
 
     def reference(self, frozen: Decoder) -> Params:
         """Returns the weights that the run began with, see `origins.reference`."""
+        start = self.start
+        if start.state.frozen is not None:
+            return start.state.frozen  # what LoRA adapts: no second copy
         from atlas_jax.startup import origins  # SFT has no reference
 
-        start = self.start
         return origins.reference(frozen, self.run.checkpoints, start.started.origin, start.state)
 
     def committed(self) -> metrics.MetricWriter:
@@ -261,7 +273,7 @@ class Training:
         job = loop.Job(
             config=run.config,
             num_steps=self.num_steps,
-            flops_per_token=run.decoder.config.flops_per_token,
+            flops_per_token=run.decoder.flops_per_token,
             train_step=compute.train_step(loss, run.decoder, self.optimizer, self.updates_per_step),
             evaluate=evaluate,
             writer=writer,

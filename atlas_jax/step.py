@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from atlas_jax import optim
@@ -20,11 +21,34 @@ LossFn = Callable[[Params, Any], tuple[LossSum, Metrics]]
 
 
 class TrainState(NamedTuple):
-    """The arrays that a step changes and a checkpoint stores."""
+    """The arrays that a step changes and a checkpoint stores, and those that stay."""
 
     step: Array  # [] int32, completed updates
-    params: Params
+    params: Params  # those that are trained
     opt_state: optax.OptState
+    frozen: Params | None = None
+    """Parameters that no step changes and no checkpoint stores; None if all are trained."""
+
+    @property
+    def whole(self) -> Params:
+        """All parameters of the model, as its functions take them."""
+        return self.params if self.frozen is None else joined(self.frozen, self.params)
+
+
+def joined(frozen: Params, trained: Params) -> Params:
+    """Returns one tree with the leaves of both."""
+    both = frozen | trained
+    for name in frozen.keys() & trained.keys():
+        both[name] = joined(frozen[name], trained[name])
+    return both
+
+
+class Frozen(NamedTuple):
+    """What a step reads besides its state and its batch, if it trains a part of the model."""
+
+    params: Params
+    step: Array  # [] int32, the number of the update, for random numbers
+    part: Array  # [] int32, the number of the microbatch
 
 
 class Optimizer(NamedTuple):
@@ -62,10 +86,16 @@ def place_optimizer(
     )
 
 
-def init_state(params: Params, optimizer: Optimizer, sharding: Sharding) -> TrainState:
+def init_state(
+    params: Params, optimizer: Optimizer, sharding: Sharding, frozen: Params | None = None
+) -> TrainState:
     """Returns the state of step 0 with `params`; optimizer moments are created on the mesh."""
-    opt_state = jax.jit(optimizer.transform.init, out_shardings=optimizer.placement)(params)
-    return TrainState(jax.device_put(jnp.int32(0), sharding.replicated), params, opt_state)
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), sharding.replicated),
+        params=params,
+        opt_state=jax.jit(optimizer.transform.init, out_shardings=optimizer.placement)(params),
+        frozen=frozen,
+    )
 
 
 def abstract(shapes: Any, placements: Any) -> Any:
@@ -117,12 +147,12 @@ class TrainStep:
     sorted rows do, each shape has a program that adds to the sums, and another one updates.
     """
 
-    whole: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    """The step on a batch `[microbatches, B, T]`; consumes the state."""
-    begin: Callable[[Params, Any], GradientSums]
-    """Sums of 0 for batches like this one."""
-    add: Callable[[Params, GradientSums, Any], GradientSums]
-    """The sums with those of a batch `[1, B, T]`; consumes the sums before."""
+    whole: Callable[..., tuple[TrainState, Metrics]]
+    """The step on a state and a batch `[microbatches, B, T]`; consumes the state."""
+    begin: Callable[..., GradientSums]
+    """Sums of 0 for parameters and batches like these."""
+    add: Callable[..., GradientSums]
+    """The sums of parameters, sums and a batch `[1, B, T]`; consumes the sums before."""
     update: Callable[[TrainState, GradientSums], tuple[TrainState, Metrics]]
     """The state after an update with the sums; consumes the state before."""
 
@@ -134,11 +164,23 @@ class TrainStep:
             batch: the batch `[microbatches, B, T]`, or a list of batches `[1, B, T]`, with which
                 one update is made.
         """
+        frozen = state.frozen
+        state = state._replace(frozen=None)
+        state, metrics = self._step(state, batch, frozen)
+        return state._replace(frozen=frozen), metrics
+
+    def _step(
+        self, state: TrainState, batch: Any, frozen: Params | None
+    ) -> tuple[TrainState, Metrics]:
+        def rest(step: Any, part: int = 0) -> tuple[Frozen, ...]:
+            return () if frozen is None else (Frozen(frozen, step, np.int32(part)),)
+
         if not isinstance(batch, list):
-            return self.whole(state, batch)
-        sums = self.begin(state.params, batch[0])
-        for part in batch:
-            sums = self.add(state.params, sums, part)
+            # The state is given away, and has the step in it.
+            return self.whole(state, batch, *rest(np.int32(0)))
+        sums = self.begin(state.params, batch[0], *rest(state.step))
+        for number, part in enumerate(batch):
+            sums = self.add(state.params, sums, part, *rest(state.step, number))
         return self.update(state, sums)
 
 
@@ -149,32 +191,39 @@ class _Gradients:
     loss_fn: LossFn
     dims: Params
     sharding: Sharding
+    dropout_seed: int | None
 
-    def sums(self, params: Params, batch: Any) -> GradientSums:
+    def sums(self, params: Params, batch: Any, frozen: Frozen | None) -> GradientSums:
         """Returns the sums over the leading dim of `batch`."""
         first = jax.tree.map(lambda x: x[0], batch)
-        if batch.tokens.shape[0] == 1:  # no accumulator, which would take memory
-            return self.of(params, first)
+        count = batch.tokens.shape[0]
+        if count == 1:  # no accumulator, which would take memory
+            return self.of(params, first, frozen)
 
-        def add(sums: GradientSums, rows: Any) -> tuple[GradientSums, None]:
-            return self.add(params, sums, rows), None
+        def add(sums: GradientSums, part: tuple[Any, Any]) -> tuple[GradientSums, None]:
+            rows, number = part
+            rest = frozen and frozen._replace(part=number)
+            return self.add(params, sums, rows, rest), None
 
-        return jax.lax.scan(add, self.zeros(params, first), batch)[0]
+        numbers = frozen and jnp.arange(count, dtype=jnp.int32)
+        return jax.lax.scan(add, self.zeros(params, first, frozen), (batch, numbers))[0]
 
-    def of(self, params: Params, batch: Any) -> GradientSums:
+    def of(self, params: Params, batch: Any, frozen: Frozen | None) -> GradientSums:
         """Returns gradients and metrics of one microbatch `[B, T]`."""
-        grads, metrics = jax.grad(self._loss, has_aux=True)(params, batch)
+        grads, metrics = jax.grad(self._loss, has_aux=True)(params, batch, frozen)
         return GradientSums(_scatter(grads, self.dims, self.sharding), metrics)
 
-    def zeros(self, params: Params, batch: Any) -> GradientSums:
+    def zeros(self, params: Params, batch: Any, frozen: Frozen | None) -> GradientSums:
         """Returns sums of nothing for microbatches like this."""
-        shapes = jax.eval_shape(self.of, params, batch)
+        shapes = jax.eval_shape(self.of, params, batch, frozen)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         if platform(self.sharding.mesh) == "cpu":
             return zeros
         return zeros._replace(grads=_scatter(zeros.grads, self.dims, self.sharding))
 
-    def add(self, params: Params, sums: GradientSums, batch: Any) -> GradientSums:
+    def add(
+        self, params: Params, sums: GradientSums, batch: Any, frozen: Frozen | None
+    ) -> GradientSums:
         """Returns the sums with those of one microbatch `[B, T]`.
 
         The backward pass adds each layer's gradient to its part of the sum, so there is no second
@@ -184,16 +233,21 @@ class _Gradients:
         leaves = jax.tree.leaves(params)
         apart = any(x.dtype != jnp.float32 or in_host(x) for x in leaves)
         if apart or platform(self.sharding.mesh) == "cpu":
-            return jax.tree.map(jnp.add, sums, self.of(params, batch))
+            return jax.tree.map(jnp.add, sums, self.of(params, batch, frozen))
         total, pull_back, metrics = jax.vjp(
-            lambda params: self._loss(params, batch), params, has_aux=True
+            lambda params: self._loss(params, batch, frozen), params, has_aux=True
         )
         refs = jax.tree.map(jax.new_ref, sums.grads)
         pull_back.with_refs(refs)(jnp.ones_like(total))  # type: ignore[attr-defined]
         grads = _scatter(jax.tree.map(jax.freeze, refs), self.dims, self.sharding)
         return GradientSums(grads, jax.tree.map(jnp.add, sums.metrics, metrics))
 
-    def _loss(self, params: Params, batch: Any) -> tuple[jax.Array, Metrics]:
+    def _loss(self, params: Params, batch: Any, frozen: Frozen | None) -> tuple[jax.Array, Metrics]:
+        if frozen is not None:
+            params = joined(frozen.params, params)
+            if self.dropout_seed is not None:
+                key = jax.random.fold_in(jax.random.key(self.dropout_seed), frozen.step)
+                params |= {"dropout": jax.random.fold_in(key, frozen.part)}
         (total, weight), metrics = self.loss_fn(params, batch)
         return total, metrics | {"loss/total": (total, weight)}
 
@@ -218,6 +272,7 @@ def make_train_step(
     sharding: Sharding,
     num_updates: int = 1,
     seed: int = 0,
+    dropout: bool | None = None,
 ) -> TrainStep:
     """Returns the compiled `(state, batch) -> (state, metrics)`, which consumes the state.
 
@@ -233,8 +288,12 @@ def make_train_step(
         num_updates: number of updates on each batch, over which metrics are summed.
         seed: seed of the random numbers that round bfloat16 parameters. The numbers of an update
             depend on the seed and the update's index only, so a resumed run draws the same.
+        dropout: whether inputs of factors drop out; None if no parameters are frozen. The random
+            numbers depend on the seed, the update and the microbatch.
     """
-    gradients = _Gradients(loss_fn, dims, sharding)
+    gradients = _Gradients(
+        loss_fn=loss_fn, dims=dims, sharding=sharding, dropout_seed=seed if dropout else None
+    )
 
     def changed(state: TrainState, sums: Any, number: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = sums
@@ -252,17 +311,22 @@ def make_train_step(
             "optim/grad_norm": (norm, jnp.float32(1)),
             "optim/learning_rate": (optimizer.learning_rate(count), jnp.float32(1)),
         }
-        return TrainState(state.step, params, opt_state), metrics
+        return TrainState(step=state.step, params=params, opt_state=opt_state), metrics
 
-    def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
-        return changed(state, gradients.sums(state.params, batch), number)
+    def update(
+        state: TrainState, batch: Any, frozen: Frozen | None, number: Any
+    ) -> tuple[TrainState, Metrics]:
+        rest = frozen and frozen._replace(step=state.step * num_updates + number)
+        return changed(state, gradients.sums(state.params, batch, rest), number)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        state, metrics = update(state, batch, 0)
+    def step(
+        state: TrainState, batch: Any, frozen: Frozen | None = None
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics = update(state, batch, frozen, 0)
         # Scanned, so that compile time does not grow with the number of updates.
         if num_updates > 1:
             state, more = jax.lax.scan(
-                lambda state, number: update(state, batch, number),
+                lambda state, number: update(state, batch, frozen, number),
                 state,
                 jnp.arange(1, num_updates),
             )
@@ -270,46 +334,59 @@ def make_train_step(
         return state._replace(step=state.step + 1), metrics
 
     placements = TrainState(
-        sharding.replicated,
-        jax.tree.map(lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)),
-        optimizer.placement,
+        step=sharding.replicated,
+        params=jax.tree.map(
+            lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)
+        ),
+        opt_state=optimizer.placement,
     )
+    rest = () if dropout is None else (None,)
     # The state is donated: parameters and moments are updated in their own buffers. Without equal
     # shardings of input and output XLA could not reuse them.
     whole = jax.jit(
-        step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
+        step,
+        donate_argnums=0,
+        in_shardings=(placements, None, *rest),
+        out_shardings=(placements, None),
     )
-    return TrainStep(whole, *_in_parts(gradients, changed, placements))
+    begin, add, finish = _in_parts(gradients, changed, placements, rest)
+    return TrainStep(whole=whole, begin=begin, add=add, update=finish)
 
 
 def _in_parts(
     gradients: _Gradients,
     changed: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]],
     placements: TrainState,
+    rest: tuple[None, ...],
 ) -> tuple[Any, Any, Any]:
-    """Returns the programs `begin`, `add` and `update` of a `TrainStep`."""
+    """Returns the programs `begin`, `add` and `update` of a `TrainStep`.
+
+    `rest` has an item if the first two are given what is frozen.
+    """
     places = _gradient_places(gradients.dims, gradients.sharding)
     sums = GradientSums(places, metrics=None)  # type: ignore[arg-type]
 
     def first(batch: Any) -> Any:
         return jax.tree.map(lambda x: x[0], batch)
 
-    def begin(params: Params, batch: Any) -> GradientSums:
-        return gradients.zeros(params, first(batch))
+    def begin(params: Params, batch: Any, frozen: Frozen | None = None) -> GradientSums:
+        return gradients.zeros(params, first(batch), frozen)
 
-    def add(params: Params, sums: GradientSums, batch: Any) -> GradientSums:
-        return gradients.add(params, sums, first(batch))
+    def add(
+        params: Params, sums: GradientSums, batch: Any, frozen: Frozen | None = None
+    ) -> GradientSums:
+        return gradients.add(params, sums, first(batch), frozen)
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, Metrics]:
         state, metrics = changed(state, sums, 0)
         return state._replace(step=state.step + 1), metrics
 
     return (
-        jax.jit(begin, in_shardings=(placements.params, None), out_shardings=sums),
+        jax.jit(begin, in_shardings=(placements.params, None, *rest), out_shardings=sums),
         jax.jit(
             add,
             donate_argnums=1,
-            in_shardings=(placements.params, sums, None),
+            in_shardings=(placements.params, sums, None, *rest),
             out_shardings=sums,
         ),
         jax.jit(

@@ -29,8 +29,10 @@ from atlas_jax.checkpoint import hf
 from atlas_jax.config import DataConfig, ModelOptions, SFTConfig
 from atlas_jax.data import loader, sources
 from atlas_jax.data.chat_template import ChatTemplate
+from atlas_jax.models import lora
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.train import LoraOptions
 from atlas_jax.recipes import sft
 from atlas_jax.sharding import to_global
 from atlas_jax.startup import model as models
@@ -52,6 +54,7 @@ def main() -> None:
         each.add_argument("--chunk", type=int, default=1024, help="loss_chunk_size")
     sft_parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
     sft_parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    sft_parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="trains factors")
     sft_parser.add_argument("--packing", default="", metavar="FILE", help="rows to pack")
     grpo_parser.add_argument("--prompts", type=int, default=4, help="questions a step")
     grpo_parser.add_argument("--generations", type=int, default=4)
@@ -79,7 +82,8 @@ def measure(args: argparse.Namespace) -> dict[str, float | str | list[float] | N
     compute = Compute.of(_config(args))
     decoder, params = _model(args, compute)
     optimizer = compute.optimizer(decoder, args.steps)
-    state = compute.state(params, optimizer)
+    factors = lora.init(decoder, 0) if args.lora else None
+    state = compute.state(factors or params, optimizer, params if args.lora else None)
     del params
     batches, segments = _batches(args, decoder.config.vocab_size)
     loss = sft.make_loss(decoder, args.chunk, RowBounds(segments=segments))
@@ -106,7 +110,7 @@ def _figures(
     median, device = float(np.median(times[1:])), jax.devices()[0]
     speed = tokens / median
     peak = metrics.peak_flops(device)
-    flops = decoder.config.flops_per_token(args.length)
+    flops = decoder.flops_per_token(args.length)
     memory = device.memory_stats() or {}
     device_bytes = memory.get("peak_bytes_in_use")
     return {
@@ -134,7 +138,7 @@ def _config(args: argparse.Namespace) -> SFTConfig:
         max_seq_length=args.length,
         packing=bool(args.packing),
         data=DataConfig(dataset_path=args.packing),
-        model=ModelOptions(compute_dtype=args.dtype),
+        model=ModelOptions(compute_dtype=args.dtype, lora=LoraOptions(rank=args.lora)),
     )
 
 

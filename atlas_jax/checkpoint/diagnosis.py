@@ -57,21 +57,56 @@ def check_adapter(path: pathlib.Path) -> None:
     """
     if path.is_file():
         raise ValueError(f"{path} is a file; give the directory that holds it")
-    file = path / "adapter_config.json"
-    if file.exists():
-        content = layout.read_json(file)
-        kind = str(content.get("peft_type") or content.get("fine_tune_type") or "LoRA")
-        kind = "LoRA" if kind.lower() == "lora" else kind
-        base = content.get("base_model_name_or_path") or content.get("model") or ""
-        raise ValueError(
-            f"{path} holds a {kind} adapter ({file.name}), not a whole model; "
-            f"{_BASE.format(f' {base}' if base else '')}"
-        )
+    if (path / layout.ADAPTER_CONFIG).exists():
+        raise ValueError(_no_model(path))
     held = [name for name in _ADAPTERS if (path / name).exists()]
     if held and not (path / layout.WHOLE).exists() and not (path / layout.INDEX).exists():
         raise ValueError(
             f"{path} holds an adapter ({held[0]}), not a whole model; {_BASE.format('')}"
         )
+
+
+_PLAIN: dict[str, object] = {
+    "bias": "none",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": [],
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layer_replication": [],
+    "trainable_token_indices": [],
+}
+"""Options of PEFT that change what an adapter computes, with the value that does not."""
+
+
+def adapter_base(path: pathlib.Path) -> str:
+    """Returns the base model of a LoRA adapter of PEFT, whose options are checked.
+
+    Raises:
+        ValueError: for another kind of adapter, or an option that changes what it computes.
+    """
+    content = layout.read_json(path / layout.ADAPTER_CONFIG)
+    needed = ("r", "lora_alpha", "base_model_name_or_path")
+    problems = [f"without {name}" for name in needed if not content.get(name)]
+    problems += [f"with {k}" for k, plain in _PLAIN.items() if (content.get(k) or plain) != plain]
+    if not (path / layout.ADAPTER).exists():
+        problems.append(f"without {layout.ADAPTER}")
+    if problems or str(content.get("peft_type")).upper() != "LORA":
+        raise ValueError(_no_model(path, ", ".join(problems)))
+    layout.check_fetched(path / layout.ADAPTER)
+    return str(content["base_model_name_or_path"])
+
+
+def _no_model(path: pathlib.Path, why: str = "") -> str:
+    """Returns the sentence about an adapter that cannot be taken, with its base model."""
+    content = layout.read_json(path / layout.ADAPTER_CONFIG)
+    kind = str(content.get("peft_type") or content.get("fine_tune_type") or "LoRA")
+    kind = "LoRA" if kind.lower() == "lora" else kind
+    base = content.get("base_model_name_or_path") or content.get("model") or ""
+    return (
+        f"{path} holds a {kind} adapter ({layout.ADAPTER_CONFIG}), not a whole model"
+        f"{f' ({why})' if why else ''}; {_BASE.format(f' {base}' if base else '')}"
+    )
 
 
 def foreign(path: pathlib.Path) -> str:

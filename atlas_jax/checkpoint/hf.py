@@ -116,11 +116,15 @@ def resolve(name_or_path: str) -> str:
 
 
 def open_source(path: str) -> Source:
-    """Opens a model directory or a `.gguf` file.
+    """Opens a model directory, an adapter's with its base, or a `.gguf` file.
 
     Raises:
         ValueError: if it is incomplete or not supported.
     """
+    if layout.is_adapter(pathlib.Path(path)):
+        from atlas_jax.checkpoint import adapters  # most models are whole
+
+        return adapters.AdapterSource(path)
     if not path.endswith(".gguf"):
         return SafetensorsSource(path)
     from atlas_jax.checkpoint import gguf  # needs an extra, and no other model does
@@ -181,7 +185,7 @@ def load(source: Source, decoder: Decoder) -> Params:
         places = [names.leaf(placements, path) for path in entry.paths]
         values = _load_kind(source, decoder, entry, places)
         for path, value in zip(entry.paths, values, strict=True):
-            _set(params, path, value)
+            set_leaf(params, path, value)
     return params
 
 
@@ -269,7 +273,8 @@ def _check(source: Source, decoder: Decoder) -> None:
             )
 
 
-def _set(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
+def set_leaf(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
+    """Puts a leaf into a tree, whose branches it makes."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -26,6 +26,8 @@ BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _POINTER = b"version https://git-lfs"
@@ -263,6 +265,28 @@ def is_model(directory: pathlib.Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "model_type" in content
+
+
+def is_adapter(directory: pathlib.Path) -> bool:
+    """Returns whether a directory is an adapter of PEFT, without weights of a whole model."""
+    return (directory / ADAPTER_CONFIG).exists() and not has_weights(directory)
+
+
+def adapter_base(directory: pathlib.Path) -> str:
+    """Returns the base model of an adapter, checked from its config.
+
+    Raises:
+        ValueError: for an adapter that is not computed here.
+    """
+    from atlas_jax.checkpoint import diagnosis
+
+    return diagnosis.adapter_base(directory)
+
+
+def tokenizer_place(path: pathlib.Path) -> pathlib.Path:
+    """Returns the place of a model's tokenizer: an adapter without one has its base's."""
+    has_own = any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
+    return path if has_own or not is_adapter(path) else pathlib.Path(adapter_base(path))
 
 
 def some(names: Sequence[str]) -> str:

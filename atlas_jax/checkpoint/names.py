@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.types import Array, Params
+
+if TYPE_CHECKING:
+    from atlas_jax.models.lora import Lora
 
 LAYER = "model.layers.{}."
 
@@ -101,6 +104,24 @@ def leaf(tree: Params, path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
+
+
+def stored(params: Params, path: tuple[str, ...]) -> Any:
+    """Returns the parameter at `path`, or with LoRA its matrix and its factors."""
+    parent = leaf(params, path[:-1])
+    if path[-1] == "kernel" and "lora_a" in parent:
+        return {name: parent[name] for name in ("kernel", "lora_a", "lora_b")}
+    return parent[path[-1]]
+
+
+def value(part: Any, lora: Lora | None, dtype: Any) -> Array:
+    """Returns the parameter of one layer, or of the model, from its part of `stored`."""
+    if not isinstance(part, dict):
+        return part.astype(dtype)
+    from atlas_jax.models import lora as factors  # most models have none
+
+    assert lora is not None, "a model with factors says so"
+    return factors.merged_kernel(part, lora, dtype)
 
 
 def hf_names(entry: TensorKind, config: ModelConfig) -> list[str]:

@@ -16,7 +16,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from atlas_jax.checkpoint import names, writer
 from atlas_jax.checkpoint.writer import Tensor
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
+
+if TYPE_CHECKING:
+    from atlas_jax.models.lora import Lora
 
 _THREADS = 4  # number that write one file; one alone is slower than memory and than most disks
 
@@ -256,8 +259,9 @@ def _begin(params: Params, decoder: Decoder, dtype: str) -> Iterator[_SentBlock]
     processes = jax.process_count()
     mesh = _mesh(decoder.sharding.mesh, processes)
     for block in _blocks(decoder, processes):
-        parts = [[names.leaf(params, path) for path in kind.paths] for kind in block.kinds]
-        run = _extraction(block.kinds, dtype, mesh, _shapes(block.kinds, decoder))
+        parts = [[names.stored(params, path) for path in kind.paths] for kind in block.kinds]
+        shapes = _shapes(block.kinds, decoder)
+        run = _extraction(block.kinds, dtype, mesh, shapes, decoder.lora)
         # A process without a layer computes another one's again, and sends nothing.
         layers = np.asarray([max(layer, 0) for layer in block.layers], np.int32)
         values, checksums = run(parts, layers)
@@ -286,23 +290,24 @@ def _extraction(
     dtype: str,
     mesh: Mesh,
     shapes: tuple[tuple[int, ...], ...],
-) -> Callable[[list[list[jax.Array]], np.ndarray], tuple[list[jax.Array], jax.Array]]:
+    lora: Lora | None,
+) -> Callable[[list[list[Any]], np.ndarray], tuple[list[jax.Array], jax.Array]]:
     """Returns the compiled `(parameters, layers) -> (tensors, checksums)` of a block.
 
     Tensors are `[processes, ...]` and checksums `[kinds, processes]`.
     """
     bits = jnp.uint32 if jnp.dtype(dtype).itemsize == 4 else jnp.uint16
 
-    def run(parts: list[list[jax.Array]], layers: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    def run(parts: list[list[Any]], layers: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         values = []
         checksums = []
         for kind, own in zip(kinds, parts, strict=True):
             # Outside the layers there is one tensor for all processes.
-            taken = [part[layers] if kind.per_layer else part[None] for part in own]
+            taken = jax.tree.map(lambda x, k=kind: x[layers] if k.per_layer else x[None], own)
             one = functools.partial(names.to_hf, kind)
-            value = jax.vmap(lambda *each, one=one: one(list(each)))(
-                *(part.astype(dtype) for part in taken)
-            )
+            value = jax.vmap(
+                lambda each, one=one: one([names.value(part, lora, dtype) for part in each])
+            )(taken)
             value = jnp.broadcast_to(value, (len(layers), *value.shape[1:]))
             numbers = jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32)
             axes = tuple(range(1, numbers.ndim))

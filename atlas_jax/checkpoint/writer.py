@@ -17,7 +17,7 @@ import os
 import pathlib
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from atlas_jax import distributed
 from atlas_jax.checkpoint import layout, names
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.types import Params
+
+if TYPE_CHECKING:
+    from atlas_jax.models.lora import Lora
 
 Dtype = str | Mapping[str, str]
 """dtype of all tensors, or of each tensor by name."""
@@ -251,8 +254,8 @@ def _values(
     waiting: collections.deque[tuple[jax.Array, jax.Array]] = collections.deque()
     for name in order:
         entry, i = kinds[name]
-        parts = [names.leaf(params, path) for path in entry.paths]
-        one = _one(entry, dtype_of(name, dtype), decoder.sharding.replicated)
+        parts = [names.stored(params, path) for path in entry.paths]
+        one = _one(entry, dtype_of(name, dtype), decoder.sharding.replicated, decoder.lora)
         value, checksum = one(parts, np.int32(i))
         # The copy of one tensor runs while the devices gather the next ones.
         value.copy_to_host_async()
@@ -265,14 +268,14 @@ def _values(
 
 @functools.lru_cache
 def _one(
-    entry: names.TensorKind, dtype: str, place: jax.sharding.NamedSharding
-) -> Callable[[list[jax.Array], np.int32], tuple[jax.Array, jax.Array]]:
+    entry: names.TensorKind, dtype: str, place: jax.sharding.NamedSharding, lora: Lora | None
+) -> Callable[[list[Any], np.int32], tuple[jax.Array, jax.Array]]:
     """Returns the compiled `(parameters, layer) -> (tensor, checksum)` of one kind."""
     bits = jnp.uint32 if jnp.dtype(dtype).itemsize == 4 else jnp.uint16
 
-    def run(parts: list[jax.Array], layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values = [part[layer] if entry.per_layer else part for part in parts]
-        value = names.to_hf(entry, [part.astype(dtype) for part in values])
+    def run(parts: list[Any], layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = jax.tree.map(lambda x: x[layer] if entry.per_layer else x, parts)
+        value = names.to_hf(entry, [names.value(part, lora, dtype) for part in values])
         numbers = jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32)
         return value, jnp.sum(numbers * (numbers | 1), dtype=jnp.uint32)
 

@@ -54,10 +54,13 @@ def placements(sharding: Sharding) -> KVCache:
 def resident(decoder: Decoder) -> Decoder:
     """Returns the decoder of the weights that `weights` gives.
 
-    They are in the compute dtype, whole on every device but for the axis `tensor`.
+    They are in the compute dtype, whole on every device but for the axis `tensor`, and have the
+    factors of LoRA added to them.
     """
     sharding = dataclasses.replace(decoder.sharding, mode="replicated", offload="none")
-    return dataclasses.replace(decoder, sharding=sharding, param_dtype=decoder.compute_dtype)
+    return dataclasses.replace(
+        decoder, sharding=sharding, param_dtype=decoder.compute_dtype, lora=None
+    )
 
 
 def weights(decoder: Decoder, params: Params) -> Params:
@@ -101,12 +104,16 @@ def _unstacked(place: NamedSharding) -> NamedSharding:
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(decoder: Decoder, stacked: Params, number: jax.Array) -> Params:
     """Returns one layer's weights."""
+    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stacked)
+    if decoder.lora is not None:
+        from atlas_jax.models import lora
+
+        layer = lora.merged(layer, decoder.lora)
 
     def one(x: jax.Array, place: NamedSharding) -> jax.Array:
-        x = jax.lax.dynamic_index_in_dim(x, number, keepdims=False).astype(decoder.compute_dtype)
-        return jax.lax.with_sharding_constraint(x, _unstacked(place))
+        return jax.lax.with_sharding_constraint(x.astype(decoder.compute_dtype), _unstacked(place))
 
-    return jax.tree.map(one, stacked, resident(decoder).placements()["layers"])
+    return jax.tree.map(one, layer, resident(decoder).placements()["layers"])
 
 
 def _placed(x: jax.Array, dtype: jnp.dtype, place: NamedSharding) -> jax.Array:

@@ -163,6 +163,7 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outer), dims=dims[len(inner) :]) if bias else None
         self.inner = inner
         self.outer = outer
+        self.delta: Callable[[jax.Array], jax.Array] | None = None  # what `lora` adds
 
     def __call__(self, x: Float[Array, "B T *inner"]) -> Float[Array, "B T *outer"]:
         """Returns the product of `x` and the kernel over the inner dims, plus the bias.
@@ -171,12 +172,15 @@ class Projection(nnx.Module):
         kernel's gradient over tokens, which takes a fifth of a step's time on two CPU cores.
         """
         size = math.prod(self.inner)
-        y = _product(x.reshape(-1, size), self.kernel[...].reshape(size, -1))
+        rows = x.reshape(-1, size)
+        y = product(rows, self.kernel[...].reshape(size, -1))
+        if self.delta is not None:
+            y += self.delta(rows)
         y = y.reshape(*x.shape[:2], *self.outer)
         return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
 
 
-def _product(x: Float[Array, "M I"], kernel: Float[Array, "I O"]) -> Float[Array, "M O"]:
+def product(x: Float[Array, "M I"], kernel: Float[Array, "I O"]) -> Float[Array, "M O"]:
     """Returns `x @ kernel` in the dtype of `x`, with a gradient in the dtype of the kernel."""
     return x @ kernel if x.dtype == kernel.dtype else _mixed_product(x, kernel)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ from atlas_jax.models.layers import (
     rotation,
 )
 from atlas_jax.types import UNKNOWN, Params, RowBounds
+
+if TYPE_CHECKING:
+    from atlas_jax.models.lora import Lora
 
 
 def _attention(prim: Any, *_: Any, **params: Any) -> bool:
@@ -73,6 +76,14 @@ _KEPT_IN_HOST = _policies.save_and_offload_only_these_names(
 FLOAT32 = jnp.dtype("float32")
 
 
+class Trained(NamedTuple):
+    """The parameters that training changes: three trees of one structure."""
+
+    shapes: Params
+    dims: Params
+    placements: Params
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A decoder of one architecture, with its placement on devices and its dtypes.
@@ -89,6 +100,8 @@ class Decoder:
         gradient_dtype: the dtype of the gradients of layers as they are summed over devices; not
             narrower than `compute_dtype`.
         remat: key of `REMAT_POLICIES`.
+        lora: the factors that are trained in place of the parameters, which then stay; None for
+            none.
     """
 
     config: ModelConfig
@@ -98,6 +111,7 @@ class Decoder:
     compute_dtype: jnp.dtype = FLOAT32
     gradient_dtype: jnp.dtype = FLOAT32
     remat: str = "none"
+    lora: Lora | None = None
 
     @functools.cached_property
     def _block(self) -> tuple[Any, Any]:
@@ -160,12 +174,35 @@ class Decoder:
         Raises:
             ValueError: if a parameter does not divide over the mesh; the message names it.
         """
+        return self._placed(self.shapes, self.dims)
 
+    @property
+    def trained(self) -> Trained:
+        """The trained parameters, which are all of them without `lora`; raises as `placements`."""
+        shapes = self.shapes
+        dims = self.dims
+        if self.lora is not None:
+            from atlas_jax.models import lora  # most runs train whole models
+
+            shapes = lora.shapes(self.lora, self.config)
+            dims = lora.dims(self.lora, self.config)
+        return Trained(shapes, dims, self._placed(shapes, dims))
+
+    def _placed(self, shapes: Params, dims: Params) -> Params:
         def place(path: Any, shape: jax.ShapeDtypeStruct, dims: shd.Dims) -> NamedSharding:
             self.sharding.check(jax.tree_util.keystr(path), shape.shape, dims)
             return self.sharding.params(dims)
 
-        return jax.tree.map_with_path(place, self.shapes, self.dims)
+        return jax.tree.map_with_path(place, shapes, dims)
+
+    def flops_per_token(self, length: float) -> float:
+        """Returns the operations of a step per token, see `ModelConfig.flops_per_token`.
+
+        Matrices that stay have no gradient, which is a third of their operations; those of the
+        factors are not counted.
+        """
+        total = self.config.flops_per_token(length)
+        return total - self.config.flops_per_token(0) / 3 if self.lora else total
 
     def hidden(
         self,
@@ -226,10 +263,15 @@ class Decoder:
     def stacked(self, params: Params) -> tuple[Params, Any]:
         """Returns the operands of a scan over layers.
 
-        They are each layer's parameters, whether it is local, and whether it rotates.
+        They are each layer's parameters, whether it is local, and whether it rotates. A key
+        `dropout` of the parameters is divided among the layers.
         """
         local, rotates = zip(*self.kinds, strict=True)
-        return params["layers"], (np.asarray(local), np.asarray(rotates))
+        layers = params["layers"]
+        if "dropout" in params:
+            keys = jax.random.split(params["dropout"], self.config.num_layers)
+            layers = layers | {"dropout": keys}
+        return layers, (np.asarray(local), np.asarray(rotates))
 
     @property
     def kinds(self) -> list[tuple[bool, bool]]:
@@ -257,9 +299,7 @@ class Decoder:
         """
         config = self.config
         params, (is_local, rotates) = scanned
-        dtypes = self.compute_dtype, self.gradient_dtype
-        params = shd.gather(self.sharding, params, self._layer_dims, *dtypes)
-        block = nnx.merge(self._block[0], nnx.State(params))
+        block = self._bound(params)
         full, local = (functools.partial(attend, window) for window in (0, config.window))
         if config.rope_layers:
             angles = _where(rotates, angles[0]), _where(rotates, angles[1])
@@ -274,9 +314,28 @@ class Decoder:
             x, cached = block(x, chosen, lambda *qkv: jax.lax.cond(is_local, local, full, *qkv))
         return self._rows(x), cached
 
+    def _bound(self, params: Params) -> Block:
+        """Returns a layer with its parameters, which are gathered for it alone."""
+        dtypes = self.compute_dtype, self.gradient_dtype
+        if self.lora is None:
+            params = shd.gather(self.sharding, params, self._layer_dims, *dtypes)
+            return nnx.merge(self._block[0], nnx.State(params))
+        from atlas_jax.models import lora
+
+        params, factors = lora.split(params)
+        key = params.pop("dropout", None)
+        # What stays has no gradient, for which its dtype would be wider.
+        params = shd.gather(self.sharding, params, self._layer_dims, dtypes[0], dtypes[0])
+        block = nnx.merge(self._block[0], nnx.State(params))
+        if factors:
+            dims = _of_layer(lora.dims(self.lora, self.config))
+            factors = shd.gather(self.sharding, factors, dims, *dtypes)
+            lora.attach(block, factors, self.lora, key)
+        return block
+
     @functools.cached_property
     def _layer_dims(self) -> Params:
-        return jax.tree.map(lambda d: d[1:], self.dims["layers"], is_leaf=_is_dims)
+        return _of_layer(self.dims)
 
     def _rows(self, x: jax.Array) -> jax.Array:
         where = NamedSharding(self.sharding.mesh, PartitionSpec(shd.BATCH_AXES))
@@ -286,6 +345,11 @@ class Decoder:
 def _where(rotates: jax.Array | bool, angles: Rotation) -> Rotation:
     """Returns the angles, or angles of zero for a layer that does not rotate."""
     return Rotation(jnp.where(rotates, angles.cos, 1.0), jnp.where(rotates, angles.sin, 0.0))
+
+
+def _of_layer(dims: Params) -> Params:
+    """Returns the dims of one layer's parameters."""
+    return jax.tree.map(lambda d: d[1:], dims["layers"], is_leaf=_is_dims)
 
 
 def _is_dims(x: Any) -> bool:

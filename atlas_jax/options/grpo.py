@@ -162,6 +162,12 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
             raise ValueError("packing=True is for SFT; GRPO rows hold a prompt and its completions")
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True without a reference; raise beta above 0")
+        if self.model.lora.rank and (self.sync_ref_model or "reference" in self.offload):
+            raise ValueError(
+                f"model.lora.rank={self.model.lora.rank} with sync_ref_model or offload=reference: "
+                "the reference is the model without the factors, which takes no memory of its own "
+                "and stays as it is; leave both out"
+            )
         if self.rollout.has_student and not self.student_model:
             raise ValueError(
                 "student_model is empty; set --config.student_model=…, or "

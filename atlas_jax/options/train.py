@@ -91,6 +91,50 @@ class HostsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adaptation (arXiv:2106.09685): factors are trained, the model itself stays."""
+
+    rank: NonNegativeInt = 0
+    """Rank of the factors; 0 trains the whole model. Above 0 the model itself stays as it is, in
+    `model.compute_dtype`."""
+    alpha: Positive = 32.0
+    """Product of the factors is multiplied by `alpha / rank`."""
+    rslora: bool = False
+    """Multiplies by `alpha / sqrt(rank)` instead (arXiv:2312.03732)."""
+    dropout: Fraction = 0.0
+    """Share of the inputs of the factors that are set to 0 in training."""
+    targets: tuple[
+        Literal[
+            "all-linear",
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
+        ...,
+    ] = ("all-linear",)
+    """Matrices of each layer that have factors, by their names in PEFT; `all-linear` is all of
+    them."""
+    export: Literal["adapter", "merged"] = "adapter"
+    """Content of `final/`: an adapter directory of PEFT, or the whole model with the factors
+    added."""
+
+    def check(self) -> None:
+        """Checks the names together.
+
+        Raises:
+            ValueError: names them.
+        """
+        if not self.targets or ("all-linear" in self.targets and len(self.targets) > 1):
+            raise ValueError(
+                f"model.lora.targets={self.targets} must be all-linear alone, or names of matrices"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Number formats and files of the model; its `config.json` says what it is."""
 
@@ -111,6 +155,7 @@ class ModelOptions:
     in the files of `model_name_or_path`, whatever their `config.json` says."""
     max_shard_size: PositiveInt = 5_000_000_000
     """Bytes of a safetensors file above which an export is split over several files."""
+    lora: LoraOptions = LoraOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,6 +387,7 @@ class TrainConfig:
         check_values(self)
         self.data.check()
         self.mesh.check()
+        self.model.lora.check()
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name_or_path):
             raise ValueError(
                 f"output_dir={self.output_dir} is the model's own directory; name another one"
@@ -362,6 +408,11 @@ class TrainConfig:
             raise ValueError(
                 f"min_lr_ratio={self.min_lr_ratio} with lr_scheduler_type=constant, which does not "
                 "fall; choose linear, cosine or wsd, or set min_lr_ratio=0"
+            )
+        if self.optim == "muon" and self.model.lora.rank:
+            raise ValueError(
+                f"optim=muon with model.lora.rank={self.model.lora.rank}: Muon orthogonalizes whole "
+                "matrices, not factors; use optim=adamw"
             )
         if self.lr_scheduler_type == "wsd" and self.warmup_ratio + self.lr_decay_ratio > 1:
             raise ValueError(

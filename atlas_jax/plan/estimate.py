@@ -162,13 +162,14 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
         used = min(used, analysis.peak_memory_in_bytes)
     grads = 0.0
     if trains or accumulates:
-        decoder = run.decoder
-        grads = device_bytes(abstract_gradients(decoder.shapes, decoder.dims, decoder.sharding))
+        trained = run.decoder.trained
+        sharding = run.decoder.sharding
+        grads = device_bytes(abstract_gradients(trained.shapes, trained.dims, sharding))
     # What stays between programs has columns of its own; all else that is given is temporary. The
     # weights that generation reads are a copy, so they are.
-    counted = (run.state.params, *run.resident.values())
-    beside = device_bytes(argument) if any(argument is tree for tree in counted) else 0.0
-    inputs = params + opt_state if trains else beside
+    counted = {id(leaf) for leaf in jax.tree.leaves((run.state, run.resident))}
+    given = [leaf for leaf in jax.tree.leaves(program.arguments) if id(leaf) in counted]
+    inputs = device_bytes(given)
     held_in_host = (device_bytes(t, host=True) for t in (run.state, *run.resident.values()))
     host = sum(held_in_host, 0.0)
     host += analysis.host_temp_size_in_bytes

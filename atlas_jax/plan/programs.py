@@ -58,11 +58,28 @@ class PlannedRun(NamedTuple):
     """Shapes, dtypes and places."""
     programs: list[Program]
     resident: dict[str, Any]
-    """Trees that stay beside the training state: the reference, a student in this process."""
+    """Trees that stay beside the training state: what LoRA adapts, the reference, a student in this
+    process."""
     num_tokens: int
     """Positions of rows in a step."""
     segments: int
     """Texts in a packed row."""
+
+    @property
+    def rest(self) -> tuple[step.Frozen, ...]:
+        """The last argument of programs that train a part of the model."""
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        return (step.Frozen(self.resident["base"], number, number),) if self.decoder.lora else ()
+
+    @property
+    def whole(self) -> Any:
+        """All parameters of the trained model."""
+        return self.state._replace(frozen=self.resident.get("base")).whole
+
+    @property
+    def passes(self) -> int:
+        """Forward passes with as many operations as the model needs to train."""
+        return 2 if self.decoder.lora else 3  # matrices that stay have no gradient
 
 
 def build(
@@ -93,13 +110,14 @@ def build(
         raise ValueError(f"segments={segments} of rows that are not packed; set packing=true")
     decoder = compute.decoder(architecture)
     optimizer = compute.optimizer(decoder, _NUM_UPDATES)
+    frozen = step.abstract(decoder.shapes, decoder.placements())
     run = PlannedRun(
         config=config,
         decoder=decoder,
         mesh=compute.sharding.mesh,
         state=compute.abstract_state(decoder, optimizer),
         programs=[],
-        resident={},
+        resident={"base": frozen} if decoder.lora else {},
         num_tokens=0,
         segments=segments,
     )
@@ -119,11 +137,11 @@ def _sft(
     train = compute.train_step(loss, run.decoder, optimizer)
     num_tokens = plan.global_rows * length
     content = even(length, run.segments)
-    needed = 3 * flops.forward(run.decoder.config, plan.global_rows, content)
+    needed = run.passes * flops.forward(run.decoder.config, plan.global_rows, content)
     program = Program(
         name="train",
         function=train.whole,
-        arguments=(run.state, _batch(Batch, shape, compute.sharding)),
+        arguments=(run.state, _batch(Batch, shape, compute.sharding), *run.rest),
         model_flops=needed,
         content=content,
     )
@@ -141,15 +159,16 @@ def _in_parts(
     sharding = run.decoder.sharding
     times, *rows = shape
     batch = _batch(Batch, (1, *rows), sharding)
-    _, metrics = jax.eval_shape(train.begin, state.params, batch)
+    _, metrics = jax.eval_shape(train.begin, state.params, batch, *run.rest)
     everywhere = jax.tree.map(lambda _: sharding.replicated, metrics)
-    grads = step.abstract_gradients(run.decoder.shapes, run.decoder.dims, sharding)
+    trained = run.decoder.trained
+    grads = step.abstract_gradients(trained.shapes, trained.dims, sharding)
     sums = step.GradientSums(grads, step.abstract(metrics, everywhere))
     return [
         program._replace(
             name="microbatch",
             function=train.add,
-            arguments=(state.params, sums, batch),
+            arguments=(state.params, sums, batch, *run.rest),
             model_flops=program.model_flops / times,
             times=times,
         ),
@@ -188,22 +207,23 @@ def _grpo(
         Program(
             name="update",
             function=train.whole,
-            arguments=(run.state, batch),
-            model_flops=3 * forward * config.num_iterations,
+            arguments=(run.state, batch, *run.rest),
+            model_flops=run.passes * forward * config.num_iterations,
             content=content,
         )
     ]
-    resident: dict[str, Any] = {}
+    resident = dict(run.resident)
     score = grpo.make_logprobs_fn(decoder, config, layout.per_row)
     plain = batch._replace(ref_logprobs=None, old_logprobs=None)
     if config.beta:
-        frozen = grpo.reference_decoder(config, decoder)
-        resident["reference"] = step.abstract(frozen.shapes, frozen.placements())
+        if not decoder.lora:
+            frozen = grpo.reference_decoder(config, decoder)
+            resident["reference"] = step.abstract(frozen.shapes, frozen.placements())
         programs.append(
             Program(
                 name="logprobs",
                 function=score,
-                arguments=(resident["reference"], plain),
+                arguments=(resident["base" if decoder.lora else "reference"], plain),
                 model_flops=forward,
                 content=content,
             )
@@ -213,7 +233,7 @@ def _grpo(
             Program(
                 name="old logprobs",
                 function=score,
-                arguments=(run.state.params, plain),
+                arguments=(run.whole, plain),
                 model_flops=forward,
                 content=content,
             )
@@ -222,7 +242,7 @@ def _grpo(
         policy = _Requests(
             name="",
             decoder=decoder,
-            params=run.state.params,
+            params=run.whole,
             prompts=layout.questions,
             samples=config.num_generations,
             prompt_tokens=config.max_prompt_length,

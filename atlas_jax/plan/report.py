@@ -97,7 +97,7 @@ def as_json(plan: Plan, config: TrainConfig) -> dict[str, Any]:
         "mfu": plan.mfu,
         "tokens": plan.run.num_tokens,
         "checkpoint_bytes": checkpoint_bytes(plan.run),
-        "export_bytes": num_params(plan.run) * 2,
+        "export_bytes": export_bytes(plan.run, config),
         "vllm": vllm(plan.run.decoder.config, length) if length else None,
     }
 
@@ -107,6 +107,17 @@ def num_params(run: PlannedRun) -> int:
     import jax
 
     return sum(math.prod(s.shape) for s in jax.tree.leaves(run.decoder.shapes))
+
+
+def export_bytes(run: PlannedRun, config: TrainConfig) -> int:
+    """Returns the bytes of `final/`: of the model in bfloat16, or of an adapter."""
+    import jax
+
+    lora = config.model.lora
+    if not (lora.rank and lora.export == "adapter"):
+        return num_params(run) * 2
+    trained = jax.tree.leaves(run.decoder.trained.shapes)
+    return sum(math.prod(s.shape) * s.dtype.itemsize for s in trained)
 
 
 def checkpoint_bytes(run: PlannedRun) -> float:
@@ -190,7 +201,7 @@ def _summary(plan: Plan, config: TrainConfig) -> list[str]:
         f"{at_most}; rates: {plan.rates.source}",
         _memory_line(plan),
         f"disk: {checkpoint_bytes(run) / _GIB:.1f} GiB a checkpoint, "
-        f"{num_params(run) * 2 / _GIB:.1f} GiB final/ in bfloat16",
+        f"{export_bytes(run, config) / _GIB:.1f} GiB final/ in bfloat16",
     ]
     if config.longest_generation:
         v = vllm(run.decoder.config, config.longest_generation)

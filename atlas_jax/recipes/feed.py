@@ -95,7 +95,7 @@ class Feed:
         config = self._parts.config
         version = int(state.step)
         # The weights go out before anything is asked, so that every new batch begins with them.
-        policy = parts.backend.publish(state.params, version)
+        policy = parts.backend.publish(state.whole, version)
         published = time.perf_counter()
         # A process that gives up must tell the others, which would wait for it further down.
         with distributed.together(*_LEAVE):
@@ -298,7 +298,7 @@ class PolicyBatches:
             batch = batch._replace(ref_logprobs=self._logprobs_fn(self.reference, batch))
         # With one update a step, the update itself computes the log-probabilities before it.
         if config.num_iterations > 1:
-            batch = batch._replace(old_logprobs=self._logprobs_fn(state.params, batch))
+            batch = batch._replace(old_logprobs=self._logprobs_fn(state.whole, batch))
         return batch, num_tokens
 
     def _sync_reference(self, version: int, params: Params) -> None:

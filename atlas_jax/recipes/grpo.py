@@ -268,7 +268,7 @@ def make_evaluate(
     from atlas_jax.rollout import evaluation  # a run without held-out questions needs none
 
     def run_evaluation(state: step.TrainState) -> dict[str, float]:
-        policy = parts.backend.publish(state.params, int(state.step))
+        policy = parts.backend.publish(state.whole, int(state.step))
         protocol = parts.protocol._replace(num_generations=1)
         own = questions[jax.process_index() :: jax.process_count()]
         student = parts.backend.student

@@ -23,8 +23,9 @@ from absl import logging
 from atlas_jax import config as config_lib
 from atlas_jax import metrics, saved_config, stopping, wording
 from atlas_jax import step as training_step
-from atlas_jax.checkpoint import manager
+from atlas_jax.checkpoint import hf, manager
 from atlas_jax.checkpoint.manager import MODEL_FILES, Checkpoints
+from atlas_jax.models import lora
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.grpo import GRPOConfig
@@ -322,6 +323,8 @@ def _begin(
         state = _state(restored, origin, checkpoints, compute, decoder, optimizer)
         if not config.beta:
             return state, None
+        if state.frozen is not None:
+            return state, state.frozen
         frozen = grpo.reference_decoder(config, decoder)
         return state, origins.reference(frozen, checkpoints, origin, state)
     except (OSError, ValueError) as error:
@@ -342,12 +345,22 @@ def _state(
     optimizer: training_step.Optimizer,
 ) -> training_step.TrainState:
     """Returns the state of a checkpoint, or that of the beginning."""
+    config = compute.config
+    base = None
+    frozen = None
+    if decoder.lora is not None:
+        base = hf.open_source(hf.resolve(config.model_name_or_path))
+        frozen = hf.load(base, decoder)
+    if restored is None and decoder.lora is not None and not config.resume_from:
+        return compute.state(lora.init(decoder, config.seed), optimizer, frozen)
     if restored is None:
-        return compute.state(origins.load(origin, decoder), optimizer)
+        return compute.state(origins.load(origin, decoder, base=base), optimizer, frozen)
     if checkpoints.has_training_state(restored):
-        return checkpoints.restore(restored, compute.abstract_state(decoder, optimizer)).state
-    shapes = training_step.abstract(decoder.shapes, decoder.placements())
-    return compute.state(checkpoints.restore_params(restored, shapes), optimizer)
+        state = checkpoints.restore(restored, compute.abstract_state(decoder, optimizer)).state
+        return state._replace(frozen=frozen)
+    trained = decoder.trained
+    shapes = training_step.abstract(trained.shapes, trained.placements)
+    return compute.state(checkpoints.restore_params(restored, shapes), optimizer, frozen)
 
 
 def _share(

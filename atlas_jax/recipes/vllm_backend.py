@@ -374,6 +374,11 @@ def probe_logprobs(
 
     @jax.jit
     def run(params: Params, batch: PolicyBatch) -> jax.Array:
+        if decoder.lora is not None and rounds:
+            from atlas_jax.models import lora
+
+            merge = functools.partial(lora.merged, lora=decoder.lora)
+            params = params | {"layers": jax.vmap(merge)(params["layers"])}
         if rounds:
             params = jax.tree.map(
                 lambda p, shape: p.astype(dtype).astype(shape.dtype), params, decoder.shapes

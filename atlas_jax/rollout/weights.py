@@ -31,6 +31,7 @@ from atlas_jax.rollout.push import PROBES, Checksums, FileLoader, Loader, Probe,
 from atlas_jax.rollout.servers import Server
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
+from atlas_jax.step import joined
 from atlas_jax.types import DependencyError, Metrics, Params
 
 _ATTEMPTS = 2
@@ -162,7 +163,7 @@ class DiskSync:
         start = time.perf_counter()
         values = outgoing.Outgoing(params, self._decoder, self._options.dtype, keep=True)
         values.dispatch()
-        copy = _copied(params, self._options.dtype)
+        copy = _copied(params, self._options.dtype, self._decoder)
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "weights")
         work = self._thread.submit(self._deliver_beside, values, version, copy)
@@ -449,7 +450,17 @@ def _problem(do: Callable[[], object]) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _copied(params: Params, dtype: str) -> Params:
-    """Returns a copy in `dtype`, for the trainer's log-probabilities of these weights."""
+def _cast(params: Params, dtype: str | None) -> Params:
     # Without a copy the result could be the arrays themselves, which the next step donates.
-    return jax.tree.map(lambda p: jnp.copy(p.astype(dtype)), params)
+    return jax.tree.map(lambda p: jnp.copy(p if dtype is None else p.astype(dtype)), params)
+
+
+def _copied(params: Params, dtype: str, decoder: Decoder) -> Params:
+    """Returns a copy in `dtype`, for the trainer's log-probabilities of these weights."""
+    if decoder.lora is None:
+        return _cast(params, dtype)
+    from atlas_jax.models import lora
+
+    # No step changes what the factors are added to, which is not copied.
+    base, factors = lora.split(params)
+    return joined(base, _cast(factors, None))

@@ -83,7 +83,15 @@ class Compute:
                 over them.
         """
         dtype = jnp.dtype(self.config.model.param_dtype)
-        return self._decoder(architecture, self.sharding, dtype)
+        options = self.config.model.lora
+        if not options.rank:
+            return self._decoder(architecture, self.sharding, dtype)
+        from atlas_jax.checkpoint import adapters  # most runs train whole models
+
+        decoder = self._decoder(architecture, self.sharding, self.dtype)
+        decoder = dataclasses.replace(decoder, lora=adapters.factors(options, architecture, dtype))
+        _ = decoder.trained  # raises for factors that do not divide
+        return decoder
 
     def frozen_decoder(self, architecture: ModelConfig) -> Decoder:
         """Returns the decoder of a model that is not trained; raises as `decoder` does.
@@ -127,9 +135,10 @@ class Compute:
     def optimizer(self, decoder: Decoder, num_updates: int) -> step.Optimizer:
         """Returns the optimizer with the schedule of a run of so many updates."""
         learning_rate = optim.schedule(self.config, num_updates)
-        transform = optim.make(self.config, learning_rate, decoder.dims)
+        trained = decoder.trained
+        transform = optim.make(self.config, learning_rate, trained.dims)
         return step.place_optimizer(
-            transform, learning_rate, decoder.shapes, decoder.dims, decoder.sharding
+            transform, learning_rate, trained.shapes, trained.dims, decoder.sharding
         )
 
     def train_step(
@@ -141,15 +150,22 @@ class Compute:
     ) -> step.TrainStep:
         """Returns the compiled step, see `step.make_train_step`."""
         return step.make_train_step(
-            loss, optimizer, decoder.dims, decoder.sharding, updates_per_step, self.config.seed
+            loss,
+            optimizer,
+            decoder.trained.dims,
+            decoder.sharding,
+            updates_per_step,
+            self.config.seed,
+            None if decoder.lora is None else decoder.lora.dropout > 0,
         )
 
-    def state(self, params: Params, optimizer: step.Optimizer) -> step.TrainState:
-        """Returns the state of step 0 around parameters."""
-        return step.init_state(params, optimizer, self.sharding)
+    def state(
+        self, params: Params, optimizer: step.Optimizer, frozen: Params | None = None
+    ) -> step.TrainState:
+        """Returns the state of step 0 around parameters that are trained, and others."""
+        return step.init_state(params, optimizer, self.sharding, frozen)
 
     def abstract_state(self, decoder: Decoder, optimizer: step.Optimizer) -> step.TrainState:
         """Returns the shapes, dtypes and places of a state."""
-        return step.abstract_state(
-            decoder.shapes, decoder.placements(), optimizer, decoder.sharding
-        )
+        trained = decoder.trained
+        return step.abstract_state(trained.shapes, trained.placements, optimizer, decoder.sharding)

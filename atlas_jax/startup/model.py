@@ -108,7 +108,7 @@ def _open(
     path = hf.resolve(name)
     # The headers of the files alone: what cannot be trained is refused before weights are read.
     source = hf.open_source(path)
-    tokenizer = load_tokenizer(tokenizer_name or path)
+    tokenizer = load_tokenizer(tokenizer_name or str(layout.tokenizer_place(pathlib.Path(path))))
     architecture = from_hf(source.config)
     if unknown := ignored(source.config):
         logging.info("%s: options of config.json without a meaning there: %s", name, unknown)
@@ -126,6 +126,21 @@ def _open(
 def export(config: TrainConfig, model: Model, params: Params, name: str = "final") -> str:
     """Writes the directory of this name in `output_dir`, and returns its path."""
     folder = _folder(config, name)
+    lora = config.model.lora
+    if lora.rank and lora.export == "adapter":
+        from atlas_jax.checkpoint import adapters
+
+        adapters.export(
+            params,
+            model.decoder,
+            lora,
+            model.files,
+            folder,
+            base=config.model_name_or_path,
+            source=config.output_dir,
+            unmarked=_usual(config),
+        )
+        return folder
     hf.export(
         params,
         model.decoder,

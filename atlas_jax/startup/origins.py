@@ -17,6 +17,7 @@ from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.train import TrainConfig
 from atlas_jax.sharding import fetch
+from atlas_jax.startup import directory
 from atlas_jax.startup.directory import Origin
 from atlas_jax.types import Params
 from atlas_jax.wording import shorten
@@ -35,7 +36,7 @@ def find(config: TrainConfig) -> Origin:
             f"resume_from={name} does not exist; give the output_dir of another run, one of its "
             "checkpoints, or a model directory"
         )
-    if layout.is_model(place):  # whatever it is called and holds beside
+    if layout.is_model(place) or layout.is_adapter(place):  # whatever it is called and holds beside
         return Origin(str(place))
     if place.parent.name == "checkpoints" and place.name.isdigit():
         return Origin(str(place.parent.parent), int(place.name))
@@ -49,19 +50,25 @@ def find(config: TrainConfig) -> Origin:
     )
 
 
-def load(origin: Origin, decoder: Decoder, cast: bool = False) -> Params:
-    """Returns the weights that a run begins with.
+def load(
+    origin: Origin, decoder: Decoder, cast: bool = False, base: hf.Source | None = None
+) -> Params:
+    """Returns the weights that a run begins with; with LoRA the factors.
 
     Args:
         origin: from `find`, or what an earlier command of the run began with.
         decoder: architecture, dtype and places of the result.
         cast: whether another stored dtype is cast, as for a reference that rests in another one.
+        base: the model that factors belong to.
 
     Raises:
         ValueError: for weights of another model, or if they are gone.
     """
     if origin.step is None:
-        source = hf.open_source(hf.resolve(origin.path))
+        path = hf.resolve(origin.path)
+        if decoder.lora is not None:
+            return _load_factors(path, decoder, base)
+        source = hf.open_source(path)
         _check_same_model(origin, source.config, decoder)
         return hf.load(source, decoder)
     place = pathlib.Path(origin.path)
@@ -70,12 +77,38 @@ def load(origin: Origin, decoder: Decoder, cast: bool = False) -> Params:
     stored = place / manager.MODEL_FILES / "config.json"
     if stored.exists():
         _check_same_model(origin, json.loads(stored.read_text()), decoder)
+    if base is not None and decoder.lora is not None:
+        _check_same_base(origin, hf.digest(base))
     checkpoints = manager.Checkpoints(origin.path, create=False)
+    trained = decoder.trained
     params = checkpoints.restore_params(
-        origin.step, step.abstract(decoder.shapes, decoder.placements()), cast=cast
+        origin.step, step.abstract(trained.shapes, trained.placements), cast=cast
     )
     checkpoints.close()
     return params
+
+
+def _load_factors(path: str, decoder: Decoder, base: hf.Source | None) -> Params:
+    """Returns the factors of an adapter directory."""
+    if not layout.is_adapter(pathlib.Path(path)):
+        raise ValueError(
+            f"resume_from={path} is a whole model, and model.lora.rank trains factors; set "
+            "model_name_or_path to it, or resume_from to an adapter"
+        )
+    from atlas_jax.checkpoint import adapters  # most runs train whole models
+
+    assert base is not None, "factors belong to a model"
+    return adapters.load(path, decoder, base)
+
+
+def _check_same_base(origin: Origin, digest: str) -> None:
+    """Checks that the factors of another run were trained on the model of this one."""
+    before = directory.started(origin.path)
+    if before is not None and before.weights != digest:
+        raise ValueError(
+            f"{origin} has factors of another model than model_name_or_path; set that to the model "
+            "that they were trained on"
+        )
 
 
 def reference(

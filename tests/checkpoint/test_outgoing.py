@@ -1,13 +1,18 @@
 """Tensors on their way out: their order, their bytes, and who holds them."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 
-from atlas_jax.checkpoint import outgoing, writer
+from atlas_jax import step
+from atlas_jax.checkpoint import adapters, outgoing, writer
 from atlas_jax.config import MeshConfig
+from atlas_jax.options.train import LoraOptions
 from tests import tiny
 
 
@@ -51,6 +56,28 @@ def test_what_is_written_is_what_the_model_was_read_from(family, dtype, tmp_path
         assert before.keys() == after.keys()
         for tensor, value in before.items():
             assert after[tensor].tobytes() == value.tobytes(), tensor
+
+
+def test_what_leaves_has_the_factors_of_lora_added(tmp_path):
+    path = tiny.save("qwen3", tmp_path)
+    decoder, params = tiny.load(path, MeshConfig(fsdp=4, tensor=2))
+    options = LoraOptions(rank=2, alpha=3.0, targets=("o_proj", "up_proj"))
+    lora = adapters.factors(options, decoder.config, jnp.dtype("float32"))
+    decoder = dataclasses.replace(decoder, lora=lora)
+    shapes, _, placements = decoder.trained
+    rng = np.random.default_rng(0)
+    new = jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), shapes)
+    whole = step.joined(params, jax.device_put(new, placements))
+    before = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    for name, value in outgoing.Outgoing(whole, decoder, "float32"):
+        expected = before[name]
+        part, _, matrix = name.removesuffix(".weight").rpartition(".")
+        if matrix in options.targets:
+            group = new["layers"]["attention" if "attn" in part else "mlp"][matrix[:-5]]
+            a, b = (group[key][int(name.split(".")[2])] for key in ("lora_a", "lora_b"))
+            added = a.reshape(-1, 2) @ b.reshape(2, -1)
+            expected = expected + 3 / 2 * added.T
+        np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
 def test_no_device_holds_more_than_its_share_of_a_tensor(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, Rope
+from atlas_jax.options.train import LoraOptions, ModelOptions
 from atlas_jax.plan import estimate, flops, hlo, pairs, programs, rates, report, search
 from atlas_jax.plan.targets import Device, Target
 from atlas_jax.sharding import make_mesh
@@ -118,6 +119,21 @@ def test_offloaded_state_counts_for_the_host():
     memory = plan(dataclasses.replace(SFT, offload="optimizer")).programs[0].memory
     assert memory.optimizer <= 8  # the counts
     assert memory.host >= 2 * memory.params
+
+
+def test_lora_needs_no_gradient_and_no_moments_of_the_model(sft):
+    options = ModelOptions(lora=LoraOptions(rank=4), compute_dtype="float32")
+    found = plan(dataclasses.replace(SFT, model=options))
+    [whole], [part] = sft.programs, found.programs
+    factors = sum(math.prod(s.shape) for s in jax.tree.leaves(found.run.decoder.trained.shapes))
+    layer = 4 * (64 + 64) + 2 * 4 * (64 + 32) + 4 * (64 + 64) + 3 * 4 * (64 + 128)
+    assert factors == 4 * layer
+    assert part.memory.resident == whole.memory.params
+    assert part.memory.optimizer < 2 * 4 * factors + 64
+    assert part.memory.gradients < 4 * factors + 64
+    assert part.memory.temporaries < whole.memory.temporaries
+    assert part.cost.flops < 0.8 * whole.cost.flops
+    assert report.as_json(found, SFT)["checkpoint_bytes"] == pytest.approx(12 * factors, abs=64)
 
 
 def test_a_run_that_is_too_large_gets_changes_that_make_it_fit():
