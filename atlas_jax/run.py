@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -213,7 +212,6 @@ class Training:
         feed: loop.BatchSource,
         writer: metrics.MetricWriter,
         evaluate: Callable[[step.TrainState], dict[str, float]] | None = None,
-        healthy: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     ) -> loop.Outcome:
         """Trains to the last step, or until the run is to stop; see `loop.run`.
 
@@ -222,10 +220,15 @@ class Training:
             feed: gives the batches.
             writer: from `committed`.
             evaluate: metrics of a state; None evaluates nothing.
-            healthy: range of each metric outside of which the log warns.
         """
         run = self.run
         compute = self.run.compute
+        if distributed.is_main():
+            from atlas_jax.startup import header  # only the first process shows anything
+
+            logging.info(
+                "%s", header.describe(run.model, compute, self.start.state, self.num_steps)
+            )
         job = loop.Job(
             config=run.config,
             num_steps=self.num_steps,
@@ -234,7 +237,6 @@ class Training:
             evaluate=evaluate,
             writer=writer,
             checkpoints=run.checkpoints,
-            healthy=healthy,
             restored=self.start.data,
         )
         return loop.run(job, self.start.state, feed)
