@@ -60,6 +60,7 @@ class RunDisplay:
         self._since_summary: list[Mapping[str, float]] = []
         self._summarized = start
         self._before: dict[str, float] = {}
+        self._warned: set[str] = set()
         self._secs_left = math.nan
         self._activity = Activity()
         self._has_status = mode == "auto" and terminal.is_interactive()
@@ -116,9 +117,13 @@ class RunDisplay:
             for name in dict.fromkeys(name for line in lines for name in line)
         }
         self._say(f"{where}, mean of {step - self._summarized}", means)
-        for fault in ranges.faults(lambda name: means.get(name, math.nan)):
-            if fault.learns_nothing:
+        faults = ranges.faults(lambda name: means.get(name, math.nan))
+        faults = [fault for fault in faults if fault.learns_nothing]
+        # Not again while it lasts, nor at the last step, whose verdict says it.
+        for fault in faults if step < self._num_steps else ():
+            if fault.name not in self._warned:
                 logging.warning("%s; %s", fault.text, fault.advice)
+        self._warned = {fault.name for fault in faults}
         self._since_summary = []
         self._summarized = step
 
