@@ -63,7 +63,7 @@ class RunDisplay:
         self._warned: set[str] = set()
         self._secs_left = math.nan
         self._activity = Activity()
-        self._has_status = mode == "auto" and terminal.is_interactive()
+        self._has_status = mode == "auto" and terminal.has_status_line()
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -159,7 +159,7 @@ def texts(name: str, total: int, mode: str) -> Iterator[None]:
         total: texts that are asked for, at most.
         mode: the option `terminal`.
     """
-    if mode != "auto" or not terminal.is_interactive():
+    if mode != "auto" or not terminal.has_status_line():
         yield
         return
     first = progress.marks()

@@ -29,6 +29,12 @@ def is_interactive() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
 
 
+def has_status_line() -> bool:
+    """Returns whether a status line may be shown: all that is logged there can pass above it."""
+    others = {*python_logging.getLogger().handlers} - {logging.get_absl_handler()}
+    return is_interactive() and all(isinstance(h, python_logging.FileHandler) for h in others)
+
+
 def has_colours() -> bool:
     """Returns whether colours are wanted, see https://no-color.org."""
     return is_interactive() and not os.environ.get("NO_COLOR")
@@ -49,7 +55,11 @@ def opened(mode: str = "auto") -> Iterator[None]:
     Args:
         mode: `auto`, `lines` or `quiet`, see the option `terminal`.
     """
+    root = python_logging.getLogger()
     handler = logging.get_absl_handler()
+    added = not root.handlers  # a program that has set up no log, unlike the commands
+    if added:
+        root.addHandler(handler)
     writer = handler.python_handler
     before = writer.stream, writer.formatter
     shown = _ShownLines(quiet=mode == "quiet")
@@ -60,6 +70,8 @@ def opened(mode: str = "auto") -> Iterator[None]:
     try:
         yield
     finally:
+        if added:
+            root.removeHandler(handler)
         handler.removeFilter(shown)
         writer.setStream(before[0])
         writer.setFormatter(before[1])
