@@ -139,14 +139,14 @@ class RunDisplay:
         self._before |= values
 
     def _status(self, columns: int) -> str:
-        parts = [Part(f"{word} {ranges.number(self._values[name])}", 2 + place)
+        parts = [LinePart(f"{word} {ranges.number(self._values[name])}", 2 + place)
                  for place, (name, word) in enumerate(_chosen(self._values))]  # fmt: skip
         left = _duration(self._secs_left)
         return status_line(
             columns,
-            Part(f"{self._name} {self._step}/{self._num_steps}", 0),
+            LinePart(f"{self._name} {self._step}/{self._num_steps}", 0),
             self._step / max(self._num_steps, 1),
-            [*parts, *([Part(f"{left} left", 1)] if left else []), self._activity.part()],
+            [*parts, *([LinePart(f"{left} left", 1)] if left else []), self._activity.part()],
         )
 
 
@@ -170,15 +170,15 @@ def texts(name: str, total: int, mode: str) -> Iterator[None]:
         done = min(progress.marks() - first, total)
         secs = time.monotonic() - start
         left = _duration(secs / done * (total - done)) if done else ""
-        parts = [Part(f"{left} left", 1)] if left else []
-        head = Part(f"{name} {done}/{total} texts", 0)
+        parts = [LinePart(f"{left} left", 1)] if left else []
+        head = LinePart(f"{name} {done}/{total} texts", 0)
         return status_line(columns, head, done / max(total, 1), [*parts, activity.part()])
 
     with activity.watched(), terminal.StatusLine(status):
         yield
 
 
-class Part(NamedTuple):
+class LinePart(NamedTuple):
     """A part of a status line."""
 
     text: str
@@ -186,7 +186,7 @@ class Part(NamedTuple):
     """Importance; parts with lower numbers are kept where the line is short."""
 
 
-def status_line(columns: int, head: Part, share: float, parts: Sequence[Part]) -> str:
+def status_line(columns: int, head: LinePart, share: float, parts: Sequence[LinePart]) -> str:
     """Returns a line of at most `columns` columns: the head, a bar, and as many parts as fit.
 
     Args:
@@ -213,7 +213,7 @@ def status_line(columns: int, head: Part, share: float, parts: Sequence[Part]) -
 
 
 class Activity:
-    """What is going on at this moment: a compilation, else a phase with its texts."""
+    """The work of this moment: a compilation, else a phase with its texts."""
 
     def __init__(self) -> None:
         self._phase = ""
@@ -226,16 +226,16 @@ class Activity:
         self._phase = phase
         self._marks = progress.marks()
 
-    def part(self) -> Part:
+    def part(self) -> LinePart:
         """Returns the activity as a part of a status line."""
         with self._lock:
             begun = min(self._compiling.values(), default=math.inf)
         secs = time.monotonic() - begun
         if secs > _COMPILE_SECS:
-            return Part(f"compiling … {_duration(secs)}", 0)
+            return LinePart(f"compiling … {_duration(secs)}", 0)
         written = progress.marks() - self._marks
         count = f": {written} texts" if written and self._phase else ""
-        return Part(f"{self._phase}{count}", 99)
+        return LinePart(f"{self._phase}{count}", 99)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

@@ -10,11 +10,16 @@ import jax.numpy as jnp
 import pytest
 
 from atlas_jax import display, progress
-from atlas_jax.display import Part
+from atlas_jax.display import LinePart
 from tests import terminal
 
-PARTS = [Part("reward 0.12", 2), Part("KL 0.01", 3), Part("9:10 min left", 1), Part("writing", 99)]
-HEAD = Part("grpo 12/100", 0)
+PARTS = [
+    LinePart("reward 0.12", 2),
+    LinePart("KL 0.01", 3),
+    LinePart("9:10 min left", 1),
+    LinePart("writing", 99),
+]
+HEAD = LinePart("grpo 12/100", 0)
 
 
 @pytest.mark.parametrize("columns", range(1, 121))
@@ -33,9 +38,9 @@ def test_a_status_line_fits_its_columns_and_drops_the_least_important_part_first
 
 
 def test_the_bar_shows_the_share_that_is_done():
-    assert display.status_line(21, Part("x", 0), 0.5, []) == "x " + "━" * 10 + "─" * 9
-    assert display.status_line(80, Part("x", 0), 2.0, []) == "x " + "━" * 24
-    assert display.status_line(7, Part("x", 0), 0.5, []) == "x"
+    assert display.status_line(21, LinePart("x", 0), 0.5, []) == "x " + "━" * 10 + "─" * 9
+    assert display.status_line(80, LinePart("x", 0), 2.0, []) == "x " + "━" * 24
+    assert display.status_line(7, LinePart("x", 0), 0.5, []) == "x"
 
 
 def shown(caplog):

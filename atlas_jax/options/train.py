@@ -197,7 +197,7 @@ class TrainConfig:
     summary_steps: PositiveInt = 10
     """Steps between two summaries of the log: means since the last one, with arrows against it."""
     terminal: Literal["auto", "lines", "quiet"] = "auto"
-    """What standard error shows: `auto` has a status line and summaries in a terminal, and all
+    """Content of standard error: `auto` has a status line and summaries in a terminal, and all
     metrics of each step elsewhere; `lines` has the latter in a terminal too; `quiet` has warnings,
     errors and the result. `training.log` has all of it in any case."""
     report_to: tuple[str, ...] = ("tensorboard",)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging as python_logging
 import os
 import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
@@ -38,14 +41,31 @@ def _show(output_dir: str, as_json: bool) -> None:
     verdict = guide.judge(run)
     model = os.path.join(output_dir, "final")
     warned = health.measured(run)
-    for warning in warned:
-        logging.warning("%s; %s", warning.text, warning.advice)
-    terminal.result("\n".join([*in_lines(verdict), f"model: {masking.hide(model)}"]))
+    with _log(os.path.join(output_dir, "training.log")):
+        for warning in warned:
+            logging.warning("%s; %s", warning.text, warning.advice)
+        terminal.result("\n".join([*in_lines(verdict), f"model: {masking.hide(model)}"]))
     if as_json:
         texts = [warning.text for warning in warned]
         values = _as_json(run, verdict) | {"warnings": texts, "model": model}
         sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _log(path: str) -> Iterator[None]:
+    """Adds what is logged to the log of the run, which has let go of it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(max(verbosity, logging.INFO))
+    handler = python_logging.FileHandler(path)
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.get_absl_logger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.get_absl_logger().removeHandler(handler)
+        handler.close()
 
 
 def in_lines(verdict: guide.RunVerdict) -> list[str]:

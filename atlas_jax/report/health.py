@@ -59,6 +59,9 @@ class Health(NamedTuple):
 def examine(run: RunFiles, steps: Sequence[StepSamples]) -> Health:
     """Returns the health of a run."""
     slowest, secs, phases = _slowest(run)
+    now = measured(run)
+    # What the end of the run has logged of them is no other warning.
+    logged = [w for w in _logged(run) if not any(w.text.startswith(x.text) for x in now)]
     reasons = collections.Counter(
         _NUMBER.sub("N", masking.hide(member.failure or member.unscored))
         for step in steps
@@ -68,7 +71,7 @@ def examine(run: RunFiles, steps: Sequence[StepSamples]) -> Health:
     )
     lost = sum(step.unread for step in steps)
     return Health(
-        warnings=[*measured(run), *_logged(run)],
+        warnings=[*now, *logged],
         failures=reasons.most_common(),
         num_samples=sum(step.num_samples for step in steps),
         servers=_servers(run),

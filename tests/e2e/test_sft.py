@@ -139,7 +139,7 @@ def test_quiet_shows_the_result_alone_and_json_goes_to_standard_output(inputs, t
     assert head.endswith("] finished") and lines[-1] == f"model: {tmp_path}/run/final"
     assert "step 1/2" not in result.stderr and "parameters" not in result.stderr
     log = (tmp_path / "run/training.log").read_text()
-    assert "step 1/2 loss/total=" in log and "parameters" in log
+    assert "step 1/2 loss/total=" in log and "parameters" in log and " INFO finished\n" in log
 
 
 def test_the_export_is_a_transformers_model(whole):

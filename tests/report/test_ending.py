@@ -68,7 +68,10 @@ def test_where_nothing_was_learned_the_end_and_the_page_say_so(tmp_path, caplog,
     (warning,) = lines_of(caplog, "WARNING")
     assert warning.startswith(f"nothing is learned: {words} ({name} is 1 in the last steps, above")
     assert warning.count("; ") == 1, "what to do follows"
-    assert f"nothing is learned: {words}" in page.make([str(run)])
+    log = (run / "training.log").read_text()
+    assert f"WARNING {warning}\n" in log and "INFO finished\n" in log
+    shown = page.make([str(run)])
+    assert shown.count(f"nothing is learned: {words}") == 1, "though the log has it too"
     some = [line | {name: 0.1} for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in some))
     caplog.clear()
@@ -96,5 +99,6 @@ def test_an_evaluation_of_the_model_before_does_not_count(tmp_path, caplog):
 
 def test_a_run_does_not_fail_for_its_verdict(tmp_path, caplog):
     ending.show(str(tmp_path / "nowhere"), False)
+    assert not (tmp_path / "nowhere").exists()
     (warning,) = lines_of(caplog, "WARNING")
     assert warning.startswith("no verdict on this run: ValueError")
