@@ -15,7 +15,6 @@ MODULES = {
     "hf": ("torch",),
     "judges": ("aiohttp", "yarl"),
     "postgres": ("psycopg", "pyarrow"),
-    "report": ("scipy",),
     "vllm": ("aiohttp", "prometheus_client", "yarl"),
 }
 """Extra -> the modules that it installs and that the package or its tools import."""

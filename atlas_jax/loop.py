@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from absl import logging
-from tqdm import tqdm
 
 from atlas_jax import distributed, metrics, stopping
 from atlas_jax.checkpoint.manager import Checkpoints
@@ -21,6 +21,7 @@ from atlas_jax.stopping import StopRequestedError
 from atlas_jax.types import DependencyError, Metrics, Params
 
 if TYPE_CHECKING:
+    from atlas_jax.display import RunDisplay
     from atlas_jax.profiling import Profile
 
 _UNLOGGED = "metrics"
@@ -81,8 +82,6 @@ class Job(NamedTuple):
     checkpoints: Checkpoints
     keep_best: Callable[[TrainState, dict[str, float]], None] | None = None
     """Exports the state if its evaluation is the best one."""
-    healthy: Mapping[str, tuple[float, float]] = MappingProxyType({})
-    """Metric -> range without a warning."""
     restored: Mapping[str, Any] = MappingProxyType({})
     """`data` of the checkpoint that the run resumes from."""
 
@@ -116,7 +115,7 @@ def run(job: Job, state: TrainState, feed: BatchSource) -> Outcome:
         OSError: if a checkpoint cannot be written.
     """
     training = _LoopState(job, state, feed)
-    with stopping.training(), training.log.progress:
+    with stopping.training(), training.log.shown():
         try:
             training.catch_up()
             for step in range(int(state.step) + 1, job.num_steps + 1):
@@ -175,7 +174,9 @@ class _LoopState:
             self.log.start_clock()
         if self._profile:
             self._profile.before(step)
+        self.log.begin("writing" if feed.samples_policy else "reading rows")
         given = feed.next(self.state, _pause)
+        self.log.begin("training")
         # The vote is queued before the step and read after it, so that no device waits for the
         # host.
         stop_anywhere = distributed.vote(stopping.requested())
@@ -226,6 +227,7 @@ class _LoopState:
         if checkpoints.latest() == self.number:
             return
         data = self._feed.get_state() | {_UNLOGGED: self.log.unlogged()}
+        self.log.begin("saving")
         with stopping.saving():
             checkpoints.save(self.state, data, masked(self._job.config), self._feed.get_reference())
         # The time of saving belongs to no step.
@@ -235,6 +237,7 @@ class _LoopState:
         """Evaluates if the run does; an evaluation whose servers fail is skipped."""
         if not self._job.evaluate:
             return
+        self.log.begin("evaluating")
         try:
             with distributed.together(StopRequestedError, DependencyError):
                 values = self._job.evaluate(self.state)
@@ -289,15 +292,16 @@ class _Log:
         self._flops: float = before.get("flops", 0.0)
         self._mark = time.perf_counter()
         self.last: dict[str, float] = {}
-        self.progress = tqdm(
-            total=job.num_steps,
-            initial=start,
-            unit="step",
-            disable=not distributed.is_main(),
-            dynamic_ncols=True,
-            mininterval=1.0,
-            desc=job.config.algorithm,
-        )
+        self._display = _display(job, start)
+
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a block during which the terminal shows the run."""
+        return self._display.shown() if self._display else contextlib.nullcontext()
+
+    def begin(self, phase: str) -> None:
+        """Says what is done now."""
+        if self._display:
+            self._display.begin(phase)
 
     def unlogged(self) -> dict[str, Any]:
         """Returns the sums since the last line, for JSON; a resumed run continues them."""
@@ -328,7 +332,8 @@ class _Log:
             or pending.step == self._job.num_steps
         ):
             self._flush(pending.step)
-        self.progress.update()
+        if self._display:
+            self._display.advance(pending.step)
 
     def _check_finite(self, step: int, values: Metrics) -> None:
         sums = metrics.add({}, values)
@@ -364,11 +369,6 @@ class _Log:
         if memory:
             values["perf/memory_peak_bytes"] = float(memory)
         self.write(step, values)
-        self.progress.set_postfix(
-            loss=f"{values['loss/total']:.3f}",
-            lr=f"{values['optim/learning_rate']:.1e}",
-            tok_s=f"{self._tokens / secs:.0f}",
-        )
         self._total = {}
         self._secs = []
         self._tokens = 0.0
@@ -378,10 +378,18 @@ class _Log:
         """Writes metrics to all files, and as a line to `training.log`."""
         self._job.writer.write(step, values)
         self.last |= values
-        shown = " ".join(f"{name}={value:.4g}" for name, value in values.items())
-        logging.info("step %d/%d %s", step, self._job.num_steps, shown)
-        for name, (low, high) in self._job.healthy.items():
-            value = values.get(name, math.nan)
-            if value < low or value > high:
-                logging.warning("%s=%.4g is outside %g to %g", name, value, low, high)
+        if self._display:
+            self._display.write(step, values)
         self._mark = time.perf_counter()
+
+
+def _display(job: Job, start: int) -> RunDisplay | None:
+    """Returns what shows the run; None in processes other than the first."""
+    if not distributed.is_main():
+        return None
+    from atlas_jax.display import RunDisplay  # only the first process shows anything
+
+    config = job.config
+    return RunDisplay(
+        config.algorithm, job.num_steps, start, every=config.summary_steps, mode=config.terminal
+    )

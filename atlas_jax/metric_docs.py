@@ -194,6 +194,12 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 """Name -> unit and meaning; NAME stands for a name that the run's options give."""
 
+TEXTS = {
+    "lessons": "Some questions of the step: the student's answer alone, its plan, the lesson, its "
+    "answer with the lesson, and what the reward says of it.",
+}
+"""Name of a text that is reported -> its meaning."""
+
 _HEAD = """\
 # Metrics
 
@@ -213,3 +219,16 @@ def markdown() -> str:
     """Returns `docs/metrics.md`."""
     lines = [f"| `{name}` | {m.unit} | {m.meaning} |\n" for name, m in METRICS.items()]
     return _HEAD + "".join(lines)
+
+
+def describe(name: str) -> str:
+    """Returns the meaning of a metric with its unit, in Markdown; empty for one of a user's own."""
+    metric = METRICS.get(name) or METRICS.get(name.replace("eval/", "teaching/", 1))
+    area, _, own = name.partition("/")
+    if metric is None and (pattern := METRICS.get(f"{area}/NAME")):
+        metric = pattern._replace(meaning=pattern.meaning.replace("NAME", own))
+    if metric is None:
+        return ""
+    held_out = name.startswith("eval/") and name not in METRICS
+    unit = f" Unit: {metric.unit}." if metric.unit else ""
+    return metric.meaning + unit + (" On held-out questions, decoded greedily." if held_out else "")

@@ -17,7 +17,7 @@ _waits: list[float] = []
 
 
 def mark() -> None:
-    """Counts an answer that this process waited for."""
+    """Counts an answer that this process waited for, or a text that it has written."""
     with _lock:
         _marks[0] += 1
 

@@ -1,23 +1,25 @@
 """Services that a run reports its metrics to, beside `metrics.jsonl`. Imports no JAX.
 
-A service is TensorBoard, Weights & Biases, trackio, or a function of the user's own, which is
-called with the step and its metrics.
+A service is TensorBoard, Weights & Biases, trackio, standard output, or a function of the user's
+own, which is called with the step and its metrics.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import pathlib
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
-from atlas_jax import sockets
+from atlas_jax import metric_docs, sockets
 from atlas_jax.files import write_whole
 from atlas_jax.options.descriptions import nearest
 from atlas_jax.options.train import TrainConfig, masked
@@ -33,14 +35,21 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._events = EventFileWriter(config.output_dir)
+        self._described: set[str] = set()
         log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._event(start_step + 1, session_log=log)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows scalars."""
+        """Shows scalars, with their meaning at the first value of each."""
         from tensorboard.compat.proto import summary_pb2
 
-        scalars = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        scalars = []
+        for name, value in values.items():
+            scalar = summary_pb2.Summary.Value(tag=name, simple_value=value)
+            if name not in self._described:  # TensorBoard reads what comes with the first value
+                scalar.metadata.summary_description = metric_docs.describe(name)
+                self._described.add(name)
+            scalars.append(scalar)
         self._event(step, summary=summary_pb2.Summary(value=scalars))
 
     def write_text(self, step: int, name: str, text: str) -> None:
@@ -48,9 +57,8 @@ class TensorBoard:
         from tensorboard.compat.proto import summary_pb2
         from tensorboard.plugins.text import metadata
 
-        value = summary_pb2.Summary.Value(
-            tag=name, metadata=metadata.create_summary_metadata(name, "")
-        )
+        described = metadata.create_summary_metadata(name, metric_docs.TEXTS.get(name, ""))
+        value = summary_pb2.Summary.Value(tag=name, metadata=described)
         value.tensor.dtype = 7  # DT_STRING
         value.tensor.tensor_shape.dim.add(size=1)
         value.tensor.string_val.append(text.encode())
@@ -151,6 +159,25 @@ class Trackio:
         self._finish()
 
 
+class StandardOutput:
+    """Standard output, with a line of JSON for each line of `metrics.jsonl`."""
+
+    def __init__(self, config: TrainConfig, start_step: int) -> None:
+        """Writes nothing yet."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a line; NaN is null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        sys.stdout.write(json.dumps({"step": step} | finite) + "\n")
+        sys.stdout.flush()
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Writes nothing: `rollouts/` holds the texts."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class Function:
     """A function of the user's own; a call that fails is logged, and the run goes on."""
 
@@ -180,6 +207,7 @@ _SERVICES: dict[str, Callable[[TrainConfig, int], Service]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "trackio": Trackio,
+    "stdout": StandardOutput,
 }
 
 
@@ -218,6 +246,8 @@ def open_services(config: TrainConfig, start_step: int) -> list[Service]:
 
 
 def _installed(package: str) -> bool:
+    if package == "stdout":
+        return True
     spec = importlib.util.find_spec(package)
     # A directory of that name, such as the one that wandb writes, is a package without a file.
     return spec is not None and spec.origin is not None

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -252,7 +251,6 @@ class Training:
         feed: loop.BatchSource,
         writer: metrics.MetricWriter,
         evaluate: Callable[[step.TrainState], dict[str, float]] | None = None,
-        healthy: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     ) -> loop.Outcome:
         """Trains to the last step, or until the run is to stop; see `loop.run`.
 
@@ -261,7 +259,6 @@ class Training:
             feed: gives the batches.
             writer: from `committed`.
             evaluate: metrics of a state; None evaluates nothing.
-            healthy: range of each metric outside of which the log warns.
         """
         run = self.run
         compute = self.run.compute
@@ -270,6 +267,12 @@ class Training:
             from atlas_jax.best import BestModel  # only this option keeps one
 
             keep_best = BestModel(run.config, lambda state: run.export(state, "best")).offer
+        if distributed.is_main():
+            from atlas_jax.startup import header  # only the first process shows anything
+
+            logging.info(
+                "%s", header.describe(run.model, compute, self.start.state, self.num_steps)
+            )
         job = loop.Job(
             config=run.config,
             num_steps=self.num_steps,
@@ -279,7 +282,6 @@ class Training:
             writer=writer,
             checkpoints=run.checkpoints,
             keep_best=keep_best,
-            healthy=healthy,
             restored=self.start.data,
         )
         return loop.run(job, self.start.state, feed)

@@ -9,6 +9,10 @@ From Python, `run` takes a config and what no config file can hold.
 `atlas-train --replay OUTPUT_DIR/rollouts/step_000123` computes a step of a GRPO run once more, from
 what is stored there, and says where it differs from the log; it exits with 1 if it does.
 
+In a terminal the log is short and a status line says how far the run is; `--quiet` shows warnings,
+errors and the result alone, and `--json` writes metrics and result to standard output, a line of
+JSON each.
+
 The exit code is 0 for a finished run, 75 for one that a signal stopped and that the same command
 continues, 1 for an error, 2 for words that it does not take.
 """
@@ -29,7 +33,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from atlas_jax import cli, masking, preflight
+from atlas_jax import cli, masking, preflight, terminal
 from atlas_jax import config as config_lib
 from atlas_jax.types import FROM_CALLER, NOTHING_GIVEN, Address, Given
 
@@ -42,6 +46,8 @@ def main() -> None:
     num_processes = flags.DEFINE_integer("num_processes", 0, "Processes of the run.")
     process_id = flags.DEFINE_integer("process_id", -1, "This process, from 0.")
     replay = flags.DEFINE_string("replay", "", "OUTPUT_DIR/rollouts/step_NUMBER to compute again.")
+    quiet = flags.DEFINE_bool("quiet", False, "Show warnings, errors and the result alone.")
+    as_json = flags.DEFINE_bool("json", False, "Write metrics and result to stdout as JSON lines.")
 
     def command(argv: list[str]) -> None:
         cli.no_more_words(argv[1:])
@@ -49,6 +55,10 @@ def main() -> None:
         if replay.value:
             sys.exit(_replay(replay.value, config_flag.value, address))
         config = config_lib.freeze(cli.needed(config_flag))
+        if quiet.value:
+            config = dataclasses.replace(config, terminal="quiet")
+        if as_json.value and "stdout" not in config.report_to:
+            config = dataclasses.replace(config, report_to=(*config.report_to, "stdout"))
         code = 0 if _run(config, NOTHING_GIVEN, address) else stopping.EXIT_CODE
         # Threads that hang in a request must not keep the process and its devices.
         stopping.end_soon(code)
@@ -104,6 +114,12 @@ def _run(config: config_lib.TrainConfig, given: Given, address: Address) -> bool
     """Checks the config, starts JAX and trains; see `run`."""
     # First, because errors of the checks may quote an address with a password.
     masking.mask_logs()
+    with terminal.opened(config.terminal):
+        return _trained(config, given, address)
+
+
+def _trained(config: config_lib.TrainConfig, given: Given, address: Address) -> bool:
+    """Checks the config, starts JAX and trains; then shows the end of the run."""
     preflight.check(config, given=given)
     # What imports JAX comes after the checks, which need none and take little time.
     from atlas_jax import devices, distributed, hosts
@@ -116,9 +132,10 @@ def _run(config: config_lib.TrainConfig, given: Given, address: Address) -> bool
         is_main = distributed.is_main()
     # After the other processes may go, since they need not wait for it.
     if finished and is_main:
-        from atlas_jax.report import page  # a run that is stopped has no time for its page
+        from atlas_jax.report import ending, page  # a run that is stopped has no time for them
 
         page.at_end(config.output_dir)
+        ending.show(config.output_dir, "stdout" in config.report_to)
     return finished
 
 

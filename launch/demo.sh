@@ -16,7 +16,7 @@ refuse_chosen "the demo"
 out=outputs/demo
 in_parts launch/demo.sh
 
-say "1/6 install (.venv)"
+say "1/6 install: .venv, 2.2 GB, the first time one to three minutes"
 part need_environment gguf,hf
 
 say "2/6 model"

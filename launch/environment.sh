@@ -12,12 +12,15 @@ make_venv() {
   "${PYTHON:-python3}" -m venv "$(readlink -m "$1")"
 }
 
-# need_environment EXTRAS: makes `.venv` with the extras named, once for each pyproject.
+# need_environment EXTRAS: makes `.venv` with the extras named, once for each pyproject. In a terminal
+# pip shows its progress, since it takes minutes; elsewhere it is silent.
 need_environment() {
   local stamp=".venv/.installed-$1"
   make_venv .venv || return 1
   if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-    .venv/bin/python -m pip install --quiet --editable ".[$1]" || return 1
+    local quiet=(--quiet)
+    [ ! -t 1 ] || quiet=()
+    .venv/bin/python -m pip install "${quiet[@]}" --editable ".[$1]" || return 1
     touch "$stamp"
   fi
 }

@@ -17,7 +17,7 @@ grpo=(configs/run/quickstart_grpo.py model_name_or_path="$out/sft/final"
   student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path=)
 in_parts launch/quickstart.sh
 
-say "1/5 install (.venv)"
+say "1/5 install: .venv, 2.2 GB, the first time one to three minutes"
 part need_environment gguf,hf
 
 say "2/5 model"

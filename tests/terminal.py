@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import termios
 import threading
@@ -28,15 +29,18 @@ class Terminal:
     group, a pipeline is a group of its own, and the end of the terminal is SIGHUP.
     """
 
-    def __init__(self, folder: pathlib.Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: pathlib.Path, environment: Mapping[str, str], columns: int, kind: str
+    ) -> None:
         self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self._text = b""
         self._prompts = 0
         self._closed = threading.Event()
         self.shell = subprocess.Popen(
             ["bash", "--norc", "--noprofile", "-i"],
             stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder,
-            env=dict(environment) | {"PS1": _PROMPT, "TERM": "dumb"},  # no codes in its text
+            env=dict(environment) | {"PS1": _PROMPT, "TERM": kind},
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
@@ -59,6 +63,11 @@ class Terminal:
         """What the terminal shows."""
         return self._text.decode(errors="replace").replace("\r\n", "\n")
 
+    @property
+    def raw(self) -> str:
+        """What the terminal gets, with the codes that move its cursor."""
+        return self._text.decode(errors="replace")
+
     def type(self, keys: str) -> None:
         """Types."""
         self._prompts = self.text.count(_PROMPT)
@@ -71,7 +80,7 @@ class Terminal:
             assert time.monotonic() < limit, self.text[-4000:]
             time.sleep(0.05)
         self.type("echo code=${PIPESTATUS[0]}\n")
-        return int(self.wait_for(r"\ncode=(\d+)").group(1))
+        return int(self.wait_for(r"[\r\n]code=(\d+)").group(1))
 
     def wait_for(self, pattern: str, secs: float = _SECS) -> re.Match[str]:
         """Waits until the terminal shows what matches, and returns the match."""
@@ -87,10 +96,41 @@ class Terminal:
         self._reader.join()
 
 
+_CODE = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])")
+
+
+def screen(raw: str) -> list[str]:
+    """Returns the lines that people see in the end, of a text with codes that move the cursor."""
+    lines = [""]
+    row = column = place = 0
+    while place < len(raw):
+        if code := _CODE.match(raw, place):
+            place = code.end()
+            if code[2] == "A":
+                row = max(row - int(code[1] or 1), 0)
+            elif code[2] == "K":
+                lines[row] = "" if code[1] == "2" else lines[row][:column]
+            continue
+        character = raw[place]
+        place += 1
+        if character == "\r":
+            column = 0
+        elif character == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + character + line[column + 1 :]
+            column += 1
+    return lines
+
+
 @contextlib.contextmanager
-def opened(folder: pathlib.Path, environment: Mapping[str, str]) -> Iterator[Terminal]:
-    """Yields a terminal, and ends what is left in it."""
-    terminal = Terminal(folder, environment)
+def opened(
+    folder: pathlib.Path, environment: Mapping[str, str], columns: int = 80, kind: str = "dumb"
+) -> Iterator[Terminal]:
+    """Yields a terminal, and ends what is left in it; a dumb one has no codes in its text."""
+    terminal = Terminal(folder, environment, columns, kind)
     try:
         yield terminal
     finally:

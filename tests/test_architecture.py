@@ -120,8 +120,6 @@ EXTRAS = {
     "data/row_files.py": "datasets",
     "data/tables.py": "datasets",
     "endpoints.py": "judges",
-    "report/curves.py": "report",
-    "report/guide.py": "report",
     "reporting.py": "report",
     "llm_client.py": "judges",
     "rewards/symbolic_server.py": "math",

@@ -1,5 +1,6 @@
 """What commands answer to words that they do not take, and to files that fail: one line."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -253,3 +254,18 @@ def test_none_and_null_empty_an_option():
         "tools/read_config.py", names, f"--config={GRPO}", *(f"--config.{c}" for c in changes)
     )
     assert result.stdout == "\n\n\n\n('exact_match',)\n", result.stderr
+
+
+def test_the_questions_that_an_effect_needs_are_told_without_a_model():
+    """`atlas-evaluate --effect 0.1`, of the documentation."""
+    result = run(*COMMANDS["evaluate"], "--effect", "0.1", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    counts = {row["changed"]: row["questions"] for row in found["needed"]}
+    assert list(counts) == [0.1, 0.2, 0.3, 0.4, 0.5] and found["power"] == 0.8
+    # Connor's formula, (1.96 sqrt(c) + 0.842 sqrt(c - 0.01))^2 / 0.01, for c = 0.3: 233.
+    assert 233 < counts[0.3] < 1.1 * 233
+    shown = run(*COMMANDS["evaluate"], "--effect", "0.1").stdout
+    assert f"+10.0 points                   30%  {counts[0.3]:>10}\n" in shown
+    wrong = run(*COMMANDS["evaluate"], "--effect=10")
+    assert error_of(wrong) == "--effect=10 must be above 0 and at most 1, such as 0.1"

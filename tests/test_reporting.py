@@ -1,10 +1,12 @@
 """Where metrics go beside metrics.jsonl; real packages, where they are installed."""
 
 import dataclasses
+import html
 import importlib.util
 import json
 import math
 import os
+import re
 import sqlite3
 import struct
 import subprocess
@@ -13,7 +15,10 @@ import time
 
 import pytest
 
-from atlas_jax import config, metrics, reporting
+from atlas_jax import config, metric_docs, metrics, reporting
+from atlas_jax.rollout import record
+from atlas_jax.types import Reward
+from tests.report import runs
 
 
 def options(path, *report_to):
@@ -76,6 +81,76 @@ def test_tensorboard_shows_numbers_and_texts(tmp_path):
     assert [(e.step, e.value) for e in found.Scalars("loss/total")] == [(2, 1.25)]
 
 
+def test_tensorboard_says_what_each_metric_means(tmp_path):
+    """Read as TensorBoard reads it: the description comes with the first value of each file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = metrics.open_writer(options(tmp_path / "run", "tensorboard"), 0)
+    names = ("policy/kl", "eval/accuracy_delta", "reward/teaching_gain", "mine/own")
+    for step in (1, 2):
+        writer.write(step, dict.fromkeys(names, step / 2))
+        writer.write_text(step, "lessons", "text")
+    writer.close()
+    found = EventAccumulator(str(tmp_path / "run")).Reload()
+    told = {name: found.SummaryMetadata(name).summary_description for name in (*names, "lessons")}
+    meaning = metric_docs.METRICS["policy/kl"].meaning
+    assert told["policy/kl"] == f"{meaning} Unit: nats per token."
+    assert told["eval/accuracy_delta"].endswith("On held-out questions, decoded greedily.")
+    assert "that is called teaching_gain" in told["reward/teaching_gain"]
+    assert told["mine/own"] == ""
+    assert "the student's answer alone, its plan, the lesson" in told["lessons"]
+    assert [e.value for e in found.Scalars("policy/kl")] == [0.5, 1.0]
+    (file,) = (tmp_path / "run").glob("events.out.tfevents*")
+    assert file.read_bytes().count(meaning.encode()) == 1, "once a file, not once a step"
+
+
+def test_every_metric_that_is_documented_has_a_description():
+    assert all(metric_docs.describe(name).startswith(m.meaning.partition("NAME")[0])
+               for name, m in metric_docs.METRICS.items())  # fmt: skip
+
+
+def test_lessons_are_paragraphs_with_plan_and_verdict(tmp_path):
+    """What TensorBoard shows of them: texts as they are, whatever Markdown would make of them."""
+    from tensorboard import plugin_util
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lesson = "Use <b>2 * 3 * 4</b> | and # not [this](x)\nthen `stop`"
+    helped = runs.sample("q1", 0, False, True, teaching=lesson, details={"gaming": [runs.LEAK]})
+    untaught = runs.sample("q2", 0, True, True, teaching="", place=1)
+    untaught = untaught._replace(completion=runs.said("no tags"), reward=Reward(None, {}))
+    direct = runs.sample("q3", 0, True, True, place=2)
+    direct = direct._replace(baseline=None, probe=None, guided=None)
+    writer = metrics.open_writer(options(tmp_path / "run", "tensorboard"), 0)
+    writer.write_text(1, "lessons", record.lessons_text([helped, untaught, direct], count=3))
+    writer.close()
+    found = EventAccumulator(str(tmp_path / "run")).Reload()
+    (text,) = found.Tensors("lessons")[0].tensor_proto.string_val
+    shown = plugin_util.markdown_to_safe_html(text)
+    first, second, third = (
+        " ".join(html.unescape(re.sub("<[^>]+>", "", part)).split())
+        for part in shown.split("<h3>")[1:]
+    )
+    assert first == (
+        "Question 1 of 3 question How many is q1? right answer 4 alone I count 5 apples "
+        "plan I would count lesson Use <b>2 * 3 * 4</b> | and # not [this](x) then `stop` "
+        "taught With the lesson I count 4 pears "
+        "verdict: wrong → right; reward 1.00; the lesson states the answer"
+    )
+    assert "text without a lesson no tags taught" in second
+    assert second.endswith("verdict: right → right; not scored")
+    assert "answer" in third and "plan" not in third and third.endswith("verdict: reward 0.00")
+
+
+def test_standard_output_gets_lines_of_json(tmp_path, capsys):
+    writer = metrics.open_writer(options(tmp_path / "run", "stdout"), 0)
+    writer.write(3, {"loss/total": 1.5, "eval/nothing": math.nan})
+    writer.write_text(3, "lessons", "text")
+    writer.close()
+    assert json.loads(capsys.readouterr().out) == {
+        "step": 3, "loss/total": 1.5, "eval/nothing": None
+    }  # fmt: skip
+
+
 def test_none_reports_nowhere(tmp_path):
     writer = metrics.open_writer(options(tmp_path / "run"), 0)
     writer.write(1, {"loss/total": 1.0})
@@ -86,7 +161,7 @@ def test_none_reports_nowhere(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("wandbb", "report_to has 'wandbb'; use some of tensorboard, wandb, trackio, "
+        ("wandbb", "report_to has 'wandbb'; use some of tensorboard, wandb, trackio, stdout, "
          "package.module:function, or none; did you mean 'wandb'?"),
         ("own_reports:nothing", "report_to=own_reports:nothing: own_reports has no nothing"),
         ("json:decoder", "report_to=json:decoder: decoder is a module; it must be callable"),
@@ -149,20 +224,18 @@ def test_a_continued_run_is_the_same_run_of_wandb(tmp_path, monkeypatch):
         writer.write_text(start + 2, "lessons", "text")
         writer.close()
         time.sleep(1.1)  # directories of offline runs are named by the second
-    runs, logged, axes = set(), [], set()
+    seen, logged, axes = set(), [], set()
     for path in sorted((tmp_path / "run").glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_records(path):
-            kind = record.WhichOneof("record_type")
+        for entry in wandb_records(path):
+            kind = entry.WhichOneof("record_type")
             if kind == "run":
-                runs.add((record.run.run_id, record.run.project, record.run.display_name))
+                seen.add((entry.run.run_id, entry.run.project, entry.run.display_name))
             elif kind == "history":
-                values = {
-                    i.key or "/".join(i.nested_key): i.value_json for i in record.history.item
-                }
+                values = {i.key or "/".join(i.nested_key): i.value_json for i in entry.history.item}
                 logged.append((int(values["step"]), float(values["loss/total"])))
             elif kind == "metric":
-                axes.add((record.metric.name or record.metric.glob_name, record.metric.step_metric))
-    ((identity, project, name),) = runs
+                axes.add((entry.metric.name or entry.metric.glob_name, entry.metric.step_metric))
+    ((identity, project, name),) = seen
     assert (project, name) == ("atlas_jax", "run")
     assert (tmp_path / "run" / ".wandb_run").read_text() == f"{identity}\n"
     assert logged == [(step, pytest.approx(1.0 / step)) for step in (1, 2, 2, 3)]

@@ -268,10 +268,16 @@ class TrainConfig:
     """Number of trained positions of a device whose logits exist at one time."""
     logging_steps: PositiveInt = 1
     """Steps between two lines of metrics."""
+    summary_steps: PositiveInt = 10
+    """Steps between two summaries of the log: means since the last one, with arrows against it."""
+    terminal: Literal["auto", "lines", "quiet"] = "auto"
+    """Content of standard error: `auto` has a status line and summaries in a terminal, and all
+    metrics of each step elsewhere; `lines` has the latter in a terminal too; `quiet` has warnings,
+    errors and the result. `training.log` has all of it in any case."""
     report_to: tuple[str, ...] = ("tensorboard",)
-    """Receivers of the metrics beside `metrics.jsonl`: some of `tensorboard`, `wandb`, `trackio`
-    and functions `package.module:function`, which are called with the step and a dict of its
-    metrics. `none` reports nowhere."""
+    """Receivers of the metrics beside `metrics.jsonl`: some of `tensorboard`, `wandb`, `trackio`,
+    `stdout` (lines of JSON) and functions `package.module:function`, which are called with the step
+    and a dict of its metrics. `none` reports nowhere."""
     profile_steps: tuple[NonNegativeInt, ...] = ()
     """First and last step that `jax.profiler` traces into `output_dir/profile`; empty traces
     none."""
@@ -411,8 +417,8 @@ class TrainConfig:
             )
         if self.optim == "muon" and self.model.lora.rank:
             raise ValueError(
-                f"optim=muon with model.lora.rank={self.model.lora.rank}: Muon orthogonalizes whole "
-                "matrices, not factors; use optim=adamw"
+                f"optim=muon with model.lora.rank={self.model.lora.rank}: Muon orthogonalizes "
+                "whole matrices, not factors; use optim=adamw"
             )
         if self.lr_scheduler_type == "wsd" and self.warmup_ratio + self.lr_decay_ratio > 1:
             raise ValueError(

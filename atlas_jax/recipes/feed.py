@@ -115,7 +115,7 @@ class Feed:
             given_rewards=parts.given_labels,
         )
         record.write(config.output_dir, version + 1, jax.process_index(), samples, facts)
-        parts.writer.write_text(version + 1, "lessons", record.lessons_table(samples))
+        parts.writer.write_text(version + 1, "lessons", record.lessons_text(samples))
         has_student = parts.backend.student is not None
         values = measure(samples, version, config, parts.given_labels, has_student)
         values |= parts.backend.metrics()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -36,9 +34,6 @@ from atlas_jax.run import Run, Training
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
 from atlas_jax.types import NOTHING_GIVEN, Given, LossSum, Metrics, Params, PolicyBatch, Question
-
-_HEALTHY = {"policy/kl": (-math.inf, 5.0), "teaching/non_degradation_rate": (0.9, 1.0)}
-"""Outside these the ATLAS training guide warns: lower learning_rate or raise beta."""
 
 
 def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
@@ -108,7 +103,6 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             feed,
             writer,
             make_evaluate(parts, held_out) if held_out else None,
-            _HEALTHY,
         )
         stack.close()
         if not outcome.stopped:
@@ -116,7 +110,6 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             done = int(outcome.state.step)
             epoch = len(train) / layout.questions
             metrics.write_trainer_state(config, directory, done, num_steps, epoch)
-            _finish(config, directory)
     return not outcome.stopped
 
 
@@ -278,38 +271,3 @@ def make_evaluate(
         return {f"eval/{k}": v for k, v in values.items()}
 
     return run_evaluation
-
-
-def _finish(config: GRPOConfig, directory: str) -> None:
-    """Logs what was reached beside what the guide promises."""
-    if not distributed.is_main():
-        return
-    last = _last_metrics(config.output_dir)
-    lines = [f"{'metric':<36}{'reached':>10}   success in the guide"]
-    wanted = {
-        "reward/mean": "rising",
-        "teaching/non_degradation_rate": "> 0.95 (warning < 0.90)",
-        "policy/kl": "0.5 to 2.0 (warning > 5.0)",
-        "teaching/student_accuracy": "above teaching/baseline_accuracy",
-        "teaching/baseline_accuracy": "",
-        "eval/student_accuracy": "above eval/baseline_accuracy",
-        "eval/baseline_accuracy": "",
-    }
-    for name, goal in wanted.items():
-        if name in last:
-            lines.append(f"{name:<36}{_finite(last[name]):>10.3f}   {goal}")
-    logging.info("finished\n%s\nmodel: %s", "\n".join(lines), directory)
-
-
-def _last_metrics(output_dir: str) -> dict[str, float | None]:
-    """Returns the newest value of each metric, also of a run that had ended before."""
-    last: dict[str, float | None] = {}
-    for line in (pathlib.Path(output_dir) / "metrics.jsonl").read_text().splitlines():
-        last |= json.loads(line)
-    last.pop("step", None)
-    return last
-
-
-def _finite(value: float | None) -> float:
-    """Returns the number that `metrics.jsonl` has null for."""
-    return math.nan if value is None else value

@@ -32,9 +32,6 @@ from atlas_jax.types import (
     RowBounds,
 )
 
-_TARGETS = {"loss/total": 1.5, "optim/grad_norm": 5.0}
-"""Success by the ATLAS training guide: upper bounds of the last logged step."""
-
 
 def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
     """Fine-tunes a model and writes `final/`; see configs/run/teacher_sft.py for an example.
@@ -78,7 +75,6 @@ def run(config: SFTConfig, given: Given = NOTHING_GIVEN) -> bool:
             final = run.export(outcome.state)
             done = int(outcome.state.step)
             metrics.write_trainer_state(config, final, done, num_steps, float(train.num_steps(1)))
-            _report(outcome, final)
     return not outcome.stopped
 
 
@@ -178,16 +174,3 @@ def _datasets(
     other = build(held_out, layout=layout, training=False)
     check_ids(tokenizer, other.tokens, vocab_size)
     return train, other
-
-
-def _report(outcome: loop.Outcome, final: str) -> None:
-    """Logs what was reached beside what the guide calls success, and where the model lies."""
-    lines = [f"{'metric':<20}{'reached':>10}{'target':>10}"]
-    for name, bound in _TARGETS.items():
-        value = outcome.last.get(name)
-        if value is not None:
-            verdict = "ok" if value < bound else "missed"
-            lines.append(f"{name:<20}{value:>10.3f}{'< ' + str(bound):>10}  {verdict}")
-    if "eval/loss" in outcome.last:
-        lines.append(f"{'eval/loss':<20}{outcome.last['eval/loss']:>10.3f}")
-    logging.info("finished\n%s\nmodel: %s", "\n".join(lines), final)

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from atlas_jax import ranges
 from atlas_jax.metric_docs import METRICS
-from atlas_jax.report import guide
 from atlas_jax.report.run_files import RunFiles
 from atlas_jax.report.stored_samples import StepSamples
 
@@ -209,7 +209,7 @@ def _picture(
         )
     return Picture(
         title=title,
-        goal=guide.goal_text(wanted) if wanted else "",
+        goal=ranges.goal_text(wanted) if wanted else "",
         meanings=[(name, METRICS[name].meaning if name in METRICS else "") for name in names],
         lines=lines,
         bands=_bands(scale, wanted),
@@ -238,7 +238,7 @@ class _Scale(NamedTuple):
 def _range_of(names: Sequence[str], runs: Sequence[RunFiles]) -> str:
     """Returns the metric of a chart of which the guide has a range; empty without one."""
     is_sft = any(run.algorithm == "sft" for run in runs)
-    known = (n for n in names if n in guide.RANGES and (is_sft or n not in guide.SFT_ONLY))
+    known = (n for n in names if n in ranges.RANGES and (is_sft or n not in ranges.SFT_ONLY))
     return next(known, "")
 
 
@@ -246,7 +246,7 @@ def _y_range(names: Sequence[str], values: Sequence[float], wanted: str) -> tupl
     low = min(values, default=0.0)
     high = max(values, default=1.0)
     if wanted:  # the border of the range is always in the picture
-        goal = guide.RANGES[wanted]
+        goal = ranges.RANGES[wanted]
         borders = [b for b in (goal.low, goal.high) if math.isfinite(b)]
         low = min(low, *borders)
         high = max(high, *borders)
@@ -257,7 +257,7 @@ def _y_range(names: Sequence[str], values: Sequence[float], wanted: str) -> tupl
 def _bands(scale: _Scale, wanted: str) -> list[Band]:
     if not wanted:
         return []
-    goal = guide.RANGES[wanted]
+    goal = ranges.RANGES[wanted]
     low, high = scale.y_range
     parts = [
         ("good", goal.low, goal.high),

@@ -1,4 +1,4 @@
-"""The ranges of the ATLAS training guide, and what a run has reached of them.
+"""The verdict on a run: what it has reached of the ranges of the ATLAS training guide.
 
 A criterion is judged by the mean of the last steps, or by the evaluation where there is one. Its
 status is a word as well as a colour.
@@ -10,82 +10,31 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from atlas_jax.ranges import (
+    ADVICE,
+    LABELS,
+    MISSED,
+    NEAR,
+    NOT_MEASURED,
+    RANGES,
+    REACHED,
+    RESULTS,
+    SFT_ONLY,
+    goal_text,
+    num_last,
+    number,
+    points,
+)
+
 if TYPE_CHECKING:
     from atlas_jax.report.run_files import RunFiles
 
 Values = dict[str, float]
 """A line of metrics: name -> value, and `step`."""
 
-_LAST = 0.1
-"""Share of the steps over whose mean a run is judged."""
-_FEWEST = 5
-"""Steps of that mean at least."""
 _TREND = 8
 """Steps below which a trend cannot be told from chance."""
 _SIGNIFICANT = 0.05
-
-
-class Range(NamedTuple):
-    """A range of a metric in the guide."""
-
-    low: float
-    high: float
-    warn_below: float = -math.inf
-    warn_above: float = math.inf
-
-    def status(self, value: int | float) -> str:
-        """Returns `reached`, `near` or `missed` for a value; `not measured` for NaN."""
-        if math.isnan(value):
-            return NOT_MEASURED
-        if self.low <= value <= self.high:
-            return REACHED
-        return MISSED if value < self.warn_below or value > self.warn_above else NEAR
-
-
-REACHED = "reached"
-NEAR = "near"
-MISSED = "missed"
-NOT_MEASURED = "not measured"
-
-RANGES = {
-    "policy/kl": Range(low=0.5, high=2.0, warn_above=5.0),
-    "teaching/non_degradation_rate": Range(low=0.95, high=1.0, warn_below=0.9),
-    "loss/total": Range(low=-math.inf, high=1.5, warn_above=1.5),
-    "optim/grad_norm": Range(low=-math.inf, high=5.0, warn_above=5.0),
-}
-"""Metric -> its range in the guide; the last two are of SFT."""
-SFT_ONLY = ("loss/total", "optim/grad_norm")
-
-ADVICE = {
-    "policy/kl": "lower learning_rate, or raise beta",
-    "teaching/non_degradation_rate": "lower learning_rate or raise beta; read the samples that "
-    "turned right into wrong",
-    "loss/total": "train longer, or raise learning_rate",
-    "optim/grad_norm": "lower learning_rate, or max_grad_norm",
-    "reward/zero_std_group_frac": "most groups have equal rewards and train nothing: raise "
-    "num_generations or temperature, or choose questions that the student sometimes solves",
-    "teaching/missing_frac": "the teacher leaves <teaching> out: warm it up by SFT, or lower the "
-    "reward of a missing lesson",
-    "rollout/truncated_frac": "texts are cut by their limit: raise max_new_tokens",
-    "rollout/failed_frac": "completions are missing: look at the servers' logs",
-    "reward/failed_frac": "samples have no score: see the reasons below",
-    "teaching/answer_leak_frac": "lessons state the answer: raise reward.answer_leak_penalty",
-    "rollout/mismatch_kl": "the engine and the trainer compute other probabilities: compare their "
-    "number formats",
-}
-"""Metric -> what to do where it is out of range."""
-
-
-LABELS = {
-    "reward/mean": "mean reward",
-    "teaching/non_degradation_rate": "non-degradation",
-    "policy/kl": "KL from the reference",
-    "loss/total": "loss",
-    "optim/grad_norm": "gradient norm",
-    "accuracy_delta": "right answers, taught less alone",
-    "response_token_reduction": "share of answer tokens saved",
-    "completion_rate": "answers that end",
-}
 
 
 class Criterion(NamedTuple):
@@ -114,7 +63,8 @@ def judge(run: RunFiles) -> RunVerdict:
         return _judge_sft(run)
     evaluation = run.evaluations[-1] if run.evaluations else None
     criteria = [_reward(run)]
-    criteria += _ranges(run, ("teaching/non_degradation_rate", "policy/kl"))
+    criteria += _non_degradation(run, evaluation)
+    criteria += _ranges(run, ("policy/kl",))
     criteria += _results(run, evaluation)
     return RunVerdict(_sentence(run, evaluation, criteria[0]), criteria)
 
@@ -124,11 +74,6 @@ def last_mean(run: RunFiles, name: str) -> float:
     values = [value for _, value in run.series(name)]
     known = [v for v in values[-num_last(len(values)) :] if not math.isnan(v)]
     return sum(known) / len(known) if known else math.nan
-
-
-def num_last(count: int) -> int:
-    """Returns the number of steps, of all, over which the end of a run is judged."""
-    return max(_FEWEST, round(_LAST * count))
 
 
 def _judge_sft(run: RunFiles) -> RunVerdict:
@@ -149,35 +94,31 @@ def _judge_sft(run: RunFiles) -> RunVerdict:
 
 
 def _ranges(run: RunFiles, names: Sequence[str]) -> list[Criterion]:
-    rows = []
-    for name in names:
-        if not run.series(name):
-            continue
-        value = last_mean(run, name)
-        status = RANGES[name].status(value)
-        advice = f"; {ADVICE[name]}" if status == MISSED else ""
-        low = name == "policy/kl" and value < RANGES[name].low
-        advice += "; the policy has moved little from its reference" if low else ""
-        rows.append(
-            Criterion(
-                name=LABELS[name],
-                goal=goal_text(name),
-                reached=number(value),
-                status=status,
-                basis=_over_last(run, name) + advice,
-            )
-        )
-    return rows
+    return [
+        _of_range(name, last_mean(run, name), _over_last(run, name))
+        for name in names
+        if run.series(name)
+    ]
 
 
-def goal_text(name: str) -> str:
-    """Returns the range of a metric as the guide says it."""
-    wanted = RANGES[name]
-    if name == "teaching/non_degradation_rate":
-        return "above 0.95 (warning below 0.90)"
-    if math.isinf(wanted.low):
-        return f"below {wanted.high:g}"
-    return f"{wanted.low:g} to {wanted.high:g} (warning above {wanted.warn_above:g})"
+def _non_degradation(run: RunFiles, evaluation: Mapping[str, Any] | None) -> list[Criterion]:
+    """Returns the row of non-degradation, by held-out questions where some were asked."""
+    value, basis = _best_source(run, evaluation, "non_degradation_rate")
+    return [_of_range("teaching/non_degradation_rate", value, basis)] if basis else []
+
+
+def _of_range(name: str, value: float, basis: str) -> Criterion:
+    status = RANGES[name].status(value)
+    advice = f"; {ADVICE[name]}" if status == MISSED else ""
+    low = name == "policy/kl" and value < RANGES[name].low
+    advice += "; the policy has moved little from its reference" if low else ""
+    return Criterion(
+        name=LABELS[name],
+        goal=goal_text(name),
+        reached=number(value),
+        status=status,
+        basis=basis + advice,
+    )
 
 
 def _reward(run: RunFiles) -> Criterion:
@@ -213,14 +154,9 @@ def _reward(run: RunFiles) -> Criterion:
 
 def _results(run: RunFiles, evaluation: Mapping[str, Any] | None) -> list[Criterion]:
     """Returns the rows of the results that the guide reports for its own run."""
-    goals = (
-        ("accuracy_delta", "+15.7 points", Range(low=0.157, high=1.0, warn_below=0.0)),
-        ("response_token_reduction", "0.50", Range(low=0.5, high=1.0, warn_below=0.0)),
-        ("completion_rate", "1.00 (from 0.69)", Range(low=0.98, high=1.0, warn_below=0.69)),
-    )
     p = (evaluation or {}).get("mcnemar_p", 0.0)
     rows = []
-    for name, goal, wanted in goals:
+    for name, (goal, wanted) in RESULTS.items():
         signed = name == "accuracy_delta"
         value, basis = _best_source(run, evaluation, name)
         status = wanted.status(value)
@@ -287,15 +223,3 @@ def _over_last(run: RunFiles, name: str) -> str:
     count = len(run.series(name))
     last = min(num_last(count), count)
     return "mean of the last step" if last == 1 else f"mean of the last {last} steps"
-
-
-def points(value: int | float | None) -> str:
-    """Returns a difference of shares in points of a hundred."""
-    return "-" if value is None or math.isnan(value) else f"{100 * value:+.1f}"
-
-
-def number(value: int | float | None) -> str:
-    """Returns a number for people; "-" where there is none."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.3g}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"

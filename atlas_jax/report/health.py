@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from atlas_jax import masking
+from atlas_jax import masking, ranges
 from atlas_jax.metric_docs import METRICS
 from atlas_jax.report import guide
 from atlas_jax.report.run_files import RunFiles
@@ -17,16 +17,6 @@ from atlas_jax.report.stored_samples import StepSamples
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 _SERVERS = re.compile(r"sync/|(?:perf|rollout)/(?:teacher|student)_")
 """Metrics of servers: the transfer of weights to them, and the requests in their seats."""
-_LIMITS = {
-    "reward/zero_std_group_frac": 0.8,
-    "teaching/missing_frac": 0.2,
-    "rollout/truncated_frac": 0.3,
-    "rollout/failed_frac": 0.05,
-    "reward/failed_frac": 0.2,
-    "teaching/answer_leak_frac": 0.02,
-    "rollout/mismatch_kl": 0.05,
-}
-"""Metric -> value above which the page warns, of the mean of the last steps."""
 
 
 class Warned(NamedTuple):
@@ -69,6 +59,9 @@ class Health(NamedTuple):
 def examine(run: RunFiles, steps: Sequence[StepSamples]) -> Health:
     """Returns the health of a run."""
     slowest, secs, phases = _slowest(run)
+    now = measured(run)
+    # What the end of the run has logged of them is no other warning.
+    logged = [w for w in _logged(run) if not any(w.text.startswith(x.text) for x in now)]
     reasons = collections.Counter(
         _NUMBER.sub("N", masking.hide(member.failure or member.unscored))
         for step in steps
@@ -78,7 +71,7 @@ def examine(run: RunFiles, steps: Sequence[StepSamples]) -> Health:
     )
     lost = sum(step.unread for step in steps)
     return Health(
-        warnings=[*_measured(run), *_logged(run)],
+        warnings=[*now, *logged],
         failures=reasons.most_common(),
         num_samples=sum(step.num_samples for step in steps),
         servers=_servers(run),
@@ -89,18 +82,13 @@ def examine(run: RunFiles, steps: Sequence[StepSamples]) -> Health:
     )
 
 
-def _measured(run: RunFiles) -> list[Warned]:
+def measured(run: RunFiles) -> list[Warned]:
     """Returns warnings about the means of the last steps."""
-    found = []
-    for name, limit in _LIMITS.items():
-        value = guide.last_mean(run, name)
-        if value > limit:
-            where = f"step {run.last_step}"
-            text = f"{name} is {guide.number(value)} in the last steps, above {limit:g}"
-            found.append(
-                Warned(text=text, times=1, first=where, last=where, advice=guide.ADVICE[name])
-            )
-    return found
+    where = f"step {run.last_step}"
+    return [
+        Warned(text=fault.text, times=1, first=where, last=where, advice=fault.advice)
+        for fault in ranges.faults(lambda name: guide.last_mean(run, name))
+    ]
 
 
 def _logged(run: RunFiles) -> list[Warned]:
@@ -119,7 +107,7 @@ def _logged(run: RunFiles) -> list[Warned]:
                 times=len(places),
                 first=run.log[places[0]].time,
                 last=last.time,
-                advice=guide.ADVICE.get(name, ""),
+                advice=ranges.ADVICE.get(name, ""),
             )
         )
     return found
@@ -134,9 +122,9 @@ def _servers(run: RunFiles) -> list[tuple[str, str, str, str]]:
         if values:
             extreme = min(values) if name == "sync/servers" else max(values)
             kind = "least" if name == "sync/servers" else "most"
-            mean = guide.number(sum(values) / len(values))
+            mean = ranges.number(sum(values) / len(values))
             meaning = METRICS[name].meaning if name in METRICS else ""
-            rows.append((name, mean, f"{kind} {guide.number(extreme)}", meaning))
+            rows.append((name, mean, f"{kind} {ranges.number(extreme)}", meaning))
     return rows
 
 

@@ -14,7 +14,7 @@ import jinja2
 import msgspec
 from absl import logging
 
-from atlas_jax import extras, masking, sockets
+from atlas_jax import masking, sockets
 from atlas_jax.files import write_whole
 from atlas_jax.report import curves, guide, health, reproduce, run_files, stored_samples
 from atlas_jax.report.run_files import RunFiles
@@ -43,10 +43,8 @@ def write(directories: Sequence[str], output: str) -> int:
 
     Raises:
         ValueError: for a directory without a run.
-        MissingExtraError: without the extra `report`.
         OSError: if the page cannot be written.
     """
-    extras.need("report", "a report")
     text = make(directories)
     write_whole(output, text)
     return len(text.encode())
@@ -54,11 +52,6 @@ def write(directories: Sequence[str], output: str) -> int:
 
 def at_end(output_dir: str) -> None:
     """Writes the page of a run that has ended; where it cannot be made, a line says so."""
-    try:
-        extras.need("report", "a report")
-    except extras.MissingExtraError as missing:
-        logging.info("%s; then: atlas-report %s", missing, output_dir)
-        return
     path = str(pathlib.Path(output_dir) / NAME)
     # A run that has its model does not fail for its page, whatever its files hold.
     _, error = sockets.attempt(write, [output_dir], path)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax import distributed, stopping
+from atlas_jax import distributed, progress, stopping
 from atlas_jax.models import cache as kv
 from atlas_jax.models import vocab
 from atlas_jax.models.transformer import Decoder
@@ -521,7 +521,10 @@ def _extend(pieces: list[Piece], chunk: _Chunk, count: int, stop_ids: tuple[int,
     """
     for piece, sampled in zip(pieces, _host(chunk), strict=True):
         for row, *columns in zip(piece.rows, *sampled, strict=True):
+            was_done = row.done
             row.extend([x[:count] for x in columns], stop_ids)
+            if row.done and not was_done:
+                progress.mark()
 
 
 def _shrunk(grid: _Grid, pieces: list[Piece], sharding: Sharding) -> tuple[_Grid, list[Piece]]:

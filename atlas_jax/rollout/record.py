@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from atlas_jax.files import write_whole
 from atlas_jax.rollout.engine import version_spans
-from atlas_jax.types import Completion, Reward, Sample, by_question
+from atlas_jax.types import Completion, Sample, by_question
+
+_MARKS = re.compile(r"([\\`*_#\[\]|~])")
+"""Characters with a meaning in Markdown."""
 
 
 class StepFacts(NamedTuple):
@@ -73,36 +78,64 @@ def as_record(step: int, sample: Sample) -> dict[str, Any]:
     }
 
 
-def lessons_table(samples: Sequence[Sample], count: int = 4) -> str:
-    """Returns the first member of a few groups as a Markdown table."""
-    lines = ["| question | truth | alone | text | answer | reward |", "|---|---|---|---|---|---|"]
-    for sample, *_ in by_question(samples)[:count]:
-        cells = (
-            sample.question.text,
-            sample.question.ground_truth,
-            sample.baseline.text if sample.baseline else "",
-            sample.teaching or sample.completion.text,
-            sample.answer.text,
-            _summary(sample.reward),
-        )
-        lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
-    return _writable("\n".join(lines))
+def lessons_text(samples: Sequence[Sample], count: int = 4) -> str:
+    """Returns the first member of a few groups in Markdown: its texts and what became of them."""
+    groups = by_question(samples)
+    parts = []
+    for place, (sample, *_) in enumerate(groups[:count], 1):
+        parts.append(f"### Question {place} of {len(groups)}")
+        parts += [f"**{name}**\n\n{_quoted(text)}" for name, text in _paragraphs(sample) if text]
+        parts.append(f"**verdict:** {_verdict(sample)}")
+    return _writable("\n\n".join(parts))
+
+
+def _paragraphs(sample: Sample) -> list[tuple[str, str]]:
+    """Returns the texts of a sample with their names, in the order in which they came about."""
+    question = sample.question
+    first = [("question", question.text), ("right answer", question.ground_truth)]
+    if not sample.baseline:
+        return [*first, ("answer", sample.completion.text)]
+    written = ("lesson", sample.teaching)
+    if not sample.teaching:
+        written = ("text without a lesson", sample.completion.text)
+    return [
+        *first,
+        ("alone", sample.baseline.text),
+        ("plan", sample.probe.text if sample.probe else ""),
+        written,
+        ("taught", sample.answer.text),
+    ]
+
+
+def _verdict(sample: Sample) -> str:
+    """Returns how the answers compare with the truth, the reward, and why it was lowered."""
+    reward = sample.reward
+    value = "not scored" if reward.value is None else f"reward {reward.value:.2f}"
+    reasons = [_escaped(reason) for reason in reward.details.get("gaming", [])]
+    truth = sample.question.ground_truth
+    if not truth or not sample.baseline:
+        return "; ".join([value, *reasons])
+    from atlas_jax.rewards.verifiable import is_right  # a run without a student compares none
+
+    before, after = (
+        "right" if is_right(answer, truth) else "wrong"
+        for answer in (sample.baseline, sample.answer)
+    )
+    return "; ".join([f"{before} → {after}", value, *reasons])
+
+
+def _quoted(text: str) -> str:
+    """Returns a text as a quotation in Markdown, in which its characters mean themselves."""
+    return "\n".join(f"> {_escaped(line)}  " for line in text.splitlines())
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_MARKS.sub(r"\\\1", text), quote=False)
 
 
 def _writable(text: str) -> str:
     """Returns a text with "?" for halves of surrogate pairs, which tools and rewards may write."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _summary(reward: Reward) -> str:
-    """Returns the value of a reward, and the reasons for which it was lowered."""
-    if reward.value is None:
-        return "not scored"
-    return "; ".join([f"{reward.value:.2f}", *reward.details.get("gaming", [])])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 def _completion(completion: Completion | None) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors
 
 from atlas_jax.checkpoint import exports
 from tests import tiny
@@ -106,6 +107,39 @@ def test_a_run_learns_and_leaves_what_it_promises(inputs, whole):
         "⟦one" in (output / "training.log").read_text()
         or "⟦t" in (output / "training.log").read_text()
     )
+
+
+def test_a_run_says_how_large_it_is_and_ends_with_a_verdict(inputs, whole):
+    """The parameters are those of the model's file, and the checkpoint is what lies on the disk."""
+    output, result = whole
+    with safetensors.safe_open(inputs / "model/model.safetensors", "np") as file:
+        count = sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
+    text = result.stderr
+    assert f"  model       {count:,} parameters, 3 layers; float32 kept, float32 computed\n" in text
+    assert "  step        8 rows, at most 1,024 tokens (2 x 2 on 2)\n" in text
+    assert f"  run         steps 1 to {STEPS}, a checkpoint every 2, evaluated at the end\n" in text
+    assert "  mesh        2 x cpu: data 1 x fsdp 2 x tensor 1, fsdp\n" in text
+    # Parameters and two moments of 4 bytes each.
+    assert f"  checkpoint  {12 * count / 1e6:.3g} MB, at most 1 kept\n" in text
+    final = metrics(output)[-6:-1]
+    mean = sum(line["loss/total"] for line in final) / 5
+    verdict = "ok     " if mean < 1.5 else "missed "
+    assert f"\n{verdict} loss: {mean:.3g}\n        goal: below 1.5; mean of the last 5" in text
+    assert "compiling …" in text and "\x1b" not in text
+
+
+def test_quiet_shows_the_result_alone_and_json_goes_to_standard_output(inputs, tmp_path):
+    extra = ("--config.max_steps=2", "--config.data.eval_path=", "--quiet", "--json")
+    result = train(inputs, tmp_path / "run", *extra, devices=1)
+    first, second, last = map(json.loads, result.stdout.splitlines())
+    stored = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [first, second] == [json.loads(line) for line in stored]
+    assert last["model"] == f"{tmp_path}/run/final" and last["step"] == 2
+    head, *lines = result.stderr.splitlines()
+    assert head.endswith("] finished") and lines[-1] == f"model: {tmp_path}/run/final"
+    assert "step 1/2" not in result.stderr and "parameters" not in result.stderr
+    log = (tmp_path / "run/training.log").read_text()
+    assert "step 1/2 loss/total=" in log and "parameters" in log and " INFO finished\n" in log
 
 
 def test_the_export_is_a_transformers_model(whole):

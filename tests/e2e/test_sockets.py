@@ -272,7 +272,7 @@ def main():
         except DependencyError:
             finished = "error"
         assert finished == {"end": True, "signal": False, "error": "error"}[ENDING]
-        left = {thread.name for thread in threading.enumerate()} - {"tqdm_monitor"}  # of tqdm
+        left = {thread.name for thread in threading.enumerate()}
         print(left, [child.cmdline() for child in psutil.Process().children(recursive=True)])
 
 if __name__ == "__main__":

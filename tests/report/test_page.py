@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from atlas_jax import extras
+from atlas_jax import ranges
 from atlas_jax.report import curves, guide, page, reproduce, run_files, stored_samples
 from atlas_jax.rollout import record
 from atlas_jax.types import Reward
@@ -74,7 +74,7 @@ def test_a_gain_that_may_be_chance_is_not_called_reached(tmp_path):
 )
 def test_ranges_are_those_of_the_guide(name, values):
     for value, status in values.items():
-        assert guide.RANGES[name].status(value) == status
+        assert ranges.RANGES[name].status(value) == status
 
 
 def test_a_reward_rises_only_if_its_trend_is_no_chance(tmp_path):
@@ -428,19 +428,6 @@ def wait_for(condition, secs=60):
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.05)
-
-
-def test_without_the_extra_a_run_ends_with_one_line(tmp_path, monkeypatch, caplog):
-    run = runs.grpo(tmp_path / "run")
-    monkeypatch.setitem(extras.MODULES, "report", ("no_such_module",))
-    with caplog.at_level("INFO", logger="absl"):
-        page.at_end(str(run))
-    (line,) = (r.getMessage() for r in caplog.records)
-    assert line == (
-        "a report needs the package no_such_module, which is not installed; pip install "
-        f"'atlas_jax[report]'; then: atlas-report {run}"
-    )
-    assert not (run / "report.html").exists()
 
 
 def test_a_run_does_not_fail_for_its_page(tmp_path, caplog):

@@ -457,5 +457,5 @@ def test_halves_of_surrogate_pairs_are_written_as_question_marks(tmp_path):
     record.write(str(tmp_path), 1, 0, [sample], record.StepFacts(1, 1))
     [path] = (tmp_path / "rollouts").iterdir()
     assert json.loads(path.read_text())["messages"][0]["content"] == "a?b"
-    shown = sample._replace(teaching="a\ud800b")
-    assert "a?b" in record.lessons_table([shown])
+    shown = sample._replace(completion=sample.completion._replace(text="a\ud800b"))
+    assert "a?b" in record.lessons_text([shown])

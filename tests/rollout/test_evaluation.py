@@ -15,27 +15,6 @@ from tests.rollout.scripts import Script, protocol
 GREEDY = Sampling(0.0)
 
 
-@pytest.mark.parametrize(
-    ("improved", "degraded", "p"),
-    [
-        (0, 0, 1.0),
-        (1, 0, 1.0),  # 2 * 1/2
-        (5, 0, 2 / 32),
-        (8, 1, 2 * (1 + 9) / 512),
-        (10, 2, 2 * (1 + 12 + 66) / 4096),
-        (3, 3, 1.0),
-        (2, 1, 1.0),  # 2 * (1 + 3) / 8
-    ],
-)
-def test_mcnemar_is_the_two_sided_binomial(improved, degraded, p):
-    assert evaluation.mcnemar(improved, degraded) == pytest.approx(p, rel=1e-12)
-    assert evaluation.mcnemar(degraded, improved) == evaluation.mcnemar(improved, degraded)
-
-
-def test_mcnemar_holds_for_large_counts():
-    assert 0 < evaluation.mcnemar(3000, 2000) < 1e-40
-
-
 # What the student answers alone and with its lesson, and what is right.
 CASES = {
     "helped": ("1", "4", "4"), "harmed": ("5", "6", "5"), "kept": ("7", "7", "7"),
@@ -228,3 +207,66 @@ def test_a_teacher_that_wrote_no_lesson_leaves_nothing_to_compare():
     lines = evaluation.table([result]).splitlines()
     assert ["student_accuracy", "-", "-", "to", "-"] in [line.split() for line in lines]
     assert lines[-1] == "wrong to right 0, right to wrong 0 of 0: McNemar p = 1"
+
+
+def test_teachers_are_compared_with_each_other_and_p_is_corrected_for_all_tests():
+    """The first one helps with 2 of 10 questions, the second one with 8, and harms none."""
+    names = ["helped"] * 8 + ["kept"] * 2
+    second = ask(names)
+    first = [r._replace(guided=r.baseline, teaching="") for r in second[:6]] + second[6:]
+    answers = [first, second]
+    results = [evaluation.report(samples) for samples in answers]
+    compared = evaluation.comparisons(answers)
+    evaluation.add_significance(results, compared, [0.3])
+    (pair,) = compared
+    assert (pair["first"], pair["second"]) == (1, 2)
+    assert (pair["compared"], pair["improved"], pair["degraded"]) == (10, 6, 0)
+    assert pair["difference"]["value"] == 0.6
+    # p = 2 / 2^8, 2 / 2^6 and 2 / 2^2, times 3, 2 and 1.
+    assert results[1]["holm_p"] == pytest.approx(3 * 2 / 256)
+    assert pair["holm_p"] == pytest.approx(2 * 2 / 64)
+    assert results[0]["holm_p"] == pytest.approx(0.5)
+    assert pair["needed"]["seen"]["effect"] == 0.6
+    assert [each["effect"] for each in pair["needed"]["effects"]] == [0.05, 0.1, 0.157, 0.3]
+    assert json.loads(json.dumps([*results, *compared], allow_nan=False)) == [*results, *compared]
+    line, test = evaluation.comparison_lines(compared).splitlines()
+    assert line.startswith("teacher 2 against 1: +60.0 points (+")
+    assert test == "  wrong to right 6, right to wrong 0 of 10: McNemar p = 0.0312, Holm p = 0.0625"
+    assert "McNemar p = 0.5, Holm p = 0.5" in evaluation.table(results)
+    title, head, *lines = evaluation.needed_table(results, compared, "title").splitlines()
+    assert title == "title" and head.split() == [
+        "changed", "as", "seen", "+5.0", "+10.0", "+15.7", "+30.0", "points"
+    ]  # fmt: skip
+    assert [" ".join(line.split()[:5]) for line in lines] == [
+        "teacher 1 against alone 20%", "teacher 2 against alone 80%", "teacher 2 against 1 60%"
+    ]  # fmt: skip
+    assert all(len(line) <= 100 for line in (head, *lines))
+
+
+def test_of_answers_that_did_not_change_nothing_is_planned():
+    results = [evaluation.report(ask(["kept"] * 3))]
+    evaluation.add_significance(results, [])
+    assert results[0]["holm_p"] == 1.0 and "needed" not in results[0]
+    assert evaluation.needed_table(results, [], "title") == ""
+
+
+def test_direct_answers_of_two_models_are_compared():
+    asked = [Question(str(i), f"q{i}", str(i % 2), {}) for i in range(8)]
+    how = protocol(size=1)
+    ways = (lambda *_: "1"), (lambda prompt, *_: str(int(prompt[-1]) % 2))
+    answers = [evaluation.ask(asked, Script(way).model, None, how, GREEDY) for way in ways]
+    (pair,) = evaluation.comparisons(answers)
+    assert (pair["compared"], pair["improved"], pair["degraded"]) == (8, 4, 0)
+    results = [evaluation.report(samples) for samples in answers]
+    evaluation.add_significance(results, [pair])
+    assert pair["holm_p"] == pytest.approx(2 / 16)
+    assert "holm_p" not in results[0]
+
+
+def test_a_narrow_terminal_has_the_teachers_below_each_other():
+    results = [evaluation.report(ask(["helped", "kept"])) for _ in range(3)]
+    for width in (60, 90, 200):
+        lines = evaluation.table(results, width).splitlines()
+        assert sum(line.startswith("metric") for line in lines) == {60: 3, 90: 2, 200: 1}[width]
+        rows = [line for line in lines if "McNemar" not in line]
+        assert max(map(len, rows)) <= width
