@@ -26,6 +26,31 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+class Beside(NamedTuple):
+    """A batch, and arrays that each of its microbatches sees whole, such as a frozen model's."""
+
+    batch: Any
+    frozen: Any
+
+    @property
+    def tokens(self) -> Array:
+        """The tokens of the batch."""
+        return self.batch.tokens
+
+
+def _parted(batch: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns the arrays of a batch alone, and what puts its frozen arrays beside them again."""
+    if not isinstance(batch, Beside):
+        return batch, lambda rows: rows
+    return batch.batch, lambda rows: Beside(rows, batch.frozen)
+
+
+def _first(batch: Any) -> Any:
+    """Returns the first microbatch."""
+    rows, beside = _parted(batch)
+    return beside(jax.tree.map(lambda x: x[0], rows))
+
+
 class Optimizer(NamedTuple):
     """An optax transformation, its schedule, and the placement of its state."""
 
@@ -130,7 +155,7 @@ class TrainStep:
         Args:
             state: the state.
             batch: the batch `[microbatches, B, T]`, or a list of batches `[1, B, T]`, with which
-                one update is made.
+                one update is made; each may be `Beside` frozen arrays.
         """
         if not isinstance(batch, list):
             return self.whole(state, batch)
@@ -150,14 +175,14 @@ class _Gradients:
 
     def sums(self, params: Params, batch: Any) -> GradientSums:
         """Returns the sums over the leading dim of `batch`."""
-        first = jax.tree.map(lambda x: x[0], batch)
         if batch.tokens.shape[0] == 1:  # no accumulator, which would take memory
-            return self.of(params, first)
+            return self.of(params, _first(batch))
+        every, beside = _parted(batch)
 
         def add(sums: GradientSums, rows: Any) -> tuple[GradientSums, None]:
-            return self.add(params, sums, rows), None
+            return self.add(params, sums, beside(rows)), None
 
-        return jax.lax.scan(add, self.zeros(params, first), batch)[0]
+        return jax.lax.scan(add, self.zeros(params, _first(batch)), every)[0]
 
     def of(self, params: Params, batch: Any) -> GradientSums:
         """Returns gradients and metrics of one microbatch `[B, T]`."""
@@ -289,14 +314,11 @@ def _in_parts(
     places = _gradient_places(gradients.dims, gradients.sharding)
     sums = GradientSums(places, metrics=None)  # type: ignore[arg-type]
 
-    def first(batch: Any) -> Any:
-        return jax.tree.map(lambda x: x[0], batch)
-
     def begin(params: Params, batch: Any) -> GradientSums:
-        return gradients.zeros(params, first(batch))
+        return gradients.zeros(params, _first(batch))
 
     def add(params: Params, sums: GradientSums, batch: Any) -> GradientSums:
-        return gradients.add(params, sums, first(batch))
+        return gradients.add(params, sums, _first(batch))
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, Metrics]:
         state, metrics = changed(state, sums, 0)
@@ -339,10 +361,12 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
     """Returns the compiled `(params, batch [microbatches, B, T]) -> metrics`."""
 
     def step(params: Params, batch: Any) -> Metrics:
-        def one(batch: Any) -> Metrics:
-            loss, metrics = loss_fn(params, batch)
+        every, beside = _parted(batch)
+
+        def one(rows: Any) -> Metrics:
+            loss, metrics = loss_fn(params, beside(rows))
             return metrics | {"loss/total": loss}
 
-        return jax.tree.map(jnp.sum, jax.lax.map(one, batch))
+        return jax.tree.map(jnp.sum, jax.lax.map(one, every))
 
     return jax.jit(step)

@@ -233,6 +233,11 @@ class TrainConfig:
         return False
 
     @property
+    def may_pack(self) -> bool:
+        """True if a row may hold several examples."""
+        return not self.asks_questions
+
+    @property
     def group_size(self) -> int:
         """Number of rows of a batch that belong together and must not be split over steps."""
         return 1
@@ -275,6 +280,11 @@ class TrainConfig:
     @property
     def student(self) -> str:
         """Name of the frozen student model; empty if there is none."""
+        return ""
+
+    @property
+    def teacher(self) -> str:
+        """Name of the frozen model whose distribution is learnt; empty if there is none."""
         return ""
 
     @property
