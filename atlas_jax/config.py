@@ -98,10 +98,10 @@ def former_names(config: ConfigDict) -> dict[str, str]:
 
 
 def all_options() -> dict[str, Any]:
-    """Returns the defaults of all options of all algorithms by name."""
+    """Returns the defaults of all options by name, of the first algorithm that has each."""
     options: dict[str, Any] = {}
     for algorithm in ALGORITHMS:
-        options |= flat(schema(algorithm)())
+        options = flat(schema(algorithm)()) | options
     return options
 
 

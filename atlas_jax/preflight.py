@@ -343,10 +343,13 @@ def _use_example(config: TrainConfig, _: Given, row: sources.Row) -> None:
 def _use_continuation(config: GKDConfig, given: Given, row: sources.Row) -> None:
     if config.teacher_reads == "prompt":
         _use_example(config, given, row)
-    else:
-        from atlas_jax.rollout import continuations  # a run without lessons compares no answers
-
-        continuations.of_sample(row.fields)
+        return
+    for name in ("ground_truth", "baseline", "guided"):
+        if not row.fields.get(name):
+            raise ValueError(
+                f"is no sample of a GRPO run with a student: it has no {name}; give the rollouts/ "
+                "of a run with rollout.protocol=teaching"
+            )
 
 
 def _use_question(config: GRPOConfig, given: Given, row: sources.Row) -> None:

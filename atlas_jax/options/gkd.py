@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,8 +23,8 @@ class GKDConfig(TrainConfig):
     teacher_reads: Literal["prompt", "lesson"] = "prompt"
     """Text before a completion, for the teacher: `prompt` is that of the policy. `lesson` is the
     student's prompt with a lesson, while the policy reads the one without: rows are then the
-    samples of a GRPO run, `OUTPUT_DIR/rollouts`, of which those count where the student's answers
-    alone are wrong and an answer with the lesson is right."""
+    samples of a GRPO run, `OUTPUT_DIR/rollouts/*.jsonl`, of which those count where the student's
+    answers alone are wrong and an answer with the lesson is right."""
     lmbda: Share = 0.5
     """Share of the completions that the policy writes itself; the others are those of the rows."""
     beta: Share = 0.5
@@ -75,8 +76,20 @@ class GKDConfig(TrainConfig):
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
                 f"max_seq_length={self.max_seq_length}; lower it, or raise max_seq_length"
             )
-        if self.teacher_reads == "lesson" and self.data.format == "session":
+        if self.teacher_reads == "lesson":
+            self._check_samples()
+
+    def _check_samples(self) -> None:
+        """Checks that rows can be the samples of a GRPO run."""
+        if self.data.format == "session":
             raise ValueError(
                 "data.format=session with teacher_reads=lesson, whose rows are samples of a GRPO "
                 "run; set data.dataset_path to its rollouts, and data.format=auto"
             )
+        for name in ("dataset_path", "eval_path"):
+            path = getattr(self.data, name)
+            # Whoever reads a whole directory makes a table of it, with other values in its gaps.
+            if os.path.isdir(os.path.expanduser(path)):
+                raise ValueError(
+                    f"data.{name}={path} is a directory; give its files, {path.rstrip('/')}/*.jsonl"
+                )

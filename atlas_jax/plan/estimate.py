@@ -17,7 +17,7 @@ from atlas_jax.plan.rates import Rates, published
 from atlas_jax.plan.targets import Target, as_if_present
 from atlas_jax.plan.traffic import Array
 from atlas_jax.sharding import AXES
-from atlas_jax.step import GradientSums, abstract_gradients
+from atlas_jax.step import Beside, GradientSums, abstract_gradients
 
 
 class Memory(NamedTuple):
@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     gradients: float
     """Accumulated gradients of all parameters; 0 in programs without gradients."""
     resident: float
-    """Parameters of the reference and of a student in this process."""
+    """Parameters of the reference, and of a student or a teacher in this process."""
     temporaries: float
     """Everything else: activations, gathered parameters, workspaces."""
     host: float
@@ -169,6 +169,7 @@ def _memory(run: PlannedRun, program: Program, analysis: Any, target: Target) ->
     counted = (run.state.params, *run.resident.values())
     beside = device_bytes(argument) if any(argument is tree for tree in counted) else 0.0
     inputs = params + opt_state if trains else beside
+    inputs += sum(device_bytes(g.frozen) for g in program.arguments if isinstance(g, Beside))
     held_in_host = (device_bytes(t, host=True) for t in (run.state, *run.resident.values()))
     host = sum(held_in_host, 0.0)
     host += analysis.host_temp_size_in_bytes

@@ -76,7 +76,7 @@ def command(inputs, output, *extra, devices=1, name="teacher_gkd"):
         values["teacher_model_name_or_path"] = inputs / "teacher"
         values["data.dataset_path"] = inputs / "train.jsonl"
     else:
-        values["data.eval_path"] = values["data.dataset_path"] = inputs / "rollouts"
+        values["data.eval_path"] = values["data.dataset_path"] = inputs / "rollouts" / "*.jsonl"
     environment = os.environ | {
         "XLA_FLAGS": processes.xla_flags(devices), "ATLAS_TRACEBACK": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -175,7 +175,9 @@ def test_a_student_learns_what_it_says_with_lessons(inputs, tmp_path):
     [
         (["teacher_model_name_or_path={inputs}/other"],
          "another vocabulary than model_name_or_path: 2 of its tokens or ids differ, such as 'pl"),
-        (["teacher_reads=lesson"], "is no sample of a GRPO run"),
+        (["teacher_reads=lesson"], "is no sample of a GRPO run with a student: it has no ground"),
+        (["teacher_reads=lesson", "data.dataset_path={inputs}/rollouts"],
+         "rollouts is a directory; give its files, "),
         (["teacher_model_name_or_path="], "the policy is its own teacher and learns nothing"),
     ],
 )  # fmt: skip

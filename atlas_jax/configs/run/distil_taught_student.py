@@ -1,7 +1,7 @@
 """Distillation of a student with lessons into the same student without them.
 
     python -m atlas_jax.train --config distil_taught_student \
-        --config.data.dataset_path=outputs/demo/grpo/rollouts \
+        --config.data.dataset_path='outputs/demo/grpo/rollouts/*.jsonl' \
         --config.output_dir=outputs/demo/distilled
 
 What teaching gives stays when the teacher is gone. The rows are the samples of a GRPO run with the
@@ -21,7 +21,7 @@ from atlas_jax import config
 def get_config(argument: str | None = None) -> ConfigDict:
     c = config.defaults(config.GKDConfig)
     c.output_dir = "outputs/demo/distilled"
-    c.data.dataset_path = "outputs/demo/grpo/rollouts"
+    c.data.dataset_path = "outputs/demo/grpo/rollouts/*.jsonl"
     c.teacher_reads = "lesson"
     c.lmbda = 0.5
     c.beta = 0.5
