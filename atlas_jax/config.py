@@ -30,6 +30,7 @@ from atlas_jax.options.train import (
 )
 
 if TYPE_CHECKING:
+    from atlas_jax.options.gkd import GKDConfig
     from atlas_jax.options.grpo import GRPOConfig, TeachingConfig
     from atlas_jax.options.judges import RIMConfig
     from atlas_jax.options.reward import RewardConfig
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ColumnsConfig",
     "DataConfig",
+    "GKDConfig",
     "GRPOConfig",
     "HostsConfig",
     "LessonsConfig",
@@ -57,6 +59,7 @@ T = TypeVar("T")
 Config = TypeVar("Config", bound=TrainConfig)
 
 _LATE = {
+    "GKDConfig": "atlas_jax.options.gkd",
     "GRPOConfig": "atlas_jax.options.grpo",
     "RIMConfig": "atlas_jax.options.judges",
     "RewardConfig": "atlas_jax.options.reward",
@@ -65,7 +68,7 @@ _LATE = {
 }
 """Name -> its module, imported at the first use, since SFT needs no options of rewards."""
 
-ALGORITHMS = {"sft": "SFTConfig", "grpo": "GRPOConfig"}
+ALGORITHMS = {"sft": "SFTConfig", "grpo": "GRPOConfig", "gkd": "GKDConfig"}
 """Algorithm -> the name of its schema in this module."""
 
 
@@ -95,10 +98,10 @@ def former_names(config: ConfigDict) -> dict[str, str]:
 
 
 def all_options() -> dict[str, Any]:
-    """Returns the defaults of all options of all algorithms by name."""
+    """Returns the defaults of all options by name, of the first algorithm that has each."""
     options: dict[str, Any] = {}
     for algorithm in ALGORITHMS:
-        options |= flat(schema(algorithm)())
+        options = flat(schema(algorithm)()) | options
     return options
 
 

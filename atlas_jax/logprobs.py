@@ -128,7 +128,7 @@ def _masked_sum_fwd(
             inputs = rows.gather(take(hidden, at)), rows.gather(take(targets, at))
             g = rows.gather(take(mask, at)).astype(jnp.float32)
             logits = scaled_logits(inputs[0], rows, head)
-            log_partition = _logsumexp(logits, rows)
+            log_partition = logsumexp(logits, rows)
             found = g * (_pick(logits, inputs[1], rows) - log_partition)
             d_h, more = chunk_gradients(logits, log_partition, (*inputs, g), rows, head)
             return total + jnp.sum(rows.own(found)), put(d_hidden, at, d_h), d_table + more
@@ -178,7 +178,7 @@ def logprobs_and_entropy(
 
         def chunk(at: jax.Array, results: Sums) -> Sums:
             logits = scaled_logits(rows.gather(take(hidden, at)), rows, head)
-            log_partition = _logsumexp(logits, rows)
+            log_partition = logsumexp(logits, rows)
             entropy = jnp.zeros_like(log_partition)
             if head.with_entropy:
                 mean = jnp.sum(jnp.exp(logits - log_partition[:, None]) * logits, axis=-1)
@@ -221,7 +221,7 @@ def scaled_logits(hidden: jax.Array, rows: OutputRows, head: Head) -> jax.Array:
     return logits if head.temperature == 1.0 else logits / head.temperature
 
 
-def _logsumexp(logits: jax.Array, rows: OutputRows) -> jax.Array:
+def logsumexp(logits: jax.Array, rows: OutputRows) -> jax.Array:
     """Returns the log-partition function over the vocabulary that `rows` is a part of."""
     top = jax.lax.pmax(jnp.max(logits, axis=-1), rows.axes)
     total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), rows.axes)

@@ -22,10 +22,20 @@ _TOKENS = "tokens"
 
 METRICS: dict[str, Metric] = {
     "loss/total": Metric(_NATS, "SFT: mean cross entropy of the trained tokens; the ATLAS guide's "
-        "target is below 1.5. GRPO: `loss/policy` plus `beta` times `loss/kl`."),
+        "target is below 1.5. GRPO: `loss/policy` plus `beta` times `loss/kl`. GKD: mean "
+        "divergence from the teacher over the tokens of completions."),
     "loss/policy": Metric("", "Policy term of the GRPO loss."),
     "loss/kl": Metric(_NATS, "KL term of the GRPO loss, before `beta` weighs it."),
-    "eval/loss": Metric(_NATS, "Mean cross entropy of the trained tokens of the held-out rows."),
+    "eval/loss": Metric(_NATS, "SFT: mean cross entropy of the trained tokens of the held-out "
+        "rows. GKD: mean divergence from the teacher over the completions of these rows."),
+    "eval/agreement_frac": Metric(_SHARE, "The same as `distillation/agreement_frac` over the "
+        "completions of the held-out rows."),
+    "distillation/agreement_frac": Metric(_SHARE, "Tokens of completions of which the policy and "
+        "the teacher hold the same for the most probable."),
+    "distillation/teacher_entropy": Metric(_NATS, "Entropy of the teacher at the temperature of "
+        "the divergence; `policy/entropy` is the policy's."),
+    "distillation/own_frac": Metric(_SHARE, "Completions of a step that the policy has written "
+        "itself, the share that `lmbda` sets. The others are those of the rows."),
     "optim/grad_norm": Metric("", "Global norm of the gradient before clipping; the ATLAS guide's "
         "target is below 5."),
     "optim/learning_rate": Metric("", "Learning rate of the update."),

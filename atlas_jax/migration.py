@@ -160,7 +160,6 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("student_diagnostic_template student_with_teaching_template student_baseline_template", "it stands under `teaching`: `teaching.student_diagnostic_template` and so on"),
     Foreign("teacher_adaptive_template", "write `teaching.teacher_template`, which SFT uses too"),
     Foreign("use_reference_teacher_model logging_prob", "there is none here; `beta` above 0 keeps the policy that the run began with as the reference", absent=True),
-    # Other trainers.
     # LoRA.
     Foreign("lora_r", "it is `model.lora.rank` here", same_as="model.lora.rank"),
     Foreign("lora_alpha", "it is `model.lora.alpha` here", same_as="model.lora.alpha"),
@@ -171,8 +170,10 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("load_in_4bit load_in_8bit use_bnb_nested_quant bnb_4bit_quant_type bnb_4bit_compute_dtype",
             "there is no quantised base here: with `model.lora.rank` the model rests in `model.compute_dtype`, and `sharding=fsdp` or `offload=params` makes room", absent=True),
     Foreign("use_dora lora_modules_to_save modules_to_save", "there is none here: LoRA trains factors of the matrices in `model.lora.targets` alone", absent=True),
-    Foreign("lmbda seq_kd teacher_model_name_or_path align_teacher_template teacher_tokenizer_name_or_path baseline_success baseline_tokens",
-            "there is no distillation (GKD) here: the algorithms are `sft` and `grpo`", absent=True),
+    # Distillation.
+    Foreign("seq_kd", "there are no completions of the teacher here: let it write the rows, and set `lmbda` to 0", absent=True),
+    Foreign("teacher_tokenizer_name_or_path align_teacher_template", "there is none here: both models have one vocabulary and read the same tokens", absent=True),
+    Foreign("baseline_success baseline_tokens", "there is none here; `eval_steps` measures during a run, the command for evaluations after it", absent=True),
 )  # fmt: skip
 """Options of TRL, transformers, the original ATLAS and its guide."""
 
@@ -210,6 +211,8 @@ ITEMS: tuple[tuple[str, str], ...] = (
     ("\"get teaching (atlas-sdk runtime loop)\"", "`atlas-evaluate --teacher checkpoints/grpo/final --student … --data …`"),
     ("reward mean, non-degradation rate, KL", "`reward/mean`, `teaching/non_degradation_rate`, `policy/kl`"),
     ("\"monitor `rim_rewards`\"", "`rim_rewards/helpfulness`, `rim_rewards/process`, and the other active judges"),
+    ("`GKDConfig` of TRL: `lmbda`, `beta`, `temperature`, `max_new_tokens`, `teacher_model_name_or_path`", "the same names and defaults with `--config teacher_gkd` (`algorithm=gkd`). `lmbda` is a share of the rows of each step, where TRL draws whole batches. `temperature` is also that of the compared distributions, which TRL's GKD has at 1 and its `DistillationTrainer` alike. `beta` is TRL's: 0 forward, 1 reverse KL. Both divide by the completion tokens of the whole batch"),
+    ("`configs/run/teacher_gkd.yaml`, which never ran", "`--config teacher_gkd`. Its TRL 0.14 had the mixture of `beta` the other way round; here it is the paper's. On the policy's own completions both models read the same tokens"),
     ("teaching efficiency, token efficiency, completion rate", "`accuracy_delta`, `response_token_reduction` and `completion_rate` of `atlas-evaluate`, each with its interval"),
 )  # fmt: skip
 """Commands, files and fields of the guide, and what they are here; both in Markdown."""

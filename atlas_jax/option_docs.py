@@ -37,7 +37,9 @@ class Entry(NamedTuple):
 
 
 def entries(pattern: str = "") -> list[Entry]:
-    """Returns the options of all recipes, each once, those at the top first.
+    """Returns the options of all recipes, those at the top first.
+
+    Each stands there once; where a name means something else in another recipe, once for each.
 
     Args:
         pattern: a regular expression that the name must contain; empty takes all options.
@@ -50,20 +52,19 @@ def entries(pattern: str = "") -> list[Entry]:
     except re.error as error:
         raise ValueError(f"--options {pattern}: {error}; write a regular expression") from None
     schemas = {name: config_lib.schema(name) for name in config_lib.ALGORITHMS}
-    owners: dict[str, list[str]] = {}
-    by_name: dict[str, Entry] = {}
+    owners: dict[Entry, list[str]] = {}
     for algorithm, schema in schemas.items():
         for entry in _entries(schema(), "", _former(schema)):
-            owners.setdefault(entry.name, []).append(algorithm)
-            by_name[entry.name] = entry
+            owners.setdefault(entry, []).append(algorithm)
     result = [
-        entry._replace(recipes="" if owners[name] == list(schemas) else ", ".join(owners[name]))
-        for name, entry in by_name.items()
-        if (search(name) or search(entry.former)) and name != "algorithm"
+        entry._replace(recipes="" if names == list(schemas) else ", ".join(names))
+        for entry, names in owners.items()
+        if (search(entry.name) or search(entry.former)) and entry.name != "algorithm"
     ]
     if not result:
-        known = [name.rpartition(".")[2] for name in by_name]
-        nearest = descriptions.nearest(pattern, [*by_name, *known])
+        names = [entry.name for entry in owners]
+        known = [name.rpartition(".")[2] for name in names]
+        nearest = descriptions.nearest(pattern, [*names, *known])
         raise ValueError(f"--options {pattern}: no option has this name{nearest}")
     groups = list(dict.fromkeys(("", *(entry.group for entry in result))))
     return sorted(result, key=lambda entry: groups.index(entry.group))

@@ -18,7 +18,7 @@ from typing import Any
 from atlas_jax import config as config_lib
 from atlas_jax import extras, reporting, sockets
 from atlas_jax.checkpoint import layout
-from atlas_jax.config import GRPOConfig, RIMConfig, TrainConfig
+from atlas_jax.config import GKDConfig, GRPOConfig, RIMConfig, TrainConfig
 from atlas_jax.data import examples, questions, row_checks, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
@@ -154,6 +154,11 @@ def check_models(config: TrainConfig) -> None:
             if config.generates_locally:
                 _check_computed(config.student)
             _check_tokenizer(config.student, False)
+    if config.teacher:
+        with _of("teacher_model_name_or_path"):
+            check_model(config.teacher)
+            _check_computed(config.teacher)
+            _check_tokenizer(config.teacher, False)
 
 
 def _check_no_adapter(config: TrainConfig) -> None:
@@ -294,6 +299,7 @@ def _check_templates(config: TrainConfig) -> None:
     checks: dict[str, Callable[[Any], None]] = {
         "sft": _check_lessons,
         "grpo": questions.check_templates,
+        "gkd": _check_lessons,
     }
     checks[config.algorithm](config)
 
@@ -311,8 +317,8 @@ def _check_division(config: TrainConfig, num_devices: int) -> None:
     """Checks that rows and groups divide over the devices."""
     data, fsdp, _ = config.mesh.shape(num_devices)
     plan = batch_plan(config, data * fsdp)
-    checks: dict[str, Callable[..., Any]] = {"sft": lambda *_: None, "grpo": make_layout}
-    checks[config.algorithm](config, plan, data * fsdp)
+    if isinstance(config, GRPOConfig):
+        make_layout(config, plan, data * fsdp)
 
 
 def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
@@ -328,6 +334,7 @@ def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     readers: dict[str, Callable[[Any, Given, sources.Row], None]] = {
         "sft": _use_example,
         "grpo": _use_question,
+        "gkd": _use_continuation,
     }
     use = functools.partial(readers[config.algorithm], config, given)
     for name in ("rows", "eval_rows"):
@@ -347,6 +354,18 @@ def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
 
 def _use_example(config: TrainConfig, _: Given, row: sources.Row) -> None:
     examples.to_sample(row, config.data, config.teaching)
+
+
+def _use_continuation(config: GKDConfig, given: Given, row: sources.Row) -> None:
+    if config.teacher_reads == "prompt":
+        _use_example(config, given, row)
+        return
+    for name in ("ground_truth", "baseline", "guided"):
+        if not row.fields.get(name):
+            raise ValueError(
+                f"is no sample of a GRPO run with a student: it has no {name}; give the rollouts/ "
+                "of a run with rollout.protocol=teaching"
+            )
 
 
 def _use_question(config: GRPOConfig, given: Given, row: sources.Row) -> None:

@@ -99,6 +99,7 @@ class Run:
         fingerprint: str,
         updates_per_step: int = 1,
         student: Model | None = None,
+        teacher: Model | None = None,
     ) -> Training:
         """Loads the weights, and the position in the data where an earlier command stopped.
 
@@ -108,6 +109,7 @@ class Run:
                 `data.refresh`.
             updates_per_step: updates of the optimizer in one step.
             student: GRPO's frozen student, where this process reads its weights.
+            teacher: the frozen model whose distribution is learnt.
 
         Raises:
             ValueError: if the run in `output_dir` was started with another model, optimizer or
@@ -115,7 +117,7 @@ class Run:
         """
         # The optimizer first, since its state is restored into the shapes that it has.
         optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
-        start = self._start(optimizer, student)
+        start = self._start(optimizer, student, teacher)
         _check_same_data(self.config, start, fingerprint)
         return Training(
             run=self,
@@ -125,7 +127,9 @@ class Run:
             start=start,
         )
 
-    def _start(self, optimizer: step.Optimizer, student: Model | None) -> Start:
+    def _start(
+        self, optimizer: step.Optimizer, student: Model | None, teacher: Model | None
+    ) -> Start:
         """Returns the state to train from.
 
         A run that has a checkpoint continues from its newest one: parameters, optimizer, step and
@@ -145,6 +149,7 @@ class Run:
             weights=hf.digest(self.model.source),
             tokenizer=tokenizer_digest(self.model.files.tokenizer),
             student=hf.digest(student.source) if student else "",
+            teacher=hf.digest(teacher.source) if teacher else "",
             date=self.model.template.date.isoformat(),
         )
         before = directory.started(config.output_dir) if latest is not None else None
@@ -293,6 +298,7 @@ def _check_same_start(config: TrainConfig, before: Started, now: Started) -> Non
         ("model_name_or_path", before.weights, now.weights),
         ("the tokenizer", before.tokenizer, now.tokenizer),
         ("student_model", before.student, now.student),
+        ("teacher_model_name_or_path", before.teacher, now.teacher),
     ):
         if digest and other and digest != other:
             options = directory.changed(config)

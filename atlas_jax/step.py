@@ -51,6 +51,31 @@ class Frozen(NamedTuple):
     part: Array  # [] int32, the number of the microbatch
 
 
+class Beside(NamedTuple):
+    """A batch, and arrays that each of its microbatches sees whole, such as a frozen model's."""
+
+    batch: Any
+    frozen: Any
+
+    @property
+    def tokens(self) -> Array:
+        """The tokens of the batch."""
+        return self.batch.tokens
+
+
+def _parted(batch: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns the arrays of a batch alone, and what puts its frozen arrays beside them again."""
+    if not isinstance(batch, Beside):
+        return batch, lambda rows: rows
+    return batch.batch, lambda rows: Beside(rows, batch.frozen)
+
+
+def _first(batch: Any) -> Any:
+    """Returns the first microbatch."""
+    rows, beside = _parted(batch)
+    return beside(jax.tree.map(lambda x: x[0], rows))
+
+
 class Optimizer(NamedTuple):
     """An optax transformation, its schedule, and the placement of its state."""
 
@@ -162,7 +187,7 @@ class TrainStep:
         Args:
             state: the state.
             batch: the batch `[microbatches, B, T]`, or a list of batches `[1, B, T]`, with which
-                one update is made.
+                one update is made; each may be `Beside` frozen arrays.
         """
         frozen = state.frozen
         state = state._replace(frozen=None)
@@ -195,18 +220,18 @@ class _Gradients:
 
     def sums(self, params: Params, batch: Any, frozen: Frozen | None) -> GradientSums:
         """Returns the sums over the leading dim of `batch`."""
-        first = jax.tree.map(lambda x: x[0], batch)
         count = batch.tokens.shape[0]
         if count == 1:  # no accumulator, which would take memory
-            return self.of(params, first, frozen)
+            return self.of(params, _first(batch), frozen)
+        every, beside = _parted(batch)
 
         def add(sums: GradientSums, part: tuple[Any, Any]) -> tuple[GradientSums, None]:
             rows, number = part
             rest = frozen and frozen._replace(part=number)
-            return self.add(params, sums, rows, rest), None
+            return self.add(params, sums, beside(rows), rest), None
 
         numbers = frozen and jnp.arange(count, dtype=jnp.int32)
-        return jax.lax.scan(add, self.zeros(params, first, frozen), (batch, numbers))[0]
+        return jax.lax.scan(add, self.zeros(params, _first(batch), frozen), (every, numbers))[0]
 
     def of(self, params: Params, batch: Any, frozen: Frozen | None) -> GradientSums:
         """Returns gradients and metrics of one microbatch `[B, T]`."""
@@ -366,16 +391,13 @@ def _in_parts(
     places = _gradient_places(gradients.dims, gradients.sharding)
     sums = GradientSums(places, metrics=None)  # type: ignore[arg-type]
 
-    def first(batch: Any) -> Any:
-        return jax.tree.map(lambda x: x[0], batch)
-
     def begin(params: Params, batch: Any, frozen: Frozen | None = None) -> GradientSums:
-        return gradients.zeros(params, first(batch), frozen)
+        return gradients.zeros(params, _first(batch), frozen)
 
     def add(
         params: Params, sums: GradientSums, batch: Any, frozen: Frozen | None = None
     ) -> GradientSums:
-        return gradients.add(params, sums, first(batch), frozen)
+        return gradients.add(params, sums, _first(batch), frozen)
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, Metrics]:
         state, metrics = changed(state, sums, 0)
@@ -418,10 +440,12 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
     """Returns the compiled `(params, batch [microbatches, B, T]) -> metrics`."""
 
     def step(params: Params, batch: Any) -> Metrics:
-        def one(batch: Any) -> Metrics:
-            loss, metrics = loss_fn(params, batch)
+        every, beside = _parted(batch)
+
+        def one(rows: Any) -> Metrics:
+            loss, metrics = loss_fn(params, beside(rows))
             return metrics | {"loss/total": loss}
 
-        return jax.tree.map(jnp.sum, jax.lax.map(one, batch))
+        return jax.tree.map(jnp.sum, jax.lax.map(one, every))
 
     return jax.jit(step)

@@ -123,9 +123,13 @@ def _trained(config: config_lib.TrainConfig, given: Given, address: Address) -> 
     preflight.check(config, given=given)
     # What imports JAX comes after the checks, which need none and take little time.
     from atlas_jax import devices, distributed, hosts
-    from atlas_jax.recipes import grpo, sft
+    from atlas_jax.recipes import gkd, grpo, sft
 
-    recipes: dict[str, Callable[[Any, Given], bool]] = {"sft": sft.run, "grpo": grpo.run}
+    recipes: dict[str, Callable[[Any, Given], bool]] = {
+        "sft": sft.run,
+        "grpo": grpo.run,
+        "gkd": gkd.run,
+    }
     with hosts.joined(config.hosts, address):
         devices.check()
         finished = recipes[config.algorithm](config, given)

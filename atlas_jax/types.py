@@ -160,6 +160,26 @@ class PolicyBatch(NamedTuple):
     version_lags: Array | None = None  # [B, T] int32, updates since the writer; None: no lag
 
 
+class TeacherBatch(NamedTuple):
+    """Rows of a policy, and the rows in which its teacher reads the same completions.
+
+    Each row holds one prompt and one completion. The teacher's prompt may be another one, so the
+    rows of both sides have lengths of their own. Example of the prompts `p0` and `q0 q1 q2`:
+        tokens         = [p0, a0, a1]      loss_mask = [F, T, T]      sources = [2, 3, 0]
+        teacher.tokens = [q0, q1, q2, a0, a1, 0]
+    """
+
+    tokens: Array  # [B, T] int32
+    positions: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32, 1, or 0 for padding
+    loss_mask: Array  # [B, T] bool, true for the tokens of the completion
+    teacher: Batch | None = None
+    """The teacher's rows [B, S]; None: it reads those of the policy."""
+    sources: Array | None = None
+    """[B, T] int32, the place in the teacher's row from which it predicts the token that the policy
+    predicts from here; 0 where that token is none of the completion. None: the same place."""
+
+
 class Completion(NamedTuple):
     """The continuation of one prompt by a model.
 

@@ -21,15 +21,22 @@ def test_the_meaning_of_every_option_is_a_sentence(entry):
     assert entry.meaning.split()[0] not in ("Of", "For", "That", "What", "Those", "From", "How")
 
 
-def test_every_option_is_told_once():
-    names = [entry.name for entry in option_docs.entries()]
-    assert len(names) == len(set(names))
-    assert {*names, "algorithm"} == set(config.all_options())
+def test_every_option_is_told_once_for_each_recipe():
+    told = [
+        (entry.name, recipe)
+        for entry in option_docs.entries()
+        for recipe in entry.recipes.split(", ")
+    ]
+    assert len(told) == len(set(told))
+    assert {*(name for name, _ in told), "algorithm"} == set(config.all_options())
+    assert ("beta", "grpo") in told and ("beta", "gkd") in told
 
 
-def test_every_option_has_an_own_default_that_it_allows():
-    for name, value in config.all_options().items():
-        hint, default = config.option(config.GRPOConfig, name)
+@pytest.mark.parametrize("algorithm", config.ALGORITHMS)
+def test_every_option_has_an_own_default_that_it_allows(algorithm):
+    schema = config.schema(algorithm)
+    for name, value in config.flat(schema()).items():
+        hint, default = config.option(schema, name)
         assert (name, default) == (name, value)
         assert fields.check(name, value, hint) == value
 

@@ -15,16 +15,16 @@ from tests.tokenizers import chatml_tokenizer
 
 TOOLS = sorted(path.name for path in pathlib.Path("tools").glob("*.py"))
 PARTS = {
-    "_checkout.py", "bench_grpo.py", "bench_rollout.py", "bench_traces.py", "demo_kinds.py",
-    "demonstration_kinds.py", "reward_shares.py",
+    "_checkout.py", "bench_gkd.py", "bench_grpo.py", "bench_rollout.py", "bench_traces.py",
+    "demo_kinds.py", "demonstration_kinds.py", "reward_shares.py",
 }  # fmt: skip
 NEEDED = {
     "bench.py": "the following arguments are required: recipe; --help tells the arguments",
     "bench_sync.py": "the following arguments are required: --model, --server; --help tells the a",
     "export_traces.py": "the following arguments are required: --output; --help tells the arg",
     "inspect_data.py": "--config is needed: the name of a shipped recipe ("
-    "demo_grpo, demo_sft, quickstart_grpo, quickstart_sft, rlvr_gsm8k, teacher_rcl, teacher_sft), "
-    "a FILE.py or a PACKAGE.MODULE",
+    "demo_grpo, demo_sft, distil_taught_student, quickstart_grpo, quickstart_sft, rlvr_gsm8k, "
+    "teacher_gkd, teacher_rcl, teacher_sft), a FILE.py or a PACKAGE.MODULE",
     "make_demo.py": "the following arguments are required: --output; --help tells the arguments",
     "make_demonstrations.py": "the following arguments are required: --model, --output; --help",
     "plan.py": "--target KIND:SIZE is needed, such as h100:8",

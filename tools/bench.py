@@ -1,4 +1,4 @@
-"""Measures one recipe and prints one JSON line: `python tools/bench.py sft|grpo --model DIR …`.
+"""Measures one recipe and prints one JSON line: `python tools/bench.py sft|grpo|gkd --model DIR …`.
 
 `rollout` measures how busy servers are, with --simulate without any: see `bench_rollout`.
 
@@ -18,6 +18,7 @@ import resource
 import time
 
 import _checkout  # noqa: F401  (comes first: see there)
+import bench_gkd
 import bench_grpo
 import bench_rollout
 import bench_traces
@@ -45,16 +46,20 @@ def main() -> None:
     parser = cli.ToolParser(__doc__)
     recipes = parser.add_subparsers(dest="recipe", required=True)
     sft_parser, grpo_parser = recipes.add_parser("sft"), recipes.add_parser("grpo")
-    for each in (sft_parser, grpo_parser):
+    gkd_parser = recipes.add_parser("gkd")
+    for each in (sft_parser, grpo_parser, gkd_parser):
         each.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
         each.add_argument("--steps", type=int, default=6)
         each.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
         each.add_argument("--remat", default="none", choices=["none", "dots", "mlp", "full"])
         each.add_argument("--attention", default="auto", choices=["auto", "xla", "cudnn", "splash"])
         each.add_argument("--chunk", type=int, default=1024, help="loss_chunk_size")
-    sft_parser.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
-    sft_parser.add_argument("--length", type=int, default=256, help="tokens a row")
     sft_parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="trains factors")
+    for each in (sft_parser, gkd_parser):
+        each.add_argument("--batch", type=int, default=4, help="rows a step, over all devices")
+        each.add_argument("--length", type=int, default=256, help="tokens a row")
+    gkd_parser.add_argument("--teacher", required=True, help="Hugging Face directory or .gguf file")
+    gkd_parser.add_argument("--beta", type=float, default=0.5)
     sft_parser.add_argument("--packing", default="", metavar="FILE", help="rows to pack")
     grpo_parser.add_argument("--prompts", type=int, default=4, help="questions a step")
     grpo_parser.add_argument("--generations", type=int, default=4)
@@ -71,6 +76,7 @@ def main() -> None:
     measures = {
         "sft": measure,
         "grpo": bench_grpo.measure,
+        "gkd": bench_gkd.measure,
         "rollout": bench_rollout.measure,
         "traces": bench_traces.measure,
     }

@@ -19,7 +19,7 @@ from absl import app
 
 from atlas_jax import cli
 from atlas_jax import config as config_lib
-from atlas_jax.config import DataConfig, GRPOConfig, TrainConfig
+from atlas_jax.config import DataConfig, GKDConfig, GRPOConfig, TrainConfig
 from atlas_jax.data import chat, loader, questions, session_rows, sources
 from atlas_jax.data.chat_template import ChatTemplate, read_options
 from atlas_jax.data.sources import Rows
@@ -49,7 +49,11 @@ def main(argv: list[str]) -> None:
     for reason in rows.rejected[:20]:
         print(f"  {reason}")
     config = dataclasses.replace(config, data=loose)
-    show: dict[str, Callable[[Any, Rows], None]] = {"sft": print_examples, "grpo": print_questions}
+    show: dict[str, Callable[[Any, Rows], None]] = {
+        "sft": print_examples,
+        "grpo": print_questions,
+        "gkd": print_continuations,
+    }
     show[config.algorithm](config, rows)
 
 
@@ -102,6 +106,24 @@ def print_examples(config: TrainConfig, rows: Rows) -> None:
     print(f"{report.examples} examples, {report.tokens} tokens, {report.trained_tokens} trained")
     for i in range(min(_NUM_SHOWN, report.examples)):
         print(f"--- example {i}\n{chat.render_sample(tokenizer, dataset.example(i))}")
+
+
+def print_continuations(config: GKDConfig, rows: Rows) -> None:
+    """Prints examples, or what a lesson turned right with what both sides read before it."""
+    if config.teacher_reads == "prompt":
+        print_examples(config, rows)
+        return
+    from atlas_jax.checkpoint import hf
+    from atlas_jax.rollout import continuations
+    from atlas_jax.startup import model as models
+
+    path = hf.resolve(config.model_name_or_path)
+    tokenizer = models.load_tokenizer(config.tokenizer_name_or_path or path)
+    texts = continuations.of_samples(rows, 1.0, config.max_seq_length)
+    print(f"{len(texts)} answers that a lesson turned right")
+    for i, text in enumerate(texts[:_NUM_SHOWN]):
+        parts = map(tokenizer.decode, (text.prompt_ids, text.teacher_prompt_ids, text.token_ids))
+        print(f"--- policy {i}\n{next(parts)}\n--- teacher\n{next(parts)}\n--- both\n{next(parts)}")
 
 
 def print_questions(config: GRPOConfig, rows: Rows) -> None:

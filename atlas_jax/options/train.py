@@ -211,8 +211,8 @@ class TrainConfig:
     """Decay of Muon's momentum."""
     ema_decay: Fraction = 0.0
     """Decay of an exponential moving average of the weights, which `final/` and `best/` then hold;
-    0 keeps none. It takes 4 bytes a parameter. SFT evaluates the average, GRPO the trained weights,
-    which its servers hold."""
+    0 keeps none. It takes 4 bytes a parameter. Evaluations see the average, those of GRPO the
+    trained weights, which its servers hold."""
     weight_decay: NonNegative = 0.01
     """Weight decay of AdamW, decoupled from the gradient. It applies to matrices only; norms and
     biases have none."""
@@ -329,6 +329,11 @@ class TrainConfig:
         return False
 
     @property
+    def may_pack(self) -> bool:
+        """True if a row may hold several examples."""
+        return not self.asks_questions
+
+    @property
     def group_size(self) -> int:
         """Number of rows of a batch that belong together and must not be split over steps."""
         return 1
@@ -371,6 +376,11 @@ class TrainConfig:
     @property
     def student(self) -> str:
         """Name of the frozen student model; empty if there is none."""
+        return ""
+
+    @property
+    def teacher(self) -> str:
+        """Name of the frozen model whose distribution is learnt; empty if there is none."""
         return ""
 
     @property

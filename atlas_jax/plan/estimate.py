@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     gradients: float
     """Accumulated gradients of all parameters; 0 in programs without gradients."""
     resident: float
-    """Parameters of the reference and of a student in this process."""
+    """Parameters of the reference, and of a student or a teacher in this process."""
     temporaries: float
     """Everything else: activations, gathered parameters, workspaces."""
     host: float

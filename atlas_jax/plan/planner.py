@@ -44,7 +44,8 @@ def plan(
         speeds = rates.read(assumptions.rates_file, device)
     _ = target.usable_bytes  # a wrong share of the memory is an error before anything is compiled
     architecture = architectures.find(config.model_name_or_path, assumptions.model_config)
-    student = architectures.find(config.student) if config.student else None
+    other = config.student or config.teacher
+    student = architectures.find(other) if other else None
     devices = targets.devices(target)
     run = programs.build(config, target, devices, architecture, student, assumptions.segments)
     chosen = [program for program in run.programs if program.name.startswith(only)]

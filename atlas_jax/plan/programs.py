@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,18 +16,19 @@ from atlas_jax.data.loader import segment_bound
 from atlas_jax.models import cache as kv
 from atlas_jax.models.config import ModelConfig
 from atlas_jax.models.transformer import Decoder
+from atlas_jax.options.gkd import GKDConfig
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.options.train import TrainConfig
 from atlas_jax.plan import flops
 from atlas_jax.plan.pairs import RowContent, even
 from atlas_jax.plan.targets import CompiledSharding, Target
-from atlas_jax.recipes import grpo, sft
+from atlas_jax.recipes import gkd, grpo, sft
 from atlas_jax.recipes.layout import longest_row
 from atlas_jax.rollout import local
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import Batch, PolicyBatch, RowBounds
+from atlas_jax.types import Batch, PolicyBatch, RowBounds, TeacherBatch
 
 _NUM_UPDATES = 1000
 """Length of the schedule, which changes no program."""
@@ -97,7 +99,8 @@ def build(
         target: what to compile for.
         devices: the devices of the target.
         architecture: of the model that is trained.
-        student: architecture of the frozen student; None if there is none.
+        student: architecture of the frozen student, or of the teacher that is distilled; None if
+            there is none.
         segments: texts of equal length in each packed row.
 
     Raises:
@@ -121,7 +124,7 @@ def build(
         num_tokens=0,
         segments=segments,
     )
-    recipes: dict[str, Callable[..., PlannedRun]] = {"sft": _sft, "grpo": _grpo}
+    recipes: dict[str, Callable[..., PlannedRun]] = {"sft": _sft, "grpo": _grpo, "gkd": _gkd}
     return recipes[config.algorithm](run, compute, config, optimizer, student, target)
 
 
@@ -248,13 +251,69 @@ def _grpo(
             prompt_tokens=config.max_prompt_length,
             new_tokens=config.max_new_tokens,
         )
-        programs += _generation(config, policy, hosts)
+        sampling = Sampling(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+        )
+        max_rows = config.rollout.max_rows * hosts
+        programs += _generation(policy, sampling, max_rows)
         if student is not None:
             frozen = compute.frozen_decoder(student)
             resident["student"] = step.abstract(frozen.shapes, frozen.placements())
             for asked in _student(config, frozen, resident["student"], layout.questions):
-                programs += _generation(config, asked, hosts)
+                programs += _generation(asked, sampling, max_rows)
     return run._replace(programs=programs, resident=resident, num_tokens=num_tokens)
+
+
+def _gkd(
+    run: PlannedRun,
+    compute: Compute,
+    config: GKDConfig,
+    optimizer: step.Optimizer,
+    teacher: ModelConfig | None,
+    target: Target,
+) -> PlannedRun:
+    decoder = run.decoder
+    plan = compute.plan
+    shape = plan.microbatches, plan.global_rows // plan.microbatches, config.max_seq_length
+    batch = _batch(TeacherBatch, shape, compute.sharding)
+    if config.teacher_reads == "lesson":
+        batch = batch._replace(
+            teacher=_batch(Batch, shape, compute.sharding), sources=batch.positions
+        )
+    frozen = compute.frozen_decoder(teacher or decoder.config)
+    weights = step.abstract(frozen.shapes, frozen.placements())
+    content = even(config.max_seq_length, 1)
+    needed = [flops.forward(d.config, plan.global_rows, content) for d in (decoder, frozen)]
+    train = compute.train_step(gkd.make_loss(decoder, frozen, config), decoder, optimizer)
+    programs = [
+        Program(
+            name="train",
+            function=train.whole,
+            arguments=(run.state, step.Beside(batch, weights), *run.rest),
+            model_flops=run.passes * needed[0] + needed[1],
+            content=content,
+        )
+    ]
+    if config.lmbda:
+        policy = _Requests(
+            name="",
+            decoder=decoder,
+            params=run.whole,
+            prompts=math.ceil(plan.global_rows * config.lmbda),
+            samples=1,
+            prompt_tokens=config.max_seq_length - config.max_new_tokens,
+            new_tokens=config.max_new_tokens,
+        )
+        hosts = target.num_devices // target.devices_a_host
+        sampling = Sampling(config.temperature)
+        programs += _generation(policy, sampling, config.max_decode_rows * hosts)
+    num_tokens = math.prod(shape)
+    return run._replace(
+        programs=programs, resident=run.resident | {"teacher": weights}, num_tokens=num_tokens
+    )
 
 
 def _batch(cls: type[Any], shape: tuple[int, ...], sharding: Sharding) -> Any:
@@ -318,23 +377,17 @@ def _student(config: GRPOConfig, decoder: Decoder, params: Any, questions: int) 
     return [alone, guided]
 
 
-def _generation(config: GRPOConfig, asked: _Requests, hosts: int) -> list[Program]:
+def _generation(asked: _Requests, sampling: Sampling, max_rows: int) -> list[Program]:
     """Returns the programs that run prompts, and that decode when the longest rows are full."""
     decoder = asked.decoder
     params = asked.params
     sharding = decoder.sharding
     samples = asked.samples
     parts = sharding.num_replicas
-    share = max(config.rollout.max_rows * hosts // (samples * parts), 1)
+    share = max(max_rows // (samples * parts), 1)
     prompts = parts << (share.bit_length() - 1)
     prompts = min(prompts, parts * local.bucket(-(-asked.prompts // parts)))
     length = local.prompt_room(asked.prompt_tokens)
-    sampling = Sampling(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-    )
     static = decoder, (0,), sampling
     questions = local.GridPrompts(
         tokens=_rows((prompts, length), jnp.int32, sharding),

@@ -90,7 +90,7 @@ _CHARTS = (
     _Chart("Lengths in tokens", ("rollout/completion_tokens", "teaching/probe_tokens")),
     _Chart("Shorter answers", ("teaching/response_token_reduction",)),
     _Chart("Loss", ("loss/total", "eval/loss")),
-    _Chart("Entropy", ("policy/entropy",)),
+    _Chart("Entropy", ("policy/entropy", "distillation/teacher_entropy")),
     _Chart("Clipped share", ("policy/clip_frac",)),
     _Chart("Mismatch of engine and trainer", ("rollout/mismatch_kl", "rollout/fresh_mismatch*")),
     _Chart("Staleness", ("rollout/version_lag_max", "rollout/version_lag*")),

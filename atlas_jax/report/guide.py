@@ -59,8 +59,8 @@ def judge(run: RunFiles) -> RunVerdict:
     """Returns the verdict on a run as far as it has come."""
     if not run.metrics:
         return RunVerdict("No step is done yet, so there is nothing to judge.", [])
-    if run.algorithm == "sft":
-        return _judge_sft(run)
+    if run.algorithm in ("sft", "gkd"):
+        return _judge_loss(run)
     evaluation = run.evaluations[-1] if run.evaluations else None
     criteria = [_reward(run)]
     criteria += _non_degradation(run, evaluation)
@@ -76,8 +76,9 @@ def last_mean(run: RunFiles, name: str) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _judge_sft(run: RunFiles) -> RunVerdict:
-    criteria = _ranges(run, SFT_ONLY)
+def _judge_loss(run: RunFiles) -> RunVerdict:
+    """Returns the verdict on a run without rewards; the guide has ranges for SFT alone."""
+    criteria = _ranges(run, SFT_ONLY) if run.algorithm == "sft" else []
     losses = [value for _, value in run.series("loss/total") if not math.isnan(value)]
     held_out = [value for _, value in run.series("eval/loss") if not math.isnan(value)]
     if not losses:
@@ -86,7 +87,12 @@ def _judge_sft(run: RunFiles) -> RunVerdict:
     words = f"The loss went from {losses[0]:.3g} to {end:.3g} nats a token"
     words += f", and to {held_out[-1]:.3g} on held-out rows" if held_out else ""
     goal = RANGES["loss/total"].status(end)
-    words += ": below the 1.5 of the guide." if goal == REACHED else ": not below the guide's 1.5."
+    if run.algorithm == "gkd":
+        words += ", from the teacher's distribution."
+    else:
+        words += (
+            ": below the 1.5 of the guide." if goal == REACHED else ": not below the guide's 1.5."
+        )
     if run.evaluations:
         criteria += _results(run, run.evaluations[-1])
         words += f" {_sentence(run, run.evaluations[-1], criteria[0])}"

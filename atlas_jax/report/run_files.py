@@ -55,7 +55,7 @@ class RunFiles(NamedTuple):
 
     @property
     def algorithm(self) -> str:
-        """`sft` or `grpo`; empty if the run has no `config.json`."""
+        """`sft`, `grpo` or `gkd`; empty if the run has no `config.json`."""
         return self.config.get("algorithm", "")
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from atlas_jax.rollout.record import StepFacts
@@ -51,7 +51,7 @@ def read(directory: pathlib.Path, step: int) -> StoredStep:
         try:
             # The members of a question stand together, and the first one begins its group.
             place += values["member"] == 0
-            samples.append(_sample(values, place))
+            samples.append(sample(values, place))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is no sample: {type(error).__name__} {error}") from None
     facts = StepFacts(
@@ -82,7 +82,8 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _sample(values: dict[str, Any], place: int) -> Sample:
+def sample(values: Mapping[str, Any], place: int = 0) -> Sample:
+    """Returns the sample of one line; raises several kinds of errors for what is none."""
     completion = _completion(values["completion"])
     assert completion is not None
     return Sample(

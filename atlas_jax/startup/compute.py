@@ -73,7 +73,7 @@ class Compute:
         if packing != "auto":
             return packing
         packed = self._attention(architecture, packed=True)
-        return not self.config.asks_questions and attention.skips_segments(packed)
+        return self.config.may_pack and attention.skips_segments(packed)
 
     def decoder(self, architecture: ModelConfig) -> Decoder:
         """Returns the decoder of the model that is trained.

@@ -67,6 +67,8 @@ class Started(NamedTuple):
     """Digest of the tokenizer."""
     student: str = ""
     """Digest of GRPO's student; empty where the trainer does not read it."""
+    teacher: str = ""
+    """Digest of the model whose distribution is learnt; empty without one."""
     date: str = ""
     """The date that chat templates take for today; empty in runs that do not say."""
 

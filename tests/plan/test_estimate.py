@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from atlas_jax.config import GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
+from atlas_jax.config import GKDConfig, GRPOConfig, MeshConfig, RolloutConfig, SFTConfig
 from atlas_jax.models import attention
 from atlas_jax.models.config import ModelConfig, Rope
 from atlas_jax.options.train import LoraOptions, ModelOptions
@@ -176,6 +176,34 @@ def test_grpo_has_its_update_its_reference_and_its_generation():
     assert values["vllm"]["kv_bytes_per_sequence"] == 2 * 2 * 4 * 2 * 16 * 96
     params = sum(math.prod(s.shape) for s in jax.tree.leaves(found.run.decoder.shapes))
     assert values["checkpoint_bytes"] == pytest.approx(3 * 4 * params, abs=64)
+
+
+def test_distillation_has_the_teacher_beside_the_state_and_its_forward_pass():
+    config = GKDConfig(
+        model_name_or_path="m", teacher_model_name_or_path="t", output_dir="o", max_seq_length=128,
+        max_new_tokens=32, per_device_train_batch_size=1, gradient_checkpointing="none",
+        loss_chunk_size=64,
+    )  # fmt: skip
+    teacher = dataclasses.replace(MODEL, num_layers=8)
+    found = plan(config, student=teacher)
+    train = found.programs[0]
+    assert [p.name for p in found.programs] == ["train", "prefill", "decode 32"]
+    assert train.memory.resident > 1.3 * train.memory.params  # both float32 here
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    head = 512 * 64
+    # Per token: the policy forward and backward, and the teacher, twice as deep, forward alone.
+    weights = 3 * (4 * layer + head) + 8 * layer + head
+    seen = (3 * 4 + 8) * 4 * 64 * 129 / 2
+    assert train.model_flops == pytest.approx(8 * 128 * (2 * weights + seen), rel=1e-6)
+    assert train.cost.flops * 8 > 0.99 * train.model_flops
+    lessons = plan(dataclasses.replace(config, teacher_reads="lesson", lmbda=0.0))
+    assert [p.name for p in lessons.programs] == ["train"]
+    own = lessons.programs[0]
+    assert own.memory.resident == own.memory.params
+    deeper = plan(dataclasses.replace(config, teacher_reads="lesson", lmbda=0.0), student=teacher)
+    more = deeper.programs[0].memory
+    held = more.resident - own.memory.resident  # the teacher counts once
+    assert held > 0 and abs(more.total - own.memory.total - held) < 0.2 * held
 
 
 def test_scans_count_as_often_as_they_run():

@@ -1,0 +1,95 @@
+"""Options that only distillation has."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from atlas_jax.options.fields import Positive, PositiveInt, Share
+from atlas_jax.options.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GKDConfig(TrainConfig):
+    """Generalized knowledge distillation: a policy learns a teacher's distribution of tokens."""
+
+    algorithm: str = "gkd"
+    teacher_model_name_or_path: str = ""
+    """Frozen model whose distribution is learnt: a Hugging Face directory, a `.gguf` file or a hub
+    id, with the vocabulary of the trained model. Empty takes the weights that the run begins with,
+    for `teacher_reads=lesson`."""
+    teacher_reads: Literal["prompt", "lesson"] = "prompt"
+    """Text before a completion, for the teacher: `prompt` is that of the policy. `lesson` is the
+    student's prompt with a lesson, while the policy reads the one without: rows are then the
+    samples of a GRPO run, `OUTPUT_DIR/rollouts/*.jsonl`, of which those count where the student's
+    answers alone are wrong and an answer with the lesson is right."""
+    lmbda: Share = 0.5
+    """Share of the completions that the policy writes itself; the others are those of the rows."""
+    beta: Share = 0.5
+    """Share of the teacher in the mixture of the generalized Jensen-Shannon divergence; 0 is the
+    forward KL divergence, from teacher to policy, and 1 the reverse one."""
+    temperature: Positive = 0.9
+    """Temperature of the policy's sampling, and of both distributions that are compared."""
+    max_new_tokens: PositiveInt = 128
+    """Most tokens of a completion that the policy writes; `max_seq_length` limits it too."""
+    max_decode_rows: PositiveInt = 256
+    """Most rows that a process decodes at one time."""
+
+    @property
+    def may_pack(self) -> bool:
+        """False: a row holds one completion."""
+        return False
+
+    @property
+    def generates_locally(self) -> bool:
+        """True if the training devices generate completions."""
+        return self.lmbda > 0
+
+    @property
+    def teacher(self) -> str:
+        """Name of the frozen model whose distribution is learnt; empty if it is the policy's."""
+        return self.teacher_model_name_or_path
+
+    def check(self, given_rewards: Sequence[Any] = ()) -> None:
+        """Checks each option, and those that must fit each other.
+
+        Raises:
+            ValueError: names the options, their values and what to write instead.
+        """
+        super().check(given_rewards)
+        if self.packing is True:
+            raise ValueError("packing=True is for SFT; rows of algorithm=gkd hold one completion")
+        if not self.data.completion_only:
+            raise ValueError(
+                "data.completion_only=False with algorithm=gkd, which compares completions alone; "
+                "leave it at true"
+            )
+        if self.teacher_reads == "prompt" and not self.teacher:
+            raise ValueError(
+                "teacher_model_name_or_path is empty, and with teacher_reads=prompt the policy is "
+                "its own teacher and learns nothing; name a teacher, or set teacher_reads=lesson"
+            )
+        if self.max_new_tokens >= self.max_seq_length and self.lmbda:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+                f"max_seq_length={self.max_seq_length}; lower it, or raise max_seq_length"
+            )
+        if self.teacher_reads == "lesson":
+            self._check_samples()
+
+    def _check_samples(self) -> None:
+        """Checks that rows can be the samples of a GRPO run."""
+        if self.data.format == "session":
+            raise ValueError(
+                "data.format=session with teacher_reads=lesson, whose rows are samples of a GRPO "
+                "run; set data.dataset_path to its rollouts, and data.format=auto"
+            )
+        for name in ("dataset_path", "eval_path"):
+            path = getattr(self.data, name)
+            # Whoever reads a whole directory makes a table of it, with other values in its gaps.
+            if os.path.isdir(os.path.expanduser(path)):
+                raise ValueError(
+                    f"data.{name}={path} is a directory; give its files, {path.rstrip('/')}/*.jsonl"
+                )
