@@ -44,7 +44,7 @@ def joined(frozen: Params, trained: Params) -> Params:
 
 
 class Frozen(NamedTuple):
-    """What a step reads besides its state and its batch, if it trains a part of the model."""
+    """Arrays that a step reads besides its state and its batch, if it trains a part of a model."""
 
     params: Params
     step: Array  # [] int32, the number of the update, for random numbers
@@ -358,13 +358,7 @@ def make_train_step(
             metrics = jax.tree.map(lambda first, rest: first + rest.sum(), metrics, more)
         return state._replace(step=state.step + 1), metrics
 
-    placements = TrainState(
-        step=sharding.replicated,
-        params=jax.tree.map(
-            lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)
-        ),
-        opt_state=optimizer.placement,
-    )
+    placements = _state_places(optimizer, dims, sharding)
     rest = () if dropout is None else (None,)
     # The state is donated: parameters and moments are updated in their own buffers. Without equal
     # shardings of input and output XLA could not reuse them.
@@ -376,6 +370,14 @@ def make_train_step(
     )
     begin, add, finish = _in_parts(gradients, changed, placements, rest)
     return TrainStep(whole=whole, begin=begin, add=add, update=finish)
+
+
+def _state_places(optimizer: Optimizer, dims: Params, sharding: Sharding) -> TrainState:
+    """Returns the placement of the arrays of a state."""
+    params = jax.tree.map(
+        lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)
+    )
+    return TrainState(step=sharding.replicated, params=params, opt_state=optimizer.placement)
 
 
 def _in_parts(

@@ -175,7 +175,7 @@ class Projection(nnx.Module):
         rows = x.reshape(-1, size)
         y = product(rows, self.kernel[...].reshape(size, -1))
         if self.delta is not None:
-            y += self.delta(rows)
+            y = checkpoint_name(y + self.delta(rows), "adapted")
         y = y.reshape(*x.shape[:2], *self.outer)
         return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
 
