@@ -84,7 +84,6 @@ class Run:
         self,
         num_steps: int,
         fingerprint: str,
-        updates_per_step: int = 1,
         student: Model | None = None,
     ) -> Training:
         """Loads the weights, and the position in the data where an earlier command stopped.
@@ -93,7 +92,6 @@ class Run:
             num_steps: steps of the whole run.
             fingerprint: hash of the data, which must be those of the checkpoint, but for
                 `data.refresh`.
-            updates_per_step: updates of the optimizer in one step.
             student: GRPO's frozen student, where this process reads its weights.
 
         Raises:
@@ -101,13 +99,12 @@ class Run:
                 data, or if there are no weights to begin with.
         """
         # The optimizer first, since its state is restored into the shapes that it has.
-        optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
+        optimizer = self.compute.optimizer(self.decoder, num_steps)
         start = self._start(optimizer, student)
         _check_same_data(self.config, start, fingerprint)
         return Training(
             run=self,
             num_steps=num_steps,
-            updates_per_step=updates_per_step,
             optimizer=optimizer,
             start=start,
         )
@@ -175,7 +172,6 @@ class Training:
 
     run: Run
     num_steps: int
-    updates_per_step: int
     optimizer: step.Optimizer
     start: Start
 
@@ -230,7 +226,7 @@ class Training:
             config=run.config,
             num_steps=self.num_steps,
             flops_per_token=run.decoder.config.flops_per_token,
-            train_step=compute.train_step(loss, run.decoder, self.optimizer, self.updates_per_step),
+            train_step=compute.train_step(loss, run.decoder, self.optimizer),
             evaluate=evaluate,
             writer=writer,
             checkpoints=run.checkpoints,

@@ -216,6 +216,7 @@ def make_train_step(
     sharding: Sharding,
     num_updates: int = 1,
     seed: int = 0,
+    num_parts: int = 1,
 ) -> TrainStep:
     """Returns the compiled `(state, batch) -> (state, metrics)`, which consumes the state.
 
@@ -231,6 +232,8 @@ def make_train_step(
         num_updates: number of updates on each batch, over which metrics are summed.
         seed: seed of the random numbers that round bfloat16 parameters. The numbers of an update
             depend on the seed and the update's index only, so a resumed run draws the same.
+        num_parts: number of equal parts of a batch's microbatches, each of which is the batch of
+            one update in turn; divides `num_updates`.
     """
     gradients = _Gradients(loss_fn, dims, sharding)
 
@@ -253,7 +256,8 @@ def make_train_step(
         return TrainState(state.step, params, opt_state), metrics
 
     def update(state: TrainState, batch: Any, number: Any) -> tuple[TrainState, Metrics]:
-        return changed(state, gradients.sums(state.params, batch), number)
+        part = _part(batch, number % num_parts, num_parts)
+        return changed(state, gradients.sums(state.params, part), number)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = update(state, batch, 0)
@@ -278,6 +282,14 @@ def make_train_step(
         step, donate_argnums=0, in_shardings=(placements, None), out_shardings=(placements, None)
     )
     return TrainStep(whole, *_in_parts(gradients, changed, placements))
+
+
+def _part(batch: Any, number: Any, num_parts: int) -> Any:
+    """Returns one of equal parts of the microbatches."""
+    if num_parts == 1:
+        return batch
+    size = batch.tokens.shape[0] // num_parts
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * size, size), batch)
 
 
 def _in_parts(

@@ -124,9 +124,9 @@ class Compute:
             architecture.window,
         )
 
-    def optimizer(self, decoder: Decoder, num_updates: int) -> step.Optimizer:
-        """Returns AdamW with the schedule of a run of so many updates."""
-        learning_rate = optim.schedule(self.config, num_updates)
+    def optimizer(self, decoder: Decoder, num_steps: int) -> step.Optimizer:
+        """Returns AdamW with the schedule of a run of so many steps, by update."""
+        learning_rate = optim.schedule(self.config, num_steps * self.config.updates_per_step)
         transform = optim.adamw(self.config, learning_rate)
         return step.place_optimizer(
             transform, learning_rate, decoder.shapes, decoder.dims, decoder.sharding
@@ -137,11 +137,16 @@ class Compute:
         loss: step.LossFn,
         decoder: Decoder,
         optimizer: step.Optimizer,
-        updates_per_step: int = 1,
     ) -> step.TrainStep:
         """Returns the compiled step, see `step.make_train_step`."""
         return step.make_train_step(
-            loss, optimizer, decoder.dims, decoder.sharding, updates_per_step, self.config.seed
+            loss,
+            optimizer,
+            decoder.dims,
+            decoder.sharding,
+            num_updates=self.config.updates_per_step,
+            seed=self.config.seed,
+            num_parts=self.config.updates_per_pass,
         )
 
     def state(self, params: Params, optimizer: step.Optimizer) -> step.TrainState:
