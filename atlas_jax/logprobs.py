@@ -38,6 +38,8 @@ class Head(NamedTuple):
     """Divisor of the logits."""
     with_entropy: bool = False
     """True to compute the entropy too, which is 0 otherwise."""
+    trains_entropy: bool = False
+    """True for an entropy with a gradient."""
 
 
 class Labels(NamedTuple):
@@ -199,17 +201,25 @@ def chunk_gradients(
     inputs: tuple[jax.Array, jax.Array, jax.Array],
     rows: OutputRows,
     head: Head,
+    entropy: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of `g log softmax` at the targets, for own hidden states and `rows`.
 
     The derivative of `log softmax` at target y with respect to the logits is one-hot(y) - softmax.
-    `inputs` are the hidden states, targets and `g` of the gathered positions.
+    `inputs` are the hidden states, targets and `g` of the gathered positions. `entropy` is the
+    entropy H of each with its own factor, where it is differentiated too. The derivative of
+    H = -sum_v p_v log p_v with respect to the logit of v is -p_v (log p_v + H), because those of
+    log p_v add up to 0 in the mean over p.
     """
     hidden, targets, g = inputs
     ids, found = rows.ids(targets)
     is_target = (jnp.arange(logits.shape[-1]) == ids[:, None]) & found[:, None]
-    softmax = jnp.exp(logits - log_partition[:, None])
+    log_softmax = logits - log_partition[:, None]
+    softmax = jnp.exp(log_softmax)
     d_logits = (is_target - softmax) * (g / head.temperature)[:, None]
+    if entropy:
+        value, factor = entropy
+        d_logits -= softmax * (log_softmax + value[:, None]) * (factor / head.temperature)[:, None]
     d_logits = d_logits.astype(hidden.dtype)
     d_table = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
     return rows.hidden_gradient(d_logits), d_table

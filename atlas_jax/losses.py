@@ -20,19 +20,35 @@ from atlas_jax.options.policy_loss import PolicyLossConfig
 from atlas_jax.types import LossSum, PolicyBatch
 
 _STD_FLOOR = 1e-4
+_BY_COMPLETION = ("grpo", "gspo", "gspo_token")
+"""Losses that average over completions."""
+_OF_COMPLETION = ("gspo", "gspo_token")
+"""Losses with one ratio for a completion."""
 
 
 class PolicyOptions(NamedTuple):
     """Options of `policy_loss`, static under `jax.jit`."""
 
-    loss_type: str  # grpo | bnpo | dr_grpo | dapo | gspo | cispo | package.module:function
+    loss_type: str  # grpo | bnpo | dr_grpo | dapo | gspo | gspo_token | cispo | module:function
     epsilon_low: float  # ratios are clipped to [1 - epsilon_low, 1 + epsilon_high]
     epsilon_high: float
+    delta: float  # upper bound of ratios where the advantage is negative; 0 is none
     beta: float  # weight of the KL to the reference; 0 needs no reference
+    kl_estimator: str  # k3 | unbiased | in_reward
+    entropy_coef: float  # weight of the entropy in `with_entropy`
     importance_sampling: str  # none | token | sequence: the correction of engine against trainer
+    importance_sampling_mode: str  # truncate | mask: fate of importance weights above the cap
     importance_sampling_cap: float  # upper bound of importance weights
+    loss_divisor: str  # trained | all: the completions that a mean over completions counts
     max_new_tokens: int  # the constant length by which dr_grpo divides
     num_sequences: int  # largest number of completions in a row
+
+    @classmethod
+    def of(cls, config: PolicyLossConfig, max_new_tokens: int, num_sequences: int) -> PolicyOptions:
+        """Returns the options of a run."""
+        named = {name: getattr(config, name) for name in cls._fields if hasattr(config, name)}
+        lengths = {"max_new_tokens": max_new_tokens, "num_sequences": num_sequences}
+        return cls(**named | lengths)
 
 
 PolicyLoss = Callable[
@@ -99,34 +115,62 @@ def policy_loss(
 ) -> tuple[LossSum, dict[str, LossSum]]:
     """Returns the loss sum of the GRPO family with its weight, and its metrics.
 
-    With the ratio `r = exp(logprobs - old)`, the advantage `A` and `clip` to the bounds of
-    `options`, a token's policy term is
+    **Policy term.** With the ratio `r = exp(logprobs - old)`, the advantage `A` and `clip` to the
+    bounds of `options`, a token's policy term is
 
     - grpo, bnpo, dr_grpo, dapo: `-min(r A, clip(r) A)`
-    - gspo: the same, with the ratio `exp(mean_t (logprobs - old))` of the whole completion for `r`
+    - gspo: the same, with the ratio `s = exp(mean_t (logprobs - old))` of the whole completion for
+      `r`
+    - gspo_token: the same as gspo with the gradient of `s exp(logprobs - stop_gradient(logprobs))`
+      for `s`. It equals gspo where all tokens of a completion have one advantage. Where they do
+      not, as in episodes with rewards of turns, each token moves by its own.
     - cispo: `-stop_gradient(clip(r)) A logprobs`. The paper has no lower bound, which an
       `epsilon_low` of at least 1 gives.
 
-    The policy term is multiplied by the importance weight: `min(exp(old - rollout), cap)` of the
-    token, or of the summed difference of its completion. `beta` times the KL to the reference (k3)
-    is added. The terms are added up as
+    `delta` bounds the term where `A` is negative: `-max(min(r A, clip(r) A), delta A)`. An unlikely
+    token whose probability has grown cannot outweigh the batch.
 
-    - grpo, gspo: the means over each completion's trained tokens; the weight is the number of
-      completions with a trained token
+    **Importance weight.** The policy term is multiplied by `w = exp(old - rollout)` of the token,
+    or of the summed difference of its completion. Above the cap `w` becomes the cap (`truncate`) or
+    0 (`mask`).
+
+    **KL.** With `d = ref - logprobs`, `k3 = exp(d) - d - 1`, and tokens that the policy sampled,
+
+    - k3: `beta k3` is added to a token's term. Its derivative with respect to `logprobs` is
+      `beta (1 - exp(d))`. The mean of `(1 - ref / pi) grad log pi` over `pi` is
+      `-sum ref grad log pi`, so this descends KL(ref || pi), whose value `k3` does not estimate.
+    - unbiased: `beta r k3` is added. Its derivative is `beta r (k3 - exp(d) + 1) = -beta r d`. The
+      mean of `(log pi - log ref) grad log pi` over `pi` is the gradient of KL(pi || ref), which
+      this descends, also off-policy by the ratio `r` of the token.
+    - in_reward: `beta` times the sum of `old - ref` over the token and those after it is taken off
+      its advantage, unscaled and without a baseline. Where `r = 1` the derivative of a token is
+      that of `unbiased` plus `beta` times the log-ratios after it: the gradient of KL(pi || ref) of
+      whole completions. It is clipped and weighted as the policy term is.
+
+    Near the reference `exp(d) - 1` is `d` and the first two agree; far from it `k3` pulls harder on
+    tokens that the reference likes, and `unbiased` on those that it does not.
+
+    **Sum.** The terms are added up as
+
+    - grpo, gspo, gspo_token: the means over each completion's trained tokens; the weight is the
+      number of completions
     - bnpo, dapo, cispo: all trained tokens; the weight is their number. bnpo divides by the tokens
       of the batch and dapo by those of the group. Both are the same here, because all microbatches
       share one weight.
-    - dr_grpo: all trained tokens; the weight is the number of completions with a trained token
-      times `max_new_tokens`. The paper's advantages are not divided by a standard deviation.
+    - dr_grpo: all trained tokens; the weight is the number of completions times `max_new_tokens`.
+      The paper's advantages are not divided by a standard deviation.
+
+    The completions that count are those with a trained token (`loss_divisor` trained), or all, as
+    in the papers, whose 1/G does not depend on what was cut or could not be scored.
 
     Metrics are each `(sum, weight)`. `loss/policy` and `loss/kl` (without `beta`) are averaged as
-    the loss is. `policy/kl` and `rollout/mismatch_kl`, the k3 estimate of KL(rollout || trainer),
-    are means over tokens. `policy/ratio_mean` and `policy/clip_frac` are means over tokens, or over
-    completions for gspo. A clip is counted where it removes the gradient; for cispo, where the
-    ratio is out of bounds. `rollout/importance_weight` (after the cap) and
-    `rollout/importance_capped_frac` are means over tokens or completions, as `importance_sampling`
-    says, and are absent if it is none. Both KL to the reference are absent without
-    `batch.ref_logprobs`.
+    the loss is; with `in_reward` the KL is part of `loss/policy`. `policy/kl` and
+    `rollout/mismatch_kl`, the k3 estimate of KL(rollout || trainer), are means over tokens.
+    `policy/ratio_mean` and `policy/clip_frac` are means over tokens, or over completions for gspo
+    and gspo_token. A clip is counted where it removes the gradient; for cispo, where the ratio is
+    out of bounds. `rollout/importance_weight` (after the cap) and `rollout/importance_capped_frac`
+    are means over tokens or completions, as `importance_sampling` says, and are absent if it is
+    none. Both KL to the reference are absent without `batch.ref_logprobs`.
 
     A completion may hold tokens of several weights. The engine reports each token's
     log-probability under the weights that wrote it, so `exp(old - rollout)` is the ratio of the
@@ -145,10 +189,13 @@ def policy_loss(
 
     Reference:
         grpo: Shao et al. 2024, arXiv:2402.03300, eq. 3-4. dr_grpo: Liu et al. 2025,
-        arXiv:2503.20783, section 3. dapo: Yu et al. 2025, arXiv:2503.14476, eq. 8. gspo: Zheng et
-        al. 2025, arXiv:2507.18071, eq. 5-7. cispo: MiniMax 2025, arXiv:2506.13585, eq. 4-5. bnpo:
-        `loss_type="bnpo"` of TRL. Importance weight: Yao et al. 2025, "Your efficient RL framework
-        secretly brings you off-policy RL training".
+        arXiv:2503.20783, section 3. dapo: Yu et al. 2025, arXiv:2503.14476, eq. 8. gspo and
+        gspo_token: Zheng et al. 2025, arXiv:2507.18071, eq. 5-7 and 13-14. cispo: MiniMax 2025,
+        arXiv:2506.13585, eq. 4-5. bnpo: `loss_type="bnpo"` of TRL. delta: Ye et al. 2020,
+        arXiv:1912.09729, eq. 5, where it is c. Importance weight: Yao et al. 2025, "Your efficient
+        RL framework secretly brings you off-policy RL training". k3: Schulman 2020, "Approximating
+        KL divergence". unbiased: DeepSeek-AI 2025, arXiv:2512.02556, eq. 7. in_reward: Ouyang et
+        al. 2022, arXiv:2203.02155, eq. 2, by token.
     """
     _check(batch, options)
     members = _members(batch, options)
@@ -156,8 +203,13 @@ def policy_loss(
     # the backward pass too.
     logprobs = jnp.where(members.any(axis=-1), logprobs, 0.0)
     old = jax.lax.stop_gradient(logprobs if batch.old_logprobs is None else batch.old_logprobs)
+    advantages = batch.advantages
+    kl_in_reward = options.kl_estimator == "in_reward"
+    if kl_in_reward and batch.ref_logprobs is not None:
+        later = _following_sum(old - batch.ref_logprobs, members)
+        advantages = advantages - options.beta * later
 
-    terms, metrics = _policy_terms(logprobs, old, batch.advantages, members, options)
+    terms, metrics = _policy_terms(logprobs, old, advantages, members, options)
     if options.importance_sampling != "none":
         # It corrects for the engine, whose numbers differ from the trainer's for equal weights.
         weights, found = _importance_weights(old - batch.rollout_logprobs, members, options)
@@ -166,13 +218,33 @@ def policy_loss(
     total, weight = _add_up(terms, members, options)
     metrics["loss/policy"] = total, weight
     metrics |= _distances(logprobs, batch, members)
-    if batch.ref_logprobs is not None:
+    if batch.ref_logprobs is not None and not kl_in_reward:
         # Measured without `beta` too, so that a run without a penalty still shows its drift.
         kl = _k3(batch.ref_logprobs - logprobs)
+        if options.kl_estimator == "unbiased":
+            kl *= jnp.exp(logprobs - old)
         metrics["loss/kl"] = _add_up(kl, members, options)
         if options.beta != 0:
             total += options.beta * metrics["loss/kl"][0]
     return (total, weight), metrics
+
+
+def with_entropy(
+    loss: LossSum, entropy: Float[Array, "B T"], batch: PolicyBatch, options: PolicyOptions
+) -> LossSum:
+    """Returns a loss of `policy_loss` less `entropy_coef` times the entropy, averaged alike.
+
+    Args:
+        loss: the sum and the weight of the batch.
+        entropy: entropy of the distribution that each token is drawn from, in nats, with gradient.
+        batch: the batch of the loss.
+        options: the loss.
+
+    Reference: Mnih et al. 2016, arXiv:1602.01783, section 4.
+    """
+    total, weight = loss
+    bonus, _ = _add_up(entropy, _members(batch, options), options)
+    return total - options.entropy_coef * bonus, weight
 
 
 def group_advantages(
@@ -224,8 +296,14 @@ def group_advantages(
 
 def _check(batch: PolicyBatch, options: PolicyOptions) -> None:
     """Raises `ValueError` for options that cannot be computed."""
-    _one_of("loss_type", options.loss_type)
-    _one_of("importance_sampling", options.importance_sampling)
+    for name in (
+        "loss_type",
+        "importance_sampling",
+        "importance_sampling_mode",
+        "kl_estimator",
+        "loss_divisor",
+    ):
+        _one_of(name, getattr(options, name))
     if options.beta != 0 and batch.ref_logprobs is None:
         raise ValueError(
             f"no reference log-probabilities for beta={options.beta}; "
@@ -250,6 +328,14 @@ def _sequence_sum(
     """Returns at each trained token the sum of `values` over its completion, and 0 elsewhere."""
     sums = jnp.sum(jnp.where(members, values[..., None], 0.0), axis=1, keepdims=True)
     return jnp.sum(jnp.where(members, sums, 0.0), axis=-1)
+
+
+def _following_sum(
+    values: Float[Array, "B T"], members: Bool[Array, "B T G"]
+) -> Float[Array, "B T"]:
+    """Returns at each trained token the sum of `values` from it to the end of its completion."""
+    each = jnp.where(members, values[..., None], 0.0)
+    return jnp.sum(jnp.where(members, jax.lax.cumsum(each, 1, reverse=True), 0.0), axis=-1)
 
 
 def _over_length(values: Float[Array, "B T"], members: Bool[Array, "B T G"]) -> Float[Array, "B T"]:
@@ -277,11 +363,14 @@ def _add_up(
     terms: Float[Array, "B T"], members: Bool[Array, "B T G"], options: PolicyOptions
 ) -> LossSum:
     """Returns the loss sum and the weight of the loss type; see `policy_loss`."""
-    if options.loss_type in ("grpo", "gspo"):
-        return _sequence_mean_sum(terms, members)
+    # Each row has all of its completions, also those of which nothing trains.
+    every = jnp.float32(members.shape[0] * members.shape[2])
+    completions = every if options.loss_divisor == "all" else _num_sequences(members)
+    if options.loss_type in _BY_COMPLETION:
+        return _token_sum(_over_length(terms, members), members)[0], completions
     total, num_tokens = _token_sum(terms, members)
     if options.loss_type == "dr_grpo":
-        return total, _num_sequences(members) * options.max_new_tokens
+        return total, completions * options.max_new_tokens
     return total, num_tokens
 
 
@@ -308,10 +397,12 @@ def _policy_terms(
     options: PolicyOptions,
 ) -> tuple[Float[Array, "B T"], dict[str, LossSum]]:
     """Returns the tokens' policy terms, and metrics of their ratios; see `policy_loss`."""
-    per_sequence = options.loss_type == "gspo"
+    per_sequence = options.loss_type in _OF_COMPLETION
     log_ratio = logprobs - old
     if per_sequence:
         log_ratio = _sequence_sum(_over_length(log_ratio, members), members)
+    if options.loss_type == "gspo_token":
+        log_ratio = jax.lax.stop_gradient(log_ratio - logprobs) + logprobs
     # Gradients go through `free` or `logprobs` alone, which the selections below keep finite.
     ratio = jax.lax.stop_gradient(jnp.exp(log_ratio))
     bound = jnp.clip(ratio, 1 - options.epsilon_low, 1 + options.epsilon_high)
@@ -320,6 +411,10 @@ def _policy_terms(
         terms = -bound * advantages * logprobs
     else:
         clipped = bound * advantages < ratio * advantages
+        if options.delta:
+            outweighs = (advantages < 0) & (ratio > options.delta)
+            bound = jnp.where(outweighs, options.delta, bound)
+            clipped |= outweighs
         # Selections before and after the exponential: unused entries may overflow, and the gradient
         # through an overflow is 0 * inf = NaN.
         free = jnp.exp(jnp.where(clipped, 0.0, log_ratio))
@@ -335,22 +430,23 @@ def _policy_terms(
 def _importance_weights(
     log_weights: Float[Array, "B T"], members: Bool[Array, "B T G"], options: PolicyOptions
 ) -> tuple[Float[Array, "B T"], dict[str, LossSum]]:
-    """Returns the tokens' importance weights, cut at the cap, and metrics of them.
+    """Returns the tokens' importance weights with their mode and cap, and metrics of them.
 
     Args:
         log_weights: the trainer's less the engine's log-probabilities, without gradient.
         members: the completion of each trained token, from `_members`.
-        options: the level and the cap.
+        options: the level, the mode and the cap.
     """
     per_sequence = options.importance_sampling == "sequence"
     mean = _sequence_mean_sum if per_sequence else _token_sum
     # The cap keeps one unlikely token from outweighing the rest of the batch.
     raw = jnp.exp(_sequence_sum(log_weights, members) if per_sequence else log_weights)
-    weights = jnp.minimum(raw, options.importance_sampling_cap)
-    capped = (raw > options.importance_sampling_cap).astype(jnp.float32)
+    capped = raw > options.importance_sampling_cap
+    limit = 0.0 if options.importance_sampling_mode == "mask" else options.importance_sampling_cap
+    weights = jnp.where(capped, limit, raw)
     return weights, {
         "rollout/importance_weight": mean(weights, members),
-        "rollout/importance_capped_frac": mean(capped, members),
+        "rollout/importance_capped_frac": mean(capped.astype(jnp.float32), members),
     }
 
 

@@ -22,10 +22,14 @@ _TOKENS = "tokens"
 
 METRICS: dict[str, Metric] = {
     "loss/total": Metric(_NATS, "SFT: mean cross entropy of the trained tokens; the ATLAS guide's "
-        "target is below 1.5. GRPO: `loss/policy` plus `beta` times `loss/kl`. GKD: mean "
-        "divergence from the teacher over the tokens of completions."),
-    "loss/policy": Metric("", "Policy term of the GRPO loss."),
-    "loss/kl": Metric(_NATS, "KL term of the GRPO loss, before `beta` weighs it."),
+        "target is below 1.5. GRPO: `loss/policy` plus `beta` times `loss/kl`, less `entropy_coef` "
+        "times the entropy, which is averaged as the loss is. GKD: mean divergence from the teacher "
+        "over the tokens of completions."),
+    "loss/policy": Metric("", "Policy term of the GRPO loss, with `kl_estimator=in_reward` the KL "
+        "included."),
+    "loss/kl": Metric(_NATS, "KL term of the GRPO loss, before `beta` weighs it. With "
+        "`kl_estimator=unbiased` it is weighed by the ratio of probabilities; `in_reward` has "
+        "none."),
     "eval/loss": Metric(_NATS, "SFT: mean cross entropy of the trained tokens of the held-out "
         "rows. GKD: mean divergence from the teacher over the completions of these rows."),
     "eval/agreement_frac": Metric(_SHARE, "The same as `distillation/agreement_frac` over the "
@@ -42,7 +46,8 @@ METRICS: dict[str, Metric] = {
     "policy/kl": Metric(_NATS, "k3 estimate of the KL divergence from the policy to the reference "
         "model. The ATLAS guide wants 0.5 to 2 and warns above 5."),
     "policy/entropy": Metric(_NATS, "Entropy of the policy at the sampling temperature."),
-    "policy/clip_frac": Metric(_SHARE, "Tokens whose probability ratio is clipped."),
+    "policy/clip_frac": Metric(_SHARE, "Tokens whose probability ratio is clipped, by `delta` "
+        "too."),
     "policy/ratio_mean": Metric("", "Mean ratio of a token's probability to its probability before "
         "the update."),
     "rollout/mismatch_kl": Metric(_NATS, "k3 estimate of the KL divergence between the "
@@ -51,8 +56,7 @@ METRICS: dict[str, Metric] = {
         "themselves wrote, with `rollout.max_staleness`. The rest of the mismatch comes of older "
         "weights. It has no value in a step without such tokens."),
     "rollout/importance_weight": Metric("", "Mean weight that corrects this mismatch."),
-    "rollout/importance_capped_frac": Metric(_SHARE, "Weights that `importance_sampling_cap` "
-        "limits."),
+    "rollout/importance_capped_frac": Metric(_SHARE, "Weights above `importance_sampling_cap`."),
     "rollout/completion_tokens": Metric(_TOKENS, "Mean number of tokens that the policy sampled "
         "for a completion."),
     "rollout/turns": Metric("turns", "Mean number of the policy's turns in an episode, with "
@@ -103,6 +107,9 @@ METRICS: dict[str, Metric] = {
     "reward/std": Metric("", "Mean standard deviation of the reward within groups."),
     "reward/NAME": Metric("", "Mean of the part of the reward that is called NAME, where the "
         "reward is a sum of several."),
+    "reward/turn_mean": Metric("", "Mean reward that an episode gave to a turn."),
+    "reward/overlong_penalty": Metric("", "Mean reward that completions lost by "
+        "`reward.overlong_tokens`."),
     "reward/failed_frac": Metric(_SHARE, "Samples without a score."),
     "reward/skipped_frac": Metric(_SHARE, "Samples without a score because of what they are: the "
         "prompt is too long, or there is no lesson. `reward.max_failed_frac` is about the other "
@@ -156,7 +163,7 @@ METRICS: dict[str, Metric] = {
     "perf/step_secs": Metric(_SECS, "Wall time of a step."),
     "perf/tokens_per_sec_per_device": Metric("tokens per second", "Tokens that the updates read, "
         "without padding. GRPO counts a prompt as often as rows hold it, and all for each of "
-        "`num_iterations` updates."),
+        "`num_iterations` passes."),
     "perf/real_token_frac": Metric(_SHARE, "Positions of the rows that hold a token; the rest is "
         "padding, which costs as much as a token does."),
     "perf/mfu": Metric(_SHARE, "Share of the device's bfloat16 peak that the model's own "

@@ -84,7 +84,7 @@ OPTIONS: tuple[Foreign, ...] = (
     # Optimizer and length of the run.
     Foreign("optim_args optim_target_modules", "write `optim=adamw` or `muon`, with `adam_beta1`, `adam_beta2`, `adam_epsilon` and `muon_momentum`"),
     Foreign("warmup_steps", "write `warmup_ratio`, the share of all steps"),
-    Foreign("lr_scheduler_kwargs", "write `warmup_ratio`, `min_lr_ratio` (transformers' `min_lr_rate`) and, with `lr_scheduler_type=wsd`, `lr_decay_ratio`"),
+    Foreign("lr_scheduler_kwargs", "write `warmup_ratio`, `min_lr_ratio` (transformers' `min_lr_rate`) and, with `lr_scheduler_type=wsd`, `lr_decay_ratio`; TRL's `constant` has no warm-up"),
     Foreign("label_smoothing_factor neftune_noise_alpha assistant_loss_weight", "there is none here", absent=True),
     Foreign("disable_dropout", "nothing to set: models have no dropout", changes_nothing=True),
     Foreign("per_device_eval_batch_size eval_accumulation_steps per_gpu_train_batch_size", "write `per_device_train_batch_size`, which evaluation uses too"),
@@ -139,18 +139,23 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("vllm_server_timeout", "write `rollout.request_timeout_secs` and `rollout.sync_timeout_secs`"),
     Foreign("vllm_guided_decoding_regex vllm_structured_outputs_regex", "there is no guided decoding here", absent=True),
     Foreign("use_ray ray_*", "there is no Ray here; write `rollout.backend=vllm`, and one server for each `rollout.teacher_servers`", absent=True),
-    Foreign("vllm_importance_sampling_correction vllm_importance_sampling_mode", "write `importance_sampling`: `none`, `token` or `sequence`"),
-    Foreign("vllm_importance_sampling_cap", "write `importance_sampling_cap`"),
-    Foreign("steps_per_generation generation_batch_size generation_aggregation_steps artificial_epochs",
-            "write `train_batch_size`: the completions of a step are generated together; `num_iterations` updates are made on them"),
+    Foreign("vllm_importance_sampling_correction vllm_importance_sampling_mode",
+            "write `importance_sampling`: `none`, `token` or `sequence`, with `importance_sampling_mode=truncate` or `importance_sampling_mode=mask`"),
+    Foreign("vllm_importance_sampling_cap vllm_importance_sampling_clip_max", "write `importance_sampling_cap`"),
+    Foreign("vllm_importance_sampling_clip_min off_policy_mask_threshold", "there is none here: weights have an upper bound alone", absent=True),
+    Foreign("generation_batch_size generation_aggregation_steps artificial_epochs",
+            "write `train_batch_size`: the completions of a step are generated together; `num_iterations` passes of `steps_per_generation` updates are made over them"),
     Foreign("generation_kwargs", "write `temperature`, `top_p`, `top_k` and `min_p`"),
     Foreign("repetition_penalty", "there is none here: log-probabilities are those of the softmax at `temperature`", absent=True),
     Foreign("unbias_log_probabilities", "nothing to set: log-probabilities are at the sampling temperature", changes_nothing=True),
     Foreign("num_generations_eval", "nothing to set: evaluation answers each question once, greedily", changes_nothing=True),
     # Losses and rewards.
     Foreign("epsilon", "write `epsilon_low` and `epsilon_high`"),
-    Foreign("delta top_entropy_quantile", "there is none here; a loss of your own is `loss_type=package.module:function`", absent=True),
-    Foreign("importance_sampling_level", "write `loss_type=gspo` for ratios of whole completions"),
+    Foreign("use_bias_correction_kl", "write `kl_estimator=unbiased` for true, TRL's default, and `kl_estimator=k3` for false"),
+    Foreign("top_entropy_quantile use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
+            "there is none here; `entropy_coef` is a constant, and a loss of your own is `loss_type=package.module:function`", absent=True),
+    Foreign("multi_objective_aggregation", "there is one way here: rewards are added up with `reward.weights` and then compared"),
+    Foreign("importance_sampling_level", "write `loss_type=gspo` for ratios of whole completions, `loss_type=gspo_token` for gradients by token"),
     Foreign("reward_weights", "write `reward.weights`"),
     Foreign("reward_funcs reward_model_name_or_path reward_processing_classes", "write `reward.kind` and `reward.names`"),
     Foreign("teacher_reward config_path", "write `reward.kind=rim`, and `--config teacher_rcl:rim=rim_offline_config` for the judges"),
@@ -217,6 +222,46 @@ ITEMS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 """Commands, files and fields of the guide, and what they are here; both in Markdown."""
 
+OTHERWISE: tuple[tuple[str, str, str], ...] = (
+    ("`beta`, with `use_bias_correction_kl=True` by default (the KL times the ratio)",
+     "`kl_estimator=k3` by default, GRPO's paper: the same value, another gradient",
+     "`kl_estimator=unbiased`. At 0.05 nats the two gradients agree (cosine 0.98), at 0.5 less (0.8), at 2.8 little (0.6): TRL descends KL(policy to reference), `k3` KL(reference to policy). With `importance_sampling_level=sequence` TRL weighs by the ratio of the completion, and this package by that of the token"),
+    ("`epsilon_high=x` of `loss_type=cispo` is the bound itself; no lower bound", "the bound is `1 + epsilon_high`, and `1 - epsilon_low` below, as in MiniMax-M1's paper",
+     "`epsilon_high` of x - 1, and `epsilon_low=1`"),
+    ("`epsilon` bounds both sides where `epsilon_high` is not set", "`epsilon_low` and `epsilon_high` are 0.2 each", "set both"),
+    ("`delta=None`", "`delta=0`", "the same number; it must be above 1 + `epsilon_high`"),
+    ("masked completions (`mask_truncated_completions`) and those without a score count in the divisor of grpo, gspo and dr_grpo", "they do not count: if 4 of 16 are cut, the others weigh 16/12 as much",
+     "`loss_divisor=all`, the papers' 1/G"),
+    ("tokens of completions without a score count in the divisor of bnpo, dapo and cispo; those of masked ones do not", "neither counts", "nothing: a sample that cannot be scored trains nothing"),
+    ("a completion without a score trains the KL term", "it trains nothing", "nothing to set"),
+    ("None of one of several rewards counts as 0; a completion is without a score where all are None", "the same; one that raises or takes too long leaves the sample without a score, whatever the others say, and counts in `reward.max_failed_frac`", "nothing to set"),
+    ("`entropy_coef` weighs the mean over tokens", "it weighs the mean that the loss takes: over completions for grpo and gspo, over tokens for dapo, over `max_new_tokens` for dr_grpo", "the same number for bnpo, dapo and cispo"),
+    ("`steps_per_generation` counts microbatches, `gradient_accumulation_steps` of them an update", "`steps_per_generation` counts updates; `train_batch_size` is the whole generation batch", "TRL's number divided by its `gradient_accumulation_steps`"),
+    ("dapo and cispo divide each of these updates by the mean tokens of all of them", "each update divides by its own tokens", "nothing to set"),
+    ("bnpo averages the means of microbatches", "it divides by the tokens of the step, as dapo", "nothing to set"),
+    ("`max_steps` counts updates", "it counts steps, each of which generates a batch and makes `num_iterations` x `steps_per_generation` updates", "TRL's number divided by the updates of a step"),
+    ("`lr_scheduler_type=constant` ignores the warm-up", "it warms up over `warmup_ratio`, as `constant_with_warmup`", "`warmup_ratio=0`"),
+    ("a share of warm-up steps is rounded up", "it is rounded to the nearest", "nothing to set"),
+    ("importance sampling with vLLM only: `sequence_mask` above 3", "always: `importance_sampling=token`, cut at 2", "`importance_sampling=sequence importance_sampling_mode=mask importance_sampling_cap=3`; `importance_sampling=none` without vLLM"),
+    ("`importance_sampling_level=sequence` with dapo weighs completions by their length", "`loss_type=gspo` is the paper's mean over completions, TRL's `loss_type=grpo` with `importance_sampling_level=sequence`", "`loss_type=gspo`, with the paper's `epsilon_low=3e-4 epsilon_high=4e-4`"),
+    ("`get_soft_overlong_punishment(max_completion_len, soft_punish_cache)` as a reward function", "an option", "`reward.overlong_tokens`, with `reward.overlong_penalty` for its weight"),
+    ("messages train all tokens (SFT)", "what the assistant writes", "`data.completion_only=false` for all"),
+)  # fmt: skip
+"""TRL 1.16 with the same names and another meaning: there, here, and what to write; in Markdown."""
+
+DEFAULTS: tuple[tuple[str, str, str], ...] = (
+    ("`beta`", "0", "0.04"),
+    ("`loss_type`", "dapo", "grpo"),
+    ("`temperature`, `top_p`", "1, 1", "0.7, 0.95"),
+    ("`learning_rate` of GRPO", "1e-6", "2e-5; the shipped configs say less"),
+    ("`lr_scheduler_type`, `warmup_ratio`", "linear, 0", "cosine, 0.1"),
+    ("`weight_decay`", "0", "0.01"),
+    ("`num_train_epochs`", "3", "1"),
+    ("`per_device_train_batch_size`", "8", "2"),
+    ("`max_seq_length` of SFT", "1024", "2048"),
+)
+"""Defaults of TRL 1.16 and of this package."""
+
 _BEFORE = """# From other trainers to atlas_jax
 
 Generated by `python -m atlas_jax.migration > docs/migration.md`. The same answers come on the command
@@ -230,6 +275,19 @@ tables has its name in the guide: `learning_rate`, `beta`, `temperature`, `num_g
 `per_device_train_batch_size`, `gradient_accumulation_steps`, `warmup_ratio`, `output_dir`,
 `model_name_or_path` and so on.
 
+"""
+_OTHERWISE = """
+## Coming from TRL: the same name, another meaning
+
+Of TRL 1.16. With options made alike, losses and gradients equal those of TRL's own code to 1e-6 on the 310
+recorded cases of `tests/test_trl_cases.py` (`tools/trl_cases.py` makes them).
+
+| TRL | here | to write for the same |
+|---|---|---|
+"""
+_DEFAULTS = """
+| option | default of TRL | default here |
+|---|---|---|
 """
 _AFTER = """
 ## What is not here
@@ -273,7 +331,9 @@ def document() -> str:
     for title, entries in groups.items():
         rows = "".join(f"| {_names(entry)} | {entry.here} |\n" for entry in entries)
         text += f"\n## {title}\n\n{notes[title]}\n\n| there | here |\n|---|---|\n{rows}"
-    return text + _AFTER
+    differences = "".join(f"| {' | '.join(row)} |\n" for row in OTHERWISE)
+    defaults = "".join(f"| {' | '.join(row)} |\n" for row in DEFAULTS)
+    return f"{text}{_OTHERWISE}{differences}{_DEFAULTS}{defaults}{_AFTER}"
 
 
 def _names(entry: Foreign) -> str:

@@ -34,8 +34,9 @@ def policy_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns the log-probability of every trained token given its prompt and completion so far.
 
-    The second array is the entropy of the distribution from which each token was drawn, without
-    gradient. Entry t of both belongs to `tokens[:, t]`. Entries outside `loss_mask` are 0.
+    The second array is the entropy of the distribution from which each token was drawn, with a
+    gradient if `head.trains_entropy` says so. Entry t of both belongs to `tokens[:, t]`. Entries
+    outside `loss_mask` are 0.
 
     Args:
         hidden: normed last hidden states.
@@ -67,8 +68,9 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Returns `log softmax(hidden @ table.T / temperature)` at the masked targets, and the entropy.
 
-    Both are float32, in nats, and 0 outside the mask. The entropy has no gradient. The upstream
-    gradient differs from token to token, so the backward pass computes the logits again.
+    Both are float32, in nats, and 0 outside the mask. The entropy has a gradient if
+    `head.trains_entropy` says so. The upstream gradient differs from token to token, so the
+    backward pass computes the logits again.
 
     Args:
         hidden: normed last hidden states; the product is computed in their dtype and summed in
@@ -83,9 +85,9 @@ def token_logprobs(
 def _token_logprobs_fwd(
     hidden: jax.Array, table: jax.Array, labels: Labels, head: Head
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    """Returns the outputs, and the inputs and the log-partition function as residuals."""
+    """Returns the outputs; residuals are the inputs, the log-partition function and the entropy."""
     logprobs, entropy, log_partition = logprobs_and_entropy(hidden, table, labels, head)
-    return (logprobs, entropy), (hidden, table, labels, log_partition)
+    return (logprobs, entropy), (hidden, table, labels, log_partition, entropy)
 
 
 def _token_logprobs_bwd(
@@ -95,17 +97,23 @@ def _token_logprobs_bwd(
     sharding = head.sharding
     stored = sharding.params(DIMS).spec
     split = sharding.optimizer(DIMS, memory=False).spec
-    hidden, table, labels, log_partition = residuals
+    hidden, table, labels, log_partition, entropy = residuals
+    of_entropy = (entropy, g[1]) if head.trains_entropy else ()
 
     @functools.partial(
         jax.shard_map,
         mesh=sharding.mesh,
-        in_specs=(ROWS, stored, ROWS, ROWS, ROWS),
+        in_specs=(ROWS, stored, ROWS, ROWS, ROWS, ROWS),
         out_specs=(ROWS, split),
         check_vma=False,
     )
     def local(
-        hidden: jax.Array, table: jax.Array, labels: Labels, log_partition: jax.Array, g: jax.Array
+        hidden: jax.Array,
+        table: jax.Array,
+        labels: Labels,
+        log_partition: jax.Array,
+        g: jax.Array,
+        of_entropy: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, jax.Array]:
         rows = OutputRows.of(table, sharding, hidden)
 
@@ -118,7 +126,8 @@ def _token_logprobs_bwd(
             inputs = gathered(hidden), gathered(labels.targets), gathered(g)
             logits = scaled_logits(inputs[0], rows, head)
             known = gathered(log_partition)
-            d_h, more = chunk_gradients(logits, known, inputs, rows, head)
+            factors = tuple(map(gathered, of_entropy))
+            d_h, more = chunk_gradients(logits, known, inputs, rows, head, factors)
             return put(d_hidden, at, d_h), d_table + more
 
         start = jnp.zeros_like(hidden), jnp.zeros(rows.table.shape, jnp.float32)
@@ -127,7 +136,7 @@ def _token_logprobs_bwd(
         d_hidden = jax.lax.psum(d_hidden, "tensor")
         return d_hidden, rows.table_gradient(d_table, split, table)
 
-    d_hidden, d_table = local(hidden, table, labels, log_partition, g[0])
+    d_hidden, d_table = local(hidden, table, labels, log_partition, g[0], of_entropy)
     # Labels are integers and booleans, whose cotangents have this dtype.
     none = np.zeros(d_hidden.shape[:2], jax.dtypes.float0)
     return d_hidden, d_table, Labels(none, none)

@@ -97,7 +97,6 @@ class Run:
         self,
         num_steps: int,
         fingerprint: str,
-        updates_per_step: int = 1,
         student: Model | None = None,
         teacher: Model | None = None,
     ) -> Training:
@@ -107,7 +106,6 @@ class Run:
             num_steps: steps of the whole run.
             fingerprint: hash of the data, which must be those of the checkpoint, but for
                 `data.refresh`.
-            updates_per_step: updates of the optimizer in one step.
             student: GRPO's frozen student, where this process reads its weights.
             teacher: the frozen model whose distribution is learnt.
 
@@ -116,13 +114,12 @@ class Run:
                 data, or if there are no weights to begin with.
         """
         # The optimizer first, since its state is restored into the shapes that it has.
-        optimizer = self.compute.optimizer(self.decoder, num_steps * updates_per_step)
+        optimizer = self.compute.optimizer(self.decoder, num_steps)
         start = self._start(optimizer, student, teacher)
         _check_same_data(self.config, start, fingerprint)
         return Training(
             run=self,
             num_steps=num_steps,
-            updates_per_step=updates_per_step,
             optimizer=optimizer,
             start=start,
         )
@@ -216,7 +213,6 @@ class Training:
 
     run: Run
     num_steps: int
-    updates_per_step: int
     optimizer: step.Optimizer
     start: Start
 
@@ -282,7 +278,7 @@ class Training:
             config=run.config,
             num_steps=self.num_steps,
             flops_per_token=run.decoder.flops_per_token,
-            train_step=compute.train_step(loss, run.decoder, self.optimizer, self.updates_per_step),
+            train_step=compute.train_step(loss, run.decoder, self.optimizer),
             evaluate=evaluate,
             writer=writer,
             checkpoints=run.checkpoints,

@@ -298,6 +298,7 @@ def make_train_step(
     num_updates: int = 1,
     seed: int = 0,
     dropout: bool | None = None,
+    num_parts: int = 1,
 ) -> TrainStep:
     """Returns the compiled `(state, batch) -> (state, metrics)`, which consumes the state.
 
@@ -315,6 +316,8 @@ def make_train_step(
             depend on the seed and the update's index only, so a resumed run draws the same.
         dropout: whether inputs of factors drop out; None if no parameters are frozen. The random
             numbers depend on the seed, the update and the microbatch.
+        num_parts: number of equal parts of a batch's microbatches, each of which is the batch of
+            one update in turn; divides `num_updates`.
     """
     gradients = _Gradients(
         loss_fn=loss_fn, dims=dims, sharding=sharding, dropout_seed=seed if dropout else None
@@ -341,8 +344,9 @@ def make_train_step(
     def update(
         state: TrainState, batch: Any, frozen: Frozen | None, number: Any
     ) -> tuple[TrainState, Metrics]:
+        part = _part(batch, number % num_parts, num_parts)
         rest = frozen and frozen._replace(step=state.step * num_updates + number)
-        return changed(state, gradients.sums(state.params, batch, rest), number)
+        return changed(state, gradients.sums(state.params, part, rest), number)
 
     def step(
         state: TrainState, batch: Any, frozen: Frozen | None = None
@@ -378,6 +382,17 @@ def _state_places(optimizer: Optimizer, dims: Params, sharding: Sharding) -> Tra
         lambda d: sharding.params(d), dims, is_leaf=lambda d: isinstance(d, tuple)
     )
     return TrainState(step=sharding.replicated, params=params, opt_state=optimizer.placement)
+
+
+def _part(batch: Any, number: Any, num_parts: int) -> Any:
+    """Returns one of equal parts of the microbatches."""
+    if num_parts == 1:
+        return batch
+    size = batch.tokens.shape[0] // num_parts
+    rows, beside = _parted(batch)
+    return beside(
+        jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * size, size), rows)
+    )
 
 
 def _in_parts(

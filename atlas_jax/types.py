@@ -153,7 +153,7 @@ class PolicyBatch(NamedTuple):
     segment_ids: Array  # [B, T] int32, 0 is padding
     sequence_ids: Array  # [B, T] int32, the completion of its row, from 1; 0 is the prompt
     loss_mask: Array  # [B, T] bool, true where this token was sampled and is trained on
-    advantages: Array  # [B, T] float32, of the token's completion
+    advantages: Array  # [B, T] float32, of the token's completion, and of its turns
     rollout_logprobs: Array  # [B, T] float32, as the engine reported
     old_logprobs: Array | None = None  # [B, T] float32; None: those of the update itself
     ref_logprobs: Array | None = None  # [B, T] float32; None: no reference
@@ -200,6 +200,9 @@ class Completion(NamedTuple):
     version_spans: tuple[tuple[int, int], ...] = ()
     """The step whose weights wrote each token, as pairs of a step and a number of tokens; () if
     `weights_version` wrote all of them. Tokens that were not sampled belong to the turn after."""
+    turn_rewards: tuple[tuple[int, float], ...] = ()
+    """The rewards that an episode gave to its turns, as pairs of the number of tokens up to the end
+    of the turn and the reward; turns without one are left out."""
 
     @property
     def token_versions(self) -> tuple[int, ...]:
@@ -294,6 +297,9 @@ class Sample(NamedTuple):
     member: int = 0  # number in the group of its question
     reward: Reward = _NOT_SCORED
     advantage: float = 0.0
+    turn_advantages: tuple[tuple[int, float], ...] = ()
+    """Advantages of the turns with a reward, as pairs of the number of tokens up to the end of the
+    turn and what is added to `advantage` there and before."""
     trains: bool = False
     """True if the loss counts the completion."""
     messages: tuple[Message, ...] = ()

@@ -7,15 +7,20 @@ import numpy as np
 from atlas_jax.losses import PolicyOptions
 from atlas_jax.types import PolicyBatch
 
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
-PER_SEQUENCE = ("grpo", "gspo")
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo"]
+PER_SEQUENCE = ("grpo", "gspo", "gspo_token")
 OPTIONS = PolicyOptions(
     loss_type="grpo",
     epsilon_low=0.2,
     epsilon_high=0.28,
+    delta=0.0,
     beta=0.04,
+    kl_estimator="k3",
+    entropy_coef=0.0,
     importance_sampling="none",
+    importance_sampling_mode="truncate",
     importance_sampling_cap=1.25,
+    loss_divisor="trained",
     max_new_tokens=50,
     num_sequences=3,
 )
@@ -77,6 +82,62 @@ def completions_of(batch):
     return list(found.values())
 
 
+def weighted(pairs):
+    """Returns the mean of pairs of a value and its weight."""
+    values, weights = np.transpose(pairs)
+    return np.sum(values * weights) / np.sum(weights)
+
+
+def k3(log_ratio):
+    """Returns Schulman's estimate of a divergence."""
+    return np.exp(log_ratio) - log_ratio - 1
+
+
+def ratios_of(logprobs, frozen, old, places, kind):
+    """Returns the ratio of each token of a completion."""
+    n = len(places)
+    if kind == "gspo":
+        return [np.exp(sum(logprobs[p] - old[p] for p in places) / n)] * n
+    if kind == "gspo_token":
+        ratio = np.exp(sum(frozen[p] - old[p] for p in places) / n)
+        return [ratio * np.exp(logprobs[p] - frozen[p]) for p in places]
+    return [np.exp(logprobs[p] - old[p]) for p in places]
+
+
+def policy_term(ratio, advantage, logprob, options, frozen_ratio):
+    """Returns a token's policy term, and whether it is clipped."""
+    lowest, highest = 1 - options.epsilon_low, 1 + options.epsilon_high
+    if options.loss_type == "cispo":
+        weight = min(max(frozen_ratio, lowest), highest)
+        return -weight * advantage * logprob, not lowest <= ratio <= highest
+    if options.delta and advantage < 0 and ratio > options.delta:
+        return -options.delta * advantage, True
+    inside = min(max(ratio, lowest), highest)
+    return -min(ratio * advantage, inside * advantage), inside * advantage < ratio * advantage
+
+
+def importance_weights(old, batch, places, options):
+    """Returns each token's weight, and whether it is above the cap."""
+    differences = [old[p] - batch.rollout_logprobs[p] for p in places]
+    if options.importance_sampling == "sequence":
+        differences = [sum(differences)] * len(places)
+    elif options.importance_sampling == "none":
+        return [(1.0, False)] * len(places)
+    above = 0.0 if options.importance_sampling_mode == "mask" else options.importance_sampling_cap
+    raw = np.exp(differences)
+    return [(above, True) if w > options.importance_sampling_cap else (w, False) for w in raw]
+
+
+def weight_of(completions, batch, options):
+    """Returns what the loss sum is divided by."""
+    if options.loss_type in ("bnpo", "dapo", "cispo"):
+        return sum(map(len, completions))
+    count = len(completions)
+    if options.loss_divisor == "all":
+        count = len(batch.tokens) * options.num_sequences
+    return count * (options.max_new_tokens if options.loss_type == "dr_grpo" else 1)
+
+
 def reference(logprobs, batch, options, frozen=None):
     """Returns loss sum, weight, and means of the metrics, by the formulas of the papers.
 
@@ -88,67 +149,52 @@ def reference(logprobs, batch, options, frozen=None):
     """
     frozen = logprobs if frozen is None else frozen
     old = frozen if batch.old_logprobs is None else np.float64(batch.old_logprobs)
-    lowest, highest = 1 - options.epsilon_low, 1 + options.epsilon_high
-    kind = options.loss_type
-    policy, kl, tokens = 0.0, 0.0, 0
+    ref = batch.ref_logprobs
+    in_reward = options.kl_estimator == "in_reward"
+    policy, kl = 0.0, 0.0
     seen = {"ratio": [], "clip": [], "kl": [], "mismatch": [], "weight": [], "capped": []}
     completions = completions_of(batch)
     for places in completions:
         n = len(places)
-        scale = 1 / n if kind in PER_SEQUENCE else 1.0
-        sequence_ratio = np.exp(sum(logprobs[p] - old[p] for p in places) / n)
-        sequence_weight = np.exp(sum(old[p] - batch.rollout_logprobs[p] for p in places))
-        for index, p in enumerate(places):
+        scale = 1 / n if options.loss_type in PER_SEQUENCE else 1.0
+        # Tokens of a completion with one ratio, or one weight, are one entry of the mean together.
+        share = 1 / n if options.loss_type in ("gspo", "gspo_token") else 1.0
+        part = 1 / n if options.importance_sampling == "sequence" else 1.0
+        ratios = ratios_of(logprobs, frozen, old, places, options.loss_type)
+        weights = importance_weights(old, batch, places, options)
+        for index, (p, ratio, (weight, capped)) in enumerate(
+            zip(places, ratios, weights, strict=True)
+        ):
             advantage = float(batch.advantages[p])
-            ratio = sequence_ratio if kind == "gspo" else np.exp(logprobs[p] - old[p])
-            if kind == "cispo":
-                weight = min(max(np.exp(frozen[p] - old[p]), lowest), highest)
-                term = -weight * advantage * logprobs[p]
-                clipped = not lowest <= ratio <= highest
-            else:
-                inside = min(max(ratio, lowest), highest)
-                term = -min(ratio * advantage, inside * advantage)
-                clipped = inside * advantage < ratio * advantage
-            raw = {
-                "none": 1.0,
-                "token": np.exp(old[p] - batch.rollout_logprobs[p]),
-                "sequence": sequence_weight,
-            }[options.importance_sampling]
-            cut = min(raw, options.importance_sampling_cap)
-            policy += scale * cut * term
-            if kind != "gspo" or index == 0:
-                seen["ratio"].append(ratio)
-                seen["clip"].append(clipped)
-            if options.importance_sampling == "token" or index == 0:
-                seen["weight"].append(cut)
-                seen["capped"].append(raw > options.importance_sampling_cap)
-            difference = old[p] - batch.rollout_logprobs[p]
-            seen["mismatch"].append(np.exp(difference) - difference - 1)
-            if batch.ref_logprobs is not None:
-                difference = batch.ref_logprobs[p] - logprobs[p]
-                seen["kl"].append(np.exp(difference) - difference - 1)
-                kl += scale * seen["kl"][-1]
-        tokens += n
-    weight = {
-        "grpo": len(completions),
-        "gspo": len(completions),
-        "bnpo": tokens,
-        "dapo": tokens,
-        "cispo": tokens,
-        "dr_grpo": len(completions) * options.max_new_tokens,
-    }[kind]
+            if in_reward:
+                advantage -= options.beta * sum(old[q] - ref[q] for q in places[index:])
+            frozen_ratio = np.exp(frozen[p] - old[p])
+            term, clipped = policy_term(ratio, advantage, logprobs[p], options, frozen_ratio)
+            policy += scale * weight * term
+            seen["ratio"].append((ratio, share))
+            seen["clip"].append((clipped, share))
+            seen["weight"].append((weight, part))
+            seen["capped"].append((capped, part))
+            seen["mismatch"].append((k3(old[p] - batch.rollout_logprobs[p]), 1))
+            if ref is not None:
+                seen["kl"].append((k3(ref[p] - logprobs[p]), 1))
+                by = np.exp(logprobs[p] - old[p]) if options.kl_estimator == "unbiased" else 1.0
+                kl += scale * by * seen["kl"][-1][0]
+    divisor = weight_of(completions, batch, options)
     means = {
-        "loss/policy": policy / weight,
-        "policy/ratio_mean": np.mean(seen["ratio"]),
-        "policy/clip_frac": np.mean(seen["clip"]),
-        "rollout/mismatch_kl": np.mean(seen["mismatch"]),
+        "loss/policy": policy / divisor,
+        "policy/ratio_mean": weighted(seen["ratio"]),
+        "policy/clip_frac": weighted(seen["clip"]),
+        "rollout/mismatch_kl": weighted(seen["mismatch"]),
     }
-    if batch.ref_logprobs is not None:
-        means |= {"policy/kl": np.mean(seen["kl"]), "loss/kl": kl / weight}
+    if ref is not None:
+        means["policy/kl"] = weighted(seen["kl"])
+    if ref is not None and not in_reward:
+        means["loss/kl"] = kl / divisor
     if options.importance_sampling != "none":
-        means["rollout/importance_weight"] = np.mean(seen["weight"])
-        means["rollout/importance_capped_frac"] = np.mean(seen["capped"])
-    return policy + options.beta * kl, weight, means
+        means["rollout/importance_weight"] = weighted(seen["weight"])
+        means["rollout/importance_capped_frac"] = weighted(seen["capped"])
+    return policy + (0.0 if in_reward else options.beta * kl), divisor, means
 
 
 def differences(logprobs, batch, options, step=1e-6):

@@ -151,3 +151,36 @@ def test_as_many_chunks_are_computed_as_the_fullest_device_needs(mesh, chunks):
     times, places = jax.jit(mapped)(mask)
     assert set(times.tolist()) == {chunks}
     assert sum(places.tolist()) == 31
+
+
+@pytest.mark.parametrize("mesh", ["one", "1x4x2"])
+def test_the_gradient_of_the_entropy_equals_that_of_the_plain_computation(mesh):
+    sharding = Sharding(make_mesh(*MESHES[mesh]))
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.normal(size=(8, 21, 16), scale=0.2), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(362, 16)), jnp.float32)
+    labels = logprobs.Labels(rng.integers(0, 362, (8, 21)), rng.random((8, 21)) < 0.5)
+    of_logprobs, of_entropy = rng.normal(size=(2, 8, 21)).astype(np.float32)
+    head = logprobs.Head(sharding, 8, 0.7, with_entropy=True, trains_entropy=True)
+
+    def ours(hidden, table):
+        found, entropy = token_logprobs(hidden, table, labels, head)
+        return jnp.sum(of_logprobs * found + of_entropy * entropy)
+
+    def plain(hidden, table):
+        each = jax.nn.log_softmax(hidden @ table.T / 0.7)
+        picked = jnp.take_along_axis(each, labels.targets[..., None], axis=-1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(each) * each, axis=-1)
+        return jnp.sum(jnp.where(labels.mask, of_logprobs * picked + of_entropy * entropy, 0.0))
+
+    placed = jax.device_put(table, sharding.params(("vocab", "embed")))
+    found = jax.jit(jax.grad(ours, (0, 1)))(hidden, placed)
+    expected = jax.jit(jax.grad(plain, (0, 1)))(hidden, table)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    frozen = jax.jit(
+        jax.grad(
+            lambda h: token_logprobs(h, table, labels, head._replace(trains_entropy=False))[1].sum()
+        )
+    )(hidden)
+    assert not np.any(frozen)

@@ -1,5 +1,7 @@
 """The GRPO family against its papers' formulas in float64 loops, and identities of the sums."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def one_token(logprob, advantage, rollout=None, old=None, ref=None):
 @pytest.mark.parametrize("sampling", ["none", "token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_value_metrics_and_gradient_equal_the_paper(loss_type, sampling, own_old):
-    logprobs, batch = make()
+    logprobs, batch = make(seed=2)
     batch = batch._replace(old_logprobs=None) if own_old else batch
     options = OPTIONS._replace(loss_type=loss_type, importance_sampling=sampling)
     total, weight, means = reference(np.float64(logprobs), batch, options)
@@ -57,11 +59,40 @@ def test_value_metrics_and_gradient_equal_the_paper(loss_type, sampling, own_old
     close(grad, differences(logprobs, batch, options))
 
 
+@pytest.mark.parametrize(
+    ("change", "loss_types"),
+    [
+        (dict(kl_estimator="unbiased", beta=0.3), ("grpo", "gspo", "cispo")),
+        (dict(kl_estimator="in_reward", beta=0.3), ("dr_grpo", "gspo", "gspo_token", "cispo")),
+        (dict(delta=1.35), ("grpo", "dapo")),
+        (dict(importance_sampling_mode="mask", importance_sampling="token"), ("dapo",)),
+        (dict(importance_sampling_mode="mask", importance_sampling="sequence"), ("grpo", "cispo")),
+        (dict(loss_divisor="all"), ("grpo", "dr_grpo", "gspo_token")),
+    ],
+    ids=str,
+)
+def test_further_options_equal_their_formulas(change, loss_types):
+    logprobs, whole = make(seed=2, spread=0.8)
+    for loss_type, own_old in itertools.product(loss_types, (False, True)):
+        batch = whole._replace(old_logprobs=None) if own_old else whole
+        options = OPTIONS._replace(loss_type=loss_type, **change)
+        total, weight, means = reference(np.float64(logprobs), batch, options)
+        found, metrics, grad = loss_and_grad(logprobs, batch, options)
+        close(found, (total, weight))
+        close({k: s / w for k, (s, w) in metrics.items()}, means)
+        assert metrics.keys() == means.keys()
+        close(grad, differences(logprobs, batch, options))
+        if not own_old:
+            plain = options._replace(**{name: getattr(OPTIONS, name) for name in change})
+            assert reference(np.float64(logprobs), batch, plain)[:2] != (total, weight)
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_compared_batch_has_both_clipped_and_free_terms(loss_type):
-    logprobs, batch = make()
+    logprobs, batch = make(seed=2)
     options = OPTIONS._replace(loss_type=loss_type, importance_sampling="sequence")
     means = reference(np.float64(logprobs), batch, options)[2]
+    assert {-1.0, 1.0} == set(np.sign(batch.advantages[batch.loss_mask]))
     assert 0.1 < means["policy/clip_frac"] < 0.9
     assert 0.1 < means["rollout/importance_capped_frac"] < 0.9
 
@@ -79,7 +110,7 @@ def test_the_compared_batch_has_both_clipped_and_free_terms(loss_type):
 )
 def test_clipping_by_hand(ratio, advantage, value, slope, clipped):
     logprobs, batch = one_token(-1.0, advantage, old=-1.0 - np.log(ratio))
-    for loss_type in ("grpo", "bnpo", "dapo", "gspo"):
+    for loss_type in ("grpo", "bnpo", "dapo", "gspo", "gspo_token"):
         options = OPTIONS._replace(loss_type=loss_type, beta=0.0)
         found, metrics, grad = loss_and_grad(logprobs, batch, options)
         close(found, (value, 1))
@@ -143,7 +174,15 @@ def test_an_importance_weight_beyond_float32_is_the_cap():
 
 @pytest.mark.parametrize(
     ("loss_type", "weight"),
-    [("grpo", 7), ("gspo", 7), ("bnpo", 24), ("dapo", 24), ("cispo", 24), ("dr_grpo", 7 * 50)],
+    [
+        ("grpo", 7),
+        ("gspo", 7),
+        ("gspo_token", 7),
+        ("bnpo", 24),
+        ("dapo", 24),
+        ("cispo", 24),
+        ("dr_grpo", 7 * 50),
+    ],
 )
 def test_weights_count_what_is_trained(loss_type, weight):
     logprobs, batch = make()

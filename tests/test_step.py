@@ -1,6 +1,7 @@
 """Identities of the training step: packing, microbatches, chunks and meshes change nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,31 @@ def test_a_policy_computes_again_what_it_says(saved, remat, again):
 
     jaxpr = jax.make_jaxpr(jax.grad(total))(params)
     assert str(jaxpr).count(" dot_general[") == 3 * 9 + again
+
+
+@pytest.mark.parametrize("mesh", ["one", "fsdp8"])
+def test_updates_take_equal_parts_of_a_batch_in_turn(saved, mesh):
+    """Two passes over two parts are four steps on halves of the batch."""
+    decoder, params = tiny.load(saved, *MESHES[mesh])
+    sharding = decoder.sharding
+    optimizer = step.place_optimizer(
+        optax.sgd(0.1, momentum=0.9), lambda _: 0.1, decoder.shapes, decoder.dims, sharding
+    )
+    loss = sft.make_loss(decoder, 8)
+    make = functools.partial(step.make_train_step, loss, optimizer, decoder.dims, sharding)
+    counts = [20, 13, 5, 9, 17, 3, 8, 8] * 4
+    batch = to_global(tiny.batch([[n] for n in counts], width=20), sharding, 4)
+    state = step.init_state(params, optimizer, sharding)
+    apart = jax.tree.map(jnp.copy, state)
+    state, metrics = make(num_updates=4, num_parts=2)(state, batch)
+    alone = make()
+    total = 0.0
+    for part in (slice(2), slice(2, 4), slice(2), slice(2, 4)):
+        apart, found = alone(apart, jax.tree.map(lambda x, p=part: x[p], batch))
+        total += found["loss/total"][0]
+    close((state.params, state.opt_state), (apart.params, apart.opt_state), 1e-5)
+    close(metrics["loss/total"][0], total)
+    assert (int(state.step), float(metrics["optim/grad_norm"][1])) == (1, 4)
 
 
 def test_microbatches_over_a_mesh_change_nothing(saved, reference):

@@ -175,8 +175,14 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
             )
         self.rollout.check()
         self.reward.check(given_rewards)
+        self.check_loss()
         self._check_sampling()
         self._check_missing_lessons()
+        if self.reward.overlong_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong_tokens={self.reward.overlong_tokens} is more than max_new_tokens="
+                f"{self.max_new_tokens}; use a part of it"
+            )
         if not self.rollout.has_student:
             self._check_alone(given_rewards)
 

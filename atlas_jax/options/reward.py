@@ -11,6 +11,7 @@ from atlas_jax.options import fields
 from atlas_jax.options.fields import (
     Fraction,
     NonNegative,
+    NonNegativeInt,
     Positive,
     PositiveInt,
     choices_or_function,
@@ -43,6 +44,11 @@ class RewardConfig:
     missing_lesson_penalty: NonNegative = 0.0
     """Distance that a text without a lesson stays below the lowest honest lesson of its group, so
     that not to teach is never the best choice; 0 leaves such a text its own reward."""
+    overlong_tokens: NonNegativeInt = 0
+    """Number of tokens before `max_new_tokens` over which a completion loses reward, each of them
+    the same (DAPO's soft overlong punishment, arXiv:2503.14476); 0 takes nothing off."""
+    overlong_penalty: NonNegative = 1.0
+    """Reward that a completion of `max_new_tokens` loses by `reward.overlong_tokens`."""
     max_failed_frac: Fraction = 0.2
     """Share of a step's samples left without a score by servers or judges above which the run waits
     and asks again for them, and stops with a checkpoint if that does not help. Samples that are

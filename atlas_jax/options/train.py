@@ -339,6 +339,16 @@ class TrainConfig:
         return 1
 
     @property
+    def updates_per_step(self) -> int:
+        """Number of updates on the rows of a step."""
+        return 1
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Number of equal parts of a step's rows, each of which makes an update of its own."""
+        return 1
+
+    @property
     def has_reference(self) -> bool:
         """True if a frozen reference model is kept beside the trained one."""
         return False

@@ -199,13 +199,13 @@ def _grpo(
     rows = plan.global_rows // layout.per_row // plan.microbatches
     batch = _batch(PolicyBatch, (plan.microbatches, rows, length), sharding)
     batch = batch._replace(ref_logprobs=batch.rollout_logprobs if config.beta else None)
-    if config.num_iterations > 1:
+    if config.updates_per_step > 1:
         batch = batch._replace(old_logprobs=batch.rollout_logprobs)
     num_tokens = plan.microbatches * rows * length
     content = _completions(config, layout.per_row)
     forward = flops.forward(decoder.config, plan.microbatches * rows, content)
     loss = grpo.make_loss(decoder, config, layout.per_row)
-    train = compute.train_step(loss, decoder, optimizer, config.num_iterations)
+    train = compute.train_step(loss, decoder, optimizer)
     programs = [
         Program(
             name="update",
@@ -231,7 +231,7 @@ def _grpo(
                 content=content,
             )
         )
-    if config.num_iterations > 1:
+    if config.updates_per_step > 1:
         programs.append(
             Program(
                 name="old logprobs",

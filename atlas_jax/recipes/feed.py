@@ -225,20 +225,35 @@ class Feed:
         # A sample without a score is NaN, which the statistics of its group leave out.
         rewards = [math.nan if s.reward.value is None else s.reward.value for s in samples]
         own_rewards = np.asarray(rewards, np.float64).reshape(-1, config.num_generations)
-        shares = question_shares(self._parts.layout.questions)
-        # Scales may be taken over the batch, so the advantages are those of all processes.
-        everyone = distributed.gather_rows(own_rewards, shares)  # [questions of the step, G]
-        first = sum(shares[: jax.process_index()])
-        advantages = losses.group_advantages(everyone, config.scale_rewards)
-        advantages = advantages[first : first + len(own_rewards)].ravel()
-        return [
+        advantages = self._advantages(own_rewards).ravel()
+        weighed = [
             sample._replace(advantage=float(advantage), trains=self._trains(sample))
             for sample, advantage in zip(samples, advantages, strict=True)
         ]
+        if config.has_episodes:
+            from atlas_jax.rollout import turn_advantages  # only they have turns
+
+            weighed = turn_advantages.add(weighed, self._advantages)
+        return weighed
+
+    def _advantages(self, own_rewards: np.ndarray) -> np.ndarray:
+        """Returns the advantages of rewards `[own groups, ...]`; all processes must call it."""
+        shares = question_shares(self._parts.layout.questions)
+        # Scales may be taken over the batch, so the advantages are those of all processes.
+        everyone = distributed.gather_rows(own_rewards, shares)  # [questions of the step, ...]
+        first = sum(shares[: jax.process_index()])
+        advantages = losses.group_advantages(everyone, self._parts.config.scale_rewards)
+        return advantages[first : first + len(own_rewards)]
 
     def _price(self, samples: Sequence[Sample]) -> list[Sample]:
         """Returns scored samples with rewards under which only honest lessons pay."""
-        reward = self._parts.config.reward
+        config = self._parts.config
+        reward = config.reward
+        if reward.overlong_tokens:
+            from atlas_jax.rewards import overlong  # only this option asks for it
+
+            window = reward.overlong_tokens, reward.overlong_penalty
+            samples = overlong.penalized(samples, config.max_new_tokens, *window)
         return price_lessons(samples, reward.answer_leak_penalty, reward.missing_lesson_penalty)
 
     def _trains(self, sample: Sample) -> bool:
@@ -251,7 +266,12 @@ class Feed:
         """Returns True if a group's rewards differ and at least one of its members trains."""
         priced = self._price(group)
         values = {s.reward.value for s in priced if s.reward.value is not None}
-        return len(values) > 1 and any(map(self._trains, priced))
+        differ = len(values) > 1
+        if not differ and self._parts.config.has_episodes:
+            from atlas_jax.rollout import turn_advantages  # only they have turns
+
+            differ = turn_advantages.differ(priced)
+        return differ and any(map(self._trains, priced))
 
     def _usage(self, usage: timing.Workload) -> Metrics:
         """Returns how the step was generated, over all processes."""
@@ -297,7 +317,7 @@ class PolicyBatches:
         if self.reference is not None:
             batch = batch._replace(ref_logprobs=self._logprobs_fn(self.reference, batch))
         # With one update a step, the update itself computes the log-probabilities before it.
-        if config.num_iterations > 1:
+        if config.updates_per_step > 1:
             batch = batch._replace(old_logprobs=self._logprobs_fn(state.whole, batch))
         return batch, num_tokens
 
@@ -342,8 +362,14 @@ def measure(
     if "rim" in reward.parts:
         values |= measures.of_judges(samples, reward.rim.judge_names)
     values |= measures.of_generation(samples, version)
+    if reward.overlong_tokens:
+        from atlas_jax.rewards import overlong  # only this option asks for it
+
+        values |= overlong.metrics(samples)
     if config.has_episodes:
-        values |= measures.of_episodes(samples)
+        from atlas_jax.rollout import turn_advantages  # only they have turns
+
+        values |= measures.of_episodes(samples) | turn_advantages.metrics(samples)
     if has_student:
         from atlas_jax.rollout import teaching_measures  # compares answers with the truth
 

@@ -1,8 +1,9 @@
 """GRPO (arXiv:2402.03300): groups of completions, each rewarded against the mean of its group.
 
 A step asks new questions, lets the current policy write a group for each, scores the samples,
-and makes `num_iterations` updates on them. The policy is a teacher whose lessons help a frozen
-student, or, with `protocol=direct`, a model that answers by itself.
+and makes `num_iterations` passes of `steps_per_generation` updates over them. The policy is a
+teacher whose lessons help a frozen student, or, with `protocol=direct`, a model that answers by
+itself.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
     compute = Compute.of(config)
     layout = make_layout(config, compute.plan, compute.sharding.num_replicas)
     protocol = chat_models.make_protocol(config, config.num_generations)
+    if config.idle and distributed.is_main():
+        logging.warning("%s", config.idle)
     with Run.open(config) as run, contextlib.ExitStack() as stack:
         # 2. The questions and the student. What a row can hold depends on the model's attention,
         #    so the layout is settled before the loss and the log-probabilities are built for it.
@@ -66,7 +69,7 @@ def run(config: GRPOConfig, given: Given = NOTHING_GIVEN) -> bool:
             num_steps = math.ceil(config.num_train_epochs * len(train) / layout.questions)
         run.check_evaluates(held_out)
         # 3. The weights, the reference, and the position where an earlier command stopped.
-        training = run.begin(num_steps, order.fingerprint, config.num_iterations, student)
+        training = run.begin(num_steps, order.fingerprint, student)
         reference = _reference(config, training)
         # 4. Nothing can refuse the run any more: samples of steps that are done again go.
         writer = training.committed()
@@ -130,22 +133,14 @@ def fit_attention(layout: Layout, decoder: Decoder) -> Layout:
 
 def make_loss(decoder: Decoder, config: GRPOConfig, per_row: int) -> step.LossFn:
     """Returns the policy loss of a batch as a function of the parameters."""
-    options = losses.PolicyOptions(
-        loss_type=config.loss_type,
-        epsilon_low=config.epsilon_low,
-        epsilon_high=config.epsilon_high,
-        beta=config.beta,
-        importance_sampling=config.importance_sampling,
-        importance_sampling_cap=config.importance_sampling_cap,
-        max_new_tokens=config.max_new_tokens,
-        num_sequences=per_row,
-    )
-
+    options = losses.PolicyOptions.of(config, config.max_new_tokens, per_row)
     policy_loss = losses.resolve(config.loss_type)
 
     def loss(params: Params, batch: PolicyBatch) -> tuple[LossSum, Metrics]:
         found, entropy = _logprobs(decoder, config, per_row, params, batch, with_entropy=True)
         total, values = policy_loss(found, batch, options)
+        if options.entropy_coef:
+            total = losses.with_entropy(total, entropy, batch, options)
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
         return total, values | {"policy/entropy": (jnp.sum(entropy), weight)}
 
@@ -182,6 +177,7 @@ def _logprobs(
         chunk_size=config.loss_chunk_size,
         temperature=config.temperature,
         with_entropy=with_entropy,
+        trains_entropy=with_entropy and config.entropy_coef > 0,
     )
     return policy_logprobs.policy_logprobs(hidden, decoder.output_table(params), batch, head)
 

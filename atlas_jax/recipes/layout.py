@@ -31,7 +31,7 @@ def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layou
     of the group.
 
     Raises:
-        ValueError: if groups do not divide the step.
+        ValueError: if groups do not divide the step, or updates its microbatches.
     """
     size = config.num_generations
     if plan.global_rows % size:
@@ -40,6 +40,14 @@ def make_layout(config: GRPOConfig, plan: BatchPlan, num_replicas: int) -> Layou
             f"{plan.global_rows} completions a step do not divide into groups of num_generations="
             f"{size}; set train_batch_size={sizes} and gradient_accumulation_steps=0, or another "
             "num_generations"
+        )
+    if plan.microbatches % config.steps_per_generation:
+        share = plan.global_rows // num_replicas // config.steps_per_generation
+        raise ValueError(
+            f"{plan.global_rows} completions a step are {plan.microbatches} microbatches, which do "
+            f"not divide into steps_per_generation={config.steps_per_generation} updates; set "
+            f"per_device_train_batch_size={max(share, 1)} or a divisor of it and "
+            "gradient_accumulation_steps=0, or another steps_per_generation"
         )
     longest = config.max_prompt_length + config.max_new_tokens
     room = max(config.max_seq_length, longest)

@@ -150,11 +150,11 @@ def run(found: StoredRun, devices: Sequence[jax.Device] | None = None) -> Replay
     loss = grpo.make_loss(decoder, config, layout.per_row)
     logprobs_fn = grpo.make_logprobs_fn(decoder, config, layout.per_row)
     num_steps = _num_steps(facts.num_steps, config)
-    optimizer = compute.optimizer(decoder, num_steps * config.num_iterations)
+    optimizer = compute.optimizer(decoder, num_steps)
     state, reference = _begin(found, compute, decoder, optimizer)
     batches = PolicyBatches(config, layout, logprobs_fn, compute.sharding, reference)
     del reference
-    train = compute.train_step(loss, decoder, optimizer, config.num_iterations)
+    train = compute.train_step(loss, decoder, optimizer)
     own: Metrics = {}
     whole: Metrics = {}
     with stopping.training():
@@ -164,8 +164,8 @@ def run(found: StoredRun, devices: Sequence[jax.Device] | None = None) -> Replay
             if _num_steps(facts.num_steps, config) != num_steps:
                 # The command that trained this step had another end, and so another schedule.
                 num_steps = _num_steps(facts.num_steps, config)
-                optimizer = compute.optimizer(decoder, num_steps * config.num_iterations)
-                train = compute.train_step(loss, decoder, optimizer, config.num_iterations)
+                optimizer = compute.optimizer(decoder, num_steps)
+                train = compute.train_step(loss, decoder, optimizer)
             values = measure(samples, number - 1, config, facts.given_rewards, bool(config.student))
             batch, _ = batches.make(samples, state)
             state, trained = train(state, batch)

@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
@@ -102,6 +103,8 @@ class EpisodePolicy:
         self._prompt: tuple[int, ...] = ()
         self._turns: list[tuple[tuple[int, ...], Completion]] = []
         """The tokens that precede each turn and follow the one before it, and the turn."""
+        self._rewards: dict[int, float] = {}
+        """Rewards by turn."""
         self._is_speaking = False
         self._is_full = False
         self._failure = ""
@@ -157,6 +160,22 @@ class EpisodePolicy:
         self._messages.append(Message(role="assistant", content=turn.text))
         return turn.text
 
+    def reward(self, value: float | int) -> None:
+        """Rewards the last turn, compared with all rewarded turns of the question's episodes.
+
+        This comes on top of the advantage of the whole episode. Several rewards of one turn are
+        added up.
+
+        Raises:
+            ValueError: before the first turn, and for a number that is not finite.
+        """
+        if not self._turns:
+            raise ValueError("no turn to reward; await policy.say first")
+        if not math.isfinite(value):
+            raise ValueError(f"the reward of a turn is {value}; use a finite number")
+        last = len(self._turns) - 1
+        self._rewards[last] = self._rewards.get(last, 0.0) + float(value)
+
     def end(self, text: Any) -> Episode:
         """Returns the episode as it is.
 
@@ -181,7 +200,8 @@ class EpisodePolicy:
         logprobs: list[float] = []
         untruncated: list[float] = []
         versions: list[int] = []
-        for between, turn in self._turns:
+        rewards: list[tuple[int, float]] = []
+        for number, (between, turn) in enumerate(self._turns):
             nothing = (0.0,) * len(between)
             ids += [*between, *turn.token_ids]
             sampled += [False] * len(between) + [True] * turn.num_tokens
@@ -189,6 +209,8 @@ class EpisodePolicy:
             untruncated += [*nothing, *turn.untruncated_logprobs]
             # What was read before the turn has nobody's version, and is not trained.
             versions += [*turn.token_versions[:1] * len(between), *turn.token_versions]
+            if number in self._rewards:
+                rewards.append((len(ids), self._rewards[number]))
         completion = Completion(
             prompt_ids=self._prompt,
             token_ids=tuple(ids),
@@ -199,6 +221,7 @@ class EpisodePolicy:
             weights_version=min(turn.weights_version for _, turn in self._turns),
             sampled=tuple(sampled),
             version_spans=version_spans(versions),
+            turn_rewards=tuple(rewards),
         )
         return Episode(completion, self.messages, self.facts)
 

@@ -74,6 +74,7 @@ def as_record(step: int, sample: Sample) -> dict[str, Any]:
         "skipped": reward.is_skipped,
         "reward_details": reward.details,
         "advantage": sample.advantage,
+        "turn_advantages": list(sample.turn_advantages),
         "trains": sample.trains,
     }
 

@@ -59,6 +59,14 @@ def row_tokens(members: Sequence[Sample]) -> int:
     return shared + sum(len(_own_tokens(s.completion, shared)) for s in members)
 
 
+def token_advantages(sample: Sample) -> np.ndarray:
+    """Returns each token's advantage: of its completion, of its turn and of the turns after it."""
+    advantages = np.full(sample.completion.num_tokens, sample.advantage)
+    for end, value in sample.turn_advantages:
+        advantages[:end] += value
+    return advantages
+
+
 def _shared_prompt(members: Sequence[Sample]) -> tuple[int, ...]:
     """Returns the beginning that the prompts of a row's completions have in common."""
     prompts = [s.completion.prompt_ids for s in members if s.completion.token_ids]
@@ -99,7 +107,7 @@ def _fill_policy_row(
             sampled = np.asarray(completion.sampled or (True,) * completion.num_tokens, bool)
             logprobs = np.where(sampled, completion.untruncated_logprobs, 0.0)
             batch.loss_mask[row, first:end] = sampled
-            batch.advantages[row, first:end] = np.where(sampled, sample.advantage, 0.0)
+            batch.advantages[row, first:end] = np.where(sampled, token_advantages(sample), 0.0)
             batch.rollout_logprobs[row, first:end] = logprobs
             if version is not None and batch.version_lags is not None:
                 lags = version - np.asarray(completion.token_versions, np.int32)

@@ -104,10 +104,15 @@ def sample(values: Mapping[str, Any], place: int = 0) -> Sample:
         member=values["member"],
         reward=Reward(values["reward"], values["reward_details"], is_skipped=values["skipped"]),
         advantage=values["advantage"],
+        turn_advantages=_pairs(values.get("turn_advantages", ())),
         trains=values["trains"],
         messages=tuple(values["messages"]),
         facts=values["facts"],
     )
+
+
+def _pairs(values: Sequence[Sequence[Any]]) -> tuple[tuple[Any, Any], ...]:
+    return tuple((first, second) for first, second in values)
 
 
 def _completions(values: Sequence[dict[str, Any]]) -> tuple[Completion, ...]:
@@ -124,8 +129,9 @@ def _completion(values: dict[str, Any] | None) -> Completion | None:
         return None
     names = [name for name in Completion._fields if name in values]
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v := values[n], list) else v for n in names}
-    spans = tuple((version, count) for version, count in fields.pop("version_spans", ()))
-    completion = Completion(**fields, version_spans=spans)
+    for name in ("version_spans", "turn_rewards"):
+        fields[name] = _pairs(fields.get(name, ()))
+    completion = Completion(**fields)
     for name in ("untruncated_logprobs", "token_versions", "sampled"):
         count = len(getattr(completion, name))
         if count != completion.num_tokens and (count or name != "sampled"):

@@ -132,9 +132,9 @@ class Compute:
             architecture.window,
         )
 
-    def optimizer(self, decoder: Decoder, num_updates: int) -> step.Optimizer:
-        """Returns the optimizer with the schedule of a run of so many updates."""
-        learning_rate = optim.schedule(self.config, num_updates)
+    def optimizer(self, decoder: Decoder, num_steps: int) -> step.Optimizer:
+        """Returns the optimizer with the schedule of a run of so many steps, by update."""
+        learning_rate = optim.schedule(self.config, num_steps * self.config.updates_per_step)
         trained = decoder.trained
         transform = optim.make(self.config, learning_rate, trained.dims)
         return step.place_optimizer(
@@ -146,7 +146,6 @@ class Compute:
         loss: step.LossFn,
         decoder: Decoder,
         optimizer: step.Optimizer,
-        updates_per_step: int = 1,
     ) -> step.TrainStep:
         """Returns the compiled step, see `step.make_train_step`."""
         return step.make_train_step(
@@ -154,9 +153,10 @@ class Compute:
             optimizer,
             decoder.trained.dims,
             decoder.sharding,
-            updates_per_step,
-            self.config.seed,
-            None if decoder.lora is None else decoder.lora.dropout > 0,
+            num_updates=self.config.updates_per_step,
+            seed=self.config.seed,
+            dropout=None if decoder.lora is None else decoder.lora.dropout > 0,
+            num_parts=self.config.updates_per_pass,
         )
 
     def state(

@@ -33,6 +33,22 @@ def test_the_base_of_the_refusals_is_accepted():
         ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
         ({"student_model": ""}, "student_model is empty.*protocol=direct"),
         ({"sync_ref_model": True, "beta": 0.0}, "raise beta above 0"),
+        ({"kl_estimator": "unbiased", "beta": 0.0}, "kl_estimator=unbiased without a reference; r"),
+        (
+            {"importance_sampling": "none", "importance_sampling_mode": "mask"},
+            "mode=mask with importance_sampling=none, which has no weights; use token",
+        ),
+        ({"delta": 1.2}, r"delta=1.2 with epsilon_high=0.2 .* above 1 \+ epsilon_high"),
+        ({"delta": 2.0, "loss_type": "cispo"}, "loss_type=cispo.*cispo leaves no ratio free"),
+        ({"loss_divisor": "all", "loss_type": "dapo"}, "loss_divisor=all with loss_type=dapo"),
+        (
+            {"entropy_coef": 0.1, "loss_type": "examples.custom_loss:reinforce"},
+            "entropy_coef=0.1 with loss_type=examples.custom_loss:reinforce, whose average is",
+        ),
+        (
+            {"reward": RewardConfig(overlong_tokens=600)},
+            "overlong_tokens=600 is more than max_new_tokens=512; use a part",
+        ),
         (
             {"reward": RewardConfig(names=("exact_match",), weights=(1.0, 2.0))},
             "give one weight for each name",
@@ -112,3 +128,20 @@ def test_the_base_of_the_refusals_is_accepted():
 def test_impossible_options_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config_lib.validate(dataclasses.replace(BASE, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "idle"),
+    [
+        ({}, ""),
+        ({"epsilon_high": 0.28, "delta": 2.0}, "epsilon_high=0.28, delta=2.0 cannot act: with"),
+        ({"loss_type": "gspo"}, "loss_type=gspo cannot act"),
+        ({"loss_type": "gspo", "num_iterations": 2}, ""),
+        ({"loss_type": "cispo", "epsilon_high": 4.0, "steps_per_generation": 2}, ""),
+    ],
+)
+def test_options_that_cannot_act_while_every_ratio_is_one_are_named(change, idle):
+    config = dataclasses.replace(BASE, **change)
+    config_lib.validate(config)
+    assert config.idle.startswith(idle)
+    assert bool(config.idle) == bool(idle)

@@ -266,7 +266,7 @@ def test_only_outages_count_towards_the_end_of_a_run(tmp_path, outages):
 
 def loss_weight(batch, per_row):
     """Returns loss and weight of the one microbatch of a batch."""
-    options = losses.PolicyOptions("grpo", 0.2, 0.2, 0.0, "token", 2.0, 8, per_row)
+    options = losses.PolicyOptions.of(GRPOConfig(beta=0.0), 8, per_row)
     batch = jax.tree.map(lambda x: x[0], batch)
     return losses.policy_loss(batch.rollout_logprobs, batch, options)[0]
 

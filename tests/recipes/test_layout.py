@@ -48,6 +48,21 @@ def test_a_row_holds_as_many_completions_as_fit_and_divide():
     assert make_layout(wider, fewer, 2).per_row == 2
 
 
+def test_updates_divide_the_microbatches_of_a_step():
+    draft = dataclasses.replace(
+        BASE, num_generations=8, per_device_train_batch_size=4, train_batch_size=24,
+        gradient_accumulation_steps=0, steps_per_generation=4,
+    )  # fmt: skip
+    plan = batch_plan(draft, 1)
+    assert plan.microbatches == 6
+    with pytest.raises(
+        ValueError, match=r"24 completions .* 6 microbatches.*batch_size=6 or a div"
+    ):
+        make_layout(draft, plan, 1)
+    fitting = dataclasses.replace(draft, per_device_train_batch_size=3)
+    assert make_layout(fitting, batch_plan(fitting, 1), 1).microbatches == 8
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_the_recipe_of_the_guide_asks_four_questions_on_any_number_of_devices(devices):
     recipe = config_lib.freeze(teacher_rcl.get_config())

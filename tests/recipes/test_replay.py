@@ -34,18 +34,24 @@ CASES = {
     "bnpo": {**DIRECT, "loss_type": "bnpo", "beta": 0.04, "logging_steps": 2,
              "save_steps": 0},
     "dr_grpo": {"rollout.protocol": "tests.recipes.test_replay:two_turns",
-                "loss_type": "dr_grpo", "scale_rewards": "none", "max_new_tokens": 12},
+                "loss_type": "dr_grpo", "scale_rewards": "none", "max_new_tokens": 12,
+                "reward.overlong_tokens": 6},
     "dapo": {**DIRECT, "loss_type": "dapo", "importance_sampling": "none", "epsilon_high": 0.28},
     "gspo": {**DIRECT, "loss_type": "gspo", "num_iterations": 2,
-             "importance_sampling": "sequence"},
+             "importance_sampling": "sequence", "importance_sampling_mode": "mask"},
+    "gspo_token": {**DIRECT, "loss_type": "gspo_token", "steps_per_generation": 2,
+                   "per_device_train_batch_size": 1, "beta": 0.04, "kl_estimator": "in_reward",
+                   "loss_divisor": "all", "delta": 1.5},
     "cispo": {**DIRECT, "loss_type": "cispo", "beta": 0.04, "top_p": 0.9, "max_new_tokens": 8,
-              "max_seq_length": 48, "mask_truncated_completions": True},
+              "max_seq_length": 48, "mask_truncated_completions": True, "entropy_coef": 0.01,
+              "kl_estimator": "unbiased"},
 }  # fmt: skip
 
 
 async def two_turns(policy, question):
     """An episode in which the policy is told its own first turn."""
-    await policy.say(question.text)
+    reply = await policy.say(question.text)
+    policy.reward(len(set(reply)))
     await policy.say("answer")
 
 

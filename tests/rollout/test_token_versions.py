@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import losses
+from atlas_jax.config import GRPOConfig
 from atlas_jax.rollout import measures, record
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.rows import collate_policy
@@ -94,7 +95,7 @@ def test_importance_weights_and_lags_of_two_versions_are_those_worked_by_hand(sa
     trained = jnp.log(jnp.asarray([*TRAINED[0], *TRAINED[1]]))
     places = np.nonzero(np.asarray(batch.loss_mask))
     logprobs = logprobs.at[places].set(trained)
-    options = losses.PolicyOptions("grpo", 0.2, 0.2, 0.0, "token", 2.0, 8, per_row)
+    options = losses.PolicyOptions.of(GRPOConfig(beta=0.0), 8, per_row)
 
     def loss(logprobs):
         (total, weight), values = losses.policy_loss(logprobs, batch, options)
