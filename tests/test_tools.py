@@ -203,6 +203,15 @@ def test_servers_are_busy_while_questions_move_alone(staleness, teacher, student
     assert found["wall_frac"] <= wall
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_processes_that_count_their_own_requests_alone_load_all_servers_evenly(staleness):
+    """One question of 32 completions in each of four processes, over eight servers."""
+    words = ("rollout", "--simulate", "--staleness", staleness, "--servers", 8, "--processes", 4)
+    found = json.loads(run("bench.py", *words, "--questions", 4, "--generations", 32).stdout)
+    assert (found["servers"], found["processes"]) == (8, 4)
+    assert 0 < found["uneven_frac"] <= 0.2
+
+
 def test_the_bench_of_rollouts_asks_servers(tmp_path):
     names = ("baseline", "probe", "policy", "guided", "explain", "why")
     path = words.save(tmp_path / "model", names, max_position_embeddings=256)

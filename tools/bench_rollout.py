@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import selectors
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, NamedTuple
 
 import _checkout  # noqa: F401  (comes first: see there)
@@ -29,7 +29,6 @@ from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.startup import model as models
 from atlas_jax.types import Completion, Question
 
-_SERVERS = 4  # of each role
 _SEATS = 128  # of each server
 _SECS_PER_TOKEN = 0.001
 _MEDIANS = {"baseline": 200.0, "probe": 380.0, "policy": 164.0, "guided": 218.0}  # tokens
@@ -53,7 +52,9 @@ class _Models(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of this recipe."""
     parser.add_argument("--simulate", action="store_true", help="random lengths in virtual time")
-    parser.add_argument("--questions", type=int, default=4, help="of a step")
+    parser.add_argument("--servers", type=int, default=4, help="simulated servers of each role")
+    parser.add_argument("--processes", type=int, default=1, help="simulated, which share a step")
+    parser.add_argument("--questions", type=int, default=4, help="of a step, over all processes")
     parser.add_argument("--generations", type=int, default=32)
     parser.add_argument("--staleness", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50)
@@ -79,11 +80,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def _simulate(args: argparse.Namespace) -> dict[str, Any]:
     barriers = _Barriers(args)
     loop = _VirtualLoop()
-    servers = {name: _Servers(args.seed, loop) for name in ("policy", "student")}
-    pair = _Models(servers["policy"].model, servers["student"].model)
+    roles = [_Servers(args.servers, args.seed, loop) for _ in _Models._fields]
+    processes = [
+        _Models(*(servers.seen_by(number, args.processes) for servers in roles))
+        for number in range(args.processes)
+    ]
     limits = teaching.Limits(policy=10**6, probe=10**6, answer=10**6, prompt=10**6)
     try:
-        work = _drive(args, pair, limits, Meter(loop.time), barriers.update_secs)
+        work = _drive(args, processes, limits, Meter(loop.time), barriers.update_secs)
         usage = loop.run_until_complete(work)
     finally:
         loop.close()
@@ -92,6 +96,9 @@ def _simulate(args: argparse.Namespace) -> dict[str, Any]:
         "barriers_teacher_frac": round(barriers.teacher_frac, 3),
         "barriers_wall_secs": round(barriers.wall_secs, 3),
         "wall_frac": round(figures["wall_secs"] / barriers.wall_secs, 3),
+        "servers": args.servers,
+        "processes": args.processes,
+        "uneven_frac": round(max(servers.uneven_frac for servers in roles), 3),
     }
 
 
@@ -105,7 +112,7 @@ def _ask_servers(args: argparse.Namespace) -> dict[str, Any]:
             pool.open()
         pair = _Models(*(_served(pool, tokenizer) for pool in pools.values()))
         limits = teaching.Limits(*(args.max_new_tokens,) * 3, prompt=10**6)
-        work = _drive(args, pair, limits, Meter(), args.update_secs)
+        work = _drive(args, [pair], limits, Meter(), args.update_secs)
         return _figures(args, asyncio.run(work))
     finally:
         for pool in pools.values():
@@ -128,27 +135,33 @@ def _served(pool: ServerPool, tokenizer: Any) -> ChatModel:
 
 async def _drive(
     args: argparse.Namespace,
-    pair: _Models,
+    processes: Sequence[_Models],
     limits: teaching.Limits,
     meter: Meter,
     update_secs: float,
 ) -> Workload:
-    """Takes the steps one after another, with an update after each, as a run does."""
+    """Takes the steps one after another, with an update after each, as a run does.
+
+    The questions of a step are dealt to the processes, each with its own view of the servers.
+    """
     protocol = teaching.TeachingProtocol(_TEMPLATES, limits, args.generations, "whole")
     draws = teaching.Draws(Sampling(1.0), args.seed)
 
     async def step(position: int) -> None:
-        asking = teaching.open_lines(*pair, protocol, draws, Trace(meter))
+        trace = Trace(meter)
+        asking = [teaching.open_lines(*pair, protocol, draws, trace) for pair in processes]
         end = min(position + args.questions, args.steps * args.questions)
         places = range(position, end)
-        await asyncio.gather(*(teaching.ask(_question(place), place, asking) for place in places))
+        await asyncio.gather(
+            *(teaching.ask(_question(p), p, asking[p % len(asking)]) for p in places)
+        )
 
     def begin(_: ChatModel, position: int) -> Awaitable[None]:
         return asyncio.ensure_future(step(position))
 
     window = Window(begin, args.staleness, args.questions)
     for number in range(args.steps):
-        await window.next(pair.policy, number * args.questions)
+        await window.next(processes[0].policy, number * args.questions)
         await asyncio.sleep(update_secs)
     return meter.read()
 
@@ -212,36 +225,55 @@ class _Barriers:
 class _Servers:
     """Servers of one role: each takes so many seconds for a token, whatever else it writes."""
 
-    def __init__(self, seed: int, loop: _VirtualLoop) -> None:
+    def __init__(self, count: int, seed: int, loop: _VirtualLoop) -> None:
         self._seed = seed
-        self._loads = [0] * _SERVERS
-        self._seats = [asyncio.Semaphore(_SEATS) for _ in range(_SERVERS)]
-        self._next = 0
+        self._loop = loop
+        self._seats = [asyncio.Semaphore(_SEATS) for _ in range(count)]
+        self._busy_secs = [0.0] * count
+        """Sum over requests of their time at each server."""
 
     @property
-    def model(self) -> ChatModel:
-        """The servers as the flow of questions sees them."""
-        encode: Callable[[str], tuple[int, ...]] = lambda text: tuple(map(ord, text))  # noqa: E731
+    def uneven_frac(self) -> float:
+        """Largest difference of a server's load from the mean load, as a share of the mean."""
+        loads = np.asarray(self._busy_secs)
+        return float(np.abs(loads / loads.mean() - 1).max())
+
+    def seen_by(self, process: int, processes: int) -> ChatModel:
+        """Returns the servers as the questions of one process see them.
+
+        As with `ServerPool`, it counts its own requests alone.
+        """
+        count = len(self._seats)
+        loads = [0] * count
+        following = process * count // processes
+
+        async def complete(request: Request, sample: int, _: Sampling) -> Completion:
+            nonlocal following
+            number = least_loaded(loads, following)
+            following = number + 1
+            loads[number] += 1
+            begun = self._loop.time()
+            async with self._seats[number]:
+                completion = await self._complete(request, sample)
+            loads[number] -= 1
+            self._busy_secs[number] += self._loop.time() - begun
+            return completion
+
         return ChatModel(
-            encode=encode,
+            encode=lambda text: tuple(map(ord, text)),
             generate=lambda requests, sampling: [],
             context=10**9,
             vocab_size=0x110000,
             encode_turn=lambda messages, ended_by=None: (),
-            complete=self._complete,
+            complete=complete,
         )
 
-    async def _complete(self, request: Request, sample: int, _: Sampling) -> Completion:
+    async def _complete(self, request: Request, sample: int) -> Completion:
         phase, question, *more = "".join(map(chr, request.prompt_ids)).split()
-        number = least_loaded(self._loads, self._next)
-        self._next = number + 1
         # A guided answer is a request of its own, whose prompt ends with the lesson's text.
         member = int(more[-1]) if phase == "guided" else sample
         size = _length(phase, int(question.strip(":")), member, self._seed)
-        self._loads[number] += 1
-        async with self._seats[number]:
-            await asyncio.sleep(size * _SECS_PER_TOKEN)
-        self._loads[number] -= 1
+        await asyncio.sleep(size * _SECS_PER_TOKEN)
         return Completion(
             prompt_ids=request.prompt_ids,
             token_ids=(1,) * size,
