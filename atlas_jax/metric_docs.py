@@ -22,9 +22,9 @@ _TOKENS = "tokens"
 
 METRICS: dict[str, Metric] = {
     "loss/total": Metric(_NATS, "SFT: mean cross entropy of the trained tokens; the ATLAS guide's "
-        "target is below 1.5. GRPO: `loss/policy` plus `beta` times `loss/kl`, less `entropy_coef` "
-        "times the entropy, which is averaged as the loss is. GKD: mean divergence from the teacher "
-        "over the tokens of completions."),
+        "target is below 1.5. GRPO: `loss/policy` plus `beta` times `loss/kl`, less "
+        "`entropy_coef` times the entropy, which is averaged as the loss is. GKD: mean divergence "
+        "from the teacher over the tokens of completions."),
     "loss/policy": Metric("", "Policy term of the GRPO loss, with `kl_estimator=in_reward` the KL "
         "included."),
     "loss/kl": Metric(_NATS, "KL term of the GRPO loss, before `beta` weighs it. With "

@@ -348,6 +348,26 @@ def make_train_step(
         rest = frozen and frozen._replace(step=state.step * num_updates + number)
         return changed(state, gradients.sums(state.params, part, rest), number)
 
+    placements = _state_places(optimizer, dims, sharding)
+    rest = () if dropout is None else (None,)
+    # The state is donated: parameters and moments are updated in their own buffers. Without equal
+    # shardings of input and output XLA could not reuse them.
+    whole = jax.jit(
+        _step(update, num_updates),
+        donate_argnums=0,
+        in_shardings=(placements, None, *rest),
+        out_shardings=(placements, None),
+    )
+    begin, add, finish = _in_parts(gradients, changed, placements, rest)
+    return TrainStep(whole=whole, begin=begin, add=add, update=finish)
+
+
+def _step(
+    update: Callable[[TrainState, Any, Frozen | None, Any], tuple[TrainState, Metrics]],
+    num_updates: int,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns a step of so many updates, with the sums of their metrics."""
+
     def step(
         state: TrainState, batch: Any, frozen: Frozen | None = None
     ) -> tuple[TrainState, Metrics]:
@@ -362,18 +382,7 @@ def make_train_step(
             metrics = jax.tree.map(lambda first, rest: first + rest.sum(), metrics, more)
         return state._replace(step=state.step + 1), metrics
 
-    placements = _state_places(optimizer, dims, sharding)
-    rest = () if dropout is None else (None,)
-    # The state is donated: parameters and moments are updated in their own buffers. Without equal
-    # shardings of input and output XLA could not reuse them.
-    whole = jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(placements, None, *rest),
-        out_shardings=(placements, None),
-    )
-    begin, add, finish = _in_parts(gradients, changed, placements, rest)
-    return TrainStep(whole=whole, begin=begin, add=add, update=finish)
+    return step
 
 
 def _state_places(optimizer: Optimizer, dims: Params, sharding: Sharding) -> TrainState:

@@ -218,29 +218,23 @@ def _grpo(
     resident = dict(run.resident)
     score = grpo.make_logprobs_fn(decoder, config, layout.per_row)
     plain = batch._replace(ref_logprobs=None, old_logprobs=None)
+
+    def scored(name: str, params: Any) -> Program:
+        return Program(
+            name=name,
+            function=score,
+            arguments=(params, plain),
+            model_flops=forward,
+            content=content,
+        )
+
     if config.beta:
         if not decoder.lora:
             frozen = grpo.reference_decoder(config, decoder)
             resident["reference"] = step.abstract(frozen.shapes, frozen.placements())
-        programs.append(
-            Program(
-                name="logprobs",
-                function=score,
-                arguments=(resident["base" if decoder.lora else "reference"], plain),
-                model_flops=forward,
-                content=content,
-            )
-        )
+        programs.append(scored("logprobs", resident["base" if decoder.lora else "reference"]))
     if config.updates_per_step > 1:
-        programs.append(
-            Program(
-                name="old logprobs",
-                function=score,
-                arguments=(run.whole, plain),
-                model_flops=forward,
-                content=content,
-            )
-        )
+        programs.append(scored("old logprobs", run.whole))
     if config.rollout.backend == "local":
         policy = _Requests(
             name="",
