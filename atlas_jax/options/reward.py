@@ -41,8 +41,9 @@ class RewardConfig:
     """Distance that a lesson which states the answer, or aims at the judges, stays below the lowest
     honest one of its group. A group without an honest lesson trains nothing."""
     missing_lesson_penalty: NonNegative = 0.0
-    """Distance that a text without a lesson stays below the lowest honest lesson of its group, so
-    that not to teach is never the best choice; 0 leaves such a text its own reward."""
+    """Distance that a text without a lesson, or one cut by `max_new_tokens`, stays below the lowest
+    honest lesson of its group, so that not to teach, or not to end, is never the best choice; 0
+    leaves such a text its own reward."""
     max_failed_frac: Fraction = 0.2
     """Share of a step's samples left without a score by servers or judges above which the run waits
     and asks again for them, and stops with a checkpoint if that does not help. Samples that are
