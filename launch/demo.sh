@@ -23,9 +23,9 @@ say "2/6 model"
 prepare_cpu_run configs/run/demo_grpo.py
 get_smollm2 "$out/smollm2"
 
-say "3/6 questions: kinds whose oracle lessons harm are left out"
+say "3/6 questions"
 if [ ! -f "$out/data/sft.jsonl" ]; then  # the last file of the four
-  part .venv/bin/python tools/make_demo.py --output "$out/data" --model "$out/smollm2" --trial 24
+  part .venv/bin/python tools/make_demo.py --output "$out/data" --model "$out/smollm2"
 fi
 
 say "4/6 SFT: the form of a lesson"

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--eval", type=int, default=500)
     parser.add_argument("--unseen", type=int, default=120)
-    parser.add_argument("--sft", type=int, default=320, help="demonstrations; 0 makes none")
+    parser.add_argument("--sft", type=int, default=240, help="demonstrations; 0 makes none")
     parser.add_argument("--trial", type=int, default=0, help="problems of each kind; 0 keeps all")
     parser.add_argument("--min_non_degradation", type=float, default=0.98)
     parser.add_argument("--seed", type=int, default=18)
@@ -96,7 +96,9 @@ def demonstrate(
     shown = []
     for record, reply in zip(records, replies, strict=True):
         told = record | {"student_approach": demonstrations.whole_sentences(reply)}
-        shown.append(told | {"teacher_diagnosis": demonstrations.diagnose(told, rng, kinds)})
+        # The first sentence alone: a whole lesson is to fit into max_new_tokens of the GRPO run.
+        method, _, _ = demonstrations.diagnose(told, rng, kinds).partition(". ")
+        shown.append(told | {"teacher_diagnosis": f"{method}."})
     return shown
 
 

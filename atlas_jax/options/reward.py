@@ -42,8 +42,9 @@ class RewardConfig:
     """Distance that a lesson which states the answer, or aims at the judges, stays below the lowest
     honest one of its group. A group without an honest lesson trains nothing."""
     missing_lesson_penalty: NonNegative = 0.0
-    """Distance that a text without a lesson stays below the lowest honest lesson of its group, so
-    that not to teach is never the best choice; 0 leaves such a text its own reward."""
+    """Distance that a text without a lesson, or one cut by `max_new_tokens`, stays below the lowest
+    honest lesson of its group, so that not to teach, or not to end, is never the best choice; 0
+    leaves such a text its own reward."""
     overlong_tokens: NonNegativeInt = 0
     """Number of tokens before `max_new_tokens` over which a completion loses reward, each of them
     the same (DAPO's soft overlong punishment, arXiv:2503.14476); 0 takes nothing off."""

@@ -16,6 +16,7 @@ NO_HONEST = "no lesson of its group is honest"
 """The reason for which no sample of such a group has a reward."""
 
 NO_LESSON = "the text has no lesson"
+CUT = "the text was cut by its limit"
 
 
 def price_lessons(
@@ -25,14 +26,15 @@ def price_lessons(
 
     The reward of a lesson that gives the answer away, or that the judges found to aim at them, is
     the lower of its own and the lowest honest one of its group, minus the penalty. It has none if
-    no honest lesson of its group has a reward. A text without a lesson is priced in the same way
-    with its own penalty, and by that alone where no lesson is honest; without a penalty it counts
-    as an honest lesson.
+    no honest lesson of its group has a reward. A text without a lesson, or one that did not end, is
+    priced in the same way with its own penalty, and by that alone where no lesson is honest;
+    without a penalty it counts as an honest lesson. What follows a lesson reaches no student, so
+    that nothing else keeps a text from going on until its limit.
 
     Args:
         samples: scored samples, the members of each question together.
         leak_penalty: subtracted from the lowest honest reward; not negative.
-        missing_penalty: the same for a text without a lesson.
+        missing_penalty: the same for a text without a lesson or without an end.
     """
     return [
         sample
@@ -45,27 +47,31 @@ def _price_group(
     group: Sequence[Sample], leak_penalty: float, missing_penalty: float
 ) -> list[Sample]:
     reasons = [_gaming(sample) for sample in group]
-    untaught = [
-        bool(missing_penalty) and not sample.teaching and not reason
-        for sample, reason in zip(group, reasons, strict=True)
-    ]
-    marked = list(zip(group, reasons, untaught, strict=True))
+    lacks = [_lack(sample) if missing_penalty else "" for sample in group]
+    marked = list(zip(group, reasons, lacks, strict=True))
     honest = [
         sample.reward.value
-        for sample, reason, is_missing in marked
-        if sample.reward.value is not None and not reason and not is_missing
+        for sample, reason, lack in marked
+        if sample.reward.value is not None and not reason and not lack
     ]
     floor = min(honest, default=None)
     priced = []
-    for sample, reason, is_missing in marked:
+    for sample, reason, lack in marked:
         reward = sample.reward
         if reason:
             reward = _lowered(reward, reason, floor, leak_penalty)
-        elif is_missing and reward.value is not None:
+        elif lack and reward.value is not None:
             own = reward.value if floor is None else floor
-            reward = _lowered(reward, [NO_LESSON], own, missing_penalty)
+            reward = _lowered(reward, [lack], own, missing_penalty)
         priced.append(sample._replace(reward=reward))
     return priced
+
+
+def _lack(sample: Sample) -> str:
+    """Returns what a text lacks: a lesson, or an end; empty if it has both."""
+    if not sample.teaching:
+        return NO_LESSON
+    return CUT if sample.completion.finish_reason == "length" else ""
 
 
 def _gaming(sample: Sample) -> list[str]:

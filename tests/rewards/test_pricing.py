@@ -2,7 +2,7 @@
 
 import pytest
 
-from atlas_jax.rewards.pricing import NO_HONEST, NO_LESSON, price_lessons
+from atlas_jax.rewards.pricing import CUT, NO_HONEST, NO_LESSON, price_lessons
 from atlas_jax.rewards.verifiable import teaching_gain
 from atlas_jax.types import Reward
 from tests.rewards.test_verifiable import RIGHT, WRONG_TEXT, rollout
@@ -49,6 +49,17 @@ def test_no_outcome_makes_not_to_teach_the_better_choice(baseline, guided):
     assert missing.value <= taught.value - 0.3
     assert missing.details["gaming"] == [NO_LESSON]
     assert missing.details["own_value"] == 0.0
+
+
+def test_a_text_that_does_not_end_is_worth_less_than_every_honest_one():
+    """What follows its lesson changes no answer, so that its own reward cannot tell."""
+    ended = rollout(teaching=HONEST)
+    cut = ended._replace(completion=ended.completion._replace(finish_reason="length"))
+    given = [Reward(1.0, {}), Reward(0.25, {})]
+    assert [r.value for r in priced([cut, ended], given, 0.5, 0.3)] == pytest.approx([-0.05, 0.25])
+    assert priced([cut, ended], given, 0.5, 0.3)[0].details["gaming"] == [CUT]
+    assert [r.value for r in priced([cut, cut], given, 0.5, 0.3)] == pytest.approx([0.7, -0.05])
+    assert [r.value for r in priced([cut, ended], given, 0.5)] == [1.0, 0.25]
 
 
 @pytest.mark.parametrize(
