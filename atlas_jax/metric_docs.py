@@ -156,6 +156,8 @@ METRICS: dict[str, Metric] = {
     "teaching/answer_leak_frac": Metric(_SHARE, "Lessons that state the answer."),
     "teaching/probe_tokens": Metric(_TOKENS, "Mean length of the approach that the student "
         "writes."),
+    "eval/accuracy": Metric(_SHARE, "Right answers to held-out questions under "
+        "`rollout.protocol=direct`, decoded greedily."),
     "eval/student_accuracy": Metric(_SHARE, "Right answers with a lesson on held-out questions, "
         "decoded greedily."),
     "eval/baseline_accuracy": Metric(_SHARE, "Right answers without a lesson on held-out "

@@ -100,14 +100,14 @@ def _logged(run: RunFiles) -> list[Warned]:
     found = []
     for places in kinds.values():
         last = run.log[places[-1]]
-        name = last.text.partition("=")[0]
+        advice = ranges.ADVICE.get(last.text.partition("=")[0], "")
         found.append(
             Warned(
                 text=masking.hide(last.text),
                 times=len(places),
                 first=run.log[places[0]].time,
                 last=last.time,
-                advice=ranges.ADVICE.get(name, ""),
+                advice="" if advice in last.text else advice,
             )
         )
     return found
