@@ -61,8 +61,9 @@ def fitted(table: Float[Array, "U E"], height: int) -> Float[Array, "V E"]:
 
     Models of one tokenizer may pad their tables differently.
     """
-    more = max(height - table.shape[0], 0)
-    return jnp.pad(table[:height], ((0, more), (0, 0)))
+    if table.shape[0] >= height:
+        return table[:height]
+    return jnp.pad(table, ((0, height - table.shape[0]), (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

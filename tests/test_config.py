@@ -139,7 +139,8 @@ def test_a_value_that_its_option_does_not_allow_is_refused_in_one_line(change, m
 
 @pytest.mark.parametrize("name", sorted(set(config.all_options()) - {"algorithm"}))
 def test_every_option_refuses_a_value_of_another_type(name):
-    draft = config.defaults(config.GRPOConfig)
+    schemas = (config.GRPOConfig, config.GKDConfig)
+    draft = config.defaults(next(s for s in schemas if name in config.flat(s())))
     group, _, last = name.rpartition(".")
     with draft.unlocked(), draft.ignore_type():
         (draft[group] if group else draft)[last] = 1j
@@ -331,7 +332,8 @@ def test_every_option_is_read_somewhere():
             continue
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    options = config.flat(SFTConfig()) | config.flat(config.GRPOConfig())
+    schemas = map(config.schema, config.ALGORITHMS)
+    options = {name for schema in schemas for name in config.flat(schema())}
     unread = {name.split(".")[-1] for name in options} - read
     assert not unread
 

@@ -115,6 +115,23 @@ def test_value_and_gradients_equal_float64_on_any_mesh(mesh, vocab, beta, temper
     np.testing.assert_allclose(grads[1], d_table, rtol=1e-5, atol=1e-5)
 
 
+TRL = {
+    (0.0, 1.0): 0.8167131176763622, (0.0, 0.6): 2.1837416586320333,
+    (0.1, 1.0): 0.06698544150375603, (0.1, 0.6): 0.15078606771586925,
+    (0.5, 1.0): 0.16916932316659172, (0.5, 0.6): 0.3538950088426473,
+    (1.0, 1.0): 0.8069087455753671, (1.0, 0.6): 2.1201487165775816,
+}  # fmt: skip
+"""`GKDTrainer.generalized_jsd_loss` of TRL 1.16.0 in float64, of the logits of `arrays(96)`."""
+
+
+@pytest.mark.parametrize(("beta", "temperature"), TRL)
+def test_the_mean_over_tokens_is_the_loss_of_trl(beta, temperature):
+    made, mask = arrays(96)
+    sharding = Sharding(make_mesh(*MESHES["one"]))
+    (total, _), _ = ours(sharding, mask, beta, temperature)(*made)
+    np.testing.assert_allclose(total / 3 / mask.sum(), TRL[beta, temperature], rtol=1e-6)
+
+
 def test_entropies_and_agreement_equal_float64():
     made, mask = arrays(362, seed=1)
     for mine, theirs in ((0, 2), (1, 3)):  # more alike, so that some best tokens are the same

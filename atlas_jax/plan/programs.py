@@ -245,12 +245,7 @@ def _grpo(
             prompt_tokens=config.max_prompt_length,
             new_tokens=config.max_new_tokens,
         )
-        sampling = Sampling(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-        )
+        sampling = _sampling(config)
         max_rows = config.rollout.max_rows * hosts
         programs += _generation(policy, sampling, max_rows)
         if student is not None:
@@ -259,6 +254,15 @@ def _grpo(
             for asked in _student(config, frozen, resident["student"], layout.questions):
                 programs += _generation(asked, sampling, max_rows)
     return run._replace(programs=programs, resident=resident, num_tokens=num_tokens)
+
+
+def _sampling(config: GRPOConfig) -> Sampling:
+    return Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+    )
 
 
 def _gkd(

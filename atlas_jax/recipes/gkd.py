@@ -61,7 +61,10 @@ def run(config: GKDConfig, given: Given = NOTHING_GIVEN) -> bool:
     with Run.open(config) as run, contextlib.ExitStack() as stack:
         # 2. The teacher, whose tokens must be the policy's, and the texts.
         teacher = open_teacher(config, run)
-        train, held_out, token_paths = _data(config, run, given)
+        frozen = teacher.decoder if teacher else run.compute.frozen_decoder(run.decoder.config)
+        common = min(run.decoder.config.vocab_size, frozen.config.vocab_size)
+        bind = chat_models.local(run.model, "", config.max_decode_rows) if config.lmbda else None
+        train, held_out, token_paths = _data(config, run, given, common)
         run.check_evaluates(held_out)
         order = TextOrder(train, config.seed, config.data.shuffle, config.lmbda)
         distributed.check_same(order.fingerprint, "its texts differ from those of process 0")
@@ -70,7 +73,6 @@ def run(config: GKDConfig, given: Given = NOTHING_GIVEN) -> bool:
             num_steps = math.ceil(config.num_train_epochs * train.number / layout.rows)
         # 3. The weights, and the position where an earlier command stopped.
         training = run.begin(num_steps, order.fingerprint, teacher=teacher)
-        frozen = teacher.decoder if teacher else run.compute.frozen_decoder(run.decoder.config)
         weights = _weights(training, teacher, frozen)
         # 4. Nothing can refuse the run any more.
         writer = training.committed()
@@ -79,7 +81,6 @@ def run(config: GKDConfig, given: Given = NOTHING_GIVEN) -> bool:
             tokenized.remove_others(directory.tokens(config), token_paths)
         # 5. Training, and its end.
         loss = make_loss(run.decoder, frozen, config)
-        bind = chat_models.local(run.model, "", config.max_decode_rows)
         feed = TextFeed(config, layout, order, bind, weights)
         if training.position:
             feed.set_state(training.position)
@@ -137,9 +138,18 @@ class TextFeed:
         config: GKDConfig,
         layout: TextLayout,
         order: TextOrder,
-        bind: Callable[[Params, int], ChatModel],
+        bind: Callable[[Params, int], ChatModel] | None,
         teacher: Params,
     ) -> None:
+        """Begins at the first text.
+
+        Args:
+            config: of the run.
+            layout: of a step.
+            order: the texts.
+            bind: parameters and their version -> the policy; None where it writes nothing.
+            teacher: the frozen parameters.
+        """
         self.layout = layout
         self._config = config
         self._order = order
@@ -149,8 +159,8 @@ class TextFeed:
 
     @property
     def samples_policy(self) -> bool:
-        """Whether completions are sampled from the parameters that the step has changed."""
-        return self._config.lmbda > 0
+        """True if completions are sampled from the parameters that the step has changed."""
+        return self._bind is not None
 
     def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
         """Returns the next rows, some of them with completions of the policy as it is now."""
@@ -159,8 +169,9 @@ class TextFeed:
         texts = [self._order.at(place) for place in places]
         start = time.perf_counter()
         values: Metrics = {}
-        if self._config.lmbda:
-            texts, values = self._written(texts, places, state)
+        if self._bind:
+            policy = self._bind(state.whole, int(state.step))
+            texts, values = self._written(texts, places, policy)
             values["perf/generate_secs"] = time.perf_counter() - start, 1
         self._position += layout.rows
         placed, num_tokens = self.placed(texts, layout.microbatches)
@@ -189,7 +200,7 @@ class TextFeed:
         """There is none: the teacher does not change, and is read where it lies."""
 
     def _written(
-        self, texts: list[Continuation], places: list[int], state: step.TrainState
+        self, texts: list[Continuation], places: list[int], policy: ChatModel
     ) -> tuple[list[Continuation], Metrics]:
         """Returns the texts, some with completions of the policy, and metrics of these."""
         config = self._config
@@ -204,7 +215,6 @@ class TextFeed:
             )
             for i in own
         ]
-        policy = self._bind(state.whole, int(state.step))
         written = policy.generate(requests, Sampling(config.temperature))
         texts = list(texts)
         for i, (completion,) in zip(own, written, strict=True):
@@ -341,17 +351,20 @@ class _TextData(NamedTuple):
     token_paths: tuple[pathlib.Path | None, ...] = ()
 
 
-def _data(config: GKDConfig, run: Run, given: Given) -> _TextData:
+def _data(config: GKDConfig, run: Run, given: Given, vocab_size: int) -> _TextData:
+    """Returns the texts; `vocab_size` is the number of tokens that both models know."""
     rows, held_out = sources.load_rows(
         config.data, config.seed, config.output_dir, distributed.is_main(), given
     )
     if config.teacher_reads == "lesson":
-        parts = [_of_lessons(config, run.model, part) for part in (rows, held_out) if part]
+        parts = [
+            _of_lessons(config, run.model, part, vocab_size) for part in (rows, held_out) if part
+        ]
         logging.info(
             "%d answers that a lesson turned right, of %d samples", parts[0].number, len(rows.rows)
         )
         return _TextData(parts[0], parts[1] if held_out else None)
-    examples = [_examples(config, run.model, part) for part in (rows, held_out) if part]
+    examples = [_examples(config, run.model, part, vocab_size) for part in (rows, held_out) if part]
     texts = [continuations.of_examples(e, config.data.max_rejected_frac) for e in examples]
     tokenizer = run.model.files.tokenizer
     sample = chat.render_sample(tokenizer, examples[0].example(0))
@@ -360,7 +373,9 @@ def _data(config: GKDConfig, run: Run, given: Given) -> _TextData:
     return _TextData(texts[0], texts[1] if held_out else None, paths)
 
 
-def _examples(config: GKDConfig, model: Model, rows: sources.Rows) -> loader.TokenDataset:
+def _examples(
+    config: GKDConfig, model: Model, rows: sources.Rows, vocab_size: int
+) -> loader.TokenDataset:
     """Returns rows as SFT reads them, in the order of the files."""
     examples = loader.build(
         rows,
@@ -371,17 +386,15 @@ def _examples(config: GKDConfig, model: Model, rows: sources.Rows) -> loader.Tok
         training=False,
         token_dir=directory.tokens(config),
     )
-    check_ids(model.files.tokenizer, examples.tokens, model.decoder.config.vocab_size)
+    check_ids(model.files.tokenizer, examples.tokens, vocab_size)
     return examples
 
 
-def _of_lessons(config: GKDConfig, model: Model, rows: sources.Rows) -> Texts:
+def _of_lessons(config: GKDConfig, model: Model, rows: sources.Rows, vocab_size: int) -> Texts:
     texts = continuations.of_samples(rows, config.data.max_rejected_frac, config.max_seq_length)
     tokenizer = model.files.tokenizer
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     continuations.check_written_by(texts, decode, rows)
-    longest = max(texts, key=lambda text: max(text.token_ids + text.teacher_prompt_ids))
-    check_ids(
-        tokenizer, longest.token_ids + longest.teacher_prompt_ids, model.decoder.config.vocab_size
-    )
+    ids = {i for text in texts for i in (*text.token_ids, *text.teacher_prompt_ids)}
+    check_ids(tokenizer, sorted(ids), vocab_size)
     return Texts.of(texts)

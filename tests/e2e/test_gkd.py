@@ -26,6 +26,8 @@ def inputs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("inputs")
     words.save(directory / "model", NAMES)
     words.save(directory / "teacher", NAMES, seed=1, hidden_size=64)
+    # Its weights are large, so that what it says depends on what it has read.
+    words.save(directory / "student", NAMES, initializer_range=0.3)
     words.save(directory / "other", (*NAMES[:-1], "plot"), seed=1)
     rows = [{"prompt": f"q{i % 8} answer", "completion": f" {i % 3} {i % 5}"} for i in range(24)]
     for name, part in (("train", rows[4:]), ("eval", rows[:4])):
@@ -76,6 +78,7 @@ def command(inputs, output, *extra, devices=1, name="teacher_gkd"):
         values["teacher_model_name_or_path"] = inputs / "teacher"
         values["data.dataset_path"] = inputs / "train.jsonl"
     else:
+        values["model_name_or_path"] = inputs / "student"
         values["data.eval_path"] = values["data.dataset_path"] = inputs / "rollouts" / "*.jsonl"
     environment = os.environ | {
         "XLA_FLAGS": processes.xla_flags(devices), "ATLAS_TRACEBACK": "1",
@@ -161,8 +164,8 @@ def test_a_student_learns_what_it_says_with_lessons(inputs, tmp_path):
     result = train(inputs, tmp_path, name="distil_taught_student")
     assert "8 answers that a lesson turned right, of 16 samples" in result.stderr
     *steps, evaluation = metrics(tmp_path)
-    assert steps[0]["loss/total"] > 1e-3  # the lesson changes what the same weights say
-    assert evaluation["eval/loss"] < 0.5 * steps[0]["loss/total"]
+    assert steps[0]["loss/total"] > 1e-2  # the lesson changes what the same weights say
+    assert evaluation["eval/loss"] < 0.8 * steps[0]["loss/total"]
     # Continued, it finds the weights that it began with.
     shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
     before = metrics(tmp_path)
