@@ -19,7 +19,8 @@ OTHERS = (
 """Of other recipes and other rows."""
 CHOSEN = {
     "atlas_jax.checkpoint.diagnosis", "atlas_jax.config", "atlas_jax.config_files",
-    "atlas_jax.data.encoding_pool", "atlas_jax.startup.origins",
+    "atlas_jax.data.encoding_pool", "atlas_jax.startup.origins", "atlas_jax.checkpoint.adapters",
+    "atlas_jax.models.lora",
     "atlas_jax.data.hub_rows", "atlas_jax.data.row_functions", "atlas_jax.data.session_rows",
     "atlas_jax.data.tables", "atlas_jax.extras", "atlas_jax.hosts", "atlas_jax.models.splash",
     "atlas_jax.offload", "atlas_jax.options.descriptions", "atlas_jax.profiling",
