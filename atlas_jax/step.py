@@ -285,11 +285,18 @@ def make_train_step(
 
 
 def _part(batch: Any, number: Any, num_parts: int) -> Any:
-    """Returns one of equal parts of the microbatches."""
+    """Returns one of equal parts of the microbatches: every `num_parts`-th one.
+
+    Neighbouring rows are on one device, so that the parts do not depend on the number of devices.
+    """
     if num_parts == 1:
         return batch
-    size = batch.tokens.shape[0] // num_parts
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * size, size), batch)
+
+    def take(x: jax.Array) -> jax.Array:
+        apart = x.reshape(-1, num_parts, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(apart, number, axis=1, keepdims=False)
+
+    return jax.tree.map(take, batch)
 
 
 def _in_parts(
