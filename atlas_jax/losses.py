@@ -115,62 +115,19 @@ def policy_loss(
 ) -> tuple[LossSum, dict[str, LossSum]]:
     """Returns the loss sum of the GRPO family with its weight, and its metrics.
 
-    **Policy term.** With the ratio `r = exp(logprobs - old)`, the advantage `A` and `clip` to the
-    bounds of `options`, a token's policy term is
-
-    - grpo, bnpo, dr_grpo, dapo: `-min(r A, clip(r) A)`
-    - gspo: the same, with the ratio `s = exp(mean_t (logprobs - old))` of the whole completion for
-      `r`
-    - gspo_token: the same as gspo with the gradient of `s exp(logprobs - stop_gradient(logprobs))`
-      for `s`. It equals gspo where all tokens of a completion have one advantage. Where they do
-      not, as in episodes with rewards of turns, each token moves by its own.
-    - cispo: `-stop_gradient(clip(r)) A logprobs`. The paper has no lower bound, which an
-      `epsilon_low` of at least 1 gives.
-
-    `delta` bounds the term where `A` is negative: `-max(min(r A, clip(r) A), delta A)`. An unlikely
-    token whose probability has grown cannot outweigh the batch.
-
-    **Importance weight.** The policy term is multiplied by `w = exp(old - rollout)` of the token,
-    or of the summed difference of its completion. Above the cap `w` becomes the cap (`truncate`) or
-    0 (`mask`).
-
-    **KL.** With `d = ref - logprobs`, `k3 = exp(d) - d - 1`, and tokens that the policy sampled,
-
-    - k3: `beta k3` is added to a token's term. Its derivative with respect to `logprobs` is
-      `beta (1 - exp(d))`. The mean of `(1 - ref / pi) grad log pi` over `pi` is
-      `-sum ref grad log pi`, so this descends KL(ref || pi), whose value `k3` does not estimate.
-    - unbiased: `beta r k3` is added. Its derivative is `beta r (k3 - exp(d) + 1) = -beta r d`. The
-      mean of `(log pi - log ref) grad log pi` over `pi` is the gradient of KL(pi || ref), which
-      this descends, also off-policy by the ratio `r` of the token.
-    - in_reward: `beta` times the sum of `old - ref` over the token and those after it is taken off
-      its advantage, unscaled and without a baseline. Where `r = 1` the derivative of a token is
-      that of `unbiased` plus `beta` times the log-ratios after it: the gradient of KL(pi || ref) of
-      whole completions. It is clipped and weighted as the policy term is.
-
-    Near the reference `exp(d) - 1` is `d` and the first two agree; far from it `k3` pulls harder on
-    tokens that the reference likes, and `unbiased` on those that it does not.
-
-    **Sum.** The terms are added up as
-
-    - grpo, gspo, gspo_token: the means over each completion's trained tokens; the weight is the
-      number of completions
-    - bnpo, dapo, cispo: all trained tokens; the weight is their number. bnpo divides by the tokens
-      of the batch and dapo by those of the group. Both are the same here, because all microbatches
-      share one weight.
-    - dr_grpo: all trained tokens; the weight is the number of completions times `max_new_tokens`.
-      The paper's advantages are not divided by a standard deviation.
-
-    The completions that count are those with a trained token (`loss_divisor` trained), or all, as
-    in the papers, whose 1/G does not depend on what was cut or could not be scored.
+    A token's term is its policy term (`_policy_terms`), times the importance weight that corrects
+    for the engine (`_importance_weights`), plus `beta` times the KL to the reference (`_kl_terms`,
+    `_less_kl`). The terms are added up as the loss type says (`_add_up`). The docstrings of these
+    functions have the formulas, with r for the ratio `exp(logprobs - old)` and A for the advantage.
 
     Metrics are each `(sum, weight)`. `loss/policy` and `loss/kl` (without `beta`) are averaged as
-    the loss is; with `in_reward` the KL is part of `loss/policy`. `policy/kl` and
+    the loss is; with `kl_estimator=in_reward` the KL is part of `loss/policy`. `policy/kl` and
     `rollout/mismatch_kl`, the k3 estimate of KL(rollout || trainer), are means over tokens.
     `policy/ratio_mean` and `policy/clip_frac` are means over tokens, or over completions for gspo
     and gspo_token. A clip is counted where it removes the gradient; for cispo, where the ratio is
-    out of bounds. `rollout/importance_weight` (after the cap) and `rollout/importance_capped_frac`
-    are means over tokens or completions, as `importance_sampling` says, and are absent if it is
-    none. Both KL to the reference are absent without `batch.ref_logprobs`.
+    out of bounds. `rollout/importance_weight` and `rollout/importance_capped_frac` are means over
+    tokens or completions, as `importance_sampling` says, and are absent if it is none. Both KL to
+    the reference are absent without `batch.ref_logprobs`.
 
     A completion may hold tokens of several weights. The engine reports each token's
     log-probability under the weights that wrote it, so `exp(old - rollout)` is the ratio of the
@@ -186,16 +143,6 @@ def policy_loss(
     Raises:
         ValueError: if an option has no such value, or `beta` needs reference log-probabilities and
             the batch has none.
-
-    Reference:
-        grpo: Shao et al. 2024, arXiv:2402.03300, eq. 3-4. dr_grpo: Liu et al. 2025,
-        arXiv:2503.20783, section 3. dapo: Yu et al. 2025, arXiv:2503.14476, eq. 8. gspo and
-        gspo_token: Zheng et al. 2025, arXiv:2507.18071, eq. 5-7 and 13-14. cispo: MiniMax 2025,
-        arXiv:2506.13585, eq. 4-5. bnpo: `loss_type="bnpo"` of TRL. delta: Ye et al. 2020,
-        arXiv:1912.09729, eq. 5, where it is c. Importance weight: Yao et al. 2025, "Your efficient
-        RL framework secretly brings you off-policy RL training". k3: Schulman 2020, "Approximating
-        KL divergence". unbiased: DeepSeek-AI 2025, arXiv:2512.02556, eq. 7. in_reward: Ouyang et
-        al. 2022, arXiv:2203.02155, eq. 2, by token.
     """
     _check(batch, options)
     members = _members(batch, options)
@@ -206,12 +153,10 @@ def policy_loss(
     advantages = batch.advantages
     kl_in_reward = options.kl_estimator == "in_reward"
     if kl_in_reward and batch.ref_logprobs is not None:
-        later = _following_sum(old - batch.ref_logprobs, members)
-        advantages = advantages - options.beta * later
+        advantages = _less_kl(advantages, old - batch.ref_logprobs, members, options)
 
     terms, metrics = _policy_terms(logprobs, old, advantages, members, options)
     if options.importance_sampling != "none":
-        # It corrects for the engine, whose numbers differ from the trainer's for equal weights.
         weights, found = _importance_weights(old - batch.rollout_logprobs, members, options)
         terms = weights * terms
         metrics |= found
@@ -220,9 +165,7 @@ def policy_loss(
     metrics |= _distances(logprobs, batch, members)
     if batch.ref_logprobs is not None and not kl_in_reward:
         # Measured without `beta` too, so that a run without a penalty still shows its drift.
-        kl = _k3(batch.ref_logprobs - logprobs)
-        if options.kl_estimator == "unbiased":
-            kl *= jnp.exp(logprobs - old)
+        kl = _kl_terms(logprobs, old, batch.ref_logprobs, options)
         metrics["loss/kl"] = _add_up(kl, members, options)
         if options.beta != 0:
             total += options.beta * metrics["loss/kl"][0]
@@ -362,7 +305,21 @@ def _sequence_mean_sum(values: Float[Array, "B T"], members: Bool[Array, "B T G"
 def _add_up(
     terms: Float[Array, "B T"], members: Bool[Array, "B T G"], options: PolicyOptions
 ) -> LossSum:
-    """Returns the loss sum and the weight of the loss type; see `policy_loss`."""
+    """Returns the loss sum and the weight of the loss type.
+
+    - grpo, gspo, gspo_token: the means over each completion's trained tokens; the weight is the
+      number of completions.
+    - bnpo, dapo, cispo: all trained tokens; the weight is their number. bnpo divides by the tokens
+      of the batch and dapo by those of the group. Both are the same here, because all microbatches
+      share one weight.
+    - dr_grpo: all trained tokens; the weight is the number of completions times `max_new_tokens`.
+      The paper's advantages are not divided by a standard deviation.
+
+    The completions that count are those with a trained token (`loss_divisor` trained), or all, as
+    in the papers, whose 1/G does not depend on what was cut or could not be scored.
+
+    Reference: as for `_policy_terms`. dr_grpo: section 3.
+    """
     # Each row has all of its completions, also those of which nothing trains.
     every = jnp.float32(members.shape[0] * members.shape[2])
     completions = every if options.loss_divisor == "all" else _num_sequences(members)
@@ -372,6 +329,59 @@ def _add_up(
     if options.loss_type == "dr_grpo":
         return total, completions * options.max_new_tokens
     return total, num_tokens
+
+
+def _kl_terms(
+    logprobs: Float[Array, "B T"],
+    old: Float[Array, "B T"],
+    ref: Float[Array, "B T"],
+    options: PolicyOptions,
+) -> Float[Array, "B T"]:
+    """Returns the tokens' KL terms, of which `beta` times each is added to the loss.
+
+    With `d = ref - logprobs`, `k3 = exp(d) - d - 1` and tokens that the policy sampled,
+
+    - k3: the derivative with respect to `logprobs` is `1 - exp(d)`. The mean of
+      `(1 - ref / pi) grad log pi` over `pi` is `-sum ref grad log pi`. This is the gradient of
+      KL(ref || pi), though the value of `k3` estimates KL(pi || ref).
+    - unbiased: `r k3`, whose derivative is `r k3 + r (1 - exp(d)) = -r d`. The mean of
+      `(log pi - log ref) grad log pi` over `pi` is the gradient of KL(pi || ref). The ratio `r` is
+      that of the token, so this holds also for tokens of the policy before the update.
+
+    Near the reference `exp(d) - 1` is `d` and both agree. Where the policy has left the reference,
+    `k3` pulls without bound at tokens that the reference prefers, and `unbiased` by the logarithm.
+
+    Reference: Schulman 2020, "Approximating KL divergence". k3: Shao et al. 2024,
+    arXiv:2402.03300, eq. 4. unbiased: DeepSeek-AI 2025, arXiv:2512.02556, eq. 7; the default of TRL
+    1.16.
+    """
+    kl = _k3(ref - logprobs)
+    return kl * jnp.exp(logprobs - old) if options.kl_estimator == "unbiased" else kl
+
+
+def _less_kl(
+    advantages: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    members: Bool[Array, "B T G"],
+    options: PolicyOptions,
+) -> Float[Array, "B T"]:
+    """Returns the advantages with a KL penalty in the reward (`kl_estimator=in_reward`).
+
+    Each token's reward is `-beta (old - ref)`, unscaled and without a baseline, and its advantage
+    has those of the token and all after it. Where `r = 1` the derivative of the loss with respect
+    to a token's log-probability is `beta` times their sum: that of `unbiased` for the token itself,
+    plus the divergence of what it leads to. Its mean is the gradient of KL(pi || ref) of whole
+    completions. It is clipped and weighted as the policy term is.
+
+    Args:
+        advantages: of the tokens.
+        log_ratio: `old - ref`, without gradient.
+        members: the completion of each trained token, from `_members`.
+        options: `beta`.
+
+    Reference: Ouyang et al. 2022, arXiv:2203.02155, eq. 2, by token.
+    """
+    return advantages - options.beta * _following_sum(log_ratio, members)
 
 
 def _distances(
@@ -396,7 +406,28 @@ def _policy_terms(
     members: Bool[Array, "B T G"],
     options: PolicyOptions,
 ) -> tuple[Float[Array, "B T"], dict[str, LossSum]]:
-    """Returns the tokens' policy terms, and metrics of their ratios; see `policy_loss`."""
+    """Returns the tokens' policy terms, and metrics of their ratios.
+
+    With the ratio `r = exp(logprobs - old)`, the advantage `A` and `clip` to the bounds of
+    `options`, a token's term is
+
+    - grpo, bnpo, dr_grpo, dapo: `-min(r A, clip(r) A)`
+    - gspo: the same, with `s = exp(mean_t (logprobs - old))` of the whole completion for `r`
+    - gspo_token: the value of gspo, with the gradient of
+      `s exp(logprobs - stop_gradient(logprobs))` for that of `s`. It equals gspo where all tokens
+      of a completion have one advantage. Where turns have rewards, each moves by its own.
+    - cispo: `-stop_gradient(clip(r)) A logprobs`. The paper has no lower bound, which an
+      `epsilon_low` of at least 1 gives.
+
+    `delta` bounds it where `A` is negative: `-max(min(r A, clip(r) A), delta A)`. A token whose
+    probability has grown then cannot outweigh the batch.
+
+    Reference:
+        grpo: Shao et al. 2024, arXiv:2402.03300, eq. 3. dr_grpo: Liu et al. 2025, arXiv:2503.20783.
+        dapo: Yu et al. 2025, arXiv:2503.14476, eq. 8. gspo and gspo_token: Zheng et al. 2025,
+        arXiv:2507.18071, eq. 5-7 and 13-14. cispo: MiniMax 2025, arXiv:2506.13585, eq. 4-5. bnpo:
+        `loss_type="bnpo"` of TRL. delta: Ye et al. 2020, arXiv:1912.09729, eq. 5, where it is c.
+    """
     per_sequence = options.loss_type in _OF_COMPLETION
     log_ratio = logprobs - old
     if per_sequence:
@@ -430,12 +461,19 @@ def _policy_terms(
 def _importance_weights(
     log_weights: Float[Array, "B T"], members: Bool[Array, "B T G"], options: PolicyOptions
 ) -> tuple[Float[Array, "B T"], dict[str, LossSum]]:
-    """Returns the tokens' importance weights with their mode and cap, and metrics of them.
+    """Returns the tokens' importance weights, and metrics of them.
+
+    A weight is `exp(old - rollout)` of the token, or of the summed difference of its completion. It
+    corrects for the engine, whose numbers differ from the trainer's for equal weights. Above the
+    cap it becomes the cap (`truncate`) or 0 (`mask`).
 
     Args:
         log_weights: the trainer's less the engine's log-probabilities, without gradient.
         members: the completion of each trained token, from `_members`.
         options: the level, the mode and the cap.
+
+    Reference: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training". `mask`: `vllm_importance_sampling_mode` of TRL.
     """
     per_sequence = options.importance_sampling == "sequence"
     mean = _sequence_mean_sum if per_sequence else _token_sum

@@ -280,7 +280,7 @@ _OTHERWISE = """
 ## Coming from TRL: the same name, another meaning
 
 Of TRL 1.16. With options made alike, losses and gradients equal those of TRL's own code to 1e-6 on the 310
-recorded cases of `tests/test_trl_cases.py` (`tools/trl_cases.py` makes them).
+recorded cases of `tests/test_trl_cases.py` (`tools/trl_cases` makes them).
 
 | TRL | here | to write for the same |
 |---|---|---|

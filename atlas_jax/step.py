@@ -394,14 +394,19 @@ def _state_places(optimizer: Optimizer, dims: Params, sharding: Sharding) -> Tra
 
 
 def _part(batch: Any, number: Any, num_parts: int) -> Any:
-    """Returns one of equal parts of the microbatches."""
+    """Returns one of equal parts of the microbatches: every `num_parts`-th one.
+
+    Neighbouring rows are on one device, so that the parts do not depend on the number of devices.
+    """
     if num_parts == 1:
         return batch
-    size = batch.tokens.shape[0] // num_parts
+
+    def take(x: jax.Array) -> jax.Array:
+        apart = x.reshape(-1, num_parts, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(apart, number, axis=1, keepdims=False)
+
     rows, beside = _parted(batch)
-    return beside(
-        jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * size, size), rows)
-    )
+    return beside(jax.tree.map(take, rows))
 
 
 def _in_parts(

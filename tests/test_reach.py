@@ -98,7 +98,8 @@ def test_grpo_with_a_reward_of_the_user_imports_no_check_of_answers():
     others = {"combined", "custom", "dialect", "forms", "pricing", "worker_program", "workers"}
     assert rewards - {f"atlas_jax.rewards.{name}" for name in others} == set()
     assert not HEAVY & modules
-    late = {"atlas_jax.rollout.episodes", "atlas_jax.rollout.evaluation"}
+    late = {"atlas_jax.rollout.episodes", "atlas_jax.rollout.evaluation",
+            "atlas_jax.rollout.turn_advantages", "atlas_jax.rewards.overlong"}  # fmt: skip
     assert not {*late, "atlas_jax.rollout.teaching_measures"} & modules
 
 

@@ -1,4 +1,4 @@
-"""Losses and gradients equal those of TRL 1.16, as `tools/trl_cases.py` has recorded them."""
+"""Losses and gradients equal those of TRL 1.16, as `tools/trl_cases` has recorded them."""
 
 import json
 import pathlib

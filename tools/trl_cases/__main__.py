@@ -1,6 +1,6 @@
 """Losses and gradients of TRL's own code on random batches, recorded with their inputs for a test.
 
-`python tools/trl_cases.py tests/trl_cases.npz`, in an environment of its own with `trl==1.16.*` and
+`python tools/trl_cases tests/trl_cases.npz`, in an environment of its own with `trl==1.16.*` and
 torch. `tests/test_trl_cases.py` compares the losses of this package with the file.
 
 TRL's `_generate_and_score_completions`, `split_tensor_dict` and `_compute_loss` run unchanged, with
