@@ -20,7 +20,7 @@ from atlas_jax.logprobs import (
     Head,
     Sums,
     each_chunk,
-    logsumexp,
+    partition,
     put,
     scaled_logits,
     take,
@@ -198,7 +198,7 @@ def _log_softmax(hidden: jax.Array, rows: OutputRows, options: DivergenceOptions
     logits = scaled_logits(hidden, rows, options.head)
     ids = rows.first + jnp.arange(logits.shape[-1])
     logits = jnp.where(ids < options.num_tokens, logits, MASKED)
-    return logits - logsumexp(logits, rows)[:, None]
+    return logits - partition(logits, rows, options.head)[0][:, None]
 
 
 def _compare(

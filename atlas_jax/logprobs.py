@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from atlas_jax.models.vocab import DIMS, OutputRows
-from atlas_jax.sharding import BATCH_AXES, Sharding
+from atlas_jax.sharding import BATCH_AXES, Sharding, platform
 from atlas_jax.types import Batch, LossSum
 
 ROWS = PartitionSpec(BATCH_AXES)
@@ -130,7 +130,7 @@ def _masked_sum_fwd(
             inputs = rows.gather(take(hidden, at)), rows.gather(take(targets, at))
             g = rows.gather(take(mask, at)).astype(jnp.float32)
             logits = scaled_logits(inputs[0], rows, head)
-            log_partition = logsumexp(logits, rows)
+            log_partition, _ = partition(logits, rows, head)
             found = g * (_pick(logits, inputs[1], rows) - log_partition)
             d_h, more = chunk_gradients(logits, log_partition, (*inputs, g), rows, head)
             return total + jnp.sum(rows.own(found)), put(d_hidden, at, d_h), d_table + more
@@ -180,11 +180,7 @@ def logprobs_and_entropy(
 
         def chunk(at: jax.Array, results: Sums) -> Sums:
             logits = scaled_logits(rows.gather(take(hidden, at)), rows, head)
-            log_partition = logsumexp(logits, rows)
-            entropy = jnp.zeros_like(log_partition)
-            if head.with_entropy:
-                mean = jnp.sum(jnp.exp(logits - log_partition[:, None]) * logits, axis=-1)
-                entropy = log_partition - jax.lax.psum(mean, rows.axes)
+            log_partition, entropy = partition(logits, rows, head)
             logprobs = _pick(logits, rows.gather(take(targets, at)), rows) - log_partition
             found = logprobs, entropy, log_partition
             return tuple(put(x, at, rows.own(new)) for x, new in zip(results, found, strict=True))
@@ -231,11 +227,46 @@ def scaled_logits(hidden: jax.Array, rows: OutputRows, head: Head) -> jax.Array:
     return logits if head.temperature == 1.0 else logits / head.temperature
 
 
-def logsumexp(logits: jax.Array, rows: OutputRows) -> jax.Array:
-    """Returns the log-partition function over the vocabulary that `rows` is a part of."""
-    top = jax.lax.pmax(jnp.max(logits, axis=-1), rows.axes)
-    total = jax.lax.psum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), rows.axes)
-    return top + jnp.log(total)
+def partition(logits: jax.Array, rows: OutputRows, head: Head) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-partition function over the whole vocabulary, and the entropy or 0."""
+    sums = sums_at_once if platform(head.sharding.mesh) == "gpu" else sums_in_turn
+    own, *found = sums(logits, head.with_entropy)
+    top = jax.lax.pmax(own, rows.axes)
+    total, *weighted = (jax.lax.psum(x * jnp.exp(own - top), rows.axes) for x in found)
+    log_partition = top + jnp.log(total)
+    if not weighted:
+        return log_partition, jnp.zeros_like(log_partition)
+    return log_partition, log_partition - weighted[0] / total
+
+
+def sums_in_turn(logits: Float[Array, "N W"], with_entropy: bool) -> Sums:
+    """Returns each row's maximum and its sum of `exp(logit - maximum)`.
+
+    For the entropy there is a third array, the sum of those terms times the logit.
+    """
+    top = jnp.max(logits, axis=-1)
+    terms = jnp.exp(logits - top[:, None])
+    sums = top, jnp.sum(terms, axis=-1)
+    return (*sums, jnp.sum(terms * logits, axis=-1)) if with_entropy else sums
+
+
+def sums_at_once(logits: Float[Array, "N W"], with_entropy: bool) -> Sums:
+    """Returns the same as `sums_in_turn`, by one kernel of a GPU, which reads the logits once.
+
+    Sums so far are scaled to the maximum so far. A CPU would do that number by number.
+    """
+
+    def merged(some: Sums, others: Sums) -> Sums:
+        top = jnp.maximum(some[0], others[0])
+        scales = jnp.exp(some[0] - top), jnp.exp(others[0] - top)
+        both = zip(some[1:], others[1:], strict=True)
+        return top, *(scales[0] * x + scales[1] * y for x, y in both)
+
+    count = 3 if with_entropy else 2
+    # The least finite number, because -inf less -inf is not a number.
+    start = (np.finfo(np.float32).min, np.float32(0), np.float32(0))
+    terms = (logits, jnp.ones_like(logits), logits)
+    return tuple(jax.lax.reduce(terms[:count], start[:count], merged, (1,)))
 
 
 def _pick(logits: jax.Array, targets: jax.Array, rows: OutputRows) -> jax.Array:

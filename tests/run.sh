@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: `bash tests/run.sh [--long] [pytest arguments]`.
 # --long also runs the tests marked `long`, which take minutes each.
-# Makes or reuses .venv and .venv-vllm; needs Python 3.11 to 3.13 and pip, no GPU and no model hub.
+# Makes or reuses .venv, .venv-vllm and, where there is Python 3.12 or 3.13, .venv-compilers; needs
+# Python 3.11 to 3.13 and pip, no GPU and no model hub.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -22,3 +23,4 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # -rs: what is skipped is listed with its reason, and counted.
 run pytest --quiet -rs --durations=8 --numprocesses=2 --dist=loadgroup --no-loadscope-reorder \
   "${chosen[@]}" "$@"
+[ $# -gt 0 ] || tests/compilers.sh

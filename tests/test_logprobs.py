@@ -8,10 +8,12 @@ import scipy.special
 
 from atlas_jax import logprobs
 from atlas_jax.config import MeshConfig
+from atlas_jax.models.attention import MASKED
 from atlas_jax.models.vocab import lookup
 from atlas_jax.policy_logprobs import token_logprobs
 from atlas_jax.sharding import BATCH_AXES, Sharding, make_mesh
 from atlas_jax.types import Batch
+from tests.compilers import kernels, mesh_of, needs
 
 MESHES = {
     "one": (MeshConfig(), jax.devices()[:1]),
@@ -104,6 +106,40 @@ def test_entropy_and_logprobs_equal_plain_computation_however_the_table_rests(mo
     np.testing.assert_allclose(ours[0], np.where(mask, picked, 0), rtol=1e-5, atol=1e-5)
     entropy = -(np.exp(plain) * plain).sum(-1)
     np.testing.assert_allclose(ours[1], np.where(mask, entropy, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_sums_at_once_equal_sums_in_turn(with_entropy):
+    """Whatever the size of logits, and where a device has no row of the vocabulary at all."""
+    logits = np.random.default_rng(0).normal(size=(5, 1187)).astype(np.float32)
+    logits *= np.array([1e-3, 1, 30, 1e4, 1], np.float32)[:, None]
+    logits[1, 700:] = MASKED
+    logits[4] = MASKED
+    at_once, in_turn = (
+        jax.jit(sums, static_argnums=1)(logits, with_entropy)
+        for sums in (logprobs.sums_at_once, logprobs.sums_in_turn)
+    )
+    assert len(at_once) == len(in_turn) == 2 + with_entropy
+    for ours, expected in zip(at_once, in_turn, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs("gpu")
+def test_a_gpu_reads_logits_once_for_the_entropy_and_the_partition():
+    mesh = mesh_of("h100:1")
+    head = logprobs.Head(Sharding(mesh), 128, with_entropy=True)
+    hidden = jax.ShapeDtypeStruct((1, 256, 64), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((50304, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+    def run(hidden, table, ids):
+        return logprobs.logprobs_and_entropy(hidden, table, logprobs.Labels(ids, ids > 0), head)
+
+    size = 128 * 50304 * 4
+    large = [kernel for kernel in kernels(run, hidden, table, ids, mesh=mesh) if kernel[1] >= size]
+    product, sums = large
+    assert product[0].startswith("f32[128,50304]") and sums[0].count("f32[128,") == 3
+    assert sums[1] < 1.01 * size
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -59,10 +59,19 @@ def rms_norm(
         divisor: a divisor of the result.
     """
     wide = x.astype(jnp.float32)
-    dims = tuple(range(-scale.ndim, 0))
-    mean_square = jnp.mean(jnp.square(wide), axis=dims, keepdims=True)
-    factor = (scale.astype(jnp.float32) + config.norm_offset) / divisor
-    return (wide * jax.lax.rsqrt(mean_square + config.norm_eps) * factor).astype(x.dtype)
+    factor = _factor(scale, config) / divisor
+    return (wide * _inverse_rms(wide, scale.ndim, config) * factor).astype(x.dtype)
+
+
+def _inverse_rms(x: Float[Array, "*B"], num_dims: int, config: ModelConfig) -> Float[Array, "*S"]:
+    """Returns the inverse root mean square over the last dims, which stay with size 1."""
+    mean_square = jnp.mean(jnp.square(x), axis=tuple(range(-num_dims, 0)), keepdims=True)
+    return jax.lax.rsqrt(mean_square + config.norm_eps)
+
+
+def _factor(scale: Float[Array, "*D"], config: ModelConfig) -> Float[Array, "*D"]:
+    """Returns the factor of a norm in float32."""
+    return scale.astype(jnp.float32) + config.norm_offset
 
 
 class Norm(nnx.Module):
@@ -236,12 +245,27 @@ class Attention(nnx.Module):
         query = _kept(self.q(x))
         key = _kept(self.k(x))
         value = _kept(self.v(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            query = self.q_norm(query)
-            key = self.k_norm(key)
-        key = rotate(key, angles)
-        out = self.o(attend(rotate(query, angles), key, value))
+        query = rotated(self.q_norm, query, angles)
+        key = rotated(self.k_norm, key, angles)
+        out = self.o(attend(query, key, value))
         return _kept(out), KeysValues(key, value)
+
+
+def rotated(
+    norm: Norm | None, x: Float[Array, "B T N H"], angles: Rotation
+) -> Float[Array, "B T N H"]:
+    """Returns queries or keys after their norm, if there is one, and their rotation.
+
+    A rotation leaves root mean squares as they are, so the division by them comes last. XLA writes
+    a norm that stands before a rotation out in float32 on a GPU; this way it reads the projection
+    twice and writes the result.
+    """
+    if norm is None:
+        return rotate(x, angles)
+    wide = x.astype(jnp.float32)
+    scale = norm.scale[...]
+    scaled = rotate(wide * _factor(scale, norm.config), angles)
+    return (scaled * _inverse_rms(wide, scale.ndim, norm.config)).astype(x.dtype)
 
 
 def _kept(projection: jax.Array) -> jax.Array:

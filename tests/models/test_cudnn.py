@@ -79,6 +79,7 @@ def test_rows_that_break_their_bounds_are_not_a_number(bounds):
     assert np.isnan(np.asarray(out)[0, 170:190]).all()
 
 
+@pytest.mark.compiler
 def test_the_interface_inside_jax_is_the_known_one():
     """If this fails, a run falls back to a mask and says so; see `cudnn._SIGNATURES`."""
     if jax.__version_info__ < (0, 11, 1):

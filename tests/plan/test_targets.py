@@ -1,6 +1,5 @@
 """What `--target` may be, and models that are not here."""
 
-import importlib.metadata
 import pathlib
 import re
 import subprocess
@@ -12,8 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from atlas_jax.config import SFTConfig
 from atlas_jax.models.config import ModelConfig, Rope
 from atlas_jax.plan import architectures, estimate, programs, targets
-
-HAS_COMPILER = "jax-cuda13-plugin" in {d.name for d in importlib.metadata.distributions()}
+from tests.compilers import needs
 
 
 def test_targets_are_devices_and_hosts():
@@ -67,7 +65,7 @@ def test_jax_traces_attention_as_on_the_target(name, packed):
     assert fused_attention_stablehlo.check_compute_capability is check
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="no compiler")
+@needs("gpu")
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_head_of_256_compiles_for_a_gpu(packing):
     """Gemma 3's size of heads and its windows, in a small model."""
