@@ -117,9 +117,10 @@ class Feed:
         record.write(config.output_dir, version + 1, jax.process_index(), samples, facts)
         parts.writer.write_text(version + 1, "lessons", record.lessons_text(samples))
         has_student = parts.backend.student is not None
-        values = measure(samples, version, config, parts.given_labels, has_student)
+        values = measure(
+            samples, version, config, parts.given_labels, has_student, self._usage(usage)
+        )
         values |= parts.backend.metrics()
-        values |= self._usage(usage)
         if config.rollout.refill_rounds:
             values["rollout/refills"] = position - self._position - parts.layout.questions, 1
         # The position advances only now: if anything above raises, the step that is repeated asks
@@ -274,11 +275,11 @@ class Feed:
         return differ and any(map(self._trains, priced))
 
     def _usage(self, usage: timing.Workload) -> Metrics:
-        """Returns how the step was generated, over all processes."""
+        """Returns how this process generated the step."""
         values = timing.of_usage(usage, distributed.is_main())
         if self._parts.backend.student:
             values["rollout/student_cached_frac"] = self._parts.student_cache.counts()
-        return metrics.sum_over_processes(values)
+        return values
 
 
 class PolicyBatches:
@@ -342,8 +343,9 @@ def measure(
     config: GRPOConfig,
     given_labels: Sequence[str] = (),
     has_student: bool = False,
+    others: Metrics | None = None,
 ) -> Metrics:
-    """Returns the metrics of a step's samples over all processes.
+    """Returns the metrics of a step's samples, and others, over all processes.
 
     Args:
         samples: those that this process asked, with their advantages.
@@ -351,6 +353,7 @@ def measure(
         config: of the run.
         given_labels: short names of the rewards, where a caller from Python has given some.
         has_student: whether a student has answered.
+        others: further metrics of this process, which are summed by the same message.
 
     Raises:
         DependencyError: if an outage left too many samples without a score.
@@ -376,7 +379,7 @@ def measure(
         values |= teaching_measures.of_teaching(samples)
         values |= teaching_measures.of_efficiency(samples)
     values["rollout/trained_frac"] = sum(s.trains for s in samples), len(samples)
-    values = metrics.sum_over_processes(values)
+    values = metrics.sum_over_processes(values | (others or {}))
     (without, total) = values["reward/failed_frac"]
     (skipped, _) = values["reward/skipped_frac"]
     # What was skipped would be skipped again. Only outages may end the run, since the same

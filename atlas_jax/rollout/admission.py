@@ -96,15 +96,21 @@ class Admission:
         self.open = bool(distributed.max_over_processes(len(self._waiting)))
         return places, new
 
-    def until(self, pieces: list[Piece]) -> int:
-        """Returns the number of unfinished prompts, of all devices, at which decoding pauses."""
-        if not self.open:
+    def until(self, pieces: list[Piece], smaller: int) -> int:
+        """Returns the number of unfinished prompts, of all devices, at which decoding pauses.
+
+        Args:
+            pieces: the grid's prompts.
+            smaller: the number of a device's prompts to which the grid may shrink when none waits;
+                0 if it may not.
+        """
+        if not self.open and not smaller:
             return 0
         alive = sum(bool(piece.unfinished) for piece in pieces)
         alive = int(distributed.gather(np.asarray(alive)).sum())
-        prompts = len(pieces) // self._parts * self._sharding.num_replicas
+        left = len(pieces) // self._parts - self._batch if self.open else smaller
         # At least one prompt must end: places may be free where none waits.
-        return max(min(prompts - self._batch * self._sharding.num_replicas, alive - 1), 0)
+        return max(min(left * self._sharding.num_replicas, alive - 1), 0)
 
     def _free(self, pieces: list[Piece]) -> list[list[int]]:
         """Returns the numbers of the finished prompts in each device's part."""

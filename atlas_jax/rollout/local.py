@@ -4,7 +4,8 @@ Prompts are run once, then tokens are decoded in chunks. While prompts wait, a c
 a quarter of the grid's prompts have finished, and others take their places. When none waits,
 finished rows are dropped if the others fit into a quarter of the grid, so a long answer does not
 keep finished rows computing. Below a few rows nothing is gained, because a step then takes the time
-of reading the weights.
+of reading the weights. On a CPU the time of a step grows with its rows. Where prompts have one row
+each, a grid there holds few of them while the others wait, and shrinks by halves in the end.
 
 Each shape of the grid is compiled once, which takes long, so there are few: a prompt has a power of
 two of places in the cache, 64 or at least 256, the cache of completions grows and the grid shrinks
@@ -25,17 +26,19 @@ import numpy as np
 from atlas_jax import distributed, progress, stopping
 from atlas_jax.models import cache as kv
 from atlas_jax.models import vocab
+from atlas_jax.models.layers import KeysValues
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.rollout.admission import Admission, Piece, RowState, filled
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling, draw
-from atlas_jax.sharding import Sharding, from_global, place_rows
+from atlas_jax.sharding import Sharding, from_global, place_rows, platform
 from atlas_jax.types import Completion, Params
 
 CHUNK = 32
 """Number of tokens between two checks for finished rows."""
 _SHORTEST = 32  # smallest bucket of prompt lengths
 _FEW = 16  # rows of a device below which a smaller grid is not worth a compilation
+_ROWS_ON_CPU = 32  # of a device, beyond which a step takes longer as its rows are more
 _FEW_CACHED = 64  # places of the cache for short prompts; others have four times as many or more
 _ROOM = 128  # largest number of tokens that the first cache of a row holds
 
@@ -47,6 +50,26 @@ class Room(NamedTuple):
     """Places for a prompt."""
     own: int
     """Places for the tokens of a completion."""
+
+
+class Shrinking(NamedTuple):
+    """Sizes that a grid may take as its rows finish, in rows of a device."""
+
+    factor: int
+    fewest: int
+    """Rows below which a smaller grid is not worth a compilation."""
+
+    def is_due(self, rows: int) -> bool:
+        """Returns whether a grid with so many rows of a device may become smaller."""
+        return rows >= self.factor * self.fewest
+
+    def fewer_prompts(self, pieces: list[Piece], sharding: Sharding) -> int:
+        """Returns the prompts of a device of the next smaller grid, 0 if there is none.
+
+        Programs count prompts with unfinished rows, so they find its time where a prompt has one.
+        """
+        share = len(pieces) // sharding.local_replicas
+        return -(-share // self.factor) if len(pieces[0].rows) == 1 and self.is_due(share) else 0
 
 
 class GridPrompts(NamedTuple):
@@ -147,7 +170,11 @@ class LocalEngine:
     def _prompts_at_once(self, samples: int) -> int:
         """Returns the number of prompts of the largest grid of at most `max_rows` rows."""
         parts = self.decoder.sharding.local_replicas
-        share = self.max_rows // (samples * parts)
+        most = self.max_rows
+        # Places of prompts with several rows are free only when the last row ends, which is late.
+        if samples == 1 and platform(self.decoder.sharding.mesh) == "cpu":
+            most = min(most, _ROWS_ON_CPU * parts)
+        share = most // (samples * parts)
         return parts * (1 << max(share.bit_length() - 1, 0))
 
     def _check(self, request: Request) -> None:
@@ -174,6 +201,7 @@ class LocalEngine:
         longest = distributed.max_over_processes(max(r.limit for p in every for r in p.rows))
         room = Room(cached_room(_prompt_length(every)), first_room(longest))
         admission = Admission(waiting, len(pieces), sharding)
+        shrinking = _shrinking(pieces, sharding)
         inputs = _prompts(pieces, sharding), _rows(pieces, sharding)
         grid, chunk = start(*static, room, params, weights, *inputs)
         _extend(pieces, chunk, 1, self.stop_ids)
@@ -191,8 +219,13 @@ class LocalEngine:
             if not goes_on(any(piece.unfinished for piece in pieces)):
                 break
             time = int(grid.time)
-            grid, pieces = _fitted(grid, pieces, longest, sharding, admission.open)
-            grid, chunk = decode(*static, weights, grid, np.int32(admission.until(pieces)))
+            # Rows that prompts wait for are not dropped.
+            steps = None if admission.open else shrinking
+            grid, pieces = _fitted(grid, pieces, longest, sharding, steps)
+            final = kv.capacity(grid.cache) == last_room(longest)
+            smaller = shrinking.fewer_prompts(pieces, sharding) if final else 0
+            until = admission.until(pieces, smaller)
+            grid, chunk = decode(*static, weights, grid, np.int32(until))
             _extend(pieces, chunk, int(grid.time) - time, self.stop_ids)
 
     def _completion(self, request: Request, row: RowState, version: int) -> Completion:
@@ -284,13 +317,11 @@ def start(
         prompts: the prompts.
         rows: the rows.
     """
-    # Prompts are padded little where they are run, and more in the cache, with which `decode` is
-    # compiled: that takes longer, and the places that are not used cost less.
-    hidden, prompt_cache = kv.prefill(decoder, params, *prompts, room.prompt)
-    chunk, alive = _first(decoder, stop_ids, sampling, weights, rows, hidden)
-    size = rows.limits.shape[1]
+    prompt_cache, chunk, alive = _first(
+        decoder, stop_ids, sampling, room.prompt, params, weights, prompts, rows
+    )
     grid = _Grid(
-        cache=kv.begun(prompt_cache, prompts.lengths, size, room.own),
+        cache=kv.begun(prompt_cache, prompts.lengths, rows.limits.shape[1], room.own),
         rows=rows,
         tokens=chunk.tokens[..., 0],
         alive=alive,
@@ -323,8 +354,9 @@ def admit(
     prompts, rows, places = begun
     sharding = decoder.sharding
     room = grid.cache.prompt[0].keys.shape[2]
-    hidden, prompt_cache = kv.prefill(decoder, params, *prompts, room)
-    chunk, alive = _first(decoder, stop_ids, sampling, weights, rows, hidden)
+    prompt_cache, chunk, alive = _first(
+        decoder, stop_ids, sampling, room, params, weights, prompts, rows
+    )
     cache = kv.replaced_prompts(
         grid.cache, prompt_cache, prompts.lengths, places, grid.time, sharding
     )
@@ -343,16 +375,21 @@ def _first(
     decoder: Decoder,
     stop_ids: tuple[int, ...],
     sampling: Sampling,
+    room: int,
+    params: Params,
     weights: Params,
+    prompts: GridPrompts,
     rows: GridRows,
-    hidden: jax.Array,
-) -> tuple[_Chunk, jax.Array]:
-    """Returns the first token of each row, from hidden states `[P, D]`, and the rows that go on."""
+) -> tuple[list[KeysValues], _Chunk, jax.Array]:
+    """Returns the cache of prompts, the first token of each row, and the rows that go on."""
+    # Prompts are padded little where they are run, and more in the cache, with which `decode` is
+    # compiled: that takes longer, and the places that are not used cost less.
+    hidden, cache = kv.prefill(decoder, params, *prompts, room)
     count, size = rows.limits.shape
     hidden = jnp.broadcast_to(hidden[:, None], (count, size, hidden.shape[1]))
     ages = jnp.zeros(count, jnp.int32)
     drawn, ended = _sample(kv.resident(decoder), stop_ids, sampling, weights, rows, (hidden, ages))
-    return jax.tree.map(lambda x: x[..., None], drawn), (rows.limits > 0) & ~ended
+    return cache, jax.tree.map(lambda x: x[..., None], drawn), (rows.limits > 0) & ~ended
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -450,6 +487,14 @@ def _key(number: jax.Array, seed: jax.Array, stream: jax.Array) -> jax.Array:
     return jax.random.key_data(jax.random.fold_in(root, number))
 
 
+def _shrinking(pieces: list[Piece], sharding: Sharding) -> Shrinking:
+    """Returns how a grid that begins with these prompts shrinks."""
+    on_cpu = platform(sharding.mesh) == "cpu" and len(pieces[0].rows) == 1
+    if on_cpu and len(pieces) >= _ROWS_ON_CPU * sharding.local_replicas:
+        return Shrinking(factor=2, fewest=8)
+    return Shrinking(factor=4, fewest=_FEW)
+
+
 def _pieces(groups: list[Piece], samples: int, sharding: Sharding) -> list[Piece]:
     """Returns the grid's prompts in this process, as many on each device, with equally many rows.
 
@@ -496,18 +541,15 @@ def _rows(pieces: list[Piece], sharding: Sharding) -> GridRows:
 
 
 def _fitted(
-    grid: _Grid, pieces: list[Piece], longest: int, sharding: Sharding, waited_for: bool
+    grid: _Grid, pieces: list[Piece], longest: int, sharding: Sharding, shrinking: Shrinking | None
 ) -> tuple[_Grid, list[Piece]]:
-    """Makes room in the cache for the next chunk, and drops finished rows where that pays.
-
-    Rows that prompts wait for are not dropped.
-    """
+    """Makes room in the cache for the next chunk, and drops finished rows where that pays."""
     room = kv.capacity(grid.cache)
     final = last_room(longest)
     ages = [len(row.tokens) for piece in pieces for row in piece.rows if not row.done]
     full = distributed.max_over_processes(max(ages, default=0)) - 1 + CHUNK > room
-    if (full or room == final) and not waited_for:
-        grid, pieces = _shrunk(grid, pieces, sharding)
+    if (full or room == final) and shrinking:
+        grid, pieces = _shrunk(grid, pieces, sharding, shrinking)
     if full:
         cache = kv.grown(grid.cache, min(4 * room, final), int(grid.time))
         grid = grid._replace(cache=cache)
@@ -527,8 +569,10 @@ def _extend(pieces: list[Piece], chunk: _Chunk, count: int, stop_ids: tuple[int,
                 progress.mark()
 
 
-def _shrunk(grid: _Grid, pieces: list[Piece], sharding: Sharding) -> tuple[_Grid, list[Piece]]:
-    """Drops finished rows if the others fit into a quarter of the grid; they stay on their device.
+def _shrunk(
+    grid: _Grid, pieces: list[Piece], sharding: Sharding, shrinking: Shrinking
+) -> tuple[_Grid, list[Piece]]:
+    """Drops finished rows if the others fit into a smaller grid; they stay on their device.
 
     The rows of a prompt that do not fit beside each other get several copies of it.
     """
@@ -538,8 +582,9 @@ def _shrunk(grid: _Grid, pieces: list[Piece], sharding: Sharding) -> tuple[_Grid
     height = share
     width = len(pieces[0].rows)
     smaller = None
-    while height * width >= 4 * _FEW:
-        height, width = (height, -(-width // 4)) if width > 1 else (-(-height // 4), 1)
+    by = shrinking.factor
+    while shrinking.is_due(height * width):
+        height, width = (height, -(-width // by)) if width > 1 else (-(-height // by), 1)
         packed = [_packed(pieces, range(p * share, (p + 1) * share), width) for p in range(parts)]
         # Shapes are those of compiled programs, so all processes must agree on them.
         if distributed.max_over_processes(max(map(len, packed))) > height:

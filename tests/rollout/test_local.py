@@ -295,6 +295,33 @@ def test_a_row_is_the_same_when_it_takes_a_free_place(qwen, monkeypatch):
     assert not admitted  # where none waits
 
 
+def test_prompts_of_one_row_wait_for_places_of_a_cpu_and_its_grid_shrinks_at_once(
+    engine_of, monkeypatch
+):
+    engine, params = engine_of("qwen3")
+    limits = np.clip(np.random.default_rng(0).lognormal(np.log(20), 0.8, 40), 2, 90).astype(int)
+    requests = [
+        Request(p, int(n), i) for i, (p, n) in enumerate(zip(prompts(limits), limits, strict=True))
+    ]
+    grids = []
+    decode = local.decode
+
+    def noted(*args):
+        grids.append((len(args[4].alive), int(args[4].alive.sum())))
+        return decode(*args)
+
+    monkeypatch.setattr(local, "decode", noted)
+    few = sampled(engine, params, requests)
+    assert [len(tokens) for (tokens,) in few] == limits.tolist()
+    assert {rows for rows, _ in grids} == {32, 16, 8}
+    # As soon as they fit.
+    assert [next(alive for rows, alive in grids if rows == size) for size in (16, 8)] == [16, 8]
+    grids.clear()
+    monkeypatch.setattr(local, "_ROWS_ON_CPU", 256)
+    assert sampled(engine, params, requests) == few
+    assert grids[0] == (48, 40)
+
+
 def test_a_row_goes_on_when_stopped_rows_beside_it_are_dropped(engine_of):
     engine, params = engine_of("qwen3")
     requests = [Request(p, 40, i, 8) for i, p in enumerate(prompts(LENGTHS[:2]))]
@@ -514,7 +541,7 @@ def test_all_positions_may_be_used(engine_of):
 
 @pytest.mark.parametrize(
     ("max_rows", "samples", "prompts_at_once"),
-    [(256, 8, 32), (256, 3, 64), (7, 3, 2), (1, 1, 1), (2, 4, 1)],
+    [(256, 8, 32), (256, 3, 64), (7, 3, 2), (1, 1, 1), (2, 4, 1), (256, 1, 32)],
 )
 def test_a_grid_holds_no_more_rows_than_allowed(engine_of, max_rows, samples, prompts_at_once):
     engine, _ = engine_of("qwen3")
