@@ -31,7 +31,7 @@ from atlas_jax.rollout.server_metrics import ServerMetrics
 from atlas_jax.rollout.servers import PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions, in_memory
 from atlas_jax.rollout.vllm import VllmEngine
-from atlas_jax.rollout.weights import DiskSync, WeightSync
+from atlas_jax.rollout.weights import DiskSync, SyncParts, WeightSync
 from atlas_jax.sharding import from_global, to_global
 from atlas_jax.startup.model import Model
 from atlas_jax.types import Completion, Metrics, Params, PolicyBatch, Question, Sample
@@ -201,14 +201,20 @@ def _open_policy(
         tolerance=rollout.probe_tolerance,
         restart=rollout.weight_sync == "restart",
     )
-    versions = choose_versions(config, model)
-    parts = engine, model.decoder, model.files, versions, options, probe
+    parts = SyncParts(
+        engine=engine,
+        decoder=model.decoder,
+        files=model.files,
+        versions=choose_versions(config, model),
+        options=options,
+        probe=probe,
+    )
     if rollout.weight_sync == "nccl":
         from atlas_jax.rollout import nccl  # other ways of weights need none of it
 
-        sync: DiskSync = nccl.NcclSync(*parts, make=_nccl_maker(pool))
+        sync: DiskSync = nccl.NcclSync(parts, _nccl_maker(pool))
     else:
-        sync = DiskSync(*parts)
+        sync = DiskSync(parts)
     stack.callback(sync.close)
     return bind, pool, sync
 

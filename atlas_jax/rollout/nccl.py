@@ -25,14 +25,11 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from atlas_jax.checkpoint import hf, outgoing
+from atlas_jax.checkpoint import outgoing
 from atlas_jax.llm_client import ServerError
-from atlas_jax.models.transformer import Decoder
-from atlas_jax.rollout.push import Probe, PushError, PushOptions
+from atlas_jax.rollout.push import PushError
 from atlas_jax.rollout.servers import UNEXPECTED, Server
-from atlas_jax.rollout.versions import Versions
-from atlas_jax.rollout.vllm import VllmEngine
-from atlas_jax.rollout.weights import DiskSync, Prepared, Source
+from atlas_jax.rollout.weights import DiskSync, Prepared, Source, SyncParts
 
 PACK_BYTES = 256 << 20
 """Size of a pack in bytes, which the tensor that ends it may exceed."""
@@ -63,18 +60,9 @@ class Communicator(Protocol):
 class NcclSync(DiskSync):
     """Weight synchronization over NCCL, in a run of one process."""
 
-    def __init__(
-        self,
-        engine: VllmEngine,
-        decoder: Decoder,
-        files: hf.ModelFiles,
-        versions: Versions,
-        options: PushOptions,
-        probe: Probe,
-        make: Callable[[], Communicator],
-    ) -> None:
+    def __init__(self, parts: SyncParts, make: Callable[[], Communicator]) -> None:
         """Creates the synchronization; `make` makes a communicator for each group."""
-        super().__init__(engine, decoder, files, versions, options, probe)
+        super().__init__(parts)
         self._make: Callable[[], Communicator] | None = make
         """None once weights go through files."""
         self._group: _TransferGroup | None = None

@@ -4,9 +4,9 @@ A version is exported to a new directory and compared with the tensors that the 
 their start, and loaded into them. A failed attempt is repeated once with a fresh export. A server
 that fails twice stays paused and is taken out of the pool.
 
-`push` does that while the training waits. `begin` only starts it: the tensors are on their way to
-the host when it returns, and a thread does the rest beside the training, of which only the
-comparison of the probe with the trainer's log-probabilities is left to `finish`.
+`push` does that while the training waits. `begin` only starts it: it copies the parameters on their
+devices, and a thread does the rest beside the training, of which only the comparison of the probe
+with the trainer's log-probabilities may be left to `finish`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from atlas_jax.rollout.push import PROBES, Checksums, FileLoader, Loader, Probe,
 from atlas_jax.rollout.servers import Server
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
+from atlas_jax.sharding import platform
 from atlas_jax.step import joined
 from atlas_jax.types import DependencyError, Metrics, Params
 
@@ -95,30 +96,33 @@ class _Attempt(NamedTuple):
     values: Metrics
 
 
+class SyncParts(NamedTuple):
+    """The parts of a weight synchronization that it keeps."""
+
+    engine: VllmEngine
+    decoder: Decoder
+    files: hf.ModelFiles
+    versions: Versions
+    options: PushOptions
+    probe: Probe
+
+
 class DiskSync:
     """Weight synchronization through files; all processes must call it together."""
 
-    def __init__(
-        self,
-        engine: VllmEngine,
-        decoder: Decoder,
-        files: hf.ModelFiles,
-        versions: Versions,
-        options: PushOptions,
-        probe: Probe,
-    ) -> None:
+    def __init__(self, parts: SyncParts) -> None:
         """Creates the synchronization; `push` runs it."""
-        self._pool = engine.pool
-        self._pool.restarts = options.restart
+        self._pool = parts.engine.pool
+        self._pool.restarts = parts.options.restart
         # The probe must have all its tokens, so nothing ends it.
-        self._engine = dataclasses.replace(engine, stop_ids=())
-        self._decoder = decoder
-        self._files = files
-        self._versions = versions
-        self._options = options
-        self._probe = probe
-        self._shapes = dict(writer.tensors(decoder))
-        self._files_of = outgoing.order(decoder, jax.process_count())
+        self._engine = dataclasses.replace(parts.engine, stop_ids=())
+        self._decoder = parts.decoder
+        self._files = parts.files
+        self._versions = parts.versions
+        self._options = parts.options
+        self._probe = parts.probe
+        self._shapes = dict(writer.tensors(parts.decoder))
+        self._files_of = outgoing.order(parts.decoder, jax.process_count())
         """The tensors of each process's file."""
         self._written: np.ndarray | None = None
         """Checksums of the written tensors of the last version that servers loaded."""
@@ -161,12 +165,12 @@ class DiskSync:
         self._check_trust()
         jax.block_until_ready(params)
         start = time.perf_counter()
-        values = outgoing.Outgoing(params, self._decoder, self._options.dtype, keep=True)
-        values.dispatch()
+        # The next update waits for this copy alone: it takes over the parameters.
         copy = _copied(params, self._options.dtype, self._decoder)
+        source = self._beside(copy)
         if self._thread is None:
             self._thread = concurrent.futures.ThreadPoolExecutor(1, "weights")
-        work = self._thread.submit(self._deliver_beside, values, version, copy)
+        work = self._thread.submit(self._deliver_beside, source, version, copy)
         self._late = _Late(
             version=version, params=copy, work=work, blocked_secs=time.perf_counter() - start
         )
@@ -209,8 +213,19 @@ class DiskSync:
         if self._distrust:
             raise DependencyError(self._distrust)
 
+    def _beside(self, copy: Params) -> Source:
+        """Returns the tensors of a copy of the parameters, for the thread that sends them."""
+        tensors = functools.partial(outgoing.Outgoing, copy, self._decoder, self._options.dtype)
+        if jax.device_count() == 1 and platform(self._decoder.sharding.mesh) == "cpu":
+            return tensors
+        # An accelerator would compute them only after the next step, and of programs that run on
+        # several devices two threads could begin each first on another device.
+        values = tensors(keep=True)
+        values.dispatch()
+        return lambda: values
+
     def _deliver_beside(
-        self, values: outgoing.Outgoing, version: int, params: Params
+        self, source: Source, version: int, params: Params
     ) -> tuple[_Attempt, dict[Server, float] | None]:
         """Loads weights into the servers while the trainer computes.
 
@@ -218,7 +233,7 @@ class DiskSync:
             The attempt, and the differences of the probes where another thread than the trainer's
             may compute them: on several devices two programs could wait for each other.
         """
-        done = self._deliver(lambda: values, version, lambda push: dict.fromkeys(push.probes, 0.0))
+        done = self._deliver(source, version, lambda push: dict.fromkeys(push.probes, 0.0))
         alone = jax.device_count() == 1
         return done, self._differences(params, done.push) if alone else None
 

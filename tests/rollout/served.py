@@ -22,7 +22,7 @@ from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import Look, PoolOptions, ServerPool
 from atlas_jax.rollout.versions import Versions
 from atlas_jax.rollout.vllm import VllmEngine
-from atlas_jax.rollout.weights import DiskSync
+from atlas_jax.rollout.weights import DiskSync, SyncParts
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
 
@@ -103,14 +103,15 @@ def connected(
         )
         logprobs_fn = grpo.make_logprobs_fn(model.decoder, config, 1)
         compute = vllm_backend.probe_logprobs(config, model, logprobs_fn)
-        sync = make_sync(
-            engine,
-            model.decoder,
-            model.files,
-            Versions(directory / "weights", str(directory)),
-            PushOptions(dtype, mode, 1e-3, restart),
-            Probe(Request(prompt, 8, seed=0), SAMPLING, compute),
+        parts = SyncParts(
+            engine=engine,
+            decoder=model.decoder,
+            files=model.files,
+            versions=Versions(directory / "weights", str(directory)),
+            options=PushOptions(dtype, mode, 1e-3, restart),
+            probe=Probe(Request(prompt, 8, seed=0), SAMPLING, compute),
         )
+        sync = make_sync(parts)
         yield Served(pool, engine, sync)
     finally:
         pool.close()
