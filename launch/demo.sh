@@ -36,11 +36,17 @@ say "5/6 GRPO: lessons that help"
 part launch/launch.sh 1 configs/run/demo_grpo.py model_name_or_path="$out/sft/final" \
   student_model="$out/smollm2" output_dir="$out/grpo" data.eval_path= "$@"
 
-for questions in eval unseen; do
-  say "6/6 evaluation, $questions: teacher 1 after SFT, 2 after GRPO"
+evaluate() {
   part .venv/bin/python -m atlas_jax.evaluate --config configs/run/demo_grpo.py \
     --teacher "$out/sft/final" --teacher "$out/grpo/final" --student "$out/smollm2" \
-    --data "$out/data/$questions.jsonl" --output "$out/$questions.json"
-done
+    --data "$out/data/$1.jsonl" --output "$out/$2.json"
+}
+say "6/6 evaluation, held-out questions: teacher 1 after SFT, 2 after GRPO"
+evaluate eval evaluation
+say "6/6 evaluation, kinds that were never trained on"
+evaluate unseen evaluation_unseen
 
-say "done: the teacher is $out/grpo/final, what it taught is in $out/eval.json and $out/unseen.json"
+part .venv/bin/python -m atlas_jax.report "$out/grpo"
+
+say "done: the teacher is $out/grpo/final, what it taught is in $out/evaluation.json"
+echo "curves and samples: $out/grpo/report.html"

@@ -47,28 +47,28 @@ def _price_group(
     group: Sequence[Sample], leak_penalty: float, missing_penalty: float
 ) -> list[Sample]:
     reasons = [_gaming(sample) for sample in group]
-    lacks = [_lack(sample) if missing_penalty else "" for sample in group]
-    marked = list(zip(group, reasons, lacks, strict=True))
+    flaws = [_flaw(sample) if missing_penalty else "" for sample in group]
+    marked = list(zip(group, reasons, flaws, strict=True))
     honest = [
         sample.reward.value
-        for sample, reason, lack in marked
-        if sample.reward.value is not None and not reason and not lack
+        for sample, reason, flaw in marked
+        if sample.reward.value is not None and not reason and not flaw
     ]
     floor = min(honest, default=None)
     priced = []
-    for sample, reason, lack in marked:
+    for sample, reason, flaw in marked:
         reward = sample.reward
         if reason:
             reward = _lowered(reward, reason, floor, leak_penalty)
-        elif lack and reward.value is not None:
+        elif flaw and reward.value is not None:
             own = reward.value if floor is None else floor
-            reward = _lowered(reward, [lack], own, missing_penalty)
+            reward = _lowered(reward, [flaw], own, missing_penalty)
         priced.append(sample._replace(reward=reward))
     return priced
 
 
-def _lack(sample: Sample) -> str:
-    """Returns what a text lacks: a lesson, or an end; empty if it has both."""
+def _flaw(sample: Sample) -> str:
+    """Returns what is missing in a text, a lesson or its end; empty if it has both."""
     if not sample.teaching:
         return NO_LESSON
     return CUT if sample.completion.finish_reason == "length" else ""
