@@ -90,8 +90,8 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
     share_prompt: bool = True
     """Processes a prompt once for several of its completions, in training as in generation."""
     max_rows: PositiveInt = 256
-    """Most rows that a process decodes at one time, with `rollout.backend=local`; on a CPU 32 at most
-    of prompts with one row each."""
+    """Most rows that a process decodes at one time, with `rollout.backend=local`; on a CPU at most
+    32 of prompts with one row each."""
     difficulty: tuple[Share, ...] = ()
     """Lowest and highest share of right answers of the student alone with which a question is
     trained on, such as `(0.1, 0.9)`; an empty list trains on all. It is measured once, before
