@@ -47,7 +47,7 @@ class DivergenceOptions(NamedTuple):
     """Tokens that both models know, the first ones; the others have probability 0."""
 
 
-class Comparison(NamedTuple):
+class DivergenceFacts(NamedTuple):
     """Sums over the compared positions that no gradient goes through, [] float32."""
 
     policy_entropy: Any
@@ -73,7 +73,7 @@ def masked_divergence(
     teacher: TeacherSide,
     mask: Bool[Array, "B T"],
     options: DivergenceOptions,
-) -> tuple[Float[Array, ""], Comparison]:
+) -> tuple[Float[Array, ""], DivergenceFacts]:
     """Returns the generalized Jensen-Shannon divergence in nats, summed over the masked positions.
 
     With the teacher's distribution p, the policy's q and the mixture m = beta p + (1 - beta) q, all
@@ -118,7 +118,7 @@ def _forward(
     teacher: TeacherSide,
     mask: jax.Array,
     options: DivergenceOptions,
-) -> tuple[tuple[jax.Array, Comparison], tuple[jax.Array, ...]]:
+) -> tuple[tuple[jax.Array, DivergenceFacts], tuple[jax.Array, ...]]:
     """Returns the sums, and the gradients of the first for the backward pass."""
     return _compute(hidden, table, teacher, mask, options, with_gradients=True)
 
@@ -126,7 +126,7 @@ def _forward(
 def _backward(
     options: DivergenceOptions,
     gradients: tuple[jax.Array, jax.Array],
-    g: tuple[jax.Array, Comparison],
+    g: tuple[jax.Array, DivergenceFacts],
 ) -> tuple[Any, ...]:
     """Returns the gradients for the derivative with respect to the divergence."""
     d_hidden, d_table = (g[0].astype(x.dtype) * x for x in gradients)
@@ -143,7 +143,7 @@ def _compute(
     mask: jax.Array,
     options: DivergenceOptions,
     with_gradients: bool,
-) -> tuple[tuple[jax.Array, Comparison], tuple[jax.Array, ...]]:
+) -> tuple[tuple[jax.Array, DivergenceFacts], tuple[jax.Array, ...]]:
     """Returns the sums, and the gradients of the divergence or nothing."""
     sharding = options.head.sharding
     stored = sharding.params(DIMS).spec
@@ -190,7 +190,7 @@ def _compute(
         return totals, (d_hidden, rows.table_gradient(sums[5], split, table))
 
     (total, *facts), gradients = local(hidden, table, teacher, mask)
-    return (total, Comparison(*facts)), gradients
+    return (total, DivergenceFacts(*facts)), gradients
 
 
 def _log_softmax(hidden: jax.Array, rows: OutputRows, options: DivergenceOptions) -> jax.Array:
