@@ -86,7 +86,7 @@ OPTIONS: tuple[Foreign, ...] = (
     Foreign("warmup_steps", "write `warmup_ratio`, the share of all steps"),
     Foreign("lr_scheduler_kwargs", "write `warmup_ratio`, `min_lr_ratio` (transformers' `min_lr_rate`) and, with `lr_scheduler_type=wsd`, `lr_decay_ratio`; TRL's `constant` has no warm-up"),
     Foreign("label_smoothing_factor neftune_noise_alpha assistant_loss_weight", "there is none here", absent=True),
-    Foreign("disable_dropout", "nothing to set: models have no dropout", changes_nothing=True),
+    Foreign("disable_dropout", "nothing to set: models have no dropout; adapters have `model.lora.dropout`, 0 by default", changes_nothing=True),
     Foreign("per_device_eval_batch_size eval_accumulation_steps per_gpu_train_batch_size", "write `per_device_train_batch_size`, which evaluation uses too"),
     Foreign("do_train", "nothing to set: a run trains", changes_nothing=True),
     Foreign("do_eval do_predict", "write `eval_steps`, and `data.eval_path` or `data.eval_split_ratio`"),

@@ -11,8 +11,8 @@ takes all four. Sessions of the Atlas runtime (`data=runtime_pg`) need not have 
 there judges alone reward. The guide expects reward/mean to rise, teaching/non_degradation_rate
 above 0.95 and a KL of 0.5 to 2.0.
 
-Hardware, time and result: not run yet at this size. Planned by atlas-plan with Qwen3-8B: 53.9 GiB a
-device on 4 H100 with everything local, 50.1 GiB with servers on 4 more.
+Hardware, time and result: not run yet at this size. Planned by atlas-plan with Qwen3-8B: 51.0 GiB a
+device on 4 H100 with everything local.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@ A step has 128 rows on any number of devices that divides 128, at most 2 of them
 time.
 
 Hardware, time and result: not run yet at this size. Planned by atlas-plan with Qwen3-8B and rows of
-4,096 tokens: 28.3 GiB a device on 8 H100. The guide expects 4 to 6 hours on these, a loss below 1.5
+4,096 tokens: 20.2 GiB a device on 8 H100. The guide expects 4 to 6 hours on these, a loss below 1.5
 and gradient norms below 5.
 """
 
