@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -25,7 +26,8 @@ class BestModel:
         """
         self._config = config
         self._export = export
-        found = metrics.best(config) if distributed.is_main() else None
+        there = distributed.is_main() and os.path.isdir(os.path.join(config.output_dir, "best"))
+        found = metrics.best(config) if there else None
         # Process 0 alone has the file, and all must export together.
         value = math.nan if found is None else found.value
         self._value = float(distributed.from_main(np.asarray([value]))[0])

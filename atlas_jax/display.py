@@ -101,7 +101,7 @@ class RunDisplay:
         if _STEP_SECS not in values:
             self._say(f"{where}, evaluation", values)
         else:
-            if self._since_summary or self._before:  # the first one compiles
+            if self._since_summary or _STEP_SECS in self._before:  # the first one compiles
                 self._secs_left = values[_STEP_SECS] * (self._num_steps - step)
             self._since_summary.append(values)
             due = step // self._every > self._summarized // self._every

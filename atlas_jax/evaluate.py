@@ -32,6 +32,7 @@ from atlas_jax import cli, masking, preflight, sockets, terminal
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
+from atlas_jax.options.train import LoraOptions
 
 if TYPE_CHECKING:
     from atlas_jax.types import Question, Sample
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> None:
         student_model=_STUDENT.value,
         output_dir=config.output_dir or "unused",
         offload="none",
+        model=dataclasses.replace(config.model, lora=LoraOptions()),
         data=data,
         rollout=dataclasses.replace(config.rollout, backend="local", max_staleness=0),
     )

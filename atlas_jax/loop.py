@@ -245,10 +245,10 @@ class _LoopState:
             logging.error("step %d is not evaluated, and training goes on: %s", self.number, error)
             self.log.start_clock()
         else:
-            self.log.write(self.number, values)
             if self._job.keep_best:
+                # First: with its line in the log an evaluation is not done again.
                 self._job.keep_best(self.state, values)
-                self.log.start_clock()
+            self.log.write(self.number, values)
 
 
 def _profile(config: TrainConfig) -> Profile | None:

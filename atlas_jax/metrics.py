@@ -201,11 +201,13 @@ def write_trainer_state(
         "eval_steps": config.eval_steps,
         "log_history": history,
     }
-    if chosen := best(config):
+    kept = os.path.join(config.output_dir, "best")
+    chosen = best(config) if os.path.isdir(kept) else None
+    if chosen:
         state |= {
             "best_metric": chosen.value,
             "best_global_step": chosen.step,
-            "best_model_checkpoint": os.path.join(config.output_dir, "best"),
+            "best_model_checkpoint": kept,
         }
     path = pathlib.Path(directory) / "trainer_state.json"
     write_whole(path, json.dumps(state, indent=2) + "\n")

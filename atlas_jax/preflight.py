@@ -162,9 +162,15 @@ def check_models(config: TrainConfig) -> None:
 
 
 def _check_no_adapter(config: TrainConfig) -> None:
-    """Checks that factors are not trained on top of others."""
+    """Checks that factors are not trained on top of others, nor on what PEFT cannot load."""
     path = pathlib.Path(config.model_name_or_path).expanduser()
-    if config.model.lora.rank and layout.is_adapter(path):
+    lora = config.model.lora
+    if lora.rank and lora.export == "adapter" and path.suffix == ".gguf":
+        raise ValueError(
+            f"{path} is a GGUF file, which no adapter can name as its base; set "
+            "model.lora.export=merged, or convert the model with atlas-convert first"
+        )
+    if lora.rank and layout.is_adapter(path):
         raise ValueError(
             f"{path} is an adapter, and model.lora.rank={config.model.lora.rank} trains one; to go "
             f"on with it, set model_name_or_path={layout.adapter_base(path)} and resume_from={path}"

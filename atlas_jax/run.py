@@ -162,6 +162,10 @@ class Run:
         before = before or now
         # Before Orbax reads: its errors would name arrays instead of the option that changed.
         _check_same_start(config, before, now)
+        if decoder.lora:
+            from atlas_jax.startup import origins
+
+            origins.check_scale(config.output_dir, decoder.lora.scale)
         path = self.checkpoints.directory / str(latest)
         if manager.is_stripped(path):
             raise ValueError(
@@ -227,7 +231,10 @@ class Training:
         return int(self.start.state.step)
 
     def reference(self, frozen: Decoder) -> Params:
-        """Returns the weights that the run began with, see `origins.reference`."""
+        """Returns the weights that the run began with, see `origins.reference`.
+
+        With LoRA they are those of the model without factors.
+        """
         start = self.start
         if start.state.frozen is not None:
             return start.state.frozen  # what LoRA adapts: no second copy

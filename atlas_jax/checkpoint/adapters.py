@@ -118,7 +118,7 @@ def export(
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             new = stack.enter_context(exports.replaced(directory, "model", source, unmarked))
-            files.tokenizer.save_pretrained(str(new))
+            hf.write_tokenizer(new, files.tokenizer)
             config = _config(options, [_target(kind) for kind in _kinds(decoder)], base)
             (new / layout.ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             _write(new / layout.ADAPTER, found)
@@ -153,10 +153,11 @@ def _write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 
 def _config(options: LoraOptions, targets: list[str], base: str) -> dict[str, Any]:
     """Returns the content of `adapter_config.json`."""
+    path = os.path.expanduser(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.path.abspath(base) if os.path.exists(base) else base,
+        "base_model_name_or_path": os.path.abspath(path) if os.path.exists(path) else base,
         "r": options.rank,
         "lora_alpha": int(options.alpha) if options.alpha == int(options.alpha) else options.alpha,
         "lora_dropout": options.dropout,

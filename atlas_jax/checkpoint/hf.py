@@ -161,13 +161,17 @@ def digest(source: Source) -> str:
     """Returns a short hash of a model's weights, which differs between models.
 
     It covers all names and shapes, and the numbers of a few tensors of every kind, since some
-    fine-tunings change only the attention and others only the other parts.
+    fine-tunings change only the attention and others only the other parts. Of an adapter it covers
+    all factors.
     """
     names = sorted(source.shapes)
     total = hashlib.sha256(json.dumps([(n, source.shapes[n]) for n in names]).encode())
     for kind in ("q_proj.weight", "qkv_proj.weight", "down_proj.weight"):
         for name in [n for n in names if n.endswith(kind)][-1:]:
             total.update(np.ascontiguousarray(source.read(name)).tobytes())
+    for name in sorted(getattr(source, "adapted", ())):
+        for factor in source.pair(name):  # type: ignore[attr-defined]
+            total.update(np.ascontiguousarray(factor).tobytes())
     return total.hexdigest()[:16]
 
 
@@ -366,7 +370,12 @@ def write_files(directory: str, files: ModelFiles) -> None:
     if files.generation_config:
         generation = json.dumps(files.generation_config, indent=2) + "\n"
         (path / "generation_config.json").write_text(generation)
-    files.tokenizer.save_pretrained(directory)
+    write_tokenizer(path, files.tokenizer)
+
+
+def write_tokenizer(path: pathlib.Path, tokenizer: Any) -> None:
+    """Writes the files of a tokenizer into a directory."""
+    tokenizer.save_pretrained(str(path))
     # transformers 5 writes a class name that version 4, which vLLM may run, cannot load.
     options = path / "tokenizer_config.json"
     text = options.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')

@@ -33,7 +33,7 @@ MODEL_FILES = "model"
 _CONTINUES = ("train", "reference")
 """Items that only a run that continues needs, beside the parameters and small files."""
 _ITEMS = ("params", *_CONTINUES, "data", "config")
-_MOMENT = re.compile(r"\.(mu|nu)\..*")  # an optimizer moment of one parameter
+_MOMENT = re.compile(r"\.(mu|nu|average)\..*")  # of one parameter
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 
 
@@ -257,14 +257,14 @@ def _difference(item: str, stored: Mapping[str, ArraySpec], wanted: Mapping[str,
     if item == "train":
         return (
             f"its optimizer state is {_layout(stored)}; this run's is {_layout(wanted)}; restore "
-            "adam_mu_dtype, max_grad_norm and model.param_dtype, or start a new output_dir with "
-            "resume_from, which takes the parameters alone"
+            "optim, ema_decay, adam_mu_dtype, max_grad_norm and model.param_dtype, or start a new "
+            "output_dir with resume_from, which takes the parameters alone"
         )
     if other_shapes:
-        return (
-            f"it holds {_shown(stored, wanted)}; this run has {_shown(wanted, stored)}; give the "
-            "model that it was made with"
-        )
+        advice = "give the model that it was made with"
+        if any(".lora_" in name for name in stored.keys() | wanted.keys()):
+            advice = "set model.lora.rank and targets to its own, or take the final/ of its run"
+        return f"it holds {_shown(stored, wanted)}; this run has {_shown(wanted, stored)}; {advice}"
     before = ", ".join(sorted({s.dtype for s, _ in dtypes.values()}))
     now = ", ".join(sorted({w.dtype for _, w in dtypes.values()}))
     return (

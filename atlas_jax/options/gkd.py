@@ -71,6 +71,12 @@ class GKDConfig(TrainConfig):
                 "teacher_model_name_or_path is empty, and with teacher_reads=prompt the policy is "
                 "its own teacher and learns nothing; name a teacher, or set teacher_reads=lesson"
             )
+        if not self.teacher and self.model.lora.rank and self.resume_from:
+            raise ValueError(
+                f"resume_from={self.resume_from} with model.lora.rank={self.model.lora.rank} and "
+                "no teacher, which would be the model without these factors; set "
+                "teacher_model_name_or_path to the adapter, or to the model with it merged"
+            )
         if self.max_new_tokens >= self.max_seq_length and self.lmbda:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "

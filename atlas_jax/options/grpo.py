@@ -160,6 +160,11 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         super().check(given_rewards)
         if self.packing is True:
             raise ValueError("packing=True is for SFT; GRPO rows hold a prompt and its completions")
+        if self.metric_for_best_model == "eval/loss":
+            raise ValueError(
+                "metric_for_best_model=eval/loss with algorithm=grpo, whose evaluations have no "
+                "loss; set eval/student_accuracy, or eval/accuracy without a student"
+            )
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True without a reference; raise beta above 0")
         if self.model.lora.rank and (self.sync_ref_model or "reference" in self.offload):

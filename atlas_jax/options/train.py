@@ -457,8 +457,9 @@ class TrainConfig:
             raise ValueError("offload=reference without a reference model; take it out of offload")
         if "params" in parts and self.generates_locally:
             raise ValueError(
-                f"offload={self.offload} with rollout.backend=local, which would fetch every layer "
-                "from host memory for every token; use rollout.backend=vllm, or leave params out"
+                f"offload={self.offload} with generation on these devices, which would fetch every "
+                "layer from host memory for every token; leave params out, or set "
+                f"{'lmbda=0' if self.algorithm == 'gkd' else 'rollout.backend=vllm'}"
             )
 
 

@@ -78,10 +78,13 @@ class PlannedRun(NamedTuple):
         """All parameters of the trained model."""
         return self.state._replace(frozen=self.resident.get("base")).whole
 
-    @property
-    def passes(self) -> int:
-        """Forward passes with as many operations as the model needs to train."""
-        return 2 if self.decoder.lora else 3  # matrices that stay have no gradient
+    def update_flops(self, forward: float, num_tokens: int) -> float:
+        """Returns the operations that an update needs: those of three forward passes.
+
+        Matrices that stay have no gradient, which would be a third of their operations.
+        """
+        saved = self.decoder.config.flops_per_token(0) / 3 if self.decoder.lora else 0.0
+        return 3 * forward - num_tokens * saved
 
 
 def build(
@@ -140,7 +143,8 @@ def _sft(
     train = compute.train_step(loss, run.decoder, optimizer)
     num_tokens = plan.global_rows * length
     content = even(length, run.segments)
-    needed = run.passes * flops.forward(run.decoder.config, plan.global_rows, content)
+    forward = flops.forward(run.decoder.config, plan.global_rows, content)
+    needed = run.update_flops(forward, num_tokens)
     program = Program(
         name="train",
         function=train.whole,
@@ -211,7 +215,7 @@ def _grpo(
             name="update",
             function=train.whole,
             arguments=(run.state, batch, *run.rest),
-            model_flops=run.passes * forward * config.num_iterations,
+            model_flops=run.update_flops(forward, num_tokens) * config.num_iterations,
             content=content,
         )
     ]
@@ -283,6 +287,8 @@ def _gkd(
         )
     frozen = compute.frozen_decoder(teacher or decoder.config)
     weights = step.abstract(frozen.shapes, frozen.placements())
+    if not config.teacher and decoder.lora:
+        weights = run.resident["base"]  # what LoRA adapts is the teacher too
     content = even(config.max_seq_length, 1)
     needed = [flops.forward(d.config, plan.global_rows, content) for d in (decoder, frozen)]
     train = compute.train_step(gkd.make_loss(decoder, frozen, config), decoder, optimizer)
@@ -291,7 +297,7 @@ def _gkd(
             name="train",
             function=train.whole,
             arguments=(run.state, step.Beside(batch, weights), *run.rest),
-            model_flops=run.passes * needed[0] + needed[1],
+            model_flops=run.update_flops(needed[0], math.prod(shape)) + needed[1],
             content=content,
         )
     ]
@@ -309,9 +315,8 @@ def _gkd(
         sampling = Sampling(config.temperature)
         programs += _generation(policy, sampling, config.max_decode_rows * hosts)
     num_tokens = math.prod(shape)
-    return run._replace(
-        programs=programs, resident=run.resident | {"teacher": weights}, num_tokens=num_tokens
-    )
+    resident = run.resident if weights is run.resident.get("base") else {"teacher": weights}
+    return run._replace(programs=programs, resident=run.resident | resident, num_tokens=num_tokens)
 
 
 def _batch(cls: type[Any], shape: tuple[int, ...], sharding: Sharding) -> Any:

@@ -49,7 +49,7 @@ def _changes(config: TrainConfig, num_replicas: int) -> Iterator[tuple[str, dict
         )
     offloads = [] if config.offload == "none" else config.offload.split(",")
     possible = ["optimizer", "activations"]
-    if config.has_reference:
+    if config.has_reference and not config.model.lora.rank:  # LoRA has no second copy
         possible.insert(1, "reference")
     if not config.generates_locally:  # then `TrainConfig.check` refuses it
         possible.append("params")

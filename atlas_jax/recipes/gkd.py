@@ -92,7 +92,6 @@ def run(config: GKDConfig, given: Given = NOTHING_GIVEN) -> bool:
             done = int(outcome.state.step)
             epoch = train.number / layout.rows
             metrics.write_trainer_state(config, final, done, num_steps, epoch)
-            logging.info("finished\nmodel: %s", final)
     return not outcome.stopped
 
 

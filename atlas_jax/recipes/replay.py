@@ -291,6 +291,7 @@ def _compute(
         try:
             compute = Compute.of(config, devices[:count])
             if compute.plan.global_rows == num_samples:
+                make_layout(config, compute.plan, compute.sharding.num_replicas)
                 return compute, compute.decoder(architecture)
         except ValueError as error:
             problem = problem or error
@@ -350,6 +351,7 @@ def _state(
     frozen = None
     if decoder.lora is not None:
         base = hf.open_source(hf.resolve(config.model_name_or_path))
+        origins.check_same_base(Origin(config.output_dir), hf.digest(base))
         frozen = hf.load(base, decoder)
     if restored is None and decoder.lora is not None and not config.resume_from:
         return compute.state(lora.init(decoder, config.seed), optimizer, frozen)

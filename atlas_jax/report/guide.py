@@ -94,8 +94,10 @@ def _judge_loss(run: RunFiles) -> RunVerdict:
             ": below the 1.5 of the guide." if goal == REACHED else ": not below the guide's 1.5."
         )
     if run.evaluations:
-        criteria += _results(run, run.evaluations[-1])
-        words += f" {_sentence(run, run.evaluations[-1], criteria[0])}"
+        results = _results(run, run.evaluations[-1])
+        criteria += results
+        if any(row.name == LABELS["accuracy_delta"] for row in results):
+            words += f" {_sentence(run, run.evaluations[-1], criteria[0])}"
     return RunVerdict(words, criteria)
 
 

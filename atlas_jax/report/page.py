@@ -136,6 +136,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
     facts = [
         ("trained", config.get("model_name_or_path", "-")),
         *([("against", config["student_model"])] if config.get("student_model") else []),
+        *([("teacher", name)] if (name := config.get("teacher_model_name_or_path")) else []),
         ("on", data_name),
         ("state", f"{run.state}, {done}"),
         ("time", _time(run)),

@@ -104,6 +104,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "weights": "digest of model_name_or_path",
         "tokenizer": "digest of the tokenizer",
         "student": "digest of student_model",
+        "teacher": "digest of teacher_model_name_or_path",
         "date": "date that chat templates took for today",
     }
     facts += [(label, str(run.start[key])) for key, label in names.items() if run.start.get(key)]

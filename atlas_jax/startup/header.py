@@ -25,6 +25,7 @@ def describe(model: Model, compute: Compute, state: step.TrainState, num_steps: 
     """
     config = compute.config
     against = f" against {config.student}" if config.student else ""
+    against += f" from {config.teacher}" if config.teacher else ""
     lines = [f"{config.algorithm.upper()} of {config.model_name_or_path}{against}"]
     facts = {
         "model": _model(model, compute),
@@ -40,6 +41,9 @@ def _model(model: Model, compute: Compute) -> str:
     decoder = model.decoder
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.shapes))
     formats = f"{decoder.param_dtype} kept, {compute.dtype} computed"
+    if decoder.lora:
+        trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(decoder.trained.shapes))
+        formats = f"{trained:,} of LoRA trained; {formats}"
     return f"{count:,} parameters, {decoder.config.num_layers} layers; {formats}"
 
 
@@ -71,7 +75,8 @@ def _mesh(compute: Compute) -> str:
 
 
 def _checkpoint(config: TrainConfig, state: step.TrainState) -> str:
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    stored = state._replace(frozen=None)
+    size = sum(float(x.size * x.dtype.itemsize) for x in jax.tree.leaves(stored))
     most = f"at most {config.save_total_limit}" if config.save_total_limit else "all"
     return f"{amount(size)}, {most} kept"
 

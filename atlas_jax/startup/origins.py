@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -78,7 +79,8 @@ def load(
     if stored.exists():
         _check_same_model(origin, json.loads(stored.read_text()), decoder)
     if base is not None and decoder.lora is not None:
-        _check_same_base(origin, hf.digest(base))
+        check_same_base(origin, hf.digest(base))
+        check_scale(origin.path, decoder.lora.scale)
     checkpoints = manager.Checkpoints(origin.path, create=False)
     trained = decoder.trained
     params = checkpoints.restore_params(
@@ -101,8 +103,29 @@ def _load_factors(path: str, decoder: Decoder, base: hf.Source | None) -> Params
     return adapters.load(path, decoder, base)
 
 
-def _check_same_base(origin: Origin, digest: str) -> None:
-    """Checks that the factors of another run were trained on the model of this one."""
+def check_scale(run: str, scale: float) -> None:
+    """Checks that the factors of a run were trained with this scale, which is in no array.
+
+    Raises:
+        ValueError: names the options of that run.
+    """
+    path = pathlib.Path(run) / "config.json"
+    said = json.loads(path.read_text())["model"].get("lora", {}) if path.exists() else {}
+    if not said.get("rank"):
+        return
+    if said["alpha"] / (math.sqrt(said["rank"]) if said["rslora"] else said["rank"]) != scale:
+        raise ValueError(
+            f"{run} has factors of model.lora.alpha={said['alpha']} and "
+            f"rslora={str(said['rslora']).lower()}; set these again"
+        )
+
+
+def check_same_base(origin: Origin, digest: str) -> None:
+    """Checks that the factors of another run were trained on the model of this one.
+
+    Raises:
+        ValueError: if they were not.
+    """
     before = directory.started(origin.path)
     if before is not None and before.weights != digest:
         raise ValueError(
