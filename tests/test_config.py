@@ -100,7 +100,7 @@ REFUSALS = [
     ({"sharding": "fdsp"}, "sharding='fdsp' must be one of fsdp, zero1, replicated; did you mean "
      "'fsdp'?"),
     ({"loss_type": "grop"}, "loss_type='grop' must be one of grpo, bnpo, dr_grpo, dapo, gspo, "
-     "cispo, package.module:function; did you mean 'grpo'?"),
+     "gspo_token, cispo, package.module:function; did you mean 'grpo'?"),
     ({"offload": "optimizer,parms"},
      "offload='optimizer,parms' must be none, or some of optimizer, "
      "params, activations, reference with commas; did you mean 'params'?"),

@@ -75,6 +75,10 @@ errors = {
     "checkpoint of another": run(
         SFTConfig, "refused", resume_from=f"{output}/whole", model_name_or_path=other
     ),
+    "other scale": run(SFTConfig, "parts", **{"model.lora.alpha": 8.0}),
+    "scale of another": run(
+        SFTConfig, "refused", resume_from=f"{output}/whole", **{"model.lora.rslora": True}
+    ),
     "model": run(SFTConfig, "refused", resume_from=other),
     "synced": run(GRPOConfig, "refused", sync_ref_model=True),
     "all": run(SFTConfig, "all", model_name_or_path=final, max_steps=1, **{"model.lora.rank": 0}),
@@ -132,6 +136,8 @@ def test_runs_come_to_their_end(runs):
         ("on top", "to go on with it, set model_name_or_path="),
         ("of another", "is another model than model_name_or_path"),
         ("checkpoint of another", "has factors of another model than model_name_or_path"),
+        ("other scale", "has factors of model.lora.alpha=4.0 and rslora=false; set these again"),
+        ("scale of another", "has factors of model.lora.alpha=4.0 and rslora=false"),
         ("model", "is a whole model, and model.lora.rank trains factors"),
         ("synced", "the reference is the model without the factors"),
     ],

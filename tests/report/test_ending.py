@@ -1,9 +1,11 @@
 """The end of a run in the terminal."""
 
 import json
+import math
 
 import pytest
 
+from atlas_jax import ranges
 from atlas_jax.report import ending, guide, page, run_files
 from tests.report import runs
 
@@ -102,3 +104,28 @@ def test_a_run_does_not_fail_for_its_verdict(tmp_path, caplog):
     assert not (tmp_path / "nowhere").exists()
     (warning,) = lines_of(caplog, "WARNING")
     assert warning.startswith("no verdict on this run: ValueError")
+
+
+def test_a_run_without_a_reward_is_judged_by_its_loss_whatever_evaluation_is_beside_it(tmp_path):
+    """Of a model that answers alone an evaluation has its right answers and no gain."""
+    run = runs.evaluated(runs.sft(tmp_path / "run"))
+    path = tmp_path / "evaluation.json"
+    report = json.loads(path.read_text())
+    for teacher in report["teachers"]:
+        teacher["metrics"] = {"accuracy": {"value": 0.5, "low": 0.3, "high": 0.7}}
+    path.write_text(json.dumps(report))
+    verdict = guide.judge(run_files.read(str(run)))
+    assert verdict.sentence.endswith("below the 1.5 of the guide.")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"algorithm": "gkd"}))
+    verdict = guide.judge(run_files.read(str(run)))
+    assert verdict.sentence.endswith("from the teacher's distribution.")
+
+
+def test_distillation_learns_from_completions_that_are_cut():
+    values = {"rollout/truncated_frac": 1.0}
+    (fault,) = ranges.faults(lambda name: values.get(name, math.nan))
+    assert fault.learns_nothing
+    values["distillation/own_frac"] = 0.5
+    (fault,) = ranges.faults(lambda name: values.get(name, math.nan))
+    assert not fault.learns_nothing
