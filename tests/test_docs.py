@@ -162,8 +162,7 @@ def get_config(config):
 
 @functools.cache
 def options(config):
-    kind = {"sft": config_lib.SFTConfig, "grpo": config_lib.GRPOConfig}
-    return set(config_lib.flat(kind[get_config(config).algorithm]()))
+    return set(config_lib.flat(config_lib.schema(get_config(config).algorithm)()))
 
 
 def test_the_stops_of_the_ways_through_the_code_exist():
