@@ -95,6 +95,6 @@ def test_an_unknown_loss_is_answered_with_the_choices():
     with pytest.raises(ValueError) as error:
         config.validate(made)
     assert str(error.value) == (
-        "loss_type='dapp' must be one of grpo, bnpo, dr_grpo, dapo, gspo, cispo, "
+        "loss_type='dapp' must be one of grpo, bnpo, dr_grpo, dapo, gspo, gspo_token, cispo, "
         "package.module:function; did you mean 'dapo'?"
     )
