@@ -2,10 +2,11 @@
 
 bash launch/demo.sh
 
-The reward is a function of the lesson alone, and neither a leak nor a text without a lesson is ever
-the best choice.
+The reward is a function of the lesson alone, and neither a leak nor a text without a lesson or
+without an end is ever the best choice.
 
-Hardware, time and result: not run yet.
+Hardware: two CPU cores. Time: 30 minutes. Result: of 250 held-out questions the student answers
+12 % right alone, 64 % with the SFT teacher and 71 % with this one; docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     c.warmup_ratio = 0.0
     c.beta = 0.0
     c.loss_type = "dr_grpo"  # of two failures the longer one costs no less
-    c.max_steps = 32
+    c.max_steps = 25
     c.num_generations = 8
     c.per_device_train_batch_size = 8
     c.gradient_accumulation_steps = 8  # 8 questions of 8 lessons a step
