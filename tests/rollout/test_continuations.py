@@ -37,7 +37,7 @@ def completion(prompt, text, tokens=(1, 2), finish_reason="stop"):
     return Completion(prompt, tokens, known, known, finish_reason, text, 0)
 
 
-def sample(alone, guided, **more):
+def sample(alone, guided, /, **more):
     values = {
         "question": Question("q", "2+2?", "4", {}), "completion": completion((9,), "think"),
         "teaching": "think", "baseline": completion((5,), alone),
