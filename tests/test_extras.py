@@ -13,7 +13,6 @@ from tests import tiny
 from tests.tokenizers import chatml_tokenizer
 
 HIDDEN = {name for names in extras.MODULES.values() for name in names} | {"math_verify", "pebble"}
-HIDDEN.remove("scipy")  # JAX needs it too
 """Modules of all extras, as the test environment installs them."""
 
 
