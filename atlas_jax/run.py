@@ -117,6 +117,9 @@ class Run:
         optimizer = self.compute.optimizer(self.decoder, num_steps)
         start = self._start(optimizer, student, teacher)
         _check_same_data(self.config, start, fingerprint)
+        if self.decoder.lora:  # what LoRA adapts stays as it is and is no part of a checkpoint
+            frozen = hf.load(self.model.source, self.decoder)
+            start = start._replace(state=start.state._replace(frozen=frozen))
         return Training(
             run=self,
             num_steps=num_steps,
@@ -157,7 +160,7 @@ class Run:
         if latest is None:
             params = self._first_params(now.origin)
             logging.info("training begins with %s", now.origin)
-            return Start(self.compute.state(params, optimizer, self._frozen()), {}, now)
+            return Start(self.compute.state(params, optimizer), {}, now)
         # A run of a version that wrote no `start.json` began as the options of this command say.
         before = before or now
         # Before Orbax reads: its errors would name arrays instead of the option that changed.
@@ -177,14 +180,10 @@ class Run:
             params = self.checkpoints.restore_params(
                 latest, step.abstract(trained.shapes, trained.placements)
             )
-            return Start(self.compute.state(params, optimizer, self._frozen()), {}, before)
+            return Start(self.compute.state(params, optimizer), {}, before)
         restored = self.checkpoints.restore(latest, self.compute.abstract_state(decoder, optimizer))
         logging.info("continuing %s at step %d", self.checkpoints.directory, latest)
-        return Start(restored.state._replace(frozen=self._frozen()), restored.data, before)
-
-    def _frozen(self) -> Params | None:
-        """Returns what LoRA adapts, which stays as it is and is no part of a checkpoint."""
-        return hf.load(self.model.source, self.decoder) if self.decoder.lora else None
+        return Start(restored.state, restored.data, before)
 
     def _first_params(self, origin: Origin) -> Params:
         """Returns the weights that a new run begins with."""

@@ -19,6 +19,13 @@ def xla_flags(devices: int) -> str:
     return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 
 
+def succeeded(args: Sequence[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command that must end well, and returns what it said."""
+    result = subprocess.run(args, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
 def free_port() -> int:
     """Returns a port that nobody listens on."""
     with socket.socket() as listener:

@@ -353,16 +353,18 @@ def _state(
         base = hf.open_source(hf.resolve(config.model_name_or_path))
         origins.check_same_base(Origin(config.output_dir), hf.digest(base))
         frozen = hf.load(base, decoder)
-    if restored is None and decoder.lora is not None and not config.resume_from:
-        return compute.state(lora.init(decoder, config.seed), optimizer, frozen)
-    if restored is None:
-        return compute.state(origins.load(origin, decoder, base=base), optimizer, frozen)
-    if checkpoints.has_training_state(restored):
+    if restored is not None and checkpoints.has_training_state(restored):
         state = checkpoints.restore(restored, compute.abstract_state(decoder, optimizer)).state
         return state._replace(frozen=frozen)
-    trained = decoder.trained
-    shapes = training_step.abstract(trained.shapes, trained.placements)
-    return compute.state(checkpoints.restore_params(restored, shapes), optimizer, frozen)
+    if restored is not None:
+        trained = decoder.trained
+        shapes = training_step.abstract(trained.shapes, trained.placements)
+        params = checkpoints.restore_params(restored, shapes)
+    elif decoder.lora is not None and not config.resume_from:
+        params = lora.init(decoder, config.seed)
+    else:
+        params = origins.load(origin, decoder, base=base)
+    return compute.state(params, optimizer, frozen)
 
 
 def _share(

@@ -90,11 +90,7 @@ def command(inputs, output, *extra, devices=1, name="teacher_gkd"):
 
 
 def train(inputs, output, *extra, **options):
-    result = subprocess.run(
-        **command(inputs, output, *extra, **options), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
+    return processes.succeeded(**command(inputs, output, *extra, **options))
 
 
 def metrics(output):

@@ -16,7 +16,7 @@ import pytest
 import safetensors
 
 from atlas_jax.checkpoint import exports
-from tests import tiny
+from tests import processes, tiny
 from tests.tokenizers import CHATML, chatml_tokenizer
 
 STEPS = 8
@@ -63,11 +63,7 @@ def command(inputs, output, *extra, devices=2):
 
 
 def train(inputs, output, *extra, **options):
-    result = subprocess.run(
-        **command(inputs, output, *extra, **options), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
+    return processes.succeeded(**command(inputs, output, *extra, **options))
 
 
 def metrics(output):
