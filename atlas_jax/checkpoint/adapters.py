@@ -49,14 +49,15 @@ def factors(options: LoraOptions, architecture: ModelConfig, dtype: jnp.dtype) -
     targets = [known[name].paths[0][1:3] for name in known if name in wanted]
     return Lora(
         rank=options.rank,
-        scale=_scale(options.rank, options.alpha, options.rslora),
+        scale=scale_of(options.rank, options.alpha, options.rslora),
         targets=tuple((part, name) for part, name in targets),
         dropout=options.dropout,
         dtype=dtype,
     )
 
 
-def _scale(rank: int, alpha: float, rslora: bool) -> float:
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """Returns the factor of the product of the factors, `rslora` as in arXiv:2312.03732."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -182,7 +183,7 @@ class AdapterSource(hf.SafetensorsSource):
         self.options = layout.read_json(place / layout.ADAPTER_CONFIG)
         self.rank = int(self.options["r"])
         rslora = bool(self.options.get("use_rslora"))
-        self.scale = _scale(self.rank, float(self.options["lora_alpha"]), rslora)
+        self.scale = scale_of(self.rank, float(self.options["lora_alpha"]), rslora)
         self._factors = layout.open_file(place / layout.ADAPTER)
         keys = set(self._factors.keys())
         self._pairs = {}

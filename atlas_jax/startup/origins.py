@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -113,7 +112,9 @@ def check_scale(run: str, scale: float) -> None:
     said = json.loads(path.read_text())["model"].get("lora", {}) if path.exists() else {}
     if not said.get("rank"):
         return
-    if said["alpha"] / (math.sqrt(said["rank"]) if said["rslora"] else said["rank"]) != scale:
+    from atlas_jax.checkpoint import adapters  # most runs train whole models
+
+    if adapters.scale_of(said["rank"], said["alpha"], said["rslora"]) != scale:
         raise ValueError(
             f"{run} has factors of model.lora.alpha={said['alpha']} and "
             f"rslora={str(said['rslora']).lower()}; set these again"
