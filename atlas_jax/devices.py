@@ -33,9 +33,10 @@ def check() -> None:
         for extra, num_found in (("cuda", _count_gpus()), ("tpu", _count_tpus())):
             if num_found:
                 kind = {"cuda": "GPUs", "tpu": "TPU chips"}[extra]
+                driver = " and a driver of 580 or newer (nvidia-smi)" * (extra == "cuda")
                 raise ValueError(
-                    f"this host has {num_found} {kind}, and JAX runs on its CPU; install what JAX "
-                    f'needs for them with pip install -e ".[{extra}]", or set JAX_PLATFORMS=cpu to '
+                    f"this host has {num_found} {kind}, and JAX runs on its CPU; JAX needs "
+                    f'pip install -e ".[{extra}]"{driver} for them; or set JAX_PLATFORMS=cpu to '
                     "train on the CPU"
                 )
     if problem := old_jax(platform):

@@ -17,7 +17,6 @@ from atlas_jax.types import Address
 from atlas_jax.watch import Watch, WatchLimits
 
 _ENVIRONMENT = ("ATLAS_COORDINATOR", "ATLAS_NUM_PROCESSES", "ATLAS_PROCESS_ID")
-_CLUSTERS = ("OMPI_MCA_orte_hnp_uri", "JOBSET_NAME")
 _MARGIN_SECS = 30
 """Seconds by which JAX's own timeouts exceed those of `HostsConfig`.
 
@@ -80,8 +79,22 @@ def _known(address: Address) -> tuple[bool, bool, bool]:
 def _in_cluster_of_several() -> bool:
     if "SLURM_STEP_NODELIST" in os.environ:
         return int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return "," in hosts or any(name in os.environ for name in _CLUSTERS)
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or "JOBSET_NAME" in os.environ:
+        return True
+    return _num_tpu_hosts() > 1
+
+
+def _num_tpu_hosts() -> int:
+    """Returns the number of hosts of the TPU slice, as JAX counts them; 1 without TPUs."""
+    from jax._src.clusters import cloud_tpu_cluster as tpu  # JAX has no public name for it
+
+    # Elsewhere the metadata server of Google's machines is not there to be asked.
+    if not tpu.running_in_cloud_tpu_vm:
+        return 1
+    for cluster in (tpu.GkeTpuCluster, tpu.GceTpuCluster):
+        if cluster.is_env_present():
+            return int(cluster.get_process_count())
+    return 1
 
 
 def _has_all_devices(address: Address) -> bool:

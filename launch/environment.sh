@@ -191,6 +191,19 @@ has_tpu() {
     "$python" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("libtpu"))'
 }
 
+# refuse_accelerator: an error where the host has a GPU or TPU that cannot be used, since a large
+# model would be trained on its CPU.
+refuse_accelerator() {
+  local found
+  found=$(compgen -G "/dev/nvidia[0-9]*" || compgen -G "/dev/nvidiactl") &&
+    usage "this host has ${found%%$'\n'*}, and nvidia-smi lists no GPU; mend the driver or PATH, or set\
+ JAX_PLATFORMS=cpu to train on the CPU"
+  found=$(compgen -G "/dev/accel*" || compgen -G "/dev/vfio/[0-9]*") &&
+    usage "this host has ${found%%$'\n'*}, and $python has no libtpu; pip install -e \".[tpu]\", or set\
+ JAX_PLATFORMS=cpu to train on the CPU"
+  return 0
+}
+
 # need_gpus COUNT FOR_WHAT: an error where `gpus` are fewer.
 need_gpus() {
   local where="on this host"

@@ -25,6 +25,7 @@ if [ -n "$has_driver" ] && [ "${JAX_PLATFORMS:-}" != cpu ]; then
   export CUDA_VISIBLE_DEVICES
   fast_gpus
 elif [ "${JAX_PLATFORMS:-}" = cpu ] || ! has_tpu; then
+  [ "${JAX_PLATFORMS:-}" = cpu ] || refuse_accelerator
   export JAX_PLATFORMS=cpu
   fast_cpu
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"

@@ -4,8 +4,9 @@
 # FILE has a host a line; N is the number of devices of each. All hosts have this repository, its
 # .venv and the caller's directory under the same paths, and share output_dir. The first one, by its
 # name in FILE, takes the others' connections on PORT (8476). Ctrl-C, SIGTERM and the end of this
-# script, however it comes, let training save and end; the exit code is then 75. PASS names variables
-# that the hosts get from here; no command line shows their values.
+# script, however it comes, let training save and end; the exit code is then 75. The hosts get from here
+# the settings of JAX and NCCL, the hub's and the keys of judges and servers; PASS names more variables.
+# No command line shows their values.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -21,7 +22,8 @@ find_config "$2"
 read_words "${@:3}"
 
 settings=(ATLAS_COORDINATOR="${hosts[0]##*@}:${PORT:-8476}" ATLAS_NUM_PROCESSES="${#hosts[@]}")
-for name in ${PASS:-JAX_PLATFORMS XLA_FLAGS HF_HUB_OFFLINE HF_HOME VLLM_API_KEY}; do
+for name in JAX_PLATFORMS XLA_FLAGS XLA_CLIENT_MEM_FRACTION CUDA_DEVICE_MAX_CONNECTIONS "${!NCCL_@}" \
+  HF_HUB_OFFLINE HF_HOME HF_TOKEN VLLM_API_KEY {GEMINI,OPENAI,ANTHROPIC,XAI}_API_KEY ${PASS:-}; do
   [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || usage "PASS has '$name', which is no name of a variable"
   [ -z "${!name:-}" ] || settings+=("$name=${!name}")
 done

@@ -17,8 +17,9 @@ NVIDIA_SMI = """#!/usr/bin/env bash
 for i in {0..7}; do echo "GPU $i: NVIDIA H100 80GB HBM3 (UUID: GPU-$i)"; echo "  MIG 1g.10gb"; done
 """
 EXTRA = (
-    "error: this host has 8 GPUs, and JAX runs on its CPU; install what JAX needs for them with "
-    'pip install -e ".[cuda]", or set JAX_PLATFORMS=cpu to train on the CPU'
+    "error: this host has 8 GPUs, and JAX runs on its CPU; JAX needs "
+    'pip install -e ".[cuda]" and a driver of 580 or newer (nvidia-smi) for them; or set '
+    "JAX_PLATFORMS=cpu to train on the CPU"
 )
 
 

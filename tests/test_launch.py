@@ -339,6 +339,28 @@ def test_ctrl_c_in_a_terminal_lets_training_save(inputs, tmp_path, pipe):
     assert max(steps) >= 1
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("/dev/nvidia3", "nvidia-smi lists no GPU; mend the driver or PATH"),
+        ("/dev/accel0", 'python has no libtpu; pip install -e ".[tpu]"'),
+        ("/dev/vfio/7", 'python has no libtpu; pip install -e ".[tpu]"'),
+        ("/dev/null", ""),
+    ],
+)
+def test_an_accelerator_that_cannot_be_used_is_not_replaced_by_the_cpu(file, message):
+    # The shell's own completion stands for the files of the host.
+    script = f"""source launch/environment.sh
+usage() {{ echo "$1"; exit 2; }}
+compgen() {{ [[ {file} == $2 ]] && echo {file}; }}
+python=python
+refuse_accelerator"""
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == (2 if message else 0), result.stderr
+    end = f"{message}, or set JAX_PLATFORMS=cpu to train on the CPU\n"
+    assert result.stdout == (f"this host has {file}, and {end}" if message else "")
+
+
 def read_all(name):
     """Returns a file of /proc of all processes, where it can be read."""
     found = []
@@ -355,13 +377,14 @@ def test_over_ssh_each_host_runs_a_process_and_the_end_of_the_script_lets_them_s
     hosts.write_text("127.0.0.1  # the first\n\nuser@localhost\n")
     script = ["launch/multihost.sh", "--hosts", hosts, "1", SFT]
     key = "a-key-of-a-test with spaces\nand lines"
-    environment |= {"VLLM_API_KEY": key}
+    environment |= {"VLLM_API_KEY": key, "NCCL_DEBUG": "WARN", "OF_MINE": "1", "PASS": "OF_MINE"}
     command = {"args": [*script, *settings(inputs, output, max_steps=1000)], "env": environment}
     with processes.started([command], tmp_path / "logs") as run:
         run.wait_until(lambda: "[0] " in run.text(0) and "step 1/" in run.text(0))
         assert not any(b"a-key-of-a-test" in line for line in read_all("cmdline"))
         holders = [e for e in read_all("environ") if f"VLLM_API_KEY={key}\0".encode() in e]
-        assert sum(b"ATLAS_PROCESS_ID=1\0" in found for found in holders) >= 1
+        second = [found for found in holders if b"ATLAS_PROCESS_ID=1\0" in found]
+        assert second and all(b"NCCL_DEBUG=WARN\0" in e and b"OF_MINE=1\0" in e for e in second)
         run.processes[0].send_signal(signal.SIGTERM)
         assert run.wait(WAIT_SECS) == [75], run.text(0)[-3000:]
     assert "SIGTERM: all hosts are told to save and end" in run.text(0)

@@ -33,6 +33,9 @@ MODEL_FILES = "model"
 _CONTINUES = ("train", "reference")
 """Items that only a run that continues needs, beside the parameters and small files."""
 _ITEMS = ("params", *_CONTINUES, "data", "config")
+_WRITE_SECS = 6 * 3600
+"""Longest time of a write in the background, at which Orbax gives it up; its own 20 minutes are not
+enough for a large model on a slow disk. A process that hangs is found by the watch."""
 _MOMENT = re.compile(r"\.(mu|nu|average)\..*")  # of one parameter
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
 
@@ -80,6 +83,7 @@ class Checkpoints:
                 max_to_keep=keep or None,
                 create=create,
                 cleanup_tmp_directories=create,  # left half written by a kill or a full disk
+                async_options=ocp.AsyncOptions(timeout_secs=_WRITE_SECS),
             ),
             item_names=_ITEMS,
         )

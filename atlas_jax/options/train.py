@@ -312,7 +312,7 @@ class TrainConfig:
     `gradient_checkpointing=full` keeps) and `reference` (the layers of GRPO's reference model)."""
     compilation_cache_dir: OptionalPath = "~/.cache/atlas_jax/xla"
     """Directory in which compiled programs are kept between runs; empty keeps none. A run on
-    several CPU devices keeps none either."""
+    several CPU devices keeps none either. Hosts that do not share it keep them in `output_dir`."""
     data: DataConfig = DataConfig()
     teaching: LessonsConfig = LessonsConfig()
     mesh: MeshConfig = MeshConfig()

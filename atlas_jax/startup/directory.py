@@ -272,7 +272,30 @@ def _compilation_cache(config: TrainConfig) -> str | None:
     """
     if jax.device_count() > 1 and jax.default_backend() == "cpu":
         return None
-    return os.path.expanduser(config.compilation_cache_dir) or None
+    if not config.compilation_cache_dir:
+        return None
+    directory = pathlib.Path(config.compilation_cache_dir).expanduser()
+    if jax.process_count() > 1 and not _seen_by_all(directory):
+        # Only process 0 writes programs, so others would compile anew what it finds, and on GPUs
+        # wait for its share of the autotuning, which it skips.
+        directory = pathlib.Path(config.output_dir).absolute() / "xla"
+    return str(directory)
+
+
+def _seen_by_all(directory: pathlib.Path) -> bool:
+    """Returns whether all processes see one directory, by a file that process 0 leaves there."""
+    mark = directory / "process_0"
+    if distributed.is_main():
+        with contextlib.suppress(OSError):  # its own text is then empty
+            directory.mkdir(parents=True, exist_ok=True)
+            write_whole(mark, secrets.token_hex())
+    distributed.barrier("the compilation cache")
+    try:
+        text = mark.read_text()
+    except OSError:
+        text = ""
+    texts = set(distributed.gather_texts(text))
+    return len(texts) == 1 and "" not in texts
 
 
 @contextlib.contextmanager
