@@ -359,8 +359,18 @@ class TrainConfig:
         return False
 
     @property
+    def generates_elsewhere(self) -> str:
+        """Option with which these devices would generate nothing; empty if they never do."""
+        return ""
+
+    @property
     def asks_servers(self) -> bool:
         """True if vLLM servers generate completions."""
+        return False
+
+    @property
+    def sends_by_nccl(self) -> bool:
+        """True if servers get the weights through NCCL."""
         return False
 
     @property
@@ -459,7 +469,7 @@ class TrainConfig:
             raise ValueError(
                 f"offload={self.offload} with generation on these devices, which would fetch every "
                 "layer from host memory for every token; leave params out, or set "
-                f"{'lmbda=0' if self.algorithm == 'gkd' else 'rollout.backend=vllm'}"
+                f"{self.generates_elsewhere}"
             )
 
 
