@@ -54,7 +54,9 @@ def make(
         learning_rate: by update.
         dims: names of the parameters' dims.
     """
-    parts = [clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    parts: list[optax.GradientTransformation] = []
+    if config.max_grad_norm:
+        parts.append(clip_by_global_norm(config.max_grad_norm))
     if config.optim == "muon":
         parts.append(muon(config, learning_rate, dims))
     else:
