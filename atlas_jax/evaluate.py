@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 
-from atlas_jax import cli, masking, preflight, sockets, terminal
+from atlas_jax import cli, masking, preflight, terminal
 from atlas_jax import config as config_lib
 from atlas_jax.config import GRPOConfig
 from atlas_jax.files import write_whole
+from atlas_jax.options.fields import is_reference
 from atlas_jax.options.train import LoraOptions
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
         if not flag.value:
             raise cli.UsageError(f"--{flag.name} is needed; --help tells the flags")
     config = config_lib.freeze(cli.needed(_CONFIG), GRPOConfig)
-    is_function = sockets.is_reference(_DATA.value) and "/" not in _DATA.value
+    is_function = is_reference(_DATA.value) and "/" not in _DATA.value
     data = dataclasses.replace(
         config.data,
         dataset_path="" if is_function else _DATA.value,

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from atlas_jax import sockets
 from atlas_jax.options import fields
 from atlas_jax.options.policy_loss import PolicyLossConfig
 from atlas_jax.types import LossSum, PolicyBatch
@@ -66,8 +65,10 @@ def resolve(loss_type: str) -> PolicyLoss:
     Raises:
         ValueError: says why the function cannot be imported.
     """
-    if not sockets.is_reference(loss_type):
+    if not fields.is_reference(loss_type):
         return policy_loss
+    from atlas_jax import sockets  # a function of the user's own
+
     function = sockets.resolve(loss_type, "loss_type")
 
     def loss(

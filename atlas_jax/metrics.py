@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +33,9 @@ _THEIR_NAMES = {
     "policy/kl": "kl", "policy/entropy": "entropy",
 }  # fmt: skip
 """Names of transformers and TRL for the same."""
+
+BEST = "best.json"
+"""File of a run with step and metric of the model in `best/`, by transformers' names."""
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -136,35 +138,8 @@ def open_writer(config: TrainConfig, start_step: int) -> MetricWriter:
     return MetricWriter(config.output_dir, start_step, main, services)
 
 
-class Best(NamedTuple):
-    """The best evaluation of a run."""
-
-    step: int
-    value: float
-
-
-def is_better(config: TrainConfig, value: float, other: float) -> bool:
-    """Returns whether a value of `metric_for_best_model` is better than another one."""
-    greater = config.greater_is_better
-    if greater == "auto":
-        greater = not config.metric_for_best_model.endswith("loss")
-    return value > other if greater else value < other
-
-
-def best(config: TrainConfig) -> Best | None:
-    """Returns the best logged evaluation by `metric_for_best_model`, the first of equals.
-
-    It is None if the option is empty or no evaluation has that metric.
-    """
-    found = None
-    for values in _lines(config.output_dir):
-        value = values.get(config.metric_for_best_model)
-        if value is not None and (found is None or is_better(config, value, found.value)):
-            found = Best(values["step"], value)
-    return found
-
-
-def _lines(output_dir: str) -> list[dict[str, Any]]:
+def logged(output_dir: str) -> list[dict[str, Any]]:
+    """Returns the lines of a run's `metrics.jsonl`."""
     text = (pathlib.Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -187,7 +162,7 @@ def write_trainer_state(
     if not distributed.is_main():
         return
     history = []
-    for values in _lines(config.output_dir):
+    for values in logged(config.output_dir):
         names = {theirs: values[ours] for ours, theirs in _THEIR_NAMES.items() if ours in values}
         history.append(values | names | {"epoch": values["step"] / steps_per_epoch})
     state = {
@@ -201,14 +176,10 @@ def write_trainer_state(
         "eval_steps": config.eval_steps,
         "log_history": history,
     }
-    kept = os.path.join(config.output_dir, "best")
-    chosen = best(config) if os.path.isdir(kept) else None
-    if chosen:
-        state |= {
-            "best_metric": chosen.value,
-            "best_global_step": chosen.step,
-            "best_model_checkpoint": kept,
-        }
+    best = pathlib.Path(config.output_dir) / BEST
+    if best.exists():
+        kept = {"best_model_checkpoint": str(best.with_suffix(""))}
+        state |= json.loads(best.read_text()) | kept
     path = pathlib.Path(directory) / "trainer_state.json"
     write_whole(path, json.dumps(state, indent=2) + "\n")
 

@@ -8,7 +8,7 @@ rounded stochastically.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,18 +54,18 @@ def make(
         learning_rate: by update.
         dims: names of the parameters' dims.
     """
-    update = adamw(config, learning_rate)
+    parts: list[optax.GradientTransformation] = []
+    if config.max_grad_norm:
+        parts.append(clip_by_global_norm(config.max_grad_norm))
     if config.optim == "muon":
-        from atlas_jax import muon  # AdamW's runs need none of it
+        parts.append(muon(config, learning_rate, dims))
+    else:
+        parts.append(adamw(config, learning_rate))
+    if config.ema_decay:
+        from atlas_jax import ema  # only this option keeps an average
 
-        update = optax.chain(
-            muon.scale_by_muon(config, _mu_dtype(config), dims),
-            optax.add_decayed_weights(config.weight_decay, is_matrix),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-    parts = [clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
-    average = [weight_average(config.ema_decay)] if config.ema_decay else []
-    return in_float32(optax.chain(*parts, update, *average) if parts or average else update)
+        parts.append(ema.weight_average(config.ema_decay))
+    return in_float32(optax.chain(*parts) if len(parts) > 1 else parts[0])
 
 
 def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -84,42 +84,22 @@ def adamw(config: TrainConfig, learning_rate: optax.Schedule) -> optax.GradientT
     )
 
 
+def muon(
+    config: TrainConfig, learning_rate: optax.Schedule, dims: Params
+) -> optax.GradientTransformation:
+    """Returns Muon for the matrices of layers and AdamW for the rest, with AdamW's weight decay."""
+    from atlas_jax.muon import scale_by_muon  # AdamW's runs need none of it
+
+    return optax.chain(
+        scale_by_muon(config, _mu_dtype(config), dims),
+        optax.add_decayed_weights(config.weight_decay, is_matrix),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 def _mu_dtype(config: TrainConfig) -> str:
     """Returns the dtype that `adam_mu_dtype` means."""
     return config.model.param_dtype if config.adam_mu_dtype == "auto" else config.adam_mu_dtype
-
-
-class WeightAverage(NamedTuple):
-    """State of `weight_average`."""
-
-    average: Params  # float32, placed as the other parts of the optimizer's state
-
-
-def weight_average(decay: float) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation that keeps the exponential moving average of the parameters.
-
-    After each update it is `decay * average + (1 - decay) * (params + updates)`, beginning with the
-    first parameters (arXiv:1806.09594, section 3.2). It changes no update, and comes last in a
-    chain. Parameters in bfloat16 enter it before they are rounded.
-    """
-
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
-        def moved(average: jax.Array, param: jax.Array, step: jax.Array) -> jax.Array:
-            return decay * average + (1 - decay) * (param + step)
-
-        return updates, WeightAverage(jax.tree.map(moved, state.average, params, updates))
-
-    return optax.GradientTransformationExtraArgs(WeightAverage, update)
-
-
-def averaged(opt_state: optax.OptState) -> Params | None:
-    """Returns the average of the weights in an optimizer's state; None if none is kept."""
-
-    def is_average(state: Any) -> bool:
-        return isinstance(state, WeightAverage)
-
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(x)]
-    return found[0].average if found else None
 
 
 def in_float32(

@@ -12,18 +12,18 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from atlas_jax import config as config_lib
 from atlas_jax import extras, reporting, sockets
 from atlas_jax.checkpoint import layout
-from atlas_jax.config import GKDConfig, GRPOConfig, RIMConfig, TrainConfig
-from atlas_jax.data import examples, questions, row_checks, sources
+from atlas_jax.config import RIMConfig, TrainConfig
+from atlas_jax.data import examples, row_checks, sources
 from atlas_jax.data.chat_template import read_options
 from atlas_jax.models.config import check_family
+from atlas_jax.options.fields import is_reference
 from atlas_jax.options.train import batch_plan
-from atlas_jax.recipes.layout import make_layout
+from atlas_jax.recipes import checks
 from atlas_jax.rewards import forms
 from atlas_jax.types import NOTHING_GIVEN, Given
 
@@ -51,7 +51,10 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     check_output(config.output_dir)
     if config.asks_servers:
         extras.need("vllm", "rollout.backend=vllm")
-        _check_nccl(config)
+    if config.sends_by_nccl:
+        from atlas_jax.rollout import libnccl  # only this way of weights needs it
+
+        libnccl.find()
     reporting.check(config.report_to)
     for option, reference in config.functions.items():
         sockets.resolve(reference, option)
@@ -60,22 +63,17 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
         _check_judges_files(config.judges, config.output_dir)
     check_models(config)
     _check_origin(config)
-    _check_templates(config)
+    examples.check_templates(config.teaching)
+    checks.of(config).templates(config)
     check_data(config, given)
     if num_devices:
-        _check_division(config, num_devices)
+        data, fsdp, _ = config.mesh.shape(num_devices)
+        replicas = data * fsdp
+        checks.of(config).rows_of_a_step(config, batch_plan(config, replicas), replicas)
     if config.data.db_url or config.data.format == "session":
         from atlas_jax.data import session_rows  # a run on files knows no sessions
 
         session_rows.check_sessions(config.data, config.output_dir)
-
-
-def _check_nccl(config: TrainConfig) -> None:
-    """Checks that NCCL is installed if weights go over it."""
-    if isinstance(config, GRPOConfig) and config.rollout.weight_sync == "nccl":
-        from atlas_jax.rollout import libnccl  # only this way of weights needs it
-
-        libnccl.find()
 
 
 def check_output(directory: str) -> None:
@@ -125,7 +123,7 @@ def _check_rewards(references: Sequence[str], given: Given) -> None:
     names = (
         [rule for rule in given.rewards if isinstance(rule, str)] if given.rewards else references
     )
-    for name in filter(sockets.is_reference, names):
+    for name in filter(is_reference, names):
         forms.find(name)
     for function in given.rewards:
         if not isinstance(function, str):
@@ -299,34 +297,6 @@ def _check_origin(config: TrainConfig) -> None:
         check_model(config.resume_from)
 
 
-def _check_templates(config: TrainConfig) -> None:
-    """Checks the placeholders of the templates, and that needed ones are there."""
-    examples.check_templates(config.teaching)
-    checks: dict[str, Callable[[Any], None]] = {
-        "sft": _check_lessons,
-        "grpo": questions.check_templates,
-        "gkd": _check_lessons,
-    }
-    checks[config.algorithm](config)
-
-
-def _check_lessons(config: TrainConfig) -> None:
-    for option in ("teacher_template", "lesson_template"):
-        if config.data.format in ("teaching", "session") and not getattr(config.teaching, option):
-            raise ValueError(
-                f"teaching.{option} is empty, and data.format={config.data.format} needs it; take "
-                "configs/data/arc_atlas_sft.py with --config NAME:data=arc_atlas_sft, or set it"
-            )
-
-
-def _check_division(config: TrainConfig, num_devices: int) -> None:
-    """Checks that rows and groups divide over the devices."""
-    data, fsdp, _ = config.mesh.shape(num_devices)
-    plan = batch_plan(config, data * fsdp)
-    if isinstance(config, GRPOConfig):
-        make_layout(config, plan, data * fsdp)
-
-
 def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     """Checks that the files of rows exist and that one of their first rows can be used.
 
@@ -337,12 +307,7 @@ def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
     Raises:
         ValueError: names the option.
     """
-    readers: dict[str, Callable[[Any, Given, sources.Row], None]] = {
-        "sft": _use_example,
-        "grpo": _use_question,
-        "gkd": _use_continuation,
-    }
-    use = functools.partial(readers[config.algorithm], config, given)
+    use = functools.partial(checks.of(config).row, config, given)
     for name in ("rows", "eval_rows"):
         rows = getattr(given, name)
         if rows is not None:
@@ -356,28 +321,3 @@ def check_data(config: TrainConfig, given: Given = NOTHING_GIVEN) -> None:
                 row_checks.check(config.data, path, use)
             except ValueError as error:
                 raise ValueError(f"data.{option}: {error}") from None
-
-
-def _use_example(config: TrainConfig, _: Given, row: sources.Row) -> None:
-    examples.to_sample(row, config.data, config.teaching)
-
-
-def _use_continuation(config: GKDConfig, given: Given, row: sources.Row) -> None:
-    if config.teacher_reads == "prompt":
-        _use_example(config, given, row)
-        return
-    for name in ("ground_truth", "baseline", "guided"):
-        if not row.fields.get(name):
-            raise ValueError(
-                f"is no sample of a GRPO run with a student: it has no {name}; give the rollouts/ "
-                "of a run with rollout.protocol=teaching"
-            )
-
-
-def _use_question(config: GRPOConfig, given: Given, row: sources.Row) -> None:
-    questions.to_question(
-        row,
-        config.reward.needs_truth(given.rewards),
-        config.rollout.question_fields,
-        vars(config.data.columns),
-    )

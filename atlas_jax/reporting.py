@@ -22,6 +22,7 @@ from absl import logging
 from atlas_jax import metric_docs, sockets
 from atlas_jax.files import write_whole
 from atlas_jax.options.descriptions import nearest
+from atlas_jax.options.fields import is_reference
 from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.types import Service
 
@@ -218,7 +219,7 @@ def check(report_to: Sequence[str]) -> None:
         ValueError: for an unknown service, a package that is missing, or a function that is.
     """
     for name in report_to:
-        if sockets.is_reference(name):
+        if is_reference(name):
             sockets.resolve(name, "report_to")
         elif name not in (*_SERVICES, "none"):
             raise ValueError(
@@ -239,7 +240,7 @@ def open_services(config: TrainConfig, start_step: int) -> list[Service]:
         ValueError: for a service that cannot be used.
     """
     return [
-        Function(name) if sockets.is_reference(name) else _SERVICES[name](config, start_step)
+        Function(name) if is_reference(name) else _SERVICES[name](config, start_step)
         for name in config.report_to
         if name != "none"
     ]

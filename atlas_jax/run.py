@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
-from atlas_jax import distributed, loop, metrics, optim, step
+from atlas_jax import distributed, loop, metrics, step
 from atlas_jax.checkpoint import hf, manager
 from atlas_jax.checkpoint.manager import Checkpoints
 from atlas_jax.models import attention
@@ -199,10 +199,11 @@ class Run:
 
     def weights(self, state: step.TrainState) -> Params:
         """Returns the weights that are exported: the state's, or with `ema_decay` their average."""
-        average = optim.averaged(state.opt_state)
-        if average is not None:
-            placed = jax.device_put(average, self.decoder.trained.placements)
-            state = state._replace(params=placed)
+        if self.config.ema_decay:
+            from atlas_jax import ema  # only this option keeps an average
+
+            average = jax.device_put(ema.averaged(state.opt_state), self.decoder.trained.placements)
+            state = state._replace(params=average)
         return state.whole
 
     def export(self, state: step.TrainState, name: str = "final") -> str:
@@ -273,7 +274,9 @@ class Training:
         if run.config.metric_for_best_model:
             from atlas_jax.best import BestModel  # only this option keeps one
 
-            keep_best = BestModel(run.config, lambda state: run.export(state, "best")).offer
+            best = BestModel(run.config, lambda state: run.export(state, "best"))
+            best.resume(self.start.state)
+            keep_best = best.offer
         if distributed.is_main():
             from atlas_jax.startup import header  # only the first process shows anything
 

@@ -10,7 +10,7 @@ import operator
 import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 _IMPORT_ERRORS = (
@@ -18,11 +18,6 @@ _IMPORT_ERRORS = (
     RuntimeError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
 _MAX_CHARS = 300  # of what an error says
-
-
-def is_reference(name: str) -> bool:
-    """Returns true for `module:function`, false for the name of something built in."""
-    return ":" in name
 
 
 def resolve(name: str, option: str) -> Callable[..., Any]:
@@ -60,18 +55,6 @@ def resolve_object(name: str, option: str) -> Any:
     except AttributeError as error:
         raise ValueError(f"{option}={name}: {module_name} has no {attribute}") from error
     return found
-
-
-def labels(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns a short name for each of several names, such as `brevity` for `rewards:brevity`.
-
-    References that would get the same short name keep their module.
-    """
-    short = [name.rpartition(":")[2] for name in names]
-    return tuple(
-        label if short.count(label) == 1 else name.replace(":", ".")
-        for name, label in zip(names, short, strict=True)
-    )
 
 
 def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, str]:

@@ -166,7 +166,7 @@ def _without_files(config: config_lib.TrainConfig, given: Given) -> config_lib.T
     Raises:
         ValueError: for rewards that nothing asks, no rows, or a format that only files have.
     """
-    if given.rewards and config.algorithm != "grpo":
+    if given.rewards and not config.asks_questions:
         raise ValueError(
             f"rewards are given and algorithm={config.algorithm!r} has none; use a GRPO config, or "
             "leave them out"

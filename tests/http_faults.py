@@ -13,6 +13,7 @@ returns the requests so far. A fault is an object with
         reply     answers with the JSON of `reply`
         hang      never answers
         slow      waits `secs`, then does as usual
+        hold      waits for the `threading.Event` in `until`, then does as usual
         truncate  breaks the connection in the middle of the reply
         exit      the process ends
 """
@@ -85,6 +86,9 @@ class Faults:
                 await asyncio.sleep(3600)
             case "slow":
                 await asyncio.sleep(fault["secs"])
+            case "hold":
+                while not fault["until"].is_set():
+                    await asyncio.sleep(0.01)
             case "truncate":
                 response = web.StreamResponse(headers={"Content-Length": "1000"})
                 await response.prepare(request)

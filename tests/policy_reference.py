@@ -48,6 +48,16 @@ def layout(rows):
     return sequence_ids, loss_mask
 
 
+def policy_batch(sequence_ids, advantages, rollout_logprobs, **fields):
+    """Returns a batch from the number of each token's completion, or 0; all completions train.
+
+    The loss reads neither tokens nor their positions.
+    """
+    ids = dict.fromkeys(("tokens", "positions", "segment_ids", "sequence_ids"), sequence_ids)
+    fields = {"loss_mask": sequence_ids > 0} | fields
+    return PolicyBatch(**ids, **fields, advantages=advantages, rollout_logprobs=rollout_logprobs)
+
+
 def make(seed=0, rows=ROWS, spread=0.4):
     """Returns random log-probabilities and their batch, NaN or infinite where nothing is trained.
 
@@ -59,14 +69,11 @@ def make(seed=0, rows=ROWS, spread=0.4):
     logprobs = -rng.exponential(1.5, shape)
     old = logprobs + rng.normal(0, spread, shape)
     advantages = rng.normal(0, 1, (len(rows), 4))
-    batch = PolicyBatch(
-        tokens=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        segment_ids=np.ones(shape, np.int32),
-        sequence_ids=sequence_ids,
-        loss_mask=loss_mask,
+    batch = policy_batch(
+        sequence_ids,
         advantages=np.take_along_axis(advantages, sequence_ids, axis=1).astype(np.float32),
         rollout_logprobs=(old + rng.normal(0, spread, shape)).astype(np.float32),
+        loss_mask=loss_mask,
         old_logprobs=old.astype(np.float32),
         ref_logprobs=(logprobs + rng.normal(0, spread, shape)).astype(np.float32),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import random
 import socket
 import subprocess
 import time
@@ -26,11 +27,18 @@ def succeeded(args: Sequence[str], env: dict[str, str]) -> subprocess.CompletedP
     return result
 
 
-def free_port() -> int:
-    """Returns a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port(count: int = 1) -> int:
+    """Returns the first of `count` ports in a row that nobody uses.
+
+    They are below those that the system gives to connections, which could take one before the
+    program that is to listen there has started.
+    """
+    while True:
+        first = random.SystemRandom().randrange(20_000, 32_000)  # tests run in several processes
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("", port))
+            return first
 
 
 def address_flags(num_processes: int, host: str = "127.0.0.1") -> list[list[str]]:

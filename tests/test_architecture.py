@@ -36,6 +36,10 @@ def test_blocks_nest_three_deep_and_functions_take_eight_parameters_at_most():
     assert figures["more than 8 parameters"] == []
 
 
+def test_the_class_of_a_config_is_asked_by_recipes_alone():
+    assert style_figures.measure(pathlib.Path())["isinstance(config) outside recipes"] == []
+
+
 def test_comments_and_docstrings_are_no_code_lines(tmp_path):
     text = '"""A module."""\n\n# A comment.\nx = """kept\n# kept"""\n\n\n'
     text += 'class A:\n    """A class.\n\n    More.\n    """\n'

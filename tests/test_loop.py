@@ -77,7 +77,10 @@ class Writer(metrics.MetricWriter):
         super().write(step, values)
 
 
-def run(directory, num_steps, config=CONFIG, evaluate=None, events=None, step=train_step, **feed):
+def run(
+    directory, num_steps, config=CONFIG, evaluate=None, events=None, step=train_step, best=None,
+    **feed,
+):  # fmt: skip
     """Runs, or continues, and returns the outcome and what happened."""
     events = [] if events is None else events
     checkpoints = Checkpoints(str(directory))
@@ -102,7 +105,10 @@ def run(directory, num_steps, config=CONFIG, evaluate=None, events=None, step=tr
     job = loop.Job(
         config=config, num_steps=num_steps, flops_per_token=lambda _: 1.0, train_step=step,
         evaluate=evaluate, writer=writer, checkpoints=checkpoints, restored=data,
+        keep_best=best and best.offer,
     )  # fmt: skip
+    if best:
+        best.resume(state)
     try:
         return loop.run(job, state, numbers), events
     finally:

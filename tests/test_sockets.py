@@ -9,11 +9,12 @@ import sys
 import pytest
 
 from atlas_jax import sockets
+from atlas_jax.options import fields
 
 
 def test_only_a_name_with_a_colon_is_a_reference():
-    assert sockets.is_reference("my_package.losses:huber")
-    assert not sockets.is_reference("dr_grpo")
+    assert fields.is_reference("my_package.losses:huber")
+    assert not fields.is_reference("dr_grpo")
 
 
 def test_a_reference_is_what_python_imports():

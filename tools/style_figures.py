@@ -369,7 +369,9 @@ def is_paired(node: ast.AST) -> bool:
 
 
 def _asks_config(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node).startswith("isinstance(config,")
+    """Tells a question for a config's class; that of a draft (`ConfigDict`) is no recipe's."""
+    text = ast.unparse(node) if isinstance(node, ast.Call) else ""
+    return text.startswith("isinstance(config,") and "ConfigDict" not in text
 
 
 def records(source: Source) -> Iterator[str]:

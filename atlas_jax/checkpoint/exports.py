@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 
 from atlas_jax import files
 from atlas_jax.checkpoint import layout
-from atlas_jax.wording import shorten
 
 MARKER = ".atlas_jax_export.json"
 """Name of the marker file; neither transformers nor vLLM read it."""
@@ -67,7 +66,7 @@ def replaced(
         taken = [name for name in theirs if name in written]
         if taken:
             raise ValueError(
-                f"{directory} holds {', '.join(shorten(taken, 5))}, which an export did not write "
+                f"{directory} holds {layout.some(taken)}, which an export did not write "
                 "but this one would; move it away"
             )
         for name in theirs:
@@ -113,7 +112,7 @@ def check(directory: str | os.PathLike[str], kind: str, unmarked: Sequence[str] 
     changed = [n for n in names if n in written and _fingerprint(target / n) != written[n]]
     if changed:
         raise ValueError(
-            f"{directory} holds {', '.join(shorten(changed, 5))}, changed since it was exported; "
+            f"{directory} holds {layout.some(changed)}, changed since it was exported; "
             "move it away, or name another directory"
         )
     return [name for name in names if name not in written]
@@ -127,7 +126,7 @@ def _check_unmarked(
     if foreign:
         raise ValueError(
             f"{directory} is not empty and no earlier export of its kind: it holds "
-            f"{', '.join(shorten(foreign, 5))}; name another directory, or move this away"
+            f"{layout.some(foreign)}; name another directory, or move this away"
         )
 
 

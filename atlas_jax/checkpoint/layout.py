@@ -16,8 +16,6 @@ from typing import Any
 import safetensors
 from absl import logging
 
-from atlas_jax.wording import shorten
-
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """dtypes of weights: the name in safetensors, and the name in NumPy."""
 
@@ -291,6 +289,8 @@ def tokenizer_place(path: pathlib.Path) -> pathlib.Path:
 
 def some(names: Sequence[str]) -> str:
     """Returns the first names of a list, and the number of the others, as a text."""
+    from atlas_jax.wording import shorten  # for what is wrong
+
     return ", ".join(shorten(names, 5)) or "none"
 
 

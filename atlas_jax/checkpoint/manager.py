@@ -23,9 +23,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from atlas_jax import distributed
+from atlas_jax.checkpoint import layout
 from atlas_jax.step import TrainState
 from atlas_jax.types import Params
-from atlas_jax.wording import shorten
 
 MODEL_FILES = "model"
 """Directory of a run with `config.json` and the tokenizer, for `atlas-convert`."""
@@ -280,7 +280,7 @@ def _difference(item: str, stored: Mapping[str, ArraySpec], wanted: Mapping[str,
 def _shown(these: Mapping[str, ArraySpec], others: Mapping[str, ArraySpec]) -> str:
     """Returns the arrays that `others` do not have, or have in another shape, as a text."""
     different = [f"{n} {a}" for n, a in sorted(these.items()) if others.get(n) != a]
-    return ", ".join(shorten(different, 4)) or "nothing else"
+    return layout.some(different) if different else "nothing else"
 
 
 def _layout(arrays: Mapping[str, ArraySpec]) -> str:

@@ -38,7 +38,6 @@ from atlas_jax.data.sources import LESSONS, Rows, check_rejected, epoch_order, u
 from atlas_jax.data.tokenized import Sequences, Tokenized, tokenize
 from atlas_jax.options.train import TrainConfig
 from atlas_jax.types import Batch, Example
-from atlas_jax.wording import shorten
 
 Table: TypeAlias = list[list[int]] | np.ndarray
 """Indices of the examples of each row: lists if rows are packed, else an array of one column."""
@@ -408,6 +407,8 @@ def _log(report: Report) -> None:
     )
     for note, names in report.notes.items():
         if names:
+            from atlas_jax.wording import shorten  # for what is wrong
+
             shown = ", ".join(shorten(names, 5))
             logging.warning("%d %s (%s): %s", len(names), note, chat.NOTES[note], shown)
 

@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from atlas_jax.data import shapes
 from atlas_jax.data.examples import check_encodable, check_template
 from atlas_jax.data.sources import QUESTIONS, Row, Rows, check_rejected, epoch_order, unfold
 from atlas_jax.options.fields import flat
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.types import Question
-from atlas_jax.wording import shorten
 
 _QUESTION = ("prompt", "problem_text", "question", "problem", "instruction", "query", "input")
 _GROUND_TRUTH = ("ground_truth", "answer", "solution")
@@ -73,6 +71,8 @@ def parse_questions(
         first = f"; the first: {rejected[0]}" if rejected else ""
         raise ValueError(f"the dataset has no usable question; look at data.dataset_path{first}")
     if rejected:
+        from atlas_jax.wording import shorten  # for what is wrong
+
         shown = "; ".join(shorten(rejected, 5))
         logging.warning("%d of %d questions are left out: %s", len(rejected), len(rows.rows), shown)
     return questions
@@ -89,7 +89,7 @@ def to_question(
     Raises:
         ValueError: if a part is missing; the message does not name the row.
     """
-    fields = _question_row(shapes.renamed(row.fields, columns or {}))
+    fields = _fields(row.fields, columns or {})
     named = bool(columns and columns.get("question"))
     question = _first(fields, ("question",) if named else _QUESTION)
     truth = _first(fields, _GROUND_TRUTH)
@@ -199,30 +199,17 @@ def _text(value: Any) -> str:
     return str(value).strip() if isinstance(value, str | int | float) else ""
 
 
-def _question_row(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a row for GRPO with the question as text.
+def _fields(given: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the fields of a row with our names, and with the question as text."""
+    if not any(columns.values()) and all(map(_is_plain, given, given.values())):
+        return dict(given)
+    from atlas_jax.data import shapes  # of other tools, and of rows with more than texts
 
-    The input of an instruction is appended to it, as for SFT.
+    return shapes.question_row(shapes.renamed(given, columns))
 
-    Raises:
-        ValueError: if the prompt is a conversation of several turns.
-    """
-    result = dict(fields)
-    if isinstance(result.get("instruction"), str):
-        texts = (result[name] for name in ("instruction", *shapes.CONTEXT) if name in result)
-        result["instruction"] = "\n\n".join(t for t in texts if isinstance(t, str) and t)
-    if shapes.is_chat(result.get("prompt")):
-        asked = shapes.messages(result["prompt"], "prompt")
-        fine = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in asked)
-        roles = [str(m.get("role")) if isinstance(m, dict) else "none" for m in asked]
-        if fine and [role for role in roles if role != "system"] == ["user"]:
-            result["prompt"] = "\n\n".join(m["content"] for m in asked)
-        elif not isinstance(result.get("question"), str):
-            raise ValueError(
-                f"has a prompt with the roles {', '.join(roles)}; a question is one message of the "
-                "user, perhaps after one of the system"
-            )
-    reward_model = result.pop("reward_model", None)
-    if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
-        result.setdefault("ground_truth", reward_model["ground_truth"])
-    return result
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Tells a text or a whole number that is no conversation and no instruction with its input."""
+    if isinstance(value, str):
+        return name != "instruction" and not value.lstrip().startswith("[")
+    return isinstance(value, int)

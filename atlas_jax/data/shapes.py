@@ -103,6 +103,38 @@ def training_row(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def question_row(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a row for GRPO with the question as text.
+
+    The input of an instruction is appended to it, as for SFT.
+
+    Args:
+        fields: the fields of the row.
+
+    Raises:
+        ValueError: if the prompt is a conversation of several turns.
+    """
+    result = dict(fields)
+    if isinstance(result.get("instruction"), str):
+        texts = (result[name] for name in ("instruction", *CONTEXT) if name in result)
+        result["instruction"] = "\n\n".join(t for t in texts if isinstance(t, str) and t)
+    if is_chat(result.get("prompt")):
+        asked = messages(result["prompt"], "prompt")
+        fine = all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in asked)
+        roles = [str(m.get("role")) if isinstance(m, dict) else "none" for m in asked]
+        if fine and [role for role in roles if role != "system"] == ["user"]:
+            result["prompt"] = "\n\n".join(m["content"] for m in asked)
+        elif not isinstance(result.get("question"), str):
+            raise ValueError(
+                f"has a prompt with the roles {', '.join(roles)}; a question is one message of the "
+                "user, perhaps after one of the system"
+            )
+    reward_model = result.pop("reward_model", None)
+    if isinstance(reward_model, dict) and reward_model.get("ground_truth") is not None:
+        result.setdefault("ground_truth", reward_model["ground_truth"])
+    return result
+
+
 def messages(value: Any, field: str) -> Any:
     """Returns a conversation with our roles, texts as contents, and tool calls.
 

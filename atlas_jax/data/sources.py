@@ -22,7 +22,6 @@ from atlas_jax.data import row_files
 from atlas_jax.files import write_whole
 from atlas_jax.options.data import DataConfig
 from atlas_jax.types import NOTHING_GIVEN, Given, SessionRows
-from atlas_jax.wording import shorten
 
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>.+)")
 """The name of one file of a hub dataset."""
@@ -151,6 +150,8 @@ def check_rejected(rejected: list[str], num_rows: int, max_frac: float) -> None:
     """
     if not rejected or len(rejected) <= max_frac * num_rows:
         return
+    from atlas_jax.wording import shorten  # for what is wrong
+
     shown = "\n".join(f"  {reason}" for reason in shorten(rejected, 5))
     raise ValueError(
         f"{len(rejected)} of {num_rows} dataset rows cannot be used, more than "

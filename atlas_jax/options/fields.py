@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
 import msgspec
@@ -48,6 +49,23 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 PositiveShare = Annotated[float, Meta(gt=0, le=1)]
 OptionalPath = Annotated[str, Emptied()]
 JsonObject = Annotated[str, Meta(extra={"rule": "a JSON object, or empty"})]
+
+
+def is_reference(name: str) -> bool:
+    """Returns true for `module:function`, false for the name of something built in."""
+    return ":" in name
+
+
+def labels(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns a short name for each of several names, such as `brevity` for `rewards:brevity`.
+
+    References that would get the same short name keep their module.
+    """
+    short = [name.rpartition(":")[2] for name in names]
+    return tuple(
+        label if short.count(label) == 1 else name.replace(":", ".")
+        for name, label in zip(names, short, strict=True)
+    )
 
 
 def choices_or_function(*names: str) -> Meta:

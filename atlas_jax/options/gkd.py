@@ -48,6 +48,11 @@ class GKDConfig(TrainConfig):
         return self.lmbda > 0
 
     @property
+    def generates_elsewhere(self) -> str:
+        """Option with which these devices would generate nothing."""
+        return "lmbda=0"
+
+    @property
     def teacher(self) -> str:
         """Name of the frozen model whose distribution is learnt; empty if it is the policy's."""
         return self.teacher_model_name_or_path

@@ -111,9 +111,19 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         return self.rollout.backend == "local"
 
     @property
+    def generates_elsewhere(self) -> str:
+        """Option with which these devices would generate nothing."""
+        return "rollout.backend=vllm"
+
+    @property
     def asks_servers(self) -> bool:
         """True if vLLM servers generate completions."""
         return self.rollout.backend == "vllm"
+
+    @property
+    def sends_by_nccl(self) -> bool:
+        """True if servers get the weights through NCCL."""
+        return self.asks_servers and self.rollout.weight_sync == "nccl"
 
     @property
     def functions(self) -> dict[str, str]:

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from atlas_jax import sockets
 from atlas_jax.options.fields import (
     NonNegative,
     NonNegativeInt,
@@ -112,6 +111,8 @@ class Judge:
 @functools.cache
 def _own_judges(references: tuple[str, ...], option: str) -> tuple[Judge, ...]:
     """Returns the judges that `module:NAME` references name, checked."""
+    from atlas_jax import sockets  # a user's own judges
+
     judges = []
     for reference in references:
         judge = sockets.resolve_object(reference, option)

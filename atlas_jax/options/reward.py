@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from atlas_jax import sockets
 from atlas_jax.options import fields
 from atlas_jax.options.fields import (
     Fraction,
@@ -72,12 +71,12 @@ class RewardConfig:
     @property
     def labels(self) -> tuple[str, ...]:
         """Short names of `parts`, for metrics and records."""
-        return sockets.labels(self.parts)
+        return fields.labels(self.parts)
 
     @property
     def functions(self) -> tuple[str, ...]:
         """The rewards that are functions of the user's own."""
-        return tuple(filter(sockets.is_reference, self.parts))
+        return tuple(filter(fields.is_reference, self.parts))
 
     def rules(self, given: Sequence[Any] = ()) -> tuple[Any, ...]:
         """Returns the rewards that are added up: names, and functions of a caller from Python.
@@ -96,7 +95,7 @@ class RewardConfig:
             given: rewards of a caller from Python, in place of `names`.
         """
         names = [rule for rule in given or self.parts if isinstance(rule, str)]
-        return any(name != "rim" and not sockets.is_reference(name) for name in names)
+        return any(name != "rim" and not fields.is_reference(name) for name in names)
 
     def check(self, given: Sequence[Any] = ()) -> None:
         """Checks the options together.

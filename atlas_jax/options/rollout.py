@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from atlas_jax import addresses
 from atlas_jax.options.fields import (
     Moved,
     NonNegativeInt,
@@ -199,6 +198,8 @@ class RolloutConfig(WeightSyncConfig, ServersConfig):
 
     def _check_servers(self) -> None:
         """Checks that every role has servers, and that each server has the weights of one role."""
+        from atlas_jax import addresses  # of servers, where they generate
+
         needed = ("teacher", "student") if self.has_student else ("teacher",)
         for role in needed:
             if not addresses.split(getattr(self, f"{role}_servers")):

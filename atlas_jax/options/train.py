@@ -38,6 +38,13 @@ AxisSize = Annotated[
 ]
 
 
+AutoOrBool = Annotated[
+    bool | Literal["auto"],
+    Meta(extra={"choices": ("auto", "true", "false")}),
+    Words((("true", True), ("yes", True), ("false", False), ("no", False))),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
@@ -255,11 +262,7 @@ class TrainConfig:
     device's flash attention."""
     max_seq_length: PositiveInt = 2048
     """Most tokens of a row. Longer examples are cut there and counted."""
-    packing: Annotated[
-        bool | Literal["auto"],
-        Meta(extra={"choices": ("auto", "true", "false")}),
-        Words((("true", True), ("yes", True), ("false", False), ("no", False))),
-    ] = "auto"
+    packing: AutoOrBool = "auto"
     """Puts several examples in a row (best fit), kept apart by segment ids; batch sizes then count
     such rows. `auto` does so where attention needs no mask for it (TPU; NVIDIA from Hopper on).
     Without it the rows of a step are sorted by length, and each forward pass is padded for its own
@@ -297,11 +300,7 @@ class TrainConfig:
     ] = ""
     """Metric of evaluations whose best model is kept in `best/`, a model directory as `final/` is;
     empty keeps none."""
-    greater_is_better: Annotated[
-        bool | Literal["auto"],
-        Meta(extra={"choices": ("auto", "true", "false")}),
-        Words((("true", True), ("yes", True), ("false", False), ("no", False))),
-    ] = "auto"
+    greater_is_better: AutoOrBool = "auto"
     """Direction of `metric_for_best_model`. `auto` is true unless the name ends with `loss`."""
     sharding: Literal["fsdp", "zero1", "replicated"] = "fsdp"
     """Trees that are split over the `fsdp` axis: `fsdp` splits parameters, gradients and optimizer
@@ -359,8 +358,18 @@ class TrainConfig:
         return False
 
     @property
+    def generates_elsewhere(self) -> str:
+        """Option with which these devices would generate nothing; empty if they never do."""
+        return ""
+
+    @property
     def asks_servers(self) -> bool:
         """True if vLLM servers generate completions."""
+        return False
+
+    @property
+    def sends_by_nccl(self) -> bool:
+        """True if servers get the weights through NCCL."""
         return False
 
     @property
@@ -459,7 +468,7 @@ class TrainConfig:
             raise ValueError(
                 f"offload={self.offload} with generation on these devices, which would fetch every "
                 "layer from host memory for every token; leave params out, or set "
-                f"{'lmbda=0' if self.algorithm == 'gkd' else 'rollout.backend=vllm'}"
+                f"{self.generates_elsewhere}"
             )
 
 

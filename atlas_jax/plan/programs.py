@@ -112,7 +112,7 @@ def build(
     """
     # The classes of a run itself, so that the plan compiles the programs that the run will.
     compute = Compute.of(config, devices, CompiledSharding)
-    if segments != 1 and not (compute.packs(architecture) and config.algorithm == "sft"):
+    if segments != 1 and not (config.may_pack and compute.packs(architecture)):
         raise ValueError(f"segments={segments} of rows that are not packed; set packing=true")
     decoder = compute.decoder(architecture)
     optimizer = compute.optimizer(decoder, _NUM_UPDATES)

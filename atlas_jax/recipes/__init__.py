@@ -1,1 +1,1 @@
-"""Recipes `sft` and `grpo`, each the only place that chooses its parts, and the parts of GRPO."""
+"""Recipes `sft`, `grpo` and `gkd`, each the only place that chooses its parts, and these parts."""

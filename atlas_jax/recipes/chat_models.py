@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from atlas_jax import sockets
 from atlas_jax.data.chat_template import ChatTemplate
 from atlas_jax.data.questions import check_templates
+from atlas_jax.options.fields import is_reference
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.options.rollout import RolloutConfig
 from atlas_jax.rollout.engine import ChatModel, EncodeTurn
@@ -244,8 +244,9 @@ def _episode_options(rollout: RolloutConfig) -> EpisodeOptions | None:
     Raises:
         ValueError: if `rollout.protocol` names no async function.
     """
-    if not sockets.is_reference(rollout.protocol):
+    if not is_reference(rollout.protocol):
         return None
+    from atlas_jax import sockets
     from atlas_jax.rollout.episodes import EpisodeOptions  # the built-in protocols hold none
 
     ask = sockets.resolve(rollout.protocol, "rollout.protocol")

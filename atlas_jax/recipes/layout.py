@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from atlas_jax import sockets
 from atlas_jax.data.packing import capped_buckets
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.options.train import BatchPlan, multiples_near
@@ -72,7 +71,7 @@ def longest_row(config: GRPOConfig, per_row: int) -> int:
 
     Episodes of one question may begin with different prompts, of which each then stands in the row.
     """
-    prompts = per_row if sockets.is_reference(config.rollout.protocol) else 1
+    prompts = per_row if config.has_episodes else 1
     return prompts * config.max_prompt_length + per_row * config.max_new_tokens
 
 
@@ -83,7 +82,7 @@ def row_bounds(config: GRPOConfig, per_row: int) -> RowBounds:
     """
     if per_row == 1:
         return RowBounds(segments=1)
-    if sockets.is_reference(config.rollout.protocol):
+    if config.has_episodes:
         return RowBounds(segments=per_row + 1)
     return RowBounds(
         segments=per_row + 1,

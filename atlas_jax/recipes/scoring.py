@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from atlas_jax import distributed, sockets
+from atlas_jax import distributed
+from atlas_jax.options import fields
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.options.reward import RewardConfig
 from atlas_jax.rewards import combined
@@ -58,7 +59,7 @@ def labels(config: GRPOConfig, given_functions: Sequence[Rule] = ()) -> tuple[st
         name = rule if isinstance(rule, str) else _name(rule)
         others = (f"{name}_{i}" for i in itertools.count(2))
         names.append(next(n for n in itertools.chain([name], others) if n not in names))
-    return sockets.labels(names)
+    return fields.labels(names)
 
 
 def _name(function: UserFunction) -> str:

@@ -35,7 +35,6 @@ from atlas_jax.checkpoint import hf, manager
 from atlas_jax.files import write_whole
 from atlas_jax.options.train import TrainConfig, masked
 from atlas_jax.types import ENVIRONMENT
-from atlas_jax.wording import shorten
 
 _LOCK = ".lock"
 _HOLDER = ".run.json"
@@ -169,6 +168,8 @@ def changed(config: TrainConfig) -> str:
     now = _flat(json.loads(_config_text(config)))
     names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
     changes = [f"{n}={now.get(n)} (was {before.get(n)})" for n in names]
+    from atlas_jax.wording import shorten  # for what is wrong
+
     return ", ".join(shorten(changes, 8))
 
 

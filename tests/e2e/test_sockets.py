@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -154,10 +153,10 @@ def test_too_many_failures_end_the_run_with_their_reason(place, tmp_path):
 def test_a_reference_that_cannot_be_used_is_told_before_jax_starts(
     place, tmp_path, option, value, told
 ):
-    start = time.monotonic()
     result = grpo(place, tmp_path / "run", **{option: value})
     assert result.returncode == 1 and told in result.stderr.replace("\n", " ")
-    assert "Traceback" not in result.stderr and time.monotonic() - start < 60
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_examples_of_rewards_and_rows_train(place, tmp_path):

@@ -215,7 +215,7 @@ def test_ten_thousand_samples_open_at_once(browser, tmp_path):
         assert "240 of 10,000 samples" in view.inner_text("#samples")
         view.fill("#search", "q7-")
         assert shown(view) == 24
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300
 
 
 @pytest.mark.parametrize("name", ["whole", "empty", "sft", "two"])

@@ -423,7 +423,7 @@ def read(path):
     return path.read_text() if path.exists() else ""
 
 
-def wait_for(condition, secs=60):
+def wait_for(condition, secs=300):
     limit = time.monotonic() + secs
     while not condition():
         assert time.monotonic() < limit

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from atlas_jax import config as config_lib
-from atlas_jax import sockets, stopping
+from atlas_jax import stopping
+from atlas_jax.options import fields
 from atlas_jax.recipes import scoring
 from atlas_jax.rewards import custom, forms
 from atlas_jax.rewards.combined import combine
@@ -82,6 +83,14 @@ def absent(completions, difficulty):
 
 async def patient(sample):
     await asyncio.sleep(0.3)
+    return 3
+
+BEGUN = []
+
+async def together(sample):
+    BEGUN.append(sample)
+    while len(BEGUN) < 20:
+        await asyncio.sleep(0.01)
     return 3
 
 async def endless(sample):
@@ -172,22 +181,21 @@ def test_messages_stay_messages_in_columns(module):
 
 
 def test_async_calls_wait_at_the_same_time(module):
-    start = time.monotonic()
-    reward(module, "patient")(samples(20))
-    assert time.monotonic() - start < 3  # 6 s one after the other
+    """Each waits for all of them to have begun."""
+    assert values(reward(module, "together", timeout_secs=300.0)(samples(20))) == [3.0] * 20
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("faulty", r"faulty: KeyError: 'no\\nsuch thing' \(mine_\d+.py:15\)"),
-        ("hanging", "hanging: took longer than reward.timeout_secs=1"),
+        ("hanging", "hanging: took longer than reward.timeout_secs=5"),
         ("dying", "dying: its process ended with code 7"),
-        ("endless", "endless: took longer than reward.timeout_secs=1"),
+        ("endless", "endless: took longer than reward.timeout_secs=5"),
     ],
 )
 def test_a_failure_is_that_of_its_sample(module, name, reason, tmp_path):
-    function = reward(module, name, timeout_secs=1.0)  # with it all that it started would end
+    function = reward(module, name, timeout_secs=5.0)  # with it all that it started would end
     scored = function(samples())
     value = 3.0 if name == "endless" else 2.0
     assert values(scored) == [value, None, value]
@@ -199,8 +207,8 @@ def test_a_failure_is_that_of_its_sample(module, name, reason, tmp_path):
         assert len(pids) == 2 and have_ended(pids)
 
 
-def have_ended(pids, within_secs=5.0):
-    """Waits a little: a process that was killed is still there for a moment."""
+def have_ended(pids, within_secs=300.0):
+    """Waits: a process that was killed is still there for a moment."""
     deadline = time.monotonic() + within_secs
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -307,42 +315,41 @@ def test_processes_do_not_outlive_a_run(module, tmp_path, ending):
 
 
 @pytest.mark.parametrize("name", ["hanging", "endless", "object"])
-def test_a_request_to_stop_ends_the_wait_within_a_second(module, name):
+def test_a_request_to_stop_ends_the_wait(module, name):
+    end = threading.Event()
     if name == "object":
         scored = custom.by_object(
-            lambda sample: time.sleep(8), "slow", 1000.0, contextlib.ExitStack()
+            lambda sample: end.wait(1000), "slow", 1000.0, contextlib.ExitStack()
         )
     else:
         scored = reward(module, name, timeout_secs=1000.0)
         scored(samples(1))  # has started what it needs
-    asked = []
-
-    def ask():
-        asked.append(time.monotonic())
-        stopping.request("test")
-
-    timer = threading.Timer(0.5, ask)
-    timer.start()
+    start = time.monotonic()
+    threading.Timer(0.5, stopping.request, ("test",)).start()
     try:
         with pytest.raises(stopping.StopRequestedError):
             scored(samples())
-        assert time.monotonic() - asked[0] < 1.5
+        assert time.monotonic() - start < 300, "a call may take 1000 s"
     finally:
         stopping.reset()
+        end.set()
 
 
 def test_an_object_runs_in_a_thread_and_a_late_call_fails(module, caplog):
+    end = threading.Event()
+
     def late(sample):
         if sample.question.id == "q1":
-            time.sleep(2)
+            end.wait(300)
         return threading.current_thread() is not threading.main_thread()
 
     with caplog.at_level("INFO"):
-        scored = custom.by_object(late, "late", 0.5, contextlib.ExitStack())
+        scored = custom.by_object(late, "late", 2.5, contextlib.ExitStack())
     assert "cannot be killed" in caplog.text
     rewards = scored(samples())
+    end.set()
     assert values(rewards) == [1.0, None, 1.0]
-    assert rewards[1].details["unscored"] == "late: took longer than reward.timeout_secs=0.5"
+    assert rewards[1].details["unscored"] == "late: took longer than reward.timeout_secs=2.5"
 
 
 def test_a_row_that_cannot_be_sent_to_a_process_fails_alone(module):
@@ -391,7 +398,7 @@ def test_names_weights_and_labels(module):
 
 
 def test_labels_are_unique():
-    assert sockets.labels(["a:f", "b.c:f", "f2", "a:g"]) == ("a.f", "b.c.f", "f2", "g")
+    assert fields.labels(["a:f", "b.c:f", "f2", "a:g"]) == ("a.f", "b.c.f", "f2", "g")
 
 
 def test_given_functions_stand_in_place_of_names():

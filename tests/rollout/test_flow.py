@@ -92,12 +92,12 @@ def test_an_error_of_one_question_is_that_of_all():
     async def lost(request, sample, sampling):
         raise DependencyError("no server is left")
 
-    student = Served(pupil, lambda prompt, member: 60.0 if "q1" in prompt else 0.0)
+    student = Served(pupil, lambda prompt, member: 1000.0 if "q1" in prompt else 0.0)
     policy = Served(tutor).model._replace(complete=lost)
     start = time.monotonic()
     with pytest.raises(DependencyError, match="no server is left"):
         teaching.run(questions(2), range(2), policy, student.model, protocol(), DRAWS)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300
 
 
 def test_a_batch_begins_when_nothing_else_can_be_done():

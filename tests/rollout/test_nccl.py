@@ -9,7 +9,6 @@ import functools
 import json
 import pathlib
 import subprocess
-import time
 
 import jax
 import numpy as np
@@ -164,9 +163,7 @@ def test_vllm_receives_what_was_sent(link, new, tmp_path, monkeypatch):
 
 
 def falls_back(found, wire, new, old, caplog):
-    start = time.monotonic()
     assert found.sync.push(new.params, 2)["sync/servers"] == (2, 1)
-    assert time.monotonic() - start < 30
     assert {c.weights_version for c in texts(found)} == {2}
     (file,) = files(found)
     assert file.name.startswith("v2.")

@@ -76,6 +76,12 @@ def asked(server, path=capabilities.GENERATE):
     return [body for _, called, _, body in server.calls if called == path]
 
 
+def loading(server):
+    """Number of times that a server was told to load weights."""
+    bodies = asked(server, "/collective_rpc")
+    return sum(body["method"] == "load_version" for body in bodies)
+
+
 def test_servers_serve_what_was_pushed_and_the_trainer_computes_one_batch(link, old, new):
     with link(3) as (served_by, servers):
         calls = []
@@ -226,7 +232,7 @@ def test_a_server_that_was_not_paused_returns_when_it_has_loaded_the_current_wei
         assert len(asked(servers[0])) > 4, "it answers again, after two pushes' probes"
 
 
-def eventually(holds, secs=60):
+def eventually(holds, secs=300):
     end = time.monotonic() + secs
     while not holds():
         assert time.monotonic() < end
@@ -365,10 +371,9 @@ def test_a_hung_server_delays_no_push(old, new, tmp_path):
     ):
         served_by.sync.push(old.params, 1)
         first.send_signal(signal.SIGSTOP)
-        start = time.monotonic()
         for version in (2, 3):  # the watcher sees it in the first one
             assert served_by.sync.push(new.params, version)["sync/servers"] == (1, 1)
-        assert time.monotonic() - start < 60, "it may take a call 120 s"
+            assert "its health check" in served_by.pool.servers[0].why, "not the end of a call"
         first.send_signal(signal.SIGCONT)
         time.sleep(1)
         # It may have been paused by the push that did not wait for it, and then it waits for one.
@@ -380,13 +385,11 @@ def test_a_request_to_stop_ends_a_push_at_once(link, old):
     with link(1) as (served_by, (server,)):
         server.faults = [{"path": "/collective_rpc", "do": "hang"}]
         threading.Timer(1.0, stopping.request, ["SIGTERM"]).start()
-        start = time.monotonic()
-        try:
+        try:  # a push that a call's time ends has another error
             with pytest.raises(stopping.StopRequestedError, match="SIGTERM"):
                 served_by.sync.push(old.params, 1)
         finally:
             stopping.reset()
-        assert time.monotonic() - start < 60
 
 
 def test_versions_are_removed_before_the_next_one_is_written(link, old, new):
@@ -436,30 +439,47 @@ def from_version(link, version, count=2):
 def test_training_waits_for_the_copy_alone_and_tokens_have_the_label_of_what_wrote_them(
     link, old, new, beside
 ):
+    sent, load = threading.Event(), threading.Event()
     with link(2) as (served_by, servers):
         served_by.sync.push(old.params, 1)
+        versions = served_by.sync._versions
+        write = versions.begin
+        held = []
+
+        def begin(label, files):
+            held.append(time.monotonic())
+            assert sent.wait(300)
+            write(label, files)
+
+        versions.begin = begin
         for server in servers:
-            server.faults = [{"path": "/collective_rpc", "method": "load_version", "do": "slow",
-                              "secs": 3.0}]  # fmt: skip
-            server.secs_per_token = 0.1
-        start = time.monotonic()
-        beside(served_by, new, 2)
-        begun = time.monotonic() - start
-        newer = []
-        ask = threading.Thread(target=lambda: newer.extend(from_version(served_by, 2)))
-        ask.start()
-        # What needs no new weights is sent at once, and goes on with them.
-        older = texts(served_by, 2)
-        took = time.monotonic() - start
-        assert begun < 2.0, "it waited for the servers"
-        assert {c.weights_version for c in older} == {1}
-        assert took < 6.0
+            server.faults = [{"path": "/collective_rpc", "method": "load_version", "do": "hold",
+                              "until": load}]  # fmt: skip
+        before = sum(len(asked(server)) for server in servers)
+        beside(served_by, new, 2)  # returns although nothing is written yet
+        newer, older = [], []
+        asks = [
+            threading.Thread(target=lambda: newer.extend(from_version(served_by, 2))),
+            threading.Thread(target=lambda: older.extend(texts(served_by, 2))),
+        ]
+        for ask in asks:
+            ask.start()
+        # What needs no new weights is sent at once, and nothing else.
+        eventually(lambda: sum(len(asked(server)) for server in servers) == before + 4)
+        assert not newer
+        sent.set()
+        eventually(lambda: all(loading(server) == 2 for server in servers))
+        assert not newer
+        released = time.monotonic()
+        load.set()
         values = served_by.sync.finish()
-        ask.join(60)
+        for ask in asks:
+            ask.join(300)
+        assert {c.weights_version for c in older} == {1}
         assert {c.weights_version for c in newer} == {2}
         assert values["sync/servers"] == (2, 1)
         assert values["sync/probe_diff"][0] < 1e-5
-        assert values["sync/total_secs"][0] > 3.0
+        assert values["sync/total_secs"][0] > released - held[0]
         for completion in newer:
             found = new.logprobs(completion.prompt_ids, np.asarray(completion.token_ids))
             np.testing.assert_allclose(completion.untruncated_logprobs, found, atol=0.01)
@@ -514,14 +534,15 @@ def test_what_waits_for_weights_that_never_come_is_an_error(link, old, new, besi
 
 
 def test_the_end_of_a_run_gives_up_what_was_begun(link, old, new, beside):
-    with link(1) as (served_by, (server,)):
+    options = OPTIONS._replace(control_timeout_secs=600.0)
+    with link(1, options=options) as (served_by, (server,)):
         served_by.sync.push(old.params, 1)
         server.faults = [{"path": "/collective_rpc", "do": "hang"}]
         beside(served_by, new, 2)
         root = served_by.sync._versions.root
         start = time.monotonic()
         served_by.sync.close()
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 300, "a call may take 600 s"
         assert not root.exists()
 
 
