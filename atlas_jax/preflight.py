@@ -50,7 +50,8 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     config_lib.check_environment(config)
     check_output(config.output_dir)
     if config.asks_servers:
-        extras.need("vllm", "rollout.backend=vllm")
+        option = "scoring.servers" if config.algorithm == "gkd" else "rollout.backend=vllm"
+        extras.need("vllm", option)
         _check_nccl(config)
     reporting.check(config.report_to)
     for option, reference in config.functions.items():

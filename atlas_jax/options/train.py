@@ -360,7 +360,7 @@ class TrainConfig:
 
     @property
     def asks_servers(self) -> bool:
-        """True if vLLM servers generate completions."""
+        """True if vLLM servers generate completions, or score them."""
         return False
 
     @property
@@ -390,7 +390,7 @@ class TrainConfig:
 
     @property
     def teacher(self) -> str:
-        """Name of the frozen model whose distribution is learnt; empty if there is none."""
+        """Name of the frozen model whose distribution is learnt here; empty if there is none."""
         return ""
 
     @property
