@@ -161,7 +161,7 @@ class PolicyBatch(NamedTuple):
 
 
 class TopTokens(NamedTuple):
-    """The most probable tokens of a teacher behind each position, as its server reports them."""
+    """The most probable next tokens of a teacher at each position, as its server reports them."""
 
     ids: Array  # [..., K] int32, the most probable one first; -1 for none
     logprobs: Array  # [..., K + 1] float32, in nats, the last one of all other tokens together

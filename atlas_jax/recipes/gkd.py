@@ -184,7 +184,7 @@ class _Teacher(NamedTuple):
 
     vocab_size: int
     identity: str
-    """What a run that continues compares; empty if that is the policy's own beginning."""
+    """Name or digest that a run compares when it continues; empty for its own beginning."""
     decoder: Decoder | None = None
     """None for a teacher on servers."""
     source: hf.Source | None = None

@@ -132,7 +132,7 @@ class TextFeed:
         return loop.StepInput(batch, count, values)
 
     def _places(self, ahead: int) -> list[int]:
-        """Returns the places of this process's texts, so many texts behind the position."""
+        """Returns the places of this process's texts, so many texts after the position."""
         return [self._position + ahead + i for i in self.layout.share(self.layout.rows)]
 
     def _given(self, places: Sequence[int]) -> list[Continuation]:
