@@ -39,7 +39,8 @@ METRICS: dict[str, Metric] = {
     "distillation/teacher_entropy": Metric(_NATS, "Entropy of the teacher at the temperature of "
         "the divergence; `policy/entropy` is the policy's."),
     "distillation/tail_frac": Metric(_SHARE, "Probability that the teacher gives all tokens that "
-        "its servers do not name, with `scoring.servers`; a higher `scoring.top_tokens` lowers it."),
+        "its servers do not name, with `scoring.servers`; a higher `scoring.top_tokens` lowers "
+        "it."),
     "distillation/failed_frac": Metric(_SHARE, "Texts of a step for which the teacher's servers "
         "gave no scores. They do not train, and above `scoring.max_failed_frac` the run stops."),
     "distillation/own_frac": Metric(_SHARE, "Completions of a step that the policy has written "
