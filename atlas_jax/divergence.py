@@ -1,13 +1,15 @@
-"""Divergence of a policy from a teacher, from the hidden states of both, a chunk at a time.
+"""Divergence of a policy from a teacher, from hidden states, a chunk at a time.
 
-No table of logits `[B, T, V]` exists, of neither model, forward or backward, and none are computed
-for positions that are not compared. See `logprobs` for chunks and placement.
+The teacher is a model here, or what a server says of its most probable tokens. No table of logits
+`[B, T, V]` exists, of neither model, forward or backward, and none are computed for positions that
+are not compared. See `logprobs` for chunks and placement.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +30,22 @@ from atlas_jax.logprobs import (
 from atlas_jax.models.attention import MASKED
 from atlas_jax.models.vocab import DIMS, OutputRows
 from atlas_jax.sharding import BATCH_AXES
+from atlas_jax.types import TopTokens
+
+_Compared = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]]
+"""`(positions, log q [N, W])` -> the divergence [N], its derivative by the scaled logits of q, and
+the facts of `DivergenceFacts`, each [N]."""
 
 
 class TeacherSide(NamedTuple):
-    """The teacher's side of each position."""
+    """The teacher's side of each position, where its model is here."""
 
     hidden: Any  # [B, T, E], its normed last hidden states at the policy's positions
     table: Any  # [V, E], its output embedding, of as many rows as the policy's
 
 
 class DivergenceOptions(NamedTuple):
-    """DivergenceOptions of the divergence, static in compiled programs."""
+    """Options of the divergence, static in compiled programs."""
 
     head: Head
     beta: float
@@ -70,7 +77,7 @@ def fitted(table: Float[Array, "U E"], height: int) -> Float[Array, "V E"]:
 def masked_divergence(
     hidden: Float[Array, "B T D"],
     table: Float[Array, "V D"],
-    teacher: TeacherSide,
+    teacher: TeacherSide | TopTokens,
     mask: Bool[Array, "B T"],
     options: DivergenceOptions,
 ) -> tuple[Float[Array, ""], DivergenceFacts]:
@@ -99,10 +106,13 @@ def masked_divergence(
     It is known up to the factor of the sum, so the forward pass computes it, and the backward pass
     multiplies. Each chunk's logits are computed once.
 
+    Of `TopTokens` the divergence is that of the distributions over K + 1 groups, see `_by_groups`.
+
     Args:
         hidden: normed last hidden states of the policy; products are computed in their dtype.
         table: the policy's output embedding, placed as between steps.
-        teacher: the other side, in the same positions and with a table placed alike.
+        teacher: the other side, in the same positions: a model with a table placed alike, or its
+            most probable tokens, which are taken at the temperature that they have.
         mask: true at the positions whose next token's distributions are compared.
         options: the divergence.
 
@@ -115,7 +125,7 @@ def masked_divergence(
 def _forward(
     hidden: jax.Array,
     table: jax.Array,
-    teacher: TeacherSide,
+    teacher: TeacherSide | TopTokens,
     mask: jax.Array,
     options: DivergenceOptions,
 ) -> tuple[tuple[jax.Array, DivergenceFacts], tuple[jax.Array, ...]]:
@@ -139,7 +149,7 @@ masked_divergence.defvjp(_forward, _backward)
 def _compute(
     hidden: jax.Array,
     table: jax.Array,
-    teacher: TeacherSide,
+    teacher: TeacherSide | TopTokens,
     mask: jax.Array,
     options: DivergenceOptions,
     with_gradients: bool,
@@ -149,27 +159,29 @@ def _compute(
     stored = sharding.params(DIMS).spec
     split = sharding.optimizer(DIMS, memory=False).spec
     whole = PartitionSpec()
+    sides = TopTokens(ROWS, ROWS) if isinstance(teacher, TopTokens) else TeacherSide(ROWS, stored)
 
     @functools.partial(
         jax.shard_map,
         mesh=sharding.mesh,
-        in_specs=(ROWS, stored, TeacherSide(ROWS, stored), ROWS),
+        in_specs=(ROWS, stored, sides, ROWS),
         out_specs=((whole,) * 4, (ROWS, split) if with_gradients else ()),
         check_vma=False,
     )
     def local(
-        hidden: jax.Array, table: jax.Array, teacher: TeacherSide, mask: jax.Array
+        hidden: jax.Array, table: jax.Array, teacher: TeacherSide | TopTokens, mask: jax.Array
     ) -> tuple[Sums, Sums]:
         rows = OutputRows.of(table, sharding, hidden)
-        theirs = OutputRows.of(teacher.table, sharding, teacher.hidden)
+        if isinstance(teacher, TopTokens):
+            compared = _by_groups(teacher, rows, options.beta)
+        else:
+            compared = _by_tokens(teacher, rows, options)
 
         def chunk(at: jax.Array, sums: Sums) -> Sums:
             states = rows.gather(take(hidden, at))
             g = rows.gather(take(mask, at)).astype(jnp.float32)
-            mine = _log_softmax(states, rows, options)
-            other = _log_softmax(rows.gather(take(teacher.hidden, at)), theirs, options)
-            value, slope = _compare(mine, other, options.beta, rows.axes)
-            found = value, *_facts(mine, other, rows.axes)
+            value, slope, facts = compared(at, _log_softmax(states, rows, options))
+            found = value, *facts
             totals = [s + jnp.sum(rows.own(g * x)) for s, x in zip(sums[:4], found, strict=True)]
             if not with_gradients:
                 return tuple(totals)
@@ -191,6 +203,67 @@ def _compute(
 
     (total, *facts), gradients = local(hidden, table, teacher, mask)
     return (total, DivergenceFacts(*facts)), gradients
+
+
+def _by_tokens(teacher: TeacherSide, rows: OutputRows, options: DivergenceOptions) -> _Compared:
+    """Returns the comparison with a model, token by token."""
+    theirs = OutputRows.of(teacher.table, options.head.sharding, teacher.hidden)
+
+    def compared(
+        at: jax.Array, log_q: jax.Array
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        log_p = _log_softmax(rows.gather(take(teacher.hidden, at)), theirs, options)
+        value, slope = _compare(log_q, log_p, options.beta, rows.axes)
+        return value, slope, _facts(log_q, log_p, rows.axes)
+
+    return compared
+
+
+def _by_groups(teacher: TopTokens, rows: OutputRows, beta: float) -> _Compared:
+    """Returns the comparison with a teacher's K most probable tokens, and all others as one.
+
+    With the K tokens i and the tail r of all other tokens both distributions become
+
+        P = (p_1, ..., p_K, 1 - sum_i p_i),        Q = (q_1, ..., q_K, sum_{v in r} q_v),
+
+    whose divergence is at most that of p and q: an f-divergence never grows where outcomes are
+    joined (the data-processing inequality). They are equal if p_v / q_v is the same for all tokens
+    of the tail, or if it is empty. The derivative by the logit of a token v in group b is that by
+    the logit of Q_b, times q_v / Q_b, the share of the token in its group.
+
+    Reference:
+        Csiszár 1967, Studia Sci. Math. Hungar. 2, 299-318, on the inequality.
+    """
+
+    def compared(
+        at: jax.Array, log_q: jax.Array
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        ids, log_p = (rows.gather(take(x, at)) for x in teacher)
+        places, here = rows.ids(ids)
+        picked = jnp.where(here, jnp.take_along_axis(log_q, places, axis=-1), 0)
+        anywhere = jax.lax.psum(here.astype(jnp.int32), rows.axes) > 0
+        own = jnp.where(anywhere, jax.lax.psum(picked, rows.axes), MASKED)
+        # A scatter drops what lies beyond the end, which are the tokens of other devices.
+        width = log_q.shape[-1]
+        put_at = jnp.arange(len(ids))[:, None], jnp.where(here, places, width)
+        others = log_q.at[put_at].set(MASKED, mode="drop")
+        top = jax.lax.pmax(jnp.max(others, axis=-1), rows.axes)
+        tail = top + jnp.log(_total(jnp.exp(others - top[:, None]), rows.axes))
+        # Where the policy has no other token, the teacher's tail is what its sum was rounded by.
+        log_p = log_p.at[:, -1].set(jnp.where(tail > MASKED / 2, log_p[:, -1], MASKED))
+        groups = jnp.concatenate([own, tail[:, None]], axis=-1)
+        value, slope = _compare(groups, log_p, beta, ())
+        d_logits = slope[:, -1:] * jnp.exp(others - tail[:, None])
+        d_logits = d_logits.at[put_at].set(slope[:, :-1], mode="drop")
+        best = jax.lax.pmax(jnp.max(log_q, axis=-1), rows.axes)
+        facts = (
+            -_total(jnp.exp(log_q) * log_q, rows.axes),
+            -_total(jnp.exp(log_p) * log_p, ()),
+            (own[:, 0] == best).astype(jnp.float32),
+        )
+        return value, d_logits, facts
+
+    return compared
 
 
 def _log_softmax(hidden: jax.Array, rows: OutputRows, options: DivergenceOptions) -> jax.Array:
@@ -229,4 +302,5 @@ def _facts(log_q: jax.Array, log_p: jax.Array, axes: tuple[str, ...]) -> tuple[j
 
 def _total(values: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Returns the sums over the vocabulary, which the devices of `axes` share."""
-    return jax.lax.psum(jnp.sum(values, axis=-1), axes)
+    total = jnp.sum(values, axis=-1)
+    return jax.lax.psum(total, axes) if axes else total

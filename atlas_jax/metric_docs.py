@@ -38,6 +38,11 @@ METRICS: dict[str, Metric] = {
         "the teacher hold the same for the most probable."),
     "distillation/teacher_entropy": Metric(_NATS, "Entropy of the teacher at the temperature of "
         "the divergence; `policy/entropy` is the policy's."),
+    "distillation/tail_frac": Metric(_SHARE, "Probability that the teacher gives all tokens that "
+        "its servers do not name, with `scoring.servers`; a higher `scoring.top_tokens` lowers "
+        "it."),
+    "distillation/failed_frac": Metric(_SHARE, "Texts of a step for which the teacher's servers "
+        "gave no scores. They do not train, and above `scoring.max_failed_frac` the run stops."),
     "distillation/own_frac": Metric(_SHARE, "Completions of a step that the policy has written "
         "itself, the share that `lmbda` sets. The others are those of the rows."),
     "optim/grad_norm": Metric("", "Global norm of the gradient before clipping; the ATLAS guide's "
@@ -86,7 +91,8 @@ METRICS: dict[str, Metric] = {
         "were kept from before (`rollout.cache_student`), evaluations since the last line "
         "included."),
     "rollout/teacher_running": Metric("requests", "With `rollout.backend=vllm`, requests that a "
-        "server of the trained model computes at one time. This and the next ones are means over "
+        "server of the trained model computes at one time; with `scoring.servers` a server of the "
+        "teacher that is learnt from. This and the next ones are means over "
         "the servers, read every two seconds while one of them has a request."),
     "rollout/teacher_waiting": Metric("requests", "Requests that wait in the queue of a server of "
         "the trained model."),
@@ -175,7 +181,8 @@ METRICS: dict[str, Metric] = {
         "process began. It is written only where JAX knows it, as on GPUs and TPUs."),
     "perf/generate_secs": Metric(_SECS, "Time from the beginning of a step's questions until their "
         "last text. With `rollout.max_staleness` above 0 it overlaps with other steps."),
-    "perf/score_secs": Metric(_SECS, "Time from the last text of a step until its last reward."),
+    "perf/score_secs": Metric(_SECS, "Time from the last text of a step until its last reward. "
+        "GKD: time that a step waits for the scores of the teacher's servers."),
     "perf/baseline_secs": Metric(_SECS, "Time in which a question waited for the student's answer "
         "without a lesson."),
     "perf/probe_secs": Metric(_SECS, "Time in which a question waited for the student's approach."),

@@ -49,8 +49,8 @@ def check(config: TrainConfig, num_devices: int = 0, given: Given = NOTHING_GIVE
     config_lib.validate(config, given.rewards)
     config_lib.check_environment(config)
     check_output(config.output_dir)
-    if config.asks_servers:
-        extras.need("vllm", "rollout.backend=vllm")
+    if config.servers_option:
+        extras.need("vllm", config.servers_option)
     if config.sends_by_nccl:
         from atlas_jax.rollout import libnccl  # only this way of weights needs it
 

@@ -98,7 +98,7 @@ class Run:
         num_steps: int,
         fingerprint: str,
         student: Model | None = None,
-        teacher: Model | None = None,
+        teacher: str = "",
     ) -> Training:
         """Loads the weights, and the position in the data where an earlier command stopped.
 
@@ -107,7 +107,7 @@ class Run:
             fingerprint: hash of the data, which must be those of the checkpoint, but for
                 `data.refresh`.
             student: GRPO's frozen student, where this process reads its weights.
-            teacher: the frozen model whose distribution is learnt.
+            teacher: name or digest of another model whose distribution is learnt; "" for none.
 
         Raises:
             ValueError: if the run in `output_dir` was started with another model, optimizer or
@@ -127,9 +127,7 @@ class Run:
             start=start,
         )
 
-    def _start(
-        self, optimizer: step.Optimizer, student: Model | None, teacher: Model | None
-    ) -> Start:
+    def _start(self, optimizer: step.Optimizer, student: Model | None, teacher: str) -> Start:
         """Returns the state to train from.
 
         A run that has a checkpoint continues from its newest one: parameters, optimizer, step and
@@ -149,7 +147,7 @@ class Run:
             weights=hf.digest(self.model.source),
             tokenizer=tokenizer_digest(self.model.files.tokenizer),
             student=hf.digest(student.source) if student else "",
-            teacher=hf.digest(teacher.source) if teacher else "",
+            teacher=teacher,
             date=self.model.template.date.isoformat(),
         )
         before = directory.started(config.output_dir) if latest is not None else None
@@ -229,6 +227,12 @@ class Training:
     def first_step(self) -> int:
         """Steps that earlier commands have done."""
         return int(self.start.state.step)
+
+    def beside(self, **models: Params) -> Training:
+        """Returns the run with more models that training reads and does not change, by key."""
+        state = self.start.state
+        state = state._replace(frozen=(state.frozen or {}) | models)
+        return dataclasses.replace(self, start=self.start._replace(state=state))
 
     def reference(self, frozen: Decoder) -> Params:
         """Returns the weights that the run began with, see `origins.reference`.

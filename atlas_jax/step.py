@@ -27,16 +27,19 @@ class TrainState(NamedTuple):
     params: Params  # those that are trained
     opt_state: optax.OptState
     frozen: Params | None = None
-    """Parameters that no step changes and no checkpoint stores; None if all are trained."""
+    """Parameters that no step changes and no checkpoint stores: what LoRA adapts, and under the key
+    `teacher` another model. None if all are trained."""
 
     @property
     def whole(self) -> Params:
-        """All parameters of the model, as its functions take them."""
-        return self.params if self.frozen is None else joined(self.frozen, self.params)
+        """All parameters, as losses and the functions of the model take them."""
+        return joined(self.frozen, self.params)
 
 
-def joined(frozen: Params, trained: Params) -> Params:
+def joined(frozen: Params | None, trained: Params) -> Params:
     """Returns one tree with the leaves of both."""
+    if frozen is None:
+        return trained
     both = frozen | trained
     for name in frozen.keys() & trained.keys():
         both[name] = joined(frozen[name], trained[name])
@@ -44,36 +47,16 @@ def joined(frozen: Params, trained: Params) -> Params:
 
 
 class Frozen(NamedTuple):
-    """Arrays that a step reads besides its state and its batch, if it trains a part of a model."""
+    """Arrays that each microbatch reads whole and no step changes; they are not given away."""
 
     params: Params
     step: Array  # [] int32, the number of the update, for random numbers
     part: Array  # [] int32, the number of the microbatch
 
 
-class Beside(NamedTuple):
-    """A batch, and arrays that each of its microbatches sees whole, such as a frozen model's."""
-
-    batch: Any
-    frozen: Any
-
-    @property
-    def tokens(self) -> Array:
-        """The tokens of the batch."""
-        return self.batch.tokens
-
-
-def _parted(batch: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Returns the arrays of a batch alone, and what puts its frozen arrays beside them again."""
-    if not isinstance(batch, Beside):
-        return batch, lambda rows: rows
-    return batch.batch, lambda rows: Beside(rows, batch.frozen)
-
-
 def _first(batch: Any) -> Any:
     """Returns the first microbatch."""
-    rows, beside = _parted(batch)
-    return beside(jax.tree.map(lambda x: x[0], rows))
+    return jax.tree.map(lambda x: x[0], batch)
 
 
 class Optimizer(NamedTuple):
@@ -172,11 +155,11 @@ class TrainStep:
     sorted rows do, each shape has a program that adds to the sums, and another one updates.
     """
 
-    whole: Callable[..., tuple[TrainState, Metrics]]
+    whole: Callable[[TrainState, Any, Frozen | None], tuple[TrainState, Metrics]]
     """The step on a state and a batch `[microbatches, B, T]`; consumes the state."""
-    begin: Callable[..., GradientSums]
+    begin: Callable[[Params, Any, Frozen | None], GradientSums]
     """Sums of 0 for parameters and batches like these."""
-    add: Callable[..., GradientSums]
+    add: Callable[[Params, GradientSums, Any, Frozen | None], GradientSums]
     """The sums of parameters, sums and a batch `[1, B, T]`; consumes the sums before."""
     update: Callable[[TrainState, GradientSums], tuple[TrainState, Metrics]]
     """The state after an update with the sums; consumes the state before."""
@@ -187,7 +170,7 @@ class TrainStep:
         Args:
             state: the state.
             batch: the batch `[microbatches, B, T]`, or a list of batches `[1, B, T]`, with which
-                one update is made; each may be `Beside` frozen arrays.
+                one update is made.
         """
         frozen = state.frozen
         state = state._replace(frozen=None)
@@ -197,15 +180,15 @@ class TrainStep:
     def _step(
         self, state: TrainState, batch: Any, frozen: Params | None
     ) -> tuple[TrainState, Metrics]:
-        def rest(step: Any, part: int = 0) -> tuple[Frozen, ...]:
-            return () if frozen is None else (Frozen(frozen, step, np.int32(part)),)
+        def rest(step: Any, part: int = 0) -> Frozen | None:
+            return None if frozen is None else Frozen(frozen, step, np.int32(part))
 
         if not isinstance(batch, list):
             # The state is given away, and has the step in it.
-            return self.whole(state, batch, *rest(np.int32(0)))
-        sums = self.begin(state.params, batch[0], *rest(state.step))
+            return self.whole(state, batch, rest(np.int32(0)))
+        sums = self.begin(state.params, batch[0], rest(state.step))
         for number, part in enumerate(batch):
-            sums = self.add(state.params, sums, part, *rest(state.step, number))
+            sums = self.add(state.params, sums, part, rest(state.step, number))
         return self.update(state, sums)
 
 
@@ -223,15 +206,14 @@ class _Gradients:
         count = batch.tokens.shape[0]
         if count == 1:  # no accumulator, which would take memory
             return self.of(params, _first(batch), frozen)
-        every, beside = _parted(batch)
 
         def add(sums: GradientSums, part: tuple[Any, Any]) -> tuple[GradientSums, None]:
             rows, number = part
             rest = frozen and frozen._replace(part=number)
-            return self.add(params, sums, beside(rows), rest), None
+            return self.add(params, sums, rows, rest), None
 
         numbers = frozen and jnp.arange(count, dtype=jnp.int32)
-        return jax.lax.scan(add, self.zeros(params, _first(batch), frozen), (every, numbers))[0]
+        return jax.lax.scan(add, self.zeros(params, _first(batch), frozen), (batch, numbers))[0]
 
     def of(self, params: Params, batch: Any, frozen: Frozen | None) -> GradientSums:
         """Returns gradients and metrics of one microbatch `[B, T]`."""
@@ -297,7 +279,7 @@ def make_train_step(
     sharding: Sharding,
     num_updates: int = 1,
     seed: int = 0,
-    dropout: bool | None = None,
+    dropout: bool = False,
     num_parts: int = 1,
 ) -> TrainStep:
     """Returns the compiled `(state, batch) -> (state, metrics)`, which consumes the state.
@@ -314,8 +296,8 @@ def make_train_step(
         num_updates: number of updates on each batch, over which metrics are summed.
         seed: seed of the random numbers that round bfloat16 parameters. The numbers of an update
             depend on the seed and the update's index only, so a resumed run draws the same.
-        dropout: whether inputs of factors drop out; None if no parameters are frozen. The random
-            numbers depend on the seed, the update and the microbatch.
+        dropout: whether inputs of factors drop out. The random numbers depend on the seed, the
+            update and the microbatch.
         num_parts: number of equal parts of a batch's microbatches, each of which is the batch of
             one update in turn; divides `num_updates`.
     """
@@ -349,16 +331,15 @@ def make_train_step(
         return changed(state, gradients.sums(state.params, part, rest), number)
 
     placements = _state_places(optimizer, dims, sharding)
-    rest = () if dropout is None else (None,)
     # The state is donated: parameters and moments are updated in their own buffers. Without equal
     # shardings of input and output XLA could not reuse them.
     whole = jax.jit(
         _step(update, num_updates),
         donate_argnums=0,
-        in_shardings=(placements, None, *rest),
+        in_shardings=(placements, None, None),
         out_shardings=(placements, None),
     )
-    begin, add, finish = _in_parts(gradients, changed, placements, rest)
+    begin, add, finish = _in_parts(gradients, changed, placements)
     return TrainStep(whole=whole, begin=begin, add=add, update=finish)
 
 
@@ -368,9 +349,7 @@ def _step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns a step of so many updates, with the sums of their metrics."""
 
-    def step(
-        state: TrainState, batch: Any, frozen: Frozen | None = None
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any, frozen: Frozen | None) -> tuple[TrainState, Metrics]:
         state, metrics = update(state, batch, frozen, 0)
         # Scanned, so that compile time does not grow with the number of updates.
         if num_updates > 1:
@@ -405,29 +384,22 @@ def _part(batch: Any, number: Any, num_parts: int) -> Any:
         apart = x.reshape(-1, num_parts, *x.shape[1:])
         return jax.lax.dynamic_index_in_dim(apart, number, axis=1, keepdims=False)
 
-    rows, beside = _parted(batch)
-    return beside(jax.tree.map(take, rows))
+    return jax.tree.map(take, batch)
 
 
 def _in_parts(
     gradients: _Gradients,
     changed: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]],
     placements: TrainState,
-    rest: tuple[None, ...],
 ) -> tuple[Any, Any, Any]:
-    """Returns the programs `begin`, `add` and `update` of a `TrainStep`.
-
-    `rest` has an item if the first two are given what is frozen.
-    """
+    """Returns the programs `begin`, `add` and `update` of a `TrainStep`."""
     places = _gradient_places(gradients.dims, gradients.sharding)
     sums = GradientSums(places, metrics=None)  # type: ignore[arg-type]
 
-    def begin(params: Params, batch: Any, frozen: Frozen | None = None) -> GradientSums:
+    def begin(params: Params, batch: Any, frozen: Frozen | None) -> GradientSums:
         return gradients.zeros(params, _first(batch), frozen)
 
-    def add(
-        params: Params, sums: GradientSums, batch: Any, frozen: Frozen | None = None
-    ) -> GradientSums:
+    def add(params: Params, sums: GradientSums, batch: Any, frozen: Frozen | None) -> GradientSums:
         return gradients.add(params, sums, _first(batch), frozen)
 
     def update(state: TrainState, sums: GradientSums) -> tuple[TrainState, Metrics]:
@@ -435,11 +407,11 @@ def _in_parts(
         return state._replace(step=state.step + 1), metrics
 
     return (
-        jax.jit(begin, in_shardings=(placements.params, None, *rest), out_shardings=sums),
+        jax.jit(begin, in_shardings=(placements.params, None, None), out_shardings=sums),
         jax.jit(
             add,
             donate_argnums=1,
-            in_shardings=(placements.params, sums, None, *rest),
+            in_shardings=(placements.params, sums, None, None),
             out_shardings=sums,
         ),
         jax.jit(
@@ -471,12 +443,10 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
     """Returns the compiled `(params, batch [microbatches, B, T]) -> metrics`."""
 
     def step(params: Params, batch: Any) -> Metrics:
-        every, beside = _parted(batch)
-
         def one(rows: Any) -> Metrics:
-            loss, metrics = loss_fn(params, beside(rows))
+            loss, metrics = loss_fn(params, rows)
             return metrics | {"loss/total": loss}
 
-        return jax.tree.map(jnp.sum, jax.lax.map(one, every))
+        return jax.tree.map(jnp.sum, jax.lax.map(one, batch))
 
     return jax.jit(step)

@@ -160,6 +160,13 @@ class PolicyBatch(NamedTuple):
     version_lags: Array | None = None  # [B, T] int32, updates since the writer; None: no lag
 
 
+class TopTokens(NamedTuple):
+    """The most probable next tokens of a teacher at each position, as its server reports them."""
+
+    ids: Array  # [..., K] int32, the most probable one first; -1 for none
+    logprobs: Array  # [..., K + 1] float32, in nats, the last one of all other tokens together
+
+
 class TeacherBatch(NamedTuple):
     """Rows of a policy, and the rows in which its teacher reads the same completions.
 
@@ -178,6 +185,8 @@ class TeacherBatch(NamedTuple):
     sources: Array | None = None
     """[B, T] int32, the place in the teacher's row from which it predicts the token that the policy
     predicts from here; 0 where that token is none of the completion. None: the same place."""
+    top: TopTokens | None = None
+    """What the teacher's server says of the next token [B, T], in place of a teacher here."""
 
 
 class Completion(NamedTuple):

@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import subprocess
@@ -65,7 +66,9 @@ class StandIn(http_faults.Faults):
         num_preemptions: number of preemptions that its metrics state.
     """
 
-    def __init__(self, model: str, key: str = "", refuses_when_paused: bool = False) -> None:
+    def __init__(
+        self, model: str, key: str = "", refuses_when_paused: bool = False, num_scores: int = 0
+    ) -> None:
         """Loads the model.
 
         Args:
@@ -73,6 +76,8 @@ class StandIn(http_faults.Faults):
             key: bearer token that all routes but /health want; empty wants none.
             refuses_when_paused: whether it answers 503 while paused, but in mode `keep`, as vLLM
                 0.33 does.
+            num_scores: most tokens that it names at a place of a prompt; 0 starts it as for GRPO,
+                in which mode the scores of a prompt are logits.
         """
         super().__init__()
         self.root = model
@@ -86,6 +91,7 @@ class StandIn(http_faults.Faults):
         self.num_preemptions = 0
         self._key = key
         self._refuses = refuses_when_paused
+        self._num_scores = num_scores
         self._label = "default"
         self._mode = ""  # of the pause; "" while it goes on
         self._active: set[Sequence] = set()
@@ -115,6 +121,7 @@ class StandIn(http_faults.Faults):
             ("POST", "/start_weight_update", self._start_update),
             ("POST", "/update_weights", self._update_weights),
             ("POST", "/finish_weight_update", self._finish_update),
+            ("POST", "/detokenize", self._detokenize),
             ("POST", capabilities.GENERATE, self._generate),
         ):
             app.router.add_route(method, path, handler)
@@ -155,7 +162,8 @@ class StandIn(http_faults.Faults):
         config = {
             "parallel_config": {"worker_extension_cls": capabilities.WORKERS},
             "model_config": {
-                "logprobs_mode": capabilities.LOGPROBS[0],
+                "logprobs_mode": "raw_logprobs" if self._num_scores else capabilities.LOGPROBS[0],
+                "max_logprobs": self._num_scores or 20,
                 "logits_processors": [capabilities.LOGPROBS[1]],
                 "quantization": None,
                 "dtype": "torch.float32",
@@ -303,7 +311,36 @@ class StandIn(http_faults.Faults):
             "logprobs": {"content": content},
             "weight_versions": _spans(sequence.labels),
         }
-        return web.json_response({"choices": [choice]})
+        reply = {"choices": [choice], "prompt_logprobs": None}
+        if count := asked.get("prompt_logprobs"):
+            if count > (self._num_scores or 20):
+                return web.json_response({"error": f"greater than max: {count}"}, status=400)
+            reply["prompt_logprobs"] = self._scores(prompt, count)
+        return web.json_response(reply)
+
+    async def _detokenize(self, request: web.Request) -> web.Response:
+        import transformers  # only the servers of a distillation's teacher are asked for it
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.root)
+        return web.json_response({"prompt": tokenizer.decode((await request.json())["tokens"])})
+
+    def _scores(self, prompt: list[int], count: int) -> list[dict[int, Any] | None]:
+        """Returns the most probable tokens of each place, after the token that is there."""
+        found: list[dict[int, Any] | None] = [None]
+        cache = self.model.empty()
+        for token, following in itertools.pairwise(prompt):
+            scores, cache = self.model.extend(cache, [token])
+            if self._num_scores:
+                scores = llama.log_softmax(scores.astype(np.float64))
+            ranks = np.argsort(np.argsort(-scores)) + 1
+            named = [following, *np.argsort(-scores)[:count].tolist()]
+            found.append(
+                {
+                    i: {"logprob": float(scores[i]), "rank": int(ranks[i]), "decoded_token": None}
+                    for i in named
+                }
+            )
+        return found
 
     async def _write(self, sequence: Sequence, asked: dict[str, Any]) -> str:
         """Writes a completion and returns why it ended."""
@@ -312,15 +349,16 @@ class StandIn(http_faults.Faults):
             async with self._changed:
                 await self._changed.wait_for(lambda: self._mode != "keep")
             self._advance(sequence)
-            logits = sequence.logits / asked["temperature"]
+            logits = sequence.logits / (asked["temperature"] or 1.0)
             logprobs = llama.log_softmax(logits.astype(np.float64))
-            kept = _kept(np.exp(logprobs), asked["top_p"], asked["top_k"])
+            top_k = asked.get("top_k", 0) if asked["temperature"] else 1
+            kept = _kept(np.exp(logprobs), asked.get("top_p", 1.0), top_k)
             token = int(draws.choice(len(kept), p=kept))
             sequence.tokens.append(token)
             sequence.written.append(token)
             sequence.logprobs.append(float(logprobs[token]))
             sequence.labels.append(self._label)
-            if token in asked["stop_token_ids"]:
+            if token in asked.get("stop_token_ids", ()):
                 return "stop"
             await asyncio.sleep(self.secs_per_token)
         return "length"
@@ -439,10 +477,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--key", default="")
     parser.add_argument("--secs-per-token", type=float, default=0.0)
+    parser.add_argument("--num-scores", type=int, default=0)
     options = parser.parse_args()
 
     async def serve() -> None:
-        server = StandIn(options.model, options.key)
+        server = StandIn(options.model, options.key, num_scores=options.num_scores)
         server.secs_per_token = options.secs_per_token
         runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True)
         await runner.setup()

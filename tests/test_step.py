@@ -192,7 +192,7 @@ def compiled_step(decoder, microbatches=1, width=64, rows=8):
     state = step.abstract_state(decoder.shapes, decoder.placements(), optimizer, sharding)
     batch = to_global(tiny.batch([[width]] * rows, width=width), sharding, microbatches)
     train_step = step.make_train_step(sft.make_loss(decoder, 8), optimizer, decoder.dims, sharding)
-    return train_step.whole.lower(state, batch).compile()
+    return train_step.whole.lower(state, batch, None).compile()
 
 
 def test_no_device_holds_all_parameters_under_fsdp(saved):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from atlas_jax import metrics, step
+from atlas_jax import metrics
 from atlas_jax.checkpoint import hf
 from atlas_jax.config import GKDConfig, ModelOptions
 from atlas_jax.recipes import gkd
@@ -41,13 +41,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     policy, teacher = (open_frozen(compute, path) for path in (args.model, args.teacher))
     decoder = compute.decoder(policy.decoder.config)
     optimizer = compute.optimizer(decoder, args.steps)
-    state = compute.state(hf.load(policy.source, decoder), optimizer)
-    weights = hf.load(teacher.source, teacher.decoder)
+    beside = {"teacher": hf.load(teacher.source, teacher.decoder)}
+    state = compute.state(hf.load(policy.source, decoder), optimizer, beside)
     loss = gkd.make_loss(decoder, teacher.decoder, config)
     train_step = compute.train_step(loss, decoder, optimizer)
     wall, used, losses = [], [], []
     for batch in _batches(args, decoder.config.vocab_size):
-        placed = step.Beside(to_global(batch, compute.sharding, 1), weights)
+        placed = to_global(batch, compute.sharding, 1)
         start, cpu = time.perf_counter(), time.process_time()
         state, found = train_step(state, placed)
         losses.append(metrics.means(metrics.add({}, jax.device_get(found)))["loss/total"])

@@ -74,9 +74,9 @@ def weights(decoder: Decoder, params: Params) -> Params:
         params: the parameters, placed as between steps.
     """
     layers = [_layer(decoder, params["layers"], i) for i in range(decoder.config.num_layers)]
-    rest = {name: x for name, x in params.items() if name != "layers"}
     places = resident(decoder).placements()
-    cast = {name: _placed(x, decoder.compute_dtype, places[name]) for name, x in rest.items()}
+    rest = {name: place for name, place in places.items() if name != "layers"}
+    cast = {name: _placed(params[name], decoder.compute_dtype, rest[name]) for name in rest}
     # The final norm computes in float32, from the scale as it is.
     return cast | {"layers": layers, "norm": params["norm"]}
 

@@ -177,7 +177,7 @@ class OutputRows(NamedTuple):
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.size, logits, MASKED)
 
-    def ids(self, targets: Int[Array, " N"]) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
+    def ids(self, targets: Int[Array, "N ..."]) -> tuple[Int[Array, "N ..."], Bool[Array, "N ..."]]:
         """Returns the targets' places among the rows, and whether they are there; else 0."""
         return _relative(targets, self.first, self.size)
 

@@ -7,8 +7,43 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from atlas_jax.options.fields import Positive, PositiveInt, Share
+from atlas_jax import addresses
+from atlas_jax.options.fields import Fraction, Positive, PositiveInt, Share
 from atlas_jax.options.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringConfig:
+    """The teacher on vLLM servers, which say how probable it holds each token of a text."""
+
+    servers: str = ""
+    """Addresses of the vLLM servers that run the teacher, separated by commas. Empty computes the
+    teacher on the training devices."""
+    top_tokens: PositiveInt = 64
+    """Number of most probable tokens that a server names at each position. All other tokens are
+    compared as one, with their probabilities added up."""
+    max_in_flight: PositiveInt = 64
+    """Most texts that a server works on at one time."""
+    request_timeout_secs: Positive = 600.0
+    """Most seconds that a server may take for a text."""
+    max_failed_frac: Fraction = 0.2
+    """Share of a step's texts left without scores above which the run stops with a checkpoint.
+    Those below it do not train and are counted."""
+
+    def check(self, temperature: float) -> None:
+        """Checks that servers can give what is compared.
+
+        Raises:
+            ValueError: for a temperature other than 1, or what is no address.
+        """
+        for url in addresses.split(self.servers):
+            addresses.canonical(url)
+        if self.servers and temperature != 1:
+            raise ValueError(
+                f"temperature={temperature} with scoring.servers, whose probabilities are at "
+                "temperature 1 and of the most probable tokens alone, from which no other "
+                "temperature follows; set temperature=1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +54,8 @@ class GKDConfig(TrainConfig):
     teacher_model_name_or_path: str = ""
     """Frozen model whose distribution is learnt: a Hugging Face directory, a `.gguf` file or a hub
     id, with the vocabulary of the trained model. Empty takes the weights that the run begins with,
-    for `teacher_reads=lesson`."""
+    for `teacher_reads=lesson`. With `scoring.servers` it is the model that they must run, which is
+    not read here; empty takes what they run."""
     teacher_reads: Literal["prompt", "lesson"] = "prompt"
     """Text before a completion, for the teacher: `prompt` is that of the policy. `lesson` is the
     student's prompt with a lesson, while the policy reads the one without: rows are then the
@@ -36,6 +72,7 @@ class GKDConfig(TrainConfig):
     """Most tokens of a completion that the policy writes; `max_seq_length` limits it too."""
     max_decode_rows: PositiveInt = 256
     """Most rows that a process decodes at one time."""
+    scoring: ScoringConfig = ScoringConfig()
 
     @property
     def may_pack(self) -> bool:
@@ -53,9 +90,14 @@ class GKDConfig(TrainConfig):
         return "lmbda=0"
 
     @property
+    def servers_option(self) -> str:
+        """Option with which the teacher is on vLLM servers; empty if it is here."""
+        return "scoring.servers" if self.scoring.servers else ""
+
+    @property
     def teacher(self) -> str:
-        """Name of the frozen model whose distribution is learnt; empty if it is the policy's."""
-        return self.teacher_model_name_or_path
+        """Name of the teacher that is computed here; empty if it is the policy or on servers."""
+        return "" if self.servers_option else self.teacher_model_name_or_path
 
     def check(self, given_rewards: Sequence[Any] = ()) -> None:
         """Checks each option, and those that must fit each other.
@@ -71,12 +113,14 @@ class GKDConfig(TrainConfig):
                 "data.completion_only=False with algorithm=gkd, which compares completions alone; "
                 "leave it at true"
             )
-        if self.teacher_reads == "prompt" and not self.teacher:
+        self.scoring.check(self.temperature)
+        is_own = not self.teacher and not self.servers_option
+        if self.teacher_reads == "prompt" and is_own:
             raise ValueError(
                 "teacher_model_name_or_path is empty, and with teacher_reads=prompt the policy is "
                 "its own teacher and learns nothing; name a teacher, or set teacher_reads=lesson"
             )
-        if not self.teacher and self.model.lora.rank and self.resume_from:
+        if is_own and self.model.lora.rank and self.resume_from:
             raise ValueError(
                 f"resume_from={self.resume_from} with model.lora.rank={self.model.lora.rank} and "
                 "no teacher, which would be the model without these factors; set "

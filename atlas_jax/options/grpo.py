@@ -116,14 +116,14 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
         return "rollout.backend=vllm"
 
     @property
-    def asks_servers(self) -> bool:
-        """True if vLLM servers generate completions."""
-        return self.rollout.backend == "vllm"
+    def servers_option(self) -> str:
+        """Option with which vLLM servers generate completions; empty if none do."""
+        return "rollout.backend=vllm" if self.rollout.backend == "vllm" else ""
 
     @property
     def sends_by_nccl(self) -> bool:
         """True if servers get the weights through NCCL."""
-        return self.asks_servers and self.rollout.weight_sync == "nccl"
+        return bool(self.servers_option) and self.rollout.weight_sync == "nccl"
 
     @property
     def functions(self) -> dict[str, str]:

@@ -363,9 +363,9 @@ class TrainConfig:
         return ""
 
     @property
-    def asks_servers(self) -> bool:
-        """True if vLLM servers generate completions."""
-        return False
+    def servers_option(self) -> str:
+        """Option with which vLLM servers generate completions or score them; empty if none do."""
+        return ""
 
     @property
     def sends_by_nccl(self) -> bool:
@@ -399,7 +399,7 @@ class TrainConfig:
 
     @property
     def teacher(self) -> str:
-        """Name of the frozen model whose distribution is learnt; empty if there is none."""
+        """Name of the frozen model whose distribution is learnt here; empty if there is none."""
         return ""
 
     @property

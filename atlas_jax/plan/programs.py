@@ -28,7 +28,7 @@ from atlas_jax.rollout import local
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.sharding import Sharding
 from atlas_jax.startup.compute import Compute
-from atlas_jax.types import Batch, PolicyBatch, RowBounds, TeacherBatch
+from atlas_jax.types import Batch, PolicyBatch, RowBounds, TeacherBatch, TopTokens
 
 _NUM_UPDATES = 1000
 """Length of the schedule, which changes no program."""
@@ -67,11 +67,11 @@ class PlannedRun(NamedTuple):
     segments: int
     """Texts in a packed row."""
 
-    @property
-    def rest(self) -> tuple[step.Frozen, ...]:
-        """The last argument of programs that train a part of the model."""
+    def frozen(self, **others: Any) -> step.Frozen | None:
+        """Returns the last argument of programs that train: what LoRA adapts, and other models."""
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        return (step.Frozen(self.resident["base"], number, number),) if self.decoder.lora else ()
+        params = self.resident.get("base", {}) | others
+        return step.Frozen(params, number, number) if params else None
 
     @property
     def whole(self) -> Any:
@@ -148,7 +148,7 @@ def _sft(
     program = Program(
         name="train",
         function=train.whole,
-        arguments=(run.state, _batch(Batch, shape, compute.sharding), *run.rest),
+        arguments=(run.state, _batch(Batch, shape, compute.sharding), run.frozen()),
         model_flops=needed,
         content=content,
     )
@@ -166,7 +166,7 @@ def _in_parts(
     sharding = run.decoder.sharding
     times, *rows = shape
     batch = _batch(Batch, (1, *rows), sharding)
-    _, metrics = jax.eval_shape(train.begin, state.params, batch, *run.rest)
+    _, metrics = jax.eval_shape(train.begin, state.params, batch, run.frozen())
     everywhere = jax.tree.map(lambda _: sharding.replicated, metrics)
     trained = run.decoder.trained
     grads = step.abstract_gradients(trained.shapes, trained.dims, sharding)
@@ -175,7 +175,7 @@ def _in_parts(
         program._replace(
             name="microbatch",
             function=train.add,
-            arguments=(state.params, sums, batch, *run.rest),
+            arguments=(state.params, sums, batch, run.frozen()),
             model_flops=program.model_flops / times,
             times=times,
         ),
@@ -214,7 +214,7 @@ def _grpo(
         Program(
             name="update",
             function=train.whole,
-            arguments=(run.state, batch, *run.rest),
+            arguments=(run.state, batch, run.frozen()),
             model_flops=run.update_flops(forward, num_tokens) * config.num_iterations,
             content=content,
         )
@@ -281,23 +281,29 @@ def _gkd(
     plan = compute.plan
     shape = plan.microbatches, plan.global_rows // plan.microbatches, config.max_seq_length
     batch = _batch(TeacherBatch, shape, compute.sharding)
-    if config.teacher_reads == "lesson":
-        batch = batch._replace(
-            teacher=_batch(Batch, shape, compute.sharding), sources=batch.positions
-        )
-    frozen = compute.frozen_decoder(teacher or decoder.config)
-    weights = step.abstract(frozen.shapes, frozen.placements())
-    if not config.teacher and decoder.lora:
-        weights = run.resident["base"]  # what LoRA adapts is the teacher too
+    frozen = None if config.servers_option else compute.frozen_decoder(teacher or decoder.config)
+    others: dict[str, Any] = {}
+    if frozen is None:
+        batch = batch._replace(top=_top_tokens(config, shape, compute.sharding))
+    else:
+        if config.teacher_reads == "lesson":
+            batch = batch._replace(
+                teacher=_batch(Batch, shape, compute.sharding), sources=batch.positions
+            )
+        # What LoRA adapts may be the teacher too.
+        is_base = not config.teacher and decoder.lora
+        weights = step.abstract(frozen.shapes, frozen.placements())
+        others["teacher"] = run.resident["base"] if is_base else weights
     content = even(config.max_seq_length, 1)
-    needed = [flops.forward(d.config, plan.global_rows, content) for d in (decoder, frozen)]
+    models = [decoder, *([frozen] if frozen else [])]
+    needed = [flops.forward(model.config, plan.global_rows, content) for model in models]
     train = compute.train_step(gkd.make_loss(decoder, frozen, config), decoder, optimizer)
     programs = [
         Program(
             name="train",
             function=train.whole,
-            arguments=(run.state, step.Beside(batch, weights), *run.rest),
-            model_flops=run.update_flops(needed[0], math.prod(shape)) + needed[1],
+            arguments=(run.state, batch, run.frozen(**others)),
+            model_flops=run.update_flops(needed[0], math.prod(shape)) + sum(needed[1:]),
             content=content,
         )
     ]
@@ -315,8 +321,9 @@ def _gkd(
         sampling = Sampling(config.temperature)
         programs += _generation(policy, sampling, config.max_decode_rows * hosts)
     num_tokens = math.prod(shape)
-    resident = run.resident if weights is run.resident.get("base") else {"teacher": weights}
-    return run._replace(programs=programs, resident=run.resident | resident, num_tokens=num_tokens)
+    if others.get("teacher") is not run.resident.get("base"):
+        run = run._replace(resident=run.resident | others)
+    return run._replace(programs=programs, num_tokens=num_tokens)
 
 
 def _batch(cls: type[Any], shape: tuple[int, ...], sharding: Sharding) -> Any:
@@ -329,6 +336,16 @@ def _batch(cls: type[Any], shape: tuple[int, ...], sharding: Sharding) -> Any:
     kinds = {"loss_mask": bool, "advantages": jnp.float32, "rollout_logprobs": jnp.float32}
     needed = [name for name in cls._fields if name not in cls._field_defaults]
     return cls(**{name: array(kinds.get(name, jnp.int32)) for name in needed})
+
+
+def _top_tokens(config: GKDConfig, shape: tuple[int, ...], sharding: Sharding) -> TopTokens:
+    """Returns the shapes of what a teacher's servers say of rows."""
+    place = sharding.rows(None)
+    count = config.scoring.top_tokens
+    return TopTokens(
+        ids=jax.ShapeDtypeStruct((*shape, count), jnp.int32, sharding=place),
+        logprobs=jax.ShapeDtypeStruct((*shape, count + 1), jnp.float32, sharding=place),
+    )
 
 
 def _completions(config: GRPOConfig, per_row: int) -> RowContent:

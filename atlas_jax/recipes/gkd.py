@@ -11,28 +11,23 @@ import contextlib
 import functools
 import math
 import pathlib
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
-from atlas_jax import distributed, divergence, logprobs, loop, metrics, step
+from atlas_jax import distributed, divergence, logprobs, metrics, step
 from atlas_jax.checkpoint import hf
 from atlas_jax.data import chat, loader, sources, tokenized
-from atlas_jax.data.packing import bucket_length, capped_buckets
 from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.gkd import GKDConfig
 from atlas_jax.recipes import chat_models
+from atlas_jax.recipes.text_feed import TextFeed, make_layout
 from atlas_jax.rollout import continuations
-from atlas_jax.rollout.continuations import Continuation, TextOrder, Texts
-from atlas_jax.rollout.engine import ChatModel, Request
-from atlas_jax.rollout.sampling import Sampling
+from atlas_jax.rollout.continuations import TextOrder, Texts
 from atlas_jax.run import Run, Training
-from atlas_jax.sharding import Sharding, to_global
 from atlas_jax.startup import directory
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, check_ids, open_frozen
@@ -45,7 +40,11 @@ from atlas_jax.types import (
     Params,
     RowBounds,
     TeacherBatch,
+    TopTokens,
 )
+
+if TYPE_CHECKING:
+    from atlas_jax.recipes.served_teacher import ServedTeacher
 
 _ROWS = RowBounds(segments=1)
 
@@ -60,28 +59,30 @@ def run(config: GKDConfig, given: Given = NOTHING_GIVEN) -> bool:
     layout = make_layout(config, Compute.of(config))
     with Run.open(config) as run, contextlib.ExitStack() as stack:
         # 2. The teacher, whose tokens must be the policy's, and the texts.
-        teacher = open_teacher(config, run)
-        frozen = teacher.decoder if teacher else run.compute.frozen_decoder(run.decoder.config)
-        common = min(run.decoder.config.vocab_size, frozen.config.vocab_size)
+        teacher = _open_teacher(config, run, stack)
+        common = min(run.decoder.config.vocab_size, teacher.vocab_size)
         bind = chat_models.local(run.model, "", config.max_decode_rows) if config.lmbda else None
         train, held_out, token_paths = _data(config, run, given, common)
         run.check_evaluates(held_out)
+        if teacher.served:
+            teacher.served.check(train.at(0))
         order = TextOrder(train, config.seed, config.data.shuffle, config.lmbda)
         distributed.check_same(order.fingerprint, "its texts differ from those of process 0")
         num_steps = config.max_steps
         if num_steps == -1:
             num_steps = math.ceil(config.num_train_epochs * train.number / layout.rows)
         # 3. The weights, and the position where an earlier command stopped.
-        training = run.begin(num_steps, order.fingerprint, teacher=teacher)
-        weights = _weights(training, teacher, frozen)
+        training = run.begin(num_steps, order.fingerprint, teacher=teacher.identity)
+        if teacher.decoder:
+            training = training.beside(teacher=teacher.load(training))
         # 4. Nothing can refuse the run any more.
         writer = training.committed()
         stack.callback(writer.close)
         if token_paths:
             tokenized.remove_others(directory.tokens(config), token_paths)
         # 5. Training, and its end.
-        loss = make_loss(run.decoder, frozen, config)
-        feed = TextFeed(config, layout, order, bind, weights)
+        loss = make_loss(run.decoder, teacher.decoder, config)
+        feed = TextFeed(config, layout, order, bind, teacher.served)
         if training.position:
             feed.set_state(training.position)
         evaluate = make_evaluate(loss, feed, held_out, run.weights) if held_out else None
@@ -95,163 +96,44 @@ def run(config: GKDConfig, given: Given = NOTHING_GIVEN) -> bool:
     return not outcome.stopped
 
 
-class TextLayout(NamedTuple):
-    """Division of the texts of a step into rows."""
+def make_loss(decoder: Decoder, teacher: Decoder | None, config: GKDConfig) -> step.LossFn:
+    """Returns the mean divergence of the compared tokens as a function of the parameters.
 
-    rows: int
-    """Rows of a step, over all processes."""
-    microbatches: int
-    buckets: tuple[int, ...]
-    """Row lengths, one compilation each."""
-    sharding: Sharding
-    eval_rows: int
-    """Rows of a batch of an evaluation, over all processes."""
-
-    def length(self, longest: int) -> int:
-        """Returns the tokens of rows whose longest in this process has so many."""
-        return bucket_length(distributed.max_over_processes(longest), self.buckets)
-
-    def share(self, rows: int) -> range:
-        """Returns the places of this process's rows among so many."""
-        size = rows // jax.process_count()
-        return range(jax.process_index() * size, (jax.process_index() + 1) * size)
-
-
-def make_layout(config: GKDConfig, compute: Compute) -> TextLayout:
-    """Returns how the texts of a step are divided; raises as `Compute.plan` does."""
-    plan = compute.plan
-    return TextLayout(
-        rows=plan.global_rows,
-        microbatches=plan.microbatches,
-        buckets=capped_buckets(config.data.length_buckets, config.max_seq_length),
-        sharding=compute.sharding,
-        eval_rows=compute.sharding.num_replicas * plan.device_rows,
-    )
-
-
-class TextFeed:
-    """Source of each step's rows; its state is the number of the next text."""
-
-    def __init__(
-        self,
-        config: GKDConfig,
-        layout: TextLayout,
-        order: TextOrder,
-        bind: Callable[[Params, int], ChatModel] | None,
-        teacher: Params,
-    ) -> None:
-        """Begins at the first text.
-
-        Args:
-            config: of the run.
-            layout: of a step.
-            order: the texts.
-            bind: parameters and their version -> the policy; None where it writes nothing.
-            teacher: the frozen parameters.
-        """
-        self.layout = layout
-        self._config = config
-        self._order = order
-        self._bind = bind
-        self._teacher = teacher
-        self._position = 0
-
-    @property
-    def samples_policy(self) -> bool:
-        """True if completions are sampled from the parameters that the step has changed."""
-        return self._bind is not None
-
-    def next(self, state: step.TrainState, pause: Callable[[float], None]) -> loop.StepInput:
-        """Returns the next rows, some of them with completions of the policy as it is now."""
-        layout = self.layout
-        places = [self._position + i for i in layout.share(layout.rows)]
-        texts = [self._order.at(place) for place in places]
-        start = time.perf_counter()
-        values: Metrics = {}
-        if self._bind:
-            policy = self._bind(state.whole, int(state.step))
-            texts, values = self._written(texts, places, policy)
-            values["perf/generate_secs"] = time.perf_counter() - start, 1
-        self._position += layout.rows
-        placed, num_tokens = self.placed(texts, layout.microbatches)
-        values["perf/real_token_frac"] = num_tokens, placed.batch.tokens.size
-        return loop.StepInput(placed, num_tokens, values)
-
-    def placed(
-        self, texts: Sequence[Continuation | None], microbatches: int
-    ) -> tuple[step.Beside, int]:
-        """Returns rows on the devices beside the teacher, and the policy's tokens in them."""
-        apart = self._config.teacher_reads == "lesson"
-        rows = continuations.collate(texts, apart, self.layout.length)
-        count = int(distributed.gather(np.asarray((rows.segment_ids > 0).sum())).sum())
-        batch = to_global(rows, self.layout.sharding, microbatches)
-        return step.Beside(batch, self._teacher), count
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position in the texts."""
-        return {"position": self._position, "fingerprint": self._order.fingerprint}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues after the texts that were trained on when `state` was taken."""
-        self._position = state["position"]
-
-    def get_reference(self) -> None:
-        """There is none: the teacher does not change, and is read where it lies."""
-
-    def _written(
-        self, texts: list[Continuation], places: list[int], policy: ChatModel
-    ) -> tuple[list[Continuation], Metrics]:
-        """Returns the texts, some with completions of the policy, and metrics of these."""
-        config = self._config
-        own = [i for i, place in enumerate(places) if self._order.is_own(place)]
-        requests = [
-            Request(
-                prompt_ids=texts[i].prompt_ids,
-                max_tokens=min(
-                    config.max_new_tokens, config.max_seq_length - texts[i].longest_prompt
-                ),
-                seed=int(np.random.SeedSequence((config.seed, places[i])).generate_state(1)[0]),
-            )
-            for i in own
-        ]
-        written = policy.generate(requests, Sampling(config.temperature))
-        texts = list(texts)
-        for i, (completion,) in zip(own, written, strict=True):
-            texts[i] = texts[i]._replace(token_ids=completion.token_ids)
-        found = [completion for (completion,) in written]
-        tokens = sum(c.num_tokens for c in found)
-        cut = sum(c.finish_reason == "length" for c in found)
-        return texts, metrics.sum_over_processes(
-            {
-                "distillation/own_frac": (len(found), len(texts)),
-                "rollout/completion_tokens": (tokens, len(found)),
-                "rollout/truncated_frac": (cut, len(found)),
-            }
-        )
-
-
-def make_loss(decoder: Decoder, teacher: Decoder, config: GKDConfig) -> step.LossFn:
-    """Returns the mean divergence of the compared tokens as a function of the parameters."""
+    Args:
+        decoder: the policy.
+        teacher: its parameters are the key `teacher` of the policy's; None where the batch has what
+            servers say of the teacher.
+        config: of the run.
+    """
+    own_size = decoder.config.vocab_size
     options = divergence.DivergenceOptions(
         head=logprobs.Head(decoder.sharding, config.loss_chunk_size, config.temperature),
         beta=config.beta,
-        num_tokens=min(decoder.config.vocab_size, teacher.config.vocab_size),
+        num_tokens=min(own_size, teacher.config.vocab_size if teacher else own_size),
     )
 
     def states(model: Decoder, params: Params, rows: Batch | TeacherBatch) -> jax.Array:
         return model.hidden(params, rows.tokens, rows.positions, rows.segment_ids, bounds=_ROWS)
 
-    def loss(params: Params, given: step.Beside) -> tuple[LossSum, Metrics]:
-        batch, frozen = given
-        hidden = states(decoder, params, batch)
-        theirs = states(teacher, frozen, batch.teacher or batch)
+    def side(params: Params, batch: TeacherBatch) -> divergence.TeacherSide | TopTokens:
+        if teacher is None:
+            assert batch.top is not None, "rows without scores"
+            return batch.top
+        frozen = params["teacher"]
+        hidden = states(teacher, frozen, batch.teacher or batch)
         if batch.sources is not None:
-            theirs = jnp.take_along_axis(theirs, batch.sources[..., None], axis=1)
-        table = decoder.output_table(params)
-        other = divergence.fitted(teacher.output_table(frozen), table.shape[0])
-        compared = logprobs.next_tokens(batch.loss_mask)
+            hidden = jnp.take_along_axis(hidden, batch.sources[..., None], axis=1)
+        height = decoder.output_table(params).shape[0]
+        table = divergence.fitted(teacher.output_table(frozen), height)
+        return divergence.TeacherSide(hidden, table)
+
+    def loss(params: Params, batch: TeacherBatch) -> tuple[LossSum, Metrics]:
         total, facts = divergence.masked_divergence(
-            hidden, table, divergence.TeacherSide(theirs, other), compared, options
+            states(decoder, params, batch),
+            decoder.output_table(params),
+            side(params, batch),
+            logprobs.next_tokens(batch.loss_mask),
+            options,
         )
         weight = jnp.sum(batch.loss_mask).astype(jnp.float32)
         return (total, weight), {
@@ -286,8 +168,8 @@ def make_evaluate(
         for first in range(0, held_out.number, layout.eval_rows):
             places = (first + i for i in layout.share(layout.eval_rows))
             texts = [held_out.at(i) if i < held_out.number else None for i in places]
-            placed, _ = feed.placed(texts, 1)
-            total = metrics.add(total, jax.device_get(eval_step(params, placed)))
+            batch = feed.placed(texts, 1).batch
+            total = metrics.add(total, jax.device_get(eval_step(params, batch)))
         means = metrics.means(total)
         return {
             "eval/loss": means["loss/total"],
@@ -297,14 +179,41 @@ def make_evaluate(
     return evaluate
 
 
-def open_teacher(config: GKDConfig, run: Run) -> Model | None:
-    """Opens the model whose distribution is learnt; None if it is what the run began with.
+class _Teacher(NamedTuple):
+    """The model whose distribution is learnt: in this process, or on servers."""
+
+    vocab_size: int
+    identity: str
+    """Name or digest that a run compares when it continues; empty for its own beginning."""
+    decoder: Decoder | None = None
+    """None for a teacher on servers."""
+    source: hf.Source | None = None
+    """None for the weights that the run began with."""
+    served: ServedTeacher | None = None
+
+    def load(self, training: Training) -> Params:
+        """Returns the parameters of a teacher in this process."""
+        assert self.decoder, "a teacher on servers has its parameters there"
+        return (
+            hf.load(self.source, self.decoder) if self.source else training.reference(self.decoder)
+        )
+
+
+def _open_teacher(config: GKDConfig, run: Run, stack: contextlib.ExitStack) -> _Teacher:
+    """Opens the teacher; its connections are closed with `stack`.
 
     Raises:
-        ValueError: if it cannot be opened, or is of another vocabulary.
+        ValueError: if it cannot be opened or asked, or is of another vocabulary.
     """
+    size = run.decoder.config.vocab_size
+    if config.servers_option:
+        from atlas_jax.recipes import served_teacher  # a teacher in this process needs no client
+
+        served = served_teacher.open_teacher(config, run.model, stack)
+        return _Teacher(vocab_size=size, identity=served.name, served=served)
     if not config.teacher:
-        return None
+        decoder = run.compute.frozen_decoder(run.decoder.config)
+        return _Teacher(vocab_size=size, identity="", decoder=decoder)
     teacher = open_frozen(run.compute, config.teacher)
     check_vocabularies(run.model, teacher)
     most = teacher.decoder.config.max_positions
@@ -313,7 +222,12 @@ def open_teacher(config: GKDConfig, run: Run) -> Model | None:
             f"max_seq_length={config.max_seq_length} is longer than the {most} positions of "
             f"teacher_model_name_or_path={config.teacher}; lower it"
         )
-    return teacher
+    return _Teacher(
+        vocab_size=teacher.decoder.config.vocab_size,
+        identity=hf.digest(teacher.source),
+        decoder=teacher.decoder,
+        source=teacher.source,
+    )
 
 
 def check_vocabularies(policy: Model, teacher: Model) -> None:
@@ -335,11 +249,6 @@ def check_vocabularies(policy: Model, teacher: Model) -> None:
         "the two distributions are not over the same tokens; take models of one family, or set "
         "tokenizer_name_or_path to a tokenizer that both were trained with"
     )
-
-
-def _weights(training: Training, teacher: Model | None, decoder: Decoder) -> Params:
-    """Returns the teacher's parameters: those of its files, or those that the run began with."""
-    return hf.load(teacher.source, decoder) if teacher else training.reference(decoder)
 
 
 class _TextData(NamedTuple):

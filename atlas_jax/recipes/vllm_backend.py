@@ -162,14 +162,19 @@ def check_loopback(config: GRPOConfig) -> None:
     Raises:
         ValueError: in every process, if processes on several hosts have a loopback address.
     """
-    hosts = sorted(set(distributed.gather_texts(socket.gethostname())))
     for role in ("teacher", "student"):
-        for url in addresses.split(getattr(config.rollout, f"{role}_servers")):
-            if len(hosts) > 1 and addresses.is_loopback(url):
-                raise ValueError(
-                    f"rollout.{role}_servers has {url}, which is another server on each of the "
-                    f"hosts {', '.join(hosts)}; name the host that it runs on"
-                )
+        check_same_servers(f"rollout.{role}_servers", getattr(config.rollout, f"{role}_servers"))
+
+
+def check_same_servers(option: str, urls: str) -> None:
+    """Checks that the addresses of an option mean the same servers; raises as `check_loopback`."""
+    hosts = sorted(set(distributed.gather_texts(socket.gethostname())))
+    for url in addresses.split(urls):
+        if len(hosts) > 1 and addresses.is_loopback(url):
+            raise ValueError(
+                f"{option} has {url}, which is another server on each of the hosts "
+                f"{', '.join(hosts)}; name the host that it runs on"
+            )
 
 
 def _open_policy(

@@ -31,6 +31,9 @@ Each runner refuses the other's processors, so a server that has started with on
 UNTRUNCATED_LOGPROBS = "processed_logprobs"
 """A mode of vLLM's own that is the same, on either runner, if neither top_p nor top_k cut."""
 
+PROMPT_LOGPROBS = ("raw_logprobs", "processed_logprobs")
+"""Modes in which prompts have log-probabilities, at temperature 1, and not logits."""
+
 WORKERS = "load_version.LoadVersion"
 """The extension of a server's workers, which reloads weights in place and computes checksums."""
 
@@ -59,6 +62,10 @@ class ServerStart(NamedTuple):
     """Backend of its weight transfer; "" for none."""
     whole_vocabulary: bool = True
     """True if its log-probabilities are of the whole vocabulary although top_p or top_k cut."""
+    logprobs_mode: str = ""
+    """Kind of its log-probabilities, of completions and of prompts."""
+    max_logprobs: int = 0
+    """Largest number of tokens that it names at a position; -1 is no limit."""
 
 
 def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
@@ -82,27 +89,8 @@ def check_start(url: str, info: Any, model: Any) -> ServerStart:
     Raises:
         ValueError: if the reply is incomplete, or an option is not the one that GRPO needs.
     """
-    try:
-        config = info["vllm_config"]
-        workers = config["parallel_config"]["worker_extension_cls"]
-        mode = config["model_config"]["logprobs_mode"]
-        processors = config["model_config"]["logits_processors"] or []
-        quantized = config["model_config"]["quantization"] is not None
-        start = ServerStart(
-            root=str(model["root"]),
-            max_model_len=int(model["max_model_len"]),
-            block_size=int(config["cache_config"]["block_size"]),
-            max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
-            dtype="" if quantized else str(config["model_config"]["dtype"]).removeprefix("torch."),
-            device=str(config["device_config"]["device"]),
-            policy=str(config["scheduler_config"]["policy"]),
-            transfer=str((config.get("weight_transfer_config") or {}).get("backend", "")),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"the server {url} does not describe itself as vLLM {' or '.join(KNOWN_VERSIONS)} does "
-            f"({type(error).__name__}: {error}); start it with python -m atlas_jax.serve"
-        ) from None
+    start, workers, processors = _read(url, info, model)
+    mode = start.logprobs_mode
     whole = mode == LOGPROBS[0] and any(p in processors for p in (LOGPROBS[1], V2_PROCESSOR))
     if not whole and (mode != UNTRUNCATED_LOGPROBS or processors):
         raise ValueError(
@@ -116,6 +104,57 @@ def check_start(url: str, info: Any, model: Any) -> ServerStart:
             "which reloads weights; start it with python -m atlas_jax.serve"
         )
     return start._replace(whole_vocabulary=whole)
+
+
+def check_scores(url: str, info: Any, model: Any, num_tokens: int) -> ServerStart:
+    """Returns the options of a server's start, checked for scoring the tokens of prompts.
+
+    Args:
+        url: as in `check_start`, as the next two are.
+        info: the reply to `/server_info?config_format=json`.
+        model: the only entry of the reply to `/v1/models`.
+        num_tokens: tokens that it is to name at each position.
+
+    Raises:
+        ValueError: if the reply is incomplete, or if it names fewer tokens or no log-probabilities.
+    """
+    start, _, _ = _read(url, info, model)
+    mode, most = start.logprobs_mode, start.max_logprobs
+    if mode not in PROMPT_LOGPROBS or 0 <= most < num_tokens:
+        raise ValueError(
+            f"the teacher server {url} runs with --logprobs-mode {mode} and --max-logprobs {most}, "
+            f"and scoring.top_tokens={num_tokens} needs log-probabilities of as many tokens of a "
+            "prompt; start it with python -m atlas_jax.serve … --logprobs-mode "
+            f"{PROMPT_LOGPROBS[0]} --max-logprobs {num_tokens}"
+        )
+    return start
+
+
+def _read(url: str, info: Any, model: Any) -> tuple[ServerStart, str, list[str]]:
+    """Returns the options of a server's start, its worker extension and its logits processors."""
+    try:
+        config = info["vllm_config"]
+        workers = config["parallel_config"]["worker_extension_cls"]
+        processors = config["model_config"]["logits_processors"] or []
+        quantized = config["model_config"]["quantization"] is not None
+        start = ServerStart(
+            root=str(model["root"]),
+            max_model_len=int(model["max_model_len"]),
+            block_size=int(config["cache_config"]["block_size"]),
+            max_num_seqs=int(config["scheduler_config"]["max_num_seqs"]),
+            dtype="" if quantized else str(config["model_config"]["dtype"]).removeprefix("torch."),
+            device=str(config["device_config"]["device"]),
+            policy=str(config["scheduler_config"]["policy"]),
+            transfer=str((config.get("weight_transfer_config") or {}).get("backend", "")),
+            logprobs_mode=str(config["model_config"]["logprobs_mode"]),
+            max_logprobs=int(config["model_config"].get("max_logprobs", 0)),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the server {url} does not describe itself as vLLM {' or '.join(KNOWN_VERSIONS)} does "
+            f"({type(error).__name__}: {error}); start it with python -m atlas_jax.serve"
+        ) from None
+    return start, workers, processors
 
 
 def check_transfer(url: str, start: ServerStart) -> None:

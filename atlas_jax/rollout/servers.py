@@ -130,7 +130,12 @@ class ServerPool:
     """The servers of one role. Methods may be called from any thread, coroutines from its own."""
 
     def __init__(
-        self, role: str, urls: Sequence[str], options: PoolOptions, api_key: str = ""
+        self,
+        role: str,
+        urls: Sequence[str],
+        options: PoolOptions,
+        api_key: str = "",
+        read_start: Callable[[str, Any, Any], capabilities.ServerStart] = capabilities.check_start,
     ) -> None:
         """Starts the thread that talks to the servers; `open` sends the first requests.
 
@@ -139,8 +144,11 @@ class ServerPool:
             urls: the addresses of the servers.
             options: the limits of requests.
             api_key: the key for every request; "" for none.
+            read_start: reads and checks the options of a server's start, as
+                `capabilities.check_start` does for GRPO.
         """
         self.role = role
+        self._read_start = read_start
         self.options = options
         self.label: str | None = None
         """Label of the weights that all servers must have; None if no weights are pushed."""
@@ -167,7 +175,7 @@ class ServerPool:
         """Event that is cleared during a push.
 
         While it is cleared no request is sent, and `Server.versions` is not up to date."""
-        self.servers: list[Server] = self._submit(self._connect(urls, api_key)).result()
+        self.servers: list[Server] = self.begin(self._connect(urls, api_key)).result()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Returns the result of a coroutine that runs in the pool's thread.
@@ -179,7 +187,10 @@ class ServerPool:
             StopRequestedError: as soon as the run is asked to stop.
             DependencyError: if the pool is closed before the coroutine is done.
         """
-        future = self._submit(coroutine)
+        return self.result(self.begin(coroutine))
+
+    def result(self, future: concurrent.futures.Future[T]) -> T:
+        """Returns the result of what `begin` has begun, with the errors of `run`."""
         try:
             with progress.waiting(self.options.request_timeout_secs):
                 return stopping.result(future)
@@ -194,7 +205,7 @@ class ServerPool:
         """
         with progress.waiting(self.options.request_timeout_secs):
             try:
-                return await asyncio.wrap_future(self._submit(coroutine))
+                return await asyncio.wrap_future(self.begin(coroutine))
             except asyncio.CancelledError:
                 if is_cancelled():
                     raise
@@ -209,9 +220,14 @@ class ServerPool:
         async def once() -> None:
             function()
 
-        self._submit(once()).result()
+        self.begin(once()).result()
 
-    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Starts a coroutine in the pool's thread and returns at once.
+
+        Raises:
+            DependencyError: if the pool is closed.
+        """
         with self._lock:
             if self._closed:
                 coroutine.close()
@@ -249,7 +265,7 @@ class ServerPool:
                 the server has the wrong model.
 
         Raises:
-            ValueError: if no server can be reached, or one does not meet GRPO's needs.
+            ValueError: if no server can be reached, or one does not meet the run's needs.
         """
         self._check = check or _accept
         self.run(self._open())
@@ -286,7 +302,7 @@ class ServerPool:
 
         Raises:
             ServerError: if the server does not answer.
-            ValueError: if it does not meet GRPO's needs.
+            ValueError: if it does not meet the run's needs.
         """
         get = server.control.get
         try:
@@ -304,7 +320,7 @@ class ServerPool:
                 f"{server.url} does not answer as a vLLM server ({type(error).__name__}: {error}); "
                 "start it with python -m atlas_jax.serve"
             ) from None
-        start = capabilities.check_start(server.url, info, model)
+        start = self._read_start(server.url, info, model)
         self._check(server.url, start)
         if self._is_open:
             self._check_fits(server, start)

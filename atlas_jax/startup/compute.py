@@ -155,7 +155,7 @@ class Compute:
             decoder.sharding,
             num_updates=self.config.updates_per_step,
             seed=self.config.seed,
-            dropout=None if decoder.lora is None else decoder.lora.dropout > 0,
+            dropout=decoder.lora is not None and decoder.lora.dropout > 0,
             num_parts=self.config.updates_per_pass,
         )
 

@@ -13,7 +13,7 @@ import pytest
 
 from atlas_jax.rollout import record
 from atlas_jax.types import Completion, Question, Sample
-from tests import processes, words
+from tests import http_faults, processes, stand_in, words
 
 STEPS = 6
 NAMES = (*(f"q{i}" for i in range(8)), "answer", "hint", "plan")
@@ -169,9 +169,55 @@ def test_a_student_learns_what_it_says_with_lessons(inputs, tmp_path):
     assert metrics(tmp_path) == before
 
 
+def without_load(output):
+    """Metrics without those of the servers' load, which is that of a moment."""
+    return [{k: v for k, v in line.items() if not k.startswith("rollout/teacher_")}
+            for line in metrics(output)]  # fmt: skip
+
+
+SERVED = ("temperature=1", "max_steps=4", "data.shuffle=false")
+
+
+def test_a_teacher_on_a_server_teaches_as_one_here(inputs, tmp_path):
+    """It names all tokens, so that nothing is joined."""
+    train(inputs, tmp_path / "here", *(f"--config.{option}" for option in SERVED))
+    size = len(TOKENIZER)
+    server = stand_in.started(str(inputs / "teacher"), tmp_path, 1, "--num-scores", str(size))
+    with server as [(url, _)]:
+        options = (*SERVED, f"scoring.servers={url}", f"scoring.top_tokens={size}")
+        flags = [f"--config.{option}" for option in options]
+        run = tmp_path / "there"
+        train(inputs, run, *flags)
+        for ours, theirs in zip(metrics(run), metrics(tmp_path / "here"), strict=True):
+            assert theirs.keys() <= ours.keys()
+            for name in ("loss/total", "optim/grad_norm", "policy/entropy", "eval/loss"):
+                if name in theirs:
+                    np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3)
+        before = without_load(run)
+        assert all(line.get("distillation/failed_frac", 0) == 0 for line in before)
+        assert json.loads((run / "start.json").read_text())["teacher"] == str(inputs / "teacher")
+        # Continued, it asks for the same texts and trains the same.
+        shutil.rmtree(run / "checkpoints" / "4")
+        train(inputs, run, *flags)
+        assert without_load(run) == before
+        # Without the server it stops, and what was trained is there.
+        http_faults.set_faults(url, [{"do": "status", "status": 500}])
+        shutil.rmtree(run / "checkpoints" / "4")
+        lost = subprocess.run(
+            **command(inputs, run, *flags), capture_output=True, text=True, check=False
+        )
+    assert lost.returncode == 1
+    assert "cannot use the teacher server" in lost.stderr
+    assert (run / "checkpoints" / "2").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
+        (["scoring.servers=http://127.0.0.1:9"],
+         "temperature=0.9 with scoring.servers, whose probabilities are at temperature 1"),
+        (["scoring.servers=http://127.0.0.1:9", "temperature=1"],
+         "cannot use the teacher server http://127.0.0.1:9"),
         (["teacher_model_name_or_path={inputs}/other"],
          "another vocabulary than model_name_or_path: 2 of its tokens or ids differ, such as 'pl"),
         (["teacher_reads=lesson"], "is no sample of a GRPO run with a student: it has no ground"),

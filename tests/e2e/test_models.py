@@ -57,7 +57,7 @@ def compiled(compute, decoder, state, rows):
 
         optimizer = compute.optimizer(decoder, 1)
         train = compute.train_step(with_logits, decoder, optimizer)
-        PROGRAMS[key] = train.whole.lower(state, rows).compile(compiler_options=QUICK)
+        PROGRAMS[key] = train.whole.lower(state, rows, None).compile(compiler_options=QUICK)
     return PROGRAMS[key]
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.special
 
-from atlas_jax import step
 from atlas_jax.config import GKDConfig
 from atlas_jax.recipes import gkd
 from atlas_jax.rollout import continuations, record
@@ -103,7 +102,8 @@ def test_the_loss_of_rows_laid_out_differently_is_that_of_each_text_alone(tmp_pa
     texts = TEXTS + [None] * 5
     batch = continuations.collate(texts, True, lambda longest: longest + 2)
     batch = jax.tree.map(jnp.asarray, batch)
-    (total, weight), _ = gkd.make_loss(decoder, decoder, config)(params, step.Beside(batch, params))
+    both = params | {"teacher": params}
+    (total, weight), _ = gkd.make_loss(decoder, decoder, config)(both, batch)
     expected = sum(alone(decoder, params, text, config) for text in TEXTS)
     assert weight == 6
     np.testing.assert_allclose(total, expected, rtol=1e-5)
