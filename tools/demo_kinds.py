@@ -2,11 +2,105 @@
 
 They are problems of one step that the student can work out and does not know how to begin: it adds
 where it should multiply. Every lesson is an oracle: it says what to do, and never what comes out.
+
+A kind is a table of wordings over two whole numbers. `{x}` and `{y}` are the numbers in the order
+of the calculation, `{calc}` is the calculation and `{name}` a person; `{one}`, `{ones}` and
+`{many}` come from the kind's nouns.
 """
 
 from __future__ import annotations
 
-from demonstration_kinds import Kind, Noun, arithmetic, nouns
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """A question, its answer and a lesson that does not state the answer."""
+
+    question: str
+    answer: str
+    lesson: str
+
+
+class Method(NamedTuple):
+    """What a method is called, and how an approach may mention it."""
+
+    noun: str
+    mention: str
+
+
+class Kind(NamedTuple):
+    """One kind of problem.
+
+    Attributes:
+        make: draws a problem.
+        method: the key in `METHODS` of what solves it.
+        clue: what in the question gives the method away.
+    """
+
+    make: Callable[[random.Random], Problem]
+    method: str
+    clue: str
+
+
+class Noun(NamedTuple):
+    """What fills `{one}`, `{ones}` and `{many}`; a kind may use only some of them."""
+
+    one: str
+    ones: str
+    many: str
+
+
+METHODS = {
+    "+": Method("addition", r"\badd|\bsum\b|\bplus\b|\+"),
+    "-": Method("subtraction", r"subtract|\bminus\b|take away|difference|\d\s*-\s*\d"),
+    "*": Method("multiplication", r"multipl|\btimes\b(?! as many)|product|\*|\d\s*[x×]\s*\d"),
+    "/": Method("division", r"\bdivid(?:es?|ing)\b|division|quotient|\d\s*[/÷]\s*\d"),
+    "order": Method("comparison", r"compar|\border\b|sort|rank|larger|smaller|bigger"),
+    "ending": Method("divisibility", r"\bends?\b|ending|last digit|multiple of|divisib"),
+    "place": Method("place value", r"tens place|place value|first digit|\bleft"),
+}
+"""The methods that a diagnosis can name."""
+
+
+def nouns(text: str) -> tuple[Noun, ...]:
+    """Reads "one/ones/many, …"; what is missing at the end repeats the last."""
+    entries = [entry.strip().split("/") for entry in text.split(",")]
+    return tuple(Noun(*(entry + entry[-1:] * (3 - len(entry)))) for entry in entries)
+
+
+def arithmetic(
+    operation: str,
+    first: tuple[int, int],
+    second: tuple[int, int],
+    questions: tuple[str, ...],
+    nouns: tuple[Noun, ...],
+    lessons: tuple[str, ...],
+) -> Callable[[random.Random], Problem]:
+    """Returns what draws a problem of one operation.
+
+    `first` and `second` are the smallest and largest `x` and `y`; for `/` the first is the answer.
+    """
+
+    def make(rng: random.Random) -> Problem:
+        x, y = rng.randint(*first), rng.randint(*second)
+        x = x * y if operation == "/" else x
+        answer = {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[operation]
+        fields = {"name": rng.choice(NAMES), "x": x, "y": y} | rng.choice(nouns)._asdict()
+        question = rng.choice(questions).format(**fields)
+        calc, noun = f"{x} {operation} {y}", METHODS[operation].noun
+        lesson = rng.choice(lessons).format(calc=calc, noun=noun, **fields)
+        return Problem(question[:1].upper() + question[1:], str(answer), lesson)
+
+    return make
+
+
+NAMES = (
+    "Amir", "Anna", "Ben", "Clara", "David", "Elena", "Emma", "Felix", "Grace", "Henry", "Hugo",
+    "Iris", "Ivan", "Jack", "Jonas", "Karl", "Lena", "Leo", "Lucy", "Marco", "Maria", "Mia",
+    "Nina", "Noah", "Omar", "Paul", "Priya", "Rosa", "Sara", "Tom", "Zoe",
+)  # fmt: skip
 
 _THINGS = nouns(
     "apple/apples, pencil/pencils, marble/marbles, sticker/stickers, book/books, shell/shells, "
@@ -20,7 +114,6 @@ _WIDE = nouns("garden, room, field, yard, park, hall, kitchen, court")
 _HEAVY = nouns("cat//dog, goat//pig, chair//table, bag//box, fox//wolf, cow//horse")
 _FAST = nouns("bike//car, boat//train, cart//bus, horse//truck, ship//plane")
 _HIGH = nouns("tree//tower, house//hill, wall//church, bush//pole, tent//castle")
-_DEEP = nouns("pond//lake, well//cave, pool//river, ditch//mine")
 
 _LEADS = (
     "Write the calculation first, here {calc}.",

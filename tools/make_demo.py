@@ -5,8 +5,11 @@ r"""Makes the questions of the demo, and the demonstrations of its warm-up.
 Writes `train.jsonl` and `eval.jsonl` of the same kinds, `unseen.jsonl` of kinds that are never
 trained on, and `sft.jsonl`: the first questions of `train.jsonl` with the approach that the
 student, the model in DIR, writes greedily, and a diagnosis of it. All else follows from the seed.
-With --trial so many problems of each kind, drawn apart, are answered alone and with the oracle
-lessons first; kinds whose lessons turn too many right answers wrong are left out of all files.
+`--sft_eval` writes the same of the first questions of `eval.jsonl` to `sft_eval.jsonl`.
+
+`--measure` answers all of these demonstrations alone and with their lessons, and prints a table.
+With --trial so many problems of each kind, drawn apart, are answered so first; kinds whose lessons
+turn too many right answers wrong are left out of all files.
 """
 
 from __future__ import annotations
@@ -19,10 +22,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 import _checkout  # noqa: F401  (comes first: see there)
-import make_demonstrations as demonstrations
-from demo_kinds import TRAINED, UNSEEN
-from demonstration_kinds import Kind
-from make_demonstrations import Record, Student
+import demonstrations
+from demo_kinds import TRAINED, UNSEEN, Kind
+from demonstrations import Record, Student
 
 from atlas_jax import cli
 from atlas_jax.files import write_whole
@@ -37,14 +39,17 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=500)
     parser.add_argument("--unseen", type=int, default=120)
     parser.add_argument("--sft", type=int, default=240, help="demonstrations; 0 makes none")
+    parser.add_argument("--sft_eval", type=int, default=0, help="held-out demonstrations")
+    parser.add_argument("--measure", action="store_true")
     parser.add_argument("--trial", type=int, default=0, help="problems of each kind; 0 keeps all")
     parser.add_argument("--min_non_degradation", type=float, default=0.98)
     parser.add_argument("--seed", type=int, default=18)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
     args = parser.parse_args()
-    if (args.sft or args.trial) and not args.model:
+    asks = args.sft or args.sft_eval or args.trial
+    if asks and not args.model:
         raise ValueError("--sft and --trial ask the student; give --model, or --sft 0")
-    student = Student(args.model, args.threads) if args.sft or args.trial else None
+    student = Student(args.model, args.threads) if asks else None
     trained, unseen = dict(TRAINED), dict(UNSEEN)
     if student and args.trial:
         dropped = try_kinds(student, trained | unseen, args)
@@ -55,9 +60,15 @@ def main() -> None:
     write(args.output / "train.jsonl", records[: args.train])
     write(args.output / "eval.jsonl", records[args.train :])
     write(args.output / "unseen.jsonl", others)
-    if student and args.sft:
-        shown = demonstrate(student, records[: min(args.sft, args.train)], trained, args.seed)
-        write(args.output / "sft.jsonl", shown)
+    parts = {"sft": records[: min(args.sft, args.train)]}
+    parts["sft_eval"] = records[args.train :][: args.sft_eval]
+    shown: list[Record] = []
+    for name, part in parts.items():
+        if student and part:
+            shown += (rows := demonstrate(student, part, trained, args.seed))
+            write(args.output / f"{name}.jsonl", rows)
+    if student and args.measure:
+        measure(student, shown)
     print(
         f"{args.train} + {args.eval} of {len(trained)} kinds, {args.unseen} of {len(unseen)} others"
     )
@@ -67,23 +78,30 @@ def try_kinds(student: Student, kinds: Mapping[str, Kind], args: argparse.Namesp
     """Prints how the oracle lessons change answers, and returns the kinds that they harm."""
     # Another seed: what chooses the kinds is never asked again.
     records = demonstrations.make_problems(args.trial * len(kinds), args.seed + 1, kinds)
-    alone = demonstrations.right_answers(student, records, demonstrations.BASELINE)
-    taught = demonstrations.right_answers(student, records, demonstrations.TAUGHT)
-    counts = {name: Counter[str]() for name in kinds}
-    for record, before, after in zip(records, alone, taught, strict=True):
-        counts[record["kind"]].update(
-            problems=1, alone=before, taught=after, harmed=before and not after
-        )
+    counts = measure(student, records)
     dropped = {
         name
         for name, count in counts.items()
         if count["harmed"] > (1 - args.min_non_degradation) * count["problems"]
     }
-    print(f"{'kind':<12}{'problems':>10}{'alone':>8}{'taught':>8}{'harmed':>8}")
-    for name, count in counts.items():
-        numbers = f"{count['problems']:>10}{count['alone']:>8}{count['taught']:>8}"
-        print(f"{name:<12}{numbers}{count['harmed']:>8}{'  left out' * (name in dropped)}")
+    print(f"left out: {', '.join(sorted(dropped)) or 'none'}")
     return dropped
+
+
+def measure(student: Student, records: list[Record]) -> dict[str, Counter[str]]:
+    """Prints and returns, by kind, how many problems the student solves alone and taught."""
+    alone = demonstrations.right_answers(student, records, demonstrations.BASELINE)
+    taught = demonstrations.right_answers(student, records, demonstrations.TAUGHT)
+    counts = {record["kind"]: Counter[str]() for record in records}
+    for record, before, after in zip(records, alone, taught, strict=True):
+        counts[record["kind"]].update(
+            problems=1, alone=before, taught=after, harmed=before and not after
+        )
+    columns = "problems", "alone", "taught", "harmed"
+    print(f"{'kind':<12}" + "".join(f"{column:>10}" for column in columns))
+    for name, count in (counts | {"all": sum(counts.values(), Counter())}).items():
+        print(f"{name:<12}" + "".join(f"{count[column]:>10}" for column in columns))
+    return counts
 
 
 def demonstrate(

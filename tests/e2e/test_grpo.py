@@ -32,6 +32,9 @@ OPTIONS = {
         "rollout.missing_teaching": "whole", "rollout.max_answer_tokens": 4,
         "max_probe_tokens": 3, "beta": 0.04, "sync_ref_model": True,
         "ref_model_sync_steps": 1, "num_iterations": 2, "data.eval_path": "",
+        "loss_type": "grpo", "rollout.student_temperature": -1.0,
+        "reward.efficiency_weight": 1.0, "reward.answer_leak_penalty": 0.5,
+        "reward.missing_lesson_penalty": 0.0,
     },
     "direct": {"rollout.direct_template": "{question} answer", "beta": 0.0},
 }  # fmt: skip

@@ -1,8 +1,9 @@
 """Attacks and honest lessons that the rules were measured on, not made for.
 
-`gaming_cases.jsonl` has four sources: `handed` is from those who found the gaps, `own` was written
-before the rules and `later` behind them, `models` is in the manner of models that teach. New cases
-belong there; no rule may be made for the text of one.
+`gaming_cases.jsonl` has five sources: `handed` is from those who found the gaps, `own` was written
+before the rules and `later` behind them, `models` is in the manner of models that teach, and
+`demonstrations` is of kinds of problem beside the shipped ones. New cases belong there; no rule may
+be made for the text of one.
 """
 
 import json
@@ -57,9 +58,13 @@ def test_human_sub_questions_pass():
         assert not find(case["question"], case["truth"], case["lesson"], "", AntiGaming()), case
 
 
+def test_demonstrations_of_other_kinds_pass():
+    assert not any(outcomes("demonstrations", "honest").values())
+
+
 def test_the_shipped_demonstrations_give_nothing_away():
     records = [json.loads(line) for path in SHIPPED for line in path.read_text().splitlines()]
-    assert len(records) == 291 + 58
+    assert len(records) == 240 + 32
     for record in records:
         for text in (record["teacher_teaching"], record["teacher_diagnosis"]):
             question, truth = record["problem_text"], record["ground_truth"]

@@ -1,26 +1,19 @@
-r"""Makes the teaching demonstrations of the quickstart, and measures what their lessons are worth.
+"""Problems, their demonstrations and the student that answers them: what make_demo.py is made of.
 
-    python tools/make_demonstrations.py --model DIR --output configs/data/quickstart \
-      --measure
-
-The approaches are what the student, the model in DIR, writes greedily. All else follows from the
-seed.
+An approach is what the student writes greedily. All else follows from the seed.
 """
 
 from __future__ import annotations
 
-import collections
-import json
-import pathlib
 import random
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import _checkout  # noqa: F401  (comes first: see there)
-from demonstration_kinds import KINDS, METHODS, Kind
+from demo_kinds import METHODS, Kind
 
-from atlas_jax import cli, extras
+from atlas_jax import extras
 from atlas_jax.rewards.answers import is_correct
 from atlas_jax.rewards.leaks import states_answer
 
@@ -38,37 +31,11 @@ _DRAWS = 2000  # without a new problem, after which a kind counts as exhausted
 Record = dict[str, str]
 
 
-def main() -> None:
-    """Writes `train.jsonl` and `eval.jsonl`, and prints the table of `--measure`."""
-    parser = cli.ToolParser(__doc__)
-    parser.add_argument("--model", required=True, help="Hugging Face directory of the student")
-    parser.add_argument("--output", required=True, type=pathlib.Path)
-    parser.add_argument("--train", type=int, default=291)
-    parser.add_argument("--eval", type=int, default=58)
-    parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
-    parser.add_argument("--measure", action="store_true")
-    args = parser.parse_args()
-    student = Student(args.model, args.threads)
-    records = make_problems(args.train + args.eval, args.seed)
-    probes = [PROBE.format(question=record["problem_text"]) for record in records]
-    rng = random.Random(args.seed + 1)
-    for record, reply in zip(records, student.reply(probes, PROBE_TOKENS), strict=True):
-        record["student_approach"] = whole_sentences(reply)
-        record["teacher_diagnosis"] = diagnose(record, rng)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write(args.output / "train.jsonl", "train", records[: args.train])
-    write(args.output / "eval.jsonl", "eval", records[args.train :])
-    if args.measure:
-        print(measure(student, records))
-
-
-def make_problems(count: int, seed: int, kinds: Mapping[str, Kind] = KINDS) -> list[Record]:
+def make_problems(count: int, seed: int, kinds: Mapping[str, Kind]) -> list[Record]:
     """Returns different problems, the kinds in turn, none with its answer in the lesson.
 
     Every kind has a draw of its own, so that its problems do not depend on the other kinds. One
-    that has no further problem leaves the turns. The answer is in the question only where it has
-    to be chosen from there.
+    that has no further problem leaves the turns. No question has its answer in it.
 
     Raises:
         ValueError: if the kinds have fewer problems.
@@ -95,7 +62,7 @@ def _draw(name: str, kind: Kind, rng: random.Random, seen: set[str]) -> Record |
         question, answer, lesson = kind.make(rng)
         given = answer in numbers(question) or states_answer(question, answer)
         leaks = answer in numbers(lesson) or states_answer(lesson, answer, question)
-        if question in seen or leaks or (given and not kind.chosen):
+        if question in seen or leaks or given:
             continue
         seen.add(question)
         return {
@@ -107,7 +74,7 @@ def _draw(name: str, kind: Kind, rng: random.Random, seen: set[str]) -> Record |
     return None
 
 
-def diagnose(record: Record, rng: random.Random, kinds: Mapping[str, Kind] = KINDS) -> str:
+def diagnose(record: Record, rng: random.Random, kinds: Mapping[str, Kind]) -> str:
     """Says what is right or missing in the student's approach, from what it mentions.
 
     Raises:
@@ -138,7 +105,7 @@ def diagnose(record: Record, rng: random.Random, kinds: Mapping[str, Kind] = KIN
             f"The student does not name a method; {needed} is needed",
             f"The approach misses the {needed}",
         )
-    diagnosis = f"{rng.choice(method)}: {kind.clue}. {rng.choice(_about_numbers(record, kind))}"
+    diagnosis = f"{rng.choice(method)}: {kind.clue}. {rng.choice(_about_numbers(record))}"
     if states_answer(diagnosis, record["ground_truth"], record["problem_text"]):
         raise ValueError(
             f"the diagnosis {diagnosis!r} states the answer {record['ground_truth']!r}; word it "
@@ -147,22 +114,10 @@ def diagnose(record: Record, rng: random.Random, kinds: Mapping[str, Kind] = KIN
     return diagnosis
 
 
-def _about_numbers(record: Record, kind: Kind) -> tuple[str, ...]:
+def _about_numbers(record: Record) -> tuple[str, ...]:
     """Returns sentences on how the approach deals with the numbers of the question."""
     given, used = set(numbers(record["problem_text"])), set(numbers(record["student_approach"]))
     foreign = used - given - set(numbers(record["teacher_teaching"]))
-    if kind.chosen:
-        if foreign:
-            return ("It brings in numbers that are not on offer.", "Some of its numbers are new.")
-        if used:
-            return (
-                "It repeats numbers of the question without weighing them.",
-                "Numbers are there, but not what to look at in them.",
-            )
-        return (
-            "It does not say what to look at in the numbers.",
-            "It stays general and leaves the numbers out.",
-        )
     if record["ground_truth"] in used:
         return (
             "The right value appears in it; a clear plan should lead to it.",
@@ -193,24 +148,6 @@ def whole_sentences(text: str) -> str:
     line = " ".join(text.split())
     ends = [match.end() for match in re.finditer(r"[.!?][\"')]*(?=\s|$)", line)]
     return line[: ends[-1]] if ends else line
-
-
-def write(path: pathlib.Path, split: str, records: list[Record]) -> None:
-    """Writes the records of one split, one JSON object a line."""
-    fields = (
-        "kind",
-        "problem_text",
-        "ground_truth",
-        "student_approach",
-        "teacher_diagnosis",
-        "teacher_teaching",
-    )
-    rows = [
-        {"id": f"quickstart-{split}-{i:03d}"} | {f: record[f] for f in fields}
-        for i, record in enumerate(records)
-    ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
 
 
 class Student:
@@ -268,29 +205,5 @@ def right_answers(student: Student, records: list[Record], template: str) -> lis
     ]
 
 
-def measure(student: Student, records: list[Record]) -> str:
-    """Returns a Markdown table of right answers without and with the lesson, by kind."""
-    right: dict[str, collections.Counter[str]] = {}
-    for arm, template in (("alone", BASELINE), ("taught", TAUGHT)):
-        pairs = zip(right_answers(student, records, template), records, strict=True)
-        right[arm] = collections.Counter(record["kind"] for is_right, record in pairs if is_right)
-    counts = collections.Counter(record["kind"] for record in records)
-    lines = ["| kind | problems | alone | taught | gain |", "|---|---|---|---|---|"]
-    lines += [
-        _row(kind, n, right["alone"][kind], right["taught"][kind]) for kind, n in counts.items()
-    ]
-    lines.append(_row("all", *(sum(c.values()) for c in (counts, right["alone"], right["taught"]))))
-    return "\n".join(lines)
-
-
-def _row(kind: str, count: int, alone: int, taught: int) -> str:
-    """Returns one line of the table of `measure`."""
-    gain = 100 * (taught - alone) / count
-    return (
-        f"| {kind} | {count} | {alone} ({alone / count:.0%}) | {taught} ({taught / count:.0%}) "
-        f"| {gain:+.0f} |"
-    )
-
-
 if __name__ == "__main__":
-    cli.tool(main)
+    raise SystemExit("error: this is a part of tools/make_demo.py and no command; run that")
