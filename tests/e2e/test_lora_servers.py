@@ -130,14 +130,14 @@ def test_a_server_writes_what_the_trainer_writes_with_the_factors(inputs, way, t
     # Two versions, so that the second one must take the place of the first.
     versions = [served.adapted(base, LORA, seed) for seed in (1, 2)]
     texts = set()
-    with served.connected(
-        versions[0], [server.url], tmp_path, dtype="float32", lora=lora
-    ) as found:
+    with served.connected(versions[0], [server.url], tmp_path, dtype="float32", lora=lora) as found:
         for version, ours in enumerate(versions, start=51):
             values = found.sync.push(ours.params, version)
             assert values["sync/probe_diff"][0] < 1e-4
             theirs = found.engine.generate(REQUESTS, GREEDY)
-            for (completion,), (wanted,) in zip(theirs, ours.generate(REQUESTS, GREEDY), strict=True):
+            for (completion,), (wanted,) in zip(
+                theirs, ours.generate(REQUESTS, GREEDY), strict=True
+            ):
                 assert completion.token_ids == wanted.token_ids
                 assert completion.weights_version == version
                 np.testing.assert_allclose(

@@ -1,6 +1,7 @@
 """LoRA adapters alone, at stand-ins of servers: who has which, and what a fault costs."""
 
 import contextlib
+import dataclasses
 import json
 import threading
 import time
@@ -106,7 +107,7 @@ def test_completions_in_flight_go_on_with_the_new_factors(link, one, two):
         before = len(asked(server))
         written = []
         requests = [Request((5, 6, 7 + i), 60, seed=i) for i in range(2)]
-        endless = found.engine.__class__(**(vars(found.engine) | {"stop_ids": ()}))
+        endless = dataclasses.replace(found.engine, stop_ids=())
         ask = threading.Thread(
             target=lambda: written.extend(endless.generate(requests, served.SAMPLING))
         )
@@ -143,7 +144,7 @@ def test_a_run_that_continues_takes_its_name_at_servers_that_know_it(link, one, 
             values = again.sync.push(two.params, 1)
             assert values["sync/servers"] == (1, 1)
             check_written(two, texts(again), 1)
-        assert [number for _, how in told(server) for number in [how["number"]]] == [1, 2]
+        assert [how["number"] for _, how in told(server)] == [1, 2]
 
 
 @pytest.mark.parametrize(
