@@ -1,4 +1,4 @@
-"""GRPO with LoRA and real vLLM servers: both ways of the weights, a kill, and the adapter it leaves.
+"""GRPO with LoRA and real vLLM servers: both ways of the weights, a kill, and what it leaves.
 
 The matrices with the factors added go to the tests' own server, the adapter alone to a second one,
 which is started with the `final/` of a run as one more adapter.
@@ -134,10 +134,9 @@ def test_a_server_writes_what_the_trainer_writes_with_the_factors(inputs, way, t
         for version, ours in enumerate(versions, start=51):
             values = found.sync.push(ours.params, version)
             assert values["sync/probe_diff"][0] < 1e-4
-            theirs = found.engine.generate(REQUESTS, GREEDY)
-            for (completion,), (wanted,) in zip(
-                theirs, ours.generate(REQUESTS, GREEDY), strict=True
-            ):
+            written = found.engine.generate(REQUESTS, GREEDY)
+            expected = ours.generate(REQUESTS, GREEDY)
+            for (completion,), (wanted,) in zip(written, expected, strict=True):
                 assert completion.token_ids == wanted.token_ids
                 assert completion.weights_version == version
                 np.testing.assert_allclose(
