@@ -3,7 +3,8 @@
 What SRC is decides the direction:
 
     Hugging Face directory or hub id   -> training checkpoint (Orbax), which `resume_from` takes
-    run directory, or one checkpoint   -> Hugging Face directory
+    run directory, or one checkpoint   -> Hugging Face directory; of a run with LoRA an adapter
+                                          directory of PEFT, or the former with --merged
     .gguf file                         -> Hugging Face directory
     adapter directory of PEFT          -> Hugging Face directory, with its base
 
@@ -21,29 +22,34 @@ if __name__ == "__main__":  # before transformers is imported, which would say t
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import argparse
+import dataclasses
 import logging as python_logging
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 from absl import logging
 
 from atlas_jax import files as files_lib
-from atlas_jax.checkpoint import exports, hf, layout, manager
+from atlas_jax.checkpoint import adapters, exports, hf, layout, manager
 from atlas_jax.models import attention
 from atlas_jax.models.config import from_hf
 from atlas_jax.models.transformer import Decoder
-from atlas_jax.options.train import MeshConfig
+from atlas_jax.options.train import LoraOptions, MeshConfig
 from atlas_jax.sharding import Sharding, make_mesh
+from atlas_jax.startup.directory import started
 from atlas_jax.startup.model import load_tokenizer
 from atlas_jax.step import abstract as abstract_tree
+from atlas_jax.step import joined
 from atlas_jax.types import Params
 
 _KIND = "checkpoint"
 """Kind of an export that no marker file has, because a training checkpoint replaces nothing."""
+
+_NOT_LORA = "--merged is for runs with LoRA, and {} is none; leave it out"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,6 +83,11 @@ def main() -> None:
         metavar="BYTES",
         help="of tensors in one file (default %(default)s)",
     )
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="writes the whole model of a run with LoRA, with the factors added",
+    )
     args = parser.parse_args()
     if args.max_shard_size <= 0:
         parser.error(f"--max_shard_size is {args.max_shard_size}, but must be positive")
@@ -85,7 +96,7 @@ def main() -> None:
         logging.get_absl_logger().addFilter(_is_ours)
         sys.unraisablehook = lambda _: None
     try:
-        print(convert(args.src, args.dst, args.dtype, args.max_shard_size))
+        print(convert(args.src, args.dst, args.dtype, args.max_shard_size, args.merged))
     except (ValueError, OSError) as error:
         if show_all:
             raise
@@ -108,8 +119,15 @@ def _one_line(error: ValueError | OSError, dst: str) -> str:
     return text
 
 
-def convert(src: str, dst: str, dtype: str, max_shard_size: int) -> str:
+def convert(src: str, dst: str, dtype: str, max_shard_size: int, merged: bool = False) -> str:
     """Converts `src` to `dst` and returns a line that says what was done.
+
+    Args:
+        src: a model, a run or a checkpoint.
+        dst: the target.
+        dtype: dtype of exported tensors, or `auto`.
+        max_shard_size: bytes of tensors in one file.
+        merged: whether a run with LoRA becomes a whole model.
 
     Raises:
         ValueError: if `src` is nothing that can be converted, or `dst` may not be replaced.
@@ -117,30 +135,114 @@ def convert(src: str, dst: str, dtype: str, max_shard_size: int) -> str:
     """
     path = files_lib.resolved(hf.resolve(src))
     checkpoint = _find_checkpoint(path)
-    if checkpoint is None and path.suffix != ".gguf" and not layout.is_adapter(path):
+    if checkpoint is not None:
+        return _from_checkpoint(src, path, *checkpoint, dst, dtype, max_shard_size, merged)
+    if merged:
+        raise ValueError(_NOT_LORA.format(src))
+    if path.suffix != ".gguf" and not layout.is_adapter(path):
         return _to_checkpoint(src, path, dst, dtype)
-    if checkpoint is None:
-        check_apart(dst, [path])
-        exports.check(dst, "model")
-        model = hf.open_source(str(path))
-        files = hf.model_files(model, load_tokenizer(str(layout.tokenizer_place(path))))
-        decoder = _decoder(files)
-        params = hf.load(model, decoder)
-    else:
-        run, step = checkpoint
-        inside = [run / "checkpoints", run / manager.MODEL_FILES]
-        check_apart(dst, [run] if path == run else inside)
-        exports.check(dst, "model")
-        files = read_files(str(run / manager.MODEL_FILES))
-        decoder = _decoder(files)
-        params = _restore(run, step, decoder)
-        src = f"{src} (step {step})"
+    check_apart(dst, [path])
+    exports.check(dst, "model")
+    model = hf.open_source(str(path))
+    files = hf.model_files(model, load_tokenizer(str(layout.tokenizer_place(path))))
+    decoder = _decoder(files)
+    params = hf.load(model, decoder)
     hf.export(params, decoder, files, dst, dtype=dtype, max_shard_size=max_shard_size, source=src)
     return f"{src} -> Hugging Face directory {dst} ({_said(files, dtype)})"
 
 
+def _from_checkpoint(
+    src: str,
+    path: pathlib.Path,
+    run: pathlib.Path,
+    step: int,
+    dst: str,
+    dtype: str,
+    max_shard_size: int,
+    merged: bool,
+) -> str:
+    inside = [run / "checkpoints", run / manager.MODEL_FILES]
+    check_apart(dst, [run] if path == run else inside)
+    exports.check(dst, "model")
+    files = read_files(str(run / manager.MODEL_FILES))
+    decoder = _decoder(files)
+    adapted = _Adapted.of(run, decoder)
+    if merged and not adapted:
+        raise ValueError(_NOT_LORA.format(src))
+    source = f"{src} (step {step})"
+    frozen: Params = {}
+    if adapted and not merged:
+        adapted.export(_restore(run, step, adapted.decoder), files, dst, dtype, source)
+        return f"{source} -> adapter directory {dst}, of the base {adapted.base}"
+    if adapted:
+        frozen = adapted.load_base()
+        decoder = adapted.decoder
+    params = joined(frozen, _restore(run, step, decoder))
+    hf.export(
+        params, decoder, files, dst, dtype=dtype, max_shard_size=max_shard_size, source=source
+    )
+    return f"{source} -> Hugging Face directory {dst} ({_said(files, dtype)})"
+
+
+class _Adapted(NamedTuple):
+    """Factors that a run with LoRA trains, and what they are added to."""
+
+    run: pathlib.Path
+    options: LoraOptions
+    base: str
+    """The `model_name_or_path` of the run."""
+    decoder: Decoder
+
+    @classmethod
+    def of(cls, run: pathlib.Path, decoder: Decoder) -> _Adapted | None:
+        """Returns those of a run; None if it trains a whole model.
+
+        Args:
+            run: the run's `output_dir`.
+            decoder: the model without factors.
+        """
+        path = run / "config.json"
+        said = layout.read_json(path) if path.exists() else {}
+        group = said.get("model", {}).get("lora", {})
+        if not group.get("rank"):
+            return None
+        options = LoraOptions(**(group | {"targets": tuple(group["targets"])}))
+        factors = adapters.factors(options, decoder.config, decoder.param_dtype)
+        return cls(
+            run=run,
+            options=options,
+            base=said["model_name_or_path"],
+            decoder=dataclasses.replace(decoder, lora=factors),
+        )
+
+    def export(
+        self, params: Params, files: hf.ModelFiles, dst: str, dtype: str, source: str
+    ) -> None:
+        """Writes an adapter directory."""
+        if dtype != "auto":
+            raise ValueError(
+                f"--dtype {dtype} is for whole models, and {self.run} holds factors; leave it out, "
+                "or add --merged"
+            )
+        adapters.export(
+            params, self.decoder, self.options, files, dst, base=self.base, source=source
+        )
+
+    def load_base(self) -> Params:
+        """Returns the parameters of the base, which must be the one of the run's start."""
+        source = hf.open_source(hf.resolve(self.base))
+        before = started(str(self.run))
+        if before and before.weights != hf.digest(source):
+            raise ValueError(
+                f"{self.base} is another model than the one that {self.run} began with; put that "
+                "one back"
+            )
+        return hf.load(source, self.decoder)
+
+
 def _restore(run: pathlib.Path, step: int, decoder: Decoder) -> Params:
-    abstract = abstract_tree(decoder.shapes, decoder.placements())
+    trained = decoder.trained
+    abstract = abstract_tree(trained.shapes, trained.placements)
     try:
         checkpoints = manager.Checkpoints(str(run), create=False)
         return checkpoints.restore_params(step, abstract, cast=True)

@@ -214,7 +214,7 @@ def _with_float32_head(more: Sequence[str]) -> list[str]:
 
 
 def environment(
-    inherited: Mapping[str, str], token: str = "", is_v2: bool = False
+    inherited: Mapping[str, str], token: str = "", is_v2: bool = False, more: Sequence[str] = ()
 ) -> dict[str, str]:
     """Returns the environment of the server.
 
@@ -222,6 +222,7 @@ def environment(
         inherited: the environment of this program.
         token: the token that the server requires; "" for none.
         is_v2: whether it runs with the V2 model runner.
+        more: the user's flags.
     """
     caches = pathlib.Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
     cpu = {
@@ -236,6 +237,8 @@ def environment(
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_PLUGIN), inherited.get("PYTHONPATH")))),
     }
     guard = {"VLLM_API_KEY": token} if token else {}
+    if any(word.replace("_", "-") == "--enable-lora" for word in more):
+        fixed["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the routes that load adapters
     # With unequal GPUs, CUDA's default order differs from the driver's, which vLLM also reads.
     default = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -443,7 +446,7 @@ class VllmProcess:
         process = subprocess.Popen(
             # -P: modules beside the keeper's file must not shadow the standard library.
             [sys.executable, "-P", keeper.__file__, temporary, *line],
-            env=environment(os.environ, self._token, self._python.is_v2),
+            env=environment(os.environ, self._token, self._python.is_v2, self._more),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -30,12 +30,17 @@ find_gpus
 [ -z "$has_driver" ] || need_gpus $((servers + trainers)) "servers and training"
 
 # Everything that can be wrong without a server or a device is said before any starts.
-names=model_name_or_path,student_model,output_dir,rollout.protocol,rollout.weight_sync
+names=model_name_or_path,student_model,output_dir,rollout.protocol,rollout.weight_sync,model.lora.rank
 values=$("$python" "$root/tools/read_config.py" "$names" --check_devices "$trainers" \
   --config "$config" "${settings[@]}" --config.rollout.backend=vllm \
   --config.rollout.teacher_servers="http://127.0.0.1:$PORT" \
   --config.rollout.student_servers="http://127.0.0.1:$((PORT + 1))") || exit
-{ read -r teacher; read -r student; read -r output; read -r protocol; read -r sync; } <<<"$values"
+{ read -r teacher; read -r student; read -r output; read -r protocol; read -r sync; read -r rank; } <<<"$values"
+adapters=()
+if [ "$sync" = adapter ]; then
+  for most in 8 16 32 64 128 256 320 512; do [ "$most" -lt "$rank" ] || break; done
+  adapters=(--enable-lora --max-lora-rank "$most")
+fi
 if [ -z "${DEVICES_PER_SERVER:-}" ] && [ -n "$has_driver" ]; then
   # Each role needs a server of its own, if there are devices for two.
   most=$servers models=("$teacher")
@@ -96,6 +101,7 @@ start() {
     flags=(--gpu-memory-utilization "$share" --tensor-parallel-size "$DEVICES_PER_SERVER")
   fi
   [ "$sync$role" != restartteacher ] || flags+=(--follow "$weights/latest")
+  [ "$role" != teacher ] || flags+=("${adapters[@]}")
   read -ra more <<<"${VLLM_FLAGS:-}"
   say "$role server on port $port, $place: $model"
   CUDA_VISIBLE_DEVICES=$devices ATLAS_TRACEBACK=1 setsid "$python" -m atlas_jax.serve \

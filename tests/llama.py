@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -16,6 +17,29 @@ class Layer(NamedTuple):
 
     keys: np.ndarray
     values: np.ndarray
+
+
+class Adapter:
+    """The LoRA adapter of a directory in PEFT's layout."""
+
+    def __init__(self, directory: str) -> None:
+        path = pathlib.Path(directory)
+        config = json.loads((path / "adapter_config.json").read_text())
+        self.rank = config["r"]
+        divisor = np.sqrt(self.rank) if config["use_rslora"] else self.rank
+        self.scale = np.float32(config["lora_alpha"] / divisor)
+        found = safetensors.numpy.load_file(path / "adapter_model.safetensors")
+        self.weights = {
+            name.removeprefix("base_model.model."): tensor.astype(np.float32)
+            for name, tensor in found.items()
+        }
+
+    def added(self, x: np.ndarray, name: str) -> np.ndarray | float:
+        """Returns what is added to the product of `x` with a matrix."""
+        if f"{name}.lora_A.weight" not in self.weights:
+            return 0.0
+        a, b = (self.weights[f"{name}.lora_{part}.weight"] for part in "AB")
+        return self.scale * (x @ a.T) @ b.T
 
 
 class Llama:
@@ -42,8 +66,11 @@ class Llama:
         none = np.zeros((0, self.kv_heads, self.head_dim), np.float32)
         return [Layer(none, none)] * self.config["num_hidden_layers"]
 
-    def extend(self, cache: list[Layer], tokens: list[int]) -> tuple[np.ndarray, list[Layer]]:
+    def extend(
+        self, cache: list[Layer], tokens: list[int], adapter: Adapter | None = None
+    ) -> tuple[np.ndarray, list[Layer]]:
         """Returns the logits behind the last token, and the cache with all tokens."""
+        linear = functools.partial(self._linear, adapter)
         old = len(cache[0].keys)
         x = self.weights["model.embed_tokens.weight"][tokens]
         angles = np.arange(old, old + len(tokens))[:, None] * self._frequencies
@@ -54,7 +81,7 @@ class Llama:
             name = f"model.layers.{number}."
             hidden = self._norm(x, f"{name}input_layernorm")
             query, key, value = (
-                self._linear(hidden, f"{name}self_attn.{kind}_proj").reshape(
+                linear(hidden, f"{name}self_attn.{kind}_proj").reshape(
                     len(tokens), -1, self.head_dim
                 )
                 for kind in "qkv"
@@ -67,19 +94,20 @@ class Llama:
             scores = np.einsum("tnh,snh->nts", query, keys) / np.sqrt(self.head_dim)
             scores = np.where(visible, scores, -np.inf)
             mixed = np.einsum("nts,snh->tnh", _softmax(scores), values).reshape(len(tokens), -1)
-            x = x + self._linear(mixed, f"{name}self_attn.o_proj")
+            x = x + linear(mixed, f"{name}self_attn.o_proj")
             hidden = self._norm(x, f"{name}post_attention_layernorm")
-            gate = self._linear(hidden, f"{name}mlp.gate_proj")
-            up = self._linear(hidden, f"{name}mlp.up_proj")
-            x = x + self._linear(gate / (1 + np.exp(-gate)) * up, f"{name}mlp.down_proj")
+            gate = linear(hidden, f"{name}mlp.gate_proj")
+            up = linear(hidden, f"{name}mlp.up_proj")
+            x = x + linear(gate / (1 + np.exp(-gate)) * up, f"{name}mlp.down_proj")
         last = self._norm(x[-1:], "model.norm")
         tied = "lm_head.weight" not in self.weights
         return (last @ self.weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T)[
             0
         ], after
 
-    def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        return x @ self.weights[f"{name}.weight"].T
+    def _linear(self, adapter: Adapter | None, x: np.ndarray, name: str) -> np.ndarray:
+        product = x @ self.weights[f"{name}.weight"].T
+        return product + adapter.added(x, name) if adapter else product
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
         scale = np.sqrt((x * x).mean(-1, keepdims=True) + self.config["rms_norm_eps"])

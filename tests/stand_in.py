@@ -48,6 +48,7 @@ class Sequence:
 
     tokens: list[int]
     salt: str
+    adapter: int
     cache: list[llama.Layer] | None = None
     logits: Any = None
     written: list[int] = dataclasses.field(default_factory=list)
@@ -64,10 +65,16 @@ class StandIn(http_faults.Faults):
         wire: over which it takes weights; None takes them from files alone.
         ranks: number of its workers, which all get the same tensors.
         num_preemptions: number of preemptions that its metrics state.
+        adapters: LoRA adapters by their number.
     """
 
     def __init__(
-        self, model: str, key: str = "", refuses_when_paused: bool = False, num_scores: int = 0
+        self,
+        model: str,
+        key: str = "",
+        refuses_when_paused: bool = False,
+        num_scores: int = 0,
+        max_lora_rank: int = 0,
     ) -> None:
         """Loads the model.
 
@@ -78,10 +85,11 @@ class StandIn(http_faults.Faults):
                 0.33 does.
             num_scores: most tokens that it names at a place of a prompt; 0 starts it as for GRPO,
                 in which mode the scores of a prompt are logits.
+            max_lora_rank: largest rank of adapters; 0 takes none.
         """
         super().__init__()
         self.root = model
-        self.model = llama.Llama(model)
+        self.max_lora_rank = max_lora_rank
         self.secs_per_token = 0.0
         self.device = "cuda"
         self.wire: fake_nccl.Wire | None = None
@@ -92,12 +100,20 @@ class StandIn(http_faults.Faults):
         self._key = key
         self._refuses = refuses_when_paused
         self._num_scores = num_scores
-        self._label = "default"
+        self.begin_anew()
         self._mode = ""  # of the pause; "" while it goes on
         self._active: set[Sequence] = set()
         self._blocks: dict[tuple[str, tuple[int, ...]], list[llama.Layer]] = {}
         self._changed = asyncio.Condition()
         self._engine = asyncio.Lock()  # does one thing at a time
+
+    def begin_anew(self) -> None:
+        """Takes the weights of the start, as a server does that was started again."""
+        self.model = llama.Llama(self.root)
+        self.adapters: dict[int, llama.Adapter] = {}
+        self._names: dict[str, int] = {}  # of adapters
+        self._swapped: int | None = None  # the adapter that the workers were told last
+        self._label = "default"
 
     def app(self) -> web.Application:
         """Returns the web application."""
@@ -122,6 +138,8 @@ class StandIn(http_faults.Faults):
             ("POST", "/update_weights", self._update_weights),
             ("POST", "/finish_weight_update", self._finish_update),
             ("POST", "/detokenize", self._detokenize),
+            ("POST", capabilities.LOAD_ADAPTER, self._load_adapter),
+            ("POST", "/v1/unload_lora_adapter", self._unload_adapter),
             ("POST", capabilities.GENERATE, self._generate),
         ):
             app.router.add_route(method, path, handler)
@@ -156,7 +174,8 @@ class StandIn(http_faults.Faults):
         return web.json_response({"version": capabilities.KNOWN_VERSIONS[0]})
 
     async def _openapi(self, _: web.Request) -> web.Response:
-        return web.json_response({"paths": {route: {} for route in capabilities.ROUTES}})
+        routes = [*capabilities.ROUTES, *([capabilities.LOAD_ADAPTER] * bool(self.max_lora_rank))]
+        return web.json_response({"paths": {route: {} for route in routes}})
 
     async def _server_info(self, _: web.Request) -> web.Response:
         config = {
@@ -171,13 +190,35 @@ class StandIn(http_faults.Faults):
             "cache_config": {"block_size": _BLOCK},
             "weight_transfer_config": {"backend": "nccl"} if self.wire else None,
             "device_config": {"device": self.device},
+            "lora_config": {"max_lora_rank": self.max_lora_rank, "target_modules": None}
+            if self.max_lora_rank
+            else None,
             "scheduler_config": {"max_num_seqs": 256, "policy": capabilities.PRIORITY},
         }
         return web.json_response({"vllm_config": config})
 
     async def _models(self, _: web.Request) -> web.Response:
         length = self.model.config["max_position_embeddings"]
-        return web.json_response({"data": [{"root": self.root, "max_model_len": length}]})
+        base = {"id": self.root, "root": self.root, "max_model_len": length}
+        return web.json_response({"data": [base, *({"id": name} for name in self._names)]})
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        name, path = body["lora_name"], body["lora_path"]
+        if name in self._names:
+            return web.json_response({"error": "has already been loaded"}, status=400)
+        try:
+            adapter = llama.Adapter(path)
+        except OSError:
+            return web.json_response({"error": f"No adapter found for {path}"}, status=404)
+        number = max(self.adapters, default=0) + 1
+        self.adapters[number] = adapter
+        self._names[name] = number
+        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        del self._names[(await request.json())["lora_name"]]  # the workers keep its tensors
+        return web.Response(text="Success: removed")
 
     async def _is_paused(self, _: web.Request) -> web.Response:
         async with self._engine:
@@ -222,9 +263,18 @@ class StandIn(http_faults.Faults):
             if body["method"] == "nccl_version":
                 return web.json_response({"results": ["2.98.7"] * self.ranks})
             if body["method"] == "weight_checksums":
-                own = {name: _checksum(tensor) for name, tensor in self.model.weights.items()}
+                tensors = dict(self.model.weights)
+                if self._swapped is not None:
+                    tensors |= self.adapters[self._swapped].weights
+                own = {name: _checksum(tensor) for name, tensor in tensors.items()}
                 return web.json_response({"results": [own]})
+            if body["method"] == "adapter_numbers":
+                return web.json_response({"results": [sorted(self.adapters)]})
             try:
+                if body["method"] == "load_adapter":
+                    self._swapped = body["kwargs"]["number"]
+                    self.adapters[self._swapped] = llama.Adapter(body["kwargs"]["path"])
+                    return web.json_response({"results": [None]})
                 self.model = llama.Llama(body["kwargs"]["weights_path"])
             except (OSError, AssertionError) as error:
                 return web.Response(status=500, text=str(error))
@@ -290,9 +340,14 @@ class StandIn(http_faults.Faults):
         length = self.model.config["max_position_embeddings"]
         if len(prompt) + asked["max_tokens"] > length:
             return web.json_response({"error": f"maximum is {length}"}, status=400)
+        model = body.get("model", self.root)
+        if model != self.root and model not in self._names:
+            return web.json_response({"error": f"The model {model} does not exist"}, status=404)
+        # As in vLLM, what a name means is settled when the request comes.
+        adapter = self._names.get(model, 0)
         async with self._changed:
             await self._changed.wait_for(lambda: not self._mode)
-        sequence = Sequence(list(prompt), body.get("cache_salt", ""))
+        sequence = Sequence(list(prompt), body.get("cache_salt", ""), adapter)
         self._active.add(sequence)
         try:
             reason = await self._write(sequence, asked)
@@ -365,17 +420,18 @@ class StandIn(http_faults.Faults):
 
     def _advance(self, sequence: Sequence) -> None:
         """Computes the logits behind the last token, from cached blocks as far as there are any."""
+        adapter = self.adapters[sequence.adapter] if sequence.adapter else None
         if sequence.cache is not None:
             last = sequence.tokens[-1:]
-            sequence.logits, sequence.cache = self.model.extend(sequence.cache, last)
+            sequence.logits, sequence.cache = self.model.extend(sequence.cache, last, adapter)
             return
-        tokens, salt = sequence.tokens, sequence.salt
+        tokens, salt = sequence.tokens, f"{sequence.adapter} {sequence.salt}"
         cache, start = self.model.empty(), 0
         for end in range((len(tokens) - 1) // _BLOCK * _BLOCK, 0, -_BLOCK):
             if found := self._blocks.get((salt, tuple(tokens[:end]))):
                 cache, start = found, end
                 break
-        sequence.logits, sequence.cache = self.model.extend(cache, tokens[start:])
+        sequence.logits, sequence.cache = self.model.extend(cache, tokens[start:], adapter)
         for end in range(_BLOCK, len(tokens) + 1, _BLOCK):
             part = [llama.Layer(k[:end], v[:end]) for k, v in sequence.cache]
             self._blocks.setdefault((salt, tuple(tokens[:end])), part)
@@ -478,10 +534,16 @@ def main() -> None:
     parser.add_argument("--key", default="")
     parser.add_argument("--secs-per-token", type=float, default=0.0)
     parser.add_argument("--num-scores", type=int, default=0)
+    parser.add_argument("--max-lora-rank", type=int, default=0)
     options = parser.parse_args()
 
     async def serve() -> None:
-        server = StandIn(options.model, options.key, num_scores=options.num_scores)
+        server = StandIn(
+            options.model,
+            options.key,
+            num_scores=options.num_scores,
+            max_lora_rank=options.max_lora_rank,
+        )
         server.secs_per_token = options.secs_per_token
         runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True)
         await runner.setup()

@@ -564,7 +564,8 @@ def test_servers_and_training_get_their_models_devices_flags_and_token(
     teacher, student = (shutil.copytree(grpo_inputs / "model", tmp_path / n) for n in "ab")
     run = together(
         "4", "2", GRPO, f"--config.model_name_or_path={teacher}",
-        f"--config.student_model={student}",
+        f"--config.student_model={student}", "rollout.weight_sync=adapter", "model.lora.rank=9",
+        "sync_ref_model=False",
         CUDA_VISIBLE_DEVICES="7,6,GPU-abc,3,2,1", DEVICES_PER_SERVER="2",
         VLLM_FLAGS="--max-model-len 99",
     )  # fmt: skip
@@ -591,6 +592,8 @@ def test_servers_and_training_get_their_models_devices_flags_and_token(
         assert env["VLLM_API_KEY"] == token(run)
         assert env["CUDA_VISIBLE_DEVICES"] == devices
         assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+        assert ("--enable-lora" in flags) == (model == teacher)
+    assert value(run.fronts()[first][0], "--max-lora-rank") == "16"
     words, env = trainers[0]
     assert f"--config.rollout.teacher_servers=http://127.0.0.1:{first}\0" in words
     assert f"--config.rollout.student_servers=http://127.0.0.1:{second}\0" in words

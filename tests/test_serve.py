@@ -405,6 +405,12 @@ def test_command_and_model_runner_are_those_of_the_version(
     assert environment["VLLM_USE_V2_MODEL_RUNNER"] == runner
 
 
+def test_a_server_with_adapters_loads_them_while_it_runs():
+    allowed = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+    assert serve.environment({}, more=["--enable-lora"])[allowed] == "1"
+    assert allowed not in serve.environment({}, more=["--max-lora-rank", "8"])
+
+
 def test_flags_of_vllm_are_handed_through_and_win():
     more = ["--tensor-parallel-size", "2", "--logprobs-mode", "raw_logprobs"]
     line = serve.command(PYTHON, "dir", "127.0.0.1", 8765, more)

@@ -7,17 +7,19 @@ with the products of its factors added.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import NamedSharding
 
 from atlas_jax import distributed
 from atlas_jax.checkpoint import exports, hf, layout, names, writer
@@ -46,11 +48,11 @@ def factors(options: LoraOptions, architecture: ModelConfig, dtype: jnp.dtype) -
             f"model.lora.targets has {', '.join(missing)}, for which this model takes no factors; "
             f"name some of {', '.join(known)}"
         )
-    targets = [known[name].paths[0][1:3] for name in known if name in wanted]
+    found = [known[name].paths[0][1:3] for name in known if name in wanted]
     return Lora(
         rank=options.rank,
         scale=scale_of(options.rank, options.alpha, options.rslora),
-        targets=tuple((part, name) for part, name in targets),
+        targets=tuple((part, name) for part, name in found),
         dropout=options.dropout,
         dtype=dtype,
     )
@@ -73,8 +75,13 @@ def _target(kind: names.TensorKind) -> str:
 def _kinds(decoder: Decoder) -> list[names.TensorKind]:
     """Returns the matrices that have factors."""
     assert decoder.lora is not None
-    targets = decoder.lora.targets
-    return [kind for kind in _linear(decoder.config) if kind.paths[0][1:3] in targets]
+    adapted = decoder.lora.targets
+    return [kind for kind in _linear(decoder.config) if kind.paths[0][1:3] in adapted]
+
+
+def targets(decoder: Decoder) -> list[str]:
+    """Returns the matrices that have factors, by their names in PEFT."""
+    return [_target(kind) for kind in _kinds(decoder)]
 
 
 def _tensor_names(kind: names.TensorKind, config: ModelConfig) -> list[tuple[str, str]]:
@@ -110,22 +117,70 @@ def export(
         ValueError: if `directory` holds anything that this program may not replace.
         OSError: if a file cannot be written; `directory` is then unchanged.
     """
-    whole = jax.jit(lambda tree: tree, out_shardings=decoder.sharding.replicated)
-    found: dict[str, np.ndarray] = {}
-    for kind in _kinds(decoder):
-        stored = names.stored(params, kind.paths[0])
-        pair = jax.device_get(whole([stored[name] for name in FACTORS]))
-        found |= _to_peft(kind, decoder.config, pair)
+    found = tensors(params, decoder)
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             new = stack.enter_context(exports.replaced(directory, "model", source, unmarked))
             hf.write_tokenizer(new, files.tokenizer)
-            config = _config(options, [_target(kind) for kind in _kinds(decoder)], base)
-            (new / layout.ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            _write(new / layout.ADAPTER, found)
+            write(new, found, peft_config(options, decoder, base))
     if distributed.is_main():
         logging.info("wrote %s, an adapter of %s", directory, base)
     distributed.barrier(f"export {directory}")
+
+
+def tensors(params: Params, decoder: Decoder, dtype: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the tensors of an adapter by their names in PEFT; every process must call it.
+
+    Args:
+        params: the parameters, factors among them.
+        decoder: their architecture and placement.
+        dtype: dtype of the tensors; None leaves theirs.
+    """
+    whole = _gathering(decoder.sharding.replicated, dtype)
+    found: dict[str, np.ndarray] = {}
+    for kind in _kinds(decoder):
+        pair = [names.leaf(params, (*kind.paths[0][:-1], name)) for name in FACTORS]
+        found |= _to_peft(kind, decoder.config, jax.device_get(whole(pair)))
+    return found
+
+
+@functools.lru_cache
+def _gathering(place: NamedSharding, dtype: str | None) -> Callable[[list[jax.Array]], Any]:
+    """Returns the compiled copy of arrays to every device."""
+
+    def run(pair: list[jax.Array]) -> list[jax.Array]:
+        return [one if dtype is None else one.astype(dtype) for one in pair]
+
+    return jax.jit(run, out_shardings=place)
+
+
+def shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors of an adapter by their names in PEFT."""
+    stored, _, _ = decoder.trained
+    found: dict[str, tuple[int, ...]] = {}
+    for kind in _kinds(decoder):
+        a, b = (names.leaf(stored, (*kind.paths[0][:-1], name)).shape for name in FACTORS)
+        for own in _tensor_names(kind, decoder.config):
+            found[own[0]] = a[-1], math.prod(a[1:-1])
+            found[own[1]] = math.prod(b[2:]), b[1]
+    return found
+
+
+def write(
+    directory: pathlib.Path, values: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> None:
+    """Writes the two files of an adapter into an existing directory.
+
+    Args:
+        directory: the directory.
+        values: all tensors, of one dtype, by name.
+        config: the content of `adapter_config.json`.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    (directory / layout.ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    _write(directory / layout.ADAPTER, values)
 
 
 def _to_peft(
@@ -141,7 +196,7 @@ def _to_peft(
     return tensors
 
 
-def _write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+def _write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     dtype = str(next(iter(tensors.values())).dtype)
     header, _ = writer.header([writer.Tensor(n, x.shape) for n, x in tensors.items()], dtype)
     with path.open("wb") as file:
@@ -152,8 +207,8 @@ def _write(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
         os.fsync(file.fileno())
 
 
-def _config(options: LoraOptions, targets: list[str], base: str) -> dict[str, Any]:
-    """Returns the content of `adapter_config.json`."""
+def peft_config(options: LoraOptions, decoder: Decoder, base: str) -> dict[str, Any]:
+    """Returns the content of `adapter_config.json` of an adapter of the model `base`."""
     path = os.path.expanduser(base)
     return {
         "peft_type": "LORA",
@@ -163,7 +218,7 @@ def _config(options: LoraOptions, targets: list[str], base: str) -> dict[str, An
         "lora_alpha": int(options.alpha) if options.alpha == int(options.alpha) else options.alpha,
         "lora_dropout": options.dropout,
         "use_rslora": options.rslora,
-        "target_modules": targets,
+        "target_modules": targets(decoder),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

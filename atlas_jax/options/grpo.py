@@ -177,12 +177,7 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
             )
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True without a reference; raise beta above 0")
-        if self.model.lora.rank and (self.sync_ref_model or "reference" in self.offload):
-            raise ValueError(
-                f"model.lora.rank={self.model.lora.rank} with sync_ref_model or offload=reference: "
-                "the reference is the model without the factors, which takes no memory of its own "
-                "and stays as it is; leave both out"
-            )
+        self._check_lora()
         if self.rollout.has_student and not self.student_model:
             raise ValueError(
                 "student_model is empty; set --config.student_model=…, or "
@@ -200,6 +195,21 @@ class GRPOConfig(PolicyLossConfig, TrainConfig):
             )
         if not self.rollout.has_student:
             self._check_alone(given_rewards)
+
+    def _check_lora(self) -> None:
+        """Checks what differs where factors are trained, and what needs them."""
+        rank = self.model.lora.rank
+        if rank and (self.sync_ref_model or "reference" in self.offload):
+            raise ValueError(
+                f"model.lora.rank={rank} with sync_ref_model or offload=reference: "
+                "the reference is the model without the factors, which takes no memory of its own "
+                "and stays as it is; leave both out"
+            )
+        if self.servers_option and self.rollout.weight_sync == "adapter" and not rank:
+            raise ValueError(
+                "rollout.weight_sync=adapter with model.lora.rank=0, which trains no adapter; "
+                "raise the rank, or use rollout.weight_sync=reload"
+            )
 
     def _check_sampling(self) -> None:
         """Checks how tokens are drawn against where they are drawn and what weights draw them."""

@@ -45,10 +45,11 @@ class ServersConfig:
 class WeightSyncConfig:
     """Transport of new weights to the vLLM servers."""
 
-    weight_sync: Literal["reload", "restart", "nccl"] = "reload"
+    weight_sync: Literal["reload", "restart", "nccl", "adapter"] = "reload"
     """Way in which a server takes new weights: `reload` loads them in place from files; `restart`
     waits until a server that cannot do that is started again with them, by `serve --follow
-    SYNC_DIR/latest`; `nccl` sends them from GPU to GPU, and through files once that has failed."""
+    SYNC_DIR/latest`; `nccl` sends them from GPU to GPU, and through files once that has failed;
+    `adapter` loads the factors of `model.lora` alone, at servers with `--enable-lora`."""
     sync_dir: str = ""
     """Directory for new weights on their way to the servers, which read it under the same path.
     Empty is `/dev/shm` if all servers are on this host and it has room, else `output_dir`."""

@@ -19,6 +19,7 @@ from absl import logging
 
 from atlas_jax import addresses, distributed, server_token
 from atlas_jax.checkpoint import writer
+from atlas_jax.models.transformer import Decoder
 from atlas_jax.options.grpo import GRPOConfig
 from atlas_jax.recipes import chat_models
 from atlas_jax.rollout import capabilities, identity
@@ -34,6 +35,7 @@ from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync, SyncParts, WeightSync
 from atlas_jax.sharding import from_global, to_global
 from atlas_jax.startup.model import Model
+from atlas_jax.step import joined
 from atlas_jax.types import Completion, Metrics, Params, PolicyBatch, Question, Sample
 
 LogprobsFn = Callable[[Params, PolicyBatch], jax.Array]
@@ -152,7 +154,7 @@ def sends_beside_training(config: GRPOConfig) -> bool:
     what servers answer, which they cannot do beside a step.
     """
     rollout = config.rollout
-    reloads = rollout.weight_sync == "reload"
+    reloads = rollout.weight_sync in ("reload", "adapter")
     return rollout.max_staleness > 0 and reloads and jax.process_count() == 1
 
 
@@ -186,12 +188,16 @@ def _open_policy(
     rollout = config.rollout
 
     def check(url: str, start: ServerStart) -> None:
-        identity.check_trained(url, start, model.decoder)
+        if rollout.weight_sync == "adapter":
+            _check_adapts(url, start, config, model)
+        else:
+            identity.check_trained(url, start, model.decoder)
         check_sampling(url, start, config.top_p, config.top_k)
 
     pool = _pool("teacher", rollout.teacher_servers, config, check, stack)
     seeds = _has_seeds(config, pool)
-    bind, engine = _chat_model(pool, model, config.teaching.system_prompt, seeds)
+    adapter = capabilities.ADAPTER_NAME if rollout.weight_sync == "adapter" else ""
+    bind, engine = _chat_model(pool, model, config.teaching.system_prompt, seeds, adapter)
     # The prompt must span whole blocks of the cache of every server.
     block_size = max(start.block_size for start in pool.starts)
     prompt = probe_prompt(model.files.tokenizer, block_size, bind(0).context - _PROBE_TOKENS)
@@ -214,14 +220,34 @@ def _open_policy(
         options=options,
         probe=probe,
     )
-    if rollout.weight_sync == "nccl":
-        from atlas_jax.rollout import nccl  # other ways of weights need none of it
-
-        sync: DiskSync = nccl.NcclSync(parts, _nccl_maker(pool))
-    else:
-        sync = DiskSync(parts)
+    sync = _make_sync(config, model, parts)
     stack.callback(sync.close)
     return bind, pool, sync
+
+
+def _check_adapts(url: str, start: ServerStart, config: GRPOConfig, model: Model) -> None:
+    """Checks that a server has the base of the adapter and takes one like it."""
+    from atlas_jax.checkpoint import adapters  # most runs train whole models
+
+    targets = adapters.targets(model.decoder)
+    capabilities.check_adapters(url, start, config.model.lora.rank, targets)
+    identity.check_base(url, start, config.model_name_or_path, model.source)
+
+
+def _make_sync(config: GRPOConfig, model: Model, parts: SyncParts) -> DiskSync:
+    """Returns the way of the weights that the options name, of which each run needs one."""
+    if config.rollout.weight_sync == "nccl":
+        from atlas_jax.rollout import nccl
+
+        return nccl.NcclSync(parts, _nccl_maker(parts.engine.pool))
+    if config.rollout.weight_sync == "adapter":
+        from atlas_jax.checkpoint import adapters
+        from atlas_jax.rollout import adapter_sync
+
+        name = config.model_name_or_path
+        described = adapters.peft_config(config.model.lora, model.decoder, name)
+        return adapter_sync.AdapterSync(parts, described)
+    return DiskSync(parts)
 
 
 def _nccl_maker(pool: ServerPool) -> Callable[[], Any]:
@@ -308,7 +334,7 @@ def _has_seeds(config: GRPOConfig, pool: ServerPool) -> bool:
 
 
 def _chat_model(
-    pool: ServerPool, model: Model, system_prompt: str, seeds: bool
+    pool: ServerPool, model: Model, system_prompt: str, seeds: bool, adapter: str = ""
 ) -> tuple[Callable[[int], ChatModel], VllmEngine]:
     """Returns the model on its servers, by the least version of its weights, and its engine."""
     tokenizer = model.files.tokenizer
@@ -318,6 +344,7 @@ def _chat_model(
         stop_ids=chat_models.stop_tokens(model),
         vocab_size=model.decoder.config.vocab_size,
         seeds=seeds,
+        adapter=adapter,
     )
     lengths = [start.max_model_len for start in pool.starts]
     # A request may go to any of the servers.
@@ -347,14 +374,23 @@ def choose_versions(config: GRPOConfig, model: Model) -> Versions:
     if distributed.is_main():
         urls = addresses.split(config.rollout.teacher_servers)
         # Whoever follows the versions of `weight_sync=restart` must know where they are.
-        if all(map(addresses.is_loopback, urls)) and config.rollout.weight_sync == "reload":
-            tensors = writer.tensors(model.decoder)
-            size = sum(writer.num_bytes(t, config.rollout.sync_dtype) for t in tensors)
-            chosen = in_memory(run, size)
+        in_place = config.rollout.weight_sync in ("reload", "adapter")
+        if all(map(addresses.is_loopback, urls)) and in_place:
+            chosen = in_memory(run, _version_bytes(config, model))
         chosen = chosen or Versions(pathlib.Path(run, "weights"), run)
         logging.info("weights go through %s", chosen.root)
     root = distributed.gather_texts(str(chosen.root) if chosen else "")[0]
     return chosen or Versions(pathlib.Path(root), run)
+
+
+def _version_bytes(config: GRPOConfig, model: Model) -> int:
+    """Returns the bytes of the tensors of one version."""
+    tensors = writer.tensors(model.decoder)
+    if config.rollout.weight_sync == "adapter":
+        from atlas_jax.checkpoint import adapters  # most runs train whole models
+
+        tensors = [writer.Tensor(*item) for item in adapters.shapes(model.decoder).items()]
+    return sum(writer.num_bytes(tensor, config.rollout.sync_dtype) for tensor in tensors)
 
 
 def probe_prompt(tokenizer: Any, block_size: int, room: int) -> tuple[int, ...]:
@@ -380,20 +416,12 @@ def probe_logprobs(
     """
     decoder = model.decoder
     sharding = decoder.sharding
-    dtype = jnp.dtype(config.rollout.sync_dtype)
-    rounds = decoder.compute_dtype.itemsize > dtype.itemsize
+    rounds = decoder.compute_dtype.itemsize > jnp.dtype(config.rollout.sync_dtype).itemsize
 
     @jax.jit
     def run(params: Params, batch: PolicyBatch) -> jax.Array:
-        if decoder.lora is not None and rounds:
-            from atlas_jax.models import lora
-
-            merge = functools.partial(lora.merged, lora=decoder.lora)
-            params = params | {"layers": jax.vmap(merge)(params["layers"])}
         if rounds:
-            params = jax.tree.map(
-                lambda p, shape: p.astype(dtype).astype(shape.dtype), params, decoder.shapes
-            )
+            params = _rounded(config, decoder, params)
         return logprobs_fn(params, batch)[0]
 
     def compute(params: Params, prompt: Sequence[int], ids: np.ndarray) -> np.ndarray:
@@ -408,6 +436,23 @@ def probe_logprobs(
         return values[: len(ids), len(prompt) : len(prompt) + ids.shape[1]]
 
     return compute
+
+
+def _rounded(config: GRPOConfig, decoder: Decoder, params: Params) -> Params:
+    """Returns the parameters as a server has them that got them in fewer digits."""
+
+    def rounded(p: jax.Array) -> jax.Array:
+        return p.astype(config.rollout.sync_dtype).astype(p.dtype)
+
+    if decoder.lora is None:
+        return jax.tree.map(rounded, params)
+    from atlas_jax.models import lora  # most runs train whole models
+
+    if config.rollout.weight_sync == "adapter":
+        base, factors = lora.split(params)
+        return joined(base, jax.tree.map(rounded, factors))
+    merge = functools.partial(lora.merged, lora=decoder.lora)
+    return jax.tree.map(rounded, params | {"layers": jax.vmap(merge)(params["layers"])})
 
 
 def _continuation(prompt: Sequence[int], token_ids: Sequence[int]) -> Sample:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 KNOWN_VERSIONS = ("0.32.0",)
@@ -15,6 +15,19 @@ ROUTES = (
     "/reset_prefix_cache", "/update_weight_version", "/weight_info", "/server_info",
 )  # fmt: skip
 """Routes of a server that `rollout/` uses."""
+
+LOAD_ADAPTER = "/v1/load_lora_adapter"
+"""Route that loads a LoRA adapter, of a server that `serve` has started with --enable-lora."""
+
+ADAPTER_NAME = "atlas_policy"
+"""Name of the adapter of a run at its servers."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of --max-lora-rank that vLLM takes."""
+
+PACKED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+          "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
+"""Matrices that vLLM keeps in one with others, by their names in a model's files."""
 
 LOGPROBS = ("processed_logits", "whole_vocabulary:WholeVocabulary")
 """The log-probability mode and the logits processor that `serve` starts a server with."""
@@ -66,6 +79,12 @@ class ServerStart(NamedTuple):
     """Kind of its log-probabilities, of completions and of prompts."""
     max_logprobs: int = 0
     """Largest number of tokens that it names at a position; -1 is no limit."""
+    max_lora_rank: int = 0
+    """Largest rank of a LoRA adapter; 0 if it takes none."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the matrices that an adapter may have factors for; empty for all of them."""
+    loads_adapters: bool = False
+    """True if it has the route that loads one."""
 
 
 def check_routes(url: str, version: str, paths: Mapping[str, Any]) -> None:
@@ -137,6 +156,7 @@ def _read(url: str, info: Any, model: Any) -> tuple[ServerStart, str, list[str]]
         workers = config["parallel_config"]["worker_extension_cls"]
         processors = config["model_config"]["logits_processors"] or []
         quantized = config["model_config"]["quantization"] is not None
+        lora = config.get("lora_config") or {}
         start = ServerStart(
             root=str(model["root"]),
             max_model_len=int(model["max_model_len"]),
@@ -148,6 +168,8 @@ def _read(url: str, info: Any, model: Any) -> tuple[ServerStart, str, list[str]]
             transfer=str((config.get("weight_transfer_config") or {}).get("backend", "")),
             logprobs_mode=str(config["model_config"]["logprobs_mode"]),
             max_logprobs=int(config["model_config"].get("max_logprobs", 0)),
+            max_lora_rank=int(lora.get("max_lora_rank", 0)),
+            lora_targets=tuple(lora.get("target_modules") or ()),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -164,6 +186,43 @@ def check_transfer(url: str, start: ServerStart) -> None:
             f"rollout.weight_sync=nccl with the server {url}, which runs on {start.device} with "
             f"the weight transfer {start.transfer or 'none'!r}; start it with python -m "
             "atlas_jax.serve on a host with GPUs, or use rollout.weight_sync=reload"
+        )
+
+
+def check_adapters(url: str, start: ServerStart, rank: int, targets: Sequence[str]) -> None:
+    """Checks that a server takes an adapter.
+
+    Args:
+        url: the address of the server.
+        start: the options of its start.
+        rank: the rank of the adapter.
+        targets: the matrices that have factors, by their names in PEFT.
+
+    Raises:
+        ValueError: names the flag with which the server must be started.
+    """
+    what = f"rollout.weight_sync=adapter with the server {url}, which runs "
+    enough = next((most for most in LORA_RANKS if most >= rank), 0)
+    if not enough:
+        raise ValueError(
+            f"rollout.weight_sync=adapter with model.lora.rank={rank}: vLLM takes adapters of rank "
+            f"{LORA_RANKS[-1]} at most; use rollout.weight_sync=reload"
+        )
+    flags = f"start it with --enable-lora --max-lora-rank {enough}, or use rollout.weight_sync="
+    if start.max_lora_rank < rank:
+        how = f"--max-lora-rank {start.max_lora_rank}" if start.max_lora_rank else "no adapters"
+        raise ValueError(f"{what}with {how}, and model.lora.rank={rank}; {flags}reload")
+    served = start.lora_targets
+    missing = [name for name in targets if not {name, PACKED.get(name, name)} & {*served}]
+    if served and missing:
+        raise ValueError(
+            f"{what}with --lora-target-modules {' '.join(served)}, and the adapter has "
+            f"{', '.join(missing)}; start it without that flag"
+        )
+    if not start.loads_adapters:
+        raise ValueError(
+            f"{what}without VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; start it with python -m "
+            "atlas_jax.serve, which sets it"
         )
 
 

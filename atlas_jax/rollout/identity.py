@@ -67,22 +67,46 @@ def check_frozen(url: str, start: ServerStart, name: str, source: hf.Source) -> 
     Raises:
         ValueError: if the models differ; the message names both.
     """
-    path = source.path if isinstance(source, hf.SafetensorsSource) else pathlib.Path(name)
-    if start.root == name or os.path.realpath(start.root) == os.path.realpath(path):
-        return
-    if os.path.isdir(start.root):
-        different = _other_model(hf.open_source(start.root), source)
-    elif os.path.basename(start.root) == os.path.basename(name.rstrip("/")):
-        logging.warning("%s serves %s, which is taken for %s", url, start.root, name)
-        different = ""
-    else:
-        different = "their names differ, and this host cannot read the server's"
-    if different:
+    if different := _unlike(url, start, name, source):
         raise ValueError(
             f"the student server {url} was started with {start.root}, and student_model={name} is "
             f"another model: {different}; start it with the student, or name its server in "
             "rollout.student_servers"
         )
+
+
+def check_base(url: str, start: ServerStart, name: str, source: hf.Source) -> None:
+    """Checks that a server was started with the model that an adapter belongs to.
+
+    The models are compared as by `check_frozen`.
+
+    Args:
+        url: the address of the server.
+        start: the options of its start.
+        name: the directory or hub id of the model.
+        source: the model on disk.
+
+    Raises:
+        ValueError: if the models differ; the message names both.
+    """
+    if different := _unlike(url, start, name, source):
+        raise ValueError(
+            f"the server {url} was started with {start.root}, and the adapter belongs to "
+            f"model_name_or_path={name}, another model: {different}; start it with that model"
+        )
+
+
+def _unlike(url: str, start: ServerStart, name: str, source: hf.Source) -> str:
+    """Returns the differences between a server's model and one on disk; "" if none."""
+    path = source.path if isinstance(source, hf.SafetensorsSource) else pathlib.Path(name)
+    if start.root == name or os.path.realpath(start.root) == os.path.realpath(path):
+        return ""
+    if os.path.isdir(start.root):
+        return _other_model(hf.open_source(start.root), source)
+    if os.path.basename(start.root) == os.path.basename(name.rstrip("/")):
+        logging.warning("%s serves %s, which is taken for %s", url, start.root, name)
+        return ""
+    return "their names differ, and this host cannot read the server's"
 
 
 def _other_model(served: hf.Source, wanted: hf.Source) -> str:

@@ -86,8 +86,10 @@ class NcclSync(DiskSync):
                 return super()._prepare(source, label, attempt)
         assert self._group is not None
         self._pool.call(self._pool.settled.clear)
-        self._loader = loader = _NcclLoader(self._group, source(), self._options.dtype)
-        return Prepared(loader, "", lambda: loader.values.checksums)
+        values = source()
+        assert isinstance(values, outgoing.Outgoing), "the tensors of a model"
+        self._loader = _NcclLoader(self._group, values, self._options.dtype)
+        return Prepared(self._loader, "", lambda: values.checksums)
 
     def _connect(self, make: Callable[[], Communicator]) -> None:
         if self._group is not None:
@@ -210,6 +212,10 @@ class _NcclLoader:
             received = control.post("/update_weights", {"update_info": self._update})
             await _all(received, asyncio.shield(sent))
         await control.post("/finish_weight_update", {})
+
+    async def obstacle(self, server: Server) -> str:
+        """Returns that a server alone cannot have what went to the group."""
+        return "its weights do not come in files"
 
     def _note(self, server: Server, sent: asyncio.Future[None], *raised: Any) -> None:
         """Ends the transfer if a server has failed; an exit of a context, which goes on raising."""

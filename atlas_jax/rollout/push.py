@@ -27,7 +27,7 @@ from atlas_jax.rollout import capabilities
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.sampling import Sampling
 from atlas_jax.rollout.servers import UNEXPECTED, Server
-from atlas_jax.rollout.vllm import VllmEngine, payload
+from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.types import Completion, Params
 
 LATEST = "latest"
@@ -96,6 +96,9 @@ class Loader(Protocol):
     async def load(self, server: Server) -> None:
         """Returns when a paused server has the tensors."""
 
+    async def obstacle(self, server: Server) -> str:
+        """Returns the reason for which a server cannot have the version later, "" if it can."""
+
 
 class FileLoader(NamedTuple):
     """A version in files, which servers load in place or are restarted with."""
@@ -109,7 +112,7 @@ class FileLoader(NamedTuple):
             write_whole(self.directory.parent / LATEST, f"{self.directory}\n")
 
     async def obstacle(self, server: Server) -> str:
-        """Returns the reason for which a server cannot have the version, "" if it can."""
+        """Returns the reason for which a server cannot have the version later, "" if it can."""
         if self.restart and await _root(server) != str(self.directory):
             return f"it does not serve {self.directory}; start it with serve --follow"
         return ""
@@ -322,8 +325,6 @@ class Push:
         trainer's log-probabilities as far as their tokens are those that the trainer has computed.
         A server that fails stays paused.
         """
-        if not isinstance(self._loader, FileLoader):
-            return "its weights do not come in files"
         if not self.references:
             return "the current weights have not been compared with the trainer's yet"
         if problem := await self._loader.obstacle(server):
@@ -392,7 +393,8 @@ class Push:
         # Another seed for each version: an unlucky draw, sensitive to rounding, must not recur.
         request = request._replace(seed=(request.seed + zlib.crc32(label.encode())) % 2**32)
         extra = {"priority": _PROBE_PRIORITY, "cache_salt": label}
-        bodies = [payload(request, i, self._probe.sampling, ()) | extra for i in range(PROBES)]
+        sampling = self._probe.sampling
+        bodies = [self._engine.body(request, i, sampling) | extra for i in range(PROBES)]
         control = server.control
         asked = [asyncio.create_task(control.post(capabilities.GENERATE, body)) for body in bodies]
         try:

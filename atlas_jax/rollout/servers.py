@@ -307,7 +307,8 @@ class ServerPool:
         get = server.control.get
         try:
             version = (await get("/version"))["version"]
-            capabilities.check_routes(server.url, version, (await get("/openapi.json"))["paths"])
+            paths = (await get("/openapi.json"))["paths"]
+            capabilities.check_routes(server.url, version, paths)
             info = await get("/server_info", {"config_format": "json"})
             model = (await get("/v1/models"))["data"][0]
         except RefusedError as error:
@@ -321,6 +322,7 @@ class ServerPool:
                 "start it with python -m atlas_jax.serve"
             ) from None
         start = self._read_start(server.url, info, model)
+        start = start._replace(loads_adapters=capabilities.LOAD_ADAPTER in paths)
         self._check(server.url, start)
         if self._is_open:
             self._check_fits(server, start)

@@ -59,8 +59,12 @@ class Versions:
         """Returns the directory in which a version is written before it gets its name."""
         return self.root / f".v{label}.partial"
 
-    def begin(self, label: str, files: hf.ModelFiles) -> None:
+    def begin(self, label: str, files: hf.ModelFiles | None) -> None:
         """Makes the directory in which a version is written, with all files but the weights.
+
+        Args:
+            label: the label of the version.
+            files: the files of the model; None for an adapter, which needs none of them.
 
         Raises:
             OSError: if that fails, or would replace files that this run did not write.
@@ -72,8 +76,10 @@ class Versions:
                     f"{path} exists and is not of this run; name another rollout.sync_dir"
                 )
             shutil.rmtree(path, ignore_errors=True)
-        shared = self._shared_files(files)
+        shared = self._shared_files(files) if files else None
         self._make(self.partial(label))
+        if shared is None:
+            return
         # A tokenizer may take longer to write than the weights, so it is written once and linked.
         shutil.copytree(
             shared,

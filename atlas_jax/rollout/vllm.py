@@ -37,6 +37,7 @@ class VllmEngine:
         at_least: version of the weights that must begin a completion; until the servers have it,
             or a later one, requests wait.
         seeds: whether each completion is asked for with a seed of its own.
+        adapter: name of the adapter of the servers that writes; "" for their model.
     """
 
     pool: ServerPool
@@ -45,6 +46,7 @@ class VllmEngine:
     vocab_size: int
     at_least: int = 0
     seeds: bool = True
+    adapter: str = ""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Returns the completions of each request, in order.
@@ -79,7 +81,7 @@ class VllmEngine:
         self, request: Request, sample: int, sampling: Sampling, server: Server | None = None
     ) -> Completion:
         """Returns one completion; `server` is asked first, or the one with the fewest requests."""
-        body = payload(request, sample, sampling, self.stop_ids)
+        body = self.body(request, sample, sampling)
         await self.pool.reached(self.at_least)
         if not self.seeds:
             del body["sampling_params"]["seed"]
@@ -97,6 +99,11 @@ class VllmEngine:
         # may have waited in the server's queue, and then found its prompt in the cache.
         oldest = min(completion.weights_version, answer.version)
         return completion._replace(weights_version=oldest) if completion.token_ids else completion
+
+    def body(self, request: Request, sample: int, sampling: Sampling) -> dict[str, Any]:
+        """Returns the body of the request for one sample."""
+        named = {"model": self.adapter} if self.adapter else {}
+        return payload(request, sample, sampling, self.stop_ids) | named
 
     def read(
         self, request: Request, reply: Mapping[str, Any], versions: Mapping[str, int] | None

@@ -14,8 +14,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import pathlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -56,7 +57,19 @@ class WeightSync(Protocol):
         """Frees the resources of the last version."""
 
 
-Source = Callable[[], outgoing.Outgoing]
+@runtime_checkable
+class Values(Protocol):
+    """The tensors of a version that this process writes."""
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields each tensor with its name."""
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """Numbers that change with the tensors of any process, once all have been yielded."""
+
+
+Source = Callable[[], Values]
 """The tensors of a version, again for each attempt."""
 
 
@@ -151,7 +164,7 @@ class DiskSync:
         # Otherwise the time of the training step would count as time of the export.
         jax.block_until_ready(params)
         start = time.perf_counter()
-        source = functools.partial(outgoing.Outgoing, params, self._decoder, self._options.dtype)
+        source = self._source(params)
         done = self._deliver(source, version, functools.partial(self._differences, params))
         done.values["sync/blocked_secs"] = time.perf_counter() - start, 1
         return done.values
@@ -213,14 +226,17 @@ class DiskSync:
         if self._distrust:
             raise DependencyError(self._distrust)
 
+    def _source(self, params: Params) -> Source:
+        """Returns the tensors of the parameters; every process calls it together."""
+        return functools.partial(outgoing.Outgoing, params, self._decoder, self._options.dtype)
+
     def _beside(self, copy: Params) -> Source:
         """Returns the tensors of a copy of the parameters, for the thread that sends them."""
-        tensors = functools.partial(outgoing.Outgoing, copy, self._decoder, self._options.dtype)
         if jax.device_count() == 1 and platform(self._decoder.sharding.mesh) == "cpu":
-            return tensors
+            return self._source(copy)
         # An accelerator would compute them only after the next step, and of programs that run on
         # several devices two threads could begin each first on another device.
-        values = tensors(keep=True)
+        values = outgoing.Outgoing(copy, self._decoder, self._options.dtype, keep=True)
         values.dispatch()
         return lambda: values
 
@@ -410,11 +426,8 @@ class DiskSync:
         problem = _problem(lambda: self._begin(label)) if distributed.is_main() else ""
         if problem := distributed.gather_texts(problem)[0]:
             return failed(problem)
-        directory = self._versions.partial(label)
         try:
-            outgoing.write_own(
-                values, directory, self._options.dtype, self._files_of, self._gives_up
-            )
+            self._write(values, self._versions.partial(label))
         except writer.WriteError as error:
             return failed(str(error))
         # Requests and health checks end in every process before process 0 pauses the servers.
@@ -424,8 +437,7 @@ class DiskSync:
             return failed(problem)
         if distributed.is_main():
             self._latest = label
-        loader = FileLoader(self._versions.path(label), self._options.restart)
-        return Prepared(loader, "", lambda: values.checksums)
+        return Prepared(self._loader_of(label), "", lambda: values.checksums)
 
     def _gives_up(self) -> bool:
         return self._closed or stopping.requested()
@@ -434,6 +446,12 @@ class DiskSync:
         # Servers that reload have the old version in memory; a restarting server may still read it.
         self._versions.remove_all(keep=self._latest if self._options.restart else "")
         self._versions.begin(label, self._files)
+
+    def _write(self, values: Values, directory: pathlib.Path) -> None:
+        outgoing.write_own(values, directory, self._options.dtype, self._files_of, self._gives_up)
+
+    def _loader_of(self, label: str) -> Loader:
+        return FileLoader(self._versions.path(label), self._options.restart)
 
     def _finish(self, label: str) -> None:
         check_manifest(self._versions.partial(label), self._shapes, self._options.dtype)

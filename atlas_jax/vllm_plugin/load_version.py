@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 _CHUNK = 1 << 24
@@ -27,6 +28,8 @@ class LoadVersion:
 
     reload_weights: Callable[..., None]
     get_model: Callable[[], torch.nn.Module]
+    add_lora: Callable[[LoRARequest], bool]
+    list_loras: Callable[[], set[int]]
 
     def load_version(self, weights_path: str) -> None:
         """Reloads all weights in place from a directory in HF layout."""
@@ -49,6 +52,15 @@ class LoadVersion:
                 # See above: a shared output table is not packed again by vLLM.
                 layer.quant_method.process_weights_after_loading(layer)
 
+    def adapter_numbers(self) -> list[int]:
+        """Returns the numbers of the LoRA adapters of this worker."""
+        return sorted(self.list_loras())
+
+    def load_adapter(self, number: int, path: str) -> None:
+        """Replaces the tensors of a LoRA adapter in place by those of a directory."""
+        self.add_lora(LoRARequest(f"version of {number}", number, path, load_inplace=True))
+        self.adapter_number = number
+
     def nccl_version(self) -> str:
         """Returns the version of NCCL with which this worker takes weights from the trainer."""
         if not torch.cuda.is_available():
@@ -61,14 +73,33 @@ class LoadVersion:
         """Returns the checksums of this worker's tensors by name.
 
         On a CPU, where packed copies cannot be read, they include the tensors that the last
-        `load_version` passed to the model.
+        `load_version` passed to the model. After a `load_adapter` they include those of the
+        adapter.
         """
         loaded = {
             name: checksum(parameter.detach())
             for name, parameter in self.get_model().named_parameters()
             if parameter.numel()
         }
-        return loaded | getattr(self, "loaded_checksums", {})
+        return loaded | getattr(self, "loaded_checksums", {}) | self._adapter_checksums()
+
+    def _adapter_checksums(self) -> dict[str, str]:
+        """Returns the checksums of the adapter's tensors, where the layers compute with them."""
+        if not hasattr(self, "adapter_number"):
+            return {}
+        manager: Any = self.get_model().lora_manager
+        place = manager.lora_index_to_id.index(self.adapter_number)
+        return {
+            f"{name}.{part}.{i}": checksum(stacked[place])
+            for name, layer in manager.modules.items()
+            for part in ("lora_a_stacked", "lora_b_stacked")
+            for i, stacked in enumerate(_stacks(getattr(layer, part)))
+        }
+
+
+def _stacks(stacked: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Returns the tensors of a layer, of which a fused one has several."""
+    return (stacked,) if isinstance(stacked, torch.Tensor) else stacked
 
 
 def _noted(

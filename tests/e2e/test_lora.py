@@ -10,11 +10,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import peft
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
 from atlas_jax.checkpoint import hf
-from tests import words
+from tests import stand_in, words
 
 PROGRAM = """
 import json, sys
@@ -22,7 +23,7 @@ from absl import logging
 from atlas_jax import config, train
 
 logging.set_verbosity(logging.INFO)
-model, other, output = sys.stdin.read().split()
+model, other, output, url = sys.stdin.read().split()
 SFT = {"max_seq_length": 16, "data.length_buckets": (16,)}
 GRPO = {
     "max_prompt_length": 8, "max_new_tokens": 4, "max_seq_length": 32, "num_generations": 4,
@@ -55,6 +56,10 @@ def run(schema, name, **changes):
         return str(error)
 
 
+SERVED = {
+    "rollout.backend": "vllm", "rollout.weight_sync": "adapter", "rollout.teacher_servers": url,
+    "rollout.sync_dtype": "float32", "num_iterations": 1,
+}
 final = f"{output}/whole/final"
 SFTConfig, GRPOConfig = config.SFTConfig, config.GRPOConfig
 errors = {
@@ -79,11 +84,30 @@ errors = {
     "scale of another": run(
         SFTConfig, "refused", resume_from=f"{output}/whole", **{"model.lora.rslora": True}
     ),
+    "served": run(GRPOConfig, "served", **SERVED),
+    "rank of the server": run(GRPOConfig, "refused", **SERVED, **{"model.lora.rank": 9}),
     "model": run(SFTConfig, "refused", resume_from=other),
     "synced": run(GRPOConfig, "refused", sync_ref_model=True),
     "all": run(SFTConfig, "all", model_name_or_path=final, max_steps=1, **{"model.lora.rank": 0}),
 }
+from atlas_jax import convert
 from atlas_jax.recipes import replay
+
+
+def converted(source, target, merged, dtype="auto"):
+    try:
+        convert.convert(f"{output}/{source}", f"{output}/{target}", dtype, 10**9, merged)
+        return ""
+    except ValueError as error:
+        return str(error)
+
+
+errors |= {
+    "to an adapter": converted("whole", "adapter", False),
+    "to a model": converted("whole/checkpoints/2", "added", True),
+    "dtype of an adapter": converted("whole", "refused", False, "bfloat16"),
+    "nothing to merge": converted("all", "refused", True),
+}
 
 found = replay.run(replay.find(f"{output}/grpo/rollouts/step_000002"))
 errors["replay"] = ", ".join(found.different)
@@ -98,10 +122,12 @@ def runs(tmp_path_factory):
     names = (*(f"q{i}" for i in range(4)), "answer")
     model = words.save(place / "model", names)
     other = words.save(place / "other", names, seed=1)
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=f"{model} {other} {place}", text=True,
-        capture_output=True, env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-    )  # fmt: skip
+    with stand_in.started(model, place, 1, "--max-lora-rank", "8") as ((url, _),):
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM], input=f"{model} {other} {place} {url}", text=True,
+            capture_output=True,
+            env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return place, json.loads(result.stdout.splitlines()[-1])
 
@@ -123,7 +149,10 @@ def logits(model):
 
 def test_runs_come_to_their_end(runs):
     _, errors = runs
-    done = ("whole", "half", "rest", "merged", "grpo", "fresh", "goes on", "all", "replay")
+    done = (
+        "whole", "half", "rest", "merged", "grpo", "fresh", "goes on", "served", "all", "replay",
+        "to an adapter", "to a model",
+    )  # fmt: skip
     assert {name: errors[name] for name in done} == dict.fromkeys(done, "")
 
 
@@ -140,6 +169,9 @@ def test_runs_come_to_their_end(runs):
         ("scale of another", "has factors of model.lora.alpha=4.0 and rslora=false"),
         ("model", "is a whole model, and model.lora.rank trains factors"),
         ("synced", "the reference is the model without the factors"),
+        ("rank of the server", "with --max-lora-rank 8, and model.lora.rank=9; start it with"),
+        ("dtype of an adapter", "holds factors; leave it out, or add --merged"),
+        ("nothing to merge", "all is none; leave it out"),
     ],
 )
 def test_what_does_not_fit_is_refused(runs, name, message):
@@ -171,6 +203,37 @@ def test_the_adapter_is_that_of_peft_and_the_merged_export_computes_the_same(run
     np.testing.assert_allclose(logits(whole), found, atol=1e-5)
 
 
+def test_a_checkpoint_becomes_the_adapter_or_the_model_that_a_run_exports(runs):
+    place, _ = runs
+    for made, exported in (("adapter", "whole"), ("added", "merged")):
+        final = place / exported / "final"
+        names = {path.name for path in final.glob("*.safetensors")}
+        assert {path.name for path in (place / made).glob("*.safetensors")} == names
+        for name in names:
+            found, wanted = (safetensors.numpy.load_file(p / name) for p in (place / made, final))
+            assert found.keys() == wanted.keys()
+            for tensor, value in wanted.items():
+                np.testing.assert_allclose(found[tensor], value, atol=1e-6)
+    said, wanted = (
+        json.loads((path / "adapter_config.json").read_text())
+        for path in (place / "adapter", place / "whole" / "final")
+    )
+    assert said == wanted
+    transformers.AutoTokenizer.from_pretrained(place / "adapter")
+
+
+def test_servers_take_the_adapter_alone(runs):
+    place, _ = runs
+    found = metrics(place / "served")
+    assert len(found) == 2
+    for line in found:
+        assert line["sync/servers"] == 1
+        assert line["sync/probe_diff"] < 1e-4
+        assert line["rollout/version_lag_max"] == 0
+    stored = (place / "served" / "final" / "adapter_model.safetensors").stat().st_size
+    assert 0 < found[0]["sync/bytes"] < stored
+
+
 def test_an_adapter_of_peft_is_a_model_here(runs, tmp_path):
     place, _ = runs
     base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
@@ -188,5 +251,5 @@ def test_the_reference_is_the_model_without_factors(runs):
     # In the first update both are one model, unless factors were loaded.
     assert abs(metrics(place / "fresh")[0]["policy/kl"]) < 1e-6
     assert metrics(place / "goes_on")[0]["policy/kl"] > 1e-4
-    for name in ("grpo", "fresh", "goes_on"):
+    for name in ("grpo", "fresh", "goes_on", "served"):
         assert all(line["rollout/mismatch_kl"] < 1e-3 for line in metrics(place / name))

@@ -67,6 +67,10 @@ def test_the_base_of_the_refusals_is_accepted():
         ({"rollout": SERVED, "min_p": 0.1}, r"min_p=0.1 with.*vllm.*use top_p or top_k"),
         ({"rollout": AHEAD, "importance_sampling": "none"}, "none leaves uncorrected; use token"),
         (
+            {"rollout": dataclasses.replace(SERVED, weight_sync="adapter")},
+            "adapter with model.lora.rank=0, which trains no adapter; raise the rank, or",
+        ),
+        (
             {"rollout": dataclasses.replace(AHEAD, weight_sync="restart")},
             "restart, which ends what is in flight",
         ),

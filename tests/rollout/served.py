@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from atlas_jax.checkpoint import hf
+from atlas_jax.checkpoint import adapters, hf
 from atlas_jax.config import GRPOConfig
+from atlas_jax.options.train import LoraOptions
 from atlas_jax.recipes import chat_models, grpo, vllm_backend
-from atlas_jax.rollout import identity
+from atlas_jax.rollout import capabilities, identity
+from atlas_jax.rollout.adapter_sync import AdapterSync
 from atlas_jax.rollout.engine import Request
 from atlas_jax.rollout.local import LocalEngine
 from atlas_jax.rollout.push import Probe, PushOptions
@@ -25,6 +27,7 @@ from atlas_jax.rollout.vllm import VllmEngine
 from atlas_jax.rollout.weights import DiskSync, SyncParts
 from atlas_jax.startup.compute import Compute
 from atlas_jax.startup.model import Model, open_frozen
+from atlas_jax.step import joined
 
 WORDS = tuple(f"w{i}" for i in range(8))
 SIZES = {"hidden_size": 16, "max_position_embeddings": 512}
@@ -73,6 +76,25 @@ class Served(NamedTuple):
     sync: DiskSync
 
 
+def _sync(parts: SyncParts, lora: LoraOptions | None, ours: Trainer) -> DiskSync:
+    if lora is None:
+        return DiskSync(parts)
+    base = str(ours.model.source.path)
+    return AdapterSync(parts, adapters.peft_config(lora, ours.model.decoder, base))
+
+
+def adapted(ours: Trainer, lora: LoraOptions, seed: int) -> Trainer:
+    """Returns a model with factors of its own, which change what it writes."""
+    plain = ours.model.decoder
+    factors = adapters.factors(lora, plain.config, jax.numpy.dtype("float32"))
+    decoder = dataclasses.replace(plain, lora=factors)
+    shapes, _, placements = decoder.trained
+    draws = np.random.default_rng(seed)
+    new = jax.tree.map(lambda s: 0.2 * draws.standard_normal(s.shape, np.float32), shapes)
+    params = joined(ours.params, jax.device_put(new, placements))
+    return Trainer(ours.model._replace(decoder=decoder), params)
+
+
 def trainer(path: str, devices=None) -> Trainer:
     """Returns a model in float32, on one device unless `devices` names others."""
     model = open_frozen(Compute.of(CONFIG, devices or jax.devices()[:1]), path)
@@ -89,17 +111,23 @@ def connected(
     options: PoolOptions = OPTIONS,
     prompt=PROMPT,
     dtype: str = "bfloat16",
-    make_sync=DiskSync,
+    make_sync=None,
+    lora: LoraOptions | None = None,
 ) -> Iterator[Served]:
-    """Yields the servers of `urls` with no weights pushed to them yet."""
+    """Yields the servers of `urls` with no weights pushed to them yet.
+
+    With `lora` they take the adapter alone.
+    """
     model = ours.model
     pool = ServerPool("teacher", urls, options)
     try:
         pool.open(functools.partial(identity.check_trained, decoder=model.decoder))
         vocab_size = model.decoder.config.vocab_size
-        engine = VllmEngine(pool, model.files.tokenizer, ours.stop_ids, vocab_size)
+        adapter = capabilities.ADAPTER_NAME if lora else ""
+        engine = VllmEngine(pool, model.files.tokenizer, ours.stop_ids, vocab_size, adapter=adapter)
+        way = "adapter" if lora else "reload"
         config = dataclasses.replace(
-            CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype=dtype)
+            CONFIG, rollout=dataclasses.replace(CONFIG.rollout, sync_dtype=dtype, weight_sync=way)
         )
         logprobs_fn = grpo.make_logprobs_fn(model.decoder, config, 1)
         compute = vllm_backend.probe_logprobs(config, model, logprobs_fn)
@@ -111,7 +139,7 @@ def connected(
             options=PushOptions(dtype, mode, 1e-3, restart),
             probe=Probe(Request(prompt, 8, seed=0), SAMPLING, compute),
         )
-        sync = make_sync(parts)
+        sync = make_sync(parts) if make_sync else _sync(parts, lora, ours)
         yield Served(pool, engine, sync)
     finally:
         pool.close()

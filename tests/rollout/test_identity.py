@@ -89,3 +89,12 @@ def test_another_model_is_refused_by_name(student, tmp_path, change, message):
     assert URL in text
     assert str(other) in text
     assert f"student_model={student}" in text
+
+
+def test_an_adapter_is_loaded_by_no_server_of_another_model(student, tmp_path):
+    base = hf.open_source(student)
+    copy = shutil.copytree(student, tmp_path / "copy")
+    identity.check_base(URL, start(copy), student, base)
+    other = words.save(tmp_path / "other", WORDS, seed=1)
+    with pytest.raises(ValueError, match=r"other, and the adapter belongs to .*their weights diff"):
+        identity.check_base(URL, start(other), student, base)
