@@ -186,7 +186,7 @@ class TeacherBatch(NamedTuple):
     """[B, T] int32, the place in the teacher's row from which it predicts the token that the policy
     predicts from here; 0 where that token is none of the completion. None: the same place."""
     top: TopTokens | None = None
-    """What the teacher's server says of the next token [B, T], in place of a teacher here."""
+    """The teacher as its server describes it [B, T], in place of a teacher here."""
 
 
 class Completion(NamedTuple):

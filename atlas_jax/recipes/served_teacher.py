@@ -155,8 +155,8 @@ def open_teacher(config: GKDConfig, policy: Model, stack: contextlib.ExitStack) 
             first=jax.process_index() * len(urls) // jax.process_count(),
         ),
         vllm_backend.server_key(config.output_dir),
-        functools.partial(capabilities.check_scores, num_tokens=options.top_tokens),
     )
+    pool.read_start = functools.partial(capabilities.check_scores, num_tokens=options.top_tokens)
     stack.callback(pool.close)
     pool.open(check)
     _check_vocabulary(pool, policy)

@@ -130,12 +130,7 @@ class ServerPool:
     """The servers of one role. Methods may be called from any thread, coroutines from its own."""
 
     def __init__(
-        self,
-        role: str,
-        urls: Sequence[str],
-        options: PoolOptions,
-        api_key: str = "",
-        read_start: Callable[[str, Any, Any], capabilities.ServerStart] = capabilities.check_start,
+        self, role: str, urls: Sequence[str], options: PoolOptions, api_key: str = ""
     ) -> None:
         """Starts the thread that talks to the servers; `open` sends the first requests.
 
@@ -144,11 +139,10 @@ class ServerPool:
             urls: the addresses of the servers.
             options: the limits of requests.
             api_key: the key for every request; "" for none.
-            read_start: reads and checks the options of a server's start, as
-                `capabilities.check_start` does for GRPO.
         """
         self.role = role
-        self._read_start = read_start
+        self.read_start: Callable[..., capabilities.ServerStart] = capabilities.check_start
+        """Function that reads and checks the options of a server's start, for GRPO or another."""
         self.options = options
         self.label: str | None = None
         """Label of the weights that all servers must have; None if no weights are pushed."""
@@ -321,7 +315,7 @@ class ServerPool:
                 f"{server.url} does not answer as a vLLM server ({type(error).__name__}: {error}); "
                 "start it with python -m atlas_jax.serve"
             ) from None
-        start = self._read_start(server.url, info, model)
+        start = self.read_start(server.url, info, model)
         start = start._replace(loads_adapters=capabilities.LOAD_ADAPTER in paths)
         self._check(server.url, start)
         if self._is_open:
