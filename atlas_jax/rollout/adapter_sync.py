@@ -39,7 +39,7 @@ class AdapterSync(DiskSync):
 
     def _source(self, params: Params) -> Source:
         """Returns the tensors, which are few enough to be fetched at once."""
-        values = _Fetched(adapters.tensors(params, self._decoder, self._options.dtype))
+        values = _FetchedAdapter(adapters.tensors(params, self._decoder, self._options.dtype))
         return lambda: values
 
     def _beside(self, copy: Params) -> Source:
@@ -65,7 +65,7 @@ class AdapterSync(DiskSync):
         return AdapterLoader(self._versions.path(label), self._numbers)
 
 
-class _Fetched:
+class _FetchedAdapter:
     """Tensors in the host's memory."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:

@@ -470,10 +470,7 @@ class ServerPool:
         if not server.up:
             return
         logging.error("%s server %s is taken out: %s", self.role, server.url, why)
-        server.up = False
-        server.why = why
-        server.hangs = hangs
-        server.misses = 0
+        _note(server, False, why, hangs)
         # `ask` sends them to another server.
         for task in server.tasks:
             task.cancel()
@@ -484,10 +481,7 @@ class ServerPool:
         """Returns a server to the pool."""
         if not server.up:
             logging.info("%s server %s is back", self.role, server.url)
-        server.up = True
-        server.why = ""
-        server.hangs = False
-        server.misses = 0
+        _note(server, True)
 
     async def _watch(self, server: Server) -> None:
         """Checks a server's health for ever, takes it out if it fails, and back if it recovers."""
@@ -643,6 +637,11 @@ def is_cancelled() -> bool:
     """Returns whether the current task itself was cancelled, not only one that it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def _note(server: Server, up: bool, why: str = "", hangs: bool = False) -> None:
+    """Notes whether a server is in the pool, and else why it is not."""
+    server.up, server.why, server.hangs, server.misses = up, why, hangs, 0
 
 
 def _accept(_: str, __: capabilities.ServerStart) -> None:

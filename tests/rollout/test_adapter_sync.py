@@ -163,8 +163,8 @@ def test_what_one_server_does_wrong_costs_that_server_alone(link, one, two, faul
     with link(2) as (found, servers):
         found.sync.push(one.params, 1)
         servers[0].faults = [dict(fault)]
+        # It may be back soon, since the fault passes.
         assert found.sync.push(two.params, 2)["sync/servers"] == (1, 1)
-        assert up(found) == [False, True]
         assert reason in caplog.text
         check_written(two, texts(found), 2)
 
