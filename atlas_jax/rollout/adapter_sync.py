@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from atlas_jax.llm_client import RefusedError, UnavailableError
 from atlas_jax.rollout.capabilities import ADAPTER_NAME, LOAD_ADAPTER
 from atlas_jax.rollout.push import PushError
 from atlas_jax.rollout.servers import Server
-from atlas_jax.rollout.weights import DiskSync, Source, SyncParts, Values
+from atlas_jax.rollout.weights import DiskSync, Source, SyncParts
 from atlas_jax.types import Params
 
 
@@ -49,7 +49,7 @@ class AdapterSync(DiskSync):
         self._versions.remove_all()
         self._versions.begin(label, None)
 
-    def _write(self, values: Values, directory: pathlib.Path) -> None:
+    def _write(self, values: Iterable[tuple[str, np.ndarray]], directory: pathlib.Path) -> None:
         problem = ""
         if distributed.is_main():
             try:

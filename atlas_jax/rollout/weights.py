@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -57,7 +57,6 @@ class WeightSync(Protocol):
         """Frees the resources of the last version."""
 
 
-@runtime_checkable
 class Values(Protocol):
     """The tensors of a version that this process writes."""
 
@@ -447,7 +446,7 @@ class DiskSync:
         self._versions.remove_all(keep=self._latest if self._options.restart else "")
         self._versions.begin(label, self._files)
 
-    def _write(self, values: Values, directory: pathlib.Path) -> None:
+    def _write(self, values: Iterable[tuple[str, np.ndarray]], directory: pathlib.Path) -> None:
         outgoing.write_own(values, directory, self._options.dtype, self._files_of, self._gives_up)
 
     def _loader_of(self, label: str) -> Loader:
