@@ -216,7 +216,8 @@ def test_a_teacher_on_a_server_teaches_as_one_here(inputs, tmp_path):
     [
         (["scoring.servers=http://127.0.0.1:9"],
          "temperature=0.9 with scoring.servers, whose probabilities are at temperature 1"),
-        (["scoring.servers=http://127.0.0.1:9", "temperature=1"],
+        (["scoring.servers=http://127.0.0.1:9", "temperature=1",
+          "scoring.top_tokens=4"],
          "cannot use the teacher server http://127.0.0.1:9"),
         (["teacher_model_name_or_path={inputs}/other"],
          "another vocabulary than model_name_or_path: 2 of its tokens or ids differ, such as 'pl"),

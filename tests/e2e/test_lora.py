@@ -105,8 +105,8 @@ def converted(source, target, merged, dtype="auto"):
 errors |= {
     "to an adapter": converted("whole", "adapter", False),
     "to a model": converted("whole/checkpoints/2", "added", True),
-    "dtype of an adapter": converted("whole", "refused", False, "bfloat16"),
-    "nothing to merge": converted("all", "refused", True),
+    "dtype of an adapter": converted("whole", "not written", False, "bfloat16"),
+    "nothing to merge": converted("all", "not written", True),
 }
 
 found = replay.run(replay.find(f"{output}/grpo/rollouts/step_000002"))
