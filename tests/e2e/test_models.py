@@ -81,14 +81,14 @@ def train_and_export(path, output, **options):
     before = jax.tree.map(np.array, params)
     state = compute.state(params, optimizer)
     train = compiled(compute, model.decoder, state, rows)
-    state, metrics = train(state, rows)
+    state, metrics = train(state, rows, None)
     assert np.isfinite(metrics["loss/total"][0])
     final = export(config, model, state.params)
     stored = hf.load(hf.open_source(final), model.decoder)
     for old, new, after in zip(*map(jax.tree.leaves, (before, state.params, stored)), strict=True):
         assert np.abs(np.asarray(new) - old).max() > 1e-3
         np.testing.assert_allclose(after, new, atol=2e-2)  # what is stored may be rounded
-    _, metrics = train(state._replace(params=stored), rows)
+    _, metrics = train(state._replace(params=stored), rows, None)
     return final, np.asarray(metrics["logits"][0])
 
 

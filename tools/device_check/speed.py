@@ -84,17 +84,18 @@ def _measure(key: str, run: PlannedRun, program: Program, state: Any, tiny: bool
     if program.name == "logprobs":
         cast = lambda x, s: x.astype(s.dtype)  # noqa: E731
         first = jax.tree.map(cast, state.params, program.arguments[0])
+    rest = program.arguments[2:]  # nothing is frozen: None
     start = time.perf_counter()
-    compiled = program.function.lower(first, batch).compile()  # type: ignore[attr-defined]
+    compiled = program.function.lower(first, batch, *rest).compile()  # type: ignore[attr-defined]
     compile_secs = time.perf_counter() - start
 
     def step() -> None:
-        held[0], found = compiled(held[0], batch)
+        held[0], found = compiled(held[0], batch, *rest)
         total, weight = jax.device_get(found["loss/total"])
         losses.append(float(total / max(weight, 1)))
 
     def score() -> None:
-        jax.block_until_ready(compiled(first, batch))
+        jax.block_until_ready(compiled(first, batch, *rest))
 
     once = step
     if program.name == "logprobs":

@@ -136,7 +136,7 @@ def _sft(packing: bool) -> None:
     state = state_of(run)
     curve = []
     for _ in range(10):
-        state, out = program.function(state, batches)
+        state, out = program.function(state, batches, *program.arguments[2:])
         total, weight = jax.device_get(out["loss/total"])
         curve.append(round(float(total / weight), 4))
     (exact, gradients), (value, others) = found["float32"], found["bfloat16"]
